@@ -1,0 +1,200 @@
+"""The choices of one layer: what every (k, j) costs and how large its error is."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keras_alds.core.errors import error_curve, get_error
+from keras_alds.core.slicing import Array, kernel_sizes, weights
+from keras_alds.core.spectra import Float64, Spectra
+
+Int64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One row of a `ChoiceTable`; `slices == 0` means that the layer stays as it is.
+
+    Attributes:
+        slices: Number of channel slices k, 0 for "keep".
+        rank: Rank j of every slice, 0 for "keep".
+        scheme: Fold scheme of the kernel; 0 is `[c·κ, f]`.
+        weights: Weights of the encoder and the decoder, of the dense kernel for "keep".
+        cost: What the choice takes of a budget.
+        error: Relative error.
+    """
+
+    slices: int
+    rank: int
+    scheme: int
+    weights: int
+    cost: int
+    error: float
+
+    @property
+    def keep(self) -> bool:
+        """Whether the layer stays as it is."""
+        return self.slices == 0
+
+
+@dataclass(frozen=True, eq=False)
+class ChoiceTable:
+    """The choices of one layer, one row each, sorted by cost, error, slices and rank.
+
+    Attributes:
+        slices: Array `[n]` of int64: number of channel slices k, 0 where the layer is kept.
+        rank: Array `[n]` of int64: rank j of every slice, 0 where the layer is kept.
+        scheme: Array `[n]` of int64: fold scheme.
+        weights: Array `[n]` of int64: weights of the kernels.
+        cost: Array `[n]` of int64: what the choice takes of a budget.
+        error: Array `[n]` of float64: relative error.
+
+    Raises:
+        ValueError: If the arrays differ in length or are no vectors.
+    """
+
+    slices: Int64
+    rank: Int64
+    scheme: Int64
+    weights: Int64
+    cost: Int64
+    error: Float64
+
+    def __post_init__(self) -> None:
+        columns = [getattr(self, column.name) for column in fields(self)]
+        if len({column.shape for column in columns}) != 1 or columns[0].ndim != 1:
+            raise ValueError(
+                "Expected vectors of one length. Received: shapes="
+                f"{[column.shape for column in columns]}"
+            )
+        for column in columns:
+            column.setflags(write=False)
+
+    def __len__(self) -> int:
+        return int(self.cost.size)
+
+    def __getitem__(self, index: int) -> Choice:
+        """Returns one row as plain Python numbers."""
+        return Choice(
+            slices=int(self.slices[index]),
+            rank=int(self.rank[index]),
+            scheme=int(self.scheme[index]),
+            weights=int(self.weights[index]),
+            cost=int(self.cost[index]),
+            error=float(self.error[index]),
+        )
+
+    def __iter__(self) -> Iterator[Choice]:
+        return (self[index] for index in range(len(self)))
+
+    def take(self, rows: NDArray[Any]) -> ChoiceTable:
+        """Returns a new table of some rows.
+
+        Args:
+            rows: Indices, or a mask `[n]`.
+
+        Returns:
+            The new table, in the order of `rows`.
+        """
+        return ChoiceTable(**{c.name: getattr(self, c.name)[rows] for c in fields(self)})
+
+    def front(self) -> ChoiceTable:
+        """Returns the Pareto front as a new table.
+
+        A row is left out if another one is no worse in cost and in error. Of equal rows the one
+        with fewer slices stays, then the one with the smaller rank.
+
+        Returns:
+            A table with strictly ascending costs and strictly descending errors.
+
+        Example:
+            >>> from keras_alds.core.spectra import spectra
+            >>> table = choice_table(spectra(np.diag([3.0, 2.0, 1.0, 0.0, 0.0, 0.0])))
+            >>> table.front()[-1].error
+            0.0
+        """
+        order = np.lexsort((self.rank, self.slices, self.error, self.cost))
+        error = self.error[order]
+        before = np.concatenate(([np.inf], np.minimum.accumulate(error)[:-1]))
+        return self.take(order[error < before])
+
+
+def choice_table(
+    spectra: Spectra,
+    *,
+    error: str = "slice",
+    kernel: Array | None = None,
+    cost_per_weight: int = 1,
+    max_slices: int | None = None,
+    rank_multiple: int = 1,
+) -> ChoiceTable:
+    """Returns the choices of one layer: every (k, j) smaller than the dense kernel, and "keep".
+
+    Args:
+        spectra: Spectra of the kernel.
+        error: Error measure; one of the keys of `keras_alds.core.errors.ERRORS`.
+        kernel: The kernel, `[*spatial, c, f]`; needed by the error `"spectral"` only.
+        cost_per_weight: Cost of one weight, a positive integer: 1 for parameters, the number of
+            output positions P for multiply–accumulates, which are P·j·(k·f + c·κ).
+        max_slices: Largest k. Defaults to no limit.
+        rank_multiple: Ranks are multiples of this.
+
+    Returns:
+        The `ChoiceTable`, with one row of slices = rank = 0 for the kernel as it is: error 0 and
+        full cost.
+
+    Raises:
+        ValueError: If an option is out of its range or `error` is unknown.
+
+    Example:
+        >>> from keras_alds.core.spectra import spectra
+        >>> table = choice_table(spectra(np.eye(6)), max_slices=1)
+        >>> [(row.slices, row.rank, row.weights) for row in table]
+        [(1, 1, 12), (1, 2, 24), (0, 0, 36)]
+    """
+    get_error(error)
+    unit = _positive("cost_per_weight", cost_per_weight)
+    multiple = _positive("rank_multiple", rank_multiple)
+    most = None if max_slices is None else _positive("max_slices", max_slices)
+    shape = spectra.kernel_shape
+    c, kappa, f = kernel_sizes(shape)
+    dense = c * kappa * f
+
+    slices, ranks, sizes = [np.zeros(1, np.int64)], [np.zeros(1, np.int64)], [np.array([dense])]
+    errors = [np.zeros(1)]
+    for k, spectrum in spectra.slices.items():
+        per_rank = weights(shape, k, 1)
+        last = min(spectrum.rank, (dense - 1) // per_rank)
+        if last < multiple or (most is not None and k > most):
+            continue
+        j = np.arange(multiple, last + 1, multiple, dtype=np.int64)
+        slices.append(np.full(j.size, k, np.int64))
+        ranks.append(j)
+        sizes.append(per_rank * j)
+        errors.append(error_curve(spectra, error, k, kernel, max_rank=last)[j])
+    size = np.concatenate(sizes).astype(np.int64)
+    table = ChoiceTable(
+        slices=np.concatenate(slices),
+        rank=np.concatenate(ranks),
+        scheme=np.zeros(size.size, np.int64),
+        weights=size,
+        cost=size * unit,
+        error=np.concatenate(errors),
+    )
+    return table.take(np.lexsort((table.rank, table.slices, table.error, table.cost)))
+
+
+def _positive(name: str, value: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1 or isinstance(value, bool):
+        raise ValueError(f"Expected a positive integer. Received: {name}={value!r}")
+    return number

@@ -1,0 +1,125 @@
+"""The named methods: which error is measured and how the layers share the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from keras_alds.core.choices import ChoiceTable
+from keras_alds.core.errors import get_error
+from keras_alds.core.solvers import Solution, min_max, min_sum
+
+
+def pareto_fronts(tables: Sequence[ChoiceTable]) -> list[ChoiceTable]:
+    """Returns the Pareto front of every table, the candidates of an optimising method.
+
+    Args:
+        tables: One table a layer.
+
+    Returns:
+        New tables, one a layer.
+    """
+    return [table.front() for table in tables]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to choose: an error measure, the candidates of every layer, and a solver.
+
+    A new method is a new entry of `METHODS`. A method that does not optimise, such as one ratio
+    for all layers, brings its own `candidates` and `solver`.
+
+    Attributes:
+        name: Its name in `METHODS`.
+        error: Error measure of its choices; one of the keys of `keras_alds.core.errors.ERRORS`.
+        solver: `solver(candidates, budget)` returns a `Solution` that is within the budget.
+        candidates: Reduces the tables of all layers to what `solver` chooses from.
+        max_slices: Largest k that the method allows. Defaults to no limit.
+        needs_data: Whether it needs calibration data.
+        summary: One line for messages and documentation.
+    """
+
+    name: str
+    error: str
+    solver: Callable[[Sequence[ChoiceTable], int], Solution]
+    candidates: Callable[[Sequence[ChoiceTable]], list[ChoiceTable]] = pareto_fronts
+    max_slices: int | None = None
+    needs_data: bool = False
+    summary: str = ""
+
+    def solve(
+        self, tables: Sequence[ChoiceTable], budget: int
+    ) -> tuple[list[ChoiceTable], Solution]:
+        """Picks one choice a layer.
+
+        Args:
+            tables: One table a layer, from `choice_table` with this method's error.
+            budget: Largest total cost, an integer.
+
+        Returns:
+            `(candidates, solution)`; `solution.indices[n]` is a row of `candidates[n]`.
+
+        Raises:
+            InfeasibleBudget: If even the cheapest choices are above the budget.
+
+        Example:
+            >>> import numpy as np
+            >>> from keras_alds.core.choices import choice_table
+            >>> from keras_alds.core.spectra import spectra
+            >>> table = choice_table(spectra(np.diag([3.0, 1.0, 1.0, 1.0])))
+            >>> candidates, solution = get_method("alds").solve([table], 9)
+            >>> candidates[0][solution.indices[0]].rank
+            1
+        """
+        candidates = self.candidates(tables)
+        return candidates, self.solver(candidates, budget)
+
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        method.name: method
+        for method in (
+            Method(
+                "alds",
+                error="slice",
+                solver=min_max,
+                summary="least largest relative error over the layers, exact (ALDS)",
+            ),
+            Method(
+                "energy",
+                error="energy",
+                solver=min_sum,
+                summary="least sum of relative squared errors over the layers",
+            ),
+        )
+    }
+)
+
+
+def get_method(name: str, error: str | None = None) -> Method:
+    """Returns a method by its name, with another error measure if asked for.
+
+    Args:
+        name: One of the keys of `METHODS`.
+        error: Error measure to use in place of the method's own.
+
+    Returns:
+        The `Method`.
+
+    Raises:
+        ValueError: If the method or the error measure is unknown.
+
+    Example:
+        >>> get_method("alds", error="spectral").error
+        'spectral'
+    """
+    try:
+        method = METHODS[name]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"Expected a method, one of {sorted(METHODS)}. Received: method={name!r}"
+        ) from None
+    if error is None:
+        return method
+    return replace(method, error=get_error(error).name)

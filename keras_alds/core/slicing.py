@@ -1,0 +1,234 @@
+"""Channel slices of a kernel: unfolding to matrices, folding back, and what a choice weighs.
+
+A kernel is an array `[*spatial, c, f]` with any number of spatial axes (none for a dense layer),
+`c` input channels and `f` filters. κ is the number of spatial positions, e.g. `kh * kw`.
+Notation and formulas: Liebenwein et al., "Compressing Neural Networks: Towards Determining the
+Optimal Layer-wise Decomposition", NeurIPS 2021 (arXiv 2107.11442), section 2.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+def divisors(n: int) -> tuple[int, ...]:
+    """Returns the divisors of a positive integer in ascending order.
+
+    Args:
+        n: Positive integer.
+
+    Returns:
+        All divisors of `n`, ascending, from 1 to `n`.
+
+    Raises:
+        ValueError: If `n` is not positive.
+
+    Example:
+        >>> divisors(12)
+        (1, 2, 3, 4, 6, 12)
+    """
+    if n < 1:
+        raise ValueError(f"Expected a positive integer. Received: n={n}")
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return tuple(small + [n // d for d in reversed(small) if d * d != n])
+
+
+def kernel_sizes(kernel_shape: Sequence[int]) -> tuple[int, int, int]:
+    """Returns `(c, κ, f)` of a kernel shape: channels, spatial positions, filters.
+
+    Args:
+        kernel_shape: Shape `[*spatial, c, f]`; every axis is at least 1.
+
+    Returns:
+        The tuple `(c, κ, f)`.
+
+    Raises:
+        ValueError: If there are fewer than two axes or an axis is empty.
+
+    Example:
+        >>> kernel_sizes((3, 3, 16, 32))
+        (16, 9, 32)
+    """
+    shape = tuple(int(n) for n in kernel_shape)
+    if len(shape) < 2 or min(shape) < 1:
+        raise ValueError(
+            "Expected a kernel shape [*spatial, channels, filters] without empty axes. "
+            f"Received: kernel_shape={shape}"
+        )
+    return shape[-2], math.prod(shape[:-2]), shape[-1]
+
+
+def check_slices(slices: int, channels: int) -> None:
+    """Raises `ValueError` unless `slices` is a divisor of `channels`."""
+    if slices < 1 or channels % slices:
+        raise ValueError(
+            f"Expected slices to be a divisor of the {channels} input channels, one of "
+            f"{divisors(channels)}. Received: slices={slices}"
+        )
+
+
+def full_rank(kernel_shape: Sequence[int], slices: int) -> int:
+    """Returns the largest rank of one slice, min((c/k)·κ, f).
+
+    Args:
+        kernel_shape: Shape `[*spatial, c, f]`.
+        slices: Number of channel slices k, a divisor of c.
+
+    Returns:
+        The full rank of every slice.
+
+    Raises:
+        ValueError: If `slices` does not divide the channels.
+
+    Example:
+        >>> full_rank((3, 3, 16, 32), 8)
+        18
+    """
+    c, kappa, f = kernel_sizes(kernel_shape)
+    check_slices(slices, c)
+    return min(c // slices * kappa, f)
+
+
+def weights(kernel_shape: Sequence[int], slices: int, rank: int) -> int:
+    """Returns the number of weights of a factorized kernel, j·(k·f + c·κ).
+
+    The encoder holds c·κ·j weights and the decoder k·j·f (biases are not counted; they stay).
+    The dense kernel holds f·c·κ.
+
+    Args:
+        kernel_shape: Shape `[*spatial, c, f]` of the dense kernel.
+        slices: Number of channel slices k.
+        rank: Rank j of every slice.
+
+    Returns:
+        The number of weights of encoder and decoder together.
+
+    Example:
+        >>> weights((3, 3, 16, 32), 2, 4)
+        832
+    """
+    c, kappa, f = kernel_sizes(kernel_shape)
+    return rank * (slices * f + c * kappa)
+
+
+def unfold(kernel: Array, slices: int) -> Array:
+    """Unfolds a kernel to one matrix per channel slice.
+
+    Rows are channel-major (channel first, then spatial position), so that the slices of a larger
+    number of slices are consecutive blocks of rows.
+
+    Args:
+        kernel: Array `[*spatial, c, f]`.
+        slices: Number of channel slices k, a divisor of c.
+
+    Returns:
+        Array `[k, (c/k)·κ, f]` of the kernel's dtype.
+
+    Raises:
+        ValueError: If `slices` does not divide the channels.
+
+    Example:
+        >>> unfold(np.zeros((3, 3, 16, 32)), 4).shape
+        (4, 36, 32)
+    """
+    c, kappa, f = kernel_sizes(kernel.shape)
+    check_slices(slices, c)
+    return np.moveaxis(kernel, -2, 0).reshape(slices, c // slices * kappa, f)
+
+
+def fold_encoder(matrices: Array, spatial: Sequence[int]) -> Array:
+    """Folds the left factors of all slices to one grouped-convolution kernel.
+
+    Args:
+        matrices: Array `[k, (c/k)·κ, j]`, rows channel-major as `unfold` makes them.
+        spatial: Spatial shape of the kernel, with product κ; `()` for a dense layer.
+
+    Returns:
+        Array `[*spatial, c/k, k·j]`; slice i owns the output channels i·j … i·j+j−1.
+
+    Raises:
+        ValueError: If the number of rows is no multiple of κ.
+
+    Example:
+        >>> fold_encoder(np.zeros((4, 36, 5)), (3, 3)).shape
+        (3, 3, 4, 20)
+    """
+    spatial = tuple(spatial)
+    slices, rows, rank = matrices.shape
+    kappa = math.prod(spatial)
+    if rows % kappa:
+        raise ValueError(
+            f"Expected the number of rows to be a multiple of the {kappa} spatial positions. "
+            f"Received: matrices.shape={matrices.shape}, spatial={spatial}"
+        )
+    # [k, c/k, *spatial, j] -> [*spatial, c/k, k, j]
+    folded = np.moveaxis(matrices.reshape(slices, rows // kappa, *spatial, rank), (0, 1), (-2, -3))
+    return folded.reshape(*spatial, rows // kappa, slices * rank)
+
+
+def unfold_encoder(kernel: Array, slices: int) -> Array:
+    """Unfolds a grouped-convolution kernel to the left factor of every slice.
+
+    The inverse of `fold_encoder`.
+
+    Args:
+        kernel: Array `[*spatial, c/k, k·j]`.
+        slices: Number of channel slices k.
+
+    Returns:
+        Array `[k, (c/k)·κ, j]`.
+
+    Raises:
+        ValueError: If `slices` does not divide the output channels.
+
+    Example:
+        >>> unfold_encoder(np.zeros((3, 3, 4, 20)), 4).shape
+        (4, 36, 5)
+    """
+    *spatial, channels, outputs = kernel.shape
+    if slices < 1 or outputs % slices:
+        raise ValueError(
+            f"Expected slices to be a divisor of the encoder's {outputs} output channels. "
+            f"Received: slices={slices}"
+        )
+    split = kernel.reshape(*spatial, channels, slices, outputs // slices)
+    matrices = np.moveaxis(split, (-2, -3), (0, 1))
+    return matrices.reshape(slices, channels * math.prod(spatial), outputs // slices)
+
+
+def recompose(encoder: Array, decoder: Array, slices: int) -> Array:
+    """Multiplies an encoder and a decoder back to the dense kernel.
+
+    Args:
+        encoder: Array `[*spatial, c/k, k·j]`.
+        decoder: Array `[k·j, f]`.
+        slices: Number of channel slices k.
+
+    Returns:
+        The dense kernel `[*spatial, c, f]` in the encoder's dtype.
+
+    Raises:
+        ValueError: If the encoder's output channels and the decoder's rows differ, or `slices`
+            does not divide them.
+
+    Example:
+        >>> recompose(np.zeros((3, 3, 4, 20)), np.zeros((20, 32)), 4).shape
+        (3, 3, 16, 32)
+    """
+    if decoder.ndim != 2 or decoder.shape[0] != encoder.shape[-1]:
+        raise ValueError(
+            f"Expected a decoder with {encoder.shape[-1]} rows, one for each output channel of "
+            f"the encoder. Received: decoder.shape={decoder.shape}"
+        )
+    *spatial, channels, outputs = encoder.shape
+    left = unfold_encoder(encoder, slices)
+    right = decoder.reshape(slices, outputs // slices, decoder.shape[1])
+    dense = (left @ right).reshape(slices * channels, *spatial, decoder.shape[1])
+    return np.moveaxis(dense, 0, -2).astype(encoder.dtype, copy=False)
