@@ -1,0 +1,34 @@
+"""keras_alds: optimal low-rank compression (ALDS) for trained Keras and TensorFlow models.
+
+```python
+small = keras_alds.compress(model, cr=0.5)  # a new model with half the parameters
+model.fit(x, y, callbacks=[keras_alds.ALDSCompress(cr=0.5, at_epoch=80)])  # the same model
+```
+
+The layers here are those of Keras 3; for tf_keras they are in `keras_alds.tf_keras`. Everything
+else works with models of both.
+"""
+
+from keras_alds._version import __version__
+from keras_alds.callbacks import ALDSCompress
+from keras_alds.compress import compress, select
+from keras_alds.layers import FactorizedConv1D, FactorizedConv2D, FactorizedDense
+from keras_alds.plan import CompressionPlan, LayerChoice
+from keras_alds.report import report
+from keras_alds.rewrite.in_place import apply_plan
+from keras_alds.rewrite.inspect import count_macs
+
+__all__ = [
+    "ALDSCompress",
+    "CompressionPlan",
+    "FactorizedConv1D",
+    "FactorizedConv2D",
+    "FactorizedDense",
+    "LayerChoice",
+    "__version__",
+    "apply_plan",
+    "compress",
+    "count_macs",
+    "report",
+    "select",
+]

@@ -1,0 +1,688 @@
+"""The one module that knows there are two Kerases, Keras 3 (`keras`) and `tf_keras`.
+
+Everything else asks `backend_of(model)` for a `Backend` and works through it, so a process may hold
+models of both kinds. The choice follows the class of the object that was given, never an
+environment variable. tf_keras is imported only once a user's own code has imported it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+Layer = Any  # a keras.layers.Layer or a tf_keras.layers.Layer
+Model = Any
+Optimizer = Any
+Variable = Any
+Undo = Callable[[], None]
+
+
+class Backend:
+    """What this package needs of a Keras and what the two Kerases do differently."""
+
+    name: str
+    keras: ModuleType
+    # Attributes of a layer that belong to its place in the graph, not to its kind.
+    _identity: tuple[str, ...]
+    # Attributes that bind methods of the object they were made for.
+    _bound: tuple[str, ...] = ()
+
+    # -- What a thing is ---------------------------------------------------------------------
+
+    def is_model(self, obj: object) -> bool:
+        """Whether `obj` is a model of this Keras."""
+        return isinstance(obj, self.keras.Model)
+
+    def is_symbolic(self, model: Model) -> bool:
+        """Whether `model` is Functional or Sequential, that is, holds its graph of layers."""
+        return isinstance(model, (self.keras.Sequential, self._functional))
+
+    @functools.cached_property
+    def _functional(self) -> type:
+        # Neither Keras names the class publicly; a model of one tensor is an instance of it.
+        tensor = self.keras.Input((1,))
+        return type(self.keras.Model(tensor, tensor))
+
+    def children(self, layer: Layer) -> list[Layer]:
+        """The layers that `layer` directly holds, in creation order (no metrics)."""
+        return list(layer._flatten_layers(include_self=False, recursive=False))
+
+    def own_variables(self, layer: Layer) -> list[Variable]:
+        """The weights that `layer` holds itself, without those of its sublayers."""
+        raise NotImplementedError
+
+    def is_compiled(self, model: Model) -> bool:
+        """Whether `compile()` was called on `model`."""
+        raise NotImplementedError
+
+    def value(self, variable: Variable) -> np.ndarray:
+        """The values of a variable as a NumPy array."""
+        return np.asarray(self.keras.ops.convert_to_numpy(variable))
+
+    # -- Looking into a forward pass ---------------------------------------------------------
+
+    def input_specs(self, model: Model) -> Any:
+        """The structure of `tf.TensorSpec` that `model` is called on (batch of one).
+
+        Raises:
+            ValueError: If the shapes are not known.
+        """
+        raise NotImplementedError
+
+    def trace_shapes(self, model: Model, layers: Sequence[Layer]) -> dict[int, list[tuple]]:
+        """Input and output shapes of every call of `layers` in one forward pass of `model`.
+
+        The pass is traced, not run: nothing is computed and no state changes.
+
+        Args:
+            model: The model.
+            layers: The layers to watch, at any depth.
+
+        Returns:
+            `{id(layer): [(input_shape, output_shape), ...]}`, shapes with a batch of one.
+        """
+        calls: dict[int, list[tuple]] = {id(layer): [] for layer in layers}
+        specs = self.input_specs(model)
+
+        def watch(layer: Layer) -> None:
+            call = layer.call
+
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                outputs = call(*args, **kwargs)
+                inputs = args[0] if args else next(iter(kwargs.values()))
+                calls[id(layer)].append((_static_shape(inputs), _static_shape(outputs)))
+                return outputs
+
+            layer.__dict__["call"] = watched
+
+        try:
+            for layer in layers:
+                watch(layer)
+            tf.function(
+                lambda inputs: model(inputs, training=False), autograph=False
+            ).get_concrete_function(specs)
+        finally:
+            for layer in layers:
+                layer.__dict__.pop("call", None)
+            if hasattr(model, "_clear_losses"):
+                model._clear_losses()
+        return calls
+
+    # -- Copies ------------------------------------------------------------------------------
+
+    def copy_model(self, model: Model) -> Model:
+        """A new model of the same class, architecture, weights and compile state.
+
+        Functional and Sequential models are cloned layer by layer, nested models included;
+        subclassed ones are made again by `from_config(get_config())`.
+
+        Raises:
+            ValueError: If a subclassed model cannot be made again from its config.
+        """
+        if self.is_symbolic(model) and _is_plain_constructor(self.keras, type(model)):
+            copy = self._clone(model)
+            if type(copy) is not type(model):
+                copy = type(model)(copy.inputs, copy.outputs, name=model.name)
+        else:
+            copy = self._copy_subclassed(model)
+        if [tuple(w.shape) for w in copy.weights] != [tuple(w.shape) for w in model.weights]:
+            raise ValueError(
+                f"Expected a copy of the model '{model.name}', made from its config, to have the "
+                f"same weights. Received: {len(copy.weights)} weights in the copy, "
+                f"{len(model.weights)} in the model, or other shapes. Make `get_config()` of "
+                f"{type(model).__name__} and of its layers return every constructor argument."
+            )
+        copy.set_weights(model.get_weights())
+        for old, new in zip(self._flatten(model), self._flatten(copy), strict=True):
+            if not self.children(old) and new.trainable != old.trainable:
+                new.trainable = old.trainable
+        if self.is_compiled(model):
+            self._copy_compile_state(model, copy)
+        return copy
+
+    def _flatten(self, layer: Layer) -> list[Layer]:
+        return list(layer._flatten_layers(include_self=False))
+
+    def _clone(self, model: Model) -> Model:
+        raise NotImplementedError
+
+    def _copy_subclassed(self, model: Model) -> Model:
+        try:
+            copy = type(model).from_config(model.get_config())
+            if copy.built and len(copy.weights) == len(model.weights):
+                return copy
+            specs = self.input_specs(model)
+            tf.function(
+                lambda inputs: copy(inputs, training=False), autograph=False
+            ).get_concrete_function(specs)
+        except Exception as error:
+            raise ValueError(
+                f"A copy of the subclassed model '{model.name}' could not be made from its config "
+                f"({type(error).__name__}: {error}). Expected `get_config()` of "
+                f"{type(model).__name__} to return every constructor argument, and `from_config` "
+                "to build the model from them. Remedy: implement both, or compress your own "
+                "second instance with `apply_plan(instance, plan)`, or compress in training with "
+                "`ALDSCompress`, which works on the model object itself."
+            ) from error
+        return copy
+
+    def _compile_arguments(self, model: Model) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _copy_compile_state(self, model: Model, copy: Model) -> None:
+        if type(model).compile is not self.keras.Model.compile:
+            config = model.get_compile_config()
+            try:
+                copy.compile_from_config(config)
+            except Exception as error:
+                warnings.warn(
+                    f"{type(model).__name__} overrides `compile()`, and its compile state could "
+                    f"not be copied ({error}): call `compile()` on the new model.",
+                    stacklevel=4,
+                )
+            return
+        arguments = self._compile_arguments(model)
+        arguments["optimizer"] = self._copy_config(arguments["optimizer"])
+        for name in ("metrics", "weighted_metrics"):
+            arguments[name] = self._copy_metrics(arguments[name])
+        copy.compile(**arguments)
+
+    def _copy_config(self, obj: Any) -> Any:
+        return type(obj).from_config(obj.get_config())
+
+    def _copy_metrics(self, metrics: Any) -> Any:
+        # Metric objects hold state; names and functions do not.
+        if isinstance(metrics, self.keras.metrics.Metric):
+            return self._copy_config(metrics)
+        if isinstance(metrics, dict):
+            return {key: self._copy_metrics(value) for key, value in metrics.items()}
+        if isinstance(metrics, (list, tuple)):
+            return [self._copy_metrics(value) for value in metrics]
+        return metrics
+
+    # -- Changing a layer in place -----------------------------------------------------------
+
+    _layers_module: str
+
+    def factorized_class(self, kind: str) -> type:
+        """This Keras's class of factorized layers for a stock kind such as `"Conv2D"`."""
+        return getattr(importlib.import_module(self._layers_module), f"Factorized{kind}")
+
+    def name_scope(self, layer: Layer) -> contextlib.AbstractContextManager[Any]:
+        """The scope that gives a layer's new variables their names."""
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def creation_scope(self, model: Model) -> Iterator[None]:
+        """Where new variables of `model` have to be made (its distribution strategy)."""
+        strategy = getattr(model, "distribute_strategy", None)
+        with strategy.scope() if strategy is not None else contextlib.nullcontext():
+            yield
+
+    def transplant(self, old: Layer, new: Layer) -> Undo:
+        """Turns the layer object `old` into what `new` is; `new` must not be used afterwards.
+
+        Class and state are replaced; the object itself, its name and its place in every graph
+        stay, so whoever holds a reference to the layer goes on holding it. The bias variable
+        stays the same object too, and with it whatever an optimizer keeps for it.
+
+        Args:
+            old: A built layer.
+            new: A built layer with the same inputs and outputs.
+
+        Returns:
+            A function that puts everything back.
+        """
+        if getattr(old, "bias", None) is not None and getattr(new, "bias", None) is not None:
+            self._share_bias(old, new)
+        before, before_class = dict(old.__dict__), type(old)
+        state = {key: value for key, value in new.__dict__.items() if key not in self._bound}
+        state.update({key: before[key] for key in self._identity if key in before})
+
+        def become(cls: type, attributes: dict[str, Any]) -> None:
+            object.__setattr__(old, "__class__", cls)
+            old.__dict__.clear()
+            old.__dict__.update(attributes)
+
+        become(type(new), state)
+        return lambda: become(before_class, before)
+
+    def _share_bias(self, old: Layer, new: Layer) -> None:
+        raise NotImplementedError
+
+    # -- Training state ----------------------------------------------------------------------
+
+    def optimizers(self, model: Model) -> list[Optimizer]:
+        """Every optimizer that `model` holds: its own and those of a custom `train_step`."""
+        base = self._optimizer_classes()
+        found: dict[int, Optimizer] = {}
+
+        def visit(value: Any, depth: int = 0) -> None:
+            if isinstance(value, base):
+                found.setdefault(id(value), value)
+                inner = self.inner_optimizer(value)
+                if inner is not None:
+                    found.setdefault(id(inner), inner)
+            elif depth < 2 and isinstance(value, dict):
+                for item in value.values():
+                    visit(item, depth + 1)
+            elif depth < 2 and isinstance(value, (list, tuple)):
+                for item in value:
+                    visit(item, depth + 1)
+
+        visit(getattr(model, "optimizer", None))
+        for value in list(vars(model).values()):
+            visit(value)
+        return list(found.values())
+
+    def _optimizer_classes(self) -> tuple[type, ...]:
+        raise NotImplementedError
+
+    def inner_optimizer(self, optimizer: Optimizer) -> Optimizer | None:
+        """The optimizer that a `LossScaleOptimizer` wraps, or None."""
+        raise NotImplementedError
+
+    def is_optimizer_built(self, optimizer: Optimizer) -> bool:
+        """Whether `optimizer` has its variables."""
+        raise NotImplementedError
+
+    def optimizer_targets(self, optimizer: Optimizer, known: list[Variable]) -> list[Variable]:
+        """The model variables that a built optimizer was built on, in order.
+
+        Args:
+            optimizer: A built optimizer.
+            known: The model's variables: tf_keras keeps no references, only keys.
+        """
+        raise NotImplementedError
+
+    def slots(
+        self, optimizer: Optimizer, targets: list[Variable]
+    ) -> dict[str, list[Variable | None]]:
+        """The optimizer's per-variable state: slot name to one variable per target."""
+        count = len(targets)
+        return {
+            name: list(value)
+            for name, value in vars(optimizer).items()
+            if name not in self._not_slots
+            and isinstance(value, list)
+            and len(value) == count
+            and all(item is None or hasattr(item, "assign") for item in value)
+        }
+
+    _not_slots: tuple[str, ...] = ()
+
+    def rebuild_optimizer(
+        self, optimizer: Optimizer, old: list[Variable], new: list[Variable]
+    ) -> Undo:
+        """Builds `optimizer` again, in place, on other model variables.
+
+        Its per-variable state starts at its initial values; iterations, learning rate, schedule
+        and every scalar (loss scale, …) keep theirs.
+
+        Args:
+            optimizer: A built optimizer.
+            old: The model variables that it was built on.
+            new: Those that it is to update from now on.
+
+        Returns:
+            A function that puts everything back.
+        """
+        raise NotImplementedError
+
+    def reset_functions(self, model: Model) -> None:
+        """Forgets the compiled step functions, and makes the train function anew if in `fit`."""
+        training = model.train_function is not None
+        model.train_function = None
+        model.test_function = None
+        model.predict_function = None
+        if training:
+            model.make_train_function(force=True)
+
+    def forget_best(self, callback: Any) -> None:
+        """Makes a stock callback forget the best value and weights that it remembers."""
+        callbacks = self.keras.callbacks
+        if isinstance(callback, (callbacks.EarlyStopping, callbacks.ReduceLROnPlateau)):
+            callback.on_train_begin()
+        elif isinstance(callback, callbacks.ModelCheckpoint) and callback.save_best_only:
+            self._forget_checkpoint(callback)
+
+    def _forget_checkpoint(self, callback: Any) -> None:
+        raise NotImplementedError
+
+
+class _Keras3(Backend):
+    name = "keras"
+    _layers_module = "keras_alds.layers"
+    keras = keras
+    _identity = (
+        "_inbound_nodes",
+        "_outbound_nodes",
+        "_name",
+        "name",
+        "_path",
+        "_parent_path",
+        "_called",
+        "_build_shapes_dict",
+        "_losses",
+        "_loss_ids",
+        "_losses_override",
+    )
+    _bound = ("build", "quantize")
+    _not_slots = ("_variables", "_trainable_variables", "_tracked")
+
+    def own_variables(self, layer: Layer) -> list[Variable]:
+        return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+    def is_compiled(self, model: Model) -> bool:
+        return bool(model.compiled)
+
+    def input_specs(self, model: Model) -> Any:
+        if self.is_symbolic(model):
+            return _specs(model.input)
+        config = model.get_build_config() if hasattr(model, "get_build_config") else None
+        shapes = (config or {}).get("input_shape") or (config or {}).get("shapes_dict")
+        if shapes is None:
+            raise ValueError(_unknown_inputs(model))
+        return _specs_from_shapes(shapes, model)
+
+    def _clone(self, model: Model) -> Model:
+        with warnings.catch_warnings():
+            # Keras tries to copy the compile state; `_copy_compile_state` does it.
+            warnings.simplefilter("ignore")
+            compiled, model.compiled = model.compiled, False
+            try:
+                return keras.models.clone_model(model, recursive=True)
+            finally:
+                model.compiled = compiled
+
+    def _compile_arguments(self, model: Model) -> dict[str, Any]:
+        return {**model._compile_config.config, "optimizer": model.optimizer}
+
+    def _share_bias(self, old: Layer, new: Layer) -> None:
+        bias, trainable = old.bias, old.bias.trainable
+        tracker = new._tracker
+        locked = tracker.locked
+        tracker.unlock()
+        tracker.untrack(new.bias)
+        bias.trainable = True  # so that it is listed where `layer.trainable = …` looks for it
+        new.bias = bias
+        bias.trainable = trainable
+        if locked:
+            tracker.lock()
+
+    def _forget_checkpoint(self, callback: Any) -> None:
+        callback.best = None
+
+    def _optimizer_classes(self) -> tuple[type, ...]:
+        return (keras.optimizers.Optimizer,)
+
+    def inner_optimizer(self, optimizer: Optimizer) -> Optimizer | None:
+        return getattr(optimizer, "inner_optimizer", None)
+
+    def is_optimizer_built(self, optimizer: Optimizer) -> bool:
+        return bool(optimizer.built)
+
+    def optimizer_targets(self, optimizer: Optimizer, known: list[Variable]) -> list[Variable]:
+        return list(optimizer._trainable_variables)
+
+    def rebuild_optimizer(
+        self, optimizer: Optimizer, old: list[Variable], new: list[Variable]
+    ) -> Undo:
+        before = dict(vars(optimizer))
+        stored = list(optimizer._variables)
+        wrapper = self.inner_optimizer(optimizer) is not None
+        dropped = {id(v) for slot in self.slots(optimizer, old).values() for v in slot}
+        # Scalars that `build` makes (loss scale, step counters, …) keep their value by attribute.
+        scalars = {
+            name: value
+            for name, value in vars(optimizer).items()
+            if isinstance(value, keras.Variable) and tuple(value.shape) == ()
+        }
+        optimizer._variables[:] = [v for v in stored if id(v) not in dropped]
+        optimizer._tracker.stored_ids["variables"] = {id(v) for v in optimizer._variables}
+        optimizer._trainable_variables_indices = {}
+        if wrapper:
+            # `LossScaleOptimizer.build` would make its counters anew and build the inner one.
+            keras.optimizers.Optimizer.build(optimizer, new)
+        else:
+            optimizer.built = False
+            optimizer.build(new)
+            for name, value in scalars.items():
+                made = getattr(optimizer, name)
+                if made is not value:
+                    made.assign(value)
+                    optimizer._tracker.untrack(value)
+
+        def undo() -> None:
+            optimizer._variables[:] = stored
+            optimizer._tracker.stored_ids["variables"] = {id(v) for v in stored}
+            optimizer.__dict__.clear()
+            optimizer.__dict__.update(before)
+
+        return undo
+
+
+class _TfKeras(Backend):
+    name = "tf_keras"
+    _layers_module = "keras_alds.tf_keras"
+    _identity = (
+        "_inbound_nodes_value",
+        "_outbound_nodes_value",
+        "_obj_reference_counts_dict",
+        "_name",
+        "_callable_losses",
+        "_losses",
+        "_build_input_shape",
+        "_saved_model_inputs_spec",
+        "_saved_model_arg_spec",
+    )
+    _not_slots = ("_variables", "_weights")
+
+    def __init__(self) -> None:
+        self.keras = sys.modules["tf_keras"]
+
+    def value(self, variable: Variable) -> np.ndarray:
+        return np.asarray(variable)
+
+    def name_scope(self, layer: Layer) -> contextlib.AbstractContextManager[Any]:
+        return tf.name_scope(layer.name)
+
+    def own_variables(self, layer: Layer) -> list[Variable]:
+        return [*layer._trainable_weights, *layer._non_trainable_weights]
+
+    def is_compiled(self, model: Model) -> bool:
+        return bool(model._is_compiled)
+
+    def input_specs(self, model: Model) -> Any:
+        if self.is_symbolic(model) and model.inputs:
+            return _specs(model.input)
+        spec = model.save_spec() if hasattr(model, "save_spec") else None
+        if spec is not None:
+            (inputs,), _ = spec
+            return _specs(inputs)
+        shapes = getattr(model, "_build_input_shape", None)
+        if shapes is None:
+            raise ValueError(_unknown_inputs(model))
+        return _specs_from_shapes(shapes, model)
+
+    def _clone(self, model: Model) -> Model:
+        return self.keras.models.clone_model(model)
+
+    def _compile_arguments(self, model: Model) -> dict[str, Any]:
+        return {
+            **model._get_compile_args(),
+            "run_eagerly": model._run_eagerly,
+            "steps_per_execution": int(model._steps_per_execution.numpy()),
+            "jit_compile": model._jit_compile,
+        }
+
+    def _share_bias(self, old: Layer, new: Layer) -> None:
+        del new.bias
+        new.bias = old.bias
+
+    def _forget_checkpoint(self, callback: Any) -> None:
+        callback.best = np.inf if callback.monitor_op is np.less else -np.inf
+
+    def _optimizer_classes(self) -> tuple[type, ...]:
+        optimizers = self.keras.optimizers
+        return (optimizers.Optimizer, optimizers.legacy.Optimizer)
+
+    def _is_legacy(self, optimizer: Optimizer) -> bool:
+        return isinstance(optimizer, self.keras.optimizers.legacy.Optimizer)
+
+    def inner_optimizer(self, optimizer: Optimizer) -> Optimizer | None:
+        if hasattr(type(optimizer), "inner_optimizer"):
+            return optimizer.inner_optimizer
+        return None
+
+    def is_optimizer_built(self, optimizer: Optimizer) -> bool:
+        if self.inner_optimizer(optimizer) is not None:
+            return False  # a wrapper holds no per-variable state: its inner optimizer does
+        if self._is_legacy(optimizer):
+            return bool(optimizer._slots)
+        return bool(getattr(optimizer, "_built", False))
+
+    def optimizer_targets(self, optimizer: Optimizer, known: list[Variable]) -> list[Variable]:
+        if self._is_legacy(optimizer):
+            return [v for v in known if any(optimizer._slots.get(_legacy_key(v), {}).values())]
+        by_key = {optimizer._var_key(v): v for v in known}
+        keys = sorted(optimizer._index_dict, key=optimizer._index_dict.get)
+        if not all(key in by_key for key in keys):
+            raise ValueError(
+                f"Expected the optimizer '{_name(optimizer)}' to update only variables that the "
+                f"model holds. Received: one that was also built on {len(set(keys) - set(by_key))} "
+                "others, and tf_keras does not keep them. Give each its own optimizer."
+            )
+        return [by_key[key] for key in keys]
+
+    def slots(
+        self, optimizer: Optimizer, targets: list[Variable]
+    ) -> dict[str, list[Variable | None]]:
+        if not self._is_legacy(optimizer):
+            return super().slots(optimizer, targets)
+        return {
+            name: [optimizer._slots.get(_legacy_key(v), {}).get(name) for v in targets]
+            for name in optimizer.get_slot_names()
+        }
+
+    def rebuild_optimizer(
+        self, optimizer: Optimizer, old: list[Variable], new: list[Variable]
+    ) -> Undo:
+        if self._is_legacy(optimizer):
+            return self._rebuild_legacy(optimizer, old, new)
+        before = dict(vars(optimizer))
+        dropped = {id(v) for slot in self.slots(optimizer, old).values() for v in slot}
+        scalars = {
+            name: value
+            for name, value in vars(optimizer).items()
+            if isinstance(value, tf.Variable) and value.shape.rank == 0
+        }
+        optimizer._variables = [v for v in optimizer._variables if id(v) not in dropped]
+        optimizer._built = False
+        optimizer.build(new)
+        for name, value in scalars.items():
+            if getattr(optimizer, name) is not value:
+                getattr(optimizer, name).assign(value)
+
+        def undo() -> None:
+            optimizer.__dict__.clear()
+            optimizer.__dict__.update(before)
+
+        return undo
+
+    def _rebuild_legacy(
+        self, optimizer: Optimizer, old: list[Variable], new: list[Variable]
+    ) -> Undo:
+        slots, weights = dict(optimizer._slots), list(optimizer._weights)
+        kept = {id(v) for v in new}
+        dropped: set[int] = set()
+        for variable in old:
+            if id(variable) not in kept:
+                dropped.update(map(id, optimizer._slots.pop(_legacy_key(variable), {}).values()))
+        optimizer._weights = [w for w in weights if id(w) not in dropped]
+        optimizer._create_all_weights(new)
+
+        def undo() -> None:
+            optimizer._slots.clear()
+            optimizer._slots.update(slots)
+            optimizer._weights = weights
+
+        return undo
+
+
+def _legacy_key(variable: Variable) -> str:
+    return getattr(variable, "_unique_id", None) or variable.name
+
+
+def _name(obj: Any) -> str:
+    return getattr(obj, "name", None) or getattr(obj, "_name", None) or type(obj).__name__
+
+
+def _is_plain_constructor(kind: ModuleType, cls: type) -> bool:
+    """Whether `cls` can be made from inputs and outputs, or from a list of layers."""
+    return cls.__init__.__module__.startswith(f"{kind.__name__}.")
+
+
+def _static_shape(value: Any) -> tuple[int, ...] | None:
+    shape = getattr(value, "shape", None)
+    return None if shape is None else tuple(shape)
+
+
+def _specs(inputs: Any) -> Any:
+    def spec(tensor: Any) -> tf.TensorSpec:
+        return tf.TensorSpec((1, *tuple(tensor.shape)[1:]), tensor.dtype)
+
+    return tf.nest.map_structure(spec, inputs)
+
+
+def _specs_from_shapes(shapes: Any, model: Model) -> Any:
+    dtype = getattr(model, "input_dtype", None) or tf.float32
+
+    def build(shape: Any) -> Any:
+        if isinstance(shape, dict):
+            return {key: build(value) for key, value in shape.items()}
+        if isinstance(shape, (list, tuple)) and any(
+            isinstance(s, (list, tuple, dict)) for s in shape
+        ):
+            return [build(s) for s in shape]
+        return tf.TensorSpec((1, *tuple(shape)[1:]), dtype)
+
+    return build(shapes)
+
+
+def _unknown_inputs(model: Model) -> str:
+    return (
+        f"Expected the model '{model.name}' to know the shape of its inputs. Received: a "
+        f"{type(model).__name__} that does not. Call it once on a batch, or `build()` it."
+    )
+
+
+_BACKENDS: dict[str, Backend] = {}
+
+
+def backend_of(model: object) -> Backend:
+    """The backend of the Keras that `model` (a model or layer) belongs to.
+
+    Raises:
+        ValueError: If it belongs to neither Keras.
+    """
+    for name, kind in (("keras", _Keras3), ("tf_keras", _TfKeras)):
+        module = sys.modules.get(name)
+        if module is not None and isinstance(model, module.layers.Layer):
+            if name not in _BACKENDS:
+                _BACKENDS[name] = kind()
+            return _BACKENDS[name]
+    raise ValueError(
+        "Expected `model` to be a built `keras.Model` or `tf_keras.Model`. "
+        f"Received: model={model!r} of type {type(model).__name__}"
+    )

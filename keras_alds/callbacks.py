@@ -1,0 +1,219 @@
+"""`ALDSCompress`: compression inside `model.fit`."""
+
+from __future__ import annotations
+
+import numbers
+import sys
+import time
+import warnings
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_alds import _backend
+from keras_alds.compress import Options, Problem, check_model, select_with
+from keras_alds.plan import CompressionPlan, removed_fraction
+from keras_alds.rewrite import inspect
+from keras_alds.rewrite.in_place import apply_plan
+
+
+class ALDSCompress(keras.callbacks.Callback):
+    """Compresses the model that is being trained, and lets its training go on.
+
+    Before epoch index `at_epoch` (counted from 0) starts, slices and ranks are chosen for the
+    weights of that moment, and the layers are factorized **in place**: the model, its layers and
+    their names stay the same objects. The callback works in `fit` of Keras 3 and of tf_keras.
+
+    What carries on in every optimizer of the model: `iterations`, the learning rate and its
+    schedule, the loss scale, and all state of the variables that stay (biases and
+    BatchNormalization included). For a factorized kernel W ≈ E D, state that is linear in past
+    gradients G (momentum, first moments, accumulated gradients) becomes that of the factors by
+    the chain rule, G Dᵀ and Eᵀ G; second moments by the squared factors, their expectation for
+    uncorrelated gradients; averages of weights (EMA) start at the factors. This is done for SGD,
+    Adam, AdamW, Adamax, Nadam, Lion, RMSprop, Adagrad and Adadelta; whatever else an optimizer
+    keeps for a factor (RMSprop's momentum, Adamax's norm, the state of other optimizers) starts
+    at its initial value.
+
+    What other callbacks remember of the dense model is forgotten at that moment: the best value
+    and weights of `EarlyStopping`, the best value of `ModelCheckpoint(save_best_only=True)`,
+    whose file then becomes the best *compressed* model, and the waiting of `ReduceLROnPlateau`.
+    `BackupAndRestore` saves weights of both shapes and cannot resume across the compression.
+
+    Every epoch's `logs`, and so the history, get `alds_cr`, the fraction of parameters removed so
+    far, and `alds_params`, the number of parameters.
+
+    If training starts after `at_epoch` (`initial_epoch`), a model that is not compressed yet is
+    compressed before its first epoch; one that is, is trained on as it is.
+
+    Args:
+        cr: Float, 0 < cr < 1. The fraction to remove; see `select`.
+        at_epoch: Integer >= 0. Index of the epoch before which to compress, as in
+            `initial_epoch`.
+        method: As for `select`.
+        objective: As for `select`.
+        error: As for `select`.
+        exclude: As for `select`.
+        max_slices: As for `select`.
+        rank_multiple: As for `select`.
+        plan: A `CompressionPlan` to apply instead of selecting one; then `cr` is to be None.
+        verbose: 0 for silence, else one line is printed at the compression. Defaults to 1.
+
+    Attributes:
+        plan: The `CompressionPlan`, once the model is compressed.
+
+    Raises:
+        ValueError: From the constructor for a bad argument; from `fit`, before anything is
+            changed, for a model that cannot be compressed (see `select`): when training starts,
+            for what does not depend on the weights, else at `at_epoch`.
+
+    Example:
+    ```python
+    model.fit(x, y, epochs=120, callbacks=[keras_alds.ALDSCompress(cr=0.5, at_epoch=80)])
+    ```
+
+    References:
+        Liebenwein et al., NeurIPS 2021, arXiv:2107.11442, section 3: train, compress, retrain.
+    """
+
+    def __init__(
+        self,
+        cr: float | None = None,
+        at_epoch: int = 0,
+        *,
+        method: str = "alds",
+        objective: str = "params",
+        error: str | None = None,
+        exclude: Any = (),
+        max_slices: int | None = None,
+        rank_multiple: int = 1,
+        plan: CompressionPlan | None = None,
+        verbose: int = 1,
+    ) -> None:
+        super().__init__()
+        if (cr is None) == (plan is None):
+            raise ValueError(
+                f"Expected either `cr` or `plan`. Received: cr={cr!r}, "
+                f"plan={'a plan' if plan is not None else None}"
+            )
+        if isinstance(at_epoch, bool) or not isinstance(at_epoch, numbers.Integral) or at_epoch < 0:
+            raise ValueError(
+                "Expected `at_epoch`, the index of an epoch, to be an integer >= 0. "
+                f"Received: at_epoch={at_epoch!r}"
+            )
+        self._options = (
+            None
+            if cr is None
+            else Options(cr, method, objective, error, exclude, max_slices, rank_multiple)
+        )
+        self._given_plan = plan
+        self.at_epoch = int(at_epoch)
+        self.verbose = verbose
+        self.plan: CompressionPlan | None = None
+        self._done = False
+        self._started = False
+        self._params_before: int | None = None
+        self._watched: list[tuple[Any, np.ndarray]] = []
+
+    # tf_keras asks every callback whether it implements hooks for batches.
+    def _implements_train_batch_hooks(self) -> bool:
+        return False
+
+    _implements_test_batch_hooks = _implements_train_batch_hooks
+    _implements_predict_batch_hooks = _implements_train_batch_hooks
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Raises what can be known to be wrong before the first epoch."""
+        self._done = False
+        self._started = False
+        self._watched = []
+        self._params_before = int(self.model.count_params()) if self.model.built else None
+        if self.model.built and self._options and not self._factorized_layers():
+            Problem.of(self.model, self._options)
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Compresses the model if it is time."""
+        resumed = not self._started and epoch > self.at_epoch
+        self._started = True
+        if self._done or epoch < self.at_epoch:
+            return
+        if resumed and self._factorized_layers():
+            self._done = True
+            self._say(f"epoch {epoch}: the model is compressed already, training goes on")
+            return
+        self._compress(epoch)
+
+    def _compress(self, epoch: int) -> None:
+        start = time.perf_counter()
+        model = self.model
+        check_model(model)
+        plan = self._given_plan or select_with(model, self._required_options)
+        self._params_before = int(model.count_params())
+        apply_plan(model, plan)
+        self.plan, self._done = plan, True
+        backend = _backend.backend_of(model)
+        for callback in self._siblings():
+            backend.forget_best(callback)
+        layers = [layer for layer in self._factorized_layers() if layer.trainable]
+        self._watched = [(layer.decoder, backend.value(layer.decoder)) for layer in layers]
+        self._say(
+            f"epoch {epoch}: {self._params_before:,} → {int(model.count_params()):,} parameters "
+            f"(cr={self._cr():.4f}), {len(plan.factorized)} layers factorized in "
+            f"{time.perf_counter() - start:.1f} s"
+        )
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Adds `alds_cr` and `alds_params` to the logs."""
+        if logs is not None:
+            logs["alds_cr"] = self._cr()
+            logs["alds_params"] = int(self.model.count_params())
+        if self._watched:
+            value = _backend.backend_of(self.model).value
+            if all(np.array_equal(value(variable), old) for variable, old in self._watched):
+                warnings.warn(
+                    "No factor has moved in the first epoch after the compression. If the learning "
+                    "rate is not zero, then something still runs a graph of the dense model: do "
+                    "not wrap `train_step` in a `tf.function` of your own, Keras does it.",
+                    stacklevel=2,
+                )
+            self._watched = []
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Warns if the training ended before `at_epoch`."""
+        if not self._done:
+            warnings.warn(
+                f"The model was not compressed: training ended before epoch index "
+                f"at_epoch={self.at_epoch} (epochs are counted from 0). Received: "
+                f"epochs={self.params.get('epochs')}",
+                stacklevel=2,
+            )
+
+    @property
+    def _required_options(self) -> Options:
+        if self._options is None:
+            raise ValueError("Expected `cr`. Received: cr=None")
+        return self._options
+
+    def _cr(self) -> float:
+        before = self._params_before
+        return removed_fraction(before, int(self.model.count_params())) if before else 0.0
+
+    def _factorized_layers(self) -> list[Any]:
+        return [layer for _, layer in inspect.walk(self.model) if inspect.is_factorized(layer)]
+
+    def _say(self, line: str) -> None:
+        if self.verbose:
+            print(f"ALDSCompress: {line}")
+
+    def _siblings(self) -> list[Any]:
+        """The callbacks that run beside this one.
+
+        Keras hands a callback its model, not its list; but the list is what is calling.
+        """
+        frame = sys._getframe()
+        while frame.f_back is not None:
+            frame = frame.f_back
+            callbacks = getattr(frame.f_locals.get("self"), "callbacks", None)
+            if isinstance(callbacks, list) and any(callback is self for callback in callbacks):
+                return [callback for callback in callbacks if callback is not self]
+        return []

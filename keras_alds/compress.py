@@ -1,0 +1,457 @@
+"""`select` and `compress`: from a model to a plan, and from a plan to a smaller model."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import numbers
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from keras_alds import _backend
+from keras_alds.core.choices import ChoiceTable, choice_table
+from keras_alds.core.errors import get_error
+from keras_alds.core.methods import get_method
+from keras_alds.core.slicing import divisors, full_rank, weights
+from keras_alds.core.solvers import InfeasibleBudget
+from keras_alds.core.spectra import Spectra, spectra_many
+from keras_alds.plan import CompressionPlan, LayerChoice, allowed_after, removed_fraction
+from keras_alds.rewrite import inspect
+from keras_alds.rewrite.in_place import already_compressed, apply_plan, match
+
+OBJECTIVES = ("params", "macs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options that `select`, `compress` and `ALDSCompress` share, checked."""
+
+    cr: float
+    method: str = "alds"
+    objective: str = "params"
+    error: str | None = None
+    exclude: Any = ()
+    max_slices: int | None = None
+    rank_multiple: int = 1
+
+    def __post_init__(self) -> None:
+        check_cr(self.cr)
+        get_method(self.method, self.error)
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"Expected `objective` to be one of {', '.join(map(repr, OBJECTIVES))}. "
+                f"Received: objective={self.objective!r}"
+            )
+        object.__setattr__(self, "exclude", tuple(inspect.check_exclude(self.exclude)))
+        for name in ("max_slices", "rank_multiple"):
+            value = getattr(self, name)
+            if name == "max_slices" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+                raise ValueError(
+                    f"Expected `{name}` to be a positive integer. Received: {name}={value!r}"
+                )
+
+
+def check_cr(cr: Any) -> None:
+    """Raises a ValueError unless `cr` is a number strictly between 0 and 1."""
+    if isinstance(cr, bool) or not isinstance(cr, numbers.Real) or not 0 < float(cr) < 1:
+        raise ValueError(
+            "Expected `cr`, the fraction to remove, to be a number with 0 < cr < 1. "
+            f"Received: cr={cr!r} of type {type(cr).__name__}"
+        )
+
+
+def select(
+    model: Any,
+    cr: float,
+    *,
+    method: str = "alds",
+    objective: str = "params",
+    error: str | None = None,
+    exclude: Any = (),
+    max_slices: int | None = None,
+    rank_multiple: int = 1,
+) -> CompressionPlan:
+    """Chooses slices and rank for every layer, together, so that the fraction `cr` is removed.
+
+    The model is not changed. Spectra are computed once for each kernel and kept as long as the
+    layer and its values stay: a second call for the same model, with whatever `cr`, method or
+    objective, takes only the solver's milliseconds. The same weights give the same plan, bit for
+    bit, in any process.
+
+    Args:
+        model: A built `keras.Model` or `tf_keras.Model` of any kind: Functional, Sequential,
+            nested, or subclassed.
+        cr: Float, 0 < cr < 1. Fraction to remove: with `objective="params"` of all the model's
+            parameters, BatchNormalization, biases and untouched layers included, so that
+            `1 - compressed.count_params() / model.count_params() >= cr`; with
+            `objective="macs"` of its multiply–accumulates (see `count_macs`).
+        method: String. `"alds"`, the paper's: minimise the largest relative error of any layer,
+            solved exactly; or `"energy"`: minimise the sum of the layers' relative squared
+            errors. Defaults to `"alds"`.
+        objective: String, `"params"` or `"macs"`. Defaults to `"params"`.
+        error: String or None. Another error measure for the method: `"slice"`, `"bound"`,
+            `"spectral"` or `"energy"`. Defaults to the method's own (`"slice"` for `"alds"`).
+        exclude: Layers to leave alone: a name, a path (`"encoder/conv1"`), a regular expression
+            that matches one as a whole, a compiled pattern (searched), a layer class, or a list
+            of these. Defaults to none.
+        max_slices: Integer or None. Largest number of slices k. Many slices keep more accuracy
+            and run slower. Defaults to no limit.
+        rank_multiple: Integer. Ranks j are multiples of it (4 or 8 fill vector lanes). Defaults
+            to 1.
+
+    Returns:
+        A `CompressionPlan`. It names every layer that is left alone, and why.
+
+    Raises:
+        ValueError: If an argument is not as above; if the model is not built, holds no layer that
+            can be factorized, is already compressed, or has weights that are not finite; or if
+            `cr` is not reachable: the text then says what is.
+
+    Example:
+    ```python
+    plan = keras_alds.select(model, cr=0.5)
+    plan.summary()
+    ```
+
+    References:
+        Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal
+        Layer-wise Decomposition", NeurIPS 2021, arXiv:2107.11442; Theorem 1 and Algorithm 1, whose
+        search the exact min–max solver replaces.
+    """
+    options = Options(cr, method, objective, error, exclude, max_slices, rank_multiple)
+    return select_with(model, options)
+
+
+def select_with(model: Any, options: Options) -> CompressionPlan:
+    """`select` with options that are already checked."""
+    problem = Problem.of(model, options)
+    method = get_method(options.method, options.error)
+    tables = problem.tables(method.error)
+    try:
+        candidates, solution = method.solve(tables, problem.budget)
+    except InfeasibleBudget as infeasible:
+        raise ValueError(problem.unreachable(infeasible.required)) from None
+    rows = zip(candidates, solution.indices, strict=True)
+    choices = tuple(
+        problem.choice(spec, *next(rows)) if spec.reason is None else problem.left_alone(spec)
+        for spec in problem.specs
+    )
+    saved = sum(choice.params_before - choice.params_after for choice in choices)
+    saved_macs = sum((c.macs_before or 0) - (c.macs_after or 0) for c in choices)
+    macs = None if problem.macs is None else sum(problem.macs.values())
+    return CompressionPlan(
+        requested_cr=float(options.cr),
+        method=options.method,
+        error_measure=method.error,
+        objective=options.objective,
+        params_before=problem.params,
+        params_after=problem.params - saved,
+        macs_before=macs,
+        macs_after=None if macs is None else macs - saved_macs,
+        choices=choices,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A model and what is to be removed of it, in integers.
+
+    Attributes:
+        name: The model's name.
+        specs: The layers that hold weights.
+        params: All parameters of the model.
+        macs: Multiply–accumulates by layer id; None unless they are the objective.
+        options: The options.
+    """
+
+    name: str
+    specs: list[inspect.LayerSpec]
+    params: int
+    macs: dict[int, int] | None
+    options: Options
+
+    @classmethod
+    def of(cls, model: Any, options: Options) -> Problem:
+        """Inspects `model`.
+
+        Raises:
+            ValueError: If `model` is not a built model that can be compressed, or if
+                `options.cr` is not reachable whatever its weights are.
+        """
+        check_model(model)
+        specs, unmatched = inspect.inspect_model(model, options.exclude)
+        factorized = [
+            spec for spec in specs if inspect.is_factorized(spec.layer) and not spec.excluded
+        ]
+        if factorized:
+            raise ValueError(already_compressed(factorized))
+        if not any(spec.reason is None for spec in specs):
+            reasons = "; ".join(f"'{spec.path}': {spec.reason}" for spec in specs[:5])
+            raise ValueError(
+                f"Expected the model '{model.name}' to hold a layer that can be factorized "
+                f"({', '.join(inspect.FACTORIZED_KINDS)}). "
+                f"Received: none ({reasons or 'no weights at all'})"
+            )
+        for item in unmatched:
+            warnings.warn(
+                f"`exclude` entry {item!r} matches no layer with weights of the model "
+                f"'{model.name}'.",
+                stacklevel=4,
+            )
+        macs = None
+        if options.objective == "macs":
+            macs = inspect.layer_macs(model)
+            specs = [
+                spec
+                if spec.reason or macs.get(id(spec.layer))
+                else dataclasses.replace(spec, reason="the forward pass does not call it")
+                for spec in specs
+            ]
+        problem = cls(model.name, specs, int(model.count_params()), macs, options)
+        required = sum(problem.smallest_cost(spec) for spec in problem.candidates)
+        if required > problem.budget:
+            raise ValueError(problem.unreachable(required))
+        return problem
+
+    @property
+    def candidates(self) -> list[inspect.LayerSpec]:
+        """The layers that can be factorized."""
+        return [spec for spec in self.specs if spec.reason is None]
+
+    @property
+    def total(self) -> int:
+        """What the objective counts, of the whole model."""
+        return self.params if self.macs is None else sum(self.macs.values())
+
+    def cost_per_weight(self, spec: inspect.LayerSpec) -> int:
+        """What one kernel weight of a layer costs: 1, or its multiply–accumulates."""
+        if self.macs is None:
+            return 1
+        return self.macs.get(id(spec.layer), 0) // math.prod(spec.kernel_shape or ())
+
+    def dense_cost(self, spec: inspect.LayerSpec) -> int:
+        """What a layer's kernel costs as it is."""
+        return self.cost_per_weight(spec) * math.prod(spec.kernel_shape or ())
+
+    def smallest_cost(self, spec: inspect.LayerSpec) -> int:
+        """What a layer's kernel costs in its smallest allowed form."""
+        shape = spec.kernel_shape or ()
+        multiple, most = self.options.rank_multiple, self.options.max_slices
+        sizes = [
+            weights(shape, k, multiple)
+            for k in divisors(shape[-2])
+            if (most is None or k <= most) and multiple <= full_rank(shape, k)
+        ]
+        return self.cost_per_weight(spec) * min([*sizes, math.prod(shape)])
+
+    @property
+    def fixed_cost(self) -> int:
+        """What everything else costs."""
+        return self.total - sum(map(self.dense_cost, self.candidates))
+
+    @property
+    def budget(self) -> int:
+        """What the candidates' kernels may cost together."""
+        return allowed_after(self.total, self.options.cr) - self.fixed_cost
+
+    def unreachable(self, required: int) -> str:
+        """The error text for a `cr` that even the smallest choice everywhere does not reach."""
+        best = removed_fraction(self.total, required + self.fixed_cost)
+        return (
+            f"cr={self.options.cr} is not reachable for the model '{self.name}' with "
+            f"objective={self.options.objective!r}: expected 0 < cr <= "
+            f"{math.floor(best * 1e4) / 1e4:.4f}, with rank {self.options.rank_multiple} "
+            "everywhere. Received: "
+            f"cr={self.options.cr}. A larger part of it lies in what is left alone: "
+            f"{self.fixed_cost:,} of {self.total:,} (see `select(…).summary()`)."
+        )
+
+    def tables(self, error: str) -> list[ChoiceTable]:
+        """The choices of every candidate."""
+        return [
+            entry.table(
+                error,
+                cost_per_weight=self.cost_per_weight(spec),
+                max_slices=self.options.max_slices,
+                rank_multiple=self.options.rank_multiple,
+            )
+            for spec, entry in zip(self.candidates, _entries(self.candidates), strict=True)
+        ]
+
+    def choice(self, spec: inspect.LayerSpec, table: ChoiceTable, row: int) -> LayerChoice:
+        """The record of a candidate for which the solver took row `row` of its table."""
+        slices, rank = int(table.slices[row]), int(table.rank[row])
+        if slices == 0:
+            reason = (
+                "the budget leaves it whole"
+                if len(table) > 1
+                else f"no allowed choice is smaller (max_slices={self.options.max_slices}, "
+                f"rank_multiple={self.options.rank_multiple})"
+            )
+            return dataclasses.replace(self.left_alone(spec), reason=reason)
+        shape = spec.kernel_shape or ()
+        saved = math.prod(shape) - weights(shape, slices, rank)
+        macs = None if self.macs is None else self.macs.get(id(spec.layer), 0)
+        return dataclasses.replace(
+            self.left_alone(spec),
+            slices=slices,
+            rank=rank,
+            scheme=int(table.scheme[row]),
+            params_after=spec.params - saved,
+            macs_after=None if macs is None else macs - saved * self.cost_per_weight(spec),
+            error=float(table.error[row]),
+            reason=None,
+        )
+
+    def left_alone(self, spec: inspect.LayerSpec) -> LayerChoice:
+        """The record of a layer that stays as it is."""
+        macs = None if self.macs is None else self.macs.get(id(spec.layer), 0)
+        return LayerChoice(
+            layer=spec.path,
+            kind=spec.kind,
+            kernel_shape=spec.kernel_shape,
+            slices=None,
+            rank=None,
+            scheme=None,
+            params_before=spec.params,
+            params_after=spec.params,
+            macs_before=macs,
+            macs_after=macs,
+            error=0.0,
+            reason=spec.reason,
+        )
+
+
+def check_model(model: Any) -> None:
+    """Raises a ValueError unless `model` is a built model of either Keras."""
+    backend = _backend.backend_of(model)
+    if not backend.is_model(model):
+        raise ValueError(
+            f"Expected `model` to be a `{backend.name}.Model`. "
+            f"Received: model={model!r} of type {type(model).__name__}"
+        )
+    if not model.built or not model.weights:
+        raise ValueError(
+            f"Expected the model '{model.name}' to be built. Received: a model without weights. "
+            "Call it once on a batch, or `model.build(input_shape)`."
+        )
+
+
+@dataclasses.dataclass
+class _Entry:
+    """The spectra of one layer's kernel, and the tables made of them."""
+
+    digest: bytes
+    spectra: Spectra
+    kernel: Callable[[], np.ndarray]
+    tables: dict[tuple, ChoiceTable] = dataclasses.field(default_factory=dict)
+
+    def table(self, error: str, **options: Any) -> ChoiceTable:
+        key = (error, *options.values())
+        if key not in self.tables:
+            self.tables[key] = choice_table(
+                self.spectra,
+                error=error,
+                kernel=self.kernel() if get_error(error).needs_kernel else None,
+                **options,
+            )
+        return self.tables[key]
+
+
+# Layers of either Kind hash by identity, and an entry goes when its layer does.
+_CACHE: weakref.WeakKeyDictionary[Any, _Entry] = weakref.WeakKeyDictionary()
+
+
+def _entries(specs: list[inspect.LayerSpec]) -> list[_Entry]:
+    """The cached or new spectra of every layer's kernel."""
+    stale: list[tuple[inspect.LayerSpec, bytes, np.ndarray]] = []
+    for spec in specs:
+        kernel = np.ascontiguousarray(inspect.kernel_values(spec.layer))
+        digest = hashlib.sha256(kernel).digest()
+        entry = _CACHE.get(spec.layer)
+        if entry is None or entry.digest != digest:
+            if not np.isfinite(kernel).all():
+                raise ValueError(
+                    f"Expected finite weights. Received: NaN or infinity in the kernel of layer "
+                    f"'{spec.path}'. Look for the step at which training diverged."
+                )
+            stale.append((spec, digest, kernel))
+    spectra = spectra_many([kernel for _, _, kernel in stale])
+    for (spec, digest, _), found in zip(stale, spectra, strict=True):
+        reference = weakref.ref(spec.layer)
+        _CACHE[spec.layer] = _Entry(
+            digest, found, lambda reference=reference: inspect.kernel_values(reference())
+        )
+    return [_CACHE[spec.layer] for spec in specs]
+
+
+def compress(
+    model: Any,
+    cr: float | None = None,
+    *,
+    plan: CompressionPlan | None = None,
+    method: str = "alds",
+    objective: str = "params",
+    error: str | None = None,
+    exclude: Any = (),
+    max_slices: int | None = None,
+    rank_multiple: int = 1,
+) -> Any:
+    """Returns a new, smaller model; `model` is untouched.
+
+    The new model has the class, the names and the graph of `model`; every layer that the plan
+    factorizes is a `FactorizedConv2D`, `FactorizedDense` or `FactorizedConv1D`. Frozen layers stay
+    frozen. A compiled model comes back compiled, with an optimizer of the same class and
+    settings (its state new), the same loss and metrics.
+
+    Functional and Sequential models are cloned. A subclassed model is made again by
+    `from_config(get_config())` and its layers are then factorized in place; its code goes on
+    making the original layers, so to load its saved weights later, apply the plan to a fresh
+    instance first: `apply_plan(MyModel(), plan)`, then `load_weights`.
+
+    Args:
+        model: A built `keras.Model` or `tf_keras.Model`.
+        cr: Float, 0 < cr < 1. The fraction to remove; see `select`.
+        plan: A `CompressionPlan` made by `select` for this model or one of the same
+            architecture, instead of `cr` and the options below.
+        method: As for `select`.
+        objective: As for `select`.
+        error: As for `select`.
+        exclude: As for `select`.
+        max_slices: As for `select`.
+        rank_multiple: As for `select`.
+
+    Returns:
+        A new model of the same Keras.
+
+    Raises:
+        ValueError: As `select`; if both or neither of `cr` and `plan` are given; if `plan` was
+            made for another model; or if a subclassed model cannot be made from its config.
+
+    Example:
+    ```python
+    small = keras_alds.compress(model, cr=0.5)
+    1 - small.count_params() / model.count_params()  # at least 0.5
+    ```
+    """
+    if (cr is None) == (plan is None):
+        raise ValueError(
+            f"Expected either `cr` or `plan`. Received: cr={cr!r}, "
+            f"plan={'a plan' if plan is not None else None}"
+        )
+    if plan is None:
+        options = Options(cr, method, objective, error, exclude, max_slices, rank_multiple)  # type: ignore[arg-type]
+        plan = select_with(model, options)
+    else:
+        check_model(model)
+        match(model, plan)
+    copy = _backend.backend_of(model).copy_model(model)
+    apply_plan(copy, plan)
+    return copy

@@ -1,0 +1,213 @@
+"""`CompressionPlan`: what was chosen for every layer, and why a layer was left alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+PLAN_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerChoice:
+    """What a plan says of one layer that holds weights.
+
+    Attributes:
+        layer: The layer's name; inside nested models the names on the way, joined by `/`.
+        kind: The layer's class name, such as `"Conv2D"`.
+        kernel_shape: Shape of the dense kernel, `(*kernel_size, channels, filters)`, or None for
+            a layer without a kernel that could be factorized.
+        slices: Number of channel slices k, or None if the layer is left alone.
+        rank: Rank j of every slice, or None if the layer is left alone.
+        scheme: Fold scheme of the unfolding (0: filters × (channels, kernel)), or None.
+        params_before: Parameters of the layer before, biases included.
+        params_after: Parameters of the layer afterwards.
+        macs_before: Multiply–accumulates of one forward pass of one example before, all calls of
+            a shared layer together; None unless the plan was made for MACs.
+        macs_after: The same afterwards.
+        error: The error measure of the choice (0 for a layer that is left alone).
+        reason: Why the layer is left alone, or None if it is factorized.
+    """
+
+    layer: str
+    kind: str
+    kernel_shape: tuple[int, ...] | None
+    slices: int | None
+    rank: int | None
+    scheme: int | None
+    params_before: int
+    params_after: int
+    macs_before: int | None
+    macs_after: int | None
+    error: float
+    reason: str | None
+
+    @property
+    def factorized(self) -> bool:
+        """Whether the plan factorizes this layer."""
+        return self.reason is None
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressionPlan:
+    """One choice of slices and rank for every layer of a model; made by `keras_alds.select`.
+
+    A plan is data: it holds no weights, can be saved as JSON, and makes the same model from the
+    same weights every time.
+
+    Attributes:
+        requested_cr: The fraction that was asked to be removed.
+        method: Name of the method, such as `"alds"`.
+        error_measure: Name of the error measure, such as `"slice"`.
+        objective: What `cr` counts: `"params"` or `"macs"`.
+        params_before: All parameters of the model before, as `model.count_params()`.
+        params_after: All parameters afterwards.
+        macs_before: Multiply–accumulates before, or None unless the objective is `"macs"`.
+        macs_after: The same afterwards.
+        choices: One `LayerChoice` for every layer that holds weights, in the model's order.
+        version: Version of the JSON form.
+
+    Example:
+    ```python
+    plan = keras_alds.select(model, cr=0.5)
+    plan.summary()
+    plan.save("plan.json")
+    small = keras_alds.compress(model, plan=keras_alds.CompressionPlan.load("plan.json"))
+    ```
+    """
+
+    requested_cr: float
+    method: str
+    error_measure: str
+    objective: str
+    params_before: int
+    params_after: int
+    macs_before: int | None
+    macs_after: int | None
+    choices: tuple[LayerChoice, ...]
+    version: int = PLAN_VERSION
+
+    @property
+    def cr(self) -> float:
+        """The achieved fraction removed, in what the objective counts; never below the request."""
+        return self.reduction(self.objective)
+
+    def reduction(self, objective: str) -> float:
+        """The fraction of `"params"` or `"macs"` that the plan removes.
+
+        Raises:
+            ValueError: If the plan does not know the MACs.
+        """
+        before, after = {
+            "params": (self.params_before, self.params_after),
+            "macs": (self.macs_before, self.macs_after),
+        }[objective]
+        if before is None or after is None:
+            raise ValueError(
+                f"Expected a plan that was made with objective={objective!r}. "
+                f"Received: one made with objective={self.objective!r}"
+            )
+        return removed_fraction(before, after)
+
+    @property
+    def factorized(self) -> tuple[LayerChoice, ...]:
+        """The choices of the layers that are factorized."""
+        return tuple(choice for choice in self.choices if choice.factorized)
+
+    @property
+    def max_error(self) -> float:
+        """The largest error of any layer: what the min–max method minimises."""
+        return max((choice.error for choice in self.choices), default=0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain Python values that JSON can hold."""
+        return {"format": "keras_alds.CompressionPlan", **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> CompressionPlan:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: If `data` is not a plan, or one of a version this package does not know.
+        """
+        if not isinstance(data, dict) or data.get("format") != "keras_alds.CompressionPlan":
+            raise ValueError(
+                "Expected the JSON of a keras_alds compression plan. "
+                f"Received: format={data.get('format') if isinstance(data, dict) else data!r}"
+            )
+        if data.get("version") != PLAN_VERSION:
+            raise ValueError(
+                f"Expected a compression plan of version {PLAN_VERSION}. "
+                f"Received: version={data.get('version')!r}. Make the plan anew with `select`."
+            )
+        fields = {key: value for key, value in data.items() if key != "format"}
+        try:
+            fields["choices"] = tuple(
+                LayerChoice(
+                    **{
+                        **choice,
+                        "kernel_shape": choice["kernel_shape"] and tuple(choice["kernel_shape"]),
+                    }
+                )
+                for choice in fields["choices"]
+            )
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                "Expected a compression plan with the fields of `CompressionPlan` and "
+                f"`LayerChoice`. Received: one that does not fit ({error})"
+            ) from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan to `path` as JSON."""
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(self.to_dict(), file, indent=1)
+            file.write("\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CompressionPlan:
+        """Reads a plan that `save` wrote.
+
+        Raises:
+            ValueError: If the file is not such a plan.
+        """
+        with open(path, encoding="utf-8") as file:
+            try:
+                data = json.load(file)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"Expected the JSON of a compression plan in {os.fspath(path)!r}. "
+                    f"Received: text that is not JSON ({error})"
+                ) from error
+        return cls.from_dict(data)
+
+    def summary(
+        self, print_fn: Callable[[str], object] | None = None, line_length: int | None = None
+    ) -> None:
+        """Prints a table of the choices, like Keras's `Model.summary()`.
+
+        Args:
+            print_fn: Called with the text; default: standard output, in colour on a terminal.
+            line_length: Width of the table in characters; default: the terminal's.
+        """
+        from keras_alds.report import print_plan
+
+        print_plan(self, print_fn=print_fn, line_length=line_length)
+
+
+def removed_fraction(before: int, after: int) -> float:
+    """The compression ratio `cr`: the fraction of `before` that is not in `after`."""
+    return 1 - after / before
+
+
+def allowed_after(before: int, cr: float) -> int:
+    """The largest count that `removed_fraction` still reports as at least `cr`."""
+    after = int((1 - cr) * before)
+    while removed_fraction(before, after) < cr:
+        after -= 1
+    while removed_fraction(before, after + 1) >= cr:
+        after += 1
+    return after

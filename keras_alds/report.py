@@ -1,0 +1,215 @@
+"""Printed reports: the table of a plan, and before against after."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from keras_alds.plan import CompressionPlan, removed_fraction
+from keras_alds.rewrite.inspect import count_macs
+
+PrintFn = Callable[[str], object]
+
+
+def print_plan(
+    plan: CompressionPlan, *, print_fn: PrintFn | None = None, line_length: int | None = None
+) -> None:
+    """Prints the choices of `plan`; see `CompressionPlan.summary`."""
+    macs = plan.macs_before is not None
+    columns = ["Layer (type)", "Kernel", "Slices", "Rank", "Params"]
+    columns += (["MACs"] if macs else []) + ["Error"]
+    rows, without_kernel = [], []
+    for choice in plan.choices:
+        if choice.kernel_shape is None and not choice.factorized and _is_vector_only(choice.reason):
+            without_kernel.append(choice)
+            continue
+        row = [
+            f"{choice.layer} ({choice.kind})",
+            "×".join(map(str, choice.kernel_shape or ())) or "–",
+            str(choice.slices or "–"),
+            str(choice.rank or "–"),
+            _change(choice.params_before, choice.params_after),
+        ]
+        if macs:
+            row.append(_change(choice.macs_before or 0, choice.macs_after or 0))
+        row.append(f"{choice.error:.4f}" if choice.factorized else f"left alone: {choice.reason}")
+        rows.append(row)
+    lines = [
+        f"Total params: {_change(plan.params_before, plan.params_after)}"
+        f" ({plan.reduction('params'):.2%} removed)"
+    ]
+    if macs:
+        lines.append(
+            f"Total MACs: {_change(plan.macs_before or 0, plan.macs_after or 0)}"
+            f" ({plan.reduction('macs'):.2%} removed)"
+        )
+    if without_kernel:
+        kinds = ", ".join(sorted({choice.kind for choice in without_kernel}))
+        params = sum(choice.params_before for choice in without_kernel)
+        lines.append(
+            f"Left alone, with no kernel to factorize: {len(without_kernel)} layers ({kinds}), "
+            f"{params:,} params"
+        )
+    title = (
+        f"Compression plan: cr={plan.requested_cr:g} of {plan.objective} requested, "
+        f"{plan.cr:.4f} achieved; method={plan.method!r}, error={plan.error_measure!r}"
+    )
+    print_table(title, columns, rows, lines, print_fn=print_fn, line_length=line_length)
+
+
+def _is_vector_only(reason: str | None) -> bool:
+    return reason is not None and reason.endswith("has no kernel to factorize")
+
+
+def _change(before: int, after: int) -> str:
+    return f"{before:,}" if before == after else f"{before:,} → {after:,}"
+
+
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    lines: Sequence[str] = (),
+    *,
+    print_fn: PrintFn | None = None,
+    line_length: int | None = None,
+) -> None:
+    """Prints a table: in colour on a terminal, as plain Markdown anywhere else.
+
+    Args:
+        title: Line above the table.
+        columns: Column heads; the first column is aligned left, the others right.
+        rows: The cells.
+        lines: Lines below the table.
+        print_fn: Called once with the whole text; default: standard output.
+        line_length: Width in characters; default: the terminal's, else as wide as needed.
+    """
+    console = Console(width=line_length, highlight=False)
+    plain = print_fn is not None or not console.is_terminal
+    buffer = io.StringIO()
+    if plain:
+        console = Console(width=line_length or 400, file=buffer, highlight=False)
+    table = Table(box=box.MARKDOWN if plain else box.ROUNDED, header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(title, style=None if plain else "bold")
+    console.print(table)
+    for line in lines:
+        console.print(line)
+    if plain:
+        text = "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+        (print_fn or print)(text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Figures of a model before and after compression; made by `report`.
+
+    Attributes:
+        rows: Name of the figure to `(before, after)`; None where a figure is not known.
+    """
+
+    rows: Mapping[str, tuple[Any, Any]]
+
+    def summary(self, print_fn: PrintFn | None = None, line_length: int | None = None) -> None:
+        """Prints the figures as a table.
+
+        Args:
+            print_fn: Called with the text; default: standard output, in colour on a terminal.
+            line_length: Width of the table in characters; default: the terminal's.
+        """
+        rows = [
+            [name, _figure(before), _figure(after), _ratio(before, after)]
+            for name, (before, after) in self.rows.items()
+        ]
+        print_table(
+            "Before and after compression",
+            ["", "before", "after", "after / before"],
+            rows,
+            print_fn=print_fn,
+            line_length=line_length,
+        )
+
+
+def report(
+    model: Any, compressed: Any, figures: Mapping[str, tuple[Any, Any]] | None = None
+) -> Comparison:
+    """Puts the sizes of two models side by side.
+
+    Args:
+        model: The original model.
+        compressed: The compressed model.
+        figures: Further rows, name to `(before, after)`, such as accuracies or file sizes.
+
+    Returns:
+        A `Comparison` with parameters, the fraction of them that was removed, MACs of one
+        forward pass (None if the input shape is unknown), bytes of the weights, and `figures`.
+        `Comparison.summary()` prints it.
+
+    Raises:
+        ValueError: If an argument is not a model.
+
+    Example:
+    ```python
+    small = keras_alds.compress(model, cr=0.5)
+    keras_alds.report(model, small).summary()
+    ```
+    """
+    before, after = sizes(model), sizes(compressed)
+    rows: dict[str, tuple[Any, Any]] = {key: (before[key], after[key]) for key in before}
+    rows["cr (parameters removed)"] = (
+        0.0,
+        removed_fraction(before["parameters"], after["parameters"]),
+    )
+    return Comparison({**rows, **(figures or {})})
+
+
+def sizes(model: Any) -> dict[str, int | None]:
+    """Parameters, MACs and bytes of the weights of one model."""
+    try:
+        macs: int | None = count_macs(model)
+    except ValueError:
+        if not hasattr(model, "weights"):
+            raise
+        macs = None
+    size = sum(
+        int(weight.dtype.size if hasattr(weight.dtype, "size") else _itemsize(weight.dtype))
+        * int(_count(weight.shape))
+        for weight in model.weights
+    )
+    return {"parameters": int(model.count_params()), "MACs": macs, "bytes of weights": size}
+
+
+def _itemsize(dtype: str) -> int:
+    import tensorflow as tf
+
+    return tf.as_dtype(dtype).size
+
+
+def _count(shape: Sequence[int]) -> int:
+    count = 1
+    for n in shape:
+        count *= int(n)
+    return count
+
+
+def _figure(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def _ratio(before: Any, after: Any) -> str:
+    if isinstance(before, (int, float)) and isinstance(after, (int, float)) and before:
+        return f"{after / before:.3f}"
+    return ""

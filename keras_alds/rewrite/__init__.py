@@ -1,0 +1,1 @@
+"""From a model to layer specs, and from a plan to a model."""

@@ -1,0 +1,199 @@
+"""Factorizes the layers of a model in place: the same objects, names and graph, other weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from keras_alds import _backend
+from keras_alds.core.spectra import factorize
+from keras_alds.plan import CompressionPlan, LayerChoice
+from keras_alds.rewrite import inspect
+from keras_alds.rewrite.optimizer import carry_optimizers
+
+
+@dataclasses.dataclass(frozen=True)
+class Replacement:
+    """A layer, the factorized layer that it is to become, and the plan's choice for it."""
+
+    layer: Any
+    factorized: Any
+    choice: LayerChoice
+
+
+def apply_plan(model: Any, plan: CompressionPlan) -> None:
+    """Factorizes the layers of `model` **in place**, as `plan` says.
+
+    The model and its layers stay the same objects, and so do the variables of everything that is
+    left alone. Built optimizers are built anew on the new variables: iterations, learning rate
+    and the state of untouched variables carry on; see `ALDSCompress` for the rest. Compiled step
+    functions are made anew. If anything fails, the model is left as it was.
+
+    Use it to load the saved weights of a compressed *subclassed* model, which makes its original
+    layers in code; everywhere else `compress`, which returns a new model, is what you want.
+
+    Args:
+        model: A built Keras 3 or tf_keras model.
+        plan: A plan made for this model, or for one of the same architecture.
+
+    Raises:
+        ValueError: If `plan` was made for another model, or a kernel is not finite.
+
+    Example:
+    ```python
+    model = MyModel()
+    model.build((None, 32, 32, 3))
+    keras_alds.apply_plan(model, keras_alds.CompressionPlan.load("plan.json"))
+    model.load_weights("compressed.weights.h5")
+    ```
+    """
+    if not isinstance(plan, CompressionPlan):
+        raise ValueError(
+            "Expected `plan` to be a CompressionPlan (see `select` and `CompressionPlan.load`). "
+            f"Received: plan={plan!r} of type {type(plan).__name__}"
+        )
+    backend = _backend.backend_of(model)
+    replacements = prepare(model, plan)
+    undo: list[Callable[[], None]] = []
+    try:
+        known = list(model.variables)
+        kernels = [replacement.layer.kernel for replacement in replacements]
+        for replacement in replacements:
+            undo.append(backend.transplant(replacement.layer, replacement.factorized))
+        factorized = {
+            id(kernel): replacement.layer
+            for kernel, replacement in zip(kernels, replacements, strict=True)
+        }
+        undo += carry_optimizers(backend, model, known, factorized)
+        backend.reset_functions(model)
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        backend.reset_functions(model)
+        raise
+
+
+def prepare(model: Any, plan: CompressionPlan) -> list[Replacement]:
+    """Makes the factorized layer of every layer that `plan` factorizes; changes nothing yet.
+
+    Raises:
+        ValueError: If `plan` was made for another model, or a kernel is not finite.
+    """
+    backend = _backend.backend_of(model)
+    with backend.creation_scope(model):
+        return [
+            Replacement(spec.layer, factorized_layer(spec.layer, choice), choice)
+            for spec, choice in match(model, plan)
+            if choice.factorized
+        ]
+
+
+def match(model: Any, plan: CompressionPlan) -> list[tuple[inspect.LayerSpec, LayerChoice]]:
+    """Pairs the layers of `model` with the choices of `plan`.
+
+    Layers are found by name. Names that Keras numbers by itself differ between two models made
+    by the same code; if the names do not fit, order and shapes decide.
+
+    Raises:
+        ValueError: If neither fits.
+    """
+    specs, _ = inspect.inspect_model(model)
+    by_path = {spec.path: spec for spec in specs}
+
+    def fits(spec: inspect.LayerSpec | None, choice: LayerChoice) -> bool:
+        return spec is not None and (
+            (spec.params, spec.kernel_shape) == (choice.params_before, choice.kernel_shape)
+        )
+
+    if len(specs) == len(plan.choices):
+        for pairs in (
+            [(by_path.get(choice.layer), choice) for choice in plan.choices],
+            list(zip(specs, plan.choices, strict=True)),
+        ):
+            if all(fits(*pair) for pair in pairs):
+                return [(spec, choice) for spec, choice in pairs if spec is not None]
+    if any(inspect.is_factorized(spec.layer) for spec in specs):
+        raise ValueError(already_compressed(specs))
+    wrong = next(
+        (
+            f"layer '{choice.layer}' with {choice.params_before} parameters and kernel "
+            f"{choice.kernel_shape}, where the model has "
+            + (f"{spec.params} and {spec.kernel_shape} in '{spec.path}'" if spec else "none")
+            for spec, choice in zip([*specs, *[None] * len(plan.choices)], plan.choices)
+            if not fits(spec, choice)
+        ),
+        f"{len(plan.choices)} layers, where the model has {len(specs)}",
+    )
+    raise ValueError(
+        f"Expected a plan made for the model '{model.name}', or for one of the same architecture. "
+        f"Received: a plan for {wrong}. Make a plan for this model with `select`."
+    )
+
+
+def already_compressed(specs: list[inspect.LayerSpec]) -> str:
+    """The error text for a model that holds factorized layers."""
+    names = [spec.path for spec in specs if inspect.is_factorized(spec.layer)]
+    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return (
+        "Expected a model that is not compressed yet. Received: a model with "
+        f"{len(names)} factorized layers ({shown}). Compress the original model with a larger "
+        "`cr` instead; or, if these layers are part of its design, leave them alone with "
+        "`exclude=[type(layer), …]`."
+    )
+
+
+def factorized_layer(layer: Any, choice: LayerChoice) -> Any:
+    """A new factorized layer, built and holding the factors of `layer`, which is not changed.
+
+    Settings carry over: regularizers apply to each factor.
+    """
+    if choice.slices is None or choice.rank is None:
+        raise ValueError(f"Expected a choice that factorizes. Received: choice={choice!r}")
+    kind = inspect.stock_kind(layer)
+    backend = _backend.backend_of(layer)
+    keras = backend.keras
+    regularizer = layer.kernel_regularizer
+    initializer = keras.initializers.serialize(layer.kernel_initializer)
+    arguments: dict[str, Any] = {
+        "slices": choice.slices,
+        "rank": choice.rank,
+        "activation": layer.activation,
+        "use_bias": layer.use_bias,
+        "encoder_initializer": initializer,
+        "decoder_initializer": initializer,
+        "bias_initializer": keras.initializers.serialize(layer.bias_initializer),
+        "encoder_regularizer": regularizer,
+        "decoder_regularizer": regularizer,
+        "bias_regularizer": layer.bias_regularizer,
+        "bias_constraint": layer.bias_constraint,
+        "activity_regularizer": layer.activity_regularizer,
+        "name": layer.name,
+        "trainable": layer.trainable,
+        "dtype": layer.dtype_policy if hasattr(layer, "dtype_policy") else layer._dtype_policy,
+    }
+    channels = int(layer.kernel.shape[-2])
+    if kind == "Dense":
+        arguments["units"] = layer.units
+        input_shape: tuple[int | None, ...] = (None, channels)
+    else:
+        for name in ("filters", "kernel_size", "strides", "padding", "data_format"):
+            arguments[name] = getattr(layer, name)
+        arguments["dilation_rate"] = layer.dilation_rate
+        spatial = (None,) * len(layer.kernel_size)
+        input_shape = (
+            (None, channels, *spatial)
+            if layer.data_format == "channels_first"
+            else (None, *spatial, channels)
+        )
+    factorized = backend.factorized_class(kind)(**arguments)
+    with backend.name_scope(layer):
+        factorized.build(input_shape)
+    encoder, decoder = factorize(inspect.kernel_values(layer), choice.slices, choice.rank)
+    factorized.encoder.assign(encoder)
+    factorized.decoder.assign(np.reshape(decoder, tuple(factorized.decoder.shape)))
+    if layer.use_bias:
+        factorized.bias.assign(backend.value(layer.bias))
+    return factorized

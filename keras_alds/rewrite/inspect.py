@@ -1,0 +1,305 @@
+"""A model as a list of `LayerSpec`: what could be factorized, and why the rest cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from keras_alds import _backend
+from keras_alds.core.slicing import divisors, weights
+
+Exclude = Sequence[Any]
+
+#: Stock layer classes that have a factorized form, `Factorized` + the name.
+FACTORIZED_KINDS = ("Conv1D", "Conv2D", "Dense")
+_CONVOLUTIONS = tuple(f"Conv{n}D{t}" for n in (1, 2, 3) for t in ("", "Transpose"))
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+    """One layer that holds weights.
+
+    Attributes:
+        path: Names from the model to the layer, joined by `/`; unique in the model.
+        layer: The layer itself.
+        params: Number of parameters that the layer holds itself.
+        kernel_shape: Shape of its kernel if it could be factorized.
+        reason: Why it cannot be factorized, or None if it can.
+        excluded: Whether the user's `exclude` names it.
+    """
+
+    path: str
+    layer: Any
+    params: int
+    kernel_shape: tuple[int, ...] | None
+    reason: str | None
+    excluded: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The layer's class name."""
+        return type(self.layer).__name__
+
+
+def inspect_model(model: Any, exclude: Exclude = ()) -> tuple[list[LayerSpec], list[Any]]:
+    """Every layer of `model` that holds weights, at any depth, in creation order.
+
+    A layer that is used in several places is listed once, under its first path.
+
+    Args:
+        model: A built model.
+        exclude: Layers to leave alone: names or paths, regular expressions that match one as a
+            whole, compiled patterns, or layer classes.
+
+    Returns:
+        The specs, and the entries of `exclude` that matched nothing.
+    """
+    backend = _backend.backend_of(model)
+    unmatched = {index: item for index, item in enumerate(exclude)}
+    specs = []
+    for path, layer in walk(model):
+        matching = [i for i, item in enumerate(exclude) if _matches(item, path, layer)]
+        for index in matching:
+            unmatched.pop(index, None)
+        own = backend.own_variables(layer)
+        if not own:
+            continue
+        reason = _reason(backend, layer)
+        if reason is None and matching:
+            reason = f"excluded by {_describe(exclude[matching[0]])}"
+        shape = tuple(int(n) for n in layer.kernel.shape) if is_kernel_layer(layer) else None
+        params = sum(math.prod(tuple(variable.shape)) for variable in own)
+        specs.append(LayerSpec(path, layer, int(params), shape, reason, bool(matching)))
+    return specs, list(unmatched.values())
+
+
+def walk(model: Any) -> Iterator[tuple[str, Any]]:
+    """Yields `(path, layer)` for every layer below `model` once, depth first."""
+    backend = _backend.backend_of(model)
+    seen: set[int] = {id(model)}
+    paths: set[str] = set()
+
+    def visit(parent: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        for layer in backend.children(parent):
+            if id(layer) in seen:
+                continue
+            seen.add(id(layer))
+            path = unique = prefix + layer.name
+            count = 1
+            while unique in paths:
+                count += 1
+                unique = f"{path}#{count}"
+            paths.add(unique)
+            yield unique, layer
+            yield from visit(layer, unique + "/")
+
+    yield from visit(model, "")
+
+
+def is_factorized(layer: Any) -> bool:
+    """Whether `layer` is one of this package's factorized layers, of either Keras."""
+    return hasattr(layer, "encoder_form")
+
+
+def is_kernel_layer(layer: Any) -> bool:
+    """Whether `layer` is a stock layer of a kind that has a factorized form, or derives from it."""
+    return stock_kind(layer) is not None
+
+
+def stock_kind(layer: Any) -> str | None:
+    """Which of the kinds that have a factorized form `layer` is: `"Conv2D"`, … or None."""
+    layers = _backend.backend_of(layer).keras.layers
+    for kind in FACTORIZED_KINDS:
+        stock = getattr(layers, kind)
+        # In tf_keras transposed and depthwise convolutions derive from Conv2D: the forward pass
+        # decides. A user's subclass that keeps the forward pass counts as its stock layer.
+        if isinstance(layer, stock) and all(
+            getattr(type(layer), name, None) is getattr(stock, name, None)
+            for name in ("call", "convolution_op", "build", "kernel")
+        ):
+            return kind
+    return None
+
+
+def _reason(backend: _backend.Backend, layer: Any) -> str | None:
+    """Why `layer` cannot be factorized, or None."""
+    kind = type(layer).__name__
+    if is_factorized(layer):
+        return "already factorized"
+    if stock_kind(layer) is None:
+        if all(len(variable.shape) <= 1 for variable in backend.own_variables(layer)):
+            return f"{kind} has no kernel to factorize"
+        for known in FACTORIZED_KINDS:
+            if isinstance(layer, getattr(backend.keras.layers, known)):
+                return f"{kind} changes the forward pass of {known}"
+        return f"{kind} has no factorized form"
+    if getattr(layer, "groups", 1) != 1:
+        return f"its convolution is already grouped (groups={layer.groups})"
+    if getattr(layer, "lora_enabled", False):
+        return "LoRA is enabled on it; merge the adapter first"
+    if getattr(layer, "quantization_mode", None):
+        return f"it is quantized ({layer.quantization_mode})"
+    if layer.kernel_constraint is not None:
+        return (
+            f"its kernel_constraint {type(layer.kernel_constraint).__name__} cannot be kept by "
+            "two factors; set `layer.kernel_constraint = None` to have it factorized"
+        )
+    shape = tuple(layer.kernel.shape)
+    if not any(weights(shape, k, 1) < math.prod(shape) for k in divisors(shape[-2])):
+        return f"no factorization of its kernel {shape} is smaller"
+    return None
+
+
+def _matches(item: Any, path: str, layer: Any) -> bool:
+    if isinstance(item, type):
+        return isinstance(layer, item)
+    if isinstance(item, re.Pattern):
+        return any(item.search(name) for name in (path, layer.name))
+    return item in (path, layer.name) or any(
+        re.fullmatch(item, name) for name in (path, layer.name)
+    )
+
+
+def _describe(item: Any) -> str:
+    if isinstance(item, type):
+        return f"exclude={item.__name__}"
+    return f"exclude={item.pattern if isinstance(item, re.Pattern) else item!r}"
+
+
+def check_exclude(exclude: Any) -> Exclude:
+    """Returns `exclude` as a list, or raises a ValueError that says what it may be."""
+    items = (
+        [exclude]
+        if isinstance(exclude, (str, re.Pattern, type)) or not isinstance(exclude, Iterable)
+        else list(exclude)
+    )
+    for item in items:
+        if isinstance(item, str):
+            try:
+                re.compile(item)
+            except re.error as error:
+                raise ValueError(
+                    "Expected a string in `exclude` to be a layer's name or a regular expression. "
+                    f"Received: {item!r} ({error})"
+                ) from error
+        elif not isinstance(item, (re.Pattern, type)):
+            raise ValueError(
+                "Expected `exclude` to hold layer names, regular expressions or layer classes. "
+                f"Received: {item!r} of type {type(item).__name__}"
+            )
+    return items
+
+
+# -- Multiply–accumulates ------------------------------------------------------------------------
+
+
+def layer_macs(model: Any, layers: Sequence[Any] | None = None) -> dict[int, int]:
+    """Multiply–accumulates of every layer in one forward pass of one example.
+
+    Counted are convolutions of every kind, Dense and EinsumDense layers and their factorized
+    forms; all other layers count as zero. A shared layer counts once for every call.
+
+    Args:
+        model: A built model whose input shape is known.
+        layers: The layers to count; default: all below `model`.
+
+    Returns:
+        `{id(layer): macs}`.
+
+    Raises:
+        ValueError: If an input or feature map has an unknown size.
+    """
+    backend = _backend.backend_of(model)
+    if layers is None:
+        layers = [layer for _, layer in walk(model)]
+    counted = [layer for layer in layers if backend.own_variables(layer)]
+    calls = backend.trace_shapes(model, counted)
+    return {
+        id(layer): sum(_macs_of_call(layer, *shapes) for shapes in calls[id(layer)])
+        for layer in counted
+    }
+
+
+def count_macs(model: Any) -> int:
+    """Multiply–accumulates of one forward pass of `model` on one example; see `layer_macs`.
+
+    Args:
+        model: A built Keras 3 or tf_keras model whose input shape is known.
+
+    Returns:
+        The number of multiply–accumulates (half the number of floating-point operations).
+
+    Raises:
+        ValueError: If `model` is not a model, or its input shape has unknown dimensions.
+
+    Example:
+    >>> import keras
+    >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3)])
+    >>> count_macs(model)  # 6·6 positions × 3·3·3 × 4
+    3888
+    """
+    return sum(layer_macs(model).values())
+
+
+def positions(layer: Any, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> int:
+    """How often one call applies the layer's kernel: MACs = positions × kernel weights."""
+    kind = type(layer).__name__
+    if "Transpose" in kind:
+        return _size(layer, _spatial(layer, inputs))
+    return _size(layer, _spatial(layer, outputs))
+
+
+def _spatial(layer: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if getattr(layer, "data_format", None) == "channels_first":
+        return (shape[0], *shape[2:])
+    return shape[:-1]
+
+
+def _size(layer: Any, shape: tuple[int, ...]) -> int:
+    if any(n is None for n in shape):
+        raise ValueError(
+            "Expected a known input size, to count multiply–accumulates. Received: layer "
+            f"'{layer.name}' works on the shape {shape}. Make the model with a fixed input shape, "
+            "for instance `keras.models.clone_model(model, input_tensors=keras.Input((224, 224, "
+            "3)))` and `set_weights`."
+        )
+    return math.prod(int(n) for n in shape)
+
+
+def _macs_of_call(layer: Any, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> int:
+    kind = type(layer).__name__
+    if is_factorized(layer):
+        return positions(layer, inputs, outputs) * kernel_weights(layer)
+    if hasattr(layer, "depthwise_kernel") and hasattr(layer, "pointwise_kernel"):
+        return positions(layer, inputs, outputs) * (
+            math.prod(layer.depthwise_kernel.shape) + math.prod(layer.pointwise_kernel.shape)
+        )
+    if "Depthwise" in kind:
+        kernel = getattr(layer, "depthwise_kernel", None)
+        kernel = layer.kernel if kernel is None else kernel
+        return positions(layer, inputs, outputs) * math.prod(kernel.shape)
+    if hasattr(layer, "equation") and hasattr(layer, "kernel"):
+        terms, result = re.sub(r"\s", "", layer.equation).replace("...", "").split("->")
+        contracted = set(terms.split(",")[1]) - set(result)
+        sizes = dict(zip(terms.split(",")[1], layer.kernel.shape, strict=True))
+        return _size(layer, outputs) * math.prod(int(sizes[axis]) for axis in contracted)
+    stock = _backend.backend_of(layer).keras.layers
+    if isinstance(layer, tuple(getattr(stock, name) for name in (*_CONVOLUTIONS, "Dense"))):
+        return positions(layer, inputs, outputs) * math.prod(layer.kernel.shape)
+    return 0
+
+
+def kernel_weights(layer: Any) -> int:
+    """Weights of both factors of a factorized layer."""
+    return math.prod(layer.encoder.shape) + math.prod(layer.decoder.shape)
+
+
+def kernel_values(layer: Any) -> np.ndarray:
+    """The kernel of a stock layer in float32 or float64."""
+    kernel = _backend.backend_of(layer).value(layer.kernel)
+    return kernel if kernel.dtype in (np.float32, np.float64) else kernel.astype(np.float32)

@@ -1,0 +1,137 @@
+"""Carries the state of optimizers over from a kernel W to its factors E and D, W ≈ E D.
+
+With G the gradient of the loss in W, the gradients in the factors are G Dᵀ and Eᵀ G. So state that
+is linear in past gradients (momentum, first moments, accumulated gradients) is carried over by
+the same two products; averages of squared gradients by the products with the squared factors,
+which is their expectation where the entries of G are uncorrelated. Any other state of a factor
+starts at its initial value, and an average of weights starts at the factor itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from keras_alds import _backend
+from keras_alds.core.slicing import fold_encoder, unfold, unfold_encoder
+
+LINEAR, SQUARED, AVERAGE = "linear", "squared", "average"
+
+#: What a slot of an optimizer holds, by the optimizer's class and the slot's name in Keras 3, in
+#: tf_keras, and in tf_keras's legacy optimizers. RMSprop's momentum sums rescaled gradients, so it
+#: is not here; nor is what follows a maximum.
+_SLOTS: dict[str, dict[str, str]] = {
+    "SGD": dict.fromkeys(("momentums", "momentum"), LINEAR),
+    "Adam": {
+        **dict.fromkeys(("_momentums", "m"), LINEAR),
+        **dict.fromkeys(("_velocities", "_velocity_hats", "v", "vhat"), SQUARED),
+    },
+    "Adamax": dict.fromkeys(("_m", "m"), LINEAR),
+    "Lion": {"_momentums": LINEAR, "momentums": LINEAR},
+    "RMSprop": {
+        **dict.fromkeys(("_velocities", "rms"), SQUARED),
+        **dict.fromkeys(("_average_gradients", "mg"), LINEAR),
+    },
+    "Adagrad": dict.fromkeys(("_accumulators", "accumulator"), SQUARED),
+    "Adadelta": dict.fromkeys(("_accumulated_grads", "accum_grad"), SQUARED),
+}
+_SLOTS["Nadam"] = _SLOTS["Adam"]
+_ANY = {"_accumulated_gradients": LINEAR, "_model_variables_moving_average": AVERAGE}
+
+
+def carry_optimizers(
+    backend: _backend.Backend, model: Any, known: list[Any], factorized: dict[int, Any]
+) -> list[Callable[[], None]]:
+    """Builds every optimizer of `model` anew on its present variables and carries its state over.
+
+    Args:
+        backend: The model's backend.
+        model: A model whose layers were just factorized in place.
+        known: The model's variables before that.
+        factorized: The factorized layer for the id of every kernel variable that is gone.
+
+    Returns:
+        Functions that put the optimizers back.
+    """
+    undo = []
+    for optimizer in backend.optimizers(model):
+        if not backend.is_optimizer_built(optimizer):
+            continue
+        old = backend.optimizer_targets(optimizer, known)
+        if not any(id(target) in factorized for target in old):
+            continue
+        new = []
+        for target in old:
+            layer = factorized.get(id(target))
+            new += [target] if layer is None else [layer.encoder, layer.decoder]
+        before = backend.slots(optimizer, old)
+        undo.append(backend.rebuild_optimizer(optimizer, old, new))
+        after = backend.slots(optimizer, new)
+        for name, slot in after.items():
+            if name in before:
+                _carry(backend, _meaning(optimizer, name), old, before[name], slot, factorized)
+    return undo
+
+
+def _meaning(optimizer: Any, slot: str) -> str | None:
+    if slot in _ANY:
+        return _ANY[slot]
+    for cls in type(optimizer).__mro__:
+        if cls.__name__ in _SLOTS:
+            return _SLOTS[cls.__name__].get(slot)
+    return None
+
+
+def _carry(
+    backend: _backend.Backend,
+    meaning: str | None,
+    old: list[Any],
+    before: list[Any],
+    after: list[Any],
+    factorized: dict[int, Any],
+) -> None:
+    index = 0
+    for target, state in zip(old, before, strict=True):
+        layer = factorized.get(id(target))
+        places = after[index : index + (1 if layer is None else 2)]
+        index += len(places)
+        if state is None or any(place is None for place in places):
+            continue
+        if layer is None:
+            places[0].assign(state)
+        elif meaning is not None:
+            for place, value in zip(
+                places, carried(backend, meaning, backend.value(state), layer), strict=True
+            ):
+                place.assign(np.reshape(value, tuple(place.shape)))
+
+
+def carried(
+    backend: _backend.Backend, meaning: str, state: np.ndarray, layer: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """The state of encoder and decoder that follows from the state of the dense kernel.
+
+    Args:
+        backend: The layer's backend.
+        meaning: `"linear"` in past gradients, `"squared"` gradients, or weight `"average"`.
+        state: What the optimizer held for the kernel, in its shape `(*kernel_size, c, f)`.
+        layer: The factorized layer.
+
+    Returns:
+        Arrays in the shapes of `layer.encoder` and `layer.decoder`.
+    """
+    encoder, decoder = backend.value(layer.encoder), backend.value(layer.decoder)
+    if meaning == AVERAGE:
+        return encoder, decoder
+    slices, rank = layer.slices, layer.rank
+    E = unfold_encoder(encoder.astype(np.float64), slices)
+    D = decoder.astype(np.float64).reshape(slices, rank, -1)
+    G = unfold(state.astype(np.float64), slices)
+    if meaning == SQUARED:
+        E, D = E**2, D**2
+    d_encoder = G @ D.transpose(0, 2, 1)
+    d_decoder = E.transpose(0, 2, 1) @ G
+    folded = fold_encoder(d_encoder, encoder.shape[:-2])
+    return folded, d_decoder.reshape(decoder.shape)
