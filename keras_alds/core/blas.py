@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np  # noqa: F401 - its BLAS must be loaded before the controller looks for it
-from threadpoolctl import ThreadpoolController
+import threadpoolctl
 
 _lock = threading.Lock()
 _users = 0
@@ -17,17 +17,23 @@ _limiter: Any = None
 
 
 @cache
-def _controller() -> ThreadpoolController:
+def _controller() -> threadpoolctl.ThreadpoolController:
     # Finding the loaded libraries takes milliseconds; NumPy's own does not change any more.
-    return ThreadpoolController()
+    return threadpoolctl.ThreadpoolController()
 
 
-def limit_this_thread() -> None:
-    """Limits BLAS for the calling thread, for worker threads that end with their pool.
+@cache
+def _limit_is_per_thread() -> bool:
+    """Whether the BLAS counts threads per calling thread, as those on OpenMP do."""
+    return any(lib.get("threading_layer") == "openmp" for lib in _controller().info())
 
-    Some BLAS libraries (those on OpenMP) keep the number of threads per calling thread.
-    """
-    _controller().limit(limits=1, user_api="blas")
+
+def _free_control() -> None:
+    # Newer versions of threadpoolctl ignore all threads but the first one that set a limit. Ours
+    # are counted under a lock, and the last one out need not be the first one in.
+    clear = getattr(threadpoolctl.OpenBLASController, "clear_controlling_thread", None)
+    if clear is not None:
+        clear(force=True)
 
 
 @contextmanager
@@ -43,8 +49,13 @@ def single_threaded_blas() -> Iterator[None]:
         ...     values = np.linalg.eigvalsh(np.eye(3))
     """
     global _users, _limiter
+    if _limit_is_per_thread():
+        with _controller().limit(limits=1, user_api="blas"):
+            yield
+        return
     with _lock:
         if _users == 0:
+            _free_control()
             _limiter = _controller().limit(limits=1, user_api="blas")
         _users += 1
     try:
@@ -53,5 +64,7 @@ def single_threaded_blas() -> Iterator[None]:
         with _lock:
             _users -= 1
             if _users == 0:
+                _free_control()
                 _limiter.restore_original_limits()
+                _free_control()
                 _limiter = None

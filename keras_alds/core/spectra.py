@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from keras_alds.core.blas import limit_this_thread, single_threaded_blas
+from keras_alds.core.blas import single_threaded_blas
 from keras_alds.core.slicing import (
     Array,
     check_slices,
@@ -140,7 +140,8 @@ def spectra_many(
 
     While it runs BLAS is limited to one thread, and the work items are spread over the executor
     instead. That is faster, and it makes the result the same bit for bit in every process,
-    whatever the number of workers and of BLAS threads.
+    whatever the number of workers and of BLAS threads. (Another choice of `slices` sums Gram
+    matrices of other parts, and may differ by rounding.)
 
     Args:
         kernels: Real arrays `[*spatial, c, f]`.
@@ -173,9 +174,7 @@ def spectra_many(
             _compute(works, executor)
         else:
             with ThreadPoolExecutor(
-                max_workers=os.cpu_count() or 1,
-                thread_name_prefix="keras_alds",
-                initializer=limit_this_thread,
+                max_workers=os.cpu_count() or 1, thread_name_prefix="keras_alds"
             ) as pool:
                 _compute(works, pool)
         return [work.result() for work in works]
