@@ -1,0 +1,322 @@
+"""The arithmetic of a factorized layer, and the choice among its equal forms.
+
+A factorized layer computes `decoder(encoder(x))`; the encoder is block-diagonal over `slices`
+groups of channels. The same numbers (to float rounding) come out of four *forms*, which differ in
+speed:
+
+- `"grouped"`: one grouped convolution (a batched matrix product for dense layers), then the
+  decoder.
+- `"split"`: `slices` convolutions side by side, concatenated, then the decoder.
+- `"merged"`: the encoder written as one dense, block-diagonal kernel, then the decoder.
+- `"recomposed"`: encoder times decoder is multiplied out first, inside the step, and one dense
+  kernel is applied. Gradients flow to both factors.
+
+Everything here is plain TensorFlow and knows nothing of either Keras.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+FORMS = ("grouped", "split", "merged", "recomposed")
+
+_ASSUMED_BATCH = 32  # Keras's own default, for a batch size that the trace does not know
+_DATA_FORMATS = {
+    "channels_last": {1: "NWC", 2: "NHWC", 3: "NDHWC"},
+    "channels_first": {1: "NCW", 2: "NCHW", 3: "NCDHW"},
+}
+
+
+def on_cpu() -> bool:
+    """Tell whether TensorFlow sees nothing but CPUs.
+
+    Returns:
+        `True` if no GPU or TPU is visible to this process.
+    """
+    return all(device.device_type == "CPU" for device in tf.config.get_visible_devices())
+
+
+def in_xla_trace() -> bool:
+    """Tell whether the code that runs now is being traced for XLA (`jit_compile=True`).
+
+    `tf.function(jit_compile=True)` opens an XLA control-flow context for its trace, and inner
+    functions find it through their outer graphs. There is no public way to ask; where TensorFlow
+    moves it, the answer is `False` and a slower form is taken.
+
+    Returns:
+        `True` inside such a trace, `False` in eager execution and in ordinary graphs.
+    """
+    if tf.executing_eagerly():
+        return False
+    try:
+        from tensorflow.python.ops import control_flow_util
+    except ImportError:
+        return False
+    ask = getattr(control_flow_util, "GraphOrParentsInXlaContext", None)
+    return bool(ask(tf.compat.v1.get_default_graph())) if ask else False
+
+
+@functools.cache
+def grouped_convolution_trains(dtype: str) -> bool:
+    """Tell whether this machine's CPU kernels can differentiate a grouped convolution.
+
+    TensorFlow's own CPU kernels cannot ("Gradients for grouped convolutions are not supported on
+    CPU"); oneDNN's can, for float32 and bfloat16 and where oneDNN is switched on. A tiny gradient
+    is tried once per dtype.
+
+    Args:
+        dtype: str, the layer's compute dtype.
+
+    Returns:
+        `True` if the gradient of a grouped 2D convolution runs.
+    """
+    with tf.init_scope():
+        if not tf.executing_eagerly():  # a TF1 graph: nothing can be tried
+            return False
+        image, kernel = tf.ones([1, 3, 3, 4], dtype), tf.ones([3, 3, 2, 4], dtype)
+        options = {"out_backprop": image, "strides": [1, 1, 1, 1], "padding": "SAME"}
+        try:  # the operations themselves: gradient tapes do not record in this scope
+            tf.raw_ops.Conv2DBackpropInput(input_sizes=image.shape, filter=kernel, **options)
+            tf.raw_ops.Conv2DBackpropFilter(input=image, filter_sizes=kernel.shape, **options)
+        except (tf.errors.OpError, TypeError, ValueError):
+            return False
+    return True
+
+
+def choose_form(
+    *,
+    slices: int,
+    rank: int,
+    channels: int,
+    filters: int,
+    kernel_size: Sequence[int],
+    positions: int,
+    training: bool,
+    dtype: str,
+    cpu: bool,
+    xla: bool,
+) -> str:
+    """Choose the form of `encoder_form="auto"` for a device and a phase.
+
+    The rules, and what was measured for them (TensorFlow 2.21, two CPU cores, batch 64, half the
+    parameters; figures are the time of forward and gradients relative to the dense convolution's):
+
+    - **GPU, TPU**: `"grouped"`, cuDNN's road. Not measured here.
+    - **CPU, inference**: `"grouped"`. An exported graph keeps the small weights (a recomposed
+      kernel would be folded back to the dense one). Where this machine's kernels cannot
+      differentiate grouped convolutions (see `grouped_convolution_trains`), `"split"`.
+    - **CPU, training**: the cheapest by a small cost model. `"recomposed"` was 1.00–1.15 for every
+      `slices` and size. `"grouped"` grows worse with more slices and better with more channels:
+      3×3, 64 channels at 32×32: 0.66, 0.80, 0.96, 1.18, 1.5, 1.8 for 1, 2, 4, 8, 16, 32 slices;
+      256 channels at 14×14: 0.59, 0.59, 0.62, 0.72, 0.78, 0.77 for 1, 2, 4, 8, 16, 64 slices;
+      16 channels at 32×32: 1.03 to 2.0. `"split"` was never much better than `"grouped"` and up to
+      twice as slow for many slices. For pointwise kernels `"merged"` was 0.6–1.0 while the grouped
+      one was 1.3–5. Recomposing costs about as much as `rank` / 2 more positions, so wide dense
+      layers on few rows (2048 channels, 64 rows: 1.3–4.9) never take it.
+    - **XLA on CPU**: as in training, but never a grouped or depthwise convolution, whose gradient
+      is compiled into something 100 to 200 times slower than the dense one, and whose forward pass
+      is 1.5 to 14 times slower.
+
+    Args:
+        slices: int, number of channel slices (k).
+        rank: int, rank per slice (j).
+        channels: int, input channels.
+        filters: int, output channels.
+        kernel_size: sequence of int, the spatial kernel; empty for a dense layer.
+        positions: int, rows that the kernel is applied to (batch times output pixels).
+        training: bool, whether gradients are about to be taken.
+        dtype: str, the compute dtype.
+        cpu: bool, whether only CPUs are there.
+        xla: bool, whether the trace is compiled by XLA.
+
+    Returns:
+        One of `"grouped"`, `"split"`, `"merged"` and `"recomposed"`.
+    """
+    if not cpu:
+        return "grouped"
+    convolution = len(kernel_size) > 0
+    unsafe = (
+        convolution
+        and slices > 1
+        and (xla or len(kernel_size) > 2 or not grouped_convolution_trains(dtype))
+    )
+    if not training and not xla:
+        return "split" if unsafe else "grouped"
+
+    area = math.prod(kernel_size)
+    dense = channels * area * filters
+    width = min(channels, filters)
+    # Costs relative to the dense kernel: multiply–adds, times or plus what small matrices waste.
+    costs = {"recomposed": 1.0 + 0.5 * rank / positions + (0.0 if convolution else 0.3)}
+    if not unsafe and not (convolution and area == 1 and slices > 1):
+        waste = 1.0 + 5.5 * slices**0.45 / width**0.6
+        costs["grouped"] = rank * (channels * area + slices * filters) / dense * waste
+    if area == 1 and slices > 1:
+        costs["merged"] = slices * rank * (channels + filters) / dense + 2.4 / math.sqrt(width)
+    best = min(costs, key=lambda form: costs[form])
+    # A forecast gain below a tenth is noise; the recomposed form is the one known to be even.
+    if convolution and costs[best] > 0.9 * costs["recomposed"]:
+        return "recomposed"
+    return best
+
+
+def recompose(encoder: Any, decoder: Any, slices: int) -> Any:
+    """Multiply a pair of factors back to the dense kernel, differentiably.
+
+    Half-precision factors are multiplied in float32 and rounded once.
+
+    Args:
+        encoder: tensor `[*kernel_size, channels / slices, slices * rank]`.
+        decoder: tensor `[*ones, slices * rank, filters]`.
+        slices: int, number of channel slices.
+
+    Returns:
+        Tensor `[*kernel_size, channels, filters]` in the encoder's dtype.
+    """
+    *spatial, per_slice, width = encoder.shape
+    filters = decoder.shape[-1]
+    area, rank = math.prod(spatial), width // slices
+    dtype = encoder.dtype
+    if dtype in (tf.float16, tf.bfloat16):
+        encoder, decoder = tf.cast(encoder, tf.float32), tf.cast(decoder, tf.float32)
+    left = tf.transpose(tf.reshape(encoder, [area * per_slice, slices, rank]), [1, 0, 2])
+    product = tf.matmul(left, tf.reshape(decoder, [slices, rank, filters]))
+    product = tf.transpose(tf.reshape(product, [slices, area, per_slice, filters]), [1, 0, 2, 3])
+    return tf.cast(tf.reshape(product, [*spatial, slices * per_slice, filters]), dtype)
+
+
+def merge(encoder: Any, slices: int) -> Any:
+    """Write a grouped encoder kernel as one dense, block-diagonal kernel.
+
+    Args:
+        encoder: tensor `[*kernel_size, channels / slices, slices * rank]`.
+        slices: int, number of channel slices.
+
+    Returns:
+        Tensor `[*kernel_size, channels, slices * rank]`, zero off the blocks.
+    """
+    *spatial, per_slice, width = encoder.shape
+    blocks = tf.reshape(encoder, [*spatial, 1, per_slice, slices, width // slices])
+    blocks *= tf.reshape(tf.eye(slices, dtype=encoder.dtype), [slices, 1, slices, 1])
+    return tf.reshape(blocks, [*spatial, slices * per_slice, width])
+
+
+def factorized_convolution(
+    x: Any,
+    encoder: Any,
+    decoder: Any,
+    *,
+    slices: int,
+    form: str,
+    strides: Sequence[int],
+    padding: str,
+    dilation_rate: Sequence[int],
+    data_format: str,
+) -> Any:
+    """Apply encoder and decoder of a factorized convolution, without bias and activation.
+
+    Args:
+        x: tensor `[batch, *spatial, channels]`, or `[batch, channels, *spatial]`.
+        encoder: tensor `[*kernel_size, channels / slices, slices * rank]`.
+        decoder: tensor `[*ones, slices * rank, filters]`.
+        slices: int, number of channel slices.
+        form: str, one of `FORMS`.
+        strides: sequence of int.
+        padding: `"valid"` or `"same"`.
+        dilation_rate: sequence of int.
+        data_format: `"channels_last"` or `"channels_first"`.
+
+    Returns:
+        Tensor of the same layout as `x` with `filters` channels.
+    """
+    dimensions = len(strides)
+    tf_format = _DATA_FORMATS[data_format][dimensions]
+    channel_axis = -1 if data_format == "channels_last" else 1
+    convolve = functools.partial(
+        tf.nn.convolution,
+        strides=list(strides),
+        padding=padding.upper(),
+        dilations=list(dilation_rate),
+        data_format=tf_format,
+    )
+    if form == "recomposed":
+        return convolve(x, recompose(encoder, decoder, slices))
+    if slices == 1:
+        hidden = convolve(x, encoder)
+    elif form == "merged":
+        hidden = convolve(x, merge(encoder, slices))
+    elif form == "split" or dimensions > 2:  # no grouped 3D convolution in TensorFlow
+        parts = zip(
+            tf.split(x, slices, axis=channel_axis), tf.split(encoder, slices, axis=-1), strict=True
+        )
+        hidden = tf.concat([convolve(part, kernel) for part, kernel in parts], axis=channel_axis)
+    elif dimensions == 2 and encoder.shape[-2] == 1 and len(set(strides)) == 1:
+        *spatial, _, width = encoder.shape
+        step = [1, *strides, 1] if data_format == "channels_last" else [1, 1, *strides]
+        hidden = tf.nn.depthwise_conv2d(
+            x,
+            tf.reshape(encoder, [*spatial, slices, width // slices]),
+            strides=step,
+            padding=padding.upper(),
+            data_format=tf_format,
+            dilations=list(dilation_rate),
+        )
+    else:
+        hidden = convolve(x, encoder)
+    return tf.nn.convolution(hidden, decoder, padding="VALID", data_format=tf_format)
+
+
+def factorized_matmul(x: Any, encoder: Any, decoder: Any, *, slices: int, form: str) -> Any:
+    """Apply encoder and decoder of a factorized dense layer, without bias and activation.
+
+    Args:
+        x: tensor `[rows, channels]`.
+        encoder: tensor `[channels / slices, slices * rank]`.
+        decoder: tensor `[slices * rank, units]`.
+        slices: int, number of channel slices.
+        form: str, one of `FORMS`; `"grouped"` is one batched matrix product.
+
+    Returns:
+        Tensor `[rows, units]`.
+    """
+    if form == "recomposed":
+        return tf.matmul(x, recompose(encoder, decoder, slices))
+    per_slice, width = encoder.shape
+    if slices == 1:
+        hidden = tf.matmul(x, encoder)
+    elif form == "merged":
+        hidden = tf.matmul(x, merge(encoder, slices))
+    elif form == "split":
+        parts = zip(tf.split(x, slices, axis=-1), tf.split(encoder, slices, axis=-1), strict=True)
+        hidden = tf.concat([tf.matmul(part, kernel) for part, kernel in parts], axis=-1)
+    else:
+        hidden = tf.einsum(
+            "nks,skj->nkj",
+            tf.reshape(x, [-1, slices, per_slice]),
+            tf.reshape(encoder, [per_slice, slices, width // slices]),
+        )
+        hidden = tf.reshape(hidden, [-1, width])
+    return tf.matmul(hidden, decoder)
+
+
+def count_positions(shape: Sequence[int | None], strides: Sequence[int] = ()) -> int:
+    """Estimate the rows a kernel is applied to, from what is known of the input's shape.
+
+    Args:
+        shape: sequence of int or None, `[batch, *spatial]`.
+        strides: sequence of int, one a spatial axis (none for dense layers).
+
+    Returns:
+        Positive int; an unknown batch counts as 32, another unknown axis as 1.
+    """
+    batch, *lengths = shape
+    count = _ASSUMED_BATCH if batch is None else batch
+    for axis, length in enumerate(lengths):
+        step = strides[axis] if strides else 1
+        count *= math.ceil((1 if length is None else length) / step)
+    return max(1, count)

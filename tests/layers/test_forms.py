@@ -1,0 +1,361 @@
+"""Every form of every layer against NumPy and against the stock layer, values and gradients."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from layer_contract import (
+    FORMS,
+    KERASES,
+    as_array,
+    convolve,
+    dense_kernel,
+    randomize,
+    tf_variable,
+)
+
+from keras_alds.core.slicing import recompose
+from keras_alds.layers import _forms, choose_form
+
+OPTIONS_2D = [
+    {},
+    {"padding": "same"},
+    {"strides": 2, "padding": "same"},
+    {"strides": (2, 1)},
+    {"strides": (1, 3), "padding": "same"},
+    {"dilation_rate": 2},
+    {"dilation_rate": (1, 2), "padding": "same"},
+    {"kernel_size": 1},
+    {"kernel_size": 1, "strides": 2},
+    {"kernel_size": (2, 3), "padding": "same", "use_bias": False, "activation": "softmax"},
+]
+OPTIONS_1D = [
+    {},
+    {"padding": "causal"},
+    {"padding": "causal", "dilation_rate": 2},
+    {"padding": "causal", "strides": 2},
+    {"padding": "same", "strides": 3, "activation": "relu"},
+    {"dilation_rate": 2, "padding": "same"},
+    {"kernel_size": 1},
+]
+
+
+@pytest.fixture(params=list(KERASES))
+def side(request):
+    return KERASES[request.param]
+
+
+CPU = [form for form in FORMS if form != "grouped" or _forms.grouped_convolution_trains("float32")]
+
+
+def values_and_gradients(layer, x, training=True):
+    """The output of a layer and the gradients of its squared sum: input first, then weights."""
+    with tf.GradientTape() as tape:
+        watched = tf.constant(x)
+        tape.watch(watched)
+        y = layer(watched, training=training)
+        loss = tf.reduce_sum(y**2)
+    gradients = tape.gradient(loss, [watched, *map(tf_variable, layer.trainable_weights)])
+    return as_array(y), [as_array(gradient) for gradient in gradients]
+
+
+def assert_close(actual, expected, message=""):
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4 * scale, err_msg=message)
+
+
+def check_forms(layer, x, expected, factors_gradient):
+    """Compare every form with the expected output and the gradients of the dense kernel."""
+    for form in [*CPU, "auto"]:
+        layer.encoder_form = form
+        for training in (True, False):
+            y, gradients = values_and_gradients(layer, x, training)
+            assert_close(y, expected, form)
+            assert y.shape == tuple(layer.compute_output_shape(x.shape))
+            for actual, wanted in zip(gradients, factors_gradient, strict=True):
+                assert_close(actual, wanted, form)
+
+
+def chain(stock, x, encoder, decoder, slices):
+    """The stock layer's gradients, taken on to the factors by the product rule, in NumPy."""
+    _, (of_x, of_kernel, *of_bias) = values_and_gradients(stock, x)
+    per_slice, width = encoder.shape[-2:]
+    rank = width // slices
+    flat = decoder.reshape(width, -1)
+    of_encoder, of_decoder = np.zeros_like(encoder), np.zeros_like(flat)
+    for i in range(slices):
+        columns = slice(i * rank, (i + 1) * rank)
+        block = of_kernel[..., i * per_slice : (i + 1) * per_slice, :]
+        of_encoder[..., columns] = block @ flat[columns].T
+        unfolded = encoder[..., columns].reshape(-1, rank)
+        of_decoder[columns] = unfolded.T @ block.reshape(-1, flat.shape[1])
+    return [of_x, of_encoder, of_decoder.reshape(decoder.shape), *of_bias]
+
+
+def check_convolution(side, dimensions, options, data_format, slices):
+    options = {"kernel_size": 3, "data_format": data_format, **options}
+    # No output has as many pixels along its last axis as filters: stock Keras 3 then takes a
+    # channels-first bias for one of columns, and the NumPy reference does not.
+    shape = (2, *(11, 8)[:dimensions], 6)
+    x = np.random.default_rng(2).normal(size=shape).astype("float32")
+    given = np.moveaxis(x, -1, 1) if data_format == "channels_first" else x
+    rank = 1 if options["kernel_size"] == 1 else 2
+    cls = getattr(side.layers, f"FactorizedConv{dimensions}D")
+    layer = cls(5, slices=slices, rank=rank, **options)
+    layer.build(given.shape)
+    randomize(layer)
+    encoder, decoder, *bias = layer.get_weights()
+    kernel = dense_kernel(encoder, decoder, slices)
+    np.testing.assert_allclose(as_array(layer.kernel), kernel, rtol=1e-4, atol=1e-5)
+    flat = decoder.reshape(-1, decoder.shape[-1])
+    np.testing.assert_allclose(recompose(encoder, flat, slices), kernel, rtol=1e-4, atol=1e-5)
+
+    stock = getattr(side.keras.layers, f"Conv{dimensions}D")(5, **options)
+    stock.build(given.shape)
+    stock.set_weights([kernel, *bias])
+    expected = as_array(stock(given))
+    if "activation" not in options:
+        reference = convolve(
+            x,
+            kernel,
+            strides=layer.strides,
+            dilation=layer.dilation_rate,
+            padding=layer.padding,
+        ) + (bias[0] if bias else 0)
+        if data_format == "channels_first":
+            reference = np.moveaxis(reference, -1, 1)
+        assert_close(expected, reference)
+    check_forms(layer, given, expected, chain(stock, given, encoder, decoder, slices))
+
+
+@pytest.mark.parametrize("options", OPTIONS_2D, ids=str)
+@pytest.mark.parametrize("slices", [1, 2, 6])
+def test_conv2d(side, options, slices):
+    check_convolution(side, 2, options, "channels_last", slices)
+
+
+@pytest.mark.parametrize("options", OPTIONS_1D, ids=str)
+@pytest.mark.parametrize("slices", [1, 3, 6])
+def test_conv1d(side, options, slices):
+    check_convolution(side, 1, options, "channels_last", slices)
+
+
+@pytest.mark.parametrize("options", OPTIONS_2D, ids=str)
+def test_conv2d_channels_first(side, options):
+    check_convolution(side, 2, options, "channels_first", 2)
+
+
+@pytest.mark.parametrize("options", OPTIONS_1D, ids=str)
+def test_conv1d_channels_first(side, options):
+    check_convolution(side, 1, options, "channels_first", 2)
+
+
+def test_channels_first_bias_is_added_as_the_stock_layer_does(side):
+    x = np.random.default_rng(2).normal(size=(2, 4, 5, 5)).astype("float32")
+    options = {"padding": "same", "data_format": "channels_first"}
+    layer = side.layers.FactorizedConv2D(5, 3, slices=2, rank=2, **options)
+    stock = side.keras.layers.Conv2D(5, 3, **options)
+    layer.build(x.shape)
+    stock.build(x.shape)
+    randomize(layer)
+    stock.set_weights([as_array(layer.kernel), layer.get_weights()[2]])
+    assert_close(as_array(layer(x)), as_array(stock(x)))
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (2, 3, 6), (2, 3, 2, 6)], ids=str)
+@pytest.mark.parametrize("slices", [1, 2, 6])
+@pytest.mark.parametrize("options", [{}, {"activation": "softmax", "use_bias": False}], ids=str)
+def test_dense(side, shape, slices, options):
+    x = np.random.default_rng(2).normal(size=shape).astype("float32")
+    layer = side.layers.FactorizedDense(5, slices=slices, rank=1, **options)
+    layer.build(shape)
+    randomize(layer)
+    encoder, decoder, *bias = layer.get_weights()
+    kernel = dense_kernel(encoder, decoder, slices)
+    stock = side.keras.layers.Dense(5, **options)
+    stock.build(shape)
+    stock.set_weights([kernel, *bias])
+    expected = as_array(stock(x))
+    if not options:
+        assert_close(expected, x.astype("float64") @ kernel + bias[0])
+    check_forms(layer, x, expected, chain(stock, x, encoder, decoder, slices))
+
+
+@pytest.mark.parametrize("dimensions", [1, 2])
+@pytest.mark.parametrize("slices", [1, 2, 3])
+def test_full_rank_holds_any_kernel(side, dimensions, slices):
+    """Factors from the SVD of every slice, at full rank, give the stock layer's output."""
+    generator = np.random.default_rng(5)
+    shape = (2, *(8, 7)[:dimensions], 6)
+    stock = getattr(side.keras.layers, f"Conv{dimensions}D")(10, 3, strides=2, padding="same")
+    stock.build(shape)
+    randomize(stock)
+    kernel, bias = stock.get_weights()
+    per_slice = 6 // slices
+    rank = min(10, per_slice * 3**dimensions)
+    encoders, decoders = [], []
+    for i in range(slices):
+        block = kernel[..., i * per_slice : (i + 1) * per_slice, :]
+        left, values, right = np.linalg.svd(block.reshape(-1, 10), full_matrices=False)
+        encoders.append((left * values).reshape(*block.shape[:-1], rank))
+        decoders.append(right)
+    decoder = np.concatenate(decoders).reshape(*[1] * dimensions, slices * rank, 10)
+    cls = getattr(side.layers, f"FactorizedConv{dimensions}D")
+    layer = cls(10, 3, slices=slices, rank=rank, strides=2, padding="same")
+    layer.build(shape)
+    layer.set_weights([np.concatenate(encoders, axis=-1), decoder, bias])
+    x = generator.normal(size=shape).astype("float32")
+    assert_close(as_array(layer(x)), as_array(stock(x)))
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """The forms that were chosen, and whether for XLA, in order."""
+    seen = []
+
+    def spy(**arguments):
+        form = choose_form(**arguments)
+        seen.append((form, arguments["training"], arguments["xla"]))
+        return form
+
+    monkeypatch.setattr(_forms, "choose_form", spy)
+    return seen
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_fit_tells_the_layers_about_training_and_xla(side, jit, chosen):
+    layer = side.layers.FactorizedConv2D(8, 3, slices=4, rank=2)
+    depthwise = side.layers.FactorizedConv2D(4, 3, slices=8, rank=1)
+    dense = side.layers.FactorizedDense(2, slices=2, rank=2)
+    model = side.keras.Sequential(
+        [side.keras.Input((8, 8, 8)), layer, depthwise, side.keras.layers.Flatten(), dense]
+    )
+    x = np.random.default_rng(0).normal(size=(8, 8, 8, 8)).astype("float32")
+    y = np.random.default_rng(1).normal(size=(8, 2)).astype("float32")
+    model.compile(side.keras.optimizers.SGD(0.01), "mse", jit_compile=jit)
+    before = [w.copy() for w in model.get_weights()]
+    eager = as_array(model(x))
+    chosen.clear()
+    model.fit(x, y, batch_size=8, verbose=0)
+    assert chosen
+    assert all(xla == jit for _, _, xla in chosen)
+    assert any(training for _, training, _ in chosen)
+    if jit:
+        assert all(form in ("merged", "recomposed") for form, _, _ in chosen[:2])
+    after = model.get_weights()
+    assert all(np.abs(new - old).max() > 0 for old, new in zip(before, after, strict=True))
+    chosen.clear()
+    predicted = model.predict(x, verbose=0)
+    assert chosen
+    assert not any(training for _, training, _ in chosen)
+    assert_close(predicted, as_array(model(x)))
+    assert np.abs(predicted - eager).max() > 0
+
+
+def test_jit_compiled_training_equals_plain_training(side):
+    x = np.random.default_rng(0).normal(size=(8, 6, 6, 4)).astype("float32")
+    y = np.random.default_rng(1).normal(size=(8, 6, 6, 5)).astype("float32")
+    results = []
+    for jit in (False, True):
+        layer = side.layers.FactorizedConv2D(5, 3, slices=2, rank=3, padding="same")
+        model = side.keras.Sequential([side.keras.Input((6, 6, 4)), layer])
+        randomize(layer)
+        model.compile(side.keras.optimizers.SGD(0.05), "mse", jit_compile=jit)
+        model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
+        results.append(layer.get_weights())
+    for plain, compiled in zip(*results, strict=True):
+        assert_close(compiled, plain)
+
+
+def choose(**change):
+    arguments = {
+        "slices": 4,
+        "rank": 8,
+        "channels": 64,
+        "filters": 64,
+        "kernel_size": (3, 3),
+        "positions": 64 * 32 * 32,
+        "training": True,
+        "dtype": "float32",
+        "cpu": True,
+        "xla": False,
+    }
+    return choose_form(**{**arguments, **change})
+
+
+def test_choice_of_the_form(monkeypatch):
+    monkeypatch.setattr(_forms, "grouped_convolution_trains", lambda dtype: dtype == "float32")
+    assert choose(cpu=False) == "grouped"
+    assert choose(cpu=False, training=False, dtype="float16") == "grouped"
+    assert choose(training=False) == "grouped"
+    assert choose(training=False, slices=64, rank=1) == "grouped"
+    # No gradient of grouped convolutions here: nothing that could be differentiated may use one.
+    assert choose(training=False, dtype="float64") == "split"
+    assert choose(training=False, dtype="float64", slices=1) == "grouped"
+    assert choose(dtype="float64") == "recomposed"
+    # Few slices and many channels: two small convolutions; many slices: one dense one.
+    assert choose(slices=1, rank=28) == "grouped"
+    assert choose(slices=16, rank=11) == "recomposed"
+    assert choose(slices=16, rank=46, channels=256, filters=256) == "grouped"
+    assert choose(channels=16, filters=16, slices=2, rank=6) == "recomposed"
+    # Pointwise kernels: a block-diagonal product, or the dense kernel where that would be larger.
+    assert choose(kernel_size=(1, 1), slices=2, rank=42, channels=256, filters=256) == "merged"
+    assert choose(kernel_size=(1, 1), slices=64, rank=1) == "recomposed"
+    # Dense layers see few rows: multiplying the factors out costs more than it saves.
+    for slices, rank in ((1, 512), (8, 113), (64, 15)):
+        form = choose(
+            kernel_size=(), slices=slices, rank=rank, channels=2048, filters=2048, positions=64
+        )
+        assert form != "recomposed"
+    # XLA on CPU never sees a grouped convolution.
+    for slices in (2, 4, 8, 16, 32, 64):
+        for training in (True, False):
+            for size in ((3, 3), (1, 1), (5,)):
+                form = choose(xla=True, slices=slices, rank=1, kernel_size=size, training=training)
+                assert form in ("merged", "recomposed")
+
+
+def test_xla_traces_are_recognized():
+    seen = {}
+
+    @tf.function
+    def inner(x):
+        seen["inner"] = _forms.in_xla_trace()
+        return x
+
+    @tf.function(jit_compile=True)
+    def compiled(x):
+        seen["compiled"] = _forms.in_xla_trace()
+        return inner(x)
+
+    @tf.function
+    def plain(x):
+        seen["plain"] = _forms.in_xla_trace()
+        return x
+
+    compiled(tf.ones([2]))
+    plain(tf.ones([2]))
+    assert seen == {"compiled": True, "inner": True, "plain": False}
+    assert not _forms.in_xla_trace()
+
+
+def test_the_probe_of_grouped_gradients_tells_the_truth():
+    for dtype in ("float32", "float64", "float16", "bfloat16"):
+        x = tf.Variable(tf.ones([2, 5, 5, 6], dtype))
+        with tf.GradientTape() as tape:
+            y = tf.nn.conv2d(x, tf.ones([3, 3, 2, 3], dtype), strides=1, padding="SAME")
+        try:
+            tape.gradient(y, x)
+            trains = True
+        except tf.errors.InvalidArgumentError:
+            trains = False
+        _forms.grouped_convolution_trains.cache_clear()
+        assert tf.function(lambda d=dtype: _forms.grouped_convolution_trains(d))() == trains
+
+
+def test_positions_are_counted_after_striding():
+    assert _forms.count_positions([64, 9, 8], (2, 1)) == 64 * 5 * 8
+    assert _forms.count_positions([None, 4], (1,)) == 32 * 4
+    assert _forms.count_positions([2, None], (1,)) == 2
+    assert _forms.count_positions([0, 3], (1,)) == 1

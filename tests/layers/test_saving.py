@@ -1,0 +1,153 @@
+"""Every format, loaded by a fresh process that knows of the layers by import only."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from layer_contract import KERASES, randomize
+
+ROOT = pathlib.Path(__file__).parents[2]
+LOAD = """
+import sys
+import numpy as np
+folder, kind = sys.argv[1:]
+x = np.load(folder + "/x.npy")
+for name in {names!r}:
+    path = folder + "/" + name
+    if kind == "exported":
+        import tensorflow as tf
+        artifact = tf.saved_model.load(path)
+        y = artifact.serve(x)
+        assert not any(module.startswith("keras_alds") for module in sys.modules)
+    else:
+        if kind == "keras":
+            import keras, keras_alds.layers as layers
+            assert "tf_keras" not in sys.modules
+        else:
+            import tf_keras as keras, keras_alds.tf_keras as layers
+        model = keras.models.load_model(path)
+        assert isinstance(model.layers[1], layers.FactorizedConv2D), type(model.layers[1])
+        assert model.layers[1].kernel.shape == (3, 3, 4, 6)
+        assert model.get_layer("second").encoder_form == "merged"
+        y = model.predict(x, verbose=0)
+        if name.endswith(".h5"):  # Keras 3 reads an optimizer from `.h5` that knows no variables
+            model.compile("sgd", "mse")
+        model.fit(x, y, verbose=0)
+    np.testing.assert_allclose(y, np.load(folder + "/y.npy"), rtol=1e-4, atol=1e-5)
+    print("loaded", name)
+"""
+
+
+def make_model(side):
+    layers, keras = side.layers, side.keras
+    inputs = keras.Input((9, 8, 4))
+    x = layers.FactorizedConv2D(6, 3, slices=2, rank=3, padding="same", activation="relu")(inputs)
+    x = layers.FactorizedConv2D(
+        4,
+        3,
+        slices=6,
+        rank=2,
+        strides=2,
+        encoder_form="merged",
+        encoder_regularizer=keras.regularizers.L2(1e-3),
+        name="second",
+    )(x)
+    x = keras.layers.Reshape((-1, 4))(x)
+    x = layers.FactorizedConv1D(6, 3, slices=2, rank=1, padding="causal", use_bias=False)(x)
+    x = layers.FactorizedDense(5, slices=3, rank=2, activation="tanh")(x)
+    x = keras.layers.Flatten()(x)
+    model = keras.Model(inputs, layers.FactorizedDense(3, slices=1, rank=2)(x))
+    # Not "mse": Keras 3 cannot read that string back from its own `.h5` files.
+    model.compile("sgd", keras.losses.MeanSquaredError())
+    for seed, layer in enumerate(model.layers):
+        if layer.weights:
+            randomize(layer, seed)
+    return model
+
+
+def load_elsewhere(folder, kind, names):
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD.format(names=names), str(folder), kind],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.split() == [word for name in names for word in ("loaded", name)]
+
+
+def save_reference(model, folder):
+    x = np.random.default_rng(0).normal(size=(3, 9, 8, 4)).astype("float32")
+    np.save(folder / "x.npy", x)
+    np.save(folder / "y.npy", model.predict(x, verbose=0))
+
+
+@pytest.mark.slow
+def test_keras_files_load_in_a_fresh_process(tmp_path):
+    model = make_model(KERASES["keras"])
+    save_reference(model, tmp_path)
+    names = ["model.keras", "model.h5"]
+    for name in names:
+        model.save(tmp_path / name)
+    load_elsewhere(tmp_path, "keras", names)
+
+
+@pytest.mark.slow
+def test_tf_keras_files_load_in_a_fresh_process(tmp_path):
+    model = make_model(KERASES["tf_keras"])
+    save_reference(model, tmp_path)
+    for name in ("model.keras", "model.h5"):
+        model.save(tmp_path / name)
+    model.save(tmp_path / "saved_model", save_format="tf")
+    load_elsewhere(tmp_path, "tf_keras", ["model.keras", "model.h5", "saved_model"])
+
+
+@pytest.mark.slow
+def test_exported_graphs_serve_without_keras_alds(tmp_path):
+    model = make_model(KERASES["keras"])
+    save_reference(model, tmp_path)
+    model.export(str(tmp_path / "exported"), verbose=False)
+    load_elsewhere(tmp_path, "exported", ["exported"])
+
+
+@pytest.mark.parametrize("name", list(KERASES))
+def test_weights_files_and_clones(name, tmp_path):
+    side = KERASES[name]
+    model = make_model(side)
+    x = np.random.default_rng(0).normal(size=(3, 9, 8, 4)).astype("float32")
+    expected = model.predict(x, verbose=0)
+    model.save_weights(tmp_path / "model.weights.h5")
+    clone = side.keras.models.clone_model(model)
+    assert np.abs(clone.predict(x, verbose=0) - expected).max() > 0
+    clone.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_allclose(clone.predict(x, verbose=0), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(KERASES))
+@pytest.mark.parametrize("slices", [4, 32])
+def test_a_converted_file_keeps_the_factors(name, slices):
+    """A file that held the recomposed kernel would have lost the compression."""
+    side = KERASES[name]
+    layer = side.layers.FactorizedConv2D(32, 3, slices=slices, rank=1, padding="same")
+    dense = side.layers.FactorizedDense(32, slices=4, rank=2)
+    model = side.keras.Sequential([side.keras.Input((6, 6, 32)), layer, dense])
+    x = np.random.default_rng(0).normal(size=(1, 6, 6, 32)).astype("float32")
+    expected = model.predict(x, verbose=0)
+    file = tf.lite.TFLiteConverter.from_keras_model(model).convert()
+    recomposed = 4 * (3 * 3 * 32 * 32 + 32 * 32)
+    assert 4 * model.count_params() < len(file) < recomposed / 2
+    interpreter = tf.lite.Interpreter(model_content=file)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], x)
+    interpreter.invoke()
+    y = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
