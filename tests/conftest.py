@@ -1,0 +1,47 @@
+"""What all tests share: both Kerases, the real networks and images, seeds, quiet logs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what is marked `data` where there is none."""
+    if DATA.is_dir():
+        return
+    skip = pytest.mark.skip(reason="needs the real networks and images of ../shared/data")
+    for item in items:
+        if item.get_closest_marker("data") or "data_dir" in getattr(item, "fixturenames", ()):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real networks and images; tests that ask for it are marked `data`."""
+    return DATA
+
+
+@pytest.fixture(params=["keras", "tf_keras"])
+def keras_module(request: pytest.FixtureRequest) -> ModuleType:
+    """Keras 3 and then tf_keras, as modules."""
+    if importlib.util.find_spec(request.param) is None:
+        pytest.skip(f"{request.param} is not installed")
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Seeds Python, NumPy and TensorFlow before every test (both Kerases use these)."""
+    keras = importlib.import_module("keras")
+    keras.utils.set_random_seed(0)
