@@ -9,6 +9,8 @@ The layers here are those of Keras 3; for tf_keras they are in `keras_alds.tf_ke
 else works with models of both.
 """
 
+import contextlib
+
 from keras_alds._version import __version__
 from keras_alds.callbacks import ALDSCompress
 from keras_alds.compress import compress, select
@@ -17,6 +19,9 @@ from keras_alds.plan import CompressionPlan, LayerChoice
 from keras_alds.report import report
 from keras_alds.rewrite.in_place import apply_plan
 from keras_alds.rewrite.inspect import count_macs
+
+with contextlib.suppress(ImportError):  # tf_keras is optional; this registers its layers
+    import keras_alds.tf_keras
 
 __all__ = [
     "ALDSCompress",

@@ -2,7 +2,7 @@
 
 Everything else asks `backend_of(model)` for a `Backend` and works through it, so a process may hold
 models of both kinds. The choice follows the class of the object that was given, never an
-environment variable. tf_keras is imported only once a user's own code has imported it.
+environment variable. tf_keras is optional.
 """
 
 from __future__ import annotations
@@ -387,6 +387,8 @@ class _Keras3(Backend):
         return bool(model.compiled)
 
     def input_specs(self, model: Model) -> Any:
+        if isinstance(model, keras.Sequential):
+            return _specs(model.inputs[0])
         if self.is_symbolic(model):
             return _specs(model.input)
         config = model.get_build_config() if hasattr(model, "get_build_config") else None
@@ -439,7 +441,7 @@ class _Keras3(Backend):
         self, optimizer: Optimizer, old: list[Variable], new: list[Variable]
     ) -> Undo:
         before = dict(vars(optimizer))
-        stored = list(optimizer._variables)
+        tracker, stored = optimizer._tracker, list(optimizer._variables)
         wrapper = self.inner_optimizer(optimizer) is not None
         dropped = {id(v) for slot in self.slots(optimizer, old).values() for v in slot}
         # Scalars that `build` makes (loss scale, step counters, …) keep their value by attribute.
@@ -448,8 +450,9 @@ class _Keras3(Backend):
             for name, value in vars(optimizer).items()
             if isinstance(value, keras.Variable) and tuple(value.shape) == ()
         }
-        optimizer._variables[:] = [v for v in stored if id(v) not in dropped]
-        optimizer._tracker.stored_ids["variables"] = {id(v) for v in optimizer._variables}
+        for variable in stored:
+            if id(variable) in dropped:
+                tracker.untrack(variable)
         optimizer._trainable_variables_indices = {}
         if wrapper:
             # `LossScaleOptimizer.build` would make its counters anew and build the inner one.
@@ -461,11 +464,13 @@ class _Keras3(Backend):
                 made = getattr(optimizer, name)
                 if made is not value:
                     made.assign(value)
-                    optimizer._tracker.untrack(value)
+                    tracker.untrack(value)
 
         def undo() -> None:
-            optimizer._variables[:] = stored
-            optimizer._tracker.stored_ids["variables"] = {id(v) for v in stored}
+            for variable in list(optimizer._variables):
+                tracker.untrack(variable)
+            for variable in stored:
+                tracker.add_to_store("variables", variable)
             optimizer.__dict__.clear()
             optimizer.__dict__.update(before)
 
@@ -554,7 +559,7 @@ class _TfKeras(Backend):
 
     def optimizer_targets(self, optimizer: Optimizer, known: list[Variable]) -> list[Variable]:
         if self._is_legacy(optimizer):
-            return [v for v in known if any(optimizer._slots.get(_legacy_key(v), {}).values())]
+            return [v for v in known if optimizer._slots.get(_legacy_key(v))]
         by_key = {optimizer._var_key(v): v for v in known}
         keys = sorted(optimizer._index_dict, key=optimizer._index_dict.get)
         if not all(key in by_key for key in keys):

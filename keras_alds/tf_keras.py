@@ -1,7 +1,7 @@
 """The factorized layers for tf_keras (Keras 2), registered for loading without `custom_objects`.
 
-Importing this module imports tf_keras; nothing else in the package does. Import it before a saved
-tf_keras model with factorized layers is loaded.
+`import keras_alds` imports this module where tf_keras is installed, so that saved tf_keras models
+with factorized layers load.
 
 Example:
     >>> import keras_alds.tf_keras
@@ -70,3 +70,9 @@ class FactorizedDense(FactorizedDenseMixin, tf_keras.layers.Layer):
 
     _keras = tf_keras
     _shape_type = tf.TensorShape
+
+
+# Wrappers such as TimeDistributed load the layer inside them by its bare class name.
+tf_keras.saving.get_custom_objects().update(
+    {cls.__name__: cls for cls in (FactorizedConv1D, FactorizedConv2D, FactorizedDense)}
+)

@@ -112,7 +112,7 @@ def test_only_the_backend_tells_the_kerases_apart(path: Path):
 
 
 def test_import_brings_no_optional_package():
-    optional = ("tf_keras", "matplotlib", "sklearn", "tensorflow_model_optimization")
+    optional = ("matplotlib", "sklearn", "tensorflow_model_optimization")
     # TensorFlow and Keras import some of them by themselves where they are installed.
     code = f"""
 import sys

@@ -1,0 +1,540 @@
+"""`ALDSCompress` in `fit`, in both Kerases."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import zoo
+
+from keras_alds import ALDSCompress, select
+from keras_alds._backend import backend_of
+from keras_alds.core.slicing import recompose
+from keras_alds.rewrite.inspect import is_factorized, walk
+from keras_alds.rewrite.optimizer import carried
+
+
+def value(tensor):
+    return np.asarray(tf.convert_to_tensor(tensor))
+
+
+def compiled(K, optimizer=None, model=None, **options):
+    K.utils.set_random_seed(0)
+    model = zoo.functional(K) if model is None else model
+    model.compile(
+        K.optimizers.SGD(0.01, momentum=0.9) if optimizer is None else optimizer,
+        K.losses.SparseCategoricalCrossentropy(from_logits=True),
+        **{"metrics": ["accuracy"], **options},
+    )
+    return model
+
+
+def fit(model, callbacks, epochs=3, **options):
+    x, y = zoo.images()
+    options = {"verbose": 0, "batch_size": 32, "shuffle": False, **options}
+    return model.fit(x, y, epochs=epochs, callbacks=callbacks, **options)
+
+
+def factorized(model):
+    return [layer for _, layer in walk(model) if is_factorized(layer)]
+
+
+class Spy:
+    """Records what a callback sees at the start of every epoch; duck-typed like any callback."""
+
+    def __new__(cls, K, look):
+        class Recorder(K.callbacks.Callback):
+            def __init__(self):
+                super().__init__()
+                self.seen = []
+
+            def on_epoch_begin(self, epoch, logs=None):
+                self.seen.append(look(self.model))
+
+            def on_epoch_end(self, epoch, logs=None):
+                self.seen.append(look(self.model))
+
+        return Recorder()
+
+
+class TestTraining:
+    def test_same_model_is_compressed_and_goes_on_training(self, keras_module, capsys):
+        model = compiled(keras_module)
+        layers = dict(walk(model))
+        params = model.count_params()
+        callback = ALDSCompress(cr=0.4, at_epoch=1)
+        spy = Spy(keras_module, lambda m: [value(la.encoder) for la in factorized(m)])
+        x, y = zoo.images(32)
+        history = fit(model, [callback, spy], validation_data=(x, y))
+
+        assert dict(walk(model)) == layers
+        assert callback.plan.cr >= 0.4
+        assert 1 - model.count_params() / params == callback.plan.cr
+        assert spy.seen[0] == spy.seen[1] == []
+        begin, end = spy.seen[2], spy.seen[3]
+        assert len(begin) == len(callback.plan.factorized) > 0
+        for before, after in zip(begin, end, strict=True):
+            assert np.abs(after - before).max() > 0
+        assert history.history["alds_cr"] == [0.0, callback.plan.cr, callback.plan.cr]
+        assert history.history["alds_params"] == [params, model.count_params()] + [
+            model.count_params()
+        ]
+        loss, accuracy = model.evaluate(x, y, verbose=0)
+        assert loss == pytest.approx(history.history["val_loss"][-1], rel=1e-5)
+        assert accuracy == pytest.approx(history.history["val_accuracy"][-1], abs=1e-6)
+        line = [li for li in capsys.readouterr().out.splitlines() if li.startswith("ALDSCompress")]
+        assert len(line) == 1
+        assert f"{params:,} → {model.count_params():,} parameters" in line[0]
+
+    def test_silent(self, keras_module, capsys):
+        fit(compiled(keras_module), [ALDSCompress(cr=0.4, at_epoch=1, verbose=0)], epochs=2)
+        assert "ALDSCompress" not in capsys.readouterr().out
+
+    def test_compression_before_the_first_epoch_equals_compress_then_fit(self, keras_module):
+        from keras_alds import compress
+
+        K = keras_module
+        in_fit = compiled(K)
+        by_hand = compiled(K, model=compress(compiled(K), 0.4))
+        fit(in_fit, [ALDSCompress(cr=0.4, at_epoch=0, verbose=0)], epochs=2)
+        fit(by_hand, [], epochs=2)
+        for a, b in zip(in_fit.get_weights(), by_hand.get_weights(), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("kind", ["nested", "subclassed", "sequential", "temporal", "wrapped"])
+    def test_kinds_of_models(self, keras_module, kind):
+        K = keras_module
+        K.utils.set_random_seed(0)
+        model = compiled(K, model=zoo.MODELS[kind](K))
+        x = zoo.examples(model, 16)
+        y = np.arange(16) % 10
+        if kind == "temporal":
+            y = np.zeros((16, *value(model(x)).shape[1:-1]), int)
+        moved = Spy(K, lambda m: [value(la.decoder) for la in factorized(m)])
+        model.fit(x, y, epochs=2, verbose=0, callbacks=[ALDSCompress(0.3, 1, verbose=0), moved])
+        assert moved.seen[2]
+        for before, after in zip(moved.seen[2], moved.seen[3], strict=True):
+            assert np.abs(after - before).max() > 0
+
+    def test_saved_model_continues_where_it_stopped(self, keras_module, tmp_path):
+        model = compiled(keras_module, keras_module.optimizers.Adam(1e-3))
+        fit(model, [ALDSCompress(cr=0.4, at_epoch=1, verbose=0)], epochs=2)
+        model.save(tmp_path / "model.keras")
+        loaded = keras_module.models.load_model(tmp_path / "model.keras")
+        assert int(loaded.optimizer.iterations) == int(model.optimizer.iterations) == 4
+        fit(model, [], epochs=1)
+        fit(loaded, [], epochs=1)
+        for a, b in zip(model.get_weights(), loaded.get_weights(), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+class TestWaysToTrain:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"run_eagerly": True},
+            {"steps_per_execution": 2},
+            pytest.param({"jit_compile": True}, marks=pytest.mark.slow),
+        ],
+        ids=lambda options: next(iter(options)),
+    )
+    def test_compile_options(self, keras_module, options):
+        model = compiled(keras_module, **options)
+        moved = Spy(keras_module, lambda m: [value(la.encoder) for la in factorized(m)])
+        history = fit(model, [ALDSCompress(0.4, 1, verbose=0), moved], epochs=2)
+        assert np.isfinite(history.history["loss"]).all()
+        assert all(
+            np.abs(b - a).max() > 0 for a, b in zip(moved.seen[2], moved.seen[3], strict=True)
+        )
+        assert moved.seen[2]
+
+    def test_dataset_steps_and_initial_epoch(self, keras_module):
+        model = compiled(keras_module)
+        x, y = zoo.images()
+        data = tf.data.Dataset.from_tensor_slices((x, y)).repeat().batch(16)
+        callback = ALDSCompress(0.4, at_epoch=6, verbose=0)
+        history = model.fit(
+            data, steps_per_epoch=2, initial_epoch=5, epochs=8, verbose=0, callbacks=[callback]
+        )
+        assert history.history["alds_cr"] == [0.0, callback.plan.cr, callback.plan.cr]
+
+    def test_training_that_starts_after_at_epoch(self, keras_module, capsys):
+        model = compiled(keras_module)
+        callback = ALDSCompress(0.4, at_epoch=3)
+        history = fit(model, [callback], initial_epoch=5, epochs=6)
+        assert history.history["alds_cr"] == [callback.plan.cr]
+        capsys.readouterr()
+        again = ALDSCompress(0.4, at_epoch=3)
+        fit(model, [again], initial_epoch=6, epochs=7)
+        assert "compressed already" in capsys.readouterr().out
+        assert model.count_params() == callback.plan.params_after
+
+    def test_custom_train_step(self, keras_module):
+        K = keras_module
+
+        class Custom(K.Model):
+            def train_step(self, data):
+                x, y = data
+                with tf.GradientTape() as tape:
+                    error = self(x, training=True) - tf.one_hot(tf.cast(y, tf.int32), 10)
+                    loss = tf.reduce_mean(tf.square(error))
+                gradients = tape.gradient(loss, self.trainable_variables)
+                self.optimizer.apply_gradients(
+                    zip(gradients, self.trainable_variables, strict=True)
+                )
+                return {"loss": loss}
+
+        base = zoo.functional(K)
+        model = compiled(K, model=Custom(base.input, base.output), metrics=None)
+        moved = Spy(K, lambda m: [value(la.encoder) for la in factorized(m)])
+        fit(model, [ALDSCompress(0.4, 1, verbose=0), moved])
+        for before, after in zip(moved.seen[2], moved.seen[3], strict=True):
+            assert np.abs(after - before).max() > 0
+
+    def test_every_optimizer_of_a_custom_train_step(self, keras_module):
+        K = keras_module
+
+        class Two(K.Model):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                self.head_optimizer = K.optimizers.Adam(1e-3)
+
+            def train_step(self, data):
+                x, y = data
+                with tf.GradientTape() as tape:
+                    error = self(x, training=True) - tf.one_hot(tf.cast(y, tf.int32), 10)
+                    loss = tf.reduce_mean(tf.square(error))
+                variables = self.trainable_variables
+                ours = [v for v in variables if "head" in getattr(v, "path", v.name)]
+                rest = [v for v in variables if "head" not in getattr(v, "path", v.name)]
+                g_ours, g_rest = tape.gradient(loss, (ours, rest))
+                self.head_optimizer.apply_gradients(zip(g_ours, ours, strict=True))
+                self.optimizer.apply_gradients(zip(g_rest, rest, strict=True))
+                return {"loss": loss}
+
+        base = zoo.functional(K)
+        model = compiled(K, model=Two(base.input, base.output), metrics=None)
+        moved = Spy(K, lambda m: [value(la.encoder) for la in factorized(m)])
+        # The head has the largest error when it is factorized: ask for enough.
+        fit(model, [ALDSCompress(0.75, 1, verbose=0), moved])
+        assert is_factorized(model.get_layer("head"))
+        for before, after in zip(moved.seen[2], moved.seen[3], strict=True):
+            assert np.abs(after - before).max() > 0
+        assert int(model.head_optimizer.iterations) == 6
+
+    def test_a_train_step_in_a_tf_function_of_its_own_is_noticed(self, keras_module):
+        K = keras_module
+
+        class Stale(K.Model):
+            @tf.function
+            def step(self, x, y):
+                with tf.GradientTape() as tape:
+                    error = self(x, training=True) - tf.one_hot(tf.cast(y, tf.int32), 10)
+                    loss = tf.reduce_mean(tf.square(error))
+                variables = self.trainable_variables
+                for variable, gradient in zip(
+                    variables, tape.gradient(loss, variables), strict=True
+                ):
+                    variable.assign_sub(0.01 * gradient)
+                return loss
+
+            def train_step(self, data):
+                return {"loss": self.step(*data)}
+
+        base = zoo.functional(K)
+        model = compiled(K, model=Stale(base.input, base.output), run_eagerly=True, metrics=None)
+        with pytest.warns(UserWarning, match="No factor has moved"):
+            fit(model, [ALDSCompress(0.4, 1, verbose=0)], epochs=2)
+
+
+OPTIMIZERS = {
+    "sgd": lambda K: K.optimizers.SGD(0.01, momentum=0.9),
+    "adam": lambda K: K.optimizers.Adam(1e-3, amsgrad=True),
+    "adamw": lambda K: K.optimizers.AdamW(1e-3),
+    "nadam": lambda K: K.optimizers.Nadam(1e-3),
+    "adamax": lambda K: K.optimizers.Adamax(1e-3),
+    "rmsprop": lambda K: K.optimizers.RMSprop(1e-3, momentum=0.5, centered=True),
+    "adagrad": lambda K: K.optimizers.Adagrad(1e-2),
+    "adadelta": lambda K: K.optimizers.Adadelta(1e-2),
+    "ftrl": lambda K: K.optimizers.Ftrl(1e-2),
+    "adafactor": lambda K: K.optimizers.Adafactor(1e-3),
+    "lion": lambda K: K.optimizers.Lion(1e-4),
+    "ema": lambda K: K.optimizers.SGD(0.01, use_ema=True, ema_momentum=0.9),
+    "legacy_sgd": lambda K: K.optimizers.legacy.SGD(0.01, momentum=0.9),
+    "legacy_adam": lambda K: K.optimizers.legacy.Adam(1e-3),
+    "legacy_rmsprop": lambda K: K.optimizers.legacy.RMSprop(1e-3, centered=True),
+}
+ONLY_KERAS_3 = ("lion", "adamw")
+
+
+def make_optimizer(K, name):
+    if name.startswith("legacy") and K.__name__ == "keras":
+        pytest.skip("Keras 3 has no legacy optimizers")
+    if not hasattr(K.optimizers, "Lion") and name == "lion":
+        pytest.skip(f"{K.__name__} has no Lion")
+    if not hasattr(K.optimizers, "AdamW") and name == "adamw":
+        pytest.skip(f"{K.__name__} has no AdamW")
+    return OPTIMIZERS[name](K)
+
+
+class TestOptimizers:
+    @pytest.mark.parametrize("name", list(OPTIMIZERS))
+    def test_state_of_untouched_variables_carries_on(self, keras_module, name):
+        K = keras_module
+        model = compiled(K, make_optimizer(K, name))
+        optimizer, backend = model.optimizer, backend_of(model)
+        fit(model, [], epochs=2)
+        known = list(model.variables)
+        targets = backend.optimizer_targets(optimizer, known)
+        before = {
+            (slot, id(target)): backend.value(variable)
+            for slot, variables in backend.slots(optimizer, targets).items()
+            for target, variable in zip(targets, variables, strict=True)
+            if variable is not None
+        }
+        scalars = backend.value(optimizer.iterations)
+
+        from keras_alds import apply_plan
+
+        apply_plan(model, select(model, 0.4))
+        assert model.optimizer is optimizer
+        new = backend.optimizer_targets(optimizer, list(model.variables))
+        assert {id(v) for v in new} == {id(v) for v in model.trainable_variables}
+        kept = 0
+        for slot, variables in backend.slots(optimizer, new).items():
+            assert len(variables) == len(new)
+            for target, variable in zip(new, variables, strict=True):
+                if variable is not None and (slot, id(target)) in before:
+                    np.testing.assert_array_equal(backend.value(variable), before[slot, id(target)])
+                    kept += 1
+        # stem, hidden or head may stay whole; biases and BatchNormalization always do
+        if before:
+            assert kept >= 5
+        assert backend.value(optimizer.iterations) == scalars == 4
+        history = fit(model, [], epochs=1)
+        assert np.isfinite(history.history["loss"]).all()
+        assert backend.value(optimizer.iterations) == 6
+
+    @pytest.mark.parametrize("name", ["sgd", "adam", "legacy_sgd", "legacy_adam"])
+    def test_moments_of_a_factorized_kernel_follow_the_chain_rule(self, keras_module, name):
+        from keras_alds import apply_plan
+
+        K = keras_module
+        model = compiled(K, make_optimizer(K, name))
+        optimizer, backend = model.optimizer, backend_of(model)
+        fit(model, [], epochs=1)
+        layer = model.get_layer("down")
+
+        def state(target, kind):
+            targets = backend.optimizer_targets(optimizer, list(model.variables))
+            index = [id(t) for t in targets].index(id(target))
+            names = {"first": ("momentums", "_momentums", "momentum", "m")}
+            names["second"] = ("_velocities", "v")
+            slots = backend.slots(optimizer, targets)
+            found = [slots[n] for n in names[kind] if n in slots]
+            return backend.value(found[0][index]).astype(np.float64) if found else None
+
+        first, second = state(layer.kernel, "first"), state(layer.kernel, "second")
+        assert np.abs(first).max() > 0
+        apply_plan(model, select(model, 0.4))
+        E, D = value(layer.encoder).astype(np.float64), value(layer.decoder).astype(np.float64)
+
+        # ⟨state of W, dW⟩ for a small step of one factor equals ⟨state of the factor, its step⟩.
+        rng = np.random.default_rng(0)
+        step = rng.standard_normal(E.shape)
+        moved = recompose(step, D[0, 0], layer.slices)
+        assert np.sum(first * moved) == pytest.approx(
+            np.sum(state(layer.encoder, "first") * step), rel=1e-4
+        )
+        step = rng.standard_normal(D.shape)
+        moved = recompose(E, step[0, 0], layer.slices)
+        assert np.sum(first * moved) == pytest.approx(
+            np.sum(state(layer.decoder, "first") * step), rel=1e-4
+        )
+        if second is not None:
+            assert state(layer.encoder, "second").min() >= 0
+            expected = recompose(np.ones_like(E), D[0, 0] ** 2, layer.slices)
+            assert np.sum(second * expected) == pytest.approx(
+                np.sum(state(layer.encoder, "second")), rel=1e-4
+            )
+
+    def test_second_moments_are_the_expectation_for_uncorrelated_gradients(self):
+        from keras_alds import FactorizedDense
+
+        rng = np.random.default_rng(0)
+        layer = FactorizedDense(6, slices=2, rank=2)
+        layer.build((None, 8))
+        backend = backend_of(layer)
+        scale = rng.uniform(0.1, 2, (8, 6))
+        encoder, decoder = carried(backend, "squared", scale**2, layer)
+
+        G = (scale * rng.standard_normal((100_000, 8, 6))).reshape(-1, 2, 4, 6)
+        E = value(layer.encoder).reshape(4, 2, 2).transpose(1, 0, 2)
+        D = value(layer.decoder).reshape(2, 2, 6)
+        exact = np.square(np.einsum("nkcf,kjf->nckj", G, D)).mean(0).reshape(4, 4)
+        np.testing.assert_allclose(encoder, exact, rtol=0.05)
+        exact = np.square(np.einsum("kcj,nkcf->nkjf", E, G)).mean(0).reshape(4, 6)
+        np.testing.assert_allclose(decoder, exact, rtol=0.05)
+
+    def test_average_of_weights_starts_at_the_factors(self, keras_module):
+        K = keras_module
+        model = compiled(K, K.optimizers.SGD(0.01, use_ema=True, ema_momentum=0.9))
+        fit(model, [], epochs=1)
+        from keras_alds import apply_plan
+
+        apply_plan(model, select(model, 0.4))
+        backend = backend_of(model)
+        targets = backend.optimizer_targets(model.optimizer, list(model.variables))
+        averages = backend.slots(model.optimizer, targets)["_model_variables_moving_average"]
+        for layer in factorized(model):
+            for factor in (layer.encoder, layer.decoder):
+                index = [id(t) for t in targets].index(id(factor))
+                np.testing.assert_array_equal(backend.value(averages[index]), backend.value(factor))
+
+    def test_learning_rate_schedule_carries_on(self, keras_module):
+        K = keras_module
+        schedule = K.optimizers.schedules.PiecewiseConstantDecay([2], [0.1, 0.001])
+        model = compiled(K, K.optimizers.SGD(schedule))
+        fit(model, [ALDSCompress(0.4, 1, verbose=0)], epochs=2)
+        assert int(model.optimizer.iterations) == 4
+        assert float(value(model.optimizer.learning_rate)) == pytest.approx(0.001)
+
+    def test_loss_scale_carries_on(self, keras_module):
+        K = keras_module
+        if K.__name__ == "keras":
+            wrapped = K.optimizers.LossScaleOptimizer(
+                K.optimizers.SGD(0.01, momentum=0.9), initial_scale=64.0
+            )
+        else:
+            wrapped = K.mixed_precision.LossScaleOptimizer(
+                K.optimizers.SGD(0.01, momentum=0.9), initial_scale=64.0
+            )
+        model = compiled(K, wrapped)
+        moved = Spy(K, lambda m: [value(la.encoder) for la in factorized(m)])
+        fit(model, [ALDSCompress(0.4, 1, verbose=0), moved], epochs=2)
+        scale = wrapped.dynamic_scale if K.__name__ == "keras" else wrapped.loss_scale
+        assert float(value(scale)) == 64.0
+        assert int(value(wrapped.inner_optimizer.iterations)) == 4
+        for before, after in zip(moved.seen[2], moved.seen[3], strict=True):
+            assert np.abs(after - before).max() > 0
+
+    def test_gradient_accumulation(self):
+        import keras
+
+        model = compiled(keras, keras.optimizers.SGD(0.01, gradient_accumulation_steps=2))
+        moved = Spy(keras, lambda m: [value(la.encoder) for la in factorized(m)])
+        fit(model, [ALDSCompress(0.4, 1, verbose=0), moved], epochs=3)
+        assert np.abs(moved.seen[5][0] - moved.seen[2][0]).max() > 0
+
+
+class TestBesideOtherCallbacks:
+    def test_many_at_once(self, keras_module, tmp_path):
+        K = keras_module
+        model = compiled(K)
+        x, y = zoo.images(32)
+        callback = ALDSCompress(0.4, 2, verbose=0)
+        history = fit(
+            model,
+            [
+                callback,
+                K.callbacks.EarlyStopping("val_loss", patience=10, restore_best_weights=True),
+                K.callbacks.ReduceLROnPlateau("val_loss", patience=1),
+                K.callbacks.LearningRateScheduler(lambda epoch, lr: lr * 0.9),
+                K.callbacks.ModelCheckpoint(
+                    str(tmp_path / "best.keras"), "val_loss", save_best_only=True
+                ),
+                K.callbacks.TensorBoard(str(tmp_path / "board"), write_graph=False),
+                K.callbacks.CSVLogger(str(tmp_path / "log.csv")),
+            ],
+            epochs=4,
+            validation_data=(x, y),
+        )
+        assert len(history.history["loss"]) == 4
+        rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+        assert [float(row["alds_cr"]) for row in rows] == history.history["alds_cr"]
+        best = K.models.load_model(tmp_path / "best.keras")
+        assert best.count_params() == model.count_params() == callback.plan.params_after
+        assert best.evaluate(x, y, verbose=0)[0] == pytest.approx(
+            min(history.history["val_loss"][2:]), rel=1e-4
+        )
+
+    @pytest.mark.parametrize("first", [True, False])
+    def test_early_stopping_restores_compressed_weights(self, keras_module, first):
+        K = keras_module
+        model = compiled(K)
+        x, y = zoo.images(32)
+        # A rate at which the first epochs are the best.
+        stopping = K.callbacks.EarlyStopping("loss", patience=1, restore_best_weights=True)
+        blow_up = K.callbacks.LearningRateScheduler(lambda epoch: 0.01 if epoch < 2 else 50.0)
+        compress = ALDSCompress(0.4, 1, verbose=0)
+        callbacks = [compress, stopping] if first else [stopping, compress]
+        history = fit(model, [*callbacks, blow_up], epochs=9, validation_data=(x, y))
+        assert len(history.history["loss"]) < 9
+        assert model.count_params() == compress.plan.params_after
+        assert np.isfinite(model.evaluate(x, y, verbose=0)[0])
+
+    def test_plan_instead_of_cr(self, keras_module):
+        model = compiled(keras_module)
+        plan = select(model, 0.3)
+        callback = ALDSCompress(plan=plan, at_epoch=1, verbose=0)
+        fit(model, [callback], epochs=2)
+        assert callback.plan is plan
+        assert model.count_params() == plan.params_after
+
+
+class TestErrors:
+    @pytest.mark.parametrize("cr", [0, 1, "0.5", None])
+    def test_cr(self, cr):
+        with pytest.raises(ValueError, match="Received: cr="):
+            ALDSCompress(cr=cr, at_epoch=1)
+
+    @pytest.mark.parametrize("at_epoch", [-1, 1.5, "3", None])
+    def test_at_epoch(self, at_epoch):
+        with pytest.raises(ValueError, match="Received: at_epoch="):
+            ALDSCompress(cr=0.5, at_epoch=at_epoch)
+
+    def test_unreachable_cr_stops_before_the_first_epoch(self, keras_module):
+        model = compiled(keras_module)
+        weights = model.get_weights()
+        with pytest.raises(ValueError, match="not reachable"):
+            fit(model, [ALDSCompress(cr=0.99, at_epoch=2)])
+        for a, b in zip(weights, model.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    def test_weights_that_are_not_finite_stop_training_unchanged(self, keras_module):
+        K = keras_module
+        model = compiled(K)
+        kinds = [(path, type(layer)) for path, layer in walk(model)]
+
+        class Poison(K.callbacks.Callback):
+            def on_epoch_end(self, epoch, logs=None):
+                layer = self.model.get_layer("down")
+                layer.kernel.assign(value(layer.kernel) * np.nan)
+
+        with pytest.raises(ValueError, match="NaN or infinity in the kernel of layer 'down'"):
+            fit(model, [Poison(), ALDSCompress(cr=0.4, at_epoch=1)])
+        assert [(path, type(layer)) for path, layer in walk(model)] == kinds
+        assert fit(model, [], epochs=1).history["loss"]
+
+    def test_compressing_twice(self, keras_module):
+        model = compiled(keras_module)
+        fit(model, [ALDSCompress(cr=0.4, at_epoch=0, verbose=0)], epochs=1)
+        weights = model.get_weights()
+        with pytest.raises(ValueError, match="not compressed yet"):
+            fit(model, [ALDSCompress(cr=0.2, at_epoch=0)], epochs=1)
+        for a, b in zip(weights, model.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    def test_at_epoch_beyond_the_end_warns(self, keras_module):
+        model = compiled(keras_module)
+        with pytest.warns(UserWarning, match=r"was not compressed.*at_epoch=7.*epochs=2"):
+            fit(model, [ALDSCompress(cr=0.4, at_epoch=7)], epochs=2)
+        assert not factorized(model)
+
+    def test_a_good_run_warns_of_nothing(self, keras_module):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", module="keras_alds")
+            fit(compiled(keras_module), [ALDSCompress(0.4, 1, verbose=0)], epochs=2)

@@ -1,0 +1,597 @@
+"""`select`, `compress` and `apply_plan` on models of every kind, in both Kerases."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import zoo
+
+import keras_alds
+from keras_alds import CompressionPlan, apply_plan, compress, count_macs, select
+from keras_alds.plan import allowed_after, removed_fraction
+from keras_alds.rewrite.in_place import factorized_layer, match
+from keras_alds.rewrite.inspect import is_factorized, walk
+
+
+@pytest.fixture(params=list(zoo.MODELS))
+def model(request, keras_module):
+    keras_module.utils.set_random_seed(0)
+    return zoo.MODELS[request.param](keras_module)
+
+
+@pytest.fixture
+def small(keras_module):
+    keras_module.utils.set_random_seed(0)
+    return zoo.functional(keras_module)
+
+
+def factorized_layers(model):
+    return [layer for _, layer in walk(model) if is_factorized(layer)]
+
+
+def value(tensor):
+    return np.asarray(tf.convert_to_tensor(tensor))
+
+
+def largest_step(model, plan):
+    """The most that one more rank or the whole kernel would cost in any layer."""
+    return max(
+        (
+            choice.params_before - choice.params_after
+            if not choice.factorized
+            else max(
+                choice.slices * choice.kernel_shape[-1] + int(np.prod(choice.kernel_shape[:-1])),
+                choice.params_before - choice.params_after,
+            )
+        )
+        for choice in plan.choices
+        if choice.kernel_shape
+    )
+
+
+class TestEveryKindOfModel:
+    def test_removes_what_was_asked_for_and_leaves_the_model_alone(self, model):
+        before = model.get_weights()
+        inputs = zoo.examples(model)
+        expected = zoo.outputs(model, inputs)
+        config = json.dumps(model.get_config(), default=str)
+        plan = select(model, 0.4)
+        compressed = compress(model, 0.4)
+
+        achieved = 1 - compressed.count_params() / model.count_params()
+        assert achieved >= 0.4
+        assert achieved == plan.cr
+        assert plan.params_after == compressed.count_params()
+        assert (achieved - 0.4) * model.count_params() <= largest_step(model, plan)
+        assert type(compressed) is type(model)
+        assert compressed is not model
+        for old, new in zip(before, model.get_weights(), strict=True):
+            np.testing.assert_array_equal(old, new)
+        assert json.dumps(model.get_config(), default=str) == config
+        assert not factorized_layers(model)
+        np.testing.assert_array_equal(zoo.outputs(model, inputs), expected)
+
+    def test_equals_the_model_with_recomposed_kernels(self, model, keras_module):
+        compressed = compress(model, 0.4)
+        reference = compress(model, plan=nothing(select(model, 0.4)))
+        assert not factorized_layers(reference)
+        kernels = {path: layer for path, layer in walk(reference)}
+        matched = 0
+        for (path, layer), choice in pairs(compressed, select(model, 0.4)):
+            if choice.factorized:
+                dense = kernels.get(path) or by_position(reference, compressed, layer)
+                dense.kernel.assign(value(layer.kernel))
+                matched += 1
+        assert matched == len(factorized_layers(compressed)) > 0
+        inputs = zoo.examples(model)
+        np.testing.assert_allclose(
+            zoo.outputs(compressed, inputs), zoo.outputs(reference, inputs), rtol=1e-4, atol=1e-4
+        )
+
+    def test_macs_are_those_of_the_plan(self, model):
+        plan = select(model, 0.4, objective="macs")
+        compressed = compress(model, plan=plan)
+        assert count_macs(model) == plan.macs_before
+        assert count_macs(compressed) == plan.macs_after
+        assert plan.cr == removed_fraction(count_macs(model), count_macs(compressed)) >= 0.4
+
+    def test_plan_names_every_layer_with_weights(self, model):
+        plan = select(model, 0.4)
+        with_weights = sum(1 for _, layer in walk(model) if own_weights(layer))
+        assert len(plan.choices) == with_weights
+        assert len({choice.layer for choice in plan.choices}) == with_weights
+        for choice in plan.choices:
+            assert (choice.reason is None) == (choice.slices is not None)
+            if choice.factorized:
+                assert choice.params_after < choice.params_before
+            else:
+                assert choice.params_after == choice.params_before
+                assert choice.reason
+        assert sum(choice.params_before for choice in plan.choices) == model.count_params()
+
+    def test_plan_round_trip_gives_the_same_model(self, model, tmp_path):
+        plan = select(model, 0.4)
+        plan.save(tmp_path / "plan.json")
+        loaded = CompressionPlan.load(tmp_path / "plan.json")
+        assert loaded == plan
+        assert json.loads((tmp_path / "plan.json").read_text())["version"] == 1
+        first, second = compress(model, 0.4), compress(model, plan=loaded)
+        for a, b in zip(first.get_weights(), second.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    def test_plan_fits_a_second_instance(self, model, request, keras_module):
+        kind = request.node.callspec.params["model"]
+        other = zoo.MODELS[kind](keras_module)
+        plan = select(model, 0.4)
+        assert [spec.params for spec, _ in match(other, plan)] == [
+            choice.params_before for choice in plan.choices
+        ]
+        compressed = compress(other, plan=plan)
+        assert compressed.count_params() == plan.params_after
+
+    def test_saves_and_loads(self, model, request, keras_module, tmp_path):
+        if "subclassed" in request.node.callspec.params["model"]:
+            pytest.skip("a subclassed model makes its layers in code: see TestSubclassed")
+        compressed = compress(model, 0.4)
+        inputs = zoo.examples(model)
+        compressed.save(tmp_path / "model.keras")
+        loaded = keras_module.models.load_model(tmp_path / "model.keras")
+        np.testing.assert_allclose(
+            zoo.outputs(loaded, inputs), zoo.outputs(compressed, inputs), rtol=1e-5, atol=1e-6
+        )
+
+
+def nothing(plan):
+    """The same plan with every layer left alone."""
+    import dataclasses
+
+    return dataclasses.replace(
+        plan,
+        choices=tuple(
+            dataclasses.replace(choice, slices=None, rank=None, reason="left alone")
+            for choice in plan.choices
+        ),
+    )
+
+
+def pairs(model, plan):
+    layers = [(path, layer) for path, layer in walk(model) if own_weights(layer)]
+    return list(zip(layers, plan.choices, strict=True))
+
+
+def by_position(reference, compressed, layer):
+    """The layer of `reference` where `layer` is in `compressed`: names may be numbered anew."""
+    index = [id(found) for _, found in walk(compressed)].index(id(layer))
+    return [found for _, found in walk(reference)][index]
+
+
+def own_weights(layer):
+    return getattr(layer, "_trainable_variables", None) or getattr(layer, "_trainable_weights", [])
+
+
+class TestFullRank:
+    """At full rank of every slice the factorized layer computes what the stock layer does."""
+
+    OPTIONS = (
+        ("Conv2D", {"filters": 8, "kernel_size": 3}, (9, 9, 4)),
+        ("Conv2D", {"filters": 8, "kernel_size": (3, 1), "strides": (2, 1)}, (9, 9, 4)),
+        ("Conv2D", {"filters": 8, "kernel_size": 3, "padding": "same", "strides": 2}, (9, 9, 4)),
+        ("Conv2D", {"filters": 8, "kernel_size": 3, "dilation_rate": 2}, (9, 9, 4)),
+        ("Conv2D", {"filters": 8, "kernel_size": 3, "use_bias": False}, (9, 9, 4)),
+        ("Conv2D", {"filters": 8, "kernel_size": 3, "activation": "tanh"}, (9, 9, 4)),
+        ("Conv2D", {"filters": 8, "kernel_size": 1}, (9, 9, 4)),
+        ("Conv1D", {"filters": 8, "kernel_size": 3, "padding": "causal"}, (9, 4)),
+        ("Conv1D", {"filters": 8, "kernel_size": 3, "padding": "same", "strides": 2}, (9, 4)),
+        ("Conv1D", {"filters": 8, "kernel_size": 3, "dilation_rate": 2}, (9, 4)),
+        ("Dense", {"units": 8, "activation": "relu"}, (4,)),
+        ("Dense", {"units": 8, "use_bias": False}, (5, 6, 4)),
+    )
+
+    @pytest.mark.parametrize(("kind", "options", "shape"), OPTIONS)
+    @pytest.mark.parametrize("slices", [1, 2, 4])
+    def test_equals_the_stock_layer(self, keras_module, kind, options, shape, slices):
+        keras_module.utils.set_random_seed(0)
+        layer = getattr(keras_module.layers, kind)(
+            **options, bias_initializer="uniform" if options.get("use_bias", True) else "zeros"
+        )
+        x = np.random.default_rng(0).standard_normal((3, *shape)).astype("float32")
+        expected = value(layer(x))
+        kernel = tuple(layer.kernel.shape)
+        rank = min(int(np.prod(kernel[:-1])) // slices, kernel[-1])
+        choice = keras_alds.LayerChoice(
+            layer.name, kind, kernel, slices, rank, 0, 0, 0, None, None, 0.0, None
+        )
+        result = value(factorized_layer(layer, choice)(x))
+        assert np.abs(result - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+class TestSettings:
+    def test_settings_carry_over(self, keras_module):
+        L, K = keras_module.layers, keras_module
+        layer = L.Conv2D(
+            16,
+            3,
+            kernel_regularizer=K.regularizers.L2(1e-3),
+            bias_regularizer=K.regularizers.L1(1e-4),
+            bias_constraint=K.constraints.MaxNorm(2.0),
+            activity_regularizer=K.regularizers.L2(1e-5),
+            kernel_initializer="he_normal",
+            name="conv",
+        )
+        model = K.Sequential([K.Input((8, 8, 8)), layer])
+        made = compress(model, 0.4).get_layer("conv")
+        assert type(made).__name__ == "FactorizedConv2D"
+        assert made.name == "conv"
+        for factor in ("encoder", "decoder"):
+            config = getattr(made, f"{factor}_regularizer").get_config()
+            assert config["l2"] == pytest.approx(1e-3)
+            assert type(getattr(made, f"{factor}_initializer")).__name__ == "HeNormal"
+        assert made.bias_regularizer.get_config()["l1"] == pytest.approx(1e-4)
+        assert made.bias_constraint.get_config()["max_value"] == 2.0
+        assert made.activity_regularizer is not None
+
+    def test_frozen_layers_stay_frozen(self, small):
+        small.get_layer("down").trainable = False
+        compressed = compress(small, 0.4)
+        assert is_factorized(compressed.get_layer("down"))
+        assert compressed.get_layer("down").trainable is False
+        assert compressed.get_layer("hidden").trainable is True
+        assert not compressed.get_layer("down").trainable_weights
+        compressed.get_layer("down").trainable = True
+        assert len(compressed.get_layer("down").trainable_weights) == 3
+
+    @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
+    def test_dtype_policies(self, keras_module, policy):
+        K = keras_module
+        layer = K.layers.Conv2D(16, 3, dtype=policy, name="conv")
+        model = K.Sequential([K.Input((8, 8, 8)), layer])
+        compressed = compress(model, 0.4)
+        made = compressed.get_layer("conv")
+        assert made.compute_dtype == layer.compute_dtype
+        x = np.random.default_rng(0).standard_normal((2, 8, 8, 8)).astype("float32")
+        assert value(compressed(x)).dtype == value(model(x)).dtype
+
+    def test_compile_state_carries_over(self, small, keras_module):
+        K = keras_module
+        loss = K.losses.SparseCategoricalCrossentropy(from_logits=True)
+        small.compile(
+            K.optimizers.SGD(0.037, momentum=0.8, nesterov=True),
+            loss,
+            metrics=["accuracy", K.metrics.SparseTopKCategoricalAccuracy(3, name="top3")],
+        )
+        x, y = zoo.images()
+        small.fit(x, y, verbose=0)
+        compressed = compress(small, 0.4)
+        assert type(compressed.optimizer) is type(small.optimizer)
+        assert compressed.optimizer is not small.optimizer
+        for name in ("momentum", "nesterov"):
+            assert compressed.optimizer.get_config()[name] == small.optimizer.get_config()[name]
+        assert float(compressed.optimizer.learning_rate) == pytest.approx(0.037)
+        result = compressed.evaluate(x, y, verbose=0, return_dict=True)
+        assert set(result) == {"loss", "accuracy", "top3"}
+        logits = value(compressed(x))
+        assert result["accuracy"] == pytest.approx(np.mean(logits.argmax(1) == y), abs=1e-6)
+        assert np.isfinite(compressed.fit(x, y, verbose=0).history["loss"][0])
+
+    def test_an_uncompiled_model_comes_back_uncompiled(self, small, keras_module):
+        compressed = compress(small, 0.4)
+        with pytest.raises((RuntimeError, ValueError), match="compile"):
+            compressed.fit(*zoo.images(), verbose=0)
+
+
+class TestOptions:
+    def test_exclude(self, small, keras_module):
+        def factorized(**options):
+            return {choice.layer for choice in select(small, 0.2, **options).factorized}
+
+        assert "down" not in factorized(exclude="down")
+        assert "down" not in factorized(exclude=["d.*n"])
+        assert "down" not in factorized(exclude=re.compile("ow"))
+        assert factorized(exclude=keras_module.layers.Dense) <= {"stem", "down"}
+        plan = select(small, 0.2, exclude=["down"])
+        reasons = {choice.layer: choice.reason for choice in plan.choices}
+        assert reasons["down"] == "excluded by exclude='down'"
+
+    def test_exclude_that_matches_nothing_warns(self, small):
+        with pytest.warns(UserWarning, match="'dwon' matches no layer"):
+            select(small, 0.2, exclude="dwon")
+
+    def test_exclude_by_path_in_a_nested_model(self, keras_module):
+        plan = select(zoo.nested(keras_module), 0.3, exclude="middle/inner/conv")
+        excluded = {c.layer for c in plan.choices if (c.reason or "").startswith("excluded by")}
+        assert excluded == {"middle/inner/conv"}
+
+    def test_max_slices_and_rank_multiple(self, small):
+        plan = select(small, 0.4, max_slices=2, rank_multiple=2)
+        assert plan.factorized
+        for choice in plan.factorized:
+            assert choice.slices <= 2
+            assert choice.rank % 2 == 0
+
+    @pytest.mark.parametrize("error", ["slice", "bound", "spectral", "energy"])
+    def test_error_measures(self, small, error):
+        plan = select(small, 0.4, error=error)
+        assert plan.error_measure == error
+        assert plan.cr >= 0.4
+        if error != "slice":
+            assert plan.max_error != select(small, 0.4).max_error
+
+    def test_energy_beats_min_max_in_its_own_measure(self, small):
+        total = {
+            method: sum(c.error for c in select(small, 0.4, method=method, error="energy").choices)
+            for method in ("alds", "energy")
+        }
+        assert total["energy"] <= total["alds"]
+
+    def test_deterministic(self, small):
+        assert select(small, 0.4).to_dict() == select(small, 0.4).to_dict()
+
+    def test_new_weights_give_new_spectra(self, small):
+        before = select(small, 0.4)
+        layer = small.get_layer("down")
+        layer.kernel.assign(value(layer.kernel)[::-1, :, ::-1] * np.linspace(0.01, 2, 24))
+        assert select(small, 0.4) != before
+
+
+class TestLeftAlone:
+    def reasons(self, model, **options):
+        return {choice.layer: choice.reason for choice in select(model, 0.05, **options).choices}
+
+    def test_reasons(self, keras_module):
+        L, K = keras_module.layers, keras_module
+        inputs = K.Input((12, 12, 8))
+        x = L.DepthwiseConv2D(3, name="depthwise")(inputs)
+        x = L.BatchNormalization(name="bn")(x)
+        x = L.Conv2DTranspose(8, 3, name="transposed")(x)
+        x = L.Conv2D(8, 3, kernel_constraint=K.constraints.NonNeg(), name="constrained")(x)
+        x = L.Conv2D(16, 3, name="conv")(x)
+        x = L.Conv2D(1, 1, name="tiny")(x)
+        model = K.Model(inputs, x)
+        reasons = self.reasons(model)
+        assert reasons["conv"] is None
+        assert reasons["depthwise"] == "DepthwiseConv2D has no factorized form" or (
+            "changes the forward pass" in reasons["depthwise"]
+        )
+        assert reasons["bn"] == "BatchNormalization has no kernel to factorize"
+        assert "Conv2DTranspose" in reasons["transposed"]
+        assert "kernel_constraint NonNeg" in reasons["constrained"]
+        assert reasons["tiny"].startswith("no factorization of its kernel")
+
+    def test_grouped_convolution(self, keras_module):
+        L, K = keras_module.layers, keras_module
+        model = K.Sequential(
+            [K.Input((8, 8, 8)), L.Conv2D(16, 3, groups=2, name="g"), L.Conv2D(16, 3, name="c")]
+        )
+        assert self.reasons(model)["g"] == "its convolution is already grouped (groups=2)"
+
+    def test_a_subclass_with_a_forward_pass_of_its_own(self, keras_module):
+        L, K = keras_module.layers, keras_module
+
+        class Standardized(L.Conv2D):
+            def call(self, inputs):
+                return super().call(inputs) * 2.0
+
+        class Renamed(L.Conv2D):
+            pass
+
+        model = K.Sequential(
+            [K.Input((8, 8, 8)), Standardized(16, 3, name="own"), Renamed(16, 3, name="plain")]
+        )
+        reasons = self.reasons(model)
+        assert reasons["own"] == "Standardized changes the forward pass of Conv2D"
+        assert reasons["plain"] is None
+
+    def test_what_the_budget_leaves_whole(self, small):
+        plan = select(small, 0.05)
+        assert "the budget leaves it whole" in {choice.reason for choice in plan.choices}
+
+
+class TestSubclassed:
+    def test_weights_load_after_the_plan_is_applied(self, keras_module, tmp_path):
+        model = zoo.subclassed(keras_module)
+        plan = select(model, 0.4)
+        compressed = compress(model, plan=plan)
+        path = tmp_path / "compressed.weights.h5"
+        compressed.save_weights(path)
+        fresh = zoo.subclassed(keras_module)
+        apply_plan(fresh, plan)
+        fresh.load_weights(path)
+        inputs = zoo.examples(model)
+        np.testing.assert_allclose(
+            zoo.outputs(fresh, inputs), zoo.outputs(compressed, inputs), rtol=1e-6, atol=1e-6
+        )
+
+    def test_without_a_config_the_error_names_the_remedy(self, keras_module):
+        K = keras_module
+
+        class Opaque(K.Model):
+            def __init__(self, layer):
+                super().__init__()
+                self.layer = layer
+
+            def call(self, x):
+                return self.layer(x)
+
+            def get_config(self):
+                raise NotImplementedError("no config")
+
+        model = Opaque(K.layers.Dense(16))
+        model(np.zeros((2, 16), "float32"))
+        weights = model.get_weights()
+        with pytest.raises(ValueError, match="get_config"):
+            compress(model, 0.3)
+        np.testing.assert_array_equal(weights[0], model.get_weights()[0])
+        apply_plan(model, select(model, 0.3))
+        assert is_factorized(model.layer)
+
+
+class TestInPlace:
+    def test_references_names_and_bias_stay(self, small):
+        layer, bias = small.get_layer("down"), small.get_layer("down").bias
+        apply_plan(small, select(small, 0.4))
+        assert small.get_layer("down") is layer
+        assert layer.bias is bias
+        assert [w.shape[-1] for w in layer.trainable_weights] == [layer.slices * layer.rank, 24, 24]
+
+    def test_a_failure_leaves_everything_as_it_was(self, small, monkeypatch):
+        from keras_alds.rewrite import in_place
+
+        inputs = zoo.examples(small)
+        expected, weights = zoo.outputs(small, inputs), small.get_weights()
+        layers = {path: (layer, type(layer)) for path, layer in walk(small)}
+
+        def fail(*_):
+            raise RuntimeError("no")
+
+        monkeypatch.setattr(in_place, "carry_optimizers", fail)
+        with pytest.raises(RuntimeError, match="no"):
+            apply_plan(small, select(small, 0.4))
+        for path, layer in walk(small):
+            assert layers[path] == (layer, type(layer))
+        np.testing.assert_array_equal(zoo.outputs(small, inputs), expected)
+        for a, b in zip(weights, small.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("cr", [0, 1, -0.5, 1.5, "0.5", None, True, float("nan")])
+    def test_cr(self, small, cr):
+        with pytest.raises(ValueError, match=r"Expected .*`cr`.*Received: cr="):
+            select(small, cr)
+
+    def test_unreachable_cr_says_what_is_reachable(self, small):
+        with pytest.raises(ValueError, match=r"0 < cr <= (0\.\d+)") as caught:
+            select(small, 0.99)
+        reachable = float(re.search(r"0 < cr <= (0\.\d+)", str(caught.value))[1])
+        assert select(small, reachable).cr >= reachable
+        with pytest.raises(ValueError, match="not reachable"):
+            select(small, reachable + 2e-4)
+
+    def test_not_a_model(self):
+        for thing in ("model.keras", None, np.zeros(3), keras.layers.Dense(3)):
+            with pytest.raises(ValueError, match=r"Expected `model`.*Received: model="):
+                select(thing, 0.5)
+
+    def test_unbuilt(self, keras_module):
+        model = keras_module.Sequential([keras_module.layers.Dense(4)])
+        with pytest.raises(ValueError, match=r"to be built\. Received"):
+            select(model, 0.5)
+
+    def test_nothing_to_compress(self, keras_module):
+        K = keras_module
+        model = K.Sequential([K.Input((4, 4, 3)), K.layers.BatchNormalization(name="bn")])
+        with pytest.raises(ValueError, match=r"can be factorized.*'bn': BatchNormalization has no"):
+            select(model, 0.5)
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf])
+    def test_weights_that_are_not_finite(self, small, bad):
+        kernel = value(small.get_layer("down").kernel).copy()
+        kernel[0, 0, 0, 0] = bad
+        small.get_layer("down").kernel.assign(kernel)
+        with pytest.raises(ValueError, match="NaN or infinity in the kernel of layer 'down'"):
+            compress(small, 0.4)
+
+    @pytest.mark.parametrize(
+        ("options", "text"),
+        [
+            ({"method": "magic"}, "Expected a method"),
+            ({"objective": "size"}, "Expected `objective`"),
+            ({"error": "worst"}, "Expected an error measure"),
+            ({"exclude": "("}, "regular expression"),
+            ({"exclude": [3]}, "Expected `exclude`"),
+            ({"max_slices": 0}, "Expected `max_slices`"),
+            ({"max_slices": 2.0}, "Expected `max_slices`"),
+            ({"rank_multiple": 0}, "Expected `rank_multiple`"),
+            ({"rank_multiple": None}, "Expected `rank_multiple`"),
+        ],
+    )
+    def test_options(self, small, options, text):
+        with pytest.raises(ValueError, match=text) as caught:
+            select(small, 0.4, **options)
+        assert "Received" in str(caught.value)
+
+    def test_a_plan_for_another_model(self, small, keras_module):
+        plan = select(zoo.sequential(keras_module), 0.4)
+        weights = small.get_weights()
+        with pytest.raises(ValueError, match="Expected a plan made for the model"):
+            compress(small, plan=plan)
+        with pytest.raises(ValueError, match="Expected a plan made for the model"):
+            apply_plan(small, plan)
+        for a, b in zip(weights, small.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    def test_a_plan_that_is_none(self, small):
+        with pytest.raises(ValueError, match="to be a CompressionPlan"):
+            apply_plan(small, {"cr": 0.5})
+        with pytest.raises(ValueError, match="either `cr` or `plan`"):
+            compress(small)
+        with pytest.raises(ValueError, match="either `cr` or `plan`"):
+            compress(small, 0.5, plan=select(small, 0.4))
+
+    def test_compressing_twice(self, small):
+        compressed = compress(small, 0.4)
+        for twice in (
+            lambda: select(compressed, 0.2),
+            lambda: compress(compressed, 0.2),
+            lambda: compress(compressed, plan=select(small, 0.4)),
+        ):
+            with pytest.raises(ValueError, match="not compressed yet"):
+                twice()
+
+    def test_factorized_layers_of_the_users_own_can_be_left_alone(self, small):
+        compressed = compress(small, 0.2, exclude=["hidden", "head"])
+        kinds = [type(layer) for layer in factorized_layers(compressed)]
+        plan = select(compressed, 0.01, exclude=kinds)
+        assert {choice.layer for choice in plan.factorized} <= {"hidden", "head", "stem"}
+        assert compress(compressed, plan=plan).count_params() == plan.params_after
+
+    def test_plan_files(self, small, tmp_path):
+        path = tmp_path / "plan.json"
+        for text, message in (
+            ("{", "not JSON"),
+            ("[]", "Expected the JSON of a keras_alds compression plan"),
+            ('{"format": "keras_alds.CompressionPlan", "version": 99}', "of version 1"),
+            ('{"format": "keras_alds.CompressionPlan", "version": 1}', "does not fit"),
+        ):
+            path.write_text(text)
+            with pytest.raises(ValueError, match=message):
+                CompressionPlan.load(path)
+
+    def test_macs_of_an_unknown_input_size(self, keras_module):
+        K = keras_module
+        model = K.Sequential([K.Input((None, None, 8)), K.layers.Conv2D(16, 3, name="conv")])
+        assert select(model, 0.3).cr >= 0.3
+        with pytest.raises(ValueError, match=r"known input size.*'conv'"):
+            select(model, 0.3, objective="macs")
+
+
+@pytest.mark.parametrize("before", [1, 7, 1000, 271_098, 10**12 + 7])
+def test_the_budget_is_the_largest_that_keeps_the_promise(before):
+    for cr in np.random.default_rng(0).uniform(1e-3, 1 - 1e-3, 200):
+        after = allowed_after(before, cr)
+        assert removed_fraction(before, after) >= cr
+        assert removed_fraction(before, after + 1) < cr
+
+
+def test_the_report_and_the_summary(small, capsys):
+    plan = select(small, 0.4)
+    lines = []
+    plan.summary(print_fn=lines.append)
+    text = "\n".join(lines)
+    for choice in plan.choices:
+        if choice.kernel_shape:
+            assert f"{choice.layer} ({choice.kind})" in text
+    assert "removed)" in text
+    assert "Left alone, with no kernel to factorize: 1 layers (BatchNormalization)" in text
+    report = keras_alds.report(small, compress(small, 0.4), {"accuracy": (0.9, 0.8)})
+    assert report.rows["parameters"] == (small.count_params(), plan.params_after)
+    assert report.rows["bytes of weights"][0] == 4 * small.count_params()
+    report.summary()
+    printed = capsys.readouterr().out
+    assert "| accuracy" in printed
+    assert "0.889" in printed

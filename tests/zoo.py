@@ -1,0 +1,167 @@
+"""Small models of every kind, made with whichever Keras a test is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+IMAGE = (12, 12, 3)
+
+
+def functional(K: ModuleType) -> Any:
+    L = K.layers
+    inputs = K.Input(IMAGE)
+    x = L.Conv2D(16, 3, padding="same", use_bias=False, name="stem")(inputs)
+    x = L.BatchNormalization(name="bn")(x)
+    x = L.ReLU(name="relu")(x)
+    x = L.Conv2D(24, 3, strides=2, activation="relu", padding="same", name="down")(x)
+    x = L.GlobalAveragePooling2D(name="pool")(x)
+    x = L.Dense(32, activation="relu", name="hidden")(x)
+    return K.Model(inputs, L.Dense(10, name="head")(x))
+
+
+def sequential(K: ModuleType) -> Any:
+    L = K.layers
+    return K.Sequential(
+        [
+            K.Input(IMAGE),
+            L.Conv2D(16, 3, name="conv"),
+            L.Flatten(name="flat"),
+            L.Dense(20, activation="relu", name="hidden"),
+            L.Dense(10, name="head"),
+        ]
+    )
+
+
+def sequential_built_by_a_call(K: ModuleType) -> Any:
+    L = K.layers
+    model = K.Sequential([L.Conv2D(16, 3), L.Flatten(), L.Dense(20, "relu"), L.Dense(10)])
+    model(np.zeros((1, *IMAGE), "float32"))
+    return model
+
+
+def nested(K: ModuleType) -> Any:
+    """Two levels, the inner model called twice, and equal names at two levels."""
+    L = K.layers
+    inner = K.Sequential(
+        [
+            K.Input((6, 6, 16)),
+            L.Conv2D(16, 3, padding="same", name="conv"),
+            L.Conv2D(16, 3, padding="same", name="conv_b"),
+        ],
+        name="inner",
+    )
+    inputs = K.Input(IMAGE)
+    x = L.Conv2D(16, 3, strides=2, padding="same", name="conv")(inputs)
+    middle = K.Model(inputs, inner(inner(x)), name="middle")
+    inputs = K.Input(IMAGE)
+    x = L.Flatten(name="flat")(middle(inputs))
+    return K.Model(inputs, L.Dense(10, name="head")(x))
+
+
+def shared(K: ModuleType) -> Any:
+    """Two inputs, two outputs, and layers that are called several times."""
+    L = K.layers
+    a, b = K.Input((12, 12, 8), name="a"), K.Input((12, 12, 8), name="b")
+    conv, dense = L.Conv2D(16, 3, name="conv"), L.Dense(16, name="dense")
+    x = L.Concatenate(name="both")([conv(a), conv(b)])
+    first = L.Dense(10, name="first")(L.GlobalAveragePooling2D(name="pool")(x))
+    second = dense(dense(L.GlobalAveragePooling2D(name="pool_a")(conv(a))))
+    return K.Model([a, b], [first, second])
+
+
+def wrapped(K: ModuleType) -> Any:
+    L = K.layers
+    inputs = K.Input((5, *IMAGE))
+    x = L.TimeDistributed(L.Conv2D(12, 3, name="conv"), name="frames")(inputs)
+    x = L.TimeDistributed(L.Flatten(name="flat"), name="vectors")(x)
+    x = L.TimeDistributed(L.Dense(16, name="dense"), name="features")(x)
+    return K.Model(inputs, L.Dense(10, name="head")(L.LSTM(4, name="lstm")(x)))
+
+
+def temporal(K: ModuleType) -> Any:
+    L = K.layers
+    inputs = K.Input((30, 8))
+    x = L.Conv1D(16, 5, padding="causal", dilation_rate=2, name="causal")(inputs)
+    x = L.Conv1D(16, 5, strides=2, name="strided")(x)
+    return K.Model(inputs, L.Dense(10, name="head")(x))
+
+
+def subclassed(K: ModuleType) -> Any:
+    """Layers in a list, and a nested Sequential, with `get_config`."""
+    model = subclass(K)(width=16)
+    model(np.zeros((1, *IMAGE), "float32"))
+    return model
+
+
+_SUBCLASSES: dict[str, type] = {}
+
+
+def subclass(K: ModuleType) -> type:
+    if K.__name__ in _SUBCLASSES:
+        return _SUBCLASSES[K.__name__]
+    L = K.layers
+
+    class Net(K.Model):  # type: ignore[name-defined,misc]
+        def __init__(self, width: int = 16, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.width = width
+            self.convs = [L.Conv2D(width, 3, padding="same") for _ in range(3)]
+            self.head = K.Sequential([L.Flatten(), L.Dense(20), L.Dense(10)])
+            self.drop = L.Dropout(0.1)
+
+        def call(self, x: Any, training: bool = False) -> Any:
+            for conv in self.convs:
+                x = tf.nn.relu(conv(x))
+            return self.head(self.drop(x, training=training))
+
+        def get_config(self) -> dict[str, Any]:
+            base = super().get_config() if K is keras else {}
+            return {**base, "width": self.width}
+
+    _SUBCLASSES[K.__name__] = Net
+    return Net
+
+
+MODELS: dict[str, Callable[[ModuleType], Any]] = {
+    function.__name__: function
+    for function in (
+        functional,
+        sequential,
+        sequential_built_by_a_call,
+        nested,
+        shared,
+        wrapped,
+        temporal,
+        subclassed,
+    )
+}
+
+
+def examples(model: Any, count: int = 4) -> Any:
+    """Seeded inputs for a model of this module."""
+    shapes = [tuple(i.shape)[1:] for i in (getattr(model, "inputs", None) or [])] or [IMAGE]
+    rng = np.random.default_rng(0)
+    inputs = [rng.standard_normal((count, *shape)).astype("float32") for shape in shapes]
+    return inputs if len(inputs) > 1 else inputs[0]
+
+
+def outputs(model: Any, inputs: Any) -> np.ndarray:
+    """All outputs of a model on `inputs`, flattened to one array."""
+    return np.concatenate(
+        [np.ravel(np.asarray(o)) for o in tf.nest.flatten(model(inputs, training=False))]
+    )
+
+
+def images(count: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """Seeded images with labels that can be learnt."""
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 10, count)
+    patterns = np.random.default_rng(2).standard_normal((10, *IMAGE))
+    noise = 0.3 * rng.standard_normal((count, *IMAGE))
+    return (patterns[labels] + noise).astype("float32"), labels
