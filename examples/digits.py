@@ -150,7 +150,8 @@ def draw(history: dict[str, list[float]], at_epoch: int, cr: float, path: Path) 
     axes.annotate(
         f"{cr:.0%} of the\nparameters removed",
         (at_epoch + 0.5, 0.4),
-        xytext=(6, 0),
+        xytext=(-6, 0),
+        ha="right",
         xycoords=("data", "axes fraction"),
         textcoords="offset points",
         color="tab:red",
@@ -194,7 +195,7 @@ def main() -> None:
             model.save(dense_file)
 
     console = Console()
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
         clock = monitor(keras, progress, epochs)
         alds = keras_alds.ALDSCompress(cr=arguments.cr, at_epoch=at_epoch, method=arguments.method)
