@@ -21,7 +21,7 @@ from keras_alds.rewrite.in_place import apply_plan
 from keras_alds.rewrite.inspect import count_macs
 
 with contextlib.suppress(ImportError):  # tf_keras is optional; this registers its layers
-    import keras_alds.tf_keras
+    from keras_alds import tf_keras as tf_keras
 
 __all__ = [
     "ALDSCompress",

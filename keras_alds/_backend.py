@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -635,7 +636,8 @@ def _name(obj: Any) -> str:
 
 def _is_plain_constructor(kind: ModuleType, cls: type) -> bool:
     """Whether `cls` can be made from inputs and outputs, or from a list of layers."""
-    return cls.__init__.__module__.startswith(f"{kind.__name__}.")
+    constructor = inspect.getattr_static(cls, "__init__")
+    return constructor.__module__.startswith(f"{kind.__name__}.")
 
 
 def _static_shape(value: Any) -> tuple[int, ...] | None:

@@ -76,6 +76,16 @@ class ALDSCompress(keras.callbacks.Callback):
         Liebenwein et al., NeurIPS 2021, arXiv:2107.11442, section 3: train, compress, retrain.
     """
 
+    plan: CompressionPlan | None
+    at_epoch: int
+    verbose: int
+    _options: Options | None
+    _given_plan: CompressionPlan | None
+    _done: bool
+    _started: bool
+    _params_before: int | None
+    _watched: list[tuple[Any, np.ndarray]]
+
     def __init__(
         self,
         cr: float | None = None,
@@ -109,11 +119,11 @@ class ALDSCompress(keras.callbacks.Callback):
         self._given_plan = plan
         self.at_epoch = int(at_epoch)
         self.verbose = verbose
-        self.plan: CompressionPlan | None = None
+        self.plan = None
         self._done = False
         self._started = False
-        self._params_before: int | None = None
-        self._watched: list[tuple[Any, np.ndarray]] = []
+        self._params_before = None
+        self._watched = []
 
     # tf_keras asks every callback whether it implements hooks for batches.
     def _implements_train_batch_hooks(self) -> bool:

@@ -8,7 +8,6 @@ import math
 import numbers
 import warnings
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -350,7 +349,7 @@ class _Entry:
 
     digest: bytes
     spectra: Spectra
-    kernel: Callable[[], np.ndarray]
+    layer: weakref.ref[Any]
     tables: dict[tuple, ChoiceTable] = dataclasses.field(default_factory=dict)
 
     def table(self, error: str, **options: Any) -> ChoiceTable:
@@ -359,13 +358,15 @@ class _Entry:
             self.tables[key] = choice_table(
                 self.spectra,
                 error=error,
-                kernel=self.kernel() if get_error(error).needs_kernel else None,
+                kernel=inspect.kernel_values(self.layer())
+                if get_error(error).needs_kernel
+                else None,
                 **options,
             )
         return self.tables[key]
 
 
-# Layers of either Kind hash by identity, and an entry goes when its layer does.
+# Layers of either Keras hash by identity, and an entry goes when its layer does.
 _CACHE: weakref.WeakKeyDictionary[Any, _Entry] = weakref.WeakKeyDictionary()
 
 
@@ -374,7 +375,7 @@ def _entries(specs: list[inspect.LayerSpec]) -> list[_Entry]:
     stale: list[tuple[inspect.LayerSpec, bytes, np.ndarray]] = []
     for spec in specs:
         kernel = np.ascontiguousarray(inspect.kernel_values(spec.layer))
-        digest = hashlib.sha256(kernel).digest()
+        digest = hashlib.sha256(kernel.data).digest()
         entry = _CACHE.get(spec.layer)
         if entry is None or entry.digest != digest:
             if not np.isfinite(kernel).all():
@@ -385,10 +386,7 @@ def _entries(specs: list[inspect.LayerSpec]) -> list[_Entry]:
             stale.append((spec, digest, kernel))
     spectra = spectra_many([kernel for _, _, kernel in stale])
     for (spec, digest, _), found in zip(stale, spectra, strict=True):
-        reference = weakref.ref(spec.layer)
-        _CACHE[spec.layer] = _Entry(
-            digest, found, lambda reference=reference: inspect.kernel_values(reference())
-        )
+        _CACHE[spec.layer] = _Entry(digest, found, weakref.ref(spec.layer))
     return [_CACHE[spec.layer] for spec in specs]
 
 

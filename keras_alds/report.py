@@ -167,7 +167,7 @@ def report(
     rows: dict[str, tuple[Any, Any]] = {key: (before[key], after[key]) for key in before}
     rows["cr (parameters removed)"] = (
         0.0,
-        removed_fraction(before["parameters"], after["parameters"]),
+        removed_fraction(int(model.count_params()), int(compressed.count_params())),
     )
     return Comparison({**rows, **(figures or {})})
 

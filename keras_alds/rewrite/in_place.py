@@ -61,8 +61,8 @@ def apply_plan(model: Any, plan: CompressionPlan) -> None:
     try:
         known = list(model.variables)
         kernels = [replacement.layer.kernel for replacement in replacements]
-        for replacement in replacements:
-            undo.append(backend.transplant(replacement.layer, replacement.factorized))
+        for replacement in replacements:  # one by one: a failure undoes those before it
+            undo += [backend.transplant(replacement.layer, replacement.factorized)]
         factorized = {
             id(kernel): replacement.layer
             for kernel, replacement in zip(kernels, replacements, strict=True)
@@ -122,7 +122,9 @@ def match(model: Any, plan: CompressionPlan) -> list[tuple[inspect.LayerSpec, La
             f"layer '{choice.layer}' with {choice.params_before} parameters and kernel "
             f"{choice.kernel_shape}, where the model has "
             + (f"{spec.params} and {spec.kernel_shape} in '{spec.path}'" if spec else "none")
-            for spec, choice in zip([*specs, *[None] * len(plan.choices)], plan.choices)
+            for spec, choice in zip(
+                [*specs, *[None] * len(plan.choices)], plan.choices, strict=False
+            )
             if not fits(spec, choice)
         ),
         f"{len(plan.choices)} layers, where the model has {len(specs)}",
@@ -150,9 +152,12 @@ def factorized_layer(layer: Any, choice: LayerChoice) -> Any:
 
     Settings carry over: regularizers apply to each factor.
     """
-    if choice.slices is None or choice.rank is None:
-        raise ValueError(f"Expected a choice that factorizes. Received: choice={choice!r}")
     kind = inspect.stock_kind(layer)
+    if choice.slices is None or choice.rank is None or kind is None:
+        raise ValueError(
+            "Expected a layer that can be factorized, and a choice that does. "
+            f"Received: layer={layer!r}, choice={choice!r}"
+        )
     backend = _backend.backend_of(layer)
     keras = backend.keras
     regularizer = layer.kernel_regularizer

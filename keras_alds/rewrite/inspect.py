@@ -289,7 +289,8 @@ def _macs_of_call(layer: Any, inputs: tuple[int, ...], outputs: tuple[int, ...])
         sizes = dict(zip(terms.split(",")[1], layer.kernel.shape, strict=True))
         return _size(layer, outputs) * math.prod(int(sizes[axis]) for axis in contracted)
     stock = _backend.backend_of(layer).keras.layers
-    if isinstance(layer, tuple(getattr(stock, name) for name in (*_CONVOLUTIONS, "Dense"))):
+    counted: Any = tuple(getattr(stock, name) for name in (*_CONVOLUTIONS, "Dense"))
+    if isinstance(layer, counted):
         return positions(layer, inputs, outputs) * math.prod(layer.kernel.shape)
     return 0
 
