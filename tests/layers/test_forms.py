@@ -354,6 +354,20 @@ def test_the_probe_of_grouped_gradients_tells_the_truth():
         assert tf.function(lambda d=dtype: _forms.grouped_convolution_trains(d))() == trains
 
 
+@pytest.mark.parametrize("limit", [0, 10**9])
+@pytest.mark.parametrize("spatial", [(), (5,), (3, 2), (2, 3, 2)], ids=str)
+@pytest.mark.parametrize("slices", [1, 3, 6])
+def test_recompose_either_way(monkeypatch, limit, spatial, slices):
+    monkeypatch.setattr(_forms, "_SMALL_PRODUCT", limit)
+    generator = np.random.default_rng(3)
+    encoder = generator.normal(size=(*spatial, 6 // slices, slices * 2))
+    decoder = generator.normal(size=(*[1] * len(spatial), slices * 2, 5))
+    kernel = _forms.recompose(tf.constant(encoder), tf.constant(decoder), slices)
+    np.testing.assert_allclose(kernel, dense_kernel(encoder, decoder, slices), atol=1e-12)
+    merged = _forms.merge(tf.constant(encoder), slices).numpy()
+    np.testing.assert_allclose(merged @ decoder.reshape(-1, 5), kernel, atol=1e-12)
+
+
 def test_positions_are_counted_after_striding():
     assert _forms.count_positions([64, 9, 8], (2, 1)) == 64 * 5 * 8
     assert _forms.count_positions([None, 4], (1,)) == 32 * 4
