@@ -10,6 +10,8 @@ else works with models of both.
 """
 
 import contextlib
+import importlib
+import typing
 
 from keras_alds._version import __version__
 from keras_alds.callbacks import ALDSCompress
@@ -17,11 +19,18 @@ from keras_alds.compress import compress, select
 from keras_alds.layers import FactorizedConv1D, FactorizedConv2D, FactorizedDense
 from keras_alds.plan import CompressionPlan, LayerChoice
 from keras_alds.report import report
+from keras_alds.rewrite.expand import expand
 from keras_alds.rewrite.in_place import apply_plan
 from keras_alds.rewrite.inspect import count_macs
 
 with contextlib.suppress(ImportError):  # tf_keras is optional; this registers its layers
     from keras_alds import tf_keras as tf_keras
+
+if typing.TYPE_CHECKING:
+    from keras_alds.integrations.to_tf_keras import to_tf_keras
+
+# What needs more than the rest is imported when it is asked for.
+_LAZY = {"to_tf_keras": "keras_alds.integrations.to_tf_keras"}
 
 __all__ = [
     "ALDSCompress",
@@ -34,6 +43,18 @@ __all__ = [
     "apply_plan",
     "compress",
     "count_macs",
+    "expand",
     "report",
     "select",
+    "to_tf_keras",
 ]
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

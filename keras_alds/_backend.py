@@ -8,6 +8,7 @@ environment variable. tf_keras is optional.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -26,6 +27,23 @@ Model = Any
 Optimizer = Any
 Variable = Any
 Undo = Callable[[], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphCall:
+    """One call in the graph of a symbolic model: `layer(*args, **kwargs)` gave `outputs`.
+
+    Attributes:
+        layer: The layer, or in Keras 3 the operation.
+        args: The arguments, with the symbolic tensors of the graph.
+        kwargs: The keyword arguments.
+        outputs: The symbolic tensors that came out, flattened.
+    """
+
+    layer: Layer
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: list[Any]
 
 
 class Backend:
@@ -80,6 +98,38 @@ class Backend:
         """
         raise NotImplementedError
 
+    @contextlib.contextmanager
+    def watching_calls(
+        self, layers: Sequence[Layer], watch: Callable[[Layer, Any, Any], Any]
+    ) -> Iterator[None]:
+        """Watches every call of `layers` while inside.
+
+        Args:
+            layers: The layers, at any depth of a model.
+            watch: `watch(layer, inputs, outputs)` is called after every call with its first
+                argument and its result, and returns what is handed on in place of the result.
+        """
+
+        def watched(layer: Layer, call: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(call)
+            def inner(*args: Any, **kwargs: Any) -> Any:
+                outputs = call(*args, **kwargs)
+                inputs = args[0] if args else next(iter(kwargs.values()))
+                return watch(layer, inputs, outputs)
+
+            return inner
+
+        before = [(layer, layer.__dict__.get("call")) for layer in layers]
+        try:
+            for layer in layers:
+                layer.__dict__["call"] = watched(layer, layer.call)
+            yield
+        finally:
+            for layer, call in before:
+                layer.__dict__.pop("call", None)
+                if call is not None:
+                    layer.__dict__["call"] = call
+
     def trace_shapes(self, model: Model, layers: Sequence[Layer]) -> dict[int, list[tuple]]:
         """Input and output shapes of every call of `layers` in one forward pass of `model`.
 
@@ -95,26 +145,16 @@ class Backend:
         calls: dict[int, list[tuple]] = {id(layer): [] for layer in layers}
         specs = self.input_specs(model)
 
-        def watch(layer: Layer) -> None:
-            call = layer.call
-
-            def watched(*args: Any, **kwargs: Any) -> Any:
-                outputs = call(*args, **kwargs)
-                inputs = args[0] if args else next(iter(kwargs.values()))
-                calls[id(layer)].append((_static_shape(inputs), _static_shape(outputs)))
-                return outputs
-
-            layer.__dict__["call"] = watched
+        def watch(layer: Layer, inputs: Any, outputs: Any) -> Any:
+            calls[id(layer)].append((_static_shape(inputs), _static_shape(outputs)))
+            return outputs
 
         try:
-            for layer in layers:
-                watch(layer)
-            tf.function(
-                lambda inputs: model(inputs, training=False), autograph=False
-            ).get_concrete_function(specs)
+            with self.watching_calls(layers, watch):
+                tf.function(
+                    lambda inputs: model(inputs, training=False), autograph=False
+                ).get_concrete_function(specs)
         finally:
-            for layer in layers:
-                layer.__dict__.pop("call", None)
             if hasattr(model, "_clear_losses"):
                 model._clear_losses()
         return calls
@@ -210,6 +250,40 @@ class Backend:
         if isinstance(metrics, (list, tuple)):
             return [self._copy_metrics(value) for value in metrics]
         return metrics
+
+    # -- Graphs of symbolic models -----------------------------------------------------------
+
+    def graph(self, model: Model) -> list[GraphCall]:
+        """The calls that a built symbolic model makes, inputs first, in an order that runs."""
+        graph = self._functional_of(model)
+        return [
+            self._graph_call(node)
+            for depth in sorted(graph._nodes_by_depth, reverse=True)
+            for node in graph._nodes_by_depth[depth]
+        ]
+
+    def graph_ends(self, model: Model) -> tuple[Any, Any]:
+        """The structures of input and output tensors of a built symbolic model."""
+        raise NotImplementedError
+
+    def _functional_of(self, model: Model) -> Model:
+        return model
+
+    def _graph_call(self, node: Any) -> GraphCall:
+        raise NotImplementedError
+
+    def can_construct(self, model: Model) -> bool:
+        """Whether the class of a symbolic model can be made from its inputs and outputs."""
+        return _is_plain_constructor(self.keras, type(model))
+
+    def copy_compile_state(self, model: Model, copy: Model) -> None:
+        """Compiles `copy` as `model` is, with a new optimizer; nothing if it is not compiled."""
+        if self.is_compiled(model):
+            self._copy_compile_state(model, copy)
+
+    def compile_arguments(self, model: Model) -> dict[str, Any]:
+        """What a compiled model was given: objects, functions and names as the user wrote them."""
+        return self._compile_arguments(model)
 
     # -- Changing a layer in place -----------------------------------------------------------
 
@@ -398,6 +472,19 @@ class _Keras3(Backend):
             raise ValueError(_unknown_inputs(model))
         return _specs_from_shapes(shapes, model)
 
+    def graph_ends(self, model: Model) -> tuple[Any, Any]:
+        graph = self._functional_of(model)
+        return graph._inputs_struct, graph._outputs_struct
+
+    def _functional_of(self, model: Model) -> Model:
+        return model._functional if isinstance(model, keras.Sequential) else model
+
+    def _graph_call(self, node: Any) -> GraphCall:
+        arguments = node.arguments
+        return GraphCall(
+            node.operation, tuple(arguments.args), dict(arguments.kwargs), list(node.outputs)
+        )
+
     def _clone(self, model: Model) -> Model:
         with warnings.catch_warnings():
             # Keras tries to copy the compile state; `_copy_compile_state` does it.
@@ -520,6 +607,13 @@ class _TfKeras(Backend):
         if shapes is None:
             raise ValueError(_unknown_inputs(model))
         return _specs_from_shapes(shapes, model)
+
+    def graph_ends(self, model: Model) -> tuple[Any, Any]:
+        return model._nested_inputs, model._nested_outputs
+
+    def _graph_call(self, node: Any) -> GraphCall:
+        outputs = tf.nest.flatten(node.outputs)
+        return GraphCall(node.layer, tuple(node.call_args), dict(node.call_kwargs), outputs)
 
     def _clone(self, model: Model) -> Model:
         return self.keras.models.clone_model(model)
@@ -675,6 +769,22 @@ def _unknown_inputs(model: Model) -> str:
 
 
 _BACKENDS: dict[str, Backend] = {}
+
+
+def tf_keras_backend() -> Backend:
+    """The backend of tf_keras, which is imported if it was not yet.
+
+    Raises:
+        ImportError: If tf_keras is not installed.
+    """
+    try:
+        importlib.import_module("tf_keras")
+    except ImportError as error:
+        raise ImportError(
+            "tf_keras is needed here and is not installed. "
+            'Remedy: pip install "keras_alds[tf_keras]"'
+        ) from error
+    return _BACKENDS.setdefault("tf_keras", _TfKeras())
 
 
 def backend_of(model: object) -> Backend:

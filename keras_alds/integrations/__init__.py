@@ -1,0 +1,1 @@
+"""What connects this package with other tools; every module here is imported when it is used."""

@@ -1,0 +1,626 @@
+"""Writes factorized layers out as stock layers, by building the graph of a model anew."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_alds import _backend
+from keras_alds.rewrite import inspect
+
+#: What takes the place of a layer: layers, or functions of symbolic tensors, one after the other.
+Piece = Any
+
+# Where a stock layer's kernel has its output channels; the last weight before the bias has them.
+_OUTPUT_AXIS = {
+    "Dense": -1,
+    **{f"Conv{n}D": -1 for n in (1, 2, 3)},
+    **{f"Conv{n}DTranspose": -2 for n in (1, 2, 3)},
+    **{f"SeparableConv{n}D": -1 for n in (1, 2)},
+    **{f"DepthwiseConv{n}D": None for n in (1, 2)},  # the last two axes: channels, multiplier
+}
+
+
+def expand(model: Any, *, fold_batch_norm: bool = False) -> Any:
+    """Returns a new model in which every factorized layer is written out as stock layers.
+
+    The new model needs nothing of this package: it loads where `keras_alds` is not installed, and
+    tools that know stock layers only (TF-MOT's quantization, converters) take it. `model` is
+    untouched; outputs are equal to float rounding. Frozen layers stay frozen, a compiled model
+    comes back compiled with a new optimizer of the same settings. A model without factorized
+    layers comes back as an equal copy.
+
+    A layer `name` with k slices of rank j becomes:
+
+    - a convolution: `name_encoder`, a stock convolution with `groups=k` and k·j filters, without
+      bias (k = 1: an ordinary one; k = channels in 2D: `DepthwiseConv2D` with
+      `depth_multiplier=j`, unless the strides differ or the encoder has a constraint), then
+      `name`, a pointwise one with the bias and the activation;
+    - a dense layer: `name_encoder` and `name`, both `Dense`, for k = 1. Else `name_rows` (Reshape),
+      `name_encoder` (a 1×1 `Conv2D` with `groups=k`), `name_ranks` (Reshape) and `name`
+      (`Dense`); inputs of four axes need no Reshape. Where a Reshape cannot go (a Keras mask passes
+      through, or several sizes besides the batch are unknown, on other than four axes),
+      `name_encoder` is one `Dense` with its zeros written out, and a warning says so.
+
+    So `get_layer(name)` still gives the layer whose output is that of the original. Inside
+    `TimeDistributed` every stock layer gets a `TimeDistributed` of its own, named likewise. Shared
+    layers stay shared; nested models are rebuilt at any depth.
+
+    It is meant for deployment. Keras runs stock grouped convolutions through XLA, and their
+    gradient is 10 to 60 times slower on a CPU than that of the factorized layer: train first,
+    expand afterwards.
+
+    Args:
+        model: A built Functional or Sequential model of Keras 3 or tf_keras.
+        fold_batch_norm: Boolean. Whether to multiply every BatchNormalization into the kernel and
+            bias of the convolution or dense layer before it, for inference. It is folded if it
+            directly follows a stock or factorized one without activation, whose output nothing
+            else uses, both are called once, it works on the channels, and it is not what the
+            model returns; a warning names those that stay, and why. Training such a model on is
+            training without normalization. Defaults to `False`.
+
+    Returns:
+        A new model of the same Keras and, where its class is made from inputs and outputs, of the
+        same class.
+
+    Raises:
+        ValueError: If `model` is not a built model, is a subclassed one, or holds a layer of
+            another kind (a subclassed model, a custom layer) with factorized layers inside.
+
+    Example:
+    ```python
+    small = keras_alds.compress(model, cr=0.5)
+    stock = keras_alds.expand(small)
+    stock.save("stock.keras")
+    ```
+
+    References:
+        Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal
+        Layer-wise Decomposition", NeurIPS 2021, arXiv:2107.11442, section 2: a slice-wise truncated
+        kernel is a grouped convolution followed by a pointwise one.
+    """
+    backend = check_symbolic(model, "expand")
+    rebuilder = _Expander(backend, model, fold_batch_norm)
+    new = rebuilder.rebuild(model)
+    backend.copy_compile_state(model, new)
+    return new
+
+
+def check_symbolic(model: Any, user: str) -> _backend.Backend:
+    """The backend of a built Functional or Sequential model.
+
+    Raises:
+        ValueError: If `model` is anything else.
+    """
+    backend = _backend.backend_of(model)
+    if not backend.is_symbolic(model):
+        raise ValueError(
+            f"Expected `model` to be Functional or Sequential, for `{user}`: it rebuilds a graph "
+            f"of layers. Received: {model.name!r} of type {type(model).__name__}, whose graph is "
+            "Python code. Remedy: make it functional (call its layers on a `keras.Input` and "
+            "give `keras.Model` the inputs and outputs), or export it as it is: `model.export` "
+            "and the TFLite converter run factorized layers."
+        )
+    if not model.built or not getattr(model, "inputs", None):
+        raise ValueError(
+            f"Expected the Sequential model '{model.name}' to know its input, for `{user}`. "
+            "Received: one that was never called. Call it once on a batch, or `build()` it."
+        )
+    return backend
+
+
+class GraphRebuilder:
+    """Builds symbolic models anew, layer by layer; a subclass says what takes a layer's place.
+
+    Args:
+        source: The backend of the model that is read.
+        target: The backend of the model that is made.
+    """
+
+    def __init__(self, source: _backend.Backend, target: _backend.Backend) -> None:
+        self.source = source
+        self.target = target
+        self.names: set[str] = set()
+        self._models: dict[int, Any] = {}
+        self._flags: list[tuple[Any, Any]] = []  # (old, new): children before their parents
+        self._values: list[tuple[Any, list[np.ndarray]]] = []
+
+    def pieces(self, call: _backend.GraphCall) -> list[Piece]:
+        """What takes the place of `call.layer` in this call; none if its input passes through."""
+        raise NotImplementedError
+
+    def input_layer(self, layer: Any) -> Any:
+        """The new input layer for an old one."""
+        return type(layer).from_config(layer.get_config())
+
+    def arguments(
+        self, call: _backend.GraphCall, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the only piece of a call is called on, given the new tensors."""
+        return args, kwargs
+
+    def calls(self, model: Any) -> list[_backend.GraphCall]:
+        """The calls of a model's graph that are to be made anew."""
+        return self.source.graph(model)
+
+    def construct(self, model: Any, *parts: Any) -> Any:
+        """A model like `model`, from its inputs and outputs or from a list of layers."""
+        keras = self.target.keras
+        cls = keras.Model if len(parts) == 2 else keras.Sequential
+        if self.source is self.target and issubclass(type(model), keras.Sequential) == (
+            cls is keras.Sequential
+        ):
+            if self.source.can_construct(model):
+                cls = type(model)
+            else:
+                warnings.warn(
+                    f"{type(model).__name__} cannot be made from inputs and outputs, because it "
+                    f"has a constructor of its own: '{model.name}' comes back as a plain "
+                    f"{cls.__name__}, without its `train_step` and other methods.",
+                    stacklevel=5,
+                )
+        return cls(*parts, name=model.name)
+
+    def rebuild(self, model: Any) -> Any:
+        """The new model, with weights and trainable flags."""
+        self.names |= {layer.name for _, layer in inspect.walk(model)}
+        new = self.model(model)
+        self._finish()
+        return new
+
+    def record(self, old: Any, new: Any, values: list[np.ndarray] | None = None) -> None:
+        """Remembers that `new` gets the flags of `old`, and the weights, once all are built."""
+        self._flags.append((old, new))
+        if values:
+            self._values.append((new, values))
+
+    def unique(self, name: str) -> str:
+        """A layer name, numbered if it is taken."""
+        count, result = 1, name
+        while result in self.names:
+            count += 1
+            result = f"{name}_{count}"
+        self.names.add(result)
+        return result
+
+    def model(self, model: Any) -> Any:
+        """The new model for a symbolic model; the same one every time it is asked for."""
+        if id(model) not in self._models:
+            self._models[id(model)] = self._rebuilt(model)
+            self.record(model, self._models[id(model)])
+        return self._models[id(model)]
+
+    def _rebuilt(self, model: Any) -> Any:
+        steps = []
+        for call in self.calls(model):
+            if isinstance(call.layer, self.source.keras.layers.InputLayer):
+                steps.append((call, [self.input_layer(call.layer)]))
+            else:
+                steps.append((call, self.pieces(call)))
+        layers = [piece for _, pieces in steps for piece in pieces]
+        if isinstance(model, self.source.keras.Sequential) and all(
+            isinstance(piece, self.target.keras.layers.Layer) for piece in layers
+        ):
+            return self.construct(model, layers)
+        tensors: dict[int, Any] = {}
+        for call, pieces in steps:
+            outputs = self._run(call, pieces, tensors)
+            tensors.update(
+                (id(old), new)
+                for old, new in zip(call.outputs, tf.nest.flatten(outputs), strict=True)
+            )
+        return self.construct(
+            model, *(_renewed(ends, tensors) for ends in self.source.graph_ends(model))
+        )
+
+    def _run(self, call: _backend.GraphCall, pieces: list[Piece], tensors: dict[int, Any]) -> Any:
+        if isinstance(call.layer, self.source.keras.layers.InputLayer):
+            return pieces[0].output
+        args, kwargs = _renewed((call.args, call.kwargs), tensors)
+        if len(pieces) == 1:
+            args, kwargs = self.arguments(call, tuple(args), kwargs)
+            return pieces[0](*args, **kwargs)
+        value = args[0] if args else next(iter(kwargs.values()))
+        for piece in pieces:
+            value = piece(value)
+        return value
+
+    def _finish(self) -> None:
+        # Flags first: in tf_keras the order of a wrapper's weights depends on them. Parents come
+        # before children, whose own flags then hold.
+        for old, new in reversed(self._flags):
+            new.trainable = old.trainable
+            if isinstance(new, self.target.keras.Model):
+                continue
+            inner = self.source.children(old), self.target.children(new)
+            if len(inner[0]) == len(inner[1]):
+                for old_child, new_child in zip(
+                    *map(_below, (old, new), (self.source, self.target)), strict=False
+                ):
+                    new_child.trainable = old_child.trainable
+        for new, values in self._values:
+            shapes = [tuple(value.shape) for value in values]
+            if [tuple(weight.shape) for weight in new.weights] != shapes:
+                raise ValueError(
+                    f"Expected the new layer '{new.name}' ({type(new).__name__}), made from the "
+                    "old one's config, to have weights of the same shapes. Received: "
+                    f"{[tuple(weight.shape) for weight in new.weights]} for {shapes}. Make "
+                    "`get_config()` of the layer return every constructor argument."
+                )
+            new.set_weights(values)
+            if hasattr(new, "finalize_state"):  # Normalization keeps what it derives from them
+                new.finalize_state()
+
+
+def _below(layer: Any, backend: _backend.Backend) -> list[Any]:
+    found = []
+    for child in backend.children(layer):
+        found += [child, *_below(child, backend)]
+    return found
+
+
+def _renewed(structure: Any, tensors: dict[int, Any]) -> Any:
+    return tf.nest.map_structure(lambda leaf: tensors.get(id(leaf), leaf), structure)
+
+
+def first_tensor(call: _backend.GraphCall) -> Any:
+    """The first symbolic tensor that a call is given."""
+    return tf.nest.flatten((call.args, list(call.kwargs.values())))[0]
+
+
+def policy(layer: Any) -> Any:
+    """A layer's dtype policy."""
+    return layer.dtype_policy if hasattr(layer, "dtype_policy") else layer._dtype_policy
+
+
+def contains_factorized(layer: Any) -> bool:
+    """Whether `layer` is factorized or holds a factorized layer at any depth."""
+    return inspect.is_factorized(layer) or any(
+        inspect.is_factorized(inner) for _, inner in inspect.walk(layer)
+    )
+
+
+class _Expander(GraphRebuilder):
+    """Stock layers in place of factorized ones, and BatchNormalization folded if asked for."""
+
+    def __init__(self, backend: _backend.Backend, model: Any, fold_batch_norm: bool) -> None:
+        super().__init__(backend, backend)
+        self._layers: dict[int, Any] = {}
+        self._pairs: dict[int, tuple[Any, Any]] = {}
+        self._reshapes: dict[tuple, Any] = {}
+        self._wrappers: dict[tuple[int, int], Any] = {}
+        self._folded: dict[int, Any] = {}
+        self._dropped: set[int] = set()
+        if fold_batch_norm:
+            self._plan_folding(model)
+
+    # -- What takes a layer's place ----------------------------------------------------------
+
+    def pieces(self, call: _backend.GraphCall) -> list[Piece]:
+        if id(call.layer) in self._dropped:
+            return []
+        tensor = first_tensor(call)
+        masked = getattr(tensor, "_keras_mask", None) is not None
+        return self._pieces(call.layer, getattr(tensor, "shape", ()), masked)
+
+    def _pieces(self, layer: Any, shape: Any, masked: bool) -> list[Piece]:
+        if not isinstance(layer, self.source.keras.layers.Layer):
+            return [self._operation(layer)]
+        if self.source.is_symbolic(layer):
+            return [self.model(layer)]
+        if inspect.is_factorized(layer):
+            shape = tuple(None if size is None else int(size) for size in shape)
+            if hasattr(layer, "kernel_size"):
+                return list(self._convolutions(layer, len(shape)))
+            return self._dense_layers(layer, shape, masked)
+        wrapper = self.source.keras.layers.TimeDistributed
+        if isinstance(layer, wrapper) and (
+            contains_factorized(layer.layer) or self.source.is_symbolic(layer.layer)
+        ):
+            inner = self._pieces(layer.layer, (shape[0], *tuple(shape)[2:]), masked)
+            return [self._wrapped(layer, piece, piece is inner[-1]) for piece in inner]
+        if contains_factorized(layer):
+            raise ValueError(
+                "Expected factorized layers in Functional or Sequential models and in "
+                f"TimeDistributed only, to write them out. Received: '{layer.name}' of type "
+                f"{type(layer).__name__}, which calls them in Python code. Remedy: call its layers "
+                "on a `keras.Input` and make it a functional model, or leave it alone with "
+                f"`exclude=` when compressing."
+            )
+        if id(layer) not in self._layers:
+            config = layer.get_config()
+            values = layer.get_weights()
+            if id(layer) in self._folded:
+                config["use_bias"] = True
+                values = self._fold(layer, values[: len(values) - bool(layer.use_bias)])
+            self._layers[id(layer)] = type(layer).from_config(config)
+            self.record(layer, self._layers[id(layer)], values)
+        return [self._layers[id(layer)]]
+
+    def _operation(self, operation: Any) -> Any:
+        # An operation of Keras 3 that is no layer: `x + 1`, `keras.ops.mean(x)`.
+        if id(operation) not in self._layers:
+            self._layers[id(operation)] = type(operation).from_config(operation.get_config())
+        return self._layers[id(operation)]
+
+    def _wrapped(self, wrapper: Any, piece: Any, last: bool) -> Any:
+        key = (id(wrapper), id(piece))
+        if key not in self._wrappers:
+            config = {key: value for key, value in wrapper.get_config().items() if key != "layer"}
+            if not last:
+                inner = wrapper.layer.name
+                suffix = piece.name[len(inner) :] if piece.name.startswith(inner) else "_encoder"
+                config["name"] = self.unique(wrapper.name + suffix)
+            self._wrappers[key] = type(wrapper)(piece, **config)
+        return self._wrappers[key]
+
+    # -- A factorized layer as stock layers --------------------------------------------------
+
+    def _convolutions(self, layer: Any, axes: int) -> tuple[Any, Any]:
+        if id(layer) not in self._pairs:
+            keras = self.source.keras
+            dimensions = len(layer.kernel_size)
+            encoder = self._encoder(
+                layer,
+                axes,
+                kernel_size=layer.kernel_size,
+                strides=layer.strides,
+                padding=layer.padding,
+                dilation_rate=layer.dilation_rate,
+                data_format=layer.data_format,
+            )
+            decoder = getattr(keras.layers, f"Conv{dimensions}D")(
+                layer.filters, 1, data_format=layer.data_format, **self._decoder_options(layer)
+            )
+            self._keep_pair(layer, encoder, decoder)
+        return self._pairs[id(layer)]
+
+    def _dense_layers(self, layer: Any, shape: tuple[int | None, ...], masked: bool) -> list[Any]:
+        keras = self.source.keras
+        hidden, channels = layer.slices * layer.rank, layer.slices * int(layer.encoder.shape[0])
+        unknown = sum(size is None for size in shape[1:-1])
+        mergeable = layer.slices > 1 and (masked or (unknown > 1 and len(shape) != 4))
+        if id(layer) not in self._pairs:
+            options = self._decoder_options(layer)
+            decoder = keras.layers.Dense(layer.units, **options)
+            if layer.slices == 1 or mergeable:
+                values = self.source.value(layer.encoder)
+                if mergeable:
+                    values = _block_diagonal(values, layer.slices)
+                    warnings.warn(
+                        f"The encoder of '{layer.name}' is written out as one Dense layer, its "
+                        f"zeros included ({values.size:,} weights for {layer.encoder.shape[0]}×"
+                        f"{hidden}), because a mask or several unknown sizes leave no room for "
+                        "a Reshape.",
+                        stacklevel=7,
+                    )
+                encoder = keras.layers.Dense(hidden, **self._encoder_options(layer))
+                self.record(layer, encoder, [values])
+                self._keep_pair(layer, encoder, decoder)
+            else:
+                if layer.encoder_constraint is not None:
+                    warnings.warn(
+                        f"The encoder_constraint of '{layer.name}' is not carried over: its "
+                        "encoder becomes a convolution, whose kernel has other axes.",
+                        stacklevel=7,
+                    )
+                encoder = self._encoder(
+                    layer,
+                    4,
+                    kernel_size=(1, 1),
+                    strides=(1, 1),
+                    padding="valid",
+                    dilation_rate=(1, 1),
+                    data_format="channels_last",
+                )
+                self._keep_pair(layer, encoder, decoder)
+        encoder, decoder = self._pairs[id(layer)]
+        if isinstance(encoder, keras.layers.Dense) or len(shape) == 4:
+            return [encoder, decoder]
+        if mergeable:  # shared: called before where a Reshape fits
+            raise ValueError(
+                f"Expected the shared layer '{layer.name}' to be called with a mask everywhere or "
+                "nowhere, to write it out. Received: both. Remedy: leave it alone with `exclude=` "
+                "when compressing, or compress it with `max_slices=1`."
+            )
+        rows = (1 if len(shape) == 2 else -1, 1, channels)
+        back = (*(-1 if size is None else size for size in shape[1:-1]), hidden)
+        return [
+            self._reshape(layer, "rows", rows),
+            encoder,
+            self._reshape(layer, "ranks", back),
+            decoder,
+        ]
+
+    def _reshape(self, layer: Any, suffix: str, target: tuple[int, ...]) -> Any:
+        key = (id(layer), suffix, target)
+        if key not in self._reshapes:
+            name = self.unique(f"{layer.name}_{suffix}")
+            self._reshapes[key] = self.source.keras.layers.Reshape(
+                target, name=name, dtype=policy(layer)
+            )
+        return self._reshapes[key]
+
+    def _encoder(self, layer: Any, axes: int, **options: Any) -> Any:
+        """The encoder as a convolution over `len(kernel_size)` axes, and its weights."""
+        layers = self.source.keras.layers
+        size = options["kernel_size"]
+        values = self.source.value(layer.encoder)
+        per_slice, hidden = values.shape[-2:]
+        common = self._encoder_options(layer)
+        is_dense = not hasattr(layer, "kernel_size")
+        if is_dense:
+            common["kernel_constraint"] = None
+        if (
+            len(size) == 2
+            and axes == 4
+            and 1 == per_slice < layer.slices
+            and len(set(options["strides"])) == 1
+            and common["kernel_constraint"] is None
+        ):
+            for name in ("initializer", "regularizer", "constraint"):
+                common[f"depthwise_{name}"] = common.pop(f"kernel_{name}")
+            encoder = layers.DepthwiseConv2D(depth_multiplier=layer.rank, **common, **options)
+            shape: tuple[int, ...] = (*size, layer.slices, layer.rank)
+        else:
+            kind = getattr(layers, f"Conv{len(size)}D")
+            encoder = kind(hidden, groups=layer.slices, **common, **options)
+            shape = (*size, per_slice, hidden)
+        self.record(layer, encoder, [values.reshape(shape)])
+        return encoder
+
+    def _encoder_options(self, layer: Any) -> dict[str, Any]:
+        return {
+            "name": self.unique(f"{layer.name}_encoder"),
+            "use_bias": False,
+            "kernel_initializer": self._copied("initializers", layer.encoder_initializer),
+            "kernel_regularizer": layer.encoder_regularizer,
+            "kernel_constraint": layer.encoder_constraint,
+            "trainable": layer.trainable,
+            "dtype": policy(layer),
+        }
+
+    def _decoder_options(self, layer: Any) -> dict[str, Any]:
+        return {
+            "name": layer.name,
+            "use_bias": layer.use_bias or id(layer) in self._folded,
+            "activation": layer.activation,
+            "kernel_initializer": self._copied("initializers", layer.decoder_initializer),
+            "bias_initializer": self._copied("initializers", layer.bias_initializer),
+            "kernel_regularizer": layer.decoder_regularizer,
+            "bias_regularizer": layer.bias_regularizer,
+            "kernel_constraint": layer.decoder_constraint,
+            "bias_constraint": layer.bias_constraint,
+            "activity_regularizer": layer.activity_regularizer,
+            "trainable": layer.trainable,
+            "dtype": policy(layer),
+        }
+
+    def _copied(self, module: str, value: Any) -> Any:
+        # tf_keras warns of an initializer object that is used twice.
+        functions = getattr(self.source.keras, module)
+        return functions.get(functions.serialize(value))
+
+    def _keep_pair(self, layer: Any, encoder: Any, decoder: Any) -> None:
+        self._pairs[id(layer)] = (encoder, decoder)
+        values = [self.source.value(layer.decoder)]
+        if id(layer) in self._folded:
+            values = self._fold(layer, values)
+        elif layer.use_bias:
+            values.append(self.source.value(layer.bias))
+        self.record(layer, decoder, values)
+
+    # -- BatchNormalization ------------------------------------------------------------------
+
+    def _plan_folding(self, model: Any) -> None:
+        """Finds the pairs to fold; warns of the BatchNormalization layers that stay."""
+        graphs = [model, *(m for _, m in inspect.walk(model) if self.source.is_symbolic(m))]
+        calls = [(graph, call) for graph in graphs for call in self.source.graph(graph)]
+        count: dict[int, int] = {}
+        for _, call in calls:
+            count[id(call.layer)] = count.get(id(call.layer), 0) + 1
+        stay = {}
+        seen = set()
+        for graph in graphs:
+            inner = [call for owner, call in calls if owner is graph]
+            for call in inner:
+                if not isinstance(call.layer, self.source.keras.layers.BatchNormalization):
+                    continue
+                seen.add(id(call.layer))
+                before, reason = self._foldable(graph, call, inner, count)
+                if reason is None and graph is model:
+                    outputs = tf.nest.flatten(self.source.graph_ends(model)[1])
+                    if any(output is call.outputs[0] for output in outputs):
+                        reason = "the model returns its output"
+                if reason is None:
+                    self._folded[id(before)] = call.layer
+                    self._dropped.add(id(call.layer))
+                else:
+                    stay[call.layer.name] = reason
+        for path, layer in inspect.walk(model):
+            if (
+                isinstance(layer, self.source.keras.layers.BatchNormalization)
+                and id(layer) not in seen
+            ):
+                stay[path] = "it is inside a wrapper or custom layer"
+        if stay:
+            listed = "; ".join(f"'{name}': {reason}" for name, reason in stay.items())
+            warnings.warn(
+                f"{len(stay)} of {len(stay) + len(self._dropped)} BatchNormalization layers are "
+                f"not folded: {listed}.",
+                stacklevel=4,
+            )
+
+    def _foldable(
+        self, graph: Any, call: Any, calls: list[Any], count: dict[int, int]
+    ) -> tuple[Any, str | None]:
+        """The layer that a BatchNormalization can be folded into, or why it cannot."""
+        tensor = first_tensor(call)
+        (before,) = (c for c in calls if any(output is tensor for output in c.outputs))
+        layer = before.layer
+        kind = next(
+            (name for cls in type(layer).__mro__ if (name := cls.__name__) in _OUTPUT_AXIS), None
+        )
+        if not inspect.is_factorized(layer) and (
+            kind is None or type(layer) is not getattr(self.source.keras.layers, kind)
+        ):
+            return None, f"'{layer.name}' before it is no stock convolution or dense layer"
+        if self.source.keras.activations.serialize(layer.activation) != "linear":
+            return None, f"'{layer.name}' before it has an activation"
+        if layer.activity_regularizer is not None:
+            return None, f"'{layer.name}' before it has an activity regularizer"
+        if count[id(layer)] > 1 or count[id(call.layer)] > 1:
+            return None, f"it or '{layer.name}' before it is called several times"
+        uses = sum(
+            leaf is tensor
+            for c in calls
+            for leaf in tf.nest.flatten((c.args, list(c.kwargs.values())))
+        )
+        ends = tf.nest.flatten(self.source.graph_ends(graph)[1])
+        if uses + sum(end is tensor for end in ends) > 1:
+            return None, f"the output of '{layer.name}' before it is used elsewhere too"
+        axes = len(tensor.shape)
+        axis = call.layer.axis
+        (axis,) = axis if isinstance(axis, (list, tuple)) else (axis,)
+        first = getattr(layer, "data_format", None) == "channels_first"
+        if axis % axes != (1 if first else axes - 1):
+            return None, f"it normalizes axis {axis}, which does not hold the channels"
+        if call.kwargs.get("training"):
+            return None, "it is called with `training=True`"
+        if policy(layer).compute_dtype != policy(call.layer).compute_dtype:
+            return None, f"'{layer.name}' before it computes in another dtype"
+        return layer, None
+
+    def _fold(self, layer: Any, kernels: list[np.ndarray]) -> list[np.ndarray]:
+        """The weights of `layer`, given those but the bias, with its normalization folded in."""
+        norm = self._folded[id(layer)]
+
+        def value(variable: Any, default: float) -> np.ndarray:
+            given = default if variable is None else self.source.value(variable)
+            return np.asarray(given, np.float64)
+
+        scale = value(norm.gamma, 1.0) / np.sqrt(value(norm.moving_variance, 1.0) + norm.epsilon)
+        old_bias = value(layer.bias if layer.use_bias else None, 0.0)
+        bias = value(norm.beta, 0.0) + (old_bias - value(norm.moving_mean, 0.0)) * scale
+        axis = _OUTPUT_AXIS.get(type(layer).__name__, -1)
+        kernel = kernels[-1].astype(np.float64)
+        if axis is None:
+            kernel *= scale.reshape(kernel.shape[-2:])
+        else:
+            kernel *= np.expand_dims(scale, -1) if axis == -2 else scale
+        dtype = kernels[-1].dtype
+        return [*kernels[:-1], kernel.astype(dtype), bias.astype(dtype)]
+
+
+def _block_diagonal(encoder: np.ndarray, slices: int) -> np.ndarray:
+    """A dense encoder `[c / k, k·j]` as one kernel `[c, k·j]`, zero off the blocks."""
+    per_slice, hidden = encoder.shape
+    rank = hidden // slices
+    kernel = np.zeros((slices * per_slice, hidden), encoder.dtype)
+    for i in range(slices):
+        columns = slice(i * rank, (i + 1) * rank)
+        kernel[i * per_slice : (i + 1) * per_slice, columns] = encoder[:, columns]
+    return kernel
