@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from keras_alds.core.choices import ChoiceTable
 from keras_alds.core.errors import get_error
-from keras_alds.core.solvers import Solution, min_max, min_sum
+from keras_alds.core.solvers import Solution, min_max_ranks, min_sum
 
 
 def pareto_fronts(tables: Sequence[ChoiceTable]) -> list[ChoiceTable]:
@@ -83,7 +83,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method(
                 "alds",
                 error="slice",
-                solver=min_max,
+                solver=min_max_ranks,
+                candidates=list,
                 summary="least largest relative error over the layers, exact (ALDS)",
             ),
             Method(

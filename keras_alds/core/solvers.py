@@ -8,15 +8,18 @@ error is easy; minimising the sum is hard in theory and within one step of a low
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from keras_alds.core.choices import ChoiceTable
 
 # Exchanges between pairs of layers: skipped above this many layers × choices (about 20 ms a
 # round), and once the sum is this close to its lower bound.
@@ -153,8 +156,72 @@ def min_max(fronts: Sequence[Front], budget: int) -> Solution:
     """
     columns = _check(fronts)
     budget = _check_budget(columns, budget)
+    picks, optimum, certificate = _cheapest_at_optimum(columns, budget)
+    steps = [lambda row, last=cost.size - 1: min(row + 1, last) for cost, _ in columns]
+    picks = _lower_largest(columns, picks, budget, steps)
+    return _solution(columns, picks, optimum, certificate)
+
+
+def min_max_ranks(tables: Sequence[ChoiceTable], budget: int) -> Solution:
+    """Minimises the largest error under a budget, exactly, and spends what is left on ranks.
+
+    The optimum is that of `min_max`. What is left of the budget again lowers the largest
+    remaining error while it can, but only by more rank in the slices that were chosen (or by
+    keeping the whole kernel): the subspaces are nested, so that such a step is better in every
+    norm, where another number of slices may be better in the one measure and worse in all others.
+    ResNet20 at 40 % of its parameters: 65.7 % top-1 this way, 53.7 % with all of `min_max`'s
+    steps, 64.6 % with what is left unspent.
+
+    Args:
+        tables: One table of choices a layer.
+        budget: Largest total cost, an integer.
+
+    Returns:
+        The `Solution`; its indices are rows of the tables.
+
+    Raises:
+        InfeasibleBudget: If the cheapest choices together are above the budget.
+
+    Example:
+        >>> from keras_alds.core.choices import choice_table
+        >>> from keras_alds.core.spectra import spectra
+        >>> table = choice_table(spectra(np.diag([4.0, 3.0, 2.0, 1.0, 0.5, 0.25])))
+        >>> table[min_max_ranks([table], 13).indices[0]].rank
+        1
+    """
+    fronts = [table.front() for table in tables]
+    columns = _check(fronts)
+    budget = _check_budget(columns, budget)
+    picks, optimum, certificate = _cheapest_at_optimum(columns, budget)
+    rows = [
+        _row_of(table, front, pick)
+        for table, front, pick in zip(tables, fronts, picks, strict=True)
+    ]
+    columns = [(table.cost, table.error) for table in tables]
+    steps = [functools.partial(_more_rank, table) for table in tables]
+    rows = _lower_largest(columns, rows, budget, steps)
+    return _solution(columns, rows, optimum, certificate)
+
+
+def _row_of(table: ChoiceTable, front: ChoiceTable, pick: int) -> int:
+    """The row of a table that a row of its front was taken from."""
+    same = (table.slices == front.slices[pick]) & (table.rank == front.rank[pick])
+    return int(np.flatnonzero(same & (table.scheme == front.scheme[pick]))[0])
+
+
+def _more_rank(table: ChoiceTable, row: int) -> int:
+    """The cheapest row of more rank in the same slices, or the whole kernel, with less error."""
+    same = (table.slices == table.slices[row]) & (table.scheme == table.scheme[row])
+    better = np.flatnonzero((same | (table.slices == 0)) & (table.error < table.error[row]))
+    return row if better.size == 0 else int(better[np.argmin(table.cost[better])])
+
+
+def _cheapest_at_optimum(
+    columns: list[_Columns], budget: int
+) -> tuple[list[int], float, tuple[float, float] | None]:
+    """The least largest error, the cheapest choices that have it, and the certificate."""
     if not columns:
-        return _solution(columns, [], 0.0)
+        return [], 0.0, None
     thresholds = np.unique(np.concatenate([error for _, error in columns]))
     # The largest threshold is feasible: every layer takes its cheapest choice there.
     low, high = 0, thresholds.size - 1
@@ -170,22 +237,36 @@ def min_max(fronts: Sequence[Front], budget: int) -> Solution:
         below = float(thresholds[low - 1])
         certificate = below, _total_at(columns, below)
 
-    picks = [_first_at(error, optimum) for _, error in columns]
+    return [_first_at(error, optimum) for _, error in columns], optimum, certificate
+
+
+def _lower_largest(
+    columns: list[_Columns],
+    picks: Sequence[int],
+    budget: int,
+    steps: Sequence[Callable[[int], int]],
+) -> list[int]:
+    """Spends what is left where the remaining error is largest.
+
+    A layer whose next step does not fit is settled, and the next largest is tried; equal errors
+    are treated in the order of the layers.
+    """
+    picks = list(picks)
     left = budget - sum(int(cost[i]) for (cost, _), i in zip(columns, picks, strict=True))
     largest = [(-float(error[picks[n]]), n) for n, (_, error) in enumerate(columns)]
     heapq.heapify(largest)
     while largest:
         _, layer = heapq.heappop(largest)
         cost, error = columns[layer]
-        following = picks[layer] + 1
-        if following == cost.size:
+        following = steps[layer](picks[layer])
+        if following == picks[layer]:
             continue
         step = int(cost[following] - cost[picks[layer]])
         if step <= left:
             left -= step
             picks[layer] = following
             heapq.heappush(largest, (-float(error[following]), layer))
-    return _solution(columns, picks, optimum, certificate)
+    return picks
 
 
 def min_sum(fronts: Sequence[Front], budget: int) -> Solution:
