@@ -12,10 +12,12 @@ import keras
 import numpy as np
 
 from keras_alds import _backend
-from keras_alds.compress import Options, Problem, check_model, select_with
+from keras_alds.compress import Options, Problem, check_model, select_with, wants_data
+from keras_alds.core.methods import METHODS, choose_method, get_method
 from keras_alds.plan import CompressionPlan, removed_fraction
 from keras_alds.rewrite import inspect
-from keras_alds.rewrite.in_place import apply_plan
+from keras_alds.rewrite.in_place import apply_plan, match
+from keras_alds.rewrite.observe import calibration_stats
 
 
 class ALDSCompress(keras.callbacks.Callback):
@@ -50,9 +52,15 @@ class ALDSCompress(keras.callbacks.Callback):
         cr: Float, 0 < cr < 1. The fraction to remove; see `select`.
         at_epoch: Integer >= 0. Index of the epoch before which to compress, as in
             `initial_epoch`.
-        method: As for `select`.
+        method: As for `select`. Defaults to None: `"activation"` with `calibration_data`, else
+            `"alds"`.
         objective: As for `select`.
         error: As for `select`.
+        calibration_data: As for `select`; it is run through the model at `at_epoch`, with the
+            weights of that moment. Defaults to None: with `method="activation"`, or a plan that
+            was chosen by it, up to 1024 examples of the `x` that `fit` was given are taken (of
+            arrays evenly spaced ones; a data set or PyDataset is begun once more). A generator in
+            `fit` cannot be begun again and is refused: pass examples here then.
         exclude: As for `select`.
         max_slices: As for `select`.
         rank_multiple: As for `select`.
@@ -79,6 +87,7 @@ class ALDSCompress(keras.callbacks.Callback):
     plan: CompressionPlan | None
     at_epoch: int
     verbose: int
+    _calibration_data: Any
     _options: Options | None
     _given_plan: CompressionPlan | None
     _done: bool
@@ -91,9 +100,10 @@ class ALDSCompress(keras.callbacks.Callback):
         cr: float | None = None,
         at_epoch: int = 0,
         *,
-        method: str = "alds",
+        method: str | None = None,
         objective: str = "params",
         error: str | None = None,
+        calibration_data: Any = None,
         exclude: Any = (),
         max_slices: int | None = None,
         rank_multiple: int = 1,
@@ -111,11 +121,14 @@ class ALDSCompress(keras.callbacks.Callback):
                 "Expected `at_epoch`, the index of an epoch, to be an integer >= 0. "
                 f"Received: at_epoch={at_epoch!r}"
             )
+        if calibration_data is not None or method not in METHODS or not METHODS[method].needs_data:
+            method = choose_method(method, has_data=calibration_data is not None)
         self._options = (
             None
             if cr is None
             else Options(cr, method, objective, error, exclude, max_slices, rank_multiple)
         )
+        self._calibration_data = calibration_data
         self._given_plan = plan
         self.at_epoch = int(at_epoch)
         self.verbose = verbose
@@ -140,6 +153,8 @@ class ALDSCompress(keras.callbacks.Callback):
         self._params_before = int(self.model.count_params()) if self.model.built else None
         if self.model.built and self._options and not self._factorized_layers():
             Problem.of(self.model, self._options)
+        if self._needs_data and self._calibration_data is None:
+            self._training_inputs()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Compresses the model if it is time."""
@@ -157,9 +172,19 @@ class ALDSCompress(keras.callbacks.Callback):
         start = time.perf_counter()
         model = self.model
         check_model(model)
-        plan = self._given_plan or select_with(model, self._required_options)
+        data = self._calibration_data
+        if data is None and self._needs_data:
+            data = self._training_inputs()
+        if self._given_plan is None:
+            options = self._required_options
+            plan, data = select_with(model, options, data, verbose=self.verbose)
+        else:
+            plan = self._given_plan
+            match(model, plan)
+            if data is not None:
+                data = calibration_stats(model, data, verbose=self.verbose)
         self._params_before = int(model.count_params())
-        apply_plan(model, plan)
+        apply_plan(model, plan, calibration_data=data)
         self.plan, self._done = plan, True
         backend = _backend.backend_of(model)
         for callback in self._siblings():
@@ -214,6 +239,28 @@ class ALDSCompress(keras.callbacks.Callback):
     def _say(self, line: str) -> None:
         if self.verbose:
             print(f"ALDSCompress: {line}")
+
+    @property
+    def _needs_data(self) -> bool:
+        if self._given_plan is not None:
+            return wants_data(self._given_plan)
+        return get_method(self._required_options.method).needs_data
+
+    def _training_inputs(self) -> Any:
+        """The `x` of the `fit` that is calling; Keras hands a callback no data."""
+        frame = sys._getframe()
+        x = None
+        while frame.f_back is not None and x is None:
+            frame = frame.f_back
+            if frame.f_code.co_name == "fit" and frame.f_locals.get("self") is self.model:
+                x = frame.f_locals.get("x")
+        if x is None or hasattr(x, "__next__"):
+            raise ValueError(
+                "Expected `calibration_data`, or training data that can be read twice (arrays, a "
+                "tf.data.Dataset or a PyDataset) to take examples from. "
+                f"Received: calibration_data=None and x of type {type(x).__name__}"
+            )
+        return x
 
     def _siblings(self) -> list[Any]:
         """The callbacks that run beside this one.

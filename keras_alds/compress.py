@@ -8,20 +8,23 @@ import math
 import numbers
 import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from keras_alds import _backend
+from keras_alds.core.calibration import SecondMoment
 from keras_alds.core.choices import ChoiceTable, choice_table
 from keras_alds.core.errors import get_error
-from keras_alds.core.methods import get_method
+from keras_alds.core.methods import METHODS, choose_method, get_method
 from keras_alds.core.slicing import divisors, full_rank, weights
 from keras_alds.core.solvers import InfeasibleBudget
 from keras_alds.core.spectra import Spectra, spectra_many
 from keras_alds.plan import CompressionPlan, LayerChoice, allowed_after, removed_fraction
 from keras_alds.rewrite import inspect
 from keras_alds.rewrite.in_place import already_compressed, apply_plan, match
+from keras_alds.rewrite.observe import CalibrationStats, calibration_stats
 
 OBJECTIVES = ("params", "macs")
 
@@ -70,9 +73,10 @@ def select(
     model: Any,
     cr: float,
     *,
-    method: str = "alds",
+    method: str | None = None,
     objective: str = "params",
     error: str | None = None,
+    calibration_data: Any = None,
     exclude: Any = (),
     max_slices: int | None = None,
     rank_multiple: int = 1,
@@ -91,12 +95,18 @@ def select(
             parameters, BatchNormalization, biases and untouched layers included, so that
             `1 - compressed.count_params() / model.count_params() >= cr`; with
             `objective="macs"` of its multiply–accumulates (see `count_macs`).
-        method: String. `"alds"`, the paper's: minimise the largest relative error of any layer,
-            solved exactly; or `"energy"`: minimise the sum of the layers' relative squared
-            errors. Defaults to `"alds"`.
+        method: String or None. `"alds"`, the paper's: minimise the largest relative error of any
+            layer, solved exactly; `"energy"`: minimise the sum of the layers' relative squared
+            errors; `"activation"`: the sum of the relative squared errors of the layers' outputs
+            on `calibration_data`. Defaults to None: `"activation"` with calibration data, else
+            `"alds"`.
         objective: String, `"params"` or `"macs"`. Defaults to `"params"`.
         error: String or None. Another error measure for the method: `"slice"`, `"bound"`,
             `"spectral"` or `"energy"`. Defaults to the method's own (`"slice"` for `"alds"`).
+        calibration_data: Unlabelled examples, some hundreds, on which the error of every choice is
+            measured: an array, a list or dict of arrays for several inputs, a batched
+            `tf.data.Dataset`, a `keras.utils.PyDataset` or an iterable of batches (labels are
+            ignored; at most 1024 examples are used), or `CalibrationStats`. Defaults to None.
         exclude: Layers to leave alone: a name, a path (`"encoder/conv1"`), a regular expression
             that matches one as a whole, a compiled pattern (searched), a layer class, or a list
             of these. Defaults to none.
@@ -110,8 +120,9 @@ def select(
 
     Raises:
         ValueError: If an argument is not as above; if the model is not built, holds no layer that
-            can be factorized, is already compressed, or has weights that are not finite; or if
-            `cr` is not reachable: the text then says what is.
+            can be factorized, is already compressed, or has weights that are not finite; if the
+            calibration data do not fit the model, hold NaN or infinity or fewer than 8 examples,
+            or the method uses none; or if `cr` is not reachable: the text then says what is.
 
     Example:
     ```python
@@ -124,13 +135,22 @@ def select(
         Layer-wise Decomposition", NeurIPS 2021, arXiv:2107.11442; Theorem 1 and Algorithm 1, whose
         search the exact min–max solver replaces.
     """
+    method = choose_method(method, has_data=calibration_data is not None)
     options = Options(cr, method, objective, error, exclude, max_slices, rank_multiple)
-    return select_with(model, options)
+    return select_with(model, options, calibration_data)[0]
 
 
-def select_with(model: Any, options: Options) -> CompressionPlan:
-    """`select` with options that are already checked."""
+def select_with(
+    model: Any, options: Options, calibration_data: Any = None, *, verbose: int = 1
+) -> tuple[CompressionPlan, CalibrationStats | None]:
+    """`select` with options that are already checked; returns the statistics that it used too."""
     problem = Problem.of(model, options)
+    stats = None
+    if calibration_data is not None:
+        for _ in _kernels(problem.candidates):
+            pass  # complains of weights that are not finite before the model is run
+        stats = calibration_stats(model, calibration_data, verbose=verbose)
+        problem = problem.calibrated(model, stats)
     method = get_method(options.method, options.error)
     tables = problem.tables(method.error)
     try:
@@ -145,7 +165,7 @@ def select_with(model: Any, options: Options) -> CompressionPlan:
     saved = sum(choice.params_before - choice.params_after for choice in choices)
     saved_macs = sum((c.macs_before or 0) - (c.macs_after or 0) for c in choices)
     macs = None if problem.macs is None else sum(problem.macs.values())
-    return CompressionPlan(
+    plan = CompressionPlan(
         requested_cr=float(options.cr),
         method=options.method,
         error_measure=method.error,
@@ -156,6 +176,7 @@ def select_with(model: Any, options: Options) -> CompressionPlan:
         macs_after=None if macs is None else macs - saved_macs,
         choices=choices,
     )
+    return plan, stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +189,8 @@ class Problem:
         params: All parameters of the model.
         macs: Multiply–accumulates by layer id; None unless they are the objective.
         options: The options.
+        stats: Calibration statistics, None for a method without data.
+        moments: The layers' second moments by layer id, from `stats`.
     """
 
     name: str
@@ -175,6 +198,8 @@ class Problem:
     params: int
     macs: dict[int, int] | None
     options: Options
+    stats: CalibrationStats | None = None
+    moments: dict[int, SecondMoment] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, model: Any, options: Options) -> Problem:
@@ -218,6 +243,18 @@ class Problem:
         if required > problem.budget:
             raise ValueError(problem.unreachable(required))
         return problem
+
+    def calibrated(self, model: Any, stats: CalibrationStats) -> Problem:
+        """The same problem with statistics; layers that no example reached are left alone."""
+        found = stats.match(model)
+        moments = {key: moment for key, moment in found.items() if moment is not None}
+        specs = [
+            spec
+            if spec.reason or id(spec.layer) in moments
+            else dataclasses.replace(spec, reason="no calibration example reaches it")
+            for spec in self.specs
+        ]
+        return dataclasses.replace(self, specs=specs, stats=stats, moments=moments)
 
     @property
     def candidates(self) -> list[inspect.LayerSpec]:
@@ -274,14 +311,28 @@ class Problem:
 
     def tables(self, error: str) -> list[ChoiceTable]:
         """The choices of every candidate."""
+
+        def options(spec: inspect.LayerSpec) -> dict[str, Any]:
+            return {
+                "cost_per_weight": self.cost_per_weight(spec),
+                "max_slices": self.options.max_slices,
+                "rank_multiple": self.options.rank_multiple,
+            }
+
+        candidates = self.candidates
+        if self.stats is None:
+            entries = zip(candidates, _entries(candidates), strict=True)
+            return [entry.table(error, **options(spec)) for spec, entry in entries]
+        kernels = zip(candidates, _kernels(candidates), strict=True)
+        spectra = self.stats.spectra(
+            {
+                spec.path: (digest, kernel, self.moments[id(spec.layer)])
+                for spec, (digest, kernel) in kernels
+            }
+        )
         return [
-            entry.table(
-                error,
-                cost_per_weight=self.cost_per_weight(spec),
-                max_slices=self.options.max_slices,
-                rank_multiple=self.options.rank_multiple,
-            )
-            for spec, entry in zip(self.candidates, _entries(self.candidates), strict=True)
+            choice_table(found, error=error, **options(spec))
+            for spec, found in zip(candidates, spectra, strict=True)
         ]
 
     def choice(self, spec: inspect.LayerSpec, table: ChoiceTable, row: int) -> LayerChoice:
@@ -307,6 +358,17 @@ class Problem:
             macs_after=None if macs is None else macs - saved * self.cost_per_weight(spec),
             error=float(table.error[row]),
             reason=None,
+            note=self.note(spec),
+        )
+
+    def note(self, spec: inspect.LayerSpec) -> str | None:
+        """What a user has to know of a choice."""
+        moment = self.moments.get(id(spec.layer))
+        if moment is None or moment.blocks.shape[0] == 1:
+            return None
+        return (
+            f"chosen with {moment.blocks.shape[0]} diagonal blocks of its inputs' second moment, "
+            f"which has {moment.side} rows; slices are a multiple of them"
         )
 
     def left_alone(self, spec: inspect.LayerSpec) -> LayerChoice:
@@ -370,19 +432,24 @@ class _Entry:
 _CACHE: weakref.WeakKeyDictionary[Any, _Entry] = weakref.WeakKeyDictionary()
 
 
+def _kernels(specs: list[inspect.LayerSpec]) -> Iterator[tuple[bytes, np.ndarray]]:
+    """Yields the kernel of every layer with its digest; an error if one is not finite."""
+    for spec in specs:
+        kernel = np.ascontiguousarray(inspect.kernel_values(spec.layer))
+        if not np.isfinite(kernel).all():
+            raise ValueError(
+                f"Expected finite weights. Received: NaN or infinity in the kernel of layer "
+                f"'{spec.path}'. Look for the step at which training diverged."
+            )
+        yield hashlib.sha256(kernel.data).digest(), kernel
+
+
 def _entries(specs: list[inspect.LayerSpec]) -> list[_Entry]:
     """The cached or new spectra of every layer's kernel."""
     stale: list[tuple[inspect.LayerSpec, bytes, np.ndarray]] = []
-    for spec in specs:
-        kernel = np.ascontiguousarray(inspect.kernel_values(spec.layer))
-        digest = hashlib.sha256(kernel.data).digest()
+    for spec, (digest, kernel) in zip(specs, _kernels(specs), strict=True):
         entry = _CACHE.get(spec.layer)
         if entry is None or entry.digest != digest:
-            if not np.isfinite(kernel).all():
-                raise ValueError(
-                    f"Expected finite weights. Received: NaN or infinity in the kernel of layer "
-                    f"'{spec.path}'. Look for the step at which training diverged."
-                )
             stale.append((spec, digest, kernel))
     spectra = spectra_many([kernel for _, _, kernel in stale])
     for (spec, digest, _), found in zip(stale, spectra, strict=True):
@@ -395,9 +462,10 @@ def compress(
     cr: float | None = None,
     *,
     plan: CompressionPlan | None = None,
-    method: str = "alds",
+    method: str | None = None,
     objective: str = "params",
     error: str | None = None,
+    calibration_data: Any = None,
     exclude: Any = (),
     max_slices: int | None = None,
     rank_multiple: int = 1,
@@ -422,6 +490,9 @@ def compress(
         method: As for `select`.
         objective: As for `select`.
         error: As for `select`.
+        calibration_data: As for `select`; the factors then keep the layers' outputs on these
+            examples best. With `plan` they give the factors only; a plan that was chosen with
+            data wants the same data or `CalibrationStats` again, and warns without.
         exclude: As for `select`.
         max_slices: As for `select`.
         rank_multiple: As for `select`.
@@ -445,11 +516,27 @@ def compress(
             f"plan={'a plan' if plan is not None else None}"
         )
     if plan is None:
+        method = choose_method(method, has_data=calibration_data is not None)
         options = Options(cr, method, objective, error, exclude, max_slices, rank_multiple)  # type: ignore[arg-type]
-        plan = select_with(model, options)
+        plan, stats = select_with(model, options, calibration_data)
     else:
         check_model(model)
         match(model, plan)
+        stats = None
+        if calibration_data is not None:
+            stats = calibration_stats(model, calibration_data)
+        elif wants_data(plan):
+            warnings.warn(
+                f"The plan was chosen with calibration data (method {plan.method!r}), and there "
+                "are none to make the factors with: they are those nearest to the kernels, which "
+                "costs accuracy. Pass the same `calibration_data`, or `CalibrationStats`.",
+                stacklevel=2,
+            )
     copy = _backend.backend_of(model).copy_model(model)
-    apply_plan(copy, plan)
+    apply_plan(copy, plan, calibration_data=stats)
     return copy
+
+
+def wants_data(plan: CompressionPlan) -> bool:
+    """Whether a plan was chosen by a method that uses calibration data."""
+    return plan.method in METHODS and METHODS[plan.method].needs_data

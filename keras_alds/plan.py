@@ -30,6 +30,7 @@ class LayerChoice:
         macs_after: The same afterwards.
         error: The error measure of the choice (0 for a layer that is left alone).
         reason: Why the layer is left alone, or None if it is factorized.
+        note: What else is to be known of the choice, or None.
     """
 
     layer: str
@@ -44,6 +45,7 @@ class LayerChoice:
     macs_after: int | None
     error: float
     reason: str | None
+    note: str | None = None
 
     @property
     def factorized(self) -> bool:

@@ -93,6 +93,13 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 solver=min_sum,
                 summary="least sum of relative squared errors over the layers",
             ),
+            Method(
+                "activation",
+                error="energy",
+                solver=min_sum,
+                needs_data=True,
+                summary="least sum of relative squared errors of the layers' outputs on data",
+            ),
         )
     }
 )
@@ -109,7 +116,7 @@ def get_method(name: str, error: str | None = None) -> Method:
         The `Method`.
 
     Raises:
-        ValueError: If the method or the error measure is unknown.
+        ValueError: If the method or the error measure is unknown, or the method measures on data.
 
     Example:
         >>> get_method("alds", error="spectral").error
@@ -123,4 +130,42 @@ def get_method(name: str, error: str | None = None) -> Method:
         ) from None
     if error is None:
         return method
+    if method.needs_data:
+        raise ValueError(
+            f"Expected no `error` with the method {name!r}: it measures the error of outputs. "
+            f"Received: error={error!r}"
+        )
     return replace(method, error=get_error(error).name)
+
+
+def choose_method(name: str | None, *, has_data: bool) -> str:
+    """Returns the name of the method to use, given whether there is calibration data.
+
+    Args:
+        name: One of the keys of `METHODS`, or None: `"activation"` with data, else `"alds"`.
+        has_data: Whether there is calibration data.
+
+    Returns:
+        A key of `METHODS`.
+
+    Raises:
+        ValueError: If the method is unknown, needs data and there is none, or does not use any.
+
+    Example:
+        >>> choose_method(None, has_data=True)
+        'activation'
+    """
+    if name is None:
+        return "activation" if has_data else "alds"
+    method = get_method(name)
+    if method.needs_data and not has_data:
+        raise ValueError(
+            f"Expected `calibration_data` for the method {name!r}. Received: calibration_data=None"
+        )
+    if has_data and not method.needs_data:
+        users = [other.name for other in METHODS.values() if other.needs_data]
+        raise ValueError(
+            f"Expected a method that uses `calibration_data`, one of {users}, or no data. "
+            f"Received: method={name!r}"
+        )
+    return name

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from keras_alds import _backend
+from keras_alds.core.calibration import SecondMoment, factorize_outputs
 from keras_alds.core.spectra import factorize
 from keras_alds.plan import CompressionPlan, LayerChoice
 from keras_alds.rewrite import inspect
+from keras_alds.rewrite.observe import CalibrationStats, calibration_stats
 from keras_alds.rewrite.optimizer import carry_optimizers
 
 
@@ -24,7 +26,7 @@ class Replacement:
     choice: LayerChoice
 
 
-def apply_plan(model: Any, plan: CompressionPlan) -> None:
+def apply_plan(model: Any, plan: CompressionPlan, *, calibration_data: Any = None) -> None:
     """Factorizes the layers of `model` **in place**, as `plan` says.
 
     The model and its layers stay the same objects, and so do the variables of everything that is
@@ -38,9 +40,13 @@ def apply_plan(model: Any, plan: CompressionPlan) -> None:
     Args:
         model: A built Keras 3 or tf_keras model.
         plan: A plan made for this model, or for one of the same architecture.
+        calibration_data: Examples or `CalibrationStats` as for `select`: the factors then keep
+            the layers' outputs on them best. Defaults to None: the factors are nearest to the
+            kernels, also for a plan that was chosen with data.
 
     Raises:
-        ValueError: If `plan` was made for another model, or a kernel is not finite.
+        ValueError: If `plan` was made for another model, a kernel is not finite, or the
+            calibration data do not fit the model.
 
     Example:
     ```python
@@ -56,7 +62,11 @@ def apply_plan(model: Any, plan: CompressionPlan) -> None:
             f"Received: plan={plan!r} of type {type(plan).__name__}"
         )
     backend = _backend.backend_of(model)
-    replacements = prepare(model, plan)
+    stats = None
+    if calibration_data is not None:
+        match(model, plan)
+        stats = calibration_stats(model, calibration_data)
+    replacements = prepare(model, plan, stats)
     undo: list[Callable[[], None]] = []
     try:
         known = list(model.variables)
@@ -76,16 +86,23 @@ def apply_plan(model: Any, plan: CompressionPlan) -> None:
         raise
 
 
-def prepare(model: Any, plan: CompressionPlan) -> list[Replacement]:
+def prepare(
+    model: Any, plan: CompressionPlan, stats: CalibrationStats | None = None
+) -> list[Replacement]:
     """Makes the factorized layer of every layer that `plan` factorizes; changes nothing yet.
 
     Raises:
         ValueError: If `plan` was made for another model, or a kernel is not finite.
     """
     backend = _backend.backend_of(model)
+    moments = {} if stats is None else stats.match(model)
     with backend.creation_scope(model):
         return [
-            Replacement(spec.layer, factorized_layer(spec.layer, choice), choice)
+            Replacement(
+                spec.layer,
+                factorized_layer(spec.layer, choice, moments.get(id(spec.layer))),
+                choice,
+            )
             for spec, choice in match(model, plan)
             if choice.factorized
         ]
@@ -147,10 +164,11 @@ def already_compressed(specs: list[inspect.LayerSpec]) -> str:
     )
 
 
-def factorized_layer(layer: Any, choice: LayerChoice) -> Any:
+def factorized_layer(layer: Any, choice: LayerChoice, moment: SecondMoment | None = None) -> Any:
     """A new factorized layer, built and holding the factors of `layer`, which is not changed.
 
-    Settings carry over: regularizers apply to each factor.
+    Settings carry over: regularizers apply to each factor. With the second moment of the layer's
+    inputs the factors keep its outputs best, without it they are nearest to its kernel.
     """
     kind = inspect.stock_kind(layer)
     if choice.slices is None or choice.rank is None or kind is None:
@@ -196,7 +214,11 @@ def factorized_layer(layer: Any, choice: LayerChoice) -> Any:
     factorized = backend.factorized_class(kind)(**arguments)
     with backend.name_scope(layer):
         factorized.build(input_shape)
-    encoder, decoder = factorize(inspect.kernel_values(layer), choice.slices, choice.rank)
+    kernel = inspect.kernel_values(layer)
+    if moment is None or choice.slices % moment.blocks.shape[0]:
+        encoder, decoder = factorize(kernel, choice.slices, choice.rank)
+    else:
+        encoder, decoder = factorize_outputs(kernel, moment, choice.slices, choice.rank)
     factorized.encoder.assign(encoder)
     factorized.decoder.assign(np.reshape(decoder, tuple(factorized.decoder.shape)))
     if layer.use_bias:
