@@ -1,0 +1,556 @@
+"""Streaming statistics of what a model's layers see: `CalibrationStats`."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from rich.progress import Progress
+
+from keras_alds import _backend
+from keras_alds.core.blas import single_threaded_blas
+from keras_alds.core.calibration import (
+    MomentAccumulator,
+    SecondMoment,
+    output_spectra_many,
+    patch_chunks,
+)
+from keras_alds.core.slicing import Array, kernel_sizes
+from keras_alds.core.spectra import Spectra
+from keras_alds.rewrite import inspect
+
+STATS_VERSION = 1
+#: Fewer examples than this say next to nothing of what a layer sees.
+MIN_EXAMPLES = 8
+DEFAULT_EXAMPLES = 1024
+# Examples that go through the model at once.
+_BATCH = 32
+
+
+class CalibrationStats:
+    """Second moments of every layer's unfolded inputs, from a model and unlabelled examples.
+
+    They are collected in one pass and can be used for any `cr`, and saved. Layers with more than
+    5120 unfolded inputs (a dense layer behind a large `Flatten`) keep diagonal blocks of S only,
+    so that their number of slices is a multiple of the number of blocks; `blocks` tells.
+
+    Args:
+        moments: `{path: SecondMoment}`, None for a layer that no example reached.
+        kernel_shapes: `{path: kernel shape}` of the same layers, in the model's order.
+        examples: Number of examples seen.
+        fingerprint: SHA-256 of the weights of the model that was run.
+
+    Raises:
+        ValueError: If the layers of `moments` and `kernel_shapes` differ.
+
+    Example:
+    ```python
+    stats = keras_alds.CalibrationStats.collect(model, x, verbose=0)
+    for cr in (0.3, 0.5):
+        small = keras_alds.compress(model, cr, calibration_data=stats)
+    stats.save("stats.npz")
+    ```
+
+    References:
+        BALF, arXiv:2509.25136: factorization of a layer by the second moment of its inputs.
+    """
+
+    def __init__(
+        self,
+        moments: Mapping[str, SecondMoment | None],
+        kernel_shapes: Mapping[str, tuple[int, ...]],
+        *,
+        examples: int,
+        fingerprint: str,
+    ) -> None:
+        if list(moments) != list(kernel_shapes):
+            raise ValueError(
+                "Expected moments and kernel shapes of the same layers. "
+                f"Received: moments of {list(moments)}, kernel shapes of {list(kernel_shapes)}"
+            )
+        self.moments = MappingProxyType(dict(moments))
+        self.kernel_shapes = MappingProxyType(dict(kernel_shapes))
+        self.examples = examples
+        self.fingerprint = fingerprint
+        self._spectra: dict[str, tuple[bytes, Spectra]] = {}
+
+    def __repr__(self) -> str:
+        return f"<CalibrationStats of {len(self.moments)} layers, {self.examples} examples>"
+
+    @classmethod
+    def collect(
+        cls,
+        model: Any,
+        data: Any,
+        *,
+        max_examples: int | None = DEFAULT_EXAMPLES,
+        verbose: int = 1,
+    ) -> CalibrationStats:
+        """Runs `model` on `data` and collects the second moments of its layers' inputs.
+
+        The model runs as in inference, 32 examples at a time, and is not changed. Memory does not
+        grow with the number of examples: beside the sums only the patches of one layer and one
+        chunk are held.
+
+        Args:
+            model: A built Keras 3 or tf_keras model of any kind.
+            data: Examples without labels, or with labels that are ignored (`(x, y)`): an array;
+                a list or dict of arrays for several inputs; a batched `tf.data.Dataset`; a
+                `keras.utils.PyDataset`; or any generator or iterable of batches.
+            max_examples: Use at most so many; of arrays evenly spaced rows, of everything else
+                the first ones. None for all. Defaults to 1024.
+            verbose: 0 for silence, else a progress bar is shown on a terminal. Defaults to 1.
+
+        Returns:
+            The `CalibrationStats`.
+
+        Raises:
+            ValueError: If `data` is none of these, has another shape than the model's inputs, is
+                not numeric, holds NaN or infinity, or has fewer than 8 examples; or if a layer
+                gets NaN or infinity from the layers before it.
+
+        Example:
+        ```python
+        stats = keras_alds.CalibrationStats.collect(model, x, max_examples=512, verbose=0)
+        ```
+        """
+        if max_examples is not None and max_examples < MIN_EXAMPLES:
+            raise ValueError(
+                f"Expected `max_examples` to be at least {MIN_EXAMPLES}, or None. "
+                f"Received: max_examples={max_examples!r}"
+            )
+        specs = candidates(model)
+        source = Examples(model, data, max_examples)
+        observer = _Observer(specs)
+        examples = 0
+        with (
+            Progress(transient=True, disable=not verbose) as progress,
+            observer.watching(model),
+        ):
+            task = progress.add_task("calibration", total=source.total)
+            for batch, count in source:
+                model(batch, training=False)
+                examples += count
+                progress.update(task, completed=examples)
+        if examples < MIN_EXAMPLES:
+            raise ValueError(
+                f"Expected at least {MIN_EXAMPLES} examples of calibration data; some hundreds are "
+                f"good. Received: {examples}"
+                + (" (was a generator used up before?)" if not examples else "")
+            )
+        return cls(
+            observer.moments(),
+            {spec.path: tuple(spec.kernel_shape or ()) for spec in specs},
+            examples=examples,
+            fingerprint=fingerprint(model),
+        )
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """Layers that keep only diagonal blocks of their second moment, and how many."""
+        return {
+            path: moment.blocks.shape[0]
+            for path, moment in self.moments.items()
+            if moment is not None and moment.blocks.shape[0] > 1
+        }
+
+    def match(self, model: Any) -> dict[int, SecondMoment | None]:
+        """The moments by the id of the layers of `model`, found by name or else by order.
+
+        Raises:
+            ValueError: If the model has other layers than the one that was run.
+        """
+        specs = candidates(model)
+        shapes = [tuple(spec.kernel_shape or ()) for spec in specs]
+        if [self.kernel_shapes.get(spec.path) for spec in specs] == shapes:
+            return {id(spec.layer): self.moments[spec.path] for spec in specs}
+        if list(self.kernel_shapes.values()) == shapes:
+            return {
+                id(spec.layer): moment
+                for spec, moment in zip(specs, self.moments.values(), strict=True)
+            }
+        raise ValueError(
+            f"Expected calibration statistics of the model '{model.name}', or of one of the same "
+            f"architecture. Received: statistics of {len(self.moments)} layers, where the model "
+            f"has {len(specs)} that can be factorized, or other kernels. Collect them anew."
+        )
+
+    def spectra(self, kernels: Mapping[str, tuple[bytes, Array, SecondMoment]]) -> list[Spectra]:
+        """The spectra of the outputs of some layers, kept for the next call.
+
+        Args:
+            kernels: `{path: (digest of the kernel, kernel, its moment)}`.
+
+        Returns:
+            One `Spectra` a layer, in order.
+        """
+        new = {
+            path: value
+            for path, value in kernels.items()
+            if path not in self._spectra or self._spectra[path][0] != value[0]
+        }
+        found = output_spectra_many([k for _, k, _ in new.values()], [m for *_, m in new.values()])
+        for path, spectra in zip(new, found, strict=True):
+            self._spectra[path] = (new[path][0], spectra)
+        return [self._spectra[path][1] for path in kernels]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the statistics to `path`, an .npz file."""
+        reached = [(name, moment) for name, moment in self.moments.items() if moment is not None]
+        meta = {
+            "format": "keras_alds.CalibrationStats",
+            "version": STATS_VERSION,
+            "examples": self.examples,
+            "fingerprint": self.fingerprint,
+            "layers": [[name, shape] for name, shape in self.kernel_shapes.items()],
+            "counts": {name: moment.count for name, moment in reached},
+        }
+        arrays = {f"blocks_{n}": moment.blocks for n, (_, moment) in enumerate(reached)}
+        with open(path, "wb") as file:
+            np.savez(file, meta=np.array(json.dumps(meta)), **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CalibrationStats:
+        """Reads statistics that `save` wrote.
+
+        Raises:
+            ValueError: If the file holds no such statistics, or those of another version.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                file = stack.enter_context(np.load(path))
+                meta = json.loads(str(file["meta"]))
+                known = meta["format"] == "keras_alds.CalibrationStats"
+            except (ValueError, KeyError, TypeError, EOFError) as error:
+                raise ValueError(
+                    f"Expected the calibration statistics of keras_alds in {os.fspath(path)!r}. "
+                    f"Received: a file that holds none ({error})"
+                ) from error
+            if not known or meta["version"] != STATS_VERSION:
+                raise ValueError(
+                    f"Expected calibration statistics of version {STATS_VERSION}. "
+                    f"Received: version={meta.get('version')!r}. Collect them anew."
+                )
+            moments: dict[str, SecondMoment | None] = {name: None for name, _ in meta["layers"]}
+            for n, (name, count) in enumerate(meta["counts"].items()):
+                moments[name] = SecondMoment(file[f"blocks_{n}"], int(count))
+        return cls(
+            moments,
+            {name: tuple(shape) for name, shape in meta["layers"]},
+            examples=int(meta["examples"]),
+            fingerprint=meta["fingerprint"],
+        )
+
+
+def calibration_stats(model: Any, data: Any, *, verbose: int = 1) -> CalibrationStats:
+    """The statistics that `data` are, or those that are collected from them.
+
+    Raises:
+        ValueError: As `CalibrationStats.collect` and `CalibrationStats.match`.
+    """
+    if not isinstance(data, CalibrationStats):
+        return CalibrationStats.collect(model, data, verbose=verbose)
+    data.match(model)
+    if data.fingerprint != fingerprint(model):
+        warnings.warn(
+            f"The calibration statistics were collected with other weights than the model "
+            f"'{model.name}' has now. Collect them anew if it was trained much since.",
+            stacklevel=2,
+        )
+    return data
+
+
+def candidates(model: Any) -> list[inspect.LayerSpec]:
+    """The layers of `model` that can be factorized, whatever a user excludes."""
+    specs, _ = inspect.inspect_model(model)
+    return [spec for spec in specs if spec.reason is None]
+
+
+def fingerprint(model: Any) -> str:
+    """SHA-256 of all weights of a model, in order."""
+    digest = hashlib.sha256()
+    for weight in model.get_weights():
+        digest.update(np.ascontiguousarray(weight).tobytes())
+    return digest.hexdigest()
+
+
+# -- What the layers see -------------------------------------------------------------------------
+
+
+class _Observer:
+    """Accumulates the second moments of the inputs of some layers of a running model."""
+
+    def __init__(self, specs: list[inspect.LayerSpec]) -> None:
+        self._specs = {id(spec.layer): spec for spec in specs}
+        self._sums: dict[int, MomentAccumulator] = {}
+        self._workers = os.cpu_count() or 1
+
+    @contextlib.contextmanager
+    def watching(self, model: Any) -> Iterator[None]:
+        """Observes every call of the layers while inside."""
+        backend = _backend.backend_of(model)
+        layers = [spec.layer for spec in self._specs.values()]
+        with (
+            ThreadPoolExecutor(self._workers, thread_name_prefix="keras_alds") as self._pool,
+            backend.watching_calls(layers, self._see),
+        ):
+            yield
+
+    def _see(self, layer: Any, inputs: Any, outputs: Any) -> Any:
+        return when_known(inputs, outputs, lambda x: self._add(layer, x))
+
+    def _add(self, layer: Any, inputs: Array) -> None:
+        spec = self._specs[id(layer)]
+        if not np.isfinite(inputs).all():
+            raise ValueError(
+                "Expected finite values in the whole model. Received: NaN or infinity in the "
+                f"input of layer '{spec.path}'. Look at the layers before it and at the range of "
+                "the data."
+            )
+        c, kappa, _ = kernel_sizes(spec.kernel_shape or ())
+        sums = self._sums.setdefault(id(layer), MomentAccumulator(c, kappa))
+        x = layer_inputs(layer, inputs)
+        parts = [part for part in np.array_split(x, self._workers) if part.size]
+
+        def add(part: Array) -> None:
+            for chunk in layer_patches(layer, part):
+                sums.add(chunk)
+
+        with single_threaded_blas():
+            list(self._pool.map(add, parts))
+
+    def moments(self) -> dict[str, SecondMoment | None]:
+        """The second moments by path; ends the observation."""
+        found: dict[str, SecondMoment | None] = {}
+        for key, spec in self._specs.items():
+            sums = self._sums.pop(key, None)
+            found[spec.path] = sums.moment() if sums is not None and sums.count else None
+        return found
+
+
+def when_known(inputs: Any, outputs: Any, use: Callable[[Array], None]) -> Any:
+    """Calls `use` with the values of `inputs`, at once or when the graph being traced runs.
+
+    Returns:
+        What is to be handed on as `outputs`.
+    """
+    x = tf.convert_to_tensor(inputs)
+    if x.dtype not in (tf.float32, tf.float64):
+        x = tf.cast(x, tf.float32)
+    if hasattr(x, "numpy"):
+        use(x.numpy())
+        return outputs
+
+    def run(values: Array) -> np.bool_:
+        use(values)
+        return np.bool_(True)
+
+    # Inside a function or loop of the model's own, such as that of `TimeDistributed`.
+    done = tf.numpy_function(run, [x], tf.bool, stateful=True)
+    with tf.control_dependencies([done]):
+        return tf.nest.map_structure(tf.identity, outputs)
+
+
+def layer_inputs(layer: Any, inputs: Array) -> Array:
+    """The inputs of one call as `[batch, *spatial, channels]`, or `[batch, channels]`."""
+    dimensions = len(getattr(layer, "kernel_size", ()))
+    if dimensions and layer.data_format == "channels_first":
+        inputs = np.moveaxis(inputs, -1 - dimensions, -1)
+    return np.reshape(inputs, (-1, *inputs.shape[inputs.ndim - 1 - dimensions :]))
+
+
+def layer_patches(layer: Any, inputs: Array) -> Iterator[Array]:
+    """The unfolded inputs of a stock layer, in chunks; see `core.calibration.patch_chunks`."""
+    if not hasattr(layer, "kernel_size"):
+        return patch_chunks(inputs)
+    return patch_chunks(
+        inputs,
+        layer.kernel_size,
+        strides=layer.strides,
+        dilation=layer.dilation_rate,
+        padding=layer.padding,
+    )
+
+
+# -- Calibration data ----------------------------------------------------------------------------
+
+
+class Examples:
+    """Calibration data of any kind as checked batches of a model's inputs, without labels.
+
+    Iterating yields `(inputs, number of examples)` with at most 32 examples at a time.
+
+    Args:
+        model: The model.
+        data: What a user gives as `calibration_data`.
+        limit: Largest number of examples, or None.
+
+    Raises:
+        ValueError: If `data` cannot be calibration data; while iterating, for bad batches.
+    """
+
+    def __init__(self, model: Any, data: Any, limit: int | None) -> None:
+        self._limit = limit
+        self._names: list[str] = [tensor.name for tensor in getattr(model, "inputs", None) or []]
+        self._specs = self._input_specs(model)
+        data = self._without_labels(data)
+        arrays = self._as_arrays(data)
+        self.total: int | None = None
+        self._batches: Iterable[Any]
+        if arrays is not None:
+            rows = self._rows(arrays)
+            self.total = rows if limit is None else min(rows, limit)
+            chosen = np.linspace(0, rows, self.total, endpoint=False).astype(int)
+            self._batches = (
+                tf.nest.map_structure(lambda a, c=chosen[i : i + _BATCH]: a[c], arrays)
+                for i in range(0, self.total, _BATCH)
+            )
+        elif isinstance(data, tf.data.Dataset):
+            self._batches = data
+            self.total = limit
+        elif hasattr(data, "__getitem__") and not isinstance(data, (list, tuple, str, bytes)):
+            count = len(data) if hasattr(data, "__len__") else None
+            indices = itertools.count() if count is None else range(count)
+            self._batches = (data[i] for i in indices)
+        elif isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
+            self._batches = data
+        else:
+            raise ValueError(
+                "Expected `calibration_data` to be an array, a list or dict of arrays for several "
+                "inputs, a tf.data.Dataset, a PyDataset, an iterable of batches, or "
+                f"CalibrationStats. Received: {type(data).__name__}"
+            )
+
+    @staticmethod
+    def _input_specs(model: Any) -> list[Any]:
+        try:
+            return tf.nest.flatten(_backend.backend_of(model).input_specs(model))
+        except ValueError:
+            return []  # a subclassed model that tells nothing of its inputs
+
+    @property
+    def _inputs(self) -> int:
+        return max(len(self._specs), 1)
+
+    def _without_labels(self, data: Any) -> Any:
+        """The inputs of `(x, y)` or `(x, y, weights)`; a tuple may also be several inputs."""
+        if not isinstance(data, tuple) or not data:
+            return data
+        first = data[0]
+        if self._inputs > 1 and len(data) == self._inputs and not isinstance(first, (list, dict)):
+            return first if isinstance(first, tuple) else list(data)
+        return first
+
+    def _as_arrays(self, data: Any) -> Any:
+        """The structure of arrays that `data` is, or None."""
+        if isinstance(data, dict):
+            return {key: _array(value) for key, value in data.items()}
+        if isinstance(data, list) and data:
+            items = [_array(item) for item in data if _is_array(item)]
+            if len(items) < len(data):
+                return (
+                    None if any(isinstance(i, (tuple, list, dict)) for i in data) else _array(data)
+                )
+            if self._inputs > 1 and len(items) == self._inputs:
+                return items
+            one_less = self._specs and items[0].ndim == len(self._specs[0].shape) - 1
+            return np.stack(items) if one_less else None
+        return _array(data) if _is_array(data) else None
+
+    @staticmethod
+    def _rows(arrays: Any) -> int:
+        rows = {len(array) if array.ndim else 0 for array in tf.nest.flatten(arrays)}
+        if len(rows) != 1:
+            raise ValueError(
+                "Expected all inputs of the calibration data to have as many examples. "
+                f"Received: {sorted(rows)}"
+            )
+        return rows.pop()
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        left = math.inf if self._limit is None else self._limit
+        for element in self._batches:
+            inputs = self._checked(self._without_labels(element))
+            rows = self._rows(inputs)
+            for start in range(0, int(min(rows, left)), _BATCH):
+                stop = int(min(start + _BATCH, rows, left))
+                part = tf.nest.map_structure(
+                    lambda a, s=slice(start, stop): tf.convert_to_tensor(a[s]), inputs
+                )
+                yield part, stop - start
+            left -= rows
+            if left <= 0:
+                return
+
+    def _checked(self, inputs: Any) -> Any:
+        if isinstance(inputs, list) and self._inputs == 1 and len(inputs) == 1:
+            inputs = inputs[0]
+        flat = [_array(item) for item in tf.nest.flatten(inputs)]
+        names = [f"input {n}" for n in range(len(flat))]
+        specs: list[Any] = list(self._specs)
+        if isinstance(inputs, dict):
+            names = sorted(inputs)  # as `tf.nest.flatten` does
+            if set(names) == set(self._names):
+                specs = [self._specs[self._names.index(name)] for name in names]
+        if specs and len(flat) != len(specs):
+            raise ValueError(
+                f"Expected calibration data for {len(specs)} inputs. Received: {len(flat)}"
+            )
+        cast = [
+            _checked_array(array, name, spec)
+            for array, name, spec in itertools.zip_longest(flat, names, specs)
+        ]
+        return tf.nest.pack_sequence_as(inputs, cast)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray) or (
+        hasattr(value, "__array__") and not isinstance(value, tf.data.Dataset)
+    )
+
+
+def _array(value: Any) -> Array:
+    if isinstance(value, tf.Tensor) and value.dtype == tf.bfloat16:
+        value = tf.cast(value, tf.float32)
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(
+            f"Expected calibration data of one shape. Received: data that make no array ({error})"
+        ) from error
+    if array.dtype.kind not in "biuf":
+        raise ValueError(
+            f"Expected calibration data of numbers. Received: dtype={array.dtype} of "
+            f"type {type(value).__name__}"
+        )
+    return array
+
+
+def _checked_array(array: Array, name: str, spec: Any) -> Array:
+    if spec is not None:
+        wanted = tuple(spec.shape)[1:]
+        fits = array.ndim == len(wanted) + 1 and all(
+            n is None or n == m for n, m in zip(wanted, array.shape[1:], strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                f"Expected batches of calibration data of shape (batch, "
+                f"{', '.join(str(n) for n in wanted)}) for {name}. Received: shape={array.shape}"
+            )
+        array = array.astype(tf.as_dtype(spec.dtype).as_numpy_dtype, copy=False)
+    elif array.dtype.kind != "f":
+        array = array.astype(np.float32)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"Expected finite calibration data. Received: NaN or infinity in {name}")
+    return array
