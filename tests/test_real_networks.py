@@ -63,7 +63,7 @@ def test_resnet20_in_fit(resnet20, images, tmp_path):
 def test_resnet20_without_retraining(resnet20, images, cr):
     small = keras_alds.compress(resnet20, cr)
     top1 = 100 * accuracy(small, images["x_test"][:3000], images["y_test"][:3000])
-    assert abs(top1 - MEASURED[cr]) <= 2
+    assert MEASURED[cr] - 2 <= top1 <= MEASURED[cr] + 2.5
 
 
 @pytest.mark.parametrize("name", ["vgglike_cifar10.keras", "mlperf_tiny_vww_mobilenet.keras"])
@@ -77,16 +77,33 @@ def test_other_networks_keep_their_promise(data_dir, name):
         step = max(c.slices * c.kernel_shape[-1] + np.prod(c.kernel_shape[:-1])
                    for c in plan.factorized)  # fmt: skip
         achieved = 1 - small.count_params() / model.count_params()
-        assert cr <= achieved == plan.cr <= cr + step / model.count_params()
+        assert cr <= achieved == plan.cr
+        # Kernels of the MobileNet are rank-deficient: more than was asked for goes for nothing.
+        assert plan.max_error == 0 or achieved <= cr + step / model.count_params()
+
+
+def test_what_costs_nothing_is_removed(data_dir):
+    """More than half of this network's parameters lie in directions that do nothing."""
+    import keras
+
+    model = keras.models.load_model(data_dir / "mlperf_tiny_vww_mobilenet.keras", compile=False)
+    plan = keras_alds.select(model, 0.1)
+    assert plan.cr > 0.5
+    assert plan.max_error == 0
+    x = np.random.default_rng(0).random((8, 96, 96, 3), np.float32)
+    small = keras_alds.compress(model, plan=plan)
+    np.testing.assert_allclose(
+        small.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_an_h5_file_in_both_kerases(data_dir, keras_module, images, tmp_path):
     path = data_dir / "mlperf_tiny_resnet8_cifar10.h5"
     model = keras_module.models.load_model(path, compile=False)
-    small = keras_alds.compress(model, 0.5)
+    small = keras_alds.compress(model, 0.2)
     x, y = images["x_test"][:500], images["y_test"][:500]
     assert accuracy(model, x, y) > 0.8
-    assert accuracy(small, x, y) > 0.3
+    assert accuracy(small, x, y) > 0.5
     small.save(tmp_path / "small.h5")
     loaded = keras_module.models.load_model(tmp_path / "small.h5", compile=False)
     x = x[:32].astype("float32")
