@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -198,7 +199,14 @@ def check_exclude(exclude: Any) -> Exclude:
 # -- Multiply–accumulates ------------------------------------------------------------------------
 
 
-def layer_macs(model: Any, layers: Sequence[Any] | None = None) -> dict[int, int]:
+# The layers that were counted in a model, as (layer, its class, its MACs); the trace takes a
+# second for a large network.
+_MACS: weakref.WeakKeyDictionary[Any, list[tuple[weakref.ref[Any], type, int]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def layer_macs(model: Any) -> dict[int, int]:
     """Multiply–accumulates of every layer in one forward pass of one example.
 
     Counted are convolutions of every kind, Dense and EinsumDense layers and their factorized
@@ -206,23 +214,28 @@ def layer_macs(model: Any, layers: Sequence[Any] | None = None) -> dict[int, int
 
     Args:
         model: A built model whose input shape is known.
-        layers: The layers to count; default: all below `model`.
 
     Returns:
-        `{id(layer): macs}`.
+        `{id(layer): macs}` for every layer that holds weights.
 
     Raises:
         ValueError: If an input or feature map has an unknown size.
     """
     backend = _backend.backend_of(model)
-    if layers is None:
-        layers = [layer for _, layer in walk(model)]
-    counted = [layer for layer in layers if backend.own_variables(layer)]
-    calls = backend.trace_shapes(model, counted)
-    return {
-        id(layer): sum(_macs_of_call(layer, *shapes) for shapes in calls[id(layer)])
-        for layer in counted
-    }
+    layers = [layer for _, layer in walk(model) if backend.own_variables(layer)]
+    known = _MACS.get(model, [])
+    if [(ref(), kind) for ref, kind, _ in known] != [(layer, type(layer)) for layer in layers]:
+        calls = backend.trace_shapes(model, layers)
+        known = [
+            (
+                weakref.ref(layer),
+                type(layer),
+                sum(_macs_of_call(layer, *shapes) for shapes in calls[id(layer)]),
+            )
+            for layer in layers
+        ]
+        _MACS[model] = known
+    return {id(layer): macs for layer, (_, _, macs) in zip(layers, known, strict=True)}
 
 
 def count_macs(model: Any) -> int:
