@@ -40,6 +40,9 @@ def to_tf_keras(model: Any) -> Any:
     private layers of `keras.applications` become stock layers. Factorized layers become those of
     `keras_alds.tf_keras`; `expand` them first where stock layers are wanted.
 
+    The penalties of activity regularizers differ: tf_keras divides them by the batch size. It also
+    counts the weight regularizers of frozen layers, which Keras 3 leaves out.
+
     Args:
         model: A built Functional or Sequential Keras 3 model.
 
