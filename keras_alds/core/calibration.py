@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,9 +45,10 @@ from keras_alds.core.spectra import Float64, SliceSpectrum, Spectra, check_kerne
 MAX_SIDE = 5120
 #: ρ as a part of the mean eigenvalue of S.
 RIDGE = 1e-5
-# Bytes of one chunk of patches, and the rows below which its product is not worth adding up.
+#: Rows of patches below which their product is not worth adding up yet.
+CHUNK_ROWS = 2048
+# Bytes of one chunk of patches.
 _CHUNK_BYTES = 1 << 23
-_CHUNK_ROWS = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,10 +133,11 @@ def moment_blocks(channels: int, kappa: int) -> int:
 
 
 class MomentAccumulator:
-    """Adds up x xᵀ over chunks of unfolded inputs; several threads may add at once.
+    """Adds up x xᵀ over chunks of unfolded inputs.
 
     Products of a chunk are taken in the inputs' precision, float32 or float64, and added up in
-    float64, so that rounding does not grow with the amount of data.
+    float64, so that rounding does not grow with the amount of data. Sums are taken in the order
+    of the calls: the same inputs give the same bits, whatever the number of threads.
 
     Args:
         channels: Input channels c.
@@ -156,40 +157,52 @@ class MomentAccumulator:
         side = channels // b * kappa
         # Position-major while adding: a copy of a patch is κ runs of c channels.
         self._sums = np.zeros((b, side, side))
-        self._lock = threading.Lock()
         self._pending: list[Array] = []
         self._pending_rows = 0
 
     def add(self, patches: Array) -> None:
-        """Adds unfolded inputs.
+        """Adds a few unfolded inputs.
 
         Args:
             patches: Array `[m, κ, c]` as `patch_chunks` yields them, or `[m, c]` for κ = 1. It
                 is kept until enough rows have come together, so it must not be changed.
         """
-        patches = patches.reshape(patches.shape[0], -1)
-        with self._lock:
-            self.count += patches.shape[0]
-            self._pending.append(patches)
-            self._pending_rows += patches.shape[0]
-            if self._pending_rows < min(_CHUNK_ROWS, self.channels * self.kappa):
-                return
-            chunk = self._take()
-        self._multiply(chunk)
+        self._pending.append(patches.reshape(patches.shape[0], -1))
+        self._pending_rows += patches.shape[0]
+        if self._pending_rows >= min(CHUNK_ROWS, self.channels * self.kappa):
+            self._add_pending()
 
-    def _take(self) -> list[Array]:
-        chunk, self._pending, self._pending_rows = self._pending, [], 0
-        return chunk
+    def add_parts(self, parts: Sequence[Iterable[Array]], executor: Executor) -> None:
+        """Adds many unfolded inputs, several parts side by side.
 
-    def _multiply(self, chunk: list[Array]) -> None:
-        rows = np.concatenate(chunk) if len(chunk) > 1 else chunk[0]
-        b, side = self._sums.shape[:2]
-        parts = rows.reshape(rows.shape[0], self.kappa, b, -1)
-        for i in range(b):
-            part = parts[:, :, i].reshape(rows.shape[0], side)
-            product = part.T @ part
-            with self._lock:
-                self._sums[i] += product
+        Args:
+            parts: Chunks such as `add` takes; those of a part are made where they are added.
+            executor: A pool of threads.
+        """
+        self._add_pending()
+        for sums, count in executor.map(self._sum, parts):
+            self._sums += sums
+            self.count += count
+
+    def _add_pending(self) -> None:
+        if self._pending:
+            sums, count = self._sum([np.concatenate(self._pending)])
+            self._sums += sums
+            self.count += count
+            self._pending, self._pending_rows = [], 0
+
+    def _sum(self, chunks: Iterable[Array]) -> tuple[Float64, int]:
+        sums, count = np.zeros_like(self._sums), 0
+        b, side = sums.shape[:2]
+        with single_threaded_blas():
+            for chunk in chunks:
+                rows = chunk.shape[0]
+                blocks = chunk.reshape(rows, self.kappa, b, -1)
+                for i in range(b):
+                    part = blocks[:, :, i].reshape(rows, side)
+                    sums[i] += part.T @ part
+                count += rows
+        return sums, count
 
     def moment(self) -> SecondMoment:
         """The second moment of all that was added, rows channel-major; ends the adding.
@@ -197,10 +210,9 @@ class MomentAccumulator:
         Raises:
             ValueError: If nothing was added.
         """
+        self._add_pending()
         if self.count == 0:
             raise ValueError("Expected at least one unfolded input. Received: none")
-        if self._pending:
-            self._multiply(self._take())
         b, side = self._sums.shape[:2]
         order = np.arange(side).reshape(self.kappa, -1).T.ravel()
         blocks = np.empty((b, side, side))
@@ -265,7 +277,7 @@ def patch_chunks(
         for n, pad, r, s in zip(inputs.shape[1:], pads, reach, stride, strict=False)
     ]
     c, kappa = inputs.shape[-1], math.prod(size)
-    limit = max(_CHUNK_BYTES // (kappa * c * inputs.itemsize), _CHUNK_ROWS)
+    limit = max(_CHUNK_BYTES // (kappa * c * inputs.itemsize), CHUNK_ROWS)
     per_line = math.prod(outputs[1:])
     lines = max(1, min(limit // max(per_line, 1), outputs[0])) if outputs else 1
     images = max(1, limit // max(lines * per_line, 1)) if lines == (outputs or [1])[0] else 1

@@ -19,8 +19,8 @@ import tensorflow as tf
 from rich.progress import Progress
 
 from keras_alds import _backend
-from keras_alds.core.blas import single_threaded_blas
 from keras_alds.core.calibration import (
+    CHUNK_ROWS,
     MomentAccumulator,
     SecondMoment,
     output_spectra_many,
@@ -36,6 +36,8 @@ MIN_EXAMPLES = 8
 DEFAULT_EXAMPLES = 1024
 # Examples that go through the model at once.
 _BATCH = 32
+# Parts of one call of one layer that threads work on side by side.
+_PARTS = 4
 
 
 class CalibrationStats:
@@ -294,7 +296,6 @@ class _Observer:
     def __init__(self, specs: list[inspect.LayerSpec]) -> None:
         self._specs = {id(spec.layer): spec for spec in specs}
         self._sums: dict[int, MomentAccumulator] = {}
-        self._workers = os.cpu_count() or 1
 
     @contextlib.contextmanager
     def watching(self, model: Any) -> Iterator[None]:
@@ -302,7 +303,7 @@ class _Observer:
         backend = _backend.backend_of(model)
         layers = [spec.layer for spec in self._specs.values()]
         with (
-            ThreadPoolExecutor(self._workers, thread_name_prefix="keras_alds") as self._pool,
+            ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="keras_alds") as self._pool,
             backend.watching_calls(layers, self._see),
         ):
             yield
@@ -321,21 +322,20 @@ class _Observer:
         c, kappa, _ = kernel_sizes(spec.kernel_shape or ())
         sums = self._sums.setdefault(id(layer), MomentAccumulator(c, kappa))
         x = layer_inputs(layer, inputs)
-        parts = [part for part in np.array_split(x, self._workers) if part.size]
-
-        def add(part: Array) -> None:
-            for chunk in layer_patches(layer, part):
+        if math.prod(x.shape[:-1]) < CHUNK_ROWS:
+            for chunk in layer_patches(layer, x):
                 sums.add(chunk)
-
-        with single_threaded_blas():
-            list(self._pool.map(add, parts))
+            return
+        # Not by the number of workers: the same parts everywhere give the same bits.
+        parts = np.array_split(x, _PARTS if c * kappa <= CHUNK_ROWS else 2)
+        sums.add_parts([layer_patches(layer, part) for part in parts if part.size], self._pool)
 
     def moments(self) -> dict[str, SecondMoment | None]:
         """The second moments by path; ends the observation."""
         found: dict[str, SecondMoment | None] = {}
         for key, spec in self._specs.items():
             sums = self._sums.pop(key, None)
-            found[spec.path] = sums.moment() if sums is not None and sums.count else None
+            found[spec.path] = sums.moment() if sums is not None else None
         return found
 
 
@@ -402,8 +402,12 @@ class Examples:
 
     def __init__(self, model: Any, data: Any, limit: int | None) -> None:
         self._limit = limit
-        self._names: list[str] = [tensor.name for tensor in getattr(model, "inputs", None) or []]
-        self._specs = self._input_specs(model)
+        self._names: list[str] = [
+            tensor._keras_history[0].name for tensor in getattr(model, "inputs", None) or []
+        ]
+        structure = self._input_specs(model)
+        self._single = structure is not None and not tf.nest.is_nested(structure)
+        self._specs: list[Any] = [] if structure is None else tf.nest.flatten(structure)
         data = self._without_labels(data)
         arrays = self._as_arrays(data)
         self.total: int | None = None
@@ -433,11 +437,11 @@ class Examples:
             )
 
     @staticmethod
-    def _input_specs(model: Any) -> list[Any]:
+    def _input_specs(model: Any) -> Any:
         try:
-            return tf.nest.flatten(_backend.backend_of(model).input_specs(model))
+            return _backend.backend_of(model).input_specs(model)
         except ValueError:
-            return []  # a subclassed model that tells nothing of its inputs
+            return None  # a subclassed model that tells nothing of its inputs
 
     @property
     def _inputs(self) -> int:
@@ -479,26 +483,34 @@ class Examples:
         return rows.pop()
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
-        left = math.inf if self._limit is None else self._limit
+        left = self._limit
+        waiting: Any = None
         for element in self._batches:
             inputs = self._checked(self._without_labels(element))
+            self._rows(inputs)
+            if waiting is not None:
+                inputs = tf.nest.map_structure(lambda a, b: np.concatenate([a, b]), waiting, inputs)
+            if left is not None:
+                inputs = _part(inputs, 0, left)
             rows = self._rows(inputs)
-            for start in range(0, int(min(rows, left)), _BATCH):
-                stop = int(min(start + _BATCH, rows, left))
-                part = tf.nest.map_structure(
-                    lambda a, s=slice(start, stop): tf.convert_to_tensor(a[s]), inputs
-                )
-                yield part, stop - start
-            left -= rows
-            if left <= 0:
-                return
+            # Always as many together: how the data were batched changes no bit of the result.
+            whole = rows - rows % _BATCH
+            for start in range(0, whole, _BATCH):
+                yield _tensors(_part(inputs, start, start + _BATCH)), _BATCH
+            waiting = _part(inputs, whole, rows)
+            if left is not None:
+                left -= whole
+                if left == rows - whole:
+                    break
+        if waiting is not None and (rows := self._rows(waiting)):
+            yield _tensors(waiting), rows
 
     def _checked(self, inputs: Any) -> Any:
-        if isinstance(inputs, list) and self._inputs == 1 and len(inputs) == 1:
-            inputs = inputs[0]
+        if self._single and isinstance(inputs, (list, dict)) and len(inputs) == 1:
+            (inputs,) = inputs.values() if isinstance(inputs, dict) else inputs
         flat = [_array(item) for item in tf.nest.flatten(inputs)]
         names = [f"input {n}" for n in range(len(flat))]
-        specs: list[Any] = list(self._specs)
+        specs = self._specs
         if isinstance(inputs, dict):
             names = sorted(inputs)  # as `tf.nest.flatten` does
             if set(names) == set(self._names):
@@ -512,6 +524,14 @@ class Examples:
             for array, name, spec in itertools.zip_longest(flat, names, specs)
         ]
         return tf.nest.pack_sequence_as(inputs, cast)
+
+
+def _part(inputs: Any, start: int, stop: int) -> Any:
+    return tf.nest.map_structure(lambda array: array[start:stop], inputs)
+
+
+def _tensors(inputs: Any) -> Any:
+    return tf.nest.map_structure(tf.convert_to_tensor, inputs)
 
 
 def _is_array(value: Any) -> bool:

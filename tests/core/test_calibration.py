@@ -86,7 +86,7 @@ class TestPatches:
         x = rng.standard_normal((5, 9, 8, CHANNELS))
         whole = np.concatenate(list(patch_chunks(x, SIZE, padding="same")))
         monkeypatch.setattr(calibration, "_CHUNK_BYTES", 1)
-        monkeypatch.setattr(calibration, "_CHUNK_ROWS", 20)
+        monkeypatch.setattr(calibration, "CHUNK_ROWS", 20)
         chunks = list(patch_chunks(x, SIZE, padding="same"))
         assert max(len(chunk) for chunk in chunks) <= 20
         assert len(chunks) > 5
@@ -122,9 +122,13 @@ class TestMoment:
     def test_threads_lose_nothing(self, rng):
         rows = inputs_of(rng, 6000, 16)
         accumulator = MomentAccumulator(16)
+        accumulator.add(rows[:7])
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(accumulator.add, np.array_split(rows, 60)))
-        np.testing.assert_allclose(accumulator.moment().blocks[0], rows.T @ rows / 6000)
+            accumulator.add_parts([np.array_split(p, 3) for p in np.array_split(rows, 20)], pool)
+        together = np.concatenate([rows[:7], rows])
+        moment = accumulator.moment()
+        assert moment.count == 6007
+        np.testing.assert_allclose(moment.blocks[0], together.T @ together / 6007)
 
     def test_rounding_does_not_grow_with_the_data(self):
         accumulator = MomentAccumulator(2)
