@@ -93,10 +93,10 @@ def main() -> None:
         figures = [row["top1"] for row in rows if row["method"] == name]
         cells = ["–" if figure is None else f"{figure:.1f}" for figure in figures]
         print(f"| {name} | " + " | ".join(cells) + " |")
-    slowest = max((row["seconds"] or 0 for row in rows if row["method"] == "activation"))
+    slowest = max(row["seconds"] or 0 for row in rows if row["method"] == "activation")
     print(
-        f"\n{len(x_test):,} test images; statistics of {stats.examples} images in {collected:.1f} s, "
-        f"peak memory {before:.0f} → {after:.0f} MB; selecting and factorizing afterwards: at most "
+        f"\n{len(x_test):,} test images; statistics of {stats.examples} images in "
+        f"{collected:.1f} s, peak memory {before:.0f} → {after:.0f} MB; selecting and factorizing afterwards: at most "
         f"{slowest:.1f} s"
     )
     if arguments.csv:
