@@ -378,6 +378,38 @@ def test_converts_to_tflite_with_built_in_operations_only(keras_module: ModuleTy
     np.testing.assert_allclose(y, small(x, training=False), rtol=0, atol=1e-4)
 
 
+def test_what_cannot_be_kept_is_said(keras_module: ModuleType):
+    K, dense = keras_module, factorized(keras_module).FactorizedDense(4, slices=2, rank=2)
+
+    class Own(K.Model):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            inputs = K.Input((8,))
+            super().__init__(inputs, dense(inputs))
+
+    model = Own()
+    with pytest.warns(UserWarning, match="Own cannot be made from inputs and outputs"):
+        assert_expanded(model, zoo.examples(model))
+
+
+def test_added_losses_are_said_to_be_left_out():
+    K = pytest.importorskip("tf_keras")
+    inputs = K.Input((8,))
+    x = factorized(K).FactorizedDense(4, slices=2, rank=2)(inputs)
+    model = K.Model(inputs, x)
+    model.add_loss(tf.reduce_mean(x))
+    with pytest.warns(UserWarning, match="does not lead to an output"):
+        assert_expanded(model, zoo.examples(model))
+
+
+def test_channels_first(keras_module: ModuleType):
+    layer = factorized(keras_module).FactorizedConv2D(
+        6, 3, slices=2, rank=3, data_format="channels_first", name="conv"
+    )
+    model = single(keras_module, (8, 9, 10), layer)
+    stock = assert_expanded(model, zoo.examples(model))
+    assert stock.get_layer("conv").data_format == "channels_first"
+
+
 # -- What is refused -----------------------------------------------------------------------------
 
 

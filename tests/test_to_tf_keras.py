@@ -6,7 +6,7 @@ import inspect
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -389,34 +389,60 @@ def application(name: str) -> Any:
     return make(weights=None, include_top=False, input_shape=shape, pooling="avg")
 
 
-def check_application(name: str) -> None:
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Deep networks of random weights amplify float32's rounding without bound; not float64's."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float64")
+    yield
+    keras.config.set_dtype_policy(before)
     keras.backend.clear_session()
+
+
+def check_outputs(name: str) -> None:
     model = application(name)
-    if name in FEW:  # of random weights, and a copy, of the giants there is no need
-        randomize(model)
-    x = np.random.default_rng(0).uniform(0, 255, (1, *model.input_shape[1:])).astype("float32")
+    randomize(model)
+    x = np.random.default_rng(0).uniform(0, 255, (1, *model.input_shape[1:]))
     before = zoo.outputs(model, x)
     new = keras_alds.to_tf_keras(model)
-    assert new.count_params() == model.count_params()
     scale = np.abs(before).max()
-    assert scale > 0
-    np.testing.assert_allclose(zoo.outputs(new, x), before, rtol=0, atol=1e-3 * scale)
-    stock = {vars(tf_keras.layers).get(type(layer).__name__) for layer in new._flatten_layers()}
-    assert {type(layer) for layer in new._flatten_layers()} - stock <= {
-        type(new),
-        tf_keras.Sequential,
-    }
+    assert 0 < scale < np.inf
+    np.testing.assert_allclose(zoo.outputs(new, x), before, rtol=0, atol=1e-5 * scale)
+    stock = {cls for cls in vars(tf_keras.layers).values() if isinstance(cls, type)}
+    models = {type(new), tf_keras.Sequential}
+    assert {type(layer) for layer in new._flatten_layers()} <= stock | models
 
 
-@pytest.mark.parametrize("name", ["EfficientNetB0", "MobileNetV2", "MobileNetV3Small", "ResNet50"])
+@pytest.mark.parametrize("name", ["EfficientNetB0", "MobileNetV2", "MobileNetV3Small"])
+@pytest.mark.usefixtures("float64")
 def test_applications(name: str):
-    check_application(name)
+    check_outputs(name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", APPLICATIONS)
-def test_all_applications(name: str):
-    check_application(name)
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.usefixtures("float64")
+def test_one_application_of_every_family(name: str):
+    check_outputs(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in APPLICATIONS if name not in FEW])
+def test_all_other_applications(name: str):
+    keras.backend.clear_session()
+    model = application(name)
+    new = keras_alds.to_tf_keras(model)
+    assert new.count_params() == model.count_params()
+    old_layers = {layer.name: layer for layer in model._flatten_layers()}
+    compared = 0
+    for layer in new._flatten_layers(recursive=True, include_self=False):
+        old = old_layers.get(layer.name)
+        if old is None or isinstance(layer, tf_keras.Model):
+            continue
+        for weight, value in zip(layer.weights, old.weights, strict=True):
+            np.testing.assert_array_equal(np.ravel(weight), np.ravel(value))
+            compared += 1
+    assert compared == len(model.weights)
 
 
 def test_every_family_is_among_the_few():

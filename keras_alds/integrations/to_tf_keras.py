@@ -31,7 +31,8 @@ def to_tf_keras(model: Any) -> Any:
     stay shared and nested models nested. A Sequential model stays Sequential where every layer
     has a counterpart that is one layer or a chain of them. A compiled model comes back compiled,
     with a new optimizer of the same class and settings, if tf_keras has all it was compiled with;
-    else a warning says what it lacks and the model is not compiled.
+    else a warning says what it lacks and the model is not compiled. A `train_step` of the model's
+    class, written for Keras 3, is left behind.
 
     What tf_keras says in another way is translated: operators and `keras.ops` functions between
     layers (`x / 255`, `a + b`, `keras.ops.mean(x, axis=1)`, …) become stock layers (`Rescaling`,

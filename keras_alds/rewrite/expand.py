@@ -200,6 +200,12 @@ class GraphRebuilder:
                 steps.append((call, [self.input_layer(call.layer)]))
             else:
                 steps.append((call, self.pieces(call)))
+            if type(call.layer).__name__ in ("AddLoss", "AddMetric"):
+                warnings.warn(
+                    f"What `add_loss` or `add_metric` added to '{model.name}' does not lead to an "
+                    "output and is not carried over: add it to the new model.",
+                    stacklevel=5,
+                )
         layers = [piece for _, pieces in steps for piece in pieces]
         if isinstance(model, self.source.keras.Sequential) and all(
             isinstance(piece, self.target.keras.layers.Layer) for piece in layers
