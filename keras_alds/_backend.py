@@ -187,6 +187,8 @@ class Backend:
         for old, new in zip(self._flatten(model), self._flatten(copy), strict=True):
             if not self.children(old) and new.trainable != old.trainable:
                 new.trainable = old.trainable
+            if hasattr(new, "finalize_state") and new.weights:
+                new.finalize_state()  # adapted layers compute with constants made of the weights
         if self.is_compiled(model):
             self._copy_compile_state(model, copy)
         return copy

@@ -278,6 +278,17 @@ class TestSettings:
         assert result["accuracy"] == pytest.approx(np.mean(logits.argmax(1) == y), abs=1e-6)
         assert np.isfinite(compressed.fit(x, y, verbose=0).history["loss"][0])
 
+    def test_adapted_normalization_carries_over(self, keras_module):
+        L, K = keras_module.layers, keras_module
+        x = np.random.default_rng(0).uniform(100, 200, (64, 8)).astype("float32")
+        normalization = L.Normalization()
+        normalization.adapt(x)
+        model = K.Sequential([K.Input((8,)), normalization, L.Dense(32), L.Dense(4)])
+        plan = select(model, 0.3)
+        copy = compress(model, plan=plan)
+        apply_plan(model, plan)
+        np.testing.assert_allclose(value(copy(x)), value(model(x)), rtol=1e-5, atol=1e-6)
+
     def test_an_uncompiled_model_comes_back_uncompiled(self, small, keras_module):
         compressed = compress(small, 0.4)
         with pytest.raises((RuntimeError, ValueError), match="compile"):
