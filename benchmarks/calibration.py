@@ -96,8 +96,8 @@ def main() -> None:
     slowest = max(row["seconds"] or 0 for row in rows if row["method"] == "activation")
     print(
         f"\n{len(x_test):,} test images; statistics of {stats.examples} images in "
-        f"{collected:.1f} s, peak memory {before:.0f} → {after:.0f} MB; selecting and factorizing afterwards: at most "
-        f"{slowest:.1f} s"
+        f"{collected:.1f} s, peak memory {before:.0f} → {after:.0f} MB; selecting and factorizing "
+        f"afterwards: at most {slowest:.1f} s"
     )
     if arguments.csv:
         with arguments.csv.open("w", newline="") as file:

@@ -180,19 +180,21 @@ class MomentAccumulator:
             executor: A pool of threads.
         """
         self._add_pending()
-        for sums, count in executor.map(self._sum, parts):
+        for sums, count in executor.map(self._part_sum, parts):
             self._sums += sums
             self.count += count
 
     def _add_pending(self) -> None:
         if self._pending:
-            sums, count = self._sum([np.concatenate(self._pending)])
-            self._sums += sums
-            self.count += count
+            self.count += self._add_to(self._sums, [np.concatenate(self._pending)])
             self._pending, self._pending_rows = [], 0
 
-    def _sum(self, chunks: Iterable[Array]) -> tuple[Float64, int]:
-        sums, count = np.zeros_like(self._sums), 0
+    def _part_sum(self, chunks: Iterable[Array]) -> tuple[Float64, int]:
+        sums = np.zeros_like(self._sums)
+        return sums, self._add_to(sums, chunks)
+
+    def _add_to(self, sums: Float64, chunks: Iterable[Array]) -> int:
+        count = 0
         b, side = sums.shape[:2]
         with single_threaded_blas():
             for chunk in chunks:
@@ -202,7 +204,7 @@ class MomentAccumulator:
                     part = blocks[:, :, i].reshape(rows, side)
                     sums[i] += part.T @ part
                 count += rows
-        return sums, count
+        return count
 
     def moment(self) -> SecondMoment:
         """The second moment of all that was added, rows channel-major; ends the adding.
@@ -215,11 +217,11 @@ class MomentAccumulator:
             raise ValueError("Expected at least one unfolded input. Received: none")
         b, side = self._sums.shape[:2]
         order = np.arange(side).reshape(self.kappa, -1).T.ravel()
-        blocks = np.empty((b, side, side))
-        for i in range(b):
-            blocks[i] = self._sums[i][np.ix_(order, order)] / self.count
-        self._sums = np.zeros((b, 0, 0))
-        return SecondMoment((blocks + blocks.transpose(0, 2, 1)) / 2, self.count)
+        blocks, self._sums = self._sums, np.zeros((b, 0, 0))
+        for i in range(b):  # one by one and in place: wide layers have large blocks
+            block = blocks[i][np.ix_(order, order)] / (2 * self.count)
+            np.add(block, block.T, out=blocks[i])
+        return SecondMoment(blocks, self.count)
 
 
 def patch_chunks(
@@ -500,7 +502,7 @@ def refit_decoder(encoders: Float64, matrices: Float64, moment: SecondMoment) ->
     Example:
         >>> moment = SecondMoment(np.eye(4)[None], 10)
         >>> basis = np.eye(4)[:, :2].reshape(1, 4, 2)
-        >>> refit_decoder(basis, np.eye(4)[None], moment)[0].tolist()
+        >>> refit_decoder(basis, np.eye(4)[None], moment)[0].round(6).tolist()
         [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
     """
     slices, rows, rank = encoders.shape
