@@ -22,6 +22,7 @@ from keras_alds.report import report
 from keras_alds.rewrite.expand import expand
 from keras_alds.rewrite.in_place import apply_plan
 from keras_alds.rewrite.inspect import count_macs
+from keras_alds.rewrite.observe import CalibrationStats
 
 with contextlib.suppress(ImportError):  # tf_keras is optional; this registers its layers
     from keras_alds import tf_keras as tf_keras
@@ -34,6 +35,7 @@ _LAZY = {"to_tf_keras": "keras_alds.integrations.to_tf_keras"}
 
 __all__ = [
     "ALDSCompress",
+    "CalibrationStats",
     "CompressionPlan",
     "FactorizedConv1D",
     "FactorizedConv2D",
