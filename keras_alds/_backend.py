@@ -13,6 +13,7 @@ import functools
 import importlib
 import inspect
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
@@ -176,7 +177,7 @@ class Backend:
                 copy = type(model)(copy.inputs, copy.outputs, name=model.name)
         else:
             copy = self._copy_subclassed(model)
-        if [tuple(w.shape) for w in copy.weights] != [tuple(w.shape) for w in model.weights]:
+        if _shapes(copy) != _shapes(model):
             raise ValueError(
                 f"Expected a copy of the model '{model.name}', made from its config, to have the "
                 f"same weights. Received: {len(copy.weights)} weights in the copy, "
@@ -185,13 +186,26 @@ class Backend:
             )
         copy.set_weights(model.get_weights())
         for old, new in zip(self._flatten(model), self._flatten(copy), strict=True):
-            if not self.children(old) and new.trainable != old.trainable:
-                new.trainable = old.trainable
-            if hasattr(new, "finalize_state") and new.weights:
-                new.finalize_state()  # adapted layers compute with constants made of the weights
+            self._copy_layer_state(old, new)
         if self.is_compiled(model):
             self._copy_compile_state(model, copy)
         return copy
+
+    def _copy_layer_state(self, old: Layer, new: Layer) -> None:
+        """Copies what a layer holds besides its config and the values of its weights."""
+        if self.children(old):
+            new._trainable = old._trainable  # the setter would reach the layers inside
+        elif new.trainable != old.trainable:
+            new.trainable = old.trainable
+        if hasattr(new, "finalize_state") and new.weights:
+            new.finalize_state()  # adapted layers compute with constants made of the weights
+        keeps_assets = getattr(type(old), "load_assets", None) is not getattr(
+            self.keras.layers.Layer, "load_assets", None
+        )
+        if keeps_assets:
+            with tempfile.TemporaryDirectory() as folder:  # vocabularies are not weights
+                old.save_assets(folder)
+                new.load_assets(folder)
 
     def _flatten(self, layer: Layer) -> list[Layer]:
         return list(layer._flatten_layers(include_self=False))
@@ -235,10 +249,49 @@ class Backend:
                 )
             return
         arguments = self._compile_arguments(model)
-        arguments["optimizer"] = self._copy_config(arguments["optimizer"])
+        arguments["optimizer"] = self._copy_optimizer(arguments["optimizer"])
         for name in ("metrics", "weighted_metrics"):
             arguments[name] = self._copy_metrics(arguments[name])
         copy.compile(**arguments)
+        self._copy_weight_decay_exclusions(model, copy)
+
+    def _copy_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        # A schedule has no state: the same object serves both, also if it cannot be serialized.
+        inner = self.inner_optimizer(optimizer) or optimizer
+        schedule = getattr(inner, "_learning_rate", None)
+        if not isinstance(schedule, self.keras.optimizers.schedules.LearningRateSchedule):
+            copy = self._copy_config(optimizer)
+        else:
+            inner.__dict__["_learning_rate"] = self.keras.optimizers.schedules.ExponentialDecay(
+                1.0, 1, 1.0
+            )
+            try:
+                copy = self._copy_config(optimizer)
+            finally:
+                inner.__dict__["_learning_rate"] = schedule
+            (self.inner_optimizer(copy) or copy)._learning_rate = schedule
+        return copy
+
+    def _copy_weight_decay_exclusions(self, model: Model, copy: Model) -> None:
+        # Not part of an optimizer's config: name patterns, and keys of variables.
+        theirs, ours = (self.inner_optimizer(m.optimizer) or m.optimizer for m in (model, copy))
+        for name in ("_exclude_from_weight_decay_pattern", "_exclude_from_weight_decay_names"):
+            if getattr(theirs, name, None):
+                setattr(ours, name, getattr(theirs, name))
+        for old, new in zip(model.weights, copy.weights, strict=True):
+            if self.is_excluded_from_weight_decay(theirs, old):
+                self.exclude_from_weight_decay(ours, [new])
+
+    def is_excluded_from_weight_decay(self, optimizer: Optimizer, variable: Variable) -> bool:
+        """Whether `exclude_from_weight_decay(var_list=…)` was given this variable."""
+        excluded = getattr(optimizer, "_exclude_from_weight_decay", ())
+        return bool(excluded) and optimizer._var_key(variable) in excluded
+
+    def exclude_from_weight_decay(self, optimizer: Optimizer, variables: list[Variable]) -> None:
+        """Adds variables to those that are not decayed; also for an optimizer that is built."""
+        if variables:
+            known = getattr(optimizer, "_exclude_from_weight_decay", ())
+            optimizer._exclude_from_weight_decay = [*known, *map(optimizer._var_key, variables)]
 
     def _copy_config(self, obj: Any) -> Any:
         return type(obj).from_config(obj.get_config())
@@ -399,8 +452,12 @@ class Backend:
     _not_slots: tuple[str, ...] = ()
 
     def rebuild_optimizer(
-        self, optimizer: Optimizer, old: list[Variable], new: list[Variable]
-    ) -> Undo:
+        self,
+        optimizer: Optimizer,
+        old: list[Variable],
+        new: list[Variable],
+        undo_steps: list[Undo],
+    ) -> None:
         """Builds `optimizer` again, in place, on other model variables.
 
         Its per-variable state starts at its initial values; iterations, learning rate, schedule
@@ -410,9 +467,7 @@ class Backend:
             optimizer: A built optimizer.
             old: The model variables that it was built on.
             new: Those that it is to update from now on.
-
-        Returns:
-            A function that puts everything back.
+            undo_steps: A function that puts everything back is appended before anything changes.
         """
         raise NotImplementedError
 
@@ -487,13 +542,21 @@ class _Keras3(Backend):
             node.operation, tuple(arguments.args), dict(arguments.kwargs), list(node.outputs)
         )
 
+    def _copy_layer_state(self, old: Layer, new: Layer) -> None:
+        super()._copy_layer_state(old, new)
+        if old.trainable:  # single variables can be frozen too
+            pairs = zip(self.own_variables(old), self.own_variables(new), strict=True)
+            for theirs, ours in pairs:
+                if ours.trainable != theirs.trainable:
+                    ours.trainable = theirs.trainable
+
     def _clone(self, model: Model) -> Model:
         with warnings.catch_warnings():
             # Keras tries to copy the compile state; `_copy_compile_state` does it.
             warnings.simplefilter("ignore")
             compiled, model.compiled = model.compiled, False
             try:
-                return keras.models.clone_model(model, recursive=True)
+                return keras.models.clone_model(model, recursive=True, clone_function=_clone_layer)
             finally:
                 model.compiled = compiled
 
@@ -528,10 +591,24 @@ class _Keras3(Backend):
         return list(optimizer._trainable_variables)
 
     def rebuild_optimizer(
-        self, optimizer: Optimizer, old: list[Variable], new: list[Variable]
-    ) -> Undo:
+        self,
+        optimizer: Optimizer,
+        old: list[Variable],
+        new: list[Variable],
+        undo_steps: list[Undo],
+    ) -> None:
         before = dict(vars(optimizer))
         tracker, stored = optimizer._tracker, list(optimizer._variables)
+
+        def undo() -> None:
+            for variable in list(optimizer._variables):
+                tracker.untrack(variable)
+            for variable in stored:
+                tracker.add_to_store("variables", variable)
+            optimizer.__dict__.clear()
+            optimizer.__dict__.update(before)
+
+        undo_steps.append(undo)
         wrapper = self.inner_optimizer(optimizer) is not None
         dropped = {id(v) for slot in self.slots(optimizer, old).values() for v in slot}
         # Scalars that `build` makes (loss scale, step counters, …) keep their value by attribute.
@@ -555,16 +632,6 @@ class _Keras3(Backend):
                 if made is not value:
                     made.assign(value)
                     tracker.untrack(value)
-
-        def undo() -> None:
-            for variable in list(optimizer._variables):
-                tracker.untrack(variable)
-            for variable in stored:
-                tracker.add_to_store("variables", variable)
-            optimizer.__dict__.clear()
-            optimizer.__dict__.update(before)
-
-        return undo
 
 
 class _TfKeras(Backend):
@@ -593,7 +660,8 @@ class _TfKeras(Backend):
         return tf.name_scope(layer.name)
 
     def own_variables(self, layer: Layer) -> list[Variable]:
-        return [*layer._trainable_weights, *layer._non_trainable_weights]
+        own = [*layer._trainable_weights, *layer._non_trainable_weights]
+        return [v for v in own if hasattr(v, "shape")]  # vocabularies are listed there too
 
     def is_compiled(self, model: Model) -> bool:
         return bool(model._is_compiled)
@@ -678,11 +746,21 @@ class _TfKeras(Backend):
         }
 
     def rebuild_optimizer(
-        self, optimizer: Optimizer, old: list[Variable], new: list[Variable]
-    ) -> Undo:
+        self,
+        optimizer: Optimizer,
+        old: list[Variable],
+        new: list[Variable],
+        undo_steps: list[Undo],
+    ) -> None:
         if self._is_legacy(optimizer):
-            return self._rebuild_legacy(optimizer, old, new)
+            return self._rebuild_legacy(optimizer, old, new, undo_steps)
         before = dict(vars(optimizer))
+
+        def undo() -> None:
+            optimizer.__dict__.clear()
+            optimizer.__dict__.update(before)
+
+        undo_steps.append(undo)
         dropped = {id(v) for slot in self.slots(optimizer, old).values() for v in slot}
         scalars = {
             name: value
@@ -696,16 +774,21 @@ class _TfKeras(Backend):
             if getattr(optimizer, name) is not value:
                 getattr(optimizer, name).assign(value)
 
-        def undo() -> None:
-            optimizer.__dict__.clear()
-            optimizer.__dict__.update(before)
-
-        return undo
-
     def _rebuild_legacy(
-        self, optimizer: Optimizer, old: list[Variable], new: list[Variable]
-    ) -> Undo:
+        self,
+        optimizer: Optimizer,
+        old: list[Variable],
+        new: list[Variable],
+        undo_steps: list[Undo],
+    ) -> None:
         slots, weights = dict(optimizer._slots), list(optimizer._weights)
+
+        def undo() -> None:
+            optimizer._slots.clear()
+            optimizer._slots.update(slots)
+            optimizer._weights = weights
+
+        undo_steps.append(undo)
         kept = {id(v) for v in new}
         dropped: set[int] = set()
         for variable in old:
@@ -714,12 +797,25 @@ class _TfKeras(Backend):
         optimizer._weights = [w for w in weights if id(w) not in dropped]
         optimizer._create_all_weights(new)
 
-        def undo() -> None:
-            optimizer._slots.clear()
-            optimizer._slots.update(slots)
-            optimizer._weights = weights
 
-        return undo
+def _clone_layer(layer: Layer) -> Layer:
+    # Functions and objects that Keras can write but not read back (lambdas, what is not
+    # registered) have no state that a copy must own: both layers hold the same.
+    config = layer.get_config()
+    if isinstance(layer, keras.layers.Lambda):
+        arguments = {key: config[key] for key in ("name", "trainable", "dtype")}
+        return type(layer)(
+            layer.function, layer._output_shape, layer.mask, layer.arguments, **arguments
+        )
+    for name in config:
+        value = vars(layer).get(name)
+        if callable(value) and not isinstance(value, (keras.layers.Layer, type)):
+            config[name] = value
+    return type(layer).from_config(config)
+
+
+def _shapes(model: Model) -> list[tuple[int, ...] | None]:
+    return [_static_shape(weight) for weight in model.weights]
 
 
 def _legacy_key(variable: Variable) -> str:

@@ -12,7 +12,14 @@ import keras
 import numpy as np
 
 from keras_alds import _backend
-from keras_alds.compress import Options, Problem, check_model, select_with, wants_data
+from keras_alds.compress import (
+    Options,
+    Problem,
+    check_cr_or_plan,
+    check_model,
+    select_with,
+    wants_data,
+)
 from keras_alds.core.methods import METHODS, choose_method, get_method
 from keras_alds.plan import CompressionPlan, removed_fraction
 from keras_alds.rewrite import inspect
@@ -111,11 +118,16 @@ class ALDSCompress(keras.callbacks.Callback):
         verbose: int = 1,
     ) -> None:
         super().__init__()
-        if (cr is None) == (plan is None):
-            raise ValueError(
-                f"Expected either `cr` or `plan`. Received: cr={cr!r}, "
-                f"plan={'a plan' if plan is not None else None}"
-            )
+        check_cr_or_plan(
+            cr,
+            plan,
+            method=method,
+            objective=objective,
+            error=error,
+            exclude=exclude,
+            max_slices=max_slices,
+            rank_multiple=rank_multiple,
+        )
         if isinstance(at_epoch, bool) or not isinstance(at_epoch, numbers.Integral) or at_epoch < 0:
             raise ValueError(
                 "Expected `at_epoch`, the index of an epoch, to be an integer >= 0. "
@@ -150,15 +162,23 @@ class ALDSCompress(keras.callbacks.Callback):
         self._done = False
         self._started = False
         self._watched = []
-        self._params_before = int(self.model.count_params()) if self.model.built else None
-        if self.model.built and self._options and not self._factorized_layers():
-            Problem.of(self.model, self._options)
+        self._params_before = inspect.dense_params(self.model) if self.model.built else None
+        if self.model.built and not self._factorized_layers():
+            self._check()
         if self._needs_data and self._calibration_data is None:
             self._training_inputs()
+
+    def _check(self) -> None:
+        if self._given_plan is not None:
+            match(self.model, self._given_plan)
+        elif self._options is not None:
+            Problem.of(self.model, self._options)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Compresses the model if it is time."""
         resumed = not self._started and epoch > self.at_epoch
+        if not self._started and not resumed and self._factorized_layers():
+            self._check()  # tells now that the model is compressed already
         self._started = True
         if self._done or epoch < self.at_epoch:
             return
@@ -183,7 +203,7 @@ class ALDSCompress(keras.callbacks.Callback):
             match(model, plan)
             if data is not None:
                 data = calibration_stats(model, data, verbose=self.verbose)
-        self._params_before = int(model.count_params())
+        self._params_before = inspect.dense_params(model)
         apply_plan(model, plan, calibration_data=data)
         self.plan, self._done = plan, True
         backend = _backend.backend_of(model)

@@ -23,7 +23,7 @@ from keras_alds.core.solvers import InfeasibleBudget
 from keras_alds.core.spectra import Spectra, spectra_many
 from keras_alds.plan import CompressionPlan, LayerChoice, allowed_after, removed_fraction
 from keras_alds.rewrite import inspect
-from keras_alds.rewrite.in_place import already_compressed, apply_plan, match
+from keras_alds.rewrite.in_place import already_compressed, apply_plan, check_plan, match
 from keras_alds.rewrite.observe import CalibrationStats, calibration_stats
 
 OBJECTIVES = ("params", "macs")
@@ -66,6 +66,30 @@ def check_cr(cr: Any) -> None:
         raise ValueError(
             "Expected `cr`, the fraction to remove, to be a number with 0 < cr < 1. "
             f"Received: cr={cr!r} of type {type(cr).__name__}"
+        )
+
+
+def check_cr_or_plan(cr: Any, plan: Any, **options: Any) -> None:
+    """Raises a ValueError unless there is either a `cr`, or a plan with no option of `select`.
+
+    Args:
+        cr: The fraction to remove, or None.
+        plan: A `CompressionPlan`, or None.
+        **options: Options of `select` by name; None, `()`, 1 and `"params"` are their defaults.
+    """
+    if (cr is None) == (plan is None):
+        raise ValueError(
+            f"Expected either `cr` or `plan`. Received: cr={cr!r}, "
+            f"plan={'a plan' if plan is not None else None}"
+        )
+    if plan is None:
+        return
+    check_plan(plan)
+    given = {name: value for name, value in options.items() if value not in (None, (), 1, "params")}
+    if given:
+        raise ValueError(
+            "Expected no options beside `plan`: it holds the choices that were made with them. "
+            f"Received: {', '.join(f'{name}={value!r}' for name, value in given.items())}"
         )
 
 
@@ -510,11 +534,16 @@ def compress(
     1 - small.count_params() / model.count_params()  # at least 0.5
     ```
     """
-    if (cr is None) == (plan is None):
-        raise ValueError(
-            f"Expected either `cr` or `plan`. Received: cr={cr!r}, "
-            f"plan={'a plan' if plan is not None else None}"
-        )
+    check_cr_or_plan(
+        cr,
+        plan,
+        method=method,
+        objective=objective,
+        error=error,
+        exclude=exclude,
+        max_slices=max_slices,
+        rank_multiple=rank_multiple,
+    )
     if plan is None:
         method = choose_method(method, has_data=calibration_data is not None)
         options = Options(cr, method, objective, error, exclude, max_slices, rank_multiple)  # type: ignore[arg-type]
@@ -532,7 +561,9 @@ def compress(
                 "costs accuracy. Pass the same `calibration_data`, or `CalibrationStats`.",
                 stacklevel=2,
             )
-    copy = _backend.backend_of(model).copy_model(model)
+    backend = _backend.backend_of(model)
+    with backend.creation_scope(model):
+        copy = backend.copy_model(model)
     apply_plan(copy, plan, calibration_data=stats)
     return copy
 

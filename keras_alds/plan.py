@@ -156,12 +156,18 @@ class CompressionPlan:
                 )
                 for choice in fields["choices"]
             )
-            return cls(**fields)
+            plan = cls(**fields)
         except (KeyError, TypeError) as error:
             raise ValueError(
                 "Expected a compression plan with the fields of `CompressionPlan` and "
                 f"`LayerChoice`. Received: one that does not fit ({error})"
             ) from error
+        schemes = {choice.scheme for choice in plan.factorized}
+        if not schemes <= {0}:
+            raise ValueError(
+                f"Expected choices of fold scheme 0. Received: schemes={sorted(map(str, schemes))}"
+            )
+        return plan
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan to `path` as JSON."""

@@ -167,8 +167,9 @@ class TestWaysToTrain:
         assert history.history["alds_cr"] == [callback.plan.cr]
         capsys.readouterr()
         again = ALDSCompress(0.4, at_epoch=3)
-        fit(model, [again], initial_epoch=6, epochs=7)
+        history = fit(model, [again], initial_epoch=6, epochs=7)
         assert "compressed already" in capsys.readouterr().out
+        assert history.history["alds_cr"] == [callback.plan.cr]
         assert model.count_params() == callback.plan.params_after
 
     def test_custom_train_step(self, keras_module):
@@ -420,6 +421,38 @@ class TestOptimizers:
         for before, after in zip(moved.seen[2], moved.seen[3], strict=True):
             assert np.abs(after - before).max() > 0
 
+    def test_weight_decay_exclusions_carry_on(self, keras_module):
+        from keras_alds import apply_plan, compress
+
+        K = keras_module
+        optimizer = make_optimizer(K, "adamw")
+        model = zoo.functional(K)
+        optimizer.exclude_from_weight_decay(var_list=[model.get_layer("down").kernel])
+        model = compiled(K, optimizer, model=model)
+        fit(model, [], epochs=1)
+        backend, plan = backend_of(model), select(model, 0.4)
+        whole = compress(model, plan=select(model, 0.05, exclude="down"))
+        kernel = whole.get_layer("down").kernel
+        assert backend.is_excluded_from_weight_decay(whole.optimizer, kernel)
+        bias = whole.get_layer("head").bias
+        assert not backend.is_excluded_from_weight_decay(whole.optimizer, bias)
+        apply_plan(model, plan)
+        layer = model.get_layer("down")
+        for factor in (layer.encoder, layer.decoder):
+            assert backend.is_excluded_from_weight_decay(model.optimizer, factor)
+        assert not backend.is_excluded_from_weight_decay(model.optimizer, layer.bias)
+        fit(model, [], epochs=1)
+
+    def test_distribution_strategy(self, keras_module):
+        strategy = tf.distribute.MirroredStrategy(["/cpu:0"])
+        with strategy.scope():
+            model = compiled(keras_module)
+        moved = Spy(keras_module, lambda m: [value(la.encoder) for la in factorized(m)])
+        fit(model, [ALDSCompress(0.4, 1, verbose=0), moved], epochs=2)
+        assert moved.seen[2]
+        for before, after in zip(moved.seen[2], moved.seen[3], strict=True):
+            assert np.abs(after - before).max() > 0
+
     def test_gradient_accumulation(self):
         import keras
 
@@ -516,7 +549,7 @@ class TestErrors:
         with pytest.raises(ValueError, match="NaN or infinity in the kernel of layer 'down'"):
             fit(model, [Poison(), ALDSCompress(cr=0.4, at_epoch=1)])
         assert [(path, type(layer)) for path, layer in walk(model)] == kinds
-        assert fit(model, [], epochs=1).history["loss"]
+        assert len(fit(model, [], epochs=1).history["loss"]) == 1  # the optimizer is whole
 
     def test_compressing_twice(self, keras_module):
         model = compiled(keras_module)
@@ -526,6 +559,59 @@ class TestErrors:
             fit(model, [ALDSCompress(cr=0.2, at_epoch=0)], epochs=1)
         for a, b in zip(weights, model.get_weights(), strict=True):
             np.testing.assert_array_equal(a, b)
+
+    def test_compressing_twice_is_told_before_the_first_epoch(self, keras_module):
+        model = compiled(keras_module)
+        fit(model, [ALDSCompress(cr=0.4, at_epoch=0, verbose=0)], epochs=1)
+        steps = int(model.optimizer.iterations)
+        with pytest.raises(ValueError, match="not compressed yet"):
+            fit(model, [ALDSCompress(cr=0.2, at_epoch=2)], epochs=3)
+        assert int(model.optimizer.iterations) == steps
+
+    def test_a_plan_for_another_model_is_told_before_the_first_epoch(self, keras_module):
+        model = compiled(keras_module)
+        plan = select(zoo.sequential(keras_module), 0.3)
+        with pytest.raises(ValueError, match="Expected a plan made for the model"):
+            fit(model, [ALDSCompress(plan=plan, at_epoch=2)], epochs=3)
+        assert int(model.optimizer.iterations) == 0
+
+    @pytest.mark.parametrize(
+        "options", [{"exclude": "down"}, {"max_slices": 2}, {"method": "alds"}]
+    )
+    def test_options_beside_a_plan(self, keras_module, options):
+        plan = select(zoo.functional(keras_module), 0.3)
+        with pytest.raises(ValueError, match="Expected no options beside `plan`"):
+            ALDSCompress(plan=plan, **options)
+        with pytest.raises(ValueError, match="to be a CompressionPlan"):
+            ALDSCompress(plan="plan.json")
+
+    @pytest.mark.parametrize("name", ["adam", "legacy_adam", "sgd"])
+    def test_a_failure_amid_the_optimizer_leaves_it_whole(self, keras_module, monkeypatch, name):
+        from keras_alds import apply_plan
+        from keras_alds.rewrite import optimizer as module
+
+        model = compiled(keras_module, make_optimizer(keras_module, name))
+        fit(model, [], epochs=1)
+        backend = backend_of(model)
+
+        def state():
+            targets = backend.optimizer_targets(model.optimizer, list(model.variables))
+            slots = backend.slots(model.optimizer, targets)
+            return [backend.value(v) for slot in slots.values() for v in slot]
+
+        before, weights = state(), model.get_weights()
+
+        def fail(*_):
+            raise MemoryError
+
+        monkeypatch.setattr(module, "_carry", fail)
+        with pytest.raises(MemoryError):
+            apply_plan(model, select(model, 0.4))
+        assert not factorized(model)
+        for old, new in zip([*before, *weights], [*state(), *model.get_weights()], strict=True):
+            np.testing.assert_array_equal(old, new)
+        fit(model, [], epochs=1)
+        assert int(model.optimizer.iterations) == 4
 
     def test_at_epoch_beyond_the_end_warns(self, keras_module):
         model = compiled(keras_module)

@@ -159,6 +159,13 @@ def nothing(plan):
     )
 
 
+def other_scheme(plan):
+    data = plan.to_dict()
+    for choice in data["choices"]:
+        choice["scheme"] = 3
+    return data
+
+
 def pairs(model, plan):
     layers = [(path, layer) for path, layer in walk(model) if own_weights(layer)]
     return list(zip(layers, plan.choices, strict=True))
@@ -289,6 +296,45 @@ class TestSettings:
         apply_plan(model, plan)
         np.testing.assert_allclose(value(copy(x)), value(model(x)), rtol=1e-5, atol=1e-6)
 
+    def test_vocabularies_carry_over(self, keras_module):
+        L, K = keras_module.layers, keras_module
+        words = L.TextVectorization(output_mode="multi_hot", max_tokens=16)
+        words.adapt(["red green blue", "red yellow violet black"])
+        model = K.Sequential([K.Input((1,), dtype="string"), words, L.Dense(16), L.Dense(16)])
+        text = tf.constant([["red blue"], ["green black"]])
+        small = compress(model, plan=nothing(select(model, 0.2)))
+        np.testing.assert_array_equal(value(small(text)), value(model(text)))
+
+    def test_variables_that_are_frozen_one_by_one(self):
+        layer = keras.layers.Dense(16, name="dense")
+        model = keras.Sequential([keras.Input((16,)), layer, keras.layers.Dense(4)])
+        layer.kernel.trainable = False
+        small = compress(model, 0.3).get_layer("dense")
+        assert [v.trainable for v in (small.encoder, small.decoder, small.bias)] == [
+            False,
+            False,
+            True,
+        ]
+
+    def test_what_cannot_be_serialized(self, keras_module):
+        L, K = keras_module.layers, keras_module
+
+        class Warmup(K.optimizers.schedules.LearningRateSchedule):
+            def __call__(self, step):
+                return 0.01 * tf.cast(step + 1, "float32")
+
+        kwargs = {"kernel_initializer": lambda shape, dtype=None: tf.ones(shape) * 0.1}
+        model = K.Sequential([K.Input((16,)), L.Dense(16, **kwargs), L.Dense(10)])
+        schedule = Warmup()
+        model.compile(K.optimizers.SGD(schedule), "mse")
+        plan = select(model, 0.2)
+        if K is keras:
+            small = compress(model, plan=plan)
+            assert small.optimizer._learning_rate is schedule
+        apply_plan(model, plan)
+        x = np.ones((4, 16), "float32")
+        assert np.isfinite(model.fit(x, np.ones((4, 10)), verbose=0).history["loss"][0])
+
     def test_an_uncompiled_model_comes_back_uncompiled(self, small, keras_module):
         compressed = compress(small, 0.4)
         with pytest.raises((RuntimeError, ValueError), match="compile"):
@@ -396,6 +442,50 @@ class TestLeftAlone:
         reasons = self.reasons(model)
         assert reasons["own"] == "Standardized changes the forward pass of Conv2D"
         assert reasons["plain"] is None
+
+    def test_a_subclass_with_attributes_or_methods_of_its_own(self, keras_module):
+        L, K = keras_module.layers, keras_module
+
+        class Tagged(L.Conv2D):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                self.tag = 3
+
+        class Speaking(L.Conv2D):
+            def speak(self):
+                return "conv"
+
+        class Preset(L.Conv2D):
+            def __init__(self, filters, **kwargs):
+                kwargs = {"kernel_size": 3, "padding": "same", **kwargs}
+                super().__init__(filters, **kwargs)
+
+        inputs = K.Input((8, 8, 8))
+        x = Preset(16, name="preset")(Speaking(8, 3, name="own")(Tagged(8, 3, name="tag")(inputs)))
+        reasons = self.reasons(K.Model(inputs, x))
+        assert reasons["tag"] == "Tagged adds tag to Conv2D, which would be lost"
+        assert reasons["own"] == "Speaking adds speak to Conv2D, which would be lost"
+        assert reasons["preset"] is None
+
+    def test_a_kernel_that_two_layers_hold(self, keras_module):
+        L, K = keras_module.layers, keras_module
+
+        class Decode(L.Layer):
+            def __init__(self, dense, **kwargs):
+                super().__init__(**kwargs)
+                self.tied = dense.kernel
+
+            def call(self, x):
+                return tf.matmul(x, self.tied, transpose_b=True)
+
+        inputs = K.Input((16,))
+        dense = L.Dense(12, name="encode")
+        hidden = L.Dense(32, name="more")(dense(inputs))
+        x = L.Dense(12, name="back")(hidden)
+        model = K.Model(inputs, Decode(dense, name="decode")(x))
+        reasons = self.reasons(model)
+        assert reasons["encode"] == "its kernel is held by 'decode' too"
+        assert "held by" not in (reasons["more"] or "")
 
     def test_what_the_budget_leaves_whole(self, small):
         plan = select(small, 0.05)
@@ -568,6 +658,7 @@ class TestBadInput:
             ("[]", "Expected the JSON of a keras_alds compression plan"),
             ('{"format": "keras_alds.CompressionPlan", "version": 99}', "of version 1"),
             ('{"format": "keras_alds.CompressionPlan", "version": 1}', "does not fit"),
+            (json.dumps(other_scheme(select(small, 0.4))), "of fold scheme 0"),
         ):
             path.write_text(text)
             with pytest.raises(ValueError, match=message):

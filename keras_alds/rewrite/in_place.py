@@ -56,11 +56,7 @@ def apply_plan(model: Any, plan: CompressionPlan, *, calibration_data: Any = Non
     model.load_weights("compressed.weights.h5")
     ```
     """
-    if not isinstance(plan, CompressionPlan):
-        raise ValueError(
-            "Expected `plan` to be a CompressionPlan (see `select` and `CompressionPlan.load`). "
-            f"Received: plan={plan!r} of type {type(plan).__name__}"
-        )
+    check_plan(plan)
     backend = _backend.backend_of(model)
     stats = None
     if calibration_data is not None:
@@ -77,7 +73,8 @@ def apply_plan(model: Any, plan: CompressionPlan, *, calibration_data: Any = Non
             id(kernel): replacement.layer
             for kernel, replacement in zip(kernels, replacements, strict=True)
         }
-        undo += carry_optimizers(backend, model, known, factorized)
+        with backend.creation_scope(model):
+            carry_optimizers(backend, model, known, factorized, undo)
         backend.reset_functions(model)
     except BaseException:
         for step in reversed(undo):
@@ -106,6 +103,15 @@ def prepare(
             for spec, choice in match(model, plan)
             if choice.factorized
         ]
+
+
+def check_plan(plan: Any) -> None:
+    """Raises a ValueError unless `plan` is a `CompressionPlan`."""
+    if not isinstance(plan, CompressionPlan):
+        raise ValueError(
+            "Expected `plan` to be a CompressionPlan (see `select` and `CompressionPlan.load`). "
+            f"Received: plan={plan!r} of type {type(plan).__name__}"
+        )
 
 
 def match(model: Any, plan: CompressionPlan) -> list[tuple[inspect.LayerSpec, LayerChoice]]:
@@ -179,15 +185,15 @@ def factorized_layer(layer: Any, choice: LayerChoice, moment: SecondMoment | Non
     backend = _backend.backend_of(layer)
     keras = backend.keras
     regularizer = layer.kernel_regularizer
-    initializer = keras.initializers.serialize(layer.kernel_initializer)
     arguments: dict[str, Any] = {
         "slices": choice.slices,
         "rank": choice.rank,
         "activation": layer.activation,
         "use_bias": layer.use_bias,
-        "encoder_initializer": initializer,
-        "decoder_initializer": initializer,
-        "bias_initializer": keras.initializers.serialize(layer.bias_initializer),
+        # The values are assigned below; an initializer of the kernel may know its shape.
+        "encoder_initializer": "zeros",
+        "decoder_initializer": "zeros",
+        "bias_initializer": layer.bias_initializer,
         "encoder_regularizer": regularizer,
         "decoder_regularizer": regularizer,
         "bias_regularizer": layer.bias_regularizer,
@@ -214,6 +220,13 @@ def factorized_layer(layer: Any, choice: LayerChoice, moment: SecondMoment | Non
     factorized = backend.factorized_class(kind)(**arguments)
     with backend.name_scope(layer):
         factorized.build(input_shape)
+    initializer = layer.kernel_initializer
+    if not isinstance(initializer, keras.initializers.VarianceScaling):
+        initializer = keras.initializers.get("glorot_uniform")
+    factorized.encoder_initializer = factorized.decoder_initializer = initializer
+    if backend.name == "keras" and layer.trainable:
+        for new, old in ((factorized.encoder, layer.kernel), (factorized.decoder, layer.kernel)):
+            new.trainable = old.trainable
     kernel = inspect.kernel_values(layer)
     if moment is None or choice.slices % moment.blocks.shape[0]:
         encoder, decoder = factorize(kernel, choice.slices, choice.rank)

@@ -63,7 +63,12 @@ def inspect_model(model: Any, exclude: Exclude = ()) -> tuple[list[LayerSpec], l
     backend = _backend.backend_of(model)
     unmatched = {index: item for index, item in enumerate(exclude)}
     specs = []
-    for path, layer in walk(model):
+    layers = list(walk(model))
+    holders: dict[int, list[str]] = {}
+    for path, layer in layers:
+        for variable in backend.own_variables(layer):
+            holders.setdefault(id(variable), []).append(path)
+    for path, layer in layers:
         matching = [i for i, item in enumerate(exclude) if _matches(item, path, layer)]
         for index in matching:
             unmatched.pop(index, None)
@@ -71,6 +76,9 @@ def inspect_model(model: Any, exclude: Exclude = ()) -> tuple[list[LayerSpec], l
         if not own:
             continue
         reason = _reason(backend, layer)
+        if reason is None and len(holders[id(layer.kernel)]) > 1:
+            others = [other for other in holders[id(layer.kernel)] if other != path]
+            reason = f"its kernel is held by '{others[0]}' too"
         if reason is None and matching:
             reason = f"excluded by {_describe(exclude[matching[0]])}"
         shape = tuple(int(n) for n in layer.kernel.shape) if is_kernel_layer(layer) else None
@@ -127,18 +135,41 @@ def stock_kind(layer: Any) -> str | None:
     return None
 
 
+def _own_code(backend: _backend.Backend, layer: Any, kind: str) -> list[str]:
+    """What a user's subclass of a stock layer adds, that a factorized layer would not have."""
+    stock = getattr(backend.keras.layers, kind)
+    if type(layer) is stock:
+        return []
+    classes = type(layer).__mro__[: type(layer).__mro__.index(stock)]
+    harmless = {"get_config", "from_config"}
+    methods = {
+        name
+        for cls in classes
+        for name in vars(cls)
+        if not name.startswith("_") and name not in harmless
+    }
+    plain = stock(*((1,) if kind == "Dense" else (1, 1)))
+    attributes = {name for name in vars(layer) if not name.startswith("_")}
+    built = {"kernel", "bias", "built"}
+    return sorted(methods | (attributes - set(vars(plain)) - built))
+
+
 def _reason(backend: _backend.Backend, layer: Any) -> str | None:
     """Why `layer` cannot be factorized, or None."""
     kind = type(layer).__name__
     if is_factorized(layer):
         return "already factorized"
-    if stock_kind(layer) is None:
+    stock = stock_kind(layer)
+    if stock is None:
         if all(len(variable.shape) <= 1 for variable in backend.own_variables(layer)):
             return f"{kind} has no kernel to factorize"
         for known in FACTORIZED_KINDS:
             if isinstance(layer, getattr(backend.keras.layers, known)):
                 return f"{kind} changes the forward pass of {known}"
         return f"{kind} has no factorized form"
+    own = _own_code(backend, layer, stock)
+    if own:
+        return f"{kind} adds {', '.join(own[:3])} to {stock}, which would be lost"
     if getattr(layer, "groups", 1) != 1:
         return f"its convolution is already grouped (groups={layer.groups})"
     if getattr(layer, "lora_enabled", False):
@@ -277,9 +308,8 @@ def _size(layer: Any, shape: tuple[int, ...]) -> int:
     if any(n is None for n in shape):
         raise ValueError(
             "Expected a known input size, to count multiply–accumulates. Received: layer "
-            f"'{layer.name}' works on the shape {shape}. Make the model with a fixed input shape, "
-            "for instance `keras.models.clone_model(model, input_tensors=keras.Input((224, 224, "
-            "3)))` and `set_weights`."
+            f"'{layer.name}' works on the shape {shape}. Make the model anew on inputs of a fixed "
+            'shape (`Input(shape)` without None) and set its weights, or use objective="params".'
         )
     return math.prod(int(n) for n in shape)
 
@@ -306,6 +336,17 @@ def _macs_of_call(layer: Any, inputs: tuple[int, ...], outputs: tuple[int, ...])
     if isinstance(layer, counted):
         return positions(layer, inputs, outputs) * math.prod(layer.kernel.shape)
     return 0
+
+
+def dense_params(model: Any) -> int:
+    """Parameters of `model` with every factorized kernel multiplied out."""
+    layers = [layer for _, layer in walk(model) if is_factorized(layer)]
+    more = sum(
+        math.prod(layer.encoder.shape[:-1]) * layer.slices * layer.decoder.shape[-1]
+        - kernel_weights(layer)
+        for layer in layers
+    )
+    return int(model.count_params()) + more
 
 
 def kernel_weights(layer: Any) -> int:

@@ -42,8 +42,12 @@ _ANY = {"_accumulated_gradients": LINEAR, "_model_variables_moving_average": AVE
 
 
 def carry_optimizers(
-    backend: _backend.Backend, model: Any, known: list[Any], factorized: dict[int, Any]
-) -> list[Callable[[], None]]:
+    backend: _backend.Backend,
+    model: Any,
+    known: list[Any],
+    factorized: dict[int, Any],
+    undo: list[Callable[[], None]],
+) -> None:
     """Builds every optimizer of `model` anew on its present variables and carries its state over.
 
     Args:
@@ -51,11 +55,8 @@ def carry_optimizers(
         model: A model whose layers were just factorized in place.
         known: The model's variables before that.
         factorized: The factorized layer for the id of every kernel variable that is gone.
-
-    Returns:
-        Functions that put the optimizers back.
+        undo: Functions that put the optimizers back are appended, each before its change.
     """
-    undo = []
     for optimizer in backend.optimizers(model):
         if not backend.is_optimizer_built(optimizer):
             continue
@@ -67,12 +68,15 @@ def carry_optimizers(
             layer = factorized.get(id(target))
             new += [target] if layer is None else [layer.encoder, layer.decoder]
         before = backend.slots(optimizer, old)
-        undo.append(backend.rebuild_optimizer(optimizer, old, new))
+        backend.rebuild_optimizer(optimizer, old, new, undo)
         after = backend.slots(optimizer, new)
+        for target in old:
+            layer = factorized.get(id(target))
+            if layer is not None and backend.is_excluded_from_weight_decay(optimizer, target):
+                backend.exclude_from_weight_decay(optimizer, [layer.encoder, layer.decoder])
         for name, slot in after.items():
             if name in before:
                 _carry(backend, _meaning(optimizer, name), old, before[name], slot, factorized)
-    return undo
 
 
 def _meaning(optimizer: Any, slot: str) -> str | None:
