@@ -89,6 +89,9 @@ class Backend:
         """The values of a variable as a NumPy array."""
         return np.asarray(self.keras.ops.convert_to_numpy(variable))
 
+    def copy_trainable(self, old: Variable, new: Variable) -> None:
+        """Freezes `new` if `old` is frozen by itself, which only Keras 3 allows."""
+
     # -- Looking into a forward pass ---------------------------------------------------------
 
     def input_specs(self, model: Model) -> Any:
@@ -547,8 +550,11 @@ class _Keras3(Backend):
         if old.trainable:  # single variables can be frozen too
             pairs = zip(self.own_variables(old), self.own_variables(new), strict=True)
             for theirs, ours in pairs:
-                if ours.trainable != theirs.trainable:
-                    ours.trainable = theirs.trainable
+                self.copy_trainable(theirs, ours)
+
+    def copy_trainable(self, old: Variable, new: Variable) -> None:
+        if new.trainable != old.trainable:
+            new.trainable = old.trainable
 
     def _clone(self, model: Model) -> Model:
         with warnings.catch_warnings():

@@ -224,9 +224,9 @@ def factorized_layer(layer: Any, choice: LayerChoice, moment: SecondMoment | Non
     if not isinstance(initializer, keras.initializers.VarianceScaling):
         initializer = keras.initializers.get("glorot_uniform")
     factorized.encoder_initializer = factorized.decoder_initializer = initializer
-    if backend.name == "keras" and layer.trainable:
-        for new, old in ((factorized.encoder, layer.kernel), (factorized.decoder, layer.kernel)):
-            new.trainable = old.trainable
+    if layer.trainable:
+        for factor in (factorized.encoder, factorized.decoder):
+            backend.copy_trainable(layer.kernel, factor)
     kernel = inspect.kernel_values(layer)
     if moment is None or choice.slices % moment.blocks.shape[0]:
         encoder, decoder = factorize(kernel, choice.slices, choice.rank)
