@@ -71,7 +71,7 @@ class Backend:
     def _functional(self) -> type:
         # Neither Keras names the class publicly; a model of one tensor is an instance of it.
         tensor = self.keras.Input((1,))
-        return type(self.keras.Model(tensor, tensor))
+        return type(self.keras.Model(tensor, self.keras.layers.Activation("linear")(tensor)))
 
     def children(self, layer: Layer) -> list[Layer]:
         """The layers that `layer` directly holds, in creation order (no metrics)."""
