@@ -175,7 +175,16 @@ class Backend:
             ValueError: If a subclassed model cannot be made again from its config.
         """
         if self.is_symbolic(model) and _is_plain_constructor(self.keras, type(model)):
-            copy = self._clone(model)
+            try:
+                copy = self._clone(model)
+            except Exception as error:
+                raise ValueError(
+                    f"A copy of the model '{model.name}' could not be made from the configs of its "
+                    f"layers ({type(error).__name__}: {error}). Expected every layer, function and "
+                    "initializer to be one that can be made again. Remedy: register your own with "
+                    f"`{self.name}.saving.register_keras_serializable`, or compress in training "
+                    "with `ALDSCompress`, or in place with `apply_plan`."
+                ) from error
             if type(copy) is not type(model):
                 copy = type(model)(copy.inputs, copy.outputs, name=model.name)
         else:

@@ -335,6 +335,17 @@ class TestSettings:
         x = np.ones((4, 16), "float32")
         assert np.isfinite(model.fit(x, np.ones((4, 10)), verbose=0).history["loss"][0])
 
+    def test_a_copy_that_cannot_be_made_names_the_remedy(self, keras_module):
+        L, K = keras_module.layers, keras_module
+
+        class Odd(L.Dense):
+            def __init__(self, units, *, secret, **kwargs):
+                super().__init__(units, **kwargs)
+
+        model = K.Sequential([K.Input((16,)), Odd(16, secret=1), L.Dense(10)])
+        with pytest.raises(ValueError, match="Remedy: register your own"):
+            compress(model, 0.1)
+
     def test_an_uncompiled_model_comes_back_uncompiled(self, small, keras_module):
         compressed = compress(small, 0.4)
         with pytest.raises((RuntimeError, ValueError), match="compile"):
