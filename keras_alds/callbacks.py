@@ -95,8 +95,7 @@ class ALDSCompress(keras.callbacks.Callback):
     at_epoch: int
     verbose: int
     _calibration_data: Any
-    _options: Options | None
-    _given_plan: CompressionPlan | None
+    _source: Options | CompressionPlan
     _done: bool
     _started: bool
     _params_before: int | None
@@ -135,13 +134,12 @@ class ALDSCompress(keras.callbacks.Callback):
             )
         if calibration_data is not None or method not in METHODS or not METHODS[method].needs_data:
             method = choose_method(method, has_data=calibration_data is not None)
-        self._options = (
-            None
-            if cr is None
-            else Options(cr, method, objective, error, exclude, max_slices, rank_multiple)
+        self._source = (
+            Options(cr, method, objective, error, exclude, max_slices, rank_multiple)
+            if plan is None
+            else plan
         )
         self._calibration_data = calibration_data
-        self._given_plan = plan
         self.at_epoch = int(at_epoch)
         self.verbose = verbose
         self.plan = None
@@ -169,10 +167,10 @@ class ALDSCompress(keras.callbacks.Callback):
             self._training_inputs()
 
     def _check(self) -> None:
-        if self._given_plan is not None:
-            match(self.model, self._given_plan)
-        elif self._options is not None:
-            Problem.of(self.model, self._options)
+        if isinstance(self._source, CompressionPlan):
+            match(self.model, self._source)
+        else:
+            Problem.of(self.model, self._source)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Compresses the model if it is time."""
@@ -195,14 +193,13 @@ class ALDSCompress(keras.callbacks.Callback):
         data = self._calibration_data
         if data is None and self._needs_data:
             data = self._training_inputs()
-        if self._given_plan is None:
-            options = self._required_options
-            plan, data = select_with(model, options, data, verbose=self.verbose)
-        else:
-            plan = self._given_plan
+        if isinstance(self._source, CompressionPlan):
+            plan = self._source
             match(model, plan)
             if data is not None:
                 data = calibration_stats(model, data, verbose=self.verbose)
+        else:
+            plan, data = select_with(model, self._source, data, verbose=self.verbose)
         self._params_before = inspect.dense_params(model)
         apply_plan(model, plan, calibration_data=data)
         self.plan, self._done = plan, True
@@ -243,12 +240,6 @@ class ALDSCompress(keras.callbacks.Callback):
                 stacklevel=2,
             )
 
-    @property
-    def _required_options(self) -> Options:
-        if self._options is None:
-            raise ValueError("Expected `cr`. Received: cr=None")
-        return self._options
-
     def _cr(self) -> float:
         before = self._params_before
         return removed_fraction(before, int(self.model.count_params())) if before else 0.0
@@ -262,9 +253,9 @@ class ALDSCompress(keras.callbacks.Callback):
 
     @property
     def _needs_data(self) -> bool:
-        if self._given_plan is not None:
-            return wants_data(self._given_plan)
-        return get_method(self._required_options.method).needs_data
+        if isinstance(self._source, CompressionPlan):
+            return wants_data(self._source)
+        return get_method(self._source.method).needs_data
 
     def _training_inputs(self) -> Any:
         """The `x` of the `fit` that is calling; Keras hands a callback no data."""

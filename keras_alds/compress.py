@@ -118,7 +118,8 @@ def select(
         cr: Float, 0 < cr < 1. Fraction to remove: with `objective="params"` of all the model's
             parameters, BatchNormalization, biases and untouched layers included, so that
             `1 - compressed.count_params() / model.count_params() >= cr`; with
-            `objective="macs"` of its multiply–accumulates (see `count_macs`).
+            `objective="macs"` of its multiply–accumulates (see `count_macs`). Kernels whose rank
+            is not full lose more than was asked for, since that costs no error.
         method: String or None. `"alds"`, the paper's: minimise the largest relative error of any
             layer, solved exactly; `"energy"`: minimise the sum of the layers' relative squared
             errors; `"activation"`: the sum of the relative squared errors of the layers' outputs

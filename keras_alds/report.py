@@ -49,6 +49,7 @@ def print_plan(
             f"Total MACs: {_change(plan.macs_before or 0, plan.macs_after or 0)}"
             f" ({plan.reduction('macs'):.2%} removed)"
         )
+    lines += [f"{choice.layer}: {choice.note}" for choice in plan.choices if choice.note]
     if without_kernel:
         kinds = ", ".join(sorted({choice.kind for choice in without_kernel}))
         params = sum(choice.params_before for choice in without_kernel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -148,8 +149,6 @@ class TestEveryKindOfModel:
 
 def nothing(plan):
     """The same plan with every layer left alone."""
-    import dataclasses
-
     return dataclasses.replace(
         plan,
         choices=tuple(
@@ -701,6 +700,10 @@ def test_the_report_and_the_summary(small, capsys):
             assert f"{choice.layer} ({choice.kind})" in text
     assert "removed)" in text
     assert "Left alone, with no kernel to factorize: 1 layers (BatchNormalization)" in text
+    noted = dataclasses.replace(plan.choices[0], note="only diagonal blocks were kept")
+    noted_plan = dataclasses.replace(plan, choices=(noted, *plan.choices[1:]))
+    noted_plan.summary(print_fn=lines.append)
+    assert f"{noted.layer}: only diagonal blocks were kept" in lines[-1]
     report = keras_alds.report(small, compress(small, 0.4), {"accuracy": (0.9, 0.8)})
     assert report.rows["parameters"] == (small.count_params(), plan.params_after)
     assert report.rows["bytes of weights"][0] == 4 * small.count_params()
