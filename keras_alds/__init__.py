@@ -28,10 +28,12 @@ with contextlib.suppress(ImportError):  # tf_keras is optional; this registers i
     from keras_alds import tf_keras as tf_keras
 
 if typing.TYPE_CHECKING:
-    from keras_alds.integrations.to_tf_keras import to_tf_keras
+    from keras_alds import litert, tfmot
+    from keras_alds.rewrite.to_tf_keras import to_tf_keras
 
 # What needs more than the rest is imported when it is asked for.
-_LAZY = {"to_tf_keras": "keras_alds.integrations.to_tf_keras"}
+_LAZY = {"to_tf_keras": "keras_alds.rewrite.to_tf_keras"}
+_LAZY_MODULES = ("litert", "tfmot")
 
 __all__ = [
     "ALDSCompress",
@@ -46,8 +48,10 @@ __all__ = [
     "compress",
     "count_macs",
     "expand",
+    "litert",
     "report",
     "select",
+    "tfmot",
     "to_tf_keras",
 ]
 
@@ -55,8 +59,10 @@ __all__ = [
 def __getattr__(name: str) -> typing.Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"keras_alds.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, *_LAZY_MODULES})

@@ -120,14 +120,20 @@ def test_pages_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             run_snippets(blocks, str(page), namespace())
 
 
+# The package, its public names, and those of its public submodules.
+DOCUMENTED = {
+    "keras_alds": keras_alds,
+    **{name: getattr(keras_alds, name) for name in keras_alds.__all__ if name[0] != "_"},
+    **{
+        f"{name}.{thing}": getattr(getattr(keras_alds, name), thing)
+        for name in keras_alds._LAZY_MODULES
+        for thing in getattr(keras_alds, name).__all__
+    },
+}
 DOCSTRING_SNIPPETS = [
     (name, blocks)
-    for name in ["keras_alds", *(n for n in keras_alds.__all__ if not n.startswith("_"))]
-    if (
-        blocks := python_blocks(
-            inspect.getdoc(keras_alds if name == "keras_alds" else getattr(keras_alds, name)) or ""
-        )
-    )
+    for name, thing in DOCUMENTED.items()
+    if (blocks := python_blocks(inspect.getdoc(thing) or ""))
 ]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import configparser
+import functools
+import importlib
 import inspect
 import re
 import subprocess
@@ -29,17 +31,19 @@ ALLOWED = {
     "compress": {"core", "plan", "_backend", "rewrite"},
     "report": {"core", "plan", "rewrite"},
     "callbacks": {"core", "plan", "_backend", "rewrite", "compress"},
-    "integrations": {"core", "plan", "_backend", "rewrite", "compress", "report", "integrations"},
+    "litert": {"core", "plan", "_backend", "rewrite", "compress", "report", "litert"},
+    "tfmot": {"core", "plan", "_backend", "rewrite", "compress", "report", "litert"},
     "__init__": {
         "_version",
         "callbacks",
         "compress",
-        "integrations",
+        "litert",
         "layers",
         "plan",
         "report",
         "rewrite",
         "tf_keras",
+        "tfmot",
     },
 }
 # Records that the package makes and hands out: nobody constructs them.
@@ -123,7 +127,7 @@ def test_only_the_backend_tells_the_kerases_apart(path: Path):
 
 
 def test_import_brings_no_optional_package():
-    optional = ("matplotlib", "sklearn", "tensorflow_model_optimization")
+    optional = ("matplotlib", "sklearn", "tensorflow_model_optimization", "ai_edge_litert")
     # TensorFlow and Keras import some of them by themselves where they are installed.
     code = f"""
 import sys
@@ -189,7 +193,19 @@ def test_supported_pythons_agree():
     assert f"Python {named[0]} to {named[-1]}" in readme
 
 
-PUBLIC = [name for name in keras_alds.__all__ if not name.startswith("_")]
+SUBMODULES = {
+    name: importlib.import_module(f"keras_alds.{name}") for name in keras_alds._LAZY_MODULES
+}
+PUBLIC = [n for n in keras_alds.__all__ if not n.startswith("_") and n not in SUBMODULES]
+# Public names of the whole package, those of its public submodules with the module before them.
+DOCUMENTED = [
+    *PUBLIC,
+    *(f"{name}.{thing}" for name, module in SUBMODULES.items() for thing in module.__all__),
+]
+
+
+def public(name: str) -> object:
+    return functools.reduce(getattr, name.split("."), keras_alds)
 
 
 def test_all_is_sorted_and_complete():
@@ -201,12 +217,15 @@ def test_all_is_sorted_and_complete():
     }
     assert visible - set(keras_alds._LAZY) == set(PUBLIC) - set(keras_alds._LAZY)
     assert set(keras_alds._LAZY) <= set(PUBLIC)
-    assert set(PUBLIC) <= set(dir(keras_alds))
+    assert {*PUBLIC, *SUBMODULES} <= set(dir(keras_alds))
+    for name, module in SUBMODULES.items():
+        assert module.__all__ == sorted(module.__all__), name
+        assert inspect.getdoc(module), name
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", DOCUMENTED)
 def test_public_names_are_documented(name: str):
-    thing = getattr(keras_alds, name)
+    thing = public(name)
     text = inspect.getdoc(thing) or ""
     assert re.match(r"\S.*[.:]\n", text + "\n"), "no summary line"
     if inspect.isclass(thing):
@@ -218,7 +237,7 @@ def test_public_names_are_documented(name: str):
         sections = ["Args:", "Raises:"]
         if signature.return_annotation not in (None, "None"):
             sections.append("Returns:")
-    if name not in RECORDS:
+    if name.split(".")[-1] not in RECORDS:
         sections.append("Example:")
     missing = [section for section in sections if section not in text]
     assert not missing
