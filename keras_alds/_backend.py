@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import os
 import sys
 import tempfile
 import warnings
@@ -28,6 +29,9 @@ Model = Any
 Optimizer = Any
 Variable = Any
 Undo = Callable[[], None]
+
+#: The Kerases by the names of their modules.
+KERASES = ("keras", "tf_keras")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -898,6 +902,28 @@ def tf_keras_backend() -> Backend:
             'Remedy: pip install "keras_alds[tf_keras]"'
         ) from error
     return _BACKENDS.setdefault("tf_keras", _TfKeras())
+
+
+def load_model(path: str | os.PathLike[str], name: str = KERASES[0]) -> Model:
+    """Loads a saved model with one of the Kerases, without its compile state.
+
+    Raises:
+        ValueError: If there is no such file, or this Keras cannot load it.
+        ImportError: If tf_keras is asked for and is not installed.
+    """
+    file = os.fspath(path)
+    if not os.path.exists(file):
+        raise ValueError(f"Expected the file of a saved model. Received: {file}, which is none")
+    module = tf_keras_backend().keras if name == KERASES[1] else keras
+    try:
+        # A compile state may need a user's own loss or metric.
+        return module.models.load_model(file, compile=False)
+    except (TypeError, ValueError, OSError) as error:
+        other = next(kind for kind in KERASES if kind != name)
+        raise ValueError(
+            f"Expected a model that {name} can load. Received: {file} ({error}). If {other} saved "
+            f"it, choose {other}."
+        ) from error
 
 
 def backend_of(model: object) -> Backend:
