@@ -3,4 +3,7 @@
 Needs `pip install "keras_alds[litert]"`. Imported when it is used: `keras_alds.litert`.
 """
 
-__all__: list[str] = []
+from keras_alds.litert.convert import convert
+from keras_alds.litert.files import LiteRTFile, Operator, Tensor, read_file
+
+__all__ = ["LiteRTFile", "Operator", "Tensor", "convert", "read_file"]

@@ -1,0 +1,345 @@
+"""`convert`: from a Keras model to a `.tflite` file that is quantized as asked for, and runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from rich.progress import Progress
+
+from keras_alds import _backend
+from keras_alds.litert import _package
+from keras_alds.litert.files import read_file
+from keras_alds.litert.quantized import check_quantized
+from keras_alds.litert.runs import check_runs
+from keras_alds.rewrite import inspect
+from keras_alds.rewrite.observe import MIN_EXAMPLES, Examples
+
+QUANTIZE = (None, "float16", "dynamic", "int8")
+#: Runtimes in which a file can be tried, and whether XNNPACK is in them.
+RUNTIMES = {"xnnpack": True, "reference": False}
+_IO_TYPES = ("float32", "int8", "uint8")
+
+
+def convert(
+    model: Any,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    quantize: str | None = None,
+    representative_data: Any = None,
+    max_examples: int | None = 256,
+    inference_input_type: Any = "float32",
+    inference_output_type: Any = "float32",
+    batch_size: int = 1,
+    runtimes: Sequence[str] = ("xnnpack",),
+    verbose: int = 1,
+) -> bytes:
+    """Converts a model to a LiteRT (TensorFlow Lite) file, and returns its bytes.
+
+    Models of both Kerases and of any kind are taken: original, compressed or expanded, Functional,
+    Sequential or subclassed, and models of TF-MOT's quantization-aware training. Factorized
+    layers become grouped and pointwise operators. The model is not changed.
+
+    Nothing is handed out unseen: the file's tensors are read to see that every convolution and
+    dense layer is quantized as asked for, and the file is loaded and run once.
+
+    Args:
+        model: A built `keras.Model` or `tf_keras.Model` whose input sizes are known.
+        path: Where to write the file, or None. Defaults to None.
+        quantize: String or None. `"float16"`: weights in float16. `"dynamic"`: weights in int8,
+            activations in float (tensors of fewer than 1024 values stay in float). `"int8"`:
+            weights and activations of every convolution and dense layer in int8; it needs
+            `representative_data` unless the model comes from quantization-aware training.
+            Defaults to None: float32.
+        representative_data: Unlabelled examples for the ranges of int8 activations, some
+            hundreds, preprocessed as for training: what `calibration_data` of `select` may be, an
+            array, a list or dict of arrays for several inputs, a batched `tf.data.Dataset`, a
+            `keras.utils.PyDataset`, a generator or an iterable of batches; labels are ignored.
+        max_examples: Integer or None. Use at most so many of them; of arrays evenly spaced ones.
+            None for all. Defaults to 256.
+        inference_input_type: Type of the file's inputs if it is int8: `"float32"`, `"int8"` or
+            `"uint8"`, or the TensorFlow type. Defaults to `"float32"`: the file quantizes.
+        inference_output_type: The same for the outputs.
+        batch_size: Integer. Examples that one run of the file takes; a file of a fixed size needs
+            no operators that compute shapes. Defaults to 1.
+        runtimes: Where the file has to run before it is handed out: `"xnnpack"`, the runtime's
+            default on CPUs, and `"reference"`, its built-in kernels alone. Defaults to
+            `("xnnpack",)`.
+        verbose: 0 for silence, else a progress bar is shown on a terminal, and a line for what
+            `"dynamic"` left in float. Defaults to 1.
+
+    Returns:
+        The file's bytes. Its signature names inputs and outputs as the model does, and they are
+        in the model's order.
+
+    Raises:
+        ImportError: If LiteRT is not installed.
+        ValueError: If an argument is not as above; if data are missing, do not fit or hold fewer
+            than 8 examples; if the converter does not take the model; if a layer is not
+            quantized as asked for; or if the file does not run.
+
+    Example:
+    ```python
+    small = keras_alds.compress(model, cr=0.5)
+    keras_alds.litert.convert(
+        small, "small.tflite", quantize="int8", representative_data=x, verbose=0
+    )
+    ```
+    """
+    types = _checked_options(
+        quantize, inference_input_type, inference_output_type, batch_size, runtimes
+    )
+    _package.interpreter()  # complains before the work is done
+    backend = _backend.backend_of(model)
+    specs = _input_specs(backend, model, batch_size)
+    aware = is_quantization_aware(model)
+    _check_data(model, quantize, representative_data, aware)
+    with Progress(transient=True, disable=not verbose) as progress:
+        examples = None
+        if representative_data is not None:
+            examples = _Calibration(model, representative_data, max_examples, batch_size, progress)
+        task = progress.add_task("conversion", total=3)
+        signature = _Signature(backend, model, specs)
+        with tempfile.TemporaryDirectory() as folder:
+            signature.save(folder)
+            progress.advance(task)
+            converter = tf.lite.TFLiteConverter.from_saved_model(folder)
+            _configure(converter, quantize, types)
+            if examples is not None:
+                converter.representative_dataset = examples.feed(signature.input_names)
+            content = _run(converter, model)
+        content = signature.in_order(content)
+        progress.advance(task)
+        left = check_quantized(read_file(content), quantize) if quantize else []
+        for runtime in runtimes:
+            check_runs(content, delegate=RUNTIMES[runtime])
+        progress.advance(task)
+        if left and verbose:
+            text = f"Left in float32 by the converter: {'; '.join(left)}"
+            progress.console.print(text, soft_wrap=True, highlight=False)
+    if path is not None:
+        with open(path, "wb") as file:
+            file.write(content)
+    return content
+
+
+def is_quantization_aware(model: Any) -> bool:
+    """Whether TF-MOT's `quantize_model` or `quantize_apply` made the model."""
+    return any(
+        type(layer).__module__.startswith("tensorflow_model_optimization.")
+        and type(layer).__name__.startswith("Quantize")
+        for _, layer in inspect.walk(model)
+    )
+
+
+# -- Arguments -----------------------------------------------------------------------------------
+
+
+def _checked_options(
+    quantize: Any, input_type: Any, output_type: Any, batch_size: Any, runtimes: Any
+) -> tuple[tf.DType, tf.DType]:
+    if quantize not in QUANTIZE:
+        raise ValueError(
+            f"Expected `quantize` to be one of {', '.join(map(repr, QUANTIZE))}. "
+            f"Received: quantize={quantize!r}"
+        )
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(
+            f"Expected `batch_size` to be an integer >= 1. Received: batch_size={batch_size!r}"
+        )
+    if isinstance(runtimes, str) or not set(runtimes) <= set(RUNTIMES):
+        raise ValueError(
+            f"Expected `runtimes` to hold some of {', '.join(map(repr, RUNTIMES))}. "
+            f"Received: runtimes={runtimes!r}"
+        )
+    types = []
+    for name, value in (
+        ("inference_input_type", input_type),
+        ("inference_output_type", output_type),
+    ):
+        try:
+            dtype = tf.as_dtype(value)
+        except TypeError:
+            dtype = None
+        if dtype is None or dtype.name not in _IO_TYPES:
+            raise ValueError(
+                f"Expected `{name}` to be one of {', '.join(map(repr, _IO_TYPES))}. "
+                f"Received: {name}={value!r}"
+            )
+        if dtype != tf.float32 and quantize != "int8":
+            raise ValueError(
+                f"Expected `{name}` to be 'float32' unless quantize='int8'. "
+                f"Received: {name}={dtype.name!r} with quantize={quantize!r}"
+            )
+        types.append(dtype)
+    return types[0], types[1]
+
+
+def _input_specs(backend: _backend.Backend, model: Any, batch_size: int) -> Any:
+    specs = backend.input_specs(model)
+    unknown = [spec.shape for spec in tf.nest.flatten(specs) if None in tuple(spec.shape)[1:]]
+    if unknown:
+        raise ValueError(
+            "Expected a model whose input sizes are known. Received: "
+            f"'{model.name}' with inputs of shape {', '.join(map(str, unknown))}. Remedy: make an "
+            "input of a fixed shape and call the model on it, `keras.Model(fixed, model(fixed))`."
+        )
+    return tf.nest.map_structure(
+        lambda spec: tf.TensorSpec((batch_size, *spec.shape[1:]), spec.dtype), specs
+    )
+
+
+def _check_data(model: Any, quantize: str | None, data: Any, aware: bool) -> None:
+    if aware and quantize != "int8":
+        raise ValueError(
+            f"Expected quantize='int8' for '{model.name}', a model of quantization-aware training. "
+            f"Received: quantize={quantize!r}. For a float file convert the model that it was "
+            "made from."
+        )
+    if quantize == "int8" and data is None and not aware:
+        raise ValueError(
+            "Expected `representative_data` for quantize='int8': some hundred unlabelled examples, "
+            "preprocessed as for training, that show the ranges of the activations. Received: "
+            "none. quantize='dynamic' needs no data."
+        )
+    if quantize != "int8" and data is not None:
+        raise ValueError(
+            "Expected `representative_data` only with quantize='int8'; nothing else uses them. "
+            f"Received: data with quantize={quantize!r}"
+        )
+
+
+# -- Conversion ----------------------------------------------------------------------------------
+
+
+class _Calibration:
+    """Representative data as the converter wants them, with a progress bar."""
+
+    def __init__(
+        self, model: Any, data: Any, limit: int | None, batch_size: int, progress: Progress
+    ) -> None:
+        examples = Examples(model, data, limit)
+        task = progress.add_task("calibration data", total=examples.total)
+        rows: list[list[np.ndarray]] = []
+        count = 0
+        for inputs, size in examples:
+            rows.append([np.asarray(item) for item in tf.nest.flatten(inputs)])
+            count += size
+            progress.update(task, completed=count)
+        if count < MIN_EXAMPLES:
+            raise ValueError(
+                f"Expected at least {MIN_EXAMPLES} examples of representative data; some hundreds "
+                f"are good. Received: {count}"
+                + (" (was a generator used up before?)" if not count else "")
+            )
+        self._arrays = [np.concatenate(parts) for parts in zip(*rows, strict=True)]
+        self._batch, self._progress = batch_size, progress
+
+    def feed(self, names: list[str]) -> Callable[[], Iterator[dict[str, np.ndarray]]]:
+        """A function that gives batches by the names of the signature's inputs."""
+
+        def batches() -> Iterator[dict[str, np.ndarray]]:
+            size, rows = self._batch, len(self._arrays[0])
+            starts = range(0, max(rows - rows % size, 1), size)
+            for start in self._progress.track(starts, description="calibration"):
+                # A last batch that is too small begins again at the first example.
+                chosen = np.arange(start, start + size) % rows
+                yield dict(zip(names, (array[chosen] for array in self._arrays), strict=True))
+
+        return batches
+
+
+class _Signature:
+    """A model as a function of named inputs and outputs."""
+
+    def __init__(self, backend: _backend.Backend, model: Any, specs: Any) -> None:
+        flat = tf.nest.flatten(specs)
+        tensors = getattr(model, "inputs", None) or []
+        self.input_names = _names(
+            [tensor._keras_history[0].name for tensor in tensors], "input", len(flat)
+        )
+        self.output_names: list[str] = []
+
+        def forward(**arguments: Any) -> dict[str, Any]:
+            ordered = [arguments[name] for name in self.input_names]
+            outputs = model(tf.nest.pack_sequence_as(specs, ordered), training=False)
+            found = tf.nest.flatten(outputs)
+            known = sorted(outputs) if isinstance(outputs, dict) else None
+            names = known or getattr(model, "output_names", None) or []
+            self.output_names = _names(names, "output", len(found))
+            return dict(zip(self.output_names, found, strict=True))
+
+        self._function = tf.function(forward, autograph=False).get_concrete_function(
+            **{
+                name: tf.TensorSpec(spec.shape, spec.dtype, name=name)
+                for name, spec in zip(self.input_names, flat, strict=True)
+            }
+        )
+
+    def save(self, folder: str) -> None:
+        """Writes a SavedModel."""
+        module = tf.Module()
+        module.weights = list(self._function.variables)
+        module.forward = self._function
+        tf.saved_model.save(module, folder, signatures={"serving_default": self._function})
+
+    def in_order(self, content: bytes) -> bytes:
+        """The file with inputs and outputs in the model's order: the converter shuffles them."""
+        schema = _package.schema()
+        model = schema.Model.GetRootAs(content, 0)
+        signature = schema.ModelT.InitFromObj(model).signatureDefs[0]
+        graph, changed = model.Subgraphs(0), bytearray(content)
+        ends = (
+            (graph.InputsAsNumpy(), 6, signature.inputs, self.input_names),
+            (graph.OutputsAsNumpy(), 8, signature.outputs, self.output_names),
+        )
+        for found, field, entries, names in ends:
+            index = {entry.name.decode(): int(entry.tensorIndex) for entry in entries}
+            wanted = [index[name] for name in names if name in index]
+            if sorted(wanted) != sorted(map(int, found)):
+                continue  # an output that is given twice
+            start = graph._tab.Vector(graph._tab.Offset(field))
+            struct.pack_into(f"<{len(wanted)}i", changed, start, *wanted)
+        return bytes(changed)
+
+
+def _names(names: Sequence[str], default: str, count: int) -> list[str]:
+    """Names that a signature may have, as many as there are tensors, each once."""
+    if len(names) != count:
+        names = [default] if count == 1 else [f"{default}_{n}" for n in range(count)]
+    plain = [re.sub(r"\W", "_", name) for name in names]
+    return [
+        name if plain.count(name) == 1 else f"{name}_{plain[:n].count(name)}"
+        for n, name in enumerate(plain)
+    ]
+
+
+def _configure(converter: Any, quantize: str | None, types: tuple[tf.DType, tf.DType]) -> None:
+    if quantize is None:
+        return
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    if quantize == "float16":
+        converter.target_spec.supported_types = [tf.float16]
+    if quantize == "int8":
+        converter.inference_input_type, converter.inference_output_type = types
+
+
+def _run(converter: Any, model: Any) -> bytes:
+    with warnings.catch_warnings():
+        # The converter itself uses the interpreter that TensorFlow deprecates.
+        warnings.filterwarnings("ignore", r"\s*Warning: tf.lite.Interpreter is deprecated")
+        try:
+            return bytes(converter.convert())
+        except Exception as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), "")
+            raise ValueError(
+                f"Expected a model that the TFLite converter takes. Received: '{model.name}', for "
+                f"which it fails ({type(error).__name__}: {reason[:500]})"
+            ) from error

@@ -1,0 +1,352 @@
+"""Reads `.tflite` files: operators and tensors as plain records."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from keras_alds.litert import _package
+
+#: A file's bytes, or where it lies.
+File = bytes | str | os.PathLike[str]
+
+# Which dimension of the weights of an operator holds its output channels.
+_WEIGHTED = MappingProxyType(
+    {
+        "CONV_2D": 0,
+        "DEPTHWISE_CONV_2D": 3,
+        "TRANSPOSE_CONV": 0,
+        "CONV_3D": 4,
+        "FULLY_CONNECTED": 0,
+        "BATCH_MATMUL": None,
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of a file.
+
+    Attributes:
+        index: Its number in its subgraph.
+        subgraph: The subgraph's number; 0 is the model, others are bodies of loops and branches.
+        name: The converter's name: the names of the Keras layers that it came from, joined.
+        shape: Its shape.
+        dtype: Its type as NumPy names it, such as `"float32"` or `"int8"`; `"int4"` is one too.
+        scales: Quantization scales: none, one, or one for each entry along `axis`.
+        zero_points: Zero points, as many as scales.
+        axis: The axis of per-channel scales, or None.
+        size: Bytes that it takes in the file; 0 unless its values are constant.
+        buffer: Number of the buffer with its values; equal constants share one.
+    """
+
+    index: int
+    subgraph: int
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    scales: tuple[float, ...]
+    zero_points: tuple[int, ...]
+    axis: int | None
+    size: int
+    buffer: int
+
+    @property
+    def constant(self) -> bool:
+        """Whether its values are in the file: weights, biases, shapes."""
+        return self.size > 0
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it has quantization scales."""
+        return bool(self.scales)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """An operator of a file.
+
+    Attributes:
+        index: Its number in its subgraph, which is the order of execution.
+        subgraph: The subgraph's number.
+        name: The built-in operator's name, such as `"CONV_2D"`, or a custom one's.
+        version: The operator's version.
+        inputs: Its input tensors; None for an optional one that is absent.
+        outputs: Its output tensors.
+        options: Its options as the schema names them, such as `strideH` and `padding`.
+    """
+
+    index: int
+    subgraph: int
+    name: str
+    version: int
+    inputs: tuple[Tensor | None, ...]
+    outputs: tuple[Tensor, ...]
+    options: Mapping[str, Any]
+
+    @property
+    def weighted(self) -> bool:
+        """Whether it is a convolution or a matrix product with weights."""
+        return self.name in _WEIGHTED and self.weights is not None
+
+    @property
+    def data(self) -> Tensor | None:
+        """The tensor that a convolution or dense layer works on, or None for another operator."""
+        place = 2 if self.name == "TRANSPOSE_CONV" else 0
+        return self.inputs[place] if self.name in _WEIGHTED else None
+
+    @property
+    def weights(self) -> Tensor | None:
+        """The kernel of a convolution or dense layer, or None for another operator."""
+        return self.inputs[1] if self.name in _WEIGHTED and len(self.inputs) > 1 else None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of a convolution or dense layer, or None."""
+        place = 3 if self.name == "TRANSPOSE_CONV" else 2
+        return self.inputs[place] if self.name in _WEIGHTED and len(self.inputs) > place else None
+
+    @property
+    def groups(self) -> int | None:
+        """Number of channel groups of a convolution, or None for another operator."""
+        if self.data is None or self.weights is None or "CONV" not in self.name:
+            return None
+        if self.name == "DEPTHWISE_CONV_2D":
+            return self.data.shape[-1]
+        channels = self.weights.shape[3 if self.name == "CONV_3D" else -1]
+        return self.data.shape[-1] // channels
+
+    @property
+    def strides(self) -> tuple[int, int] | None:
+        """Strides along height and width, or None for an operator without."""
+        if "strideH" not in self.options:
+            return None
+        return int(self.options["strideH"]), int(self.options["strideW"])
+
+    @property
+    def depth_multiplier(self) -> int | None:
+        """Outputs for each channel of a depthwise convolution, or None for another operator."""
+        if self.name != "DEPTHWISE_CONV_2D" or self.data is None:
+            return None
+        return self.outputs[0].shape[-1] // self.data.shape[-1]
+
+    @property
+    def label(self) -> str:
+        """What it is called in texts: its name and that of its output."""
+        return f"{self.name} '{self.outputs[0].name if self.outputs else self.index}'"
+
+
+@dataclasses.dataclass(frozen=True)
+class LiteRTFile:
+    """What is in a `.tflite` file; made by `keras_alds.litert.read_file`.
+
+    Attributes:
+        size: Bytes of the file.
+        operators: All operators, those of the model first, in order of execution.
+        tensors: All tensors.
+        inputs: The model's inputs.
+        outputs: The model's outputs.
+        metadata: Bytes of every entry of metadata, by name.
+        buffers: The raw bytes of every buffer; None for an empty one.
+    """
+
+    size: int
+    operators: tuple[Operator, ...]
+    tensors: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    metadata: Mapping[str, int]
+    buffers: tuple[np.ndarray | None, ...] = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def weighted(self) -> tuple[Operator, ...]:
+        """The convolutions and matrix products with weights."""
+        return tuple(operator for operator in self.operators if operator.weighted)
+
+    @property
+    def parameters(self) -> int:
+        """Number of constant floating-point and quantized values, scales not counted."""
+        return sum(
+            int(np.prod(tensor.shape, dtype=np.int64))
+            for tensor in {(t.subgraph, t.buffer): t for t in self.tensors if t.constant}.values()
+            if tensor.quantized or tensor.dtype.startswith(("float", "bfloat"))
+        )
+
+    def values(self, tensor: Tensor) -> np.ndarray:
+        """The values of a constant tensor as they are stored, quantized ones not scaled.
+
+        Raises:
+            ValueError: If the tensor is not constant, or of a type that NumPy has not.
+        """
+        found = self.buffers[tensor.buffer] if tensor.constant else None
+        if found is None:
+            raise ValueError(
+                f"Expected a constant tensor. Received: '{tensor.name}', which is computed"
+            )
+        try:
+            dtype = np.dtype(tensor.dtype)
+        except TypeError:
+            raise ValueError(
+                "Expected a tensor of a type that NumPy has. "
+                f"Received: '{tensor.name}' with dtype={tensor.dtype!r}"
+            ) from None
+        return np.frombuffer(found.tobytes(), dtype).reshape(tensor.shape)
+
+    def producer(self, tensor: Tensor) -> Operator | None:
+        """The operator that computes `tensor`, or None for an input or a constant."""
+        return self._producers.get((tensor.subgraph, tensor.index))
+
+    @functools.cached_property
+    def _producers(self) -> dict[tuple[int, int], Operator]:
+        return {
+            (output.subgraph, output.index): operator
+            for operator in self.operators
+            for output in operator.outputs
+        }
+
+    def stored(self, tensor: Tensor) -> Tensor:
+        """The tensor that is in the file for `tensor`: behind a DEQUANTIZE, what it reads.
+
+        float16 weights are stored as such, and read through a DEQUANTIZE.
+        """
+        operator = self.producer(tensor)
+        if operator is not None and operator.name == "DEQUANTIZE" and operator.inputs[0]:
+            return operator.inputs[0]
+        return tensor
+
+
+def read_file(file: File) -> LiteRTFile:
+    """Reads operators and tensors of a `.tflite` file.
+
+    Args:
+        file: Bytes of the file, or its path.
+
+    Returns:
+        A `LiteRTFile`.
+
+    Raises:
+        ImportError: If LiteRT is not installed.
+        ValueError: If it is no `.tflite` file.
+
+    Example:
+    ```python
+    file = keras_alds.litert.read_file(keras_alds.litert.convert(model, verbose=0))
+    for operator in file.operators:
+        print(operator.name, [tensor.shape for tensor in operator.outputs])
+    ```
+    """
+    schema = _package.schema()
+    content = contents(file)
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
+    codes = _names(schema.BuiltinOperator)
+    types = _names(schema.TensorType)
+
+    def raw_bytes(buffer: Any) -> np.ndarray | None:
+        if buffer.data is not None:
+            return np.asarray(buffer.data, np.uint8)
+        if (buffer.offset or 0) > 1:  # files of more than 2 GB keep them at the end
+            return np.frombuffer(content, np.uint8, buffer.size, buffer.offset)
+        return None
+
+    buffers = tuple(map(raw_bytes, model.buffers))
+
+    def size(number: int) -> int:
+        found = buffers[number]
+        return 0 if found is None else found.size
+
+    def tensor(subgraph: int, index: int, raw: Any) -> Tensor:
+        scheme = raw.quantization
+        scales = () if scheme is None or scheme.scale is None else tuple(map(float, scheme.scale))
+        zeros = () if not scales or scheme.zeroPoint is None else tuple(map(int, scheme.zeroPoint))
+        return Tensor(
+            index=index,
+            subgraph=subgraph,
+            name=(raw.name or b"").decode(),
+            shape=() if raw.shape is None else tuple(map(int, raw.shape)),
+            dtype=types[raw.type].lower(),
+            scales=scales,
+            zero_points=zeros or (0,) * len(scales),
+            axis=int(scheme.quantizedDimension) if len(scales) > 1 else None,
+            size=size(raw.buffer),
+            buffer=int(raw.buffer),
+        )
+
+    tensors: list[Tensor] = []
+    operators: list[Operator] = []
+    ends: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
+    for number, graph in enumerate(model.subgraphs):
+        own = [tensor(number, index, raw) for index, raw in enumerate(graph.tensors)]
+        tensors += own
+        ends.append((tuple(own[i] for i in graph.inputs), tuple(own[i] for i in graph.outputs)))
+        for index, raw in enumerate(graph.operators or []):
+            code = model.operatorCodes[raw.opcodeIndex]
+            name = codes[max(int(code.builtinCode), int(code.deprecatedBuiltinCode))]
+            operators.append(
+                Operator(
+                    index=index,
+                    subgraph=number,
+                    name=code.customCode.decode() if name == "CUSTOM" else name,
+                    version=int(code.version),
+                    inputs=tuple(own[i] if i >= 0 else None for i in _list(raw.inputs)),
+                    outputs=tuple(own[i] for i in _list(raw.outputs)),
+                    options=_options(raw.builtinOptions),
+                )
+            )
+    metadata = {entry.name.decode(): size(entry.buffer) for entry in model.metadata or []}
+    return LiteRTFile(
+        size=len(content),
+        operators=tuple(operators),
+        tensors=tuple(tensors),
+        inputs=ends[0][0],
+        outputs=ends[0][1],
+        metadata=MappingProxyType(metadata),
+        buffers=buffers,
+    )
+
+
+def contents(file: File) -> bytes:
+    """The bytes of a `.tflite` file.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if isinstance(file, (bytes, bytearray, memoryview)):
+        content, where = bytes(file), f"{len(file)} bytes"
+    elif isinstance(file, (str, os.PathLike)):
+        with open(file, "rb") as stream:
+            content, where = stream.read(), repr(os.fspath(file))
+    else:
+        raise ValueError(
+            "Expected the path or the bytes of a .tflite file. "
+            f"Received: {type(file).__name__}. Models are converted by `keras_alds.litert.convert`."
+        )
+    if content[4:8] != b"TFL3":
+        raise ValueError(
+            f"Expected a .tflite file. Received: {where}, which do not begin like one. "
+            "Models are converted by `keras_alds.litert.convert`."
+        )
+    return content
+
+
+def _names(constants: type) -> dict[int, str]:
+    return {value: name for name, value in vars(constants).items() if not name.startswith("_")}
+
+
+def _list(indices: Any) -> list[int]:
+    return [] if indices is None else [int(i) for i in indices]
+
+
+def _options(options: Any) -> Mapping[str, Any]:
+    return MappingProxyType(
+        {
+            key: value
+            for key, value in (vars(options) if options is not None else {}).items()
+            if isinstance(value, (bool, int, float, str))
+        }
+    )

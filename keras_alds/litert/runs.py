@@ -1,0 +1,168 @@
+"""Loads `.tflite` files into the runtime and runs them: nothing is handed out that does not run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from keras_alds.litert import _package
+from keras_alds.litert.files import File, contents
+
+Array = np.ndarray
+#: One array, or one for each input: by name, or in the file's order.
+Inputs = Array | Sequence[Array] | Mapping[str, Array]
+
+
+class Runner:
+    """A file that is loaded in the LiteRT runtime, with its tensors allocated.
+
+    Args:
+        file: Bytes of a `.tflite` file, or its path.
+        threads: Number of threads.
+        delegate: Whether XNNPACK, the runtime's default on CPUs, takes the operators that it
+            knows. Without it the built-in kernels run all of them.
+
+    Raises:
+        ImportError: If LiteRT is not installed.
+        RuntimeError: If the runtime cannot load the file.
+    """
+
+    def __init__(self, file: File, *, threads: int = 1, delegate: bool = True) -> None:
+        module = _package.interpreter()
+        kinds = module.OpResolverType
+        self.interpreter = module.Interpreter(
+            model_content=contents(file),
+            num_threads=threads,
+            experimental_op_resolver_type=(
+                kinds.BUILTIN if delegate else kinds.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+            ),
+        )
+        self.interpreter.allocate_tensors()
+        #: Input and output tensors as the runtime describes them, in the file's order.
+        self.inputs: list[dict[str, Any]] = self.interpreter.get_input_details()
+        self.outputs: list[dict[str, Any]] = self.interpreter.get_output_details()
+        #: Names of both: those of the signature where there is one, else the tensors'.
+        self.input_names = [detail["name"] for detail in self.inputs]
+        self.output_names = [detail["name"] for detail in self.outputs]
+        keys = list(self.interpreter.get_signature_list())
+        if keys:
+            signature = self.interpreter.get_signature_runner(keys[0])
+            self.input_names = _signed(self.inputs, signature.get_input_details())
+            self.output_names = _signed(self.outputs, signature.get_output_details())
+
+    @property
+    def batch(self) -> int:
+        """Examples that one run takes."""
+        shape = self.inputs[0]["shape"]
+        return int(shape[0]) if len(shape) else 1
+
+    def invoke(self) -> None:
+        """Runs the file once on what its inputs hold."""
+        self.interpreter.invoke()
+
+    def set_inputs(self, arrays: Sequence[Array]) -> None:
+        """Sets the inputs, quantizing what the file takes quantized."""
+        for detail, array in zip(self.inputs, arrays, strict=True):
+            self.interpreter.set_tensor(detail["index"], _quantized(array, detail))
+
+    def get_outputs(self) -> list[Array]:
+        """What the last run gave, dequantized to float."""
+        return [
+            _dequantized(self.interpreter.get_tensor(detail["index"]), detail)
+            for detail in self.outputs
+        ]
+
+    def predict(self, x: Inputs) -> Array | list[Array]:
+        """Outputs for any number of examples, run by run.
+
+        Raises:
+            ValueError: If `x` does not fit the file's inputs.
+        """
+        parts = []
+        for arrays, count in self._batches(x):
+            self.set_inputs(arrays)
+            self.invoke()
+            parts.append([output[:count] for output in self.get_outputs()])
+        joined = [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+        return joined[0] if len(joined) == 1 else joined
+
+    def _batches(self, x: Inputs) -> Iterator[tuple[list[Array], int]]:
+        arrays = self.ordered(x)
+        rows = len(arrays[0])
+        for start in range(0, rows, self.batch):
+            parts = [array[start : start + self.batch] for array in arrays]
+            count = len(parts[0])
+            if count < self.batch:
+                parts = [np.concatenate([p, p[[-1] * (self.batch - count)]]) for p in parts]
+            yield parts, count
+
+    def ordered(self, x: Inputs) -> list[Array]:
+        """The arrays of `x` in the file's order, checked.
+
+        Raises:
+            ValueError: If they do not fit the file's inputs.
+        """
+        if isinstance(x, Mapping):
+            if set(x) != set(self.input_names):
+                raise ValueError(
+                    f"Expected data for the file's inputs {self.input_names}. "
+                    f"Received: data for {sorted(x)}"
+                )
+            arrays = [np.asarray(x[name]) for name in self.input_names]
+        elif isinstance(x, (list, tuple)) and len(self.inputs) > 1:
+            arrays = [np.asarray(item) for item in x]
+        else:
+            arrays = [np.asarray(x)]
+        shapes = [tuple(map(int, detail["shape"]))[1:] for detail in self.inputs]
+        given = [array.shape for array in arrays]
+        if [shape[1:] for shape in given] != shapes or len({shape[0] for shape in given}) != 1:
+            raise ValueError(
+                f"Expected data of shape (examples, …) with … = {', '.join(map(str, shapes))} for "
+                f"the file's inputs. Received: shapes {', '.join(map(str, given))}"
+            )
+        return arrays
+
+
+def check_runs(file: File, *, delegate: bool = True) -> None:
+    """Loads a file and runs it once, on zeros.
+
+    Args:
+        file: Bytes of a `.tflite` file, or its path.
+        delegate: As for `Runner`.
+
+    Raises:
+        ImportError: If LiteRT is not installed.
+        ValueError: If the file does not run.
+    """
+    try:
+        runner = Runner(file, delegate=delegate)
+        runner.set_inputs([np.zeros(detail["shape"], np.float32) for detail in runner.inputs])
+        runner.invoke()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            "Expected a file that the LiteRT runtime runs. Received: one that fails "
+            f"{'with' if delegate else 'without'} XNNPACK ({error})"
+        ) from error
+
+
+def _signed(details: list[dict[str, Any]], signature: dict[str, dict[str, Any]]) -> list[str]:
+    names = {detail["index"]: name for name, detail in signature.items()}
+    return [names.get(detail["index"], detail["name"]) for detail in details]
+
+
+def _quantized(array: Array, detail: dict[str, Any]) -> Array:
+    dtype = np.dtype(detail["dtype"])
+    scale, zero_point = detail["quantization"]
+    if dtype.kind in "iu" and scale and array.dtype.kind == "f":
+        limits = np.iinfo(dtype)
+        array = np.clip(np.round(array / scale) + zero_point, limits.min, limits.max)
+    return np.ascontiguousarray(array, dtype)
+
+
+def _dequantized(array: Array, detail: dict[str, Any]) -> Array:
+    scale, zero_point = detail["quantization"]
+    if array.dtype.kind in "iu" and scale:
+        return ((array.astype(np.float32) - zero_point) * scale).astype(np.float32)
+    return array
