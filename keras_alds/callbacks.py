@@ -209,7 +209,7 @@ class ALDSCompress(keras.callbacks.Callback):
         layers = [layer for layer in self._factorized_layers() if layer.trainable]
         self._watched = [(layer.decoder, backend.value(layer.decoder)) for layer in layers]
         self._say(
-            f"epoch {epoch}: {self._params_before:,} → {int(model.count_params()):,} parameters "
+            f"epoch {epoch}: {self._params_before:,} → {inspect.count_params(model):,} parameters "
             f"(cr={self._cr():.4f}), {len(plan.factorized)} layers factorized in "
             f"{time.perf_counter() - start:.1f} s"
         )
@@ -218,7 +218,7 @@ class ALDSCompress(keras.callbacks.Callback):
         """Adds `alds_cr` and `alds_params` to the logs."""
         if logs is not None:
             logs["alds_cr"] = self._cr()
-            logs["alds_params"] = int(self.model.count_params())
+            logs["alds_params"] = inspect.count_params(self.model)
         if self._watched:
             value = _backend.backend_of(self.model).value
             if all(np.array_equal(value(variable), old) for variable, old in self._watched):
@@ -242,7 +242,7 @@ class ALDSCompress(keras.callbacks.Callback):
 
     def _cr(self) -> float:
         before = self._params_before
-        return removed_fraction(before, int(self.model.count_params())) if before else 0.0
+        return removed_fraction(before, inspect.count_params(self.model)) if before else 0.0
 
     def _factorized_layers(self) -> list[Any]:
         return [layer for _, layer in inspect.walk(self.model) if inspect.is_factorized(layer)]

@@ -22,7 +22,7 @@ from keras_alds.core.slicing import divisors, full_rank, weights
 from keras_alds.core.solvers import InfeasibleBudget
 from keras_alds.core.spectra import Spectra, spectra_many
 from keras_alds.plan import CompressionPlan, LayerChoice, allowed_after, removed_fraction
-from keras_alds.rewrite import inspect
+from keras_alds.rewrite import inspect, wrappers
 from keras_alds.rewrite.in_place import already_compressed, apply_plan, check_plan, match
 from keras_alds.rewrite.observe import CalibrationStats, calibration_stats
 
@@ -170,6 +170,7 @@ def select_with(
 ) -> tuple[CompressionPlan, CalibrationStats | None]:
     """`select` with options that are already checked; returns the statistics that it used too."""
     problem = Problem.of(model, options)
+    wrappers.apply_masks(model)
     stats = None
     if calibration_data is not None:
         for _ in _kernels(problem.candidates):
@@ -263,7 +264,7 @@ class Problem:
                 else dataclasses.replace(spec, reason="the forward pass does not call it")
                 for spec in specs
             ]
-        problem = cls(model.name, specs, int(model.count_params()), macs, options)
+        problem = cls(model.name, specs, inspect.count_params(model), macs, options)
         required = sum(problem.smallest_cost(spec) for spec in problem.candidates)
         if required > problem.budget:
             raise ValueError(problem.unreachable(required))

@@ -142,6 +142,19 @@ class FactorizedMixin(_Base):
             tf.convert_to_tensor(self.encoder), tf.convert_to_tensor(self.decoder), self.slices
         )
 
+    # What TF-MOT asks of a layer of one's own, by these names.
+
+    def get_prunable_weights(self) -> list[Any]:
+        """The weights that TF-MOT's `prune_low_magnitude` prunes: both factors."""
+        return [self.encoder, self.decoder]
+
+    def get_clusterable_weights(self) -> list[tuple[str, Any]]:
+        """The weights that TF-MOT's `cluster_weights` clusters, by name: both factors."""
+        return [("encoder", self.encoder), ("decoder", self.decoder)]
+
+    def get_clusterable_algorithm(self, weight_name: str) -> None:
+        """None: TF-MOT's own algorithm fits any shape."""
+
     def _factors(self, dtype: Any) -> tuple[Any, Any]:
         # Both Kerases autocast variables that are read inside `call`; the cast is for direct calls.
         return (

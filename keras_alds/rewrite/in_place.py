@@ -12,7 +12,7 @@ from keras_alds import _backend
 from keras_alds.core.calibration import SecondMoment, factorize_outputs
 from keras_alds.core.spectra import factorize
 from keras_alds.plan import CompressionPlan, LayerChoice
-from keras_alds.rewrite import inspect
+from keras_alds.rewrite import inspect, wrappers
 from keras_alds.rewrite.observe import CalibrationStats, calibration_stats
 from keras_alds.rewrite.optimizer import carry_optimizers
 
@@ -62,6 +62,7 @@ def apply_plan(model: Any, plan: CompressionPlan, *, calibration_data: Any = Non
     if calibration_data is not None:
         match(model, plan)
         stats = calibration_stats(model, calibration_data)
+    wrappers.apply_masks(model)
     replacements = prepare(model, plan, stats)
     undo: list[Callable[[], None]] = []
     try:
@@ -73,7 +74,11 @@ def apply_plan(model: Any, plan: CompressionPlan, *, calibration_data: Any = Non
             id(kernel): replacement.layer
             for kernel, replacement in zip(kernels, replacements, strict=True)
         }
+        layers = {id(replacement.layer) for replacement in replacements}
         with backend.creation_scope(model):
+            for wrapper in wrappers.pruning(model):
+                if id(wrapper.layer) in layers:
+                    undo += [wrappers.renew_masks(backend, wrapper)]
             carry_optimizers(backend, model, known, factorized, undo)
         backend.reset_functions(model)
     except BaseException:

@@ -13,6 +13,7 @@ import numpy as np
 
 from keras_alds import _backend
 from keras_alds.core.slicing import divisors, weights
+from keras_alds.rewrite import wrappers
 
 Exclude = Sequence[Any]
 
@@ -65,6 +66,7 @@ def inspect_model(model: Any, exclude: Exclude = ()) -> tuple[list[LayerSpec], l
     specs = []
     layers = list(walk(model))
     holders: dict[int, list[str]] = {}
+    refused = {id(layer.layer): layer for _, layer in layers if wrappers.is_refused(layer)}
     for path, layer in layers:
         for variable in backend.own_variables(layer):
             holders.setdefault(id(variable), []).append(path)
@@ -75,7 +77,8 @@ def inspect_model(model: Any, exclude: Exclude = ()) -> tuple[list[LayerSpec], l
         own = backend.own_variables(layer)
         if not own:
             continue
-        reason = _reason(backend, layer)
+        wrapper = refused.get(id(layer))
+        reason = _reason(backend, layer) if wrapper is None else wrappers.reason(wrapper)
         if reason is None and len(holders[id(layer.kernel)]) > 1:
             others = [other for other in holders[id(layer.kernel)] if other != path]
             reason = f"its kernel is held by '{others[0]}' too"
@@ -88,7 +91,11 @@ def inspect_model(model: Any, exclude: Exclude = ()) -> tuple[list[LayerSpec], l
 
 
 def walk(model: Any) -> Iterator[tuple[str, Any]]:
-    """Yields `(path, layer)` for every layer below `model` once, depth first."""
+    """Yields `(path, layer)` for every layer below `model` once, depth first.
+
+    TF-MOT's pruning wrappers are passed over: the layers inside them have the paths that they have
+    without them.
+    """
     backend = _backend.backend_of(model)
     seen: set[int] = {id(model)}
     paths: set[str] = set()
@@ -98,6 +105,9 @@ def walk(model: Any) -> Iterator[tuple[str, Any]]:
             if id(layer) in seen:
                 continue
             seen.add(id(layer))
+            if wrappers.is_pruning(layer):
+                yield from visit(layer, prefix)
+                continue
             path = unique = prefix + layer.name
             count = 1
             while unique in paths:
@@ -346,7 +356,13 @@ def dense_params(model: Any) -> int:
         - kernel_weights(layer)
         for layer in layers
     )
-    return int(model.count_params()) + more
+    return count_params(model) + more
+
+
+def count_params(model: Any) -> int:
+    """Parameters of `model`, without the masks that `strip_pruning` takes away."""
+    masks = [mask for wrapper in wrappers.pruning(model) for mask in wrappers.masks(wrapper)]
+    return int(model.count_params()) - sum(math.prod(tuple(mask.shape)) for mask in masks)
 
 
 def kernel_weights(layer: Any) -> int:

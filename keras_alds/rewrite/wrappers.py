@@ -1,0 +1,135 @@
+"""TF-MOT's wrappers around the layers of a model: which there are, and pruning masks made anew.
+
+Nothing here imports TF-MOT: the wrappers that a model holds bring all that is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tensorflow as tf
+
+from keras_alds import _backend
+
+PRUNING = "PruneLowMagnitude"
+#: TF-MOT's wrappers whose layers cannot be factorized, and what to do instead.
+REFUSED = {
+    "ClusterWeights": "strip the model with `strip_clustering` first, and cluster its factors",
+    "QuantizeWrapper": "compress and `expand` the model before it is annotated for quantization",
+    "QuantizeAnnotate": "compress and `expand` the model before it is annotated for quantization",
+}
+
+
+def kind(layer: Any) -> str | None:
+    """The kind of TF-MOT wrapper that `layer` is, or None if it is none."""
+    for cls in type(layer).__mro__:
+        if cls.__module__.startswith("tensorflow_model_optimization.") and cls.__name__ in (
+            PRUNING,
+            *REFUSED,
+        ):
+            return cls.__name__
+    return None
+
+
+def is_pruning(layer: Any) -> bool:
+    """Whether `layer` is TF-MOT's `PruneLowMagnitude`."""
+    return kind(layer) == PRUNING
+
+
+def is_refused(layer: Any) -> bool:
+    """Whether `layer` is a wrapper of TF-MOT's whose layer cannot be factorized."""
+    return kind(layer) in REFUSED
+
+
+def reason(wrapper: Any) -> str:
+    """Why the layer inside a refused wrapper is left alone."""
+    found = kind(wrapper)
+    return f"it is wrapped by TF-MOT's {found}; {REFUSED[found or '']}"
+
+
+def pruning(model: Any) -> list[Any]:
+    """The built pruning wrappers in `model`, at any depth."""
+    backend = _backend.backend_of(model)
+    found: dict[int, Any] = {}
+
+    def visit(parent: Any) -> None:
+        for layer in backend.children(parent):
+            if is_pruning(layer) and layer.built:
+                found[id(layer)] = layer
+            visit(layer)
+
+    visit(model)
+    return list(found.values())
+
+
+def masks(wrapper: Any) -> list[Any]:
+    """The variables that a `PruneLowMagnitude` adds to those of its layer."""
+    added = [variable for _, *pair in wrapper.pruning_vars for variable in pair]
+    return [*added, wrapper.pruning_step]
+
+
+def apply_masks(model: Any) -> None:
+    """Multiplies all pruned weights by their masks, as every call of `model` does first."""
+    for wrapper in pruning(model):
+        wrapper.pruning_obj.weight_mask_op()
+
+
+def renew_masks(backend: _backend.Backend, wrapper: Any) -> Callable[[], None]:
+    """Makes the masks of a `PruneLowMagnitude` anew for the weights that its layer now has.
+
+    The wrapper stays the same object, with its schedule and `pruning_step`. If anything was pruned
+    already, the new masks have the sparsity of the schedule at this step and are applied.
+
+    Args:
+        backend: The model's backend.
+        wrapper: A built `PruneLowMagnitude` whose layer was factorized in place.
+
+    Returns:
+        A function that puts everything back.
+    """
+    begun = any(not backend.value(mask).all() for _, mask, _ in wrapper.pruning_vars)
+    renewed = type(wrapper)(
+        wrapper.layer,
+        pruning_schedule=wrapper.pruning_schedule,
+        block_size=wrapper.block_size,
+        block_pooling_type=wrapper.block_pooling_type,
+        sparsity_m_by_n=wrapper.sparsity_m_by_n,
+        dtype=wrapper._dtype_policy,
+    )
+    with backend.name_scope(wrapper), _names_apart(renewed):
+        renewed.build(wrapper._build_input_shape)
+    renewed.pruning_step.assign(wrapper.pruning_step)
+    if begun:
+        for weight, mask, threshold in renewed.pruning_vars:
+            # What `conditional_mask_update` assigns; it would wait for the schedule's next turn,
+            # and there may be none.
+            new_threshold, new_mask = renewed.pruning_obj._maybe_update_block_mask(weight)
+            threshold.assign(new_threshold)
+            mask.assign(new_mask)
+    undo = backend.transplant(wrapper, renewed)
+    wrapper.pruning_obj.weight_mask_op()
+    return undo
+
+
+@contextlib.contextmanager
+def _names_apart(wrapper: Any) -> Iterator[None]:
+    # TF-MOT gives the masks of two weights one name, and HDF5 files and summaries know but one of
+    # them. Checkpoints go by the name that is given to `add_weight`, so a scope tells them apart.
+    add_weight = wrapper.add_weight
+    weights = wrapper.layer.get_prunable_weights()
+    parts = [weight.name.split("/")[-1].split(":")[0] for weight in weights]
+    scopes = {"mask": iter(parts), "threshold": iter(parts)}
+
+    def add(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name not in scopes:
+            return add_weight(name, *args, **kwargs)
+        with tf.name_scope(next(scopes[name])):
+            return add_weight(name, *args, **kwargs)
+
+    wrapper.__dict__["add_weight"] = add
+    try:
+        yield
+    finally:
+        del wrapper.__dict__["add_weight"]
