@@ -71,6 +71,7 @@ class ALDSCompress(keras.callbacks.Callback):
         exclude: As for `select`.
         max_slices: As for `select`.
         rank_multiple: As for `select`.
+        target: As for `select`.
         plan: A `CompressionPlan` to apply instead of selecting one; then `cr` is to be None.
         verbose: 0 for silence, else one line is printed at the compression. Defaults to 1.
 
@@ -113,6 +114,7 @@ class ALDSCompress(keras.callbacks.Callback):
         exclude: Any = (),
         max_slices: int | None = None,
         rank_multiple: int = 1,
+        target: str | None = None,
         plan: CompressionPlan | None = None,
         verbose: int = 1,
     ) -> None:
@@ -126,6 +128,7 @@ class ALDSCompress(keras.callbacks.Callback):
             exclude=exclude,
             max_slices=max_slices,
             rank_multiple=rank_multiple,
+            target=target,
         )
         if isinstance(at_epoch, bool) or not isinstance(at_epoch, numbers.Integral) or at_epoch < 0:
             raise ValueError(
@@ -135,7 +138,7 @@ class ALDSCompress(keras.callbacks.Callback):
         if calibration_data is not None or method not in METHODS or not METHODS[method].needs_data:
             method = choose_method(method, has_data=calibration_data is not None)
         self._source = (
-            Options(cr, method, objective, error, exclude, max_slices, rank_multiple)
+            Options(cr, method, objective, error, exclude, max_slices, rank_multiple, target)
             if plan is None
             else plan
         )

@@ -16,6 +16,7 @@ from keras_alds import _backend
 from keras_alds._version import __version__
 from keras_alds.compress import OBJECTIVES, select
 from keras_alds.core.methods import METHODS
+from keras_alds.core.targets import TARGETS
 
 Commands = Any  # argparse gives this class no public name
 
@@ -75,6 +76,7 @@ def add_plan(commands: Commands) -> None:
     parser.add_argument("--objective", choices=OBJECTIVES, default=OBJECTIVES[0])
     parser.add_argument("--exclude", nargs="*", default=[], help="layers to leave alone")
     parser.add_argument("--max-slices", type=int, help="largest number of slices")
+    parser.add_argument("--target", choices=TARGETS, help="the runtime that the model is for")
     parser.add_argument("--output", type=Path, help="write the plan to this JSON file")
     parser.set_defaults(run=run_plan)
 
@@ -88,6 +90,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
         objective=arguments.objective,
         exclude=arguments.exclude,
         max_slices=arguments.max_slices,
+        target=arguments.target,
     )
     plan.summary()
     if arguments.output:

@@ -18,9 +18,10 @@ from keras_alds.core.calibration import SecondMoment
 from keras_alds.core.choices import ChoiceTable, choice_table
 from keras_alds.core.errors import get_error
 from keras_alds.core.methods import METHODS, choose_method, get_method
-from keras_alds.core.slicing import divisors, full_rank, weights
-from keras_alds.core.solvers import InfeasibleBudget
+from keras_alds.core.slicing import divisors, weights
+from keras_alds.core.solvers import InfeasibleBudget, Solution
 from keras_alds.core.spectra import Spectra, spectra_many
+from keras_alds.core.targets import allowed_ranks, get_target
 from keras_alds.plan import CompressionPlan, LayerChoice, allowed_after, removed_fraction
 from keras_alds.rewrite import inspect, wrappers
 from keras_alds.rewrite.in_place import already_compressed, apply_plan, check_plan, match
@@ -40,10 +41,12 @@ class Options:
     exclude: Any = ()
     max_slices: int | None = None
     rank_multiple: int = 1
+    target: str | None = None
 
     def __post_init__(self) -> None:
         check_cr(self.cr)
         get_method(self.method, self.error)
+        get_target(self.target)
         if self.objective not in OBJECTIVES:
             raise ValueError(
                 f"Expected `objective` to be one of {', '.join(map(repr, OBJECTIVES))}. "
@@ -104,6 +107,7 @@ def select(
     exclude: Any = (),
     max_slices: int | None = None,
     rank_multiple: int = 1,
+    target: str | None = None,
 ) -> CompressionPlan:
     """Chooses slices and rank for every layer, together, so that the fraction `cr` is removed.
 
@@ -139,6 +143,11 @@ def select(
             and run slower. Defaults to no limit.
         rank_multiple: Integer. Ranks j are multiples of it (4 or 8 fill vector lanes). Defaults
             to 1.
+        target: String or None. The runtime that the model is for: `"litert"` (LiteRT on a CPU, by
+            XNNPACK), `"litert-reference"` (its built-in kernels, microcontrollers) or
+            `"gpu-delegate"`. Slices and ranks are then such as run there and are not slow there,
+            besides `max_slices` and `rank_multiple`; with calibration data the plan says what
+            that costs. Defaults to None: no constraints.
 
     Returns:
         A `CompressionPlan`. It names every layer that is left alone, and why.
@@ -161,7 +170,7 @@ def select(
         search the exact min–max solver replaces.
     """
     method = choose_method(method, has_data=calibration_data is not None)
-    options = Options(cr, method, objective, error, exclude, max_slices, rank_multiple)
+    options = Options(cr, method, objective, error, exclude, max_slices, rank_multiple, target)
     return select_with(model, options, calibration_data)[0]
 
 
@@ -183,6 +192,7 @@ def select_with(
         candidates, solution = method.solve(tables, problem.budget)
     except InfeasibleBudget as infeasible:
         raise ValueError(problem.unreachable(infeasible.required)) from None
+    output_errors = _output_errors(problem, candidates, solution) if stats else (None, None)
     rows = zip(candidates, solution.indices, strict=True)
     choices = tuple(
         problem.choice(spec, *next(rows)) if spec.reason is None else problem.left_alone(spec)
@@ -201,8 +211,27 @@ def select_with(
         macs_before=macs,
         macs_after=None if macs is None else macs - saved_macs,
         choices=choices,
+        target=options.target,
+        output_error=output_errors[0],
+        output_error_without_target=output_errors[1],
     )
     return plan, stats
+
+
+def _output_errors(
+    problem: Problem, candidates: list[ChoiceTable], solution: Solution
+) -> tuple[float | None, float | None]:
+    """The total error of the layers' outputs with the target's constraints, and without them."""
+    if problem.options.target is None:
+        return None, None
+    free = dataclasses.replace(problem, options=dataclasses.replace(problem.options, target=None))
+    method = get_method(problem.options.method, problem.options.error)
+    solved = (candidates, solution), method.solve(free.tables(method.error), problem.budget)
+    constrained, unconstrained = (
+        sum(float(table.error[row]) for table, row in zip(tables, found.indices, strict=True))
+        for tables, found in solved
+    )
+    return constrained, unconstrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,13 +334,24 @@ class Problem:
     def smallest_cost(self, spec: inspect.LayerSpec) -> int:
         """What a layer's kernel costs in its smallest allowed form."""
         shape = spec.kernel_shape or ()
-        multiple, most = self.options.rank_multiple, self.options.max_slices
+        limits = self.limits(spec)
         sizes = [
-            weights(shape, k, multiple)
+            weights(shape, k, ranks[0])
             for k in divisors(shape[-2])
-            if (most is None or k <= most) and multiple <= full_rank(shape, k)
+            if (ranks := allowed_ranks(shape, k, **limits))
         ]
         return self.cost_per_weight(spec) * min([*sizes, math.prod(shape)])
+
+    def limits(self, spec: inspect.LayerSpec) -> dict[str, Any]:
+        """What the options allow of a layer's slices and ranks, for `allowed_ranks`."""
+        moment = self.moments.get(id(spec.layer))
+        return {
+            "max_slices": self.options.max_slices,
+            "rank_multiple": self.options.rank_multiple,
+            "target": get_target(self.options.target),
+            "depthwise": len(set(getattr(spec.layer, "strides", ()))) <= 1,
+            "blocks": 1 if moment is None else moment.blocks.shape[0],
+        }
 
     @property
     def fixed_cost(self) -> int:
@@ -329,21 +369,23 @@ class Problem:
         return (
             f"cr={self.options.cr} is not reachable for the model '{self.name}' with "
             f"objective={self.options.objective!r}: expected 0 < cr <= "
-            f"{math.floor(best * 1e4) / 1e4:.4f}, with rank {self.options.rank_multiple} "
-            "everywhere. Received: "
+            f"{math.floor(best * 1e4) / 1e4:.4f}, with the smallest allowed choice everywhere "
+            f"({self.described_limits}). Received: "
             f"cr={self.options.cr}. A larger part of it lies in what is left alone: "
             f"{self.fixed_cost:,} of {self.total:,} (see `select(…).summary()`)."
         )
+
+    @property
+    def described_limits(self) -> str:
+        """The options that allow no more choices, for texts."""
+        limits = f"max_slices={self.options.max_slices}, rank_multiple={self.options.rank_multiple}"
+        return limits + (f", target={self.options.target!r}" if self.options.target else "")
 
     def tables(self, error: str) -> list[ChoiceTable]:
         """The choices of every candidate."""
 
         def options(spec: inspect.LayerSpec) -> dict[str, Any]:
-            return {
-                "cost_per_weight": self.cost_per_weight(spec),
-                "max_slices": self.options.max_slices,
-                "rank_multiple": self.options.rank_multiple,
-            }
+            return {"cost_per_weight": self.cost_per_weight(spec), **self.limits(spec)}
 
         candidates = self.candidates
         if self.stats is None:
@@ -368,8 +410,7 @@ class Problem:
             reason = (
                 "the budget leaves it whole"
                 if len(table) > 1
-                else f"no allowed choice is smaller (max_slices={self.options.max_slices}, "
-                f"rank_multiple={self.options.rank_multiple})"
+                else f"no allowed choice is smaller ({self.described_limits})"
             )
             return dataclasses.replace(self.left_alone(spec), reason=reason)
         shape = spec.kernel_shape or ()
@@ -495,6 +536,7 @@ def compress(
     exclude: Any = (),
     max_slices: int | None = None,
     rank_multiple: int = 1,
+    target: str | None = None,
 ) -> Any:
     """Returns a new, smaller model; `model` is untouched.
 
@@ -522,6 +564,7 @@ def compress(
         exclude: As for `select`.
         max_slices: As for `select`.
         rank_multiple: As for `select`.
+        target: As for `select`.
 
     Returns:
         A new model of the same Keras.
@@ -545,10 +588,20 @@ def compress(
         exclude=exclude,
         max_slices=max_slices,
         rank_multiple=rank_multiple,
+        target=target,
     )
     if plan is None:
         method = choose_method(method, has_data=calibration_data is not None)
-        options = Options(cr, method, objective, error, exclude, max_slices, rank_multiple)  # type: ignore[arg-type]
+        options = Options(
+            cr,  # type: ignore[arg-type]
+            method,
+            objective,
+            error,
+            exclude,
+            max_slices,
+            rank_multiple,
+            target,
+        )
         plan, stats = select_with(model, options, calibration_data)
     else:
         check_model(model)

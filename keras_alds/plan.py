@@ -70,6 +70,12 @@ class CompressionPlan:
         macs_before: Multiply–accumulates before, or None unless the objective is `"macs"`.
         macs_after: The same afterwards.
         choices: One `LayerChoice` for every layer that holds weights, in the model's order.
+        target: The runtime that the choices are constrained to, or None.
+        output_error: With calibration data and a target: the sum over the layers of the relative
+            squared error of their outputs, each fed with the original network's inputs. None
+            otherwise.
+        output_error_without_target: The same sum for the choices that would have been made under
+            the same budget without the target's constraints. None otherwise.
         version: Version of the JSON form.
 
     Example:
@@ -90,6 +96,9 @@ class CompressionPlan:
     macs_before: int | None
     macs_after: int | None
     choices: tuple[LayerChoice, ...]
+    target: str | None = None
+    output_error: float | None = None
+    output_error_without_target: float | None = None
     version: int = PLAN_VERSION
 
     @property

@@ -49,6 +49,7 @@ def print_plan(
             f"Total MACs: {_change(plan.macs_before or 0, plan.macs_after or 0)}"
             f" ({plan.reduction('macs'):.2%} removed)"
         )
+    lines += _target_lines(plan)
     lines += [f"{choice.layer}: {choice.note}" for choice in plan.choices if choice.note]
     if without_kernel:
         kinds = ", ".join(sorted({choice.kind for choice in without_kernel}))
@@ -62,6 +63,21 @@ def print_plan(
         f"{plan.cr:.4f} achieved; method={plan.method!r}, error={plan.error_measure!r}"
     )
     print_table(title, columns, rows, lines, print_fn=print_fn, line_length=line_length)
+
+
+def _target_lines(plan: CompressionPlan) -> list[str]:
+    """What the constraints of a plan's target cost, where calibration data were given."""
+    if plan.target is None:
+        return []
+    line = f"Target: {plan.target!r}"
+    own, free = plan.output_error, plan.output_error_without_target
+    if own is None or free is None:
+        return [line]
+    ratio = f" ({own / free:.2f} times)" if free > 0 else ""
+    return [
+        f"{line}; relative error of the layers' outputs, summed: {own:.4f}, and {free:.4f} without "
+        f"its constraints{ratio}. This is no accuracy: measure that with `evaluate`"
+    ]
 
 
 def _is_vector_only(reason: str | None) -> bool:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from keras_alds.core.errors import error_curve, get_error
 from keras_alds.core.slicing import Array, kernel_sizes, weights
 from keras_alds.core.spectra import Float64, Spectra
+from keras_alds.core.targets import Target, allowed_ranks
 
 Int64 = NDArray[np.int64]
 
@@ -133,6 +134,9 @@ def choice_table(
     cost_per_weight: int = 1,
     max_slices: int | None = None,
     rank_multiple: int = 1,
+    target: Target | None = None,
+    depthwise: bool = True,
+    blocks: int = 1,
 ) -> ChoiceTable:
     """Returns the choices of one layer: every (k, j) smaller than the dense kernel, and "keep".
 
@@ -144,6 +148,9 @@ def choice_table(
             output positions P for multiply–accumulates, which are P·j·(k·f + c·κ).
         max_slices: Largest k. Defaults to no limit.
         rank_multiple: Ranks are multiples of this.
+        target: Further constraints on slices and ranks. Defaults to none.
+        depthwise: Whether k = c has a depthwise form; see `Target.ranks`.
+        blocks: Diagonal blocks of the inputs' second moment; see `Target.ranks`.
 
     Returns:
         The `ChoiceTable`, with one row of slices = rank = 0 for the kernel as it is: error 0 and
@@ -170,10 +177,19 @@ def choice_table(
     errors = [np.zeros(1)]
     for k, spectrum in spectra.slices.items():
         per_rank = weights(shape, k, 1)
+        ranks_of_k = allowed_ranks(
+            shape,
+            k,
+            target=target,
+            max_slices=most,
+            rank_multiple=multiple,
+            depthwise=depthwise,
+            blocks=blocks,
+        )
         last = min(spectrum.rank, (dense - 1) // per_rank)
-        if last < multiple or (most is not None and k > most):
+        j = np.array([rank for rank in ranks_of_k if rank <= last], dtype=np.int64)
+        if not j.size:
             continue
-        j = np.arange(multiple, last + 1, multiple, dtype=np.int64)
         slices.append(np.full(j.size, k, np.int64))
         ranks.append(j)
         sizes.append(per_rank * j)

@@ -1,0 +1,236 @@
+"""Targets: which slices and ranks run, and run fast, in the runtime that a model goes to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from keras_alds.core.slicing import full_rank
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime, as constraints on the slices k and the rank j of a layer.
+
+    Every choice that it allows converts and runs there, in float and in int8, and has a form that
+    was measured not to be slow there (for the GPU: that its source code runs as it is). The
+    constraints hold for every layer by itself. Layers that are no 2D or 1D convolutions get k = 1:
+    their sliced forms are batched matrix products or several convolutions.
+
+    Attributes:
+        name: Its name in `TARGETS`.
+        runtime: What runs the model there.
+        rank_multiple: Ranks are multiples of this.
+        narrow: Layers with fewer channels or fewer filters than this are narrow.
+        narrow_rank_multiple: Ranks of narrow layers are multiples of this.
+        slice_channels: Least number c/k of channels of a slice, for 1 < k < c. None: such grouped
+            convolutions are not allowed at all.
+        slice_channel_multiple: For 1 < k < c, c/k is a multiple of this.
+        multipliers: Depth multipliers j that are allowed for k = c, the depthwise form of a 2D
+            convolution: pairs (least number of channels, largest j), ascending. Ranks are then no
+            multiples of `rank_multiple`, since lanes lie along the channels.
+        why: One sentence on where the constraints come from.
+    """
+
+    name: str
+    runtime: str
+    rank_multiple: int
+    narrow: int
+    narrow_rank_multiple: int
+    slice_channels: int | None
+    slice_channel_multiple: int
+    multipliers: tuple[tuple[int, int], ...]
+    why: str
+
+    def ranks(
+        self,
+        kernel_shape: tuple[int, ...],
+        slices: int,
+        *,
+        depthwise: bool = True,
+        blocks: int = 1,
+    ) -> range:
+        """The ranks j that are allowed for a number of slices k.
+
+        Args:
+            kernel_shape: Shape `(*spatial, c, f)` of the dense kernel.
+            slices: Number of slices k, a divisor of c.
+            depthwise: Whether k = c has a depthwise form: not with unequal strides.
+            blocks: Least number of slices that there is: more than 1 for a wide layer whose
+                inputs' second moment is kept in diagonal blocks. It then is allowed in place of
+                k = 1.
+
+        Returns:
+            A range, empty if `slices` is not allowed.
+
+        Example:
+            >>> list(TARGETS["litert"].ranks((3, 3, 32, 24), 2))
+            [4, 8, 12, 16, 20, 24]
+            >>> list(TARGETS["litert"].ranks((3, 3, 32, 24), 32))
+            [1]
+            >>> list(TARGETS["litert-reference"].ranks((3, 3, 32, 24), 2))
+            []
+        """
+        *spatial, channels, filters = kernel_shape
+        most = full_rank(kernel_shape, slices)
+        narrow = min(channels, filters) < self.narrow
+        step = self.narrow_rank_multiple if narrow else self.rank_multiple
+        if slices == 1 or (slices == blocks and len(spatial) not in (1, 2)):
+            return range(step, most + 1, step)
+        if len(spatial) not in (1, 2):
+            return range(0)
+        if slices == channels and len(spatial) == 2 and depthwise:
+            multiplier = max((j for least, j in self.multipliers if channels >= least), default=0)
+            return range(1, min(multiplier, most) + 1)
+        share = channels // slices
+        if (
+            self.slice_channels is None
+            or share < self.slice_channels
+            or share % self.slice_channel_multiple
+        ):
+            return range(0)
+        return range(step, most + 1, step)
+
+    def allows(
+        self,
+        kernel_shape: tuple[int, ...],
+        slices: int,
+        rank: int,
+        *,
+        depthwise: bool = True,
+        blocks: int = 1,
+    ) -> bool:
+        """Whether a choice (k, j) of a layer is allowed.
+
+        Args:
+            kernel_shape: Shape `(*spatial, c, f)` of the dense kernel.
+            slices: Number of slices k.
+            rank: Rank j of every slice.
+            depthwise: As for `ranks`.
+            blocks: As for `ranks`.
+
+        Returns:
+            True if it is.
+
+        Example:
+            >>> TARGETS["gpu-delegate"].allows((3, 3, 64, 64), 8, 6)
+            False
+        """
+        return kernel_shape[-2] % slices == 0 and rank in self.ranks(
+            kernel_shape, slices, depthwise=depthwise, blocks=blocks
+        )
+
+
+TARGETS: Mapping[str, Target] = MappingProxyType(
+    {
+        target.name: target
+        for target in (
+            Target(
+                "litert",
+                runtime="LiteRT on a CPU with XNNPACK, the delegate that it takes by itself",
+                rank_multiple=8,
+                narrow=64,
+                narrow_rank_multiple=4,
+                slice_channels=16,
+                slice_channel_multiple=1,
+                multipliers=((32, 1),),
+                why="measured: slices of fewer than 16 channels, and depth multipliers above 1, "
+                "take up to 11 times the dense layer's time in int8",
+            ),
+            Target(
+                "litert-reference",
+                runtime="LiteRT's built-in kernels without delegate, and LiteRT for "
+                "Microcontrollers",
+                rank_multiple=8,
+                narrow=64,
+                narrow_rank_multiple=4,
+                slice_channels=None,
+                slice_channel_multiple=1,
+                multipliers=((32, 1), (128, 2)),
+                why="measured: grouped convolutions have reference kernels only, 4 to 24 times as "
+                "slow as the dense layer in int8; depthwise ones are optimized",
+            ),
+            Target(
+                "gpu-delegate",
+                runtime="LiteRT's GPU delegate, which leaves what it cannot run to XNNPACK",
+                rank_multiple=8,
+                narrow=64,
+                narrow_rank_multiple=4,
+                slice_channels=16,
+                slice_channel_multiple=4,
+                multipliers=((32, 1),),
+                why="its source code: groups run as they are if channels and ranks of a slice are "
+                "multiples of 4, depthwise convolutions with multiplier 1; not measured here",
+            ),
+        )
+    }
+)
+
+
+def get_target(name: Any) -> Target | None:
+    """Returns a target by its name.
+
+    Args:
+        name: One of the keys of `TARGETS`, or None.
+
+    Returns:
+        The `Target`; None for None.
+
+    Raises:
+        ValueError: If there is no such target.
+
+    Example:
+        >>> get_target("litert").rank_multiple
+        8
+    """
+    if name is None:
+        return None
+    try:
+        return TARGETS[name]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"Expected `target` to be None or one of {', '.join(map(repr, TARGETS))}. "
+            f"Received: target={name!r}"
+        ) from None
+
+
+def allowed_ranks(
+    kernel_shape: tuple[int, ...],
+    slices: int,
+    *,
+    target: Target | None = None,
+    max_slices: int | None = None,
+    rank_multiple: int = 1,
+    depthwise: bool = True,
+    blocks: int = 1,
+) -> range:
+    """The ranks that a target and a user's own limits allow together.
+
+    Args:
+        kernel_shape: Shape `(*spatial, c, f)` of the dense kernel.
+        slices: Number of slices k, a divisor of c.
+        target: Defaults to no constraints.
+        max_slices: Largest k. Defaults to no limit.
+        rank_multiple: Ranks are multiples of this, and of the target's multiple.
+        depthwise: As for `Target.ranks`.
+        blocks: As for `Target.ranks`.
+
+    Returns:
+        A range of ranks from 1 to the full rank of a slice, empty if `slices` is not allowed.
+
+    Example:
+        >>> list(allowed_ranks((1, 1, 64, 64), 1, target=TARGETS["litert"], rank_multiple=12))
+        [24, 48]
+    """
+    if max_slices is not None and slices > max_slices:
+        return range(0)
+    if target is None:
+        return range(rank_multiple, full_rank(kernel_shape, slices) + 1, rank_multiple)
+    ranks = target.ranks(kernel_shape, slices, depthwise=depthwise, blocks=blocks)
+    if not ranks:
+        return ranks
+    step = math.lcm(ranks.step, rank_multiple)
+    return range(step, ranks.stop, step)
