@@ -23,6 +23,7 @@ from keras_alds.rewrite.expand import expand
 from keras_alds.rewrite.in_place import apply_plan
 from keras_alds.rewrite.inspect import count_macs
 from keras_alds.rewrite.observe import CalibrationStats
+from keras_alds.sweep import Sweep, SweepRow, sweep
 
 with contextlib.suppress(ImportError):  # tf_keras is optional; this registers its layers
     from keras_alds import tf_keras as tf_keras
@@ -43,6 +44,8 @@ __all__ = [
     "FactorizedConv2D",
     "FactorizedDense",
     "LayerChoice",
+    "Sweep",
+    "SweepRow",
     "__version__",
     "apply_plan",
     "compress",
@@ -51,6 +54,7 @@ __all__ = [
     "litert",
     "report",
     "select",
+    "sweep",
     "tfmot",
     "to_tf_keras",
 ]

@@ -12,11 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from keras_alds import _backend
 from keras_alds._version import __version__
 from keras_alds.compress import OBJECTIVES, select
 from keras_alds.core.methods import METHODS
 from keras_alds.core.targets import TARGETS
+from keras_alds.sweep import DEFAULT_CRS, check_plots, retrainer, sweep
 
 Commands = Any  # argparse gives this class no public name
 
@@ -97,4 +100,122 @@ def run_plan(arguments: argparse.Namespace) -> None:
         plan.save(arguments.output)
 
 
-COMMANDS: tuple[Callable[[Commands], None], ...] = (add_plan,)
+def add_sweep(commands: Commands) -> None:
+    """`sweep`: methods × ratios → tables and a plot."""
+    parser = commands.add_parser(
+        "sweep",
+        help="compare methods: accuracy against size, as tables and a plot",
+        description="Compresses an image classifier by every method to every ratio, and prints "
+        "the top-1 accuracy in % as Markdown. The .npz file holds x_test and y_test, and for "
+        "calibration or retraining x_train and y_train; the model gets the pixels as they are.",
+    )
+    add_model(parser)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help=".npz file of images and labels")
+    add("--scale", type=float, default=1.0, help="multiply the pixels by this (default: 1)")
+    add("--methods", nargs="+", choices=list(METHODS), help="default: all")
+    add("--crs", type=float, nargs="+", default=DEFAULT_CRS, help="fractions to remove")
+    add("--objective", choices=OBJECTIVES, default=OBJECTIVES[0], help="what the fractions count")
+    add("--exclude", nargs="*", default=[], help="layers to leave alone")
+    add("--max-slices", type=int, help="largest number of slices (default: no limit)")
+    add("--calibration", type=int, default=512, help="unlabelled x_train (default: 512; 0: none)")
+    add("--test", type=int, help="images to test with (default: all)")
+    add("--epochs", type=int, default=0, help="epochs of retraining (default: 0, none)")
+    add("--train", type=int, help="images to retrain with (default: all)")
+    add(
+        "--learning-rates",
+        type=float,
+        nargs="+",
+        default=(0.01, 0.001),
+        help="those of the last epochs of the training, in order: they are gone through again "
+        "(learning-rate rewinding), each for an equal part of --epochs (default: 0.01 0.001)",
+    )
+    add("--batch-size", type=int, default=128, help="images in a batch of retraining")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="crops and flips")
+    add("--csv", type=Path, help="write all figures to this file")
+    add("--markdown", type=Path, help="write the tables to this file")
+    add("--plot", type=Path, help="write the plot to this picture")
+    parser.set_defaults(run=run_sweep)
+
+
+def run_sweep(arguments: argparse.Namespace) -> None:
+    """Runs the command `sweep`."""
+    if arguments.epochs < 0 or arguments.calibration < 0:
+        raise ValueError(
+            "Expected --epochs and --calibration to be 0 or more. "
+            f"Received: {arguments.epochs} and {arguments.calibration}"
+        )
+    if arguments.plot is not None:
+        check_plots()
+    model = read_model(arguments)
+    x_test, y_test = read_images(arguments, "test", arguments.test)
+    logits = scores(model, x_test[:64])
+    from_logits = bool((logits < 0).any() or not np.allclose(logits.sum(-1), 1, atol=1e-3))
+    calibration = retrain = None
+    if arguments.calibration or arguments.epochs:
+        x_train, y_train = read_images(arguments, "train", None)
+        if arguments.calibration:
+            calibration = x_train[: arguments.calibration]
+        if arguments.epochs:
+            retrain = retrainer(
+                x_train[: arguments.train],
+                y_train[: arguments.train],
+                learning_rates=arguments.learning_rates,
+                epochs=arguments.epochs,
+                batch_size=arguments.batch_size,
+                augment=arguments.augment,
+                from_logits=from_logits,
+            )
+
+    result = sweep(
+        model,
+        lambda candidate: 100 * float(np.mean(scores(candidate, x_test).argmax(-1) == y_test)),
+        methods=arguments.methods,
+        crs=arguments.crs,
+        objective=arguments.objective,
+        calibration_data=calibration,
+        retrain=retrain,
+        exclude=arguments.exclude,
+        max_slices=arguments.max_slices,
+    )
+    text = f"No retraining, top-1 in %, {len(x_test):,} images:\n\n{result.to_markdown()}\n"
+    if retrain is not None:
+        text += (
+            f"\nAfter {arguments.epochs} epochs of {len(x_train[: arguments.train]):,} images:\n\n"
+            f"{result.to_markdown(retrained=True)}\n"
+        )
+    print(text, end="")
+    if arguments.csv:
+        result.to_csv(arguments.csv)
+    if arguments.markdown:
+        arguments.markdown.write_text(text, encoding="utf-8")
+    if arguments.plot:
+        result.plot(arguments.plot, label="top-1 accuracy, %")
+
+
+def read_images(arguments: argparse.Namespace, part: str, limit: int | None) -> tuple[Any, Any]:
+    """Images in float32 and their classes from the .npz file of a command."""
+    names = (f"x_{part}", f"y_{part}")
+    with np.load(arguments.data) as file:
+        if missing := [name for name in names if name not in file]:
+            raise ValueError(
+                f"Expected {arguments.data} to hold {' and '.join(names)}. Received: no "
+                + " and no ".join(missing)
+            )
+        x, y = (file[name][:limit] for name in names)
+    return x.astype("float32") * arguments.scale, y.reshape(-1)
+
+
+def scores(model: Any, x: Any) -> Any:
+    """The class scores of a classifier, `[n, classes]`."""
+    outputs = model.predict(x, batch_size=250, verbose=0)
+    if not isinstance(outputs, np.ndarray) or outputs.ndim != 2 or outputs.shape[1] < 2:
+        raise ValueError(
+            "Expected a classifier with one score for each class. Received: outputs of shape "
+            f"{getattr(outputs, 'shape', type(outputs).__name__)}. Use `keras_alds.sweep` with an "
+            "`evaluate` of your own."
+        )
+    return outputs
+
+
+COMMANDS: tuple[Callable[[Commands], None], ...] = (add_plan, add_sweep)

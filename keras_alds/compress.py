@@ -17,7 +17,7 @@ from keras_alds import _backend
 from keras_alds.core.calibration import SecondMoment
 from keras_alds.core.choices import ChoiceTable, choice_table
 from keras_alds.core.errors import get_error
-from keras_alds.core.methods import METHODS, choose_method, get_method
+from keras_alds.core.methods import METHODS, Method, choose_method, get_method
 from keras_alds.core.slicing import divisors, weights
 from keras_alds.core.solvers import InfeasibleBudget, Solution
 from keras_alds.core.spectra import Spectra, spectra_many
@@ -187,7 +187,7 @@ def select_with(
         stats = calibration_stats(model, calibration_data, verbose=verbose)
         problem = problem.calibrated(model, stats)
     method = get_method(options.method, options.error)
-    tables = problem.tables(method.error)
+    tables = problem.tables(method)
     try:
         candidates, solution = method.solve(tables, problem.budget)
     except InfeasibleBudget as infeasible:
@@ -226,7 +226,7 @@ def _output_errors(
         return None, None
     free = dataclasses.replace(problem, options=dataclasses.replace(problem.options, target=None))
     method = get_method(problem.options.method, problem.options.error)
-    solved = (candidates, solution), method.solve(free.tables(method.error), problem.budget)
+    solved = (candidates, solution), method.solve(free.tables(method), problem.budget)
     constrained, unconstrained = (
         sum(float(table.error[row]) for table, row in zip(tables, found.indices, strict=True))
         for tables, found in solved
@@ -309,7 +309,32 @@ class Problem:
             else dataclasses.replace(spec, reason="no calibration example reaches it")
             for spec in self.specs
         ]
+        specs = [self.principal(spec, moments) for spec in specs]
         return dataclasses.replace(self, specs=specs, stats=stats, moments=moments)
+
+    def principal(
+        self, spec: inspect.LayerSpec, moments: dict[int, SecondMoment]
+    ) -> inspect.LayerSpec:
+        """A candidate, left alone if its principal components are wanted and not known.
+
+        Raises:
+            ValueError: If the statistics hold no means.
+        """
+        if spec.reason or not METHODS[self.options.method].centred:
+            return spec
+        moment = moments[id(spec.layer)]
+        if moment.mean is None:
+            raise ValueError(
+                f"Expected calibration statistics with means, for the method "
+                f"{self.options.method!r}. Received: older ones without. Collect them anew."
+            )
+        if (count := moment.blocks.shape[0]) == 1:
+            return spec
+        return dataclasses.replace(
+            spec,
+            reason=f"its second moment is kept in {count} blocks, and the method "
+            f"{self.options.method!r} needs all of it",
+        )
 
     @property
     def candidates(self) -> list[inspect.LayerSpec]:
@@ -326,6 +351,11 @@ class Problem:
         if self.macs is None:
             return 1
         return self.macs.get(id(spec.layer), 0) // math.prod(spec.kernel_shape or ())
+
+    def added_params(self, spec: inspect.LayerSpec) -> int:
+        """Parameters that the method adds to a factorized layer: a bias that it has not."""
+        adds = METHODS[self.options.method].centred and not spec.layer.use_bias
+        return (spec.kernel_shape or (0,))[-1] if adds else 0
 
     def dense_cost(self, spec: inspect.LayerSpec) -> int:
         """What a layer's kernel costs as it is."""
@@ -381,11 +411,17 @@ class Problem:
         limits = f"max_slices={self.options.max_slices}, rank_multiple={self.options.rank_multiple}"
         return limits + (f", target={self.options.target!r}" if self.options.target else "")
 
-    def tables(self, error: str) -> list[ChoiceTable]:
+    def tables(self, method: Method) -> list[ChoiceTable]:
         """The choices of every candidate."""
+        error = method.error
 
         def options(spec: inspect.LayerSpec) -> dict[str, Any]:
-            return {"cost_per_weight": self.cost_per_weight(spec), **self.limits(spec)}
+            return {
+                "cost_per_weight": self.cost_per_weight(spec),
+                "added_cost": self.added_params(spec) if self.macs is None else 0,
+                "near_slices": method.near_slices,
+                **self.limits(spec),
+            }
 
         candidates = self.candidates
         if self.stats is None:
@@ -396,7 +432,8 @@ class Problem:
             {
                 spec.path: (digest, kernel, self.moments[id(spec.layer)])
                 for spec, (digest, kernel) in kernels
-            }
+            },
+            centred=method.centred,
         )
         return [
             choice_table(found, error=error, **options(spec))
@@ -415,13 +452,14 @@ class Problem:
             return dataclasses.replace(self.left_alone(spec), reason=reason)
         shape = spec.kernel_shape or ()
         saved = math.prod(shape) - weights(shape, slices, rank)
+        added = self.added_params(spec)
         macs = None if self.macs is None else self.macs.get(id(spec.layer), 0)
         return dataclasses.replace(
             self.left_alone(spec),
             slices=slices,
             rank=rank,
             scheme=int(table.scheme[row]),
-            params_after=spec.params - saved,
+            params_after=spec.params - saved + added,
             macs_after=None if macs is None else macs - saved * self.cost_per_weight(spec),
             error=float(table.error[row]),
             reason=None,

@@ -59,19 +59,26 @@ class SecondMoment:
         blocks: Array `[b, n/b, n/b]` of float64, n = c·κ: b = 1 for all of S. Rows are
             channel-major as those of `keras_alds.core.slicing.unfold`.
         count: Number of inputs x that were averaged.
+        mean: E[x], array `[n]` of float64 in the same order, or None if it is not known.
 
     Raises:
-        ValueError: If `blocks` are no square matrices.
+        ValueError: If `blocks` are no square matrices, or `mean` has another length.
     """
 
     blocks: Float64
     count: int
+    mean: Float64 | None = None
 
     def __post_init__(self) -> None:
         if self.blocks.ndim != 3 or self.blocks.shape[1] != self.blocks.shape[2]:
             raise ValueError(
                 "Expected the blocks of a second moment, [b, n/b, n/b]. "
                 f"Received: blocks.shape={self.blocks.shape}"
+            )
+        if self.mean is not None and self.mean.shape != (self.side,):
+            raise ValueError(
+                f"Expected the mean of {self.side} unfolded inputs. "
+                f"Received: mean.shape={self.mean.shape}"
             )
         self.blocks.setflags(write=False)
 
@@ -157,6 +164,7 @@ class MomentAccumulator:
         side = channels // b * kappa
         # Position-major while adding: a copy of a patch is κ runs of c channels.
         self._sums = np.zeros((b, side, side))
+        self._total = np.zeros((kappa, channels))
         self._pending: list[Array] = []
         self._pending_rows = 0
 
@@ -180,20 +188,22 @@ class MomentAccumulator:
             executor: A pool of threads.
         """
         self._add_pending()
-        for sums, count in executor.map(self._part_sum, parts):
+        for sums, total, count in executor.map(self._part_sum, parts):
             self._sums += sums
+            self._total += total
             self.count += count
 
     def _add_pending(self) -> None:
         if self._pending:
-            self.count += self._add_to(self._sums, [np.concatenate(self._pending)])
+            chunks = [np.concatenate(self._pending)]
+            self.count += self._add_to(self._sums, self._total, chunks)
             self._pending, self._pending_rows = [], 0
 
-    def _part_sum(self, chunks: Iterable[Array]) -> tuple[Float64, int]:
-        sums = np.zeros_like(self._sums)
-        return sums, self._add_to(sums, chunks)
+    def _part_sum(self, chunks: Iterable[Array]) -> tuple[Float64, Float64, int]:
+        sums, total = np.zeros_like(self._sums), np.zeros_like(self._total)
+        return sums, total, self._add_to(sums, total, chunks)
 
-    def _add_to(self, sums: Float64, chunks: Iterable[Array]) -> int:
+    def _add_to(self, sums: Float64, total: Float64, chunks: Iterable[Array]) -> int:
         count = 0
         b, side = sums.shape[:2]
         with single_threaded_blas():
@@ -203,6 +213,7 @@ class MomentAccumulator:
                 for i in range(b):
                     part = blocks[:, :, i].reshape(rows, side)
                     sums[i] += part.T @ part
+                total += chunk.reshape(rows, *total.shape).sum(axis=0, dtype=np.float64)
                 count += rows
         return count
 
@@ -221,7 +232,7 @@ class MomentAccumulator:
         for i in range(b):  # one by one and in place: wide layers have large blocks
             block = blocks[i][np.ix_(order, order)] / (2 * self.count)
             np.add(block, block.T, out=blocks[i])
-        return SecondMoment(blocks, self.count)
+        return SecondMoment(blocks, self.count, self._total.T.ravel() / self.count)
 
 
 def patch_chunks(
@@ -332,7 +343,7 @@ def output_spectra(
         >>> round(output_spectra(np.eye(3), moment).norm, 4)
         2.0
     """
-    kernel = _check(kernel, moment)
+    kernel = check_moment(kernel, moment)
     b = moment.blocks.shape[0]
     wanted = tuple(k for k in (slices or divisors(kernel.shape[-2])) if k % b == 0)
     with single_threaded_blas():
@@ -370,7 +381,8 @@ def output_spectra_many(
             return list(pool.map(output_spectra, kernels, moments))
 
 
-def _check(kernel: Array, moment: SecondMoment) -> Array:
+def check_moment(kernel: Array, moment: SecondMoment) -> Array:
+    """Returns the kernel as an array, or raises `ValueError` if the moment is not its inputs'."""
     kernel = check_kernel(kernel)
     c, kappa, _ = kernel_sizes(kernel.shape)
     if moment.side != c * kappa or c % moment.blocks.shape[0]:
@@ -448,7 +460,7 @@ def factorize_outputs(
         >>> encoder.shape, decoder.shape
         ((2, 2), (2, 4))
     """
-    kernel = _check(kernel, moment)
+    kernel = check_moment(kernel, moment)
     check_slices(slices, kernel.shape[-2])
     if slices % moment.blocks.shape[0]:
         raise ValueError(
@@ -471,7 +483,7 @@ def factorize_outputs(
             ]
         )
         decoders = refit_decoder(encoders, matrices, moment)
-        encoders, decoders = _balance(encoders, decoders)
+        encoders, decoders = balance(encoders, decoders)
     encoder = fold_encoder(encoders, kernel.shape[:-2]).astype(dtype)
     return encoder, decoders.reshape(slices * rank, -1).astype(dtype)
 
@@ -534,8 +546,16 @@ def _solve(gram: Float64, right: Float64) -> Float64:
         return vectors @ (inverse[:, None] * (vectors.T @ right))
 
 
-def _balance(encoders: Float64, decoders: Float64) -> tuple[Float64, Float64]:
-    """Splits √σ of every product E_i D_i to both sides; the product stays."""
+def balance(encoders: Float64, decoders: Float64) -> tuple[Float64, Float64]:
+    """Splits √σ of every product E_i D_i to both sides; the product stays.
+
+    Args:
+        encoders: Array `[k, (c/k)·κ, j]`.
+        decoders: Array `[k, j, f]`.
+
+    Returns:
+        The balanced encoders and decoders; signs are fixed as in `spectra.factorize`.
+    """
     left, right = np.empty_like(encoders), np.empty_like(decoders)
     for i, (encoder, decoder) in enumerate(zip(encoders, decoders, strict=True)):
         basis, triangle = np.linalg.qr(encoder)
@@ -566,7 +586,7 @@ def output_error(kernel: Array, approximation: Array, moment: SecondMoment) -> f
         >>> round(output_error(np.eye(2), np.diag([1.0, 0.0]), moment), 4)
         0.25
     """
-    kernel = _check(kernel, moment)
+    kernel = check_moment(kernel, moment)
     if approximation.shape != kernel.shape:
         raise ValueError(
             f"Expected an approximation of shape {kernel.shape}. "

@@ -51,6 +51,7 @@ class ChoiceTable:
     Attributes:
         slices: Array `[n]` of int64: number of channel slices k, 0 where the layer is kept.
         rank: Array `[n]` of int64: rank j of every slice, 0 where the layer is kept.
+        full_rank: Array `[n]` of int64: full rank of such a slice, 0 where the layer is kept.
         scheme: Array `[n]` of int64: fold scheme.
         weights: Array `[n]` of int64: weights of the kernels.
         cost: Array `[n]` of int64: what the choice takes of a budget.
@@ -62,6 +63,7 @@ class ChoiceTable:
 
     slices: Int64
     rank: Int64
+    full_rank: Int64
     scheme: Int64
     weights: Int64
     cost: Int64
@@ -132,7 +134,9 @@ def choice_table(
     error: str = "slice",
     kernel: Array | None = None,
     cost_per_weight: int = 1,
+    added_cost: int = 0,
     max_slices: int | None = None,
+    near_slices: int | None = None,
     rank_multiple: int = 1,
     target: Target | None = None,
     depthwise: bool = True,
@@ -146,7 +150,11 @@ def choice_table(
         kernel: The kernel, `[*spatial, c, f]`; needed by the error `"spectral"` only.
         cost_per_weight: Cost of one weight, a positive integer: 1 for parameters, the number of
             output positions P for multiply–accumulates, which are P·j·(k·f + c·κ).
+        added_cost: What every factorized form costs beside its weights, such as a bias that the
+            dense layer has not. Choices that then cost as much as the kernel are left out.
         max_slices: Largest k. Defaults to no limit.
+        near_slices: Only the k nearest to this number, the smaller one of two; for 1 no other
+            one. Defaults to all.
         rank_multiple: Ranks are multiples of this.
         target: Further constraints on slices and ranks. Defaults to none.
         depthwise: Whether k = c has a depthwise form; see `Target.ranks`.
@@ -169,14 +177,12 @@ def choice_table(
     unit = _positive("cost_per_weight", cost_per_weight)
     multiple = _positive("rank_multiple", rank_multiple)
     most = None if max_slices is None else _positive("max_slices", max_slices)
+    near = None if near_slices is None else _positive("near_slices", near_slices)
     shape = spectra.kernel_shape
     c, kappa, f = kernel_sizes(shape)
     dense = c * kappa * f
-
-    slices, ranks, sizes = [np.zeros(1, np.int64)], [np.zeros(1, np.int64)], [np.array([dense])]
-    errors = [np.zeros(1)]
+    offered: dict[int, Int64] = {}
     for k, spectrum in spectra.slices.items():
-        per_rank = weights(shape, k, 1)
         ranks_of_k = allowed_ranks(
             shape,
             k,
@@ -186,21 +192,30 @@ def choice_table(
             depthwise=depthwise,
             blocks=blocks,
         )
-        last = min(spectrum.rank, (dense - 1) // per_rank)
+        last = min(spectrum.rank, (dense - added_cost // unit - 1) // weights(shape, k, 1))
         j = np.array([rank for rank in ranks_of_k if rank <= last], dtype=np.int64)
-        if not j.size:
-            continue
+        if j.size and (near != 1 or k == 1):
+            offered[k] = j
+    if near is not None and offered:
+        nearest = min(offered, key=lambda k: (abs(k - near), k))
+        offered = {nearest: offered[nearest]}
+
+    slices, ranks, sizes = [np.zeros(1, np.int64)], [np.zeros(1, np.int64)], [np.array([dense])]
+    full, errors = [np.zeros(1, np.int64)], [np.zeros(1)]
+    for k, j in offered.items():
         slices.append(np.full(j.size, k, np.int64))
         ranks.append(j)
-        sizes.append(per_rank * j)
-        errors.append(error_curve(spectra, error, k, kernel, max_rank=last)[j])
+        full.append(np.full(j.size, spectra.slices[k].rank, np.int64))
+        sizes.append(weights(shape, k, 1) * j)
+        errors.append(error_curve(spectra, error, k, kernel, max_rank=int(j[-1]))[j])
     size = np.concatenate(sizes).astype(np.int64)
     table = ChoiceTable(
         slices=np.concatenate(slices),
         rank=np.concatenate(ranks),
+        full_rank=np.concatenate(full),
         scheme=np.zeros(size.size, np.int64),
         weights=size,
-        cost=size * unit,
+        cost=size * unit + np.where(np.concatenate(slices) > 0, added_cost, 0),
         error=np.concatenate(errors),
     )
     return table.take(np.lexsort((table.rank, table.slices, table.error, table.cost)))

@@ -8,8 +8,9 @@ With σ_m(W_i) the singular values of slice i and σ_1(W) that of the whole unfo
 | `"bound"` | √k · `"slice"`, Theorem 1 of arXiv 2107.11442 |
 | `"spectral"` | √λ_max(Σ_i Σ_{m>j} σ²_{i,m} v_{i,m} v_{i,m}ᵀ) / σ_1(W), exact |
 | `"energy"` | Σ_i Σ_{m>j} σ²_{i,m} / ‖W‖²_F, exact |
+| `"residual"` | Σ_i Σ_{m>j} σ²_{i,m}, exact; the only one that is not relative |
 
-All are relative, and 0 at the full rank of every slice and for a kernel of zeros.
+The others are relative, and 0 at the full rank of every slice and for a kernel of zeros.
 """
 
 from __future__ import annotations
@@ -62,6 +63,10 @@ def _bound_error(spectra: Spectra, k: int, kernel: Array | None, max_rank: int) 
 
 def _energy_error(spectra: Spectra, k: int, kernel: Array | None, max_rank: int) -> Float64:
     return _relative(spectra.slices[k].residual_energy[: max_rank + 1], spectra.energy)
+
+
+def _residual_error(spectra: Spectra, k: int, kernel: Array | None, max_rank: int) -> Float64:
+    return spectra.slices[k].residual_energy[: max_rank + 1]
 
 
 def _spectral_error(spectra: Spectra, k: int, kernel: Array | None, max_rank: int) -> Float64:
@@ -177,7 +182,10 @@ ERRORS: Mapping[str, ErrorMeasure] = MappingProxyType(
             ),
             ErrorMeasure("bound", _bound_error, False, "√k times the slice error (Theorem 1)"),
             ErrorMeasure("spectral", _spectral_error, True, "operator norm of the residual"),
-            ErrorMeasure("energy", _energy_error, False, "squared Frobenius norm of the residual"),
+            ErrorMeasure(
+                "energy", _energy_error, False, "squared Frobenius norm of the residual, relative"
+            ),
+            ErrorMeasure("residual", _residual_error, False, "the same, not relative"),
         )
     }
 )

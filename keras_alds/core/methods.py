@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 
 from keras_alds.core.choices import ChoiceTable
 from keras_alds.core.errors import get_error
+from keras_alds.core.scalars import (
+    energy_drops,
+    errors_of_ranks,
+    fractions_of_rank,
+    hull_rates,
+    one_scalar,
+)
 from keras_alds.core.solvers import Solution, min_max_ranks, min_sum
 
 
@@ -28,15 +36,18 @@ class Method:
     """A way to choose: an error measure, the candidates of every layer, and a solver.
 
     A new method is a new entry of `METHODS`. A method that does not optimise, such as one ratio
-    for all layers, brings its own `candidates` and `solver`.
+    for all layers, brings its own `candidates` and `solver` (see `keras_alds.core.scalars`).
 
     Attributes:
         name: Its name in `METHODS`.
         error: Error measure of its choices; one of the keys of `keras_alds.core.errors.ERRORS`.
         solver: `solver(candidates, budget)` returns a `Solution` that is within the budget.
         candidates: Reduces the tables of all layers to what `solver` chooses from.
-        max_slices: Largest k that the method allows. Defaults to no limit.
+        near_slices: The method takes only the number of slices k that is nearest to this one.
+            Defaults to all.
         needs_data: Whether it needs calibration data.
+        centred: Whether it works on the principal components of centred outputs, and so gives
+            every layer that it factorizes a bias.
         summary: One line for messages and documentation.
     """
 
@@ -44,8 +55,9 @@ class Method:
     error: str
     solver: Callable[[Sequence[ChoiceTable], int], Solution]
     candidates: Callable[[Sequence[ChoiceTable]], list[ChoiceTable]] = pareto_fronts
-    max_slices: int | None = None
+    near_slices: int | None = None
     needs_data: bool = False
+    centred: bool = False
     summary: str = ""
 
     def solve(
@@ -54,7 +66,8 @@ class Method:
         """Picks one choice a layer.
 
         Args:
-            tables: One table a layer, from `choice_table` with this method's error.
+            tables: One table a layer, from `choice_table` with this method's `error` and
+                `near_slices`.
             budget: Largest total cost, an integer.
 
         Returns:
@@ -99,6 +112,66 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 solver=min_sum,
                 needs_data=True,
                 summary="least sum of relative squared errors of the layers' outputs on data",
+            ),
+            # What the paper compares with, and its ablations. What one scalar leaves of the
+            # budget is not spent: another rank in one layer alone would be another method.
+            Method(
+                "svd",
+                error="energy",
+                solver=partial(one_scalar, chain=fractions_of_rank),
+                candidates=list,
+                near_slices=1,
+                summary="the same fraction of the full rank in every layer, one slice",
+            ),
+            Method(
+                "svd-energy",
+                error="energy",
+                solver=partial(one_scalar, chain=errors_of_ranks),
+                candidates=list,
+                near_slices=1,
+                summary="the same part of the squared singular values in every layer, one slice",
+            ),
+            Method(
+                "l-rank",
+                error="residual",
+                solver=partial(one_scalar, chain=hull_rates),
+                candidates=list,
+                near_slices=1,
+                summary="least λ·cost + squared error of every layer, one λ, one slice",
+            ),
+            Method(
+                "pca",
+                error="energy",
+                solver=partial(one_scalar, chain=energy_drops),
+                candidates=list,
+                near_slices=1,
+                needs_data=True,
+                centred=True,
+                summary="principal components of the layers' outputs on data, one slice",
+            ),
+            Method(
+                "alds-error",
+                error="slice",
+                solver=min_max_ranks,
+                candidates=list,
+                near_slices=3,
+                summary='ranks as "alds" chooses them, for slices nearest to 3',
+            ),
+            Method(
+                "alds-simple",
+                error="slice",
+                solver=partial(one_scalar, chain=fractions_of_rank),
+                candidates=list,
+                near_slices=3,
+                summary="the same fraction of the full rank in every layer, slices nearest to 3",
+            ),
+            Method(
+                "alds-simple-5",
+                error="slice",
+                solver=partial(one_scalar, chain=fractions_of_rank),
+                candidates=list,
+                near_slices=5,
+                summary="the same fraction of the full rank in every layer, slices nearest to 5",
             ),
         )
     }

@@ -303,7 +303,7 @@ def min_sum(fronts: Sequence[Front], budget: int) -> Solution:
     left = budget - sum(int(cost[0]) for cost, _ in columns)
     layers, targets, steps, gains = [], [], [], []
     for n, (cost, error) in enumerate(columns):
-        hull = _lower_hull(cost, error)
+        hull = lower_hull(cost, error)
         layers.append(np.full(hull.size - 1, n))
         targets.append(hull[1:])
         steps.append(np.diff(cost[hull]))
@@ -401,8 +401,16 @@ def _exchange(
     return picks
 
 
-def _lower_hull(cost: NDArray[np.int64], error: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Rows of a front on its lower convex hull (monotone chain)."""
+def lower_hull(cost: NDArray[np.int64], error: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Returns the rows of a front that are on its lower convex hull (monotone chain).
+
+    Args:
+        cost: Costs, strictly ascending.
+        error: Errors, strictly descending.
+
+    Returns:
+        Their indices, ascending.
+    """
     hull: list[int] = []
     x, y = cost.tolist(), error.tolist()
     for i in range(len(x)):
@@ -442,11 +450,16 @@ def _check(fronts: Sequence[Front]) -> list[_Columns]:
     return columns
 
 
-def _check_budget(columns: list[_Columns], budget: int) -> int:
+def check_budget(budget: int) -> int:
+    """Returns the budget as an integer, or raises `ValueError` if it is none."""
     try:
-        number = operator.index(budget)
+        return operator.index(budget)
     except TypeError:
         raise ValueError(f"Expected an integer budget. Received: budget={budget!r}") from None
+
+
+def _check_budget(columns: list[_Columns], budget: int) -> int:
+    number = check_budget(budget)
     required = sum(int(cost[0]) for cost, _ in columns)
     if required > number:
         raise InfeasibleBudget(required, number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 
 from keras_alds import _backend
 from keras_alds.core.calibration import SecondMoment, factorize_outputs
+from keras_alds.core.methods import METHODS
+from keras_alds.core.pca import factorize_pca
 from keras_alds.core.spectra import factorize
 from keras_alds.plan import CompressionPlan, LayerChoice
 from keras_alds.rewrite import inspect, wrappers
@@ -19,11 +22,15 @@ from keras_alds.rewrite.optimizer import carry_optimizers
 
 @dataclasses.dataclass(frozen=True)
 class Replacement:
-    """A layer, the factorized layer that it is to become, and the plan's choice for it."""
+    """A layer, the factorized layer that it is to become, and the plan's choice for it.
+
+    `bias` holds new values for the layer's bias, which stays the same variable; None keeps them.
+    """
 
     layer: Any
     factorized: Any
     choice: LayerChoice
+    bias: np.ndarray | None = None
 
 
 def apply_plan(model: Any, plan: CompressionPlan, *, calibration_data: Any = None) -> None:
@@ -70,6 +77,10 @@ def apply_plan(model: Any, plan: CompressionPlan, *, calibration_data: Any = Non
         kernels = [replacement.layer.kernel for replacement in replacements]
         for replacement in replacements:  # one by one: a failure undoes those before it
             undo += [backend.transplant(replacement.layer, replacement.factorized)]
+            if replacement.bias is not None:
+                bias = replacement.layer.bias
+                undo += [functools.partial(bias.assign, backend.value(bias))]
+                bias.assign(replacement.bias)
         factorized = {
             id(kernel): replacement.layer
             for kernel, replacement in zip(kernels, replacements, strict=True)
@@ -98,13 +109,10 @@ def prepare(
     """
     backend = _backend.backend_of(model)
     moments = {} if stats is None else stats.match(model)
+    centred = plan.method in METHODS and METHODS[plan.method].centred
     with backend.creation_scope(model):
         return [
-            Replacement(
-                spec.layer,
-                factorized_layer(spec.layer, choice, moments.get(id(spec.layer))),
-                choice,
-            )
+            replacement(spec.layer, choice, moments.get(id(spec.layer)), centred=centred)
             for spec, choice in match(model, plan)
             if choice.factorized
         ]
@@ -181,6 +189,17 @@ def factorized_layer(layer: Any, choice: LayerChoice, moment: SecondMoment | Non
     Settings carry over: regularizers apply to each factor. With the second moment of the layer's
     inputs the factors keep its outputs best, without it they are nearest to its kernel.
     """
+    return replacement(layer, choice, moment).factorized
+
+
+def replacement(
+    layer: Any,
+    choice: LayerChoice,
+    moment: SecondMoment | None = None,
+    *,
+    centred: bool = False,
+) -> Replacement:
+    """As `factorized_layer`; `centred` asks for principal components, which need a bias."""
     kind = inspect.stock_kind(layer)
     if choice.slices is None or choice.rank is None or kind is None:
         raise ValueError(
@@ -194,7 +213,7 @@ def factorized_layer(layer: Any, choice: LayerChoice, moment: SecondMoment | Non
         "slices": choice.slices,
         "rank": choice.rank,
         "activation": layer.activation,
-        "use_bias": layer.use_bias,
+        "use_bias": layer.use_bias or centred,
         # The values are assigned below; an initializer of the kernel may know its shape.
         "encoder_initializer": "zeros",
         "decoder_initializer": "zeros",
@@ -233,12 +252,16 @@ def factorized_layer(layer: Any, choice: LayerChoice, moment: SecondMoment | Non
         for factor in (factorized.encoder, factorized.decoder):
             backend.copy_trainable(layer.kernel, factor)
     kernel = inspect.kernel_values(layer)
-    if moment is None or choice.slices % moment.blocks.shape[0]:
+    bias = backend.value(layer.bias) if layer.use_bias else None
+    new_bias = None
+    if centred and moment is not None:
+        encoder, decoder, new_bias = factorize_pca(kernel, moment, choice.rank, bias)
+    elif moment is None or choice.slices % moment.blocks.shape[0]:
         encoder, decoder = factorize(kernel, choice.slices, choice.rank)
     else:
         encoder, decoder = factorize_outputs(kernel, moment, choice.slices, choice.rank)
     factorized.encoder.assign(encoder)
     factorized.decoder.assign(np.reshape(decoder, tuple(factorized.decoder.shape)))
-    if layer.use_bias:
-        factorized.bias.assign(backend.value(layer.bias))
-    return factorized
+    if new_bias is not None or bias is not None:
+        factorized.bias.assign(bias if new_bias is None else new_bias)
+    return Replacement(layer, factorized, choice, new_bias if layer.use_bias else None)

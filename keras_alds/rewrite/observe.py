@@ -26,6 +26,7 @@ from keras_alds.core.calibration import (
     output_spectra_many,
     patch_chunks,
 )
+from keras_alds.core.pca import centred_spectra
 from keras_alds.core.slicing import Array, kernel_sizes
 from keras_alds.core.spectra import Spectra
 from keras_alds.rewrite import inspect
@@ -85,7 +86,7 @@ class CalibrationStats:
         self.kernel_shapes = MappingProxyType(dict(kernel_shapes))
         self.examples = examples
         self.fingerprint = fingerprint
-        self._spectra: dict[str, tuple[bytes, Spectra]] = {}
+        self._spectra: dict[tuple[str, bool], tuple[bytes, Spectra]] = {}
 
     def __repr__(self) -> str:
         return f"<CalibrationStats of {len(self.moments)} layers, {self.examples} examples>"
@@ -188,11 +189,14 @@ class CalibrationStats:
             f"has {len(specs)} that can be factorized, or other kernels. Collect them anew."
         )
 
-    def spectra(self, kernels: Mapping[str, tuple[bytes, Array, SecondMoment]]) -> list[Spectra]:
+    def spectra(
+        self, kernels: Mapping[str, tuple[bytes, Array, SecondMoment]], *, centred: bool = False
+    ) -> list[Spectra]:
         """The spectra of the outputs of some layers, kept for the next call.
 
         Args:
             kernels: `{path: (digest of the kernel, kernel, its moment)}`.
+            centred: Whether the outputs' means are taken off them (`core.pca`).
 
         Returns:
             One `Spectra` a layer, in order.
@@ -200,12 +204,17 @@ class CalibrationStats:
         new = {
             path: value
             for path, value in kernels.items()
-            if path not in self._spectra or self._spectra[path][0] != value[0]
+            if self._spectra.get((path, centred), (b"",))[0] != value[0]
         }
-        found = output_spectra_many([k for _, k, _ in new.values()], [m for *_, m in new.values()])
+        matrices, moments = [k for _, k, _ in new.values()], [m for *_, m in new.values()]
+        found = (
+            [centred_spectra(k, m) for k, m in zip(matrices, moments, strict=True)]
+            if centred
+            else output_spectra_many(matrices, moments)
+        )
         for path, spectra in zip(new, found, strict=True):
-            self._spectra[path] = (new[path][0], spectra)
-        return [self._spectra[path][1] for path in kernels]
+            self._spectra[path, centred] = (new[path][0], spectra)
+        return [self._spectra[path, centred][1] for path in kernels]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the statistics to `path`, an .npz file."""
@@ -219,6 +228,9 @@ class CalibrationStats:
             "counts": {name: moment.count for name, moment in reached},
         }
         arrays = {f"blocks_{n}": moment.blocks for n, (_, moment) in enumerate(reached)}
+        for n, (_, moment) in enumerate(reached):
+            if moment.mean is not None:
+                arrays[f"mean_{n}"] = moment.mean
         with open(path, "wb") as file:
             np.savez(file, meta=np.array(json.dumps(meta)), **arrays)  # type: ignore[arg-type]
 
@@ -246,7 +258,8 @@ class CalibrationStats:
                 )
             moments: dict[str, SecondMoment | None] = {name: None for name, _ in meta["layers"]}
             for n, (name, count) in enumerate(meta["counts"].items()):
-                moments[name] = SecondMoment(file[f"blocks_{n}"], int(count))
+                mean = file.get(f"mean_{n}")  # older files have none
+                moments[name] = SecondMoment(file[f"blocks_{n}"], int(count), mean)
         return cls(
             moments,
             {name: tuple(shape) for name, shape in meta["layers"]},

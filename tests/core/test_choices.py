@@ -19,6 +19,7 @@ def table_of(rows):
     return ChoiceTable(
         slices=slices,
         rank=rank,
+        full_rank=rank,
         scheme=np.zeros(len(rows), np.int64),
         weights=cost,
         cost=cost,
@@ -129,4 +130,4 @@ def test_bad_tables_and_errors():
         choice_table(spectra(kernel_of((2, 2))), error="nope")
     column = np.zeros(2, np.int64)
     with pytest.raises(ValueError, match="one length"):
-        ChoiceTable(column, column, column, column, column, np.zeros(3))
+        ChoiceTable(column, column, column, column, column, column, np.zeros(3))

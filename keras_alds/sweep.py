@@ -1,0 +1,360 @@
+"""`sweep`: methods × ratios → a table and a plot of accuracy against size."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from rich.progress import Progress
+
+from keras_alds import _backend
+from keras_alds.compress import check_cr, check_model, compress, select
+from keras_alds.core.methods import METHODS, get_method
+from keras_alds.rewrite.observe import calibration_stats
+
+DEFAULT_CRS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+DENSE = "dense"
+_MARKERS = "osD^v<>PX*pd"
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepRow:
+    """One compressed model of a sweep, or the model itself (`method="dense"`, `cr=0`).
+
+    Attributes:
+        method: Name of the method.
+        cr: The fraction that was asked to be removed.
+        removed: The fraction that was removed; None if `cr` is not reachable.
+        params: Parameters that are left; None if `cr` is not reachable.
+        score: What `evaluate` gave right after the compression.
+        retrained: What it gave after retraining; None without.
+        seconds: Time to select and to compress, without calibration and evaluation.
+        note: Why there are no figures, or None.
+    """
+
+    method: str
+    cr: float
+    removed: float | None
+    params: int | None
+    score: float | None
+    retrained: float | None
+    seconds: float | None
+    note: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """The figures of `sweep`.
+
+    Attributes:
+        rows: The dense model, then one row for every method and ratio.
+        objective: What the ratios count: `"params"` or `"macs"`.
+        name: The model's name.
+
+    Example:
+    ```python
+    accuracy = lambda model: float((model.predict(x, verbose=0).argmax(-1) == y).mean())
+    result = keras_alds.sweep(model, accuracy, crs=[0.3, 0.5], methods=["alds", "svd"], verbose=0)
+    print(result.to_markdown())
+    result.to_csv("sweep.csv")
+    ```
+    """
+
+    rows: tuple[SweepRow, ...]
+    objective: str
+    name: str
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods, in the order of the sweep."""
+        return tuple(dict.fromkeys(row.method for row in self.rows if row.method != DENSE))
+
+    @property
+    def crs(self) -> tuple[float, ...]:
+        """The ratios, in the order of the sweep."""
+        return tuple(dict.fromkeys(row.cr for row in self.rows if row.method != DENSE))
+
+    @property
+    def dense(self) -> SweepRow:
+        """The row of the model itself."""
+        return self.rows[0]
+
+    def to_markdown(self, *, retrained: bool = False, digits: int = 1) -> str:
+        """A table of the scores: one line a method, one column a ratio, `–` if not reachable.
+
+        Args:
+            retrained: Whether to take the scores after retraining.
+            digits: Digits after the point.
+        """
+        figures = {(row.method, row.cr): _score(row, retrained) for row in self.rows}
+        base = _score(self.dense, retrained)
+        lines = [
+            f"| cr ({DENSE}: {_text(base, digits)}) | "
+            + " | ".join(f"{cr:g}" for cr in self.crs)
+            + " |",
+            "|---|" + "---|" * len(self.crs),
+        ]
+        for method in self.methods:
+            cells = [_text(figures[method, cr], digits) for cr in self.crs]
+            lines.append(f'| `"{method}"` | ' + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes all figures, one line for each row."""
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            names = [field.name for field in dataclasses.fields(SweepRow)]
+            writer = csv.DictWriter(file, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(dataclasses.asdict(row) for row in self.rows)
+
+    def plot(self, path: str | os.PathLike[str], *, label: str = "score") -> None:
+        """Draws the scores against the size, like Figure 1 of the paper, into a picture.
+
+        The size is the one that was reached, not the one that was asked for. A second panel
+        shows the scores after retraining, if there was some.
+
+        Args:
+            path: File to write; its suffix says which format.
+            label: What the scores are.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        figures = check_plots()
+        panels = [False, True] if self.dense.retrained is not None else [False]
+        figure = figures.Figure(figsize=(6.4 * len(panels), 4.4), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        for axis, retrained in zip(axes, panels, strict=True):
+            for index, method in enumerate(self.methods):
+                points = [
+                    (1 - row.removed, _score(row, retrained))
+                    for row in self.rows
+                    if row.method == method and row.removed is not None
+                ]
+                axis.plot(
+                    *zip(*sorted(points), strict=True) if points else ([], []),
+                    marker=_MARKERS[index % len(_MARKERS)],
+                    markersize=4,
+                    linewidth=1.2,
+                    color=f"C{index % 10}",
+                    linestyle="-" if index < 10 else "--",
+                    label=method,
+                )
+            axis.axhline(_score(self.dense, retrained), color="0.5", linestyle=":", label=DENSE)
+            axis.set_title("after retraining" if retrained else "no retraining")
+            axis.set_xlabel(f"fraction of {_counted(self.objective)} that is left")
+            axis.grid(alpha=0.3)
+        axes[0].set_ylabel(label)
+        axes[-1].legend(fontsize="small", loc="lower right")
+        figure.savefig(path, dpi=110)
+
+
+def sweep(
+    model: Any,
+    evaluate: Callable[[Any], float],
+    *,
+    methods: Iterable[str] | None = None,
+    crs: Iterable[float] = DEFAULT_CRS,
+    objective: str = "params",
+    calibration_data: Any = None,
+    retrain: Callable[[Any], object] | None = None,
+    exclude: Any = (),
+    max_slices: int | None = None,
+    verbose: int = 1,
+) -> Sweep:
+    """Compresses a model by every method to every ratio, and evaluates each result.
+
+    All methods get the same budget, size model and cloning, as `compress` has them; `model` is
+    untouched. The dense model is evaluated too, and a copy of it is retrained like the others, to
+    tell what the retraining itself does.
+
+    Args:
+        model: A built Keras 3 or tf_keras model.
+        evaluate: `evaluate(model)` returns the score of a model, such as its accuracy.
+        methods: Names of methods. Defaults to all of them, with those that need
+            `calibration_data` only if there are some.
+        crs: Fractions to remove. Defaults to 0.2, 0.3 … 0.7.
+        objective: As for `select`.
+        calibration_data: As for `select`, for the methods that use some; collected once.
+        retrain: `retrain(model)` trains a compressed model on, in place; it should seed itself, so
+            that all models see the same batches. Defaults to None: no retraining.
+        exclude: As for `select`.
+        max_slices: As for `select`.
+        verbose: 0 for silence, else a progress bar is shown on a terminal. Defaults to 1.
+
+    Returns:
+        A `Sweep`: rows, Markdown, CSV and a plot. A ratio that a method cannot reach is a row with
+        a note and no figures.
+
+    Raises:
+        ValueError: If a method or ratio is none, a method needs calibration data and there are
+            none, or the model cannot be compressed at all.
+
+    Example:
+    ```python
+    def accuracy(model):
+        return float((model.predict(x, verbose=0).argmax(-1) == y).mean())
+
+
+    result = keras_alds.sweep(
+        model, accuracy, methods=["svd", "pca"], crs=[0.3, 0.5], calibration_data=x, verbose=0
+    )
+    print(result.to_markdown(digits=2))
+    ```
+
+    References:
+        Figure 1 of arXiv 2107.11442.
+    """
+    check_model(model)
+    crs = tuple(crs)
+    for cr in crs:
+        check_cr(cr)
+    has_data = calibration_data is not None
+    if methods is None:
+        chosen = [name for name, method in METHODS.items() if has_data or not method.needs_data]
+    else:
+        chosen = list(dict.fromkeys(methods))
+    for name in chosen:
+        if get_method(name).needs_data and not has_data:
+            raise ValueError(
+                f"Expected `calibration_data` for the method {name!r}. "
+                "Received: calibration_data=None"
+            )
+    options = {"objective": objective, "exclude": exclude, "max_slices": max_slices}
+    select(model, min(crs), **options)  # complains of what is wrong with the model
+    stats = calibration_stats(model, calibration_data, verbose=verbose) if has_data else None
+    rows = []
+    with Progress(transient=True, disable=not verbose) as progress:
+        task = progress.add_task("dense", total=1 + len(chosen) * len(crs))
+        rows.append(_dense_row(model, evaluate, retrain))
+        progress.advance(task)
+        for name in chosen:
+            data = stats if METHODS[name].needs_data else None
+            for cr in crs:
+                progress.update(task, description=f"{name}, cr={cr:g}")
+                rows.append(_row(model, name, cr, data, options, evaluate, retrain))
+                progress.advance(task)
+    return Sweep(tuple(rows), objective, model.name)
+
+
+def _dense_row(
+    model: Any, evaluate: Callable[[Any], float], retrain: Callable[[Any], object] | None
+) -> SweepRow:
+    score, retrained = float(evaluate(model)), None
+    if retrain is not None:
+        backend = _backend.backend_of(model)
+        with backend.creation_scope(model):
+            copy = backend.copy_model(model)
+        retrain(copy)
+        retrained = float(evaluate(copy))
+    return SweepRow(DENSE, 0.0, 0.0, int(model.count_params()), score, retrained, None)
+
+
+def _row(
+    model: Any,
+    method: str,
+    cr: float,
+    data: Any,
+    options: dict[str, Any],
+    evaluate: Callable[[Any], float],
+    retrain: Callable[[Any], object] | None,
+) -> SweepRow:
+    start = time.perf_counter()
+    try:
+        plan = select(model, cr, method=method, calibration_data=data, **options)
+    except ValueError as error:
+        return SweepRow(method, cr, None, None, None, None, None, str(error))
+    small = compress(model, plan=plan, calibration_data=data)
+    seconds = time.perf_counter() - start
+    score, retrained = float(evaluate(small)), None
+    if retrain is not None:
+        retrain(small)
+        retrained = float(evaluate(small))
+    return SweepRow(method, cr, plan.cr, plan.params_after, score, retrained, seconds)
+
+
+def check_plots() -> Any:
+    """Returns `matplotlib.figure`, or raises an ImportError that says how to install it."""
+    try:
+        return importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise ImportError(
+            "matplotlib is needed for the plot and is not installed. "
+            'Remedy: pip install "keras_alds[plots]"'
+        ) from error
+
+
+def _score(row: SweepRow, retrained: bool) -> float | None:
+    return row.retrained if retrained else row.score
+
+
+def _text(figure: float | None, digits: int) -> str:
+    return "–" if figure is None else f"{figure:.{digits}f}"
+
+
+def _counted(objective: str) -> str:
+    names = {"params": "the parameters", "macs": "the multiply–accumulates"}
+    return names.get(objective, objective)
+
+
+def retrainer(
+    x: Any,
+    y: Any,
+    *,
+    learning_rates: Sequence[float],
+    epochs: int,
+    batch_size: int = 128,
+    augment: bool = False,
+    from_logits: bool = True,
+) -> Callable[[Any], None]:
+    """Returns a `retrain` for `sweep`: SGD on images, with the learning rates rewound.
+
+    The protocol of the paper: the weights stay, the optimizer is new, and the learning rates of
+    the training's last epochs are gone through again.
+
+    Args:
+        x: Images `[n, height, width, channels]`.
+        y: Their classes, integers `[n]`.
+        learning_rates: Those of the last epochs of the training, in order; each is used for an
+            equal part of `epochs`.
+        epochs: Epochs of retraining.
+        batch_size: Images in a batch.
+        augment: Whether to pad by an eighth, crop and flip at random (4 pixels of 32).
+        from_logits: Whether the model gives scores and not probabilities.
+
+    Returns:
+        A function of a model of either Keras.
+
+    References:
+        arXiv 2107.11442, section 4; Renda et al., "Comparing Rewinding and Fine-tuning in Neural
+        Network Pruning", ICLR 2020.
+    """
+    import tensorflow as tf
+
+    def change(image: Any, label: Any) -> tuple[Any, Any]:
+        pads = [(n // 8, n // 8) for n in image.shape[:2]]
+        padded = tf.pad(image, [*pads, (0, 0)])
+        return tf.image.random_flip_left_right(tf.image.random_crop(padded, image.shape)), label
+
+    def retrain(model: Any) -> None:
+        keras = _backend.backend_of(model).keras
+        keras.utils.set_random_seed(0)
+        data = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(len(x), seed=0)
+        if augment:
+            data = data.map(change, num_parallel_calls=tf.data.AUTOTUNE)
+        data = data.batch(batch_size).prefetch(tf.data.AUTOTUNE)
+        model.compile(
+            keras.optimizers.SGD(learning_rates[0], momentum=0.9, nesterov=True),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=from_logits),
+        )
+        rewound = keras.callbacks.LearningRateScheduler(
+            lambda epoch: float(learning_rates[epoch * len(learning_rates) // epochs])
+        )
+        model.fit(data, epochs=epochs, shuffle=False, callbacks=[rewound], verbose=0)
+
+    return retrain
