@@ -67,6 +67,20 @@ class Runner:
         for detail, array in zip(self.inputs, arrays, strict=True):
             self.interpreter.set_tensor(detail["index"], _quantized(array, detail))
 
+    def set_random_inputs(self, seed: int = 0) -> None:
+        """Sets the inputs to seeded noise, integers over their whole range."""
+        rng = np.random.default_rng(seed)
+        for detail in self.inputs:
+            shape, dtype = tuple(detail["shape"]), np.dtype(detail["dtype"])
+            if dtype.kind == "f":
+                values = rng.standard_normal(shape)
+            elif dtype == np.int8 or dtype == np.uint8:
+                limits = np.iinfo(dtype)
+                values = rng.integers(limits.min, limits.max, shape, endpoint=True)
+            else:
+                values = np.zeros(shape)  # indices: 0 is always one
+            self.interpreter.set_tensor(detail["index"], np.asarray(values, dtype))
+
     def get_outputs(self) -> list[Array]:
         """What the last run gave, dequantized to float."""
         return [
@@ -126,7 +140,7 @@ class Runner:
 
 
 def check_runs(file: File, *, delegate: bool = True) -> None:
-    """Loads a file and runs it once, on zeros.
+    """Loads a file and runs it once, on noise.
 
     Args:
         file: Bytes of a `.tflite` file, or its path.
@@ -138,7 +152,7 @@ def check_runs(file: File, *, delegate: bool = True) -> None:
     """
     try:
         runner = Runner(file, delegate=delegate)
-        runner.set_inputs([np.zeros(detail["shape"], np.float32) for detail in runner.inputs])
+        runner.set_random_inputs()
         runner.invoke()
     except (RuntimeError, ValueError) as error:
         raise ValueError(
