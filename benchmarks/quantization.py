@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import cifar10
 import digits
 import numpy as np
+import tensorflow as tf
 
 import keras_alds
 from keras_alds.litert.runs import Runner
@@ -45,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--epochs", type=int, default=30, help="epochs of training with the compression in it")
     add("--at-epoch", type=int, help="default: 0 with --model, else 18")
     add("--learning-rate", type=float, default=2e-3)
+    add("--distil", action="store_true", help="targets: mean of labels and original's outputs")
     add("--aware-epochs", type=int, default=5, help="epochs of quantization-aware training")
     add("--aware-learning-rate", type=float, default=5e-4)
     return parser.parse_args()
@@ -76,6 +78,7 @@ class Task:
         return digits.build_model(self.keras)
 
     def compile(self, model: Any, keras: Any, rate: float, epochs: int) -> Any:
+        """Compiles `model` with a cosine from `rate` to 0, and returns it."""
         logits = not self.images or cifar10.gives_logits(model, self.x_test)
         batch = 128 if self.images else 64
         schedule = keras.optimizers.schedules.CosineDecay(
@@ -86,14 +89,30 @@ class Task:
             if self.images
             else keras.optimizers.Adam(schedule)
         )
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=logits)
-        model.compile(optimizer, loss, metrics=["accuracy"])
+        model.compile(optimizer, self.loss(keras, logits), metrics=["accuracy"])
         return model
+
+    def loss(self, keras: Any, logits: bool) -> Any:
+        """The cross-entropy for what `batches` gives."""
+        if self.arguments.distil:
+            return keras.losses.CategoricalCrossentropy(from_logits=logits)
+        return keras.losses.SparseCategoricalCrossentropy(from_logits=logits)
 
     def batches(self) -> Any:
         """The training data, shuffled; CIFAR-10 with crops and flips."""
         batch = 128 if self.images else 64
-        return cifar10.batches(self.x_train, self.y_train, batch, augment=self.images)
+        data = cifar10.batches(self.x_train, self.y_train, batch, augment=self.images)
+        if not self.arguments.distil:
+            return data
+        teacher = self.fresh()
+        logits = cifar10.gives_logits(teacher, self.x_test)
+
+        def soften(images: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            outputs = teacher(images, training=False)
+            outputs = tf.nn.softmax(outputs) if logits else outputs
+            return images, (tf.one_hot(labels, 10) + outputs) / 2
+
+        return data.map(soften, num_parallel_calls=1).prefetch(tf.data.AUTOTUNE)
 
     def trained(self, cr: float | None, max_slices: int) -> tuple[Any, Any]:
         """The net after `fit`, compressed in it if `cr` is given, and the plan."""
@@ -132,7 +151,7 @@ class Task:
             model,
             self.batches(),
             optimizer=optimizer,
-            loss=tf_keras.losses.SparseCategoricalCrossentropy(from_logits=logits),
+            loss=self.loss(tf_keras, logits),
             metrics=["accuracy"],
             epochs=arguments.aware_epochs,
             shuffle=False,
@@ -146,12 +165,15 @@ class Task:
         )
 
     def accuracy(self, predict: Any) -> float:
+        """Top-1 on the held-out images, in %."""
         scores = np.asarray(predict(self.x_test))
         return 100 * float(np.mean(scores.argmax(-1) == self.y_test))
 
 
 def main() -> None:
     arguments = parse_arguments()
+    if arguments.distil and arguments.model is None:
+        raise SystemExit("--distil needs --model: the digits net has no trained original")
     keras = importlib.import_module(arguments.keras)
     task = Task(arguments, keras)
     start = time.perf_counter()

@@ -116,8 +116,7 @@ def tfmot_package() -> Any:
         return importlib.import_module("tensorflow_model_optimization")
     except ImportError as error:
         raise ImportError(
-            "TF-MOT is needed here and is not installed. "
-            'Remedy: pip install "keras_alds[tfmot]"'
+            'TF-MOT is needed here and is not installed. Remedy: pip install "keras_alds[tfmot]"'
         ) from error
 
 

@@ -221,7 +221,7 @@ def _metrics(metric: Any, model: Any) -> dict[str, Compute]:
         chosen = ["accuracy"]
         if backend is not None and backend.is_compiled(model):
             own = backend.compile_arguments(model).get("metrics")
-            chosen = own if isinstance(own, (list, tuple)) and own else chosen
+            chosen = list(own) if isinstance(own, (list, tuple)) and own else chosen
     return dict(_metric(item, backend) for item in chosen)
 
 
@@ -244,7 +244,9 @@ def _metric(metric: Any, backend: _backend.Backend | None) -> tuple[str, Compute
             "Expected `metric` to be a function of targets and outputs, a Keras metric or, beside "
             f"a Keras model, the name of one. Received: metric={metric!r}"
         )
-    return getattr(metric, "__name__", "metric"), lambda y, o: float(np.mean(np.asarray(metric(y, o))))
+    return getattr(metric, "__name__", "metric"), lambda y, o: float(
+        np.mean(np.asarray(metric(y, o)))
+    )
 
 
 def _accuracy(y: Any, outputs: Any) -> float:

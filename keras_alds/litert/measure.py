@@ -1,4 +1,4 @@
-"""`benchmark`: how long a file takes in the LiteRT runtime of this machine, operator by operator."""
+"""`benchmark`: how long a file takes in the runtime of this machine, operator by operator."""
 
 from __future__ import annotations
 
@@ -94,10 +94,8 @@ class Latency:
             line_length: Width of the table in characters; default: the terminal's.
         """
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        title = (
-            f"{self.size:,} bytes, {threads}, {'XNNPACK' if self.delegate else 'built-in kernels'}: "
-            f"{self}"
-        )
+        kernels = "XNNPACK" if self.delegate else "built-in kernels"
+        title = f"{self.size:,} bytes, {threads}, {kernels}: {self}"
         known = [row.median for row in self.operators if row.median is not None]
         total = sum(known)
         rows = [

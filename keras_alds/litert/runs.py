@@ -72,6 +72,7 @@ class Runner:
         rng = np.random.default_rng(seed)
         for detail in self.inputs:
             shape, dtype = tuple(detail["shape"]), np.dtype(detail["dtype"])
+            values: Array
             if dtype.kind == "f":
                 values = rng.standard_normal(shape)
             elif dtype == np.int8 or dtype == np.uint8:
@@ -97,6 +98,7 @@ class Runner:
         parts = []
         for arrays, count in self._batches(x):
             self.set_inputs(arrays)
+            self.interpreter.reset_all_variables()  # the state of a fused LSTM
             self.invoke()
             parts.append([output[:count] for output in self.get_outputs()])
         joined = [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
