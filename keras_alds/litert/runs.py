@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from keras_alds.litert import _package
-from keras_alds.litert.files import File, contents
+from keras_alds.litert.files import File, LiteRTFile, Operator, contents, read_file
 
 Array = np.ndarray
 #: One array, or one for each input: by name, or in the file's order.
@@ -67,21 +67,6 @@ class Runner:
         for detail, array in zip(self.inputs, arrays, strict=True):
             self.interpreter.set_tensor(detail["index"], _quantized(array, detail))
 
-    def set_random_inputs(self, seed: int = 0) -> None:
-        """Sets the inputs to seeded noise, integers over their whole range."""
-        rng = np.random.default_rng(seed)
-        for detail in self.inputs:
-            shape, dtype = tuple(detail["shape"]), np.dtype(detail["dtype"])
-            values: Array
-            if dtype.kind == "f":
-                values = rng.standard_normal(shape)
-            elif dtype == np.int8 or dtype == np.uint8:
-                limits = np.iinfo(dtype)
-                values = rng.integers(limits.min, limits.max, shape, endpoint=True)
-            else:
-                values = np.zeros(shape)  # indices: 0 is always one
-            self.interpreter.set_tensor(detail["index"], np.asarray(values, dtype))
-
     def get_outputs(self) -> list[Array]:
         """What the last run gave, dequantized to float."""
         return [
@@ -98,7 +83,6 @@ class Runner:
         parts = []
         for arrays, count in self._batches(x):
             self.set_inputs(arrays)
-            self.interpreter.reset_all_variables()  # the state of a fused LSTM
             self.invoke()
             parts.append([output[:count] for output in self.get_outputs()])
         joined = [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
@@ -141,26 +125,104 @@ class Runner:
         return arrays
 
 
-def check_runs(file: File, *, delegate: bool = True) -> None:
-    """Loads a file and runs it once, on noise.
+def check_runs(file: File, *, delegate: bool | None = None) -> None:
+    """Raises an error unless a file runs: its scales are read, then it is run once, on zeros.
+
+    XNNPACK refuses a whole file if a single channel of one int8 convolution or dense layer has a
+    requantization scale s_input · s_weights / s_output of 256 or more, and says no more than
+    "failed to create XNNPACK runtime". Here the text names layer, channel, scale and remedy.
 
     Args:
         file: Bytes of a `.tflite` file, or its path.
-        delegate: As for `Runner`.
+        delegate: Whether it has to run with XNNPACK, the runtime's default on CPUs (True), or with
+            the built-in kernels alone (False). Defaults to None: with both.
 
     Raises:
         ImportError: If LiteRT is not installed.
         ValueError: If the file does not run.
+
+    Example:
+    ```python
+    content = keras_alds.litert.convert(model, verbose=0)
+    keras_alds.litert.check_runs(content)
+    ```
     """
-    try:
-        runner = Runner(file, delegate=delegate)
-        runner.set_random_inputs()
-        runner.invoke()
-    except (RuntimeError, ValueError) as error:
+    content = contents(file)
+    for chosen in (True, False) if delegate is None else (delegate,):
+        if chosen:
+            check_scales(read_file(content))
+        try:
+            runner = Runner(content, delegate=chosen)
+            runner.set_inputs([np.zeros(detail["shape"], np.float32) for detail in runner.inputs])
+            runner.invoke()
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                "Expected a file that the LiteRT runtime runs. Received: one that fails "
+                f"{'with' if chosen else 'without'} XNNPACK ({error})"
+            ) from error
+
+
+def requantization_scales(operator: Operator) -> Array | None:
+    """What an int8 convolution or dense layer multiplies its sums with, for every output channel.
+
+    Args:
+        operator: An operator of `LiteRTFile.operators`.
+
+    Returns:
+        The scales s_input · s_weights / s_output, in float32 as XNNPACK computes them; None for
+        an operator that is not int8 throughout.
+    """
+    tensors = (operator.data, operator.weights, operator.outputs[0] if operator.outputs else None)
+    if not operator.weighted or any(t is None or not t.quantized for t in tensors):
+        return None
+    data, weights, output = (
+        np.asarray(tensor.scales, np.float32) for tensor in tensors if tensor is not None
+    )
+    with np.errstate(divide="ignore", over="ignore"):
+        return data[0] * weights / output[0]
+
+
+def check_scales(file: LiteRTFile) -> None:
+    """Raises an error if XNNPACK would refuse the file for a requantization scale.
+
+    Raises:
+        ValueError: If a channel of an int8 layer has one of 256 or more (255 for a product with
+            constant batches).
+    """
+    wrong = []
+    for operator in file.weighted:
+        scales = requantization_scales(operator)
+        if scales is None:
+            continue
+        # A product of stacks of matrices allows 255, and only asks where the weights are constant.
+        limit = (
+            256.0 if operator.name != "BATCH_MATMUL" else float(np.nextafter(np.float32(255), 256))
+        )
+        channel = int(scales.argmax())
+        if scales[channel] >= limit:
+            wrong.append(_described(operator, channel, float(scales[channel])))
+    if wrong:
         raise ValueError(
-            "Expected a file that the LiteRT runtime runs. Received: one that fails "
-            f"{'with' if delegate else 'without'} XNNPACK ({error})"
-        ) from error
+            "Expected requantization scales s_input·s_weights/s_output below 256 in every channel "
+            'of an int8 layer: XNNPACK refuses the whole file otherwise ("failed to create '
+            f'XNNPACK runtime"). Received: {"; ".join(wrong)}. Either the weights are huge for '
+            "inputs whose range another channel sets: `keras_alds.litert.convert` with "
+            "`representative_data` equalizes the ranks of a compressed model, and "
+            "`keras_alds.litert.equalize` does so before quantization-aware training. Or the "
+            "layer's output is next to always 0 on the data (dead units): take data that excite "
+            "it, or train it again."
+        )
+
+
+def _described(operator: Operator, channel: int, scale: float) -> str:
+    data, weights, output = operator.data, operator.weights, operator.outputs[0]
+    assert data is not None  # what `requantization_scales` saw
+    assert weights is not None
+    kernel = weights.scales[channel if len(weights.scales) > 1 else 0]
+    return (
+        f"{operator.name} with weights '{weights.name}', channel {channel}: "
+        f"{data.scales[0]:.3g} · {kernel:.3g} / {output.scales[0]:.3g} = {scale:.4g}"
+    )
 
 
 def _signed(details: list[dict[str, Any]], signature: dict[str, dict[str, Any]]) -> list[str]:

@@ -1,0 +1,372 @@
+"""Makes the channels between encoder and decoder equally large, which changes no output.
+
+Between the two factors there is nothing nonlinear, so every rank's middle channel can be scaled by
+any s > 0: its encoder weights times s, its decoder weights divided by s. In float nothing changes.
+In int8 one scale serves all middle channels: the largest decides, and the others keep few of its
+255 steps; beyond some thousand times the file does not even run (see docs/targets.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_alds import _backend
+from keras_alds.layers import _forms
+from keras_alds.rewrite import inspect
+from keras_alds.rewrite.observe import layer_inputs, when_known
+
+Array = np.ndarray
+
+# XNNPACK refuses s_in·s_w/s_out >= 256; in the encoder that is |E|·|x| / (127·|h|). A rank that the
+# examples hardly excite is scaled to no more than an eighth of it.
+_LARGEST_GAIN = 127 * 256 / 8
+_ENCODERS = ("Conv1D", "Conv2D", "DepthwiseConv2D", "Dense")
+_DECODERS = ("Conv1D", "Conv2D", "Dense")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """An encoder and a decoder with nothing nonlinear between them.
+
+    Attributes:
+        layer: The factorized layer, or the stock layer that encodes.
+        encoder: The encoder's weights; the middle channels are its last axis, or for a stock
+            depthwise convolution its last two.
+        decoder: The decoder's weights; the middle channels are its last axis but one.
+        bias: The encoder's bias, or None.
+        stock: Whether these are two stock layers.
+    """
+
+    layer: Any
+    encoder: Any
+    decoder: Any
+    bias: Any
+    stock: bool
+
+
+def equalize(model: Any, batches: Iterable[Any] | None = None) -> Callable[[], None]:
+    """Equalizes the middle channels of all encoder–decoder pairs of a model, **in place**.
+
+    Taken are factorized layers, and in Functional and Sequential models the pairs that `expand`
+    writes out: a linear convolution or dense layer whose output goes to one 1×1 convolution or
+    dense layer and nowhere else. Outputs stay the same up to float rounding.
+
+    Args:
+        model: A built model of either Keras.
+        batches: Inputs of the model: all middle channels then get the same largest absolute value
+            on them. None: every rank's encoder and decoder weights get the same norm.
+
+    Returns:
+        A function that puts the old values back, bit for bit.
+    """
+    pairs = find_pairs(model)
+    seen = _ranges(model, pairs, batches) if batches is not None else {}
+    backend = _backend.backend_of(model)
+    before: list[tuple[Any, Array]] = []
+
+    def undo() -> None:
+        for variable, value in reversed(before):  # a decoder may be the next pair's encoder
+            variable.assign(value)
+
+    try:
+        for pair in pairs:
+            encoder, decoder = backend.value(pair.encoder), backend.value(pair.decoder)
+            middle = decoder.shape[-2]
+            left = encoder.reshape(-1, middle).astype(np.float64)
+            right = np.moveaxis(decoder, -2, 0).reshape(middle, -1).astype(np.float64)
+            bias = None if pair.bias is None else backend.value(pair.bias)
+            if id(pair.layer) in seen:
+                scale = scales_for_ranges(left, right, *seen[id(pair.layer)])
+            else:
+                scale = scales_for_norms(left, right)
+            changed = [
+                (pair.encoder, encoder, (left * scale).reshape(encoder.shape)),
+                (pair.decoder, decoder, decoder / scale[:, np.newaxis]),
+            ]
+            if bias is not None:
+                changed.append((pair.bias, bias, bias * scale))
+            dtypes = [old.dtype for _, old, _ in changed]
+            values = [new.astype(dtype) for (*_, new), dtype in zip(changed, dtypes, strict=True)]
+            if not all(np.isfinite(value).all() for value in values):
+                continue  # weights that are not finite: whoever converts them complains
+            for (variable, old, _), value in zip(changed, values, strict=True):
+                before.append((variable, old))
+                variable.assign(value)
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+@contextlib.contextmanager
+def equalized(model: Any, batches: Iterable[Any] | None = None) -> Iterator[None]:
+    """`equalize` while inside; the old values are back afterwards, bit for bit."""
+    undo = equalize(model, batches)
+    try:
+        yield
+    finally:
+        undo()
+
+
+def scales_for_ranges(left: Array, right: Array, ranges: Array, peak: float) -> Array:
+    """Scales that give all middle channels the same range.
+
+    Args:
+        left: Encoder weights `[inputs, ranks]`.
+        right: Decoder weights `[ranks, outputs]`.
+        ranges: Largest absolute value of every middle channel on the examples.
+        peak: Largest absolute value of the encoder's inputs on the examples.
+
+    Returns:
+        Positive finite scales `[ranks]`: multiply encoder columns, divide decoder rows.
+
+    Example:
+        >>> scale = scales_for_ranges(np.eye(2), np.eye(2), np.array([1.0, 100.0]), 100.0)
+        >>> (scale * [1.0, 100.0]).round(6)
+        array([10., 10.])
+    """
+    gain, out = _peaks(left), _peaks(right.T)
+    # A rank that the examples hardly excite is not blown up without bound.
+    ranges = np.maximum(ranges, gain * peak / _LARGEST_GAIN)
+    live = (ranges > 0) & (out > 0)
+    # With all ranges R, encoder weights are e·R/r and decoder weights d·r/R: equal on both sides.
+    level = 1.0
+    if live.any() and (gain[live] > 0).any():
+        alive = live & (gain > 0)
+        level = np.exp(np.mean(np.log(out[alive] * ranges[alive] ** 2 / gain[alive])) / 2)
+    scale = np.ones_like(ranges)
+    np.divide(level, ranges, out=scale, where=ranges > 0)
+    # A rank whose encoder is zero says nothing: its decoder row must not set the row's scale.
+    idle = (ranges == 0) & (out > 0)
+    others = (out[live] / scale[live]).min() if live.any() else 1.0
+    scale[idle] = out[idle] / others
+    return _sane(scale)
+
+
+def scales_for_norms(left: Array, right: Array) -> Array:
+    """Scales that give every rank's encoder and decoder weights the same norm.
+
+    Args:
+        left: Encoder weights `[inputs, ranks]`.
+        right: Decoder weights `[ranks, outputs]`.
+
+    Returns:
+        Positive finite scales `[ranks]`.
+
+    Example:
+        >>> scales_for_norms(np.array([[2.0, 0.0]]), np.array([[8.0], [1.0]]))
+        array([2., 1.])
+    """
+    norms = np.linalg.norm(left, axis=0), np.linalg.norm(right, axis=1)
+    both = (norms[0] > 0) & (norms[1] > 0)
+    scale = np.ones(len(both))
+    scale[both] = np.sqrt(norms[1][both] / norms[0][both])
+    return _sane(scale)
+
+
+def _peaks(matrix: Array) -> Array:
+    return np.abs(matrix).max(axis=0) if matrix.size else np.zeros(matrix.shape[1])
+
+
+def _sane(scale: Array) -> Array:
+    return np.where(np.isfinite(scale) & (scale > 0), scale, 1.0)
+
+
+# -- Where the pairs are ---------------------------------------------------------------------------
+
+
+def find_pairs(model: Any) -> list[Pair]:
+    """The encoder–decoder pairs of a model: factorized layers, and pairs of stock layers."""
+    layers = [layer for _, layer in inspect.walk(model)]
+    pairs = [
+        Pair(layer, layer.encoder, layer.decoder, None, stock=False)
+        for layer in layers
+        if inspect.is_factorized(layer) and layer.built
+    ]
+    backend = _backend.backend_of(model)
+    symbolic = [
+        layer
+        for layer in [model, *layers]
+        if backend.is_model(layer) and backend.is_symbolic(layer) and getattr(layer, "inputs", None)
+    ]
+    pairs += _stock_pairs(backend, symbolic)
+    # Weights that are in two pairs, or held by another layer too, are left alone.
+    holders: dict[int, int] = {}
+    for layer in layers:
+        for variable in backend.own_variables(layer):
+            holders[id(variable)] = holders.get(id(variable), 0) + 1
+    return [
+        pair
+        for pair in pairs
+        if all(holders.get(id(v), 0) == 1 for v in (pair.encoder, pair.decoder))
+    ]
+
+
+def _stock_pairs(backend: _backend.Backend, models: list[Any]) -> list[Pair]:
+    """Linear stock layers whose output goes to one pointwise layer and nowhere else."""
+    calls = [call for model in models for call in backend.graph(model)]
+    ends = {
+        id(tensor) for model in models for tensor in tf.nest.flatten(backend.graph_ends(model)[1])
+    }
+    readers: dict[int, list[_backend.GraphCall]] = {}
+    writers: dict[int, _backend.GraphCall] = {}
+    for call in calls:
+        writers.update((id(tensor), call) for tensor in call.outputs)
+        for tensor in {id(t): t for t in tf.nest.flatten((call.args, call.kwargs))}.values():
+            readers.setdefault(id(tensor), []).append(call)
+    by_layer: dict[int, list[_backend.GraphCall]] = {}
+    for call in calls:
+        by_layer.setdefault(id(call.layer), []).append(call)
+
+    def reader(call: _backend.GraphCall) -> Any:
+        """The layer that alone reads a call's output, behind reshapes that keep the channels."""
+        tensor = call.outputs[0]
+        while len(call.outputs) == 1 and id(tensor) not in ends:
+            found = readers.get(id(tensor), [])
+            if len(found) != 1:
+                return None
+            (call,) = found
+            if type(call.layer).__name__ != "Reshape":
+                return call.layer
+            if call.outputs[0].shape[-1] != tensor.shape[-1]:
+                return None
+            tensor = call.outputs[0]
+        return None
+
+    def writer(call: _backend.GraphCall) -> Any:
+        tensors = [t for t in tf.nest.flatten((call.args, call.kwargs)) if id(t) in writers]
+        while len(tensors) == 1:
+            found = writers[id(tensors[0])]
+            if type(found.layer).__name__ != "Reshape":
+                return found.layer
+            tensors = [t for t in tf.nest.flatten((found.args, found.kwargs)) if id(t) in writers]
+        return None
+
+    pairs = []
+    for key, own in by_layer.items():
+        encoder = own[0].layer
+        decoder = reader(own[0])
+        if (
+            _is_stock(backend, encoder, _ENCODERS)
+            and decoder is not None
+            and _is_stock(backend, decoder, _DECODERS)
+            and _is_linear(encoder)
+            and _is_pointwise(decoder)
+            and all(reader(call) is decoder for call in own)
+            and all(writer(call) is encoder for call in by_layer[id(decoder)])
+            and key != id(decoder)
+        ):
+            kernel = getattr(encoder, "depthwise_kernel", None)
+            pairs.append(
+                Pair(
+                    encoder,
+                    encoder.kernel if kernel is None else kernel,
+                    decoder.kernel,
+                    encoder.bias if encoder.use_bias else None,
+                    stock=True,
+                )
+            )
+    return pairs
+
+
+def _is_stock(backend: _backend.Backend, layer: Any, kinds: tuple[str, ...]) -> bool:
+    return type(layer) in [getattr(backend.keras.layers, kind) for kind in kinds]
+
+
+def _is_linear(layer: Any) -> bool:
+    return getattr(layer.activation, "__name__", None) == "linear" and (
+        layer.activity_regularizer is None
+    )
+
+
+def _is_pointwise(layer: Any) -> bool:
+    return set(getattr(layer, "kernel_size", ())) <= {1} and getattr(layer, "groups", 1) == 1
+
+
+# -- What their middle channels hold ---------------------------------------------------------------
+
+
+def _ranges(
+    model: Any, pairs: list[Pair], batches: Iterable[Any]
+) -> dict[int, tuple[Array, float]]:
+    """Largest absolute middle values and input value, by the id of the encoding layer."""
+    backend = _backend.backend_of(model)
+    by_layer = {id(pair.layer): pair for pair in pairs}
+    middles: dict[int, Array] = {}
+    peaks: dict[int, float] = {}
+
+    def note_input(layer: Any, inputs: Array) -> None:
+        peaks[id(layer)] = max(float(np.abs(inputs).max(initial=0)), peaks.get(id(layer), 0.0))
+
+    def note_middle(layer: Any, middle: Array | None) -> None:
+        if middle is not None:
+            count = int(by_layer[id(layer)].decoder.shape[-2])
+            largest = np.abs(middle).reshape(-1, count).max(axis=0, initial=0).astype(np.float64)
+            middles[id(layer)] = np.maximum(largest, middles.get(id(layer), 0.0))
+
+    def watch(layer: Any, inputs: Any, outputs: Any) -> Any:
+        def see(x: Array) -> None:
+            note_input(layer, x)
+            if not by_layer[id(layer)].stock:
+                note_middle(layer, encoded(layer, x))
+
+        outputs = when_known(inputs, outputs, see)
+        if by_layer[id(layer)].stock:
+            first = getattr(layer, "data_format", None) == "channels_first"
+            outputs = when_known(
+                outputs,
+                outputs,
+                lambda y: note_middle(layer, np.moveaxis(y, 1, -1) if first else y),
+            )
+        return outputs
+
+    with backend.watching_calls([pair.layer for pair in pairs], watch):
+        for batch in batches:
+            model(batch, training=False)
+    return {
+        key: (middle, peaks[key])
+        for key, middle in middles.items()
+        if np.isfinite(middle).all() and np.isfinite(peaks[key])
+    }
+
+
+def encoded(layer: Any, inputs: Array) -> Array | None:
+    """What the encoder of a factorized layer gives, channels last; None for kinds not known here.
+
+    Args:
+        layer: A built factorized layer.
+        inputs: The layer's input.
+    """
+    x = layer_inputs(layer, inputs)
+    x = tf.convert_to_tensor(x)
+    encoder = tf.cast(tf.convert_to_tensor(layer.encoder), x.dtype)
+    middle = int(encoder.shape[-1])
+    identity = tf.eye(middle, dtype=x.dtype)
+    size = tuple(getattr(layer, "kernel_size", ()))
+    if not size and len(encoder.shape) == 2:
+        return _forms.factorized_matmul(
+            x, encoder, identity, slices=layer.slices, form="grouped"
+        ).numpy()
+    if type(layer).__name__ not in ("FactorizedConv1D", "FactorizedConv2D", "FactorizedConv3D"):
+        return None
+    padding = layer.padding
+    if padding == "causal":
+        x = tf.pad(x, [[0, 0], [layer.dilation_rate[0] * (size[0] - 1), 0], [0, 0]])
+        padding = "valid"
+    return _forms.factorized_convolution(
+        x,
+        encoder,
+        tf.reshape(identity, [*[1] * len(size), middle, middle]),
+        slices=layer.slices,
+        form="grouped" if _forms.grouped_convolution_trains(x.dtype.name) else "split",
+        strides=layer.strides,
+        padding=padding,
+        dilation_rate=layer.dilation_rate,
+        data_format="channels_last",
+    ).numpy()

@@ -1,0 +1,397 @@
+"""No plan under any target yields a file that fails to run; and why such files fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import tempfile
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import zoo
+
+import keras_alds
+from keras_alds.core.slicing import divisors, weights
+from keras_alds.core.targets import TARGETS
+from keras_alds.plan import CompressionPlan
+from keras_alds.rewrite.equalize import (
+    encoded,
+    equalized,
+    find_pairs,
+    scales_for_norms,
+    scales_for_ranges,
+)
+
+pytest.importorskip("ai_edge_litert")
+
+from keras_alds.litert import check_runs, convert, equalize, read_file
+from keras_alds.litert.runs import Runner, check_scales, requantization_scales
+
+L = keras.layers
+SIDES = (True, False)
+
+
+def raw_int8(model: Any, x: np.ndarray) -> bytes:
+    """The file that TensorFlow's converter makes, with nothing of this package on the way."""
+    module = tf.Module()
+    module.serve = tf.function(lambda t: model(t, training=False), autograph=False)
+    signature = module.serve.get_concrete_function(
+        tf.TensorSpec((1, *model.input_shape[1:]), tf.float32)
+    )
+    module.weights = list(signature.variables)
+    with tempfile.TemporaryDirectory() as folder:
+        tf.saved_model.save(module, folder, signatures=signature)
+        return converted(tf.lite.TFLiteConverter.from_saved_model(folder), x)
+
+
+def converted(converter: Any, x: np.ndarray) -> bytes:
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    converter.representative_dataset = lambda: ([row[np.newaxis]] for row in x)
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    return bytes(converter.convert())
+
+
+def runs(content: bytes, *, delegate: bool) -> bool:
+    """Whether the runtime itself loads and runs a file."""
+    try:
+        runner = Runner(content, delegate=delegate)
+        runner.invoke()
+    except RuntimeError:
+        return False
+    return True
+
+
+def spread(model: Any, decades: float, seed: int = 0) -> None:
+    """Makes encoders and decoders differ widely between ranks; the products stay."""
+    random = np.random.default_rng(seed)
+    for pair in find_pairs(model):
+        ranks = int(pair.decoder.shape[-2])
+        scale = 10 ** random.permutation(np.linspace(-decades, decades, ranks))
+        encoder, decoder = np.asarray(pair.encoder), np.asarray(pair.decoder)
+        pair.encoder.assign((encoder.reshape(-1, ranks) * scale).reshape(encoder.shape))
+        pair.decoder.assign(decoder / scale[:, np.newaxis])
+
+
+# -- The rule --------------------------------------------------------------------------------------
+
+SINGLE = {
+    "CONV_2D": lambda: L.Conv2D(8, 3, padding="same"),
+    "grouped CONV_2D": lambda: L.Conv2D(8, 3, groups=4, padding="same"),
+    "DEPTHWISE_CONV_2D": lambda: L.DepthwiseConv2D(3, padding="same"),
+    "FULLY_CONNECTED": lambda: L.Dense(8),
+    "TRANSPOSE_CONV": lambda: L.Conv2DTranspose(8, 3, strides=2, padding="same"),
+}
+
+
+def with_scale(content: bytes, name: str, channel: int, scale: float) -> bytes:
+    """A file with one weight scale changed, so that a channel's requantization scale is `scale`."""
+    schema = importlib.import_module("ai_edge_litert.schema_py_generated")
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
+    graph = model.subgraphs[0]
+    (found,) = [op for op in read_file(content).operators if op.name == name]
+    tensors = [graph.tensors[t.index] for t in (found.data, found.weights, found.outputs[0])]
+    s_in, s_out = (np.float32(tensors[n].quantization.scale[0]) for n in (0, 2))
+    scales = np.array(tensors[1].quantization.scale, np.float32)
+    # The float32 for which XNNPACK's own arithmetic gives `scale` exactly, or just less.
+    guess = np.float32(np.float32(scale) * s_out / s_in)
+    while s_in * guess / s_out < np.float32(scale):
+        guess = np.nextafter(guess, np.float32(np.inf))
+    while s_in * guess / s_out > np.float32(scale):
+        guess = np.nextafter(guess, np.float32(0))
+    scales[channel] = guess
+    tensors[1].quantization.scale = scales.tolist()
+    if found.bias is not None:
+        bias = graph.tensors[found.bias.index].quantization
+        bias.scale = (scales * s_in).tolist()
+    builder = importlib.import_module("flatbuffers").Builder(1024)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
+@pytest.mark.parametrize("kind", SINGLE)
+def test_xnnpack_refuses_requantization_scales_from_256_on(kind: str):
+    inputs = keras.Input((16,) if kind == "FULLY_CONNECTED" else (6, 6, 16))
+    model = keras.Model(inputs, SINGLE[kind]()(inputs))
+    x = np.random.default_rng(0).standard_normal((8, *model.input_shape[1:])).astype("float32")
+    content = raw_int8(model, x)
+    name = kind.split()[-1]
+    for channel in (0, 7):
+        for scale, accepted in ((255.99, True), (256.0, False), (1e4, False), (1e-12, True)):
+            file = with_scale(content, name, channel, scale)
+            (operator,) = [op for op in read_file(file).operators if op.name == name]
+            computed = requantization_scales(operator)[channel]
+            assert runs(file, delegate=True) == accepted == (computed < 256), (scale, computed)
+            assert runs(file, delegate=False)
+            if accepted:
+                check_runs(file)
+            else:
+                with pytest.raises(ValueError, match=f"below 256.*{name}.*channel {channel}: "):
+                    check_scales(read_file(file))
+                check_runs(file, delegate=False)
+
+
+def test_float_and_dynamic_files_have_no_such_scales():
+    small = keras_alds.compress(zoo.functional(keras), 0.4, target="litert")
+    spread(small, 6)
+    for quantize in ("float16", "dynamic"):
+        content = convert(small, quantize=quantize, verbose=0)
+        check_runs(content)
+        assert all(requantization_scales(op) is None for op in read_file(content).operators)
+
+
+@pytest.mark.parametrize("form", ["factorized", "expanded"])
+def test_unbalanced_factors_do_not_run_and_balanced_ones_do(keras_module: Any, form: str):
+    small = keras_alds.compress(zoo.functional(keras_module), 0.4, target="litert")
+    x = zoo.examples(small, 32)
+    expected = np.asarray(small(x, training=False))
+    spread(small, 4)
+    if form == "expanded":
+        small = keras_alds.expand(small)
+    broken = raw_int8(small, x)
+    assert not runs(broken, delegate=True)
+    assert runs(broken, delegate=False)
+    with pytest.raises(ValueError, match=r"below 256.*channel \d+: .* = \d") as caught:
+        check_runs(broken)
+    assert "keras_alds.litert.equalize" in str(caught.value)
+    # The same product, balanced on the way; the model is as it was, bit for bit.
+    before = small.get_weights()
+    content = convert(small, quantize="int8", representative_data=x, verbose=0)
+    for old, new in zip(before, small.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    check_runs(content)
+    for delegate in SIDES:
+        found = Runner(content, delegate=delegate).predict(x)
+        assert np.abs(found - expected).max() < 0.06 * np.abs(expected).max()
+    # And in place, for other converters.
+    equalize(small, x if form == "factorized" else None, verbose=0)
+    assert runs(raw_int8(small, x), delegate=True)
+
+
+def test_a_dead_layer_is_named():
+    inputs = keras.Input((6, 6, 8))
+    x = L.Conv2D(
+        16, 3, name="dead", activation="relu", bias_initializer=lambda *a, **k: -1e3 * tf.ones(a[0])
+    )(inputs)
+    model = keras.Model(inputs, L.Dense(4)(L.GlobalAveragePooling2D()(x)))
+    x = np.random.default_rng(0).standard_normal((16, 6, 6, 8)).astype("float32")
+    with pytest.raises(ValueError, match=r"below 256.*/dead.*dead units"):
+        convert(model, quantize="int8", representative_data=x, verbose=0)
+
+
+# -- Equal ranges ----------------------------------------------------------------------------------
+
+
+def pairs_network(K: Any) -> Any:
+    """Factorized and stock pairs of every kind, shared ones and things that are no pairs."""
+    L = K.layers
+    inputs = K.Input((10, 10, 8), name="images")
+    x = L.Conv2D(16, 3, padding="same", activation="relu", name="first")(inputs)
+    shared = L.Conv2D(16, 3, dilation_rate=2, padding="same", name="shared")
+    x = L.BatchNormalization(name="bn")(L.Add(name="sum")([shared(x), shared(shared(x))]))
+    x = L.Conv2D(16, 3, strides=2, activation="relu", name="down")(x)
+    x = L.Reshape((16, 16), name="rows")(x)
+    x = L.Conv1D(16, 3, padding="causal", name="causal")(x)
+    x = L.Dense(16, activation="relu", name="rowwise")(x)
+    x = L.Flatten(name="flat")(x)
+    return K.Model(inputs, L.Dense(8, name="head")(x))
+
+
+def random_plan(model: Any, random: np.random.Generator, target: str | None) -> CompressionPlan:
+    """Any allowed slices and ranks, whatever they cost."""
+    plan = keras_alds.select(model, 0.01)
+    choices = []
+    for choice in plan.choices:
+        shape = choice.kernel_shape
+        if shape is not None and (choice.factorized or "whole" in str(choice.reason)):
+            options = [
+                (k, j)
+                for k in divisors(shape[-2])
+                for j in ([1, 2, 3] if target is None else TARGETS[target].ranks(shape, k))
+                if target is not None or j <= min(np.prod(shape[:-1]) // k, shape[-1])
+            ]
+            by_slices = sorted({k for k, _ in options})
+            if by_slices:  # every k is as likely
+                k = random.choice(by_slices)
+                j = int(random.choice([rank for slices, rank in options if slices == k]))
+                size = choice.params_before - int(np.prod(shape)) + weights(shape, int(k), j)
+                choice = dataclasses.replace(
+                    choice, slices=int(k), rank=j, scheme=0, params_after=size, reason=None
+                )
+        choices.append(choice)
+    return dataclasses.replace(plan, choices=tuple(choices), target=target)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_equal_ranges_change_no_output(keras_module: Any, seed: int):
+    random = np.random.default_rng(seed)
+    model = pairs_network(keras_module)
+    small = keras_alds.compress(model, plan=random_plan(model, random, None))
+    x = random.standard_normal((16, 10, 10, 8)).astype("float32")
+    for candidate in (small, keras_alds.expand(small)):
+        pairs = find_pairs(candidate)
+        # In stock layers the linear decoder of `causal` is the encoder of what follows, too.
+        extra = [pair for pair in pairs if pair.stock and pair.layer.name == "causal"]
+        assert len(pairs) == 6 + len(extra)
+        inner = {id(pair.encoder) for pair in pairs}
+        spread(candidate, 4, seed)
+        expected = np.asarray(candidate(x, training=False))
+        before = candidate.get_weights()
+        for batches in ([x[:8], x[8:]], None):
+            with equalized(candidate, batches):
+                found = np.asarray(candidate(x, training=False))
+                np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+                for pair in pairs:
+                    left = np.asarray(pair.encoder).reshape(-1, pair.decoder.shape[-2])
+                    right = np.asarray(pair.decoder).reshape(left.shape[1], -1)
+                    if batches is None and id(pair.decoder) not in inner:
+                        norms = np.linalg.norm(left, axis=0), np.linalg.norm(right, axis=1)
+                        np.testing.assert_allclose(*norms, rtol=1e-4)
+            for old, new in zip(before, candidate.get_weights(), strict=True):
+                np.testing.assert_array_equal(old, new)
+    # The ranges themselves, from the layers' own arithmetic.
+    first = small.get_layer("first")
+    equalize(small, x, verbose=0)
+    middle = np.abs(encoded(first, x)).reshape(-1, first.encoder.shape[-1]).max(axis=0)
+    np.testing.assert_allclose(middle, middle[0], rtol=1e-4)
+
+
+def test_what_is_no_pair_is_left_alone():
+    inputs = keras.Input((6, 6, 4))
+    x = L.Conv2D(8, 3, padding="same", activation="relu", name="not_linear")(inputs)
+    x = L.Conv2D(8, 1, name="read_twice")(x)
+    y = L.Conv2D(8, 1, name="a")(x)
+    x = L.Add()([y, L.Conv2D(8, 1, name="b")(x)])
+    x = L.Conv2D(8, 3, name="before_3x3")(x)
+    x = L.Conv2D(8, 3, name="wide")(x)
+    x = L.Conv2D(8, 1, name="linear")(x)
+    x = L.Conv2D(8, 1, name="also_output")(x)
+    z = L.GlobalAveragePooling2D()(x)
+    model = keras.Model(inputs, [L.Dense(3, name="head")(z), x])
+    assert [pair.layer.name for pair in find_pairs(model)] == ["wide", "linear"]
+
+
+def test_scales_by_hand():
+    left, right = np.array([[1.0, 2.0, 0.0, 3.0]]), np.array([[5.0], [7.0], [1e9], [0.0]])
+    scale = scales_for_ranges(left, right, np.array([10.0, 1e-3, 0.0, 4.0]), 1.0)
+    assert scale[0] * 10 == pytest.approx(scale[1] * 1e-3) == pytest.approx(scale[3] * 4)
+    # A zero encoder column: its huge decoder row no longer sets the scale.
+    assert 1e9 / scale[2] <= max(5 / scale[0], 7 / scale[1]) * 1.001
+    # A rank that is next to never excited is not blown up beyond what XNNPACK takes.
+    tiny = scales_for_ranges(left[:, :2], right[:2], np.array([10.0, 1e-30]), 1.0)
+    assert tiny[1] * 2.0 / (tiny[0] * 10.0) <= 127 * 256 / 8 * 1.001
+    for scale in (
+        scales_for_ranges(np.zeros((3, 2)), np.zeros((2, 3)), np.zeros(2), 0.0),
+        scales_for_norms(np.zeros((3, 2)), np.zeros((2, 3))),
+    ):
+        np.testing.assert_array_equal(scale, 1.0)
+
+
+def test_equalize_refuses_what_it_cannot_use():
+    small = keras_alds.compress(zoo.functional(keras), 0.4)
+    x = zoo.examples(small, 32)
+    before = small.get_weights()
+    with pytest.raises(ValueError, match=r"built `keras\.Model`"):
+        equalize(L.Dense(3))
+    with pytest.raises(ValueError, match="at least 8 examples of representative data"):
+        equalize(small, x[:5], verbose=0)
+    with pytest.raises(ValueError, match="calibration data of shape"):
+        equalize(small, x[:, 1:], verbose=0)
+    for old, new in zip(before, small.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+# -- The property ----------------------------------------------------------------------------------
+
+
+def random_network(random: np.random.Generator) -> Any:
+    """Some seven layers that can be factorized, in an order and of sizes by chance."""
+
+    def width() -> int:
+        return int(random.choice([16, 24, 32, 48, 64, 128]))
+
+    def after(x: Any) -> Any:
+        if random.random() < 0.6:
+            x = L.BatchNormalization()(x)
+        return L.Activation(random.choice(["relu", "relu6", "linear", "hard_sigmoid"]))(x)
+
+    def convolution(filters: int, strides: Any = 1) -> Any:
+        size = random.choice(["1", "3", "3", "5x1"])
+        kernel = (5, 1) if size == "5x1" else int(size)
+        dilation = 2 if strides == 1 and size == "3" and random.random() < 0.3 else 1
+        return L.Conv2D(
+            filters,
+            kernel,
+            strides=strides,
+            dilation_rate=dilation,
+            padding="same",
+            use_bias=bool(random.random() < 0.7),
+        )
+
+    inputs = keras.Input((12, 12, int(random.choice([3, 16, 32]))))
+    filters = width()
+    x = after(convolution(filters)(inputs))
+    shared = L.Conv2D(filters, 3, padding="same")
+    x = L.Add()([x, after(shared(x)), after(convolution(filters)(shared(x)))])
+    x = after(convolution(width(), (2, 2))(x))
+    x = after(convolution(width(), (2, 1) if random.random() < 0.3 else 1)(x))
+    x = after(L.Conv2D(width(), 3, padding="valid")(x))
+    if random.random() < 0.5:
+        x = L.Reshape((-1, x.shape[-1]))(x)
+        x = after(L.Conv1D(width(), 3, dilation_rate=2, padding="causal")(x))
+    x = L.Flatten()(x)
+    x = after(L.Dense(width())(x))
+    return keras.Model(inputs, L.Dense(10)(x))
+
+
+def hostile(model: Any, random: np.random.Generator) -> None:
+    """BatchNormalization in use, factors that differ 10^±4 between ranks, dead channels."""
+    for layer in model.layers:
+        if isinstance(layer, L.BatchNormalization):
+            gamma, beta, mean, variance = layer.get_weights()
+            layer.set_weights(
+                [
+                    gamma * random.uniform(0.3, 2, gamma.shape) * random.choice([-1, 1, 1]),
+                    random.normal(size=beta.shape) * 0.3,
+                    random.normal(size=mean.shape) * 0.1,
+                    variance * random.uniform(0.3, 3, variance.shape),
+                ]
+            )
+    for pair in find_pairs(model):
+        ranks = int(pair.decoder.shape[-2])
+        encoder = np.array(np.asarray(pair.encoder)).reshape(-1, ranks)
+        decoder = np.array(np.asarray(pair.decoder))
+        scale = 10 ** random.uniform(-4, 4, ranks)
+        encoder, decoder = encoder * scale, decoder / scale[:, np.newaxis]
+        if ranks > 2 and random.random() < 0.5:
+            encoder[:, random.integers(ranks)] = 0
+            decoder[..., random.integers(ranks), :] = 0
+            decoder[..., random.integers(decoder.shape[-1])] = 0
+        pair.encoder.assign(encoder.reshape(pair.encoder.shape))
+        pair.decoder.assign(decoder)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("seed", range(3))
+def test_every_plan_under_a_target_runs(target: str, seed: int):
+    random = np.random.default_rng([seed, len(target)])
+    keras.utils.set_random_seed(seed)
+    model = random_network(random)
+    plan = random_plan(model, random, target)
+    assert len(plan.factorized) >= 5
+    small = keras_alds.compress(model, plan=plan)
+    hostile(small, random)
+    if seed % 2:
+        small = keras_alds.expand(small)
+    scale = 10 ** random.uniform(-2, 2)
+    x = (scale * random.standard_normal((24, *model.input_shape[1:]))).astype("float32")
+    expected = np.asarray(small(x, training=False))
+    size = np.abs(expected).max()
+    for quantize, data, tolerance in ((None, None, 1e-4), ("int8", x, 0.2)):
+        content = convert(small, quantize=quantize, representative_data=data, verbose=0)
+        for delegate in SIDES:
+            found = Runner(content, delegate=delegate).predict(x)
+            assert np.abs(found - expected).max() < tolerance * size, (quantize, delegate)
+            assert np.sqrt(np.mean((found - expected) ** 2)) < tolerance / 3 * size
