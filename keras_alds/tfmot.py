@@ -3,6 +3,4 @@
 Needs `pip install "keras_alds[tfmot]"`. Imported when it is used: `keras_alds.tfmot`.
 """
 
-from keras_alds.litert.aware import quantize_aware_training
-
-__all__ = ["quantize_aware_training"]
+__all__: list[str] = []
