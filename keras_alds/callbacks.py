@@ -6,6 +6,7 @@ import numbers
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -56,7 +57,7 @@ class ALDSCompress(keras.callbacks.Callback):
     compressed before its first epoch; one that is, is trained on as it is.
 
     Args:
-        cr: Float, 0 < cr < 1. The fraction to remove; see `select`.
+        cr: Float, 0 < cr < 1, or a dict of two. The fraction to remove; see `select`.
         at_epoch: Integer >= 0. Index of the epoch before which to compress, as in
             `initial_epoch`.
         method: As for `select`. Defaults to None: `"activation"` with `calibration_data`, else
@@ -72,6 +73,7 @@ class ALDSCompress(keras.callbacks.Callback):
         max_slices: As for `select`.
         rank_multiple: As for `select`.
         target: As for `select`.
+        bounds: As for `select`.
         plan: A `CompressionPlan` to apply instead of selecting one; then `cr` is to be None.
         verbose: 0 for silence, else one line is printed at the compression. Defaults to 1.
 
@@ -104,7 +106,7 @@ class ALDSCompress(keras.callbacks.Callback):
 
     def __init__(
         self,
-        cr: float | None = None,
+        cr: float | Mapping[str, float] | None = None,
         at_epoch: int = 0,
         *,
         method: str | None = None,
@@ -115,6 +117,7 @@ class ALDSCompress(keras.callbacks.Callback):
         max_slices: int | None = None,
         rank_multiple: int = 1,
         target: str | None = None,
+        bounds: Mapping[Any, tuple[float | None, float | None]] | None = None,
         plan: CompressionPlan | None = None,
         verbose: int = 1,
     ) -> None:
@@ -129,6 +132,7 @@ class ALDSCompress(keras.callbacks.Callback):
             max_slices=max_slices,
             rank_multiple=rank_multiple,
             target=target,
+            bounds=bounds,
         )
         if isinstance(at_epoch, bool) or not isinstance(at_epoch, numbers.Integral) or at_epoch < 0:
             raise ValueError(
@@ -138,7 +142,9 @@ class ALDSCompress(keras.callbacks.Callback):
         if calibration_data is not None or method not in METHODS or not METHODS[method].needs_data:
             method = choose_method(method, has_data=calibration_data is not None)
         self._source = (
-            Options(cr, method, objective, error, exclude, max_slices, rank_multiple, target)
+            Options(
+                cr, method, objective, error, exclude, max_slices, rank_multiple, target, bounds
+            )
             if plan is None
             else plan
         )

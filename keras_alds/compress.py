@@ -8,7 +8,7 @@ import math
 import numbers
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,13 +28,15 @@ from keras_alds.rewrite.in_place import already_compressed, apply_plan, check_pl
 from keras_alds.rewrite.observe import CalibrationStats, calibration_stats
 
 OBJECTIVES = ("params", "macs")
+#: What `cr` can limit at once.
+LIMITS = ("params", "macs")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """The options that `select`, `compress` and `ALDSCompress` share, checked."""
 
-    cr: float
+    cr: Any
     method: str = "alds"
     objective: str = "params"
     error: str | None = None
@@ -42,8 +44,13 @@ class Options:
     max_slices: int | None = None
     rank_multiple: int = 1
     target: str | None = None
+    bounds: Any = None
+    #: With a limit on parameters and on MACs: the fraction of MACs; `cr` is that of parameters.
+    macs_cr: float | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.cr, Mapping):
+            self._set_limits(self.cr)
         check_cr(self.cr)
         get_method(self.method, self.error)
         get_target(self.target)
@@ -53,6 +60,7 @@ class Options:
                 f"Received: objective={self.objective!r}"
             )
         object.__setattr__(self, "exclude", tuple(inspect.check_exclude(self.exclude)))
+        object.__setattr__(self, "bounds", check_bounds(self.bounds))
         for name in ("max_slices", "rank_multiple"):
             value = getattr(self, name)
             if name == "max_slices" and value is None:
@@ -61,6 +69,55 @@ class Options:
                 raise ValueError(
                     f"Expected `{name}` to be a positive integer. Received: {name}={value!r}"
                 )
+
+    def _set_limits(self, limits: Mapping[Any, Any]) -> None:
+        if not limits or not set(limits) <= set(LIMITS) or self.objective != "params":
+            raise ValueError(
+                "Expected the limits in `cr` to be of 'params', 'macs' or both, and no `objective` "
+                f"beside them. Received: cr={dict(limits)!r}, objective={self.objective!r}"
+            )
+        for fraction in limits.values():
+            check_cr(fraction)
+        if len(limits) == 1:
+            ((name, fraction),) = limits.items()
+            object.__setattr__(self, "objective", name)
+        else:
+            fraction = limits["params"]
+            object.__setattr__(self, "macs_cr", float(limits["macs"]))
+        object.__setattr__(self, "cr", fraction)
+
+
+def check_bounds(bounds: Any) -> tuple[tuple[Any, float, float], ...]:
+    """Returns `bounds` as entries `(layers, least, greatest)`.
+
+    Raises:
+        ValueError: If they are no mapping from layers to pairs of fractions.
+    """
+    if bounds is None:
+        return ()
+    if isinstance(bounds, tuple):  # of options that were checked before
+        return bounds
+    if not isinstance(bounds, Mapping):
+        raise ValueError(
+            "Expected `bounds` to be a dict from layers to (least, greatest), fractions of their "
+            f"parameters to remove. Received: bounds={bounds!r}"
+        )
+    inspect.check_exclude(list(bounds), "bounds")
+    entries = []
+    for item, pair in bounds.items():
+        try:
+            least, greatest = pair
+            least = 0.0 if least is None else float(least)
+            greatest = 1.0 if greatest is None else float(greatest)
+        except (TypeError, ValueError):
+            least = greatest = math.nan
+        if not 0 <= least <= greatest <= 1:
+            raise ValueError(
+                "Expected the bounds of a layer to be (least, greatest) with 0 <= least <= "
+                f"greatest <= 1, or None in place of one. Received: {item!r}: {pair!r}"
+            )
+        entries.append((item, least, greatest))
+    return tuple(entries)
 
 
 def check_cr(cr: Any) -> None:
@@ -98,7 +155,7 @@ def check_cr_or_plan(cr: Any, plan: Any, **options: Any) -> None:
 
 def select(
     model: Any,
-    cr: float,
+    cr: float | Mapping[str, float],
     *,
     method: str | None = None,
     objective: str = "params",
@@ -108,6 +165,7 @@ def select(
     max_slices: int | None = None,
     rank_multiple: int = 1,
     target: str | None = None,
+    bounds: Mapping[Any, tuple[float | None, float | None]] | None = None,
 ) -> CompressionPlan:
     """Chooses slices and rank for every layer, together, so that the fraction `cr` is removed.
 
@@ -119,11 +177,12 @@ def select(
     Args:
         model: A built `keras.Model` or `tf_keras.Model` of any kind: Functional, Sequential,
             nested, or subclassed.
-        cr: Float, 0 < cr < 1. Fraction to remove: with `objective="params"` of all the model's
-            parameters, BatchNormalization, biases and untouched layers included, so that
+        cr: Float, 0 < cr < 1, or dict. Fraction to remove: with `objective="params"` of all the
+            model's parameters, BatchNormalization, biases and untouched layers included, so that
             `1 - compressed.count_params() / model.count_params() >= cr`; with
             `objective="macs"` of its multiply–accumulates (see `count_macs`). Kernels whose rank
-            is not full lose more than was asked for, since that costs no error.
+            is not full lose more than was asked for, since that costs no error. Or a dict of
+            both limits, `{"params": 0.5, "macs": 0.4}`: at least so much of each is removed.
         method: String or None. `"alds"`, the paper's: minimise the largest relative error of any
             layer, solved exactly; `"energy"`: minimise the sum of the layers' relative squared
             errors; `"activation"`: the sum of the relative squared errors of the layers' outputs
@@ -148,6 +207,10 @@ def select(
             `"gpu-delegate"`. Slices and ranks are then such as run there and are not slow there,
             besides `max_slices` and `rank_multiple`; with calibration data the plan says what
             that costs. Defaults to None: no constraints.
+        bounds: Dict from layers, named as in `exclude`, to `(least, greatest)`: fractions of the
+            layer's own parameters to remove, None for no bound, as in `{"stem": (None, 0.3),
+            r"block3/.*": (0.4, 0.8)}`. Where several entries name a layer, all hold. Defaults to
+            none.
 
     Returns:
         A `CompressionPlan`. It names every layer that is left alone, and why.
@@ -156,7 +219,8 @@ def select(
         ValueError: If an argument is not as above; if the model is not built, holds no layer that
             can be factorized, is already compressed, or has weights that are not finite; if the
             calibration data do not fit the model, hold NaN or infinity or fewer than 8 examples,
-            or the method uses none; or if `cr` is not reachable: the text then says what is.
+            or the method uses none; if no choice of a layer is within its `bounds`; or if `cr` is
+            not reachable: the text then says what is.
 
     Example:
     ```python
@@ -170,7 +234,9 @@ def select(
         search the exact min–max solver replaces.
     """
     method = choose_method(method, has_data=calibration_data is not None)
-    options = Options(cr, method, objective, error, exclude, max_slices, rank_multiple, target)
+    options = Options(
+        cr, method, objective, error, exclude, max_slices, rank_multiple, target, bounds
+    )
     return select_with(model, options, calibration_data)[0]
 
 
@@ -189,9 +255,9 @@ def select_with(
     method = get_method(options.method, options.error)
     tables = problem.tables(method)
     try:
-        candidates, solution = method.solve(tables, problem.budget)
+        candidates, solution = problem.solve(method, tables)
     except InfeasibleBudget as infeasible:
-        raise ValueError(problem.unreachable(infeasible.required)) from None
+        raise problem.unreachable(infeasible.required, infeasible.resource) from None
     output_errors = _output_errors(problem, candidates, solution) if stats else (None, None)
     rows = zip(candidates, solution.indices, strict=True)
     choices = tuple(
@@ -214,6 +280,7 @@ def select_with(
         target=options.target,
         output_error=output_errors[0],
         output_error_without_target=output_errors[1],
+        requested_macs_cr=options.macs_cr,
     )
     return plan, stats
 
@@ -226,7 +293,7 @@ def _output_errors(
         return None, None
     free = dataclasses.replace(problem, options=dataclasses.replace(problem.options, target=None))
     method = get_method(problem.options.method, problem.options.error)
-    solved = (candidates, solution), method.solve(free.tables(method), problem.budget)
+    solved = (candidates, solution), free.solve(method, free.tables(method))
     constrained, unconstrained = (
         sum(float(table.error[row]) for table, row in zip(tables, found.indices, strict=True))
         for tables, found in solved
@@ -242,7 +309,7 @@ class Problem:
         name: The model's name.
         specs: The layers that hold weights.
         params: All parameters of the model.
-        macs: Multiply–accumulates by layer id; None unless they are the objective.
+        macs: Multiply–accumulates by layer id; None unless they are limited.
         options: The options.
         stats: Calibration statistics, None for a method without data.
         moments: The layers' second moments by layer id, from `stats`.
@@ -285,19 +352,43 @@ class Problem:
                 stacklevel=4,
             )
         macs = None
-        if options.objective == "macs":
+        if options.objective == "macs" or options.macs_cr is not None:
             macs = inspect.layer_macs(model)
+        if options.objective == "macs":
             specs = [
                 spec
-                if spec.reason or macs.get(id(spec.layer))
+                if spec.reason or (macs or {}).get(id(spec.layer))
                 else dataclasses.replace(spec, reason="the forward pass does not call it")
                 for spec in specs
             ]
         problem = cls(model.name, specs, inspect.count_params(model), macs, options)
-        required = sum(problem.smallest_cost(spec) for spec in problem.candidates)
-        if required > problem.budget:
-            raise ValueError(problem.unreachable(required))
+        problem = problem.bounded()
+        smallest = [(spec, problem.smallest(spec)) for spec in problem.candidates]
+        for resource, name in enumerate(problem.resources):
+            required = sum(problem.unit(spec, name) * least for spec, least in smallest)
+            if required > problem.budget_of(name):
+                raise problem.unreachable(required, resource)
         return problem
+
+    def bounded(self) -> Problem:
+        """The same problem with the bounds of every layer; warns of those that no layer has."""
+        bounds = self.options.bounds
+        unmatched = dict(enumerate(bounds))
+        specs = []
+        for spec in self.specs:
+            least, greatest = spec.bounds
+            for index, (item, *entry) in enumerate(bounds):
+                if spec.reason is None and inspect.matches(item, spec.path, spec.layer):
+                    unmatched.pop(index, None)
+                    least, greatest = max(least, entry[0]), min(greatest, entry[1])
+            specs.append(dataclasses.replace(spec, bounds=(least, greatest)))
+        for item, *_ in unmatched.values():
+            warnings.warn(
+                f"`bounds` entry {item!r} matches no layer of the model '{self.name}' that can be "
+                "factorized.",
+                stacklevel=5,
+            )
+        return dataclasses.replace(self, specs=specs)
 
     def calibrated(self, model: Any, stats: CalibrationStats) -> Problem:
         """The same problem with statistics; layers that no example reached are left alone."""
@@ -342,35 +433,68 @@ class Problem:
         return [spec for spec in self.specs if spec.reason is None]
 
     @property
-    def total(self) -> int:
-        """What the objective counts, of the whole model."""
-        return self.params if self.macs is None else sum(self.macs.values())
+    def resources(self) -> tuple[str, ...]:
+        """What is limited: the objective, or both parameters and MACs."""
+        return LIMITS if self.options.macs_cr is not None else (self.options.objective,)
 
-    def cost_per_weight(self, spec: inspect.LayerSpec) -> int:
+    def total_of(self, resource: str) -> int:
+        """All that the model has of a resource."""
+        return sum((self.macs or {}).values()) if resource == "macs" else self.params
+
+    def unit(self, spec: inspect.LayerSpec, resource: str) -> int:
         """What one kernel weight of a layer costs: 1, or its multiply–accumulates."""
-        if self.macs is None:
+        if resource != "macs":
             return 1
-        return self.macs.get(id(spec.layer), 0) // math.prod(spec.kernel_shape or ())
+        return (self.macs or {}).get(id(spec.layer), 0) // math.prod(spec.kernel_shape or ())
 
     def added_params(self, spec: inspect.LayerSpec) -> int:
         """Parameters that the method adds to a factorized layer: a bias that it has not."""
         adds = METHODS[self.options.method].centred and not spec.layer.use_bias
         return (spec.kernel_shape or (0,))[-1] if adds else 0
 
-    def dense_cost(self, spec: inspect.LayerSpec) -> int:
-        """What a layer's kernel costs as it is."""
-        return self.cost_per_weight(spec) * math.prod(spec.kernel_shape or ())
+    def smallest(self, spec: inspect.LayerSpec) -> int:
+        """The weights of a layer's kernel in its smallest allowed form.
 
-    def smallest_cost(self, spec: inspect.LayerSpec) -> int:
-        """What a layer's kernel costs in its smallest allowed form."""
+        Raises:
+            ValueError: If the layer's bounds allow none.
+        """
         shape = spec.kernel_shape or ()
-        limits = self.limits(spec)
-        sizes = [
-            weights(shape, k, ranks[0])
-            for k in divisors(shape[-2])
-            if (ranks := allowed_ranks(shape, k, **limits))
+        dense, limits = math.prod(shape), self.limits(spec)
+        sizes = {dense}
+        for k in divisors(shape[-2]):
+            per_rank = weights(shape, k, 1)
+            ranks = allowed_ranks(shape, k, **limits)
+            sizes |= {rank * per_rank for rank in ranks if rank * per_rank < dense}
+        within = [size for size in sizes if self.is_within(spec, size)]
+        if not within:
+            raise self.nothing_within(spec, sizes)
+        return min(within)
+
+    def is_within(self, spec: inspect.LayerSpec, size: int) -> bool:
+        """Whether a layer whose kernel weighs so much is within its bounds."""
+        least, greatest = spec.bounds
+        return least <= self.removed(spec, size) <= greatest
+
+    def removed(self, spec: inspect.LayerSpec, size: int) -> float:
+        """The fraction of a layer's own parameters that is gone if its kernel weighs so much."""
+        dense = math.prod(spec.kernel_shape or ())
+        added = self.added_params(spec) if size < dense else 0
+        return removed_fraction(spec.params, spec.params - dense + size + added)
+
+    def nothing_within(self, spec: inspect.LayerSpec, sizes: Iterable[int]) -> ValueError:
+        """The error for a layer of which no choice is within its bounds."""
+        least, greatest = spec.bounds
+        fractions = sorted(self.removed(spec, size) for size in sizes)
+        nearest = [
+            *[fraction for fraction in fractions if fraction < least][-1:],
+            *[fraction for fraction in fractions if fraction > greatest][:1],
         ]
-        return self.cost_per_weight(spec) * min([*sizes, math.prod(shape)])
+        return ValueError(
+            f"Expected the `bounds` of layer '{spec.path}' to hold one of its choices. Received: "
+            f"({least:g}, {greatest:g}), where the nearest fractions of its parameters that the "
+            f"method {self.options.method!r} can remove are "
+            + " and ".join(f"{fraction:.4f}" for fraction in nearest)
+        )
 
     def limits(self, spec: inspect.LayerSpec) -> dict[str, Any]:
         """What the options allow of a layer's slices and ranks, for `allowed_ranks`."""
@@ -383,33 +507,58 @@ class Problem:
             "blocks": 1 if moment is None else moment.blocks.shape[0],
         }
 
-    @property
-    def fixed_cost(self) -> int:
-        """What everything else costs."""
-        return self.total - sum(map(self.dense_cost, self.candidates))
+    def fixed_cost(self, resource: str) -> int:
+        """What everything but the candidates' kernels costs."""
+        kernels = sum(
+            self.unit(spec, resource) * math.prod(spec.kernel_shape or ())
+            for spec in self.candidates
+        )
+        return self.total_of(resource) - kernels
 
-    @property
-    def budget(self) -> int:
+    def budget_of(self, resource: str) -> int:
         """What the candidates' kernels may cost together."""
-        return allowed_after(self.total, self.options.cr) - self.fixed_cost
+        cr = self.options.cr
+        if resource == "macs" and self.options.macs_cr is not None:
+            cr = self.options.macs_cr
+        return allowed_after(self.total_of(resource), cr) - self.fixed_cost(resource)
 
-    def unreachable(self, required: int) -> str:
-        """The error text for a `cr` that even the smallest choice everywhere does not reach."""
-        best = removed_fraction(self.total, required + self.fixed_cost)
-        return (
-            f"cr={self.options.cr} is not reachable for the model '{self.name}' with "
-            f"objective={self.options.objective!r}: expected 0 < cr <= "
+    def solve(
+        self, method: Method, tables: list[ChoiceTable]
+    ) -> tuple[list[ChoiceTable], Solution]:
+        """Picks one choice a candidate, within all budgets.
+
+        Raises:
+            InfeasibleBudget: If even the cheapest choices are above a budget.
+        """
+        first, *second = (self.budget_of(name) for name in self.resources)
+        if not second:
+            return method.solve(tables, first)
+        units = [self.unit(spec, self.resources[1]) for spec in self.candidates]
+        return method.solve_joint(tables, units, (first, second[0]))
+
+    def unreachable(self, required: int, resource: int = 0) -> ValueError:
+        """The error for a `cr` that even the smallest choice everywhere does not reach."""
+        name = self.resources[resource]
+        total, fixed = self.total_of(name), self.fixed_cost(name)
+        best = removed_fraction(total, required + fixed)
+        cr = self.options.macs_cr if resource else self.options.cr
+        return ValueError(
+            f"cr={cr} is not reachable for the model '{self.name}' with "
+            f"objective={name!r}: expected 0 < cr <= "
             f"{math.floor(best * 1e4) / 1e4:.4f}, with the smallest allowed choice everywhere "
             f"({self.described_limits}). Received: "
-            f"cr={self.options.cr}. A larger part of it lies in what is left alone: "
-            f"{self.fixed_cost:,} of {self.total:,} (see `select(…).summary()`)."
+            f"cr={cr}. A larger part of it lies in what is left alone: "
+            f"{fixed:,} of {total:,} (see `select(…).summary()`)."
         )
 
     @property
     def described_limits(self) -> str:
         """The options that allow no more choices, for texts."""
         limits = f"max_slices={self.options.max_slices}, rank_multiple={self.options.rank_multiple}"
-        return limits + (f", target={self.options.target!r}" if self.options.target else "")
+        limits += f", target={self.options.target!r}" if self.options.target else ""
+        limits += ", bounds" if self.options.bounds else ""
+        one = METHODS[self.options.method].near_slices is not None
+        return limits + (f", method={self.options.method!r}" if one else "")
 
     def tables(self, method: Method) -> list[ChoiceTable]:
         """The choices of every candidate."""
@@ -417,8 +566,8 @@ class Problem:
 
         def options(spec: inspect.LayerSpec) -> dict[str, Any]:
             return {
-                "cost_per_weight": self.cost_per_weight(spec),
-                "added_cost": self.added_params(spec) if self.macs is None else 0,
+                "cost_per_weight": self.unit(spec, self.resources[0]),
+                "added_cost": 0 if self.resources[0] == "macs" else self.added_params(spec),
                 "near_slices": method.near_slices,
                 **self.limits(spec),
             }
@@ -426,7 +575,10 @@ class Problem:
         candidates = self.candidates
         if self.stats is None:
             entries = zip(candidates, _entries(candidates), strict=True)
-            return [entry.table(error, **options(spec)) for spec, entry in entries]
+            return [
+                self.within_bounds(spec, entry.table(error, **options(spec)))
+                for spec, entry in entries
+            ]
         kernels = zip(candidates, _kernels(candidates), strict=True)
         spectra = self.stats.spectra(
             {
@@ -436,9 +588,19 @@ class Problem:
             centred=method.centred,
         )
         return [
-            choice_table(found, error=error, **options(spec))
+            self.within_bounds(spec, choice_table(found, error=error, **options(spec)))
             for spec, found in zip(candidates, spectra, strict=True)
         ]
+
+    def within_bounds(self, spec: inspect.LayerSpec, table: ChoiceTable) -> ChoiceTable:
+        """The choices of a candidate that are within its bounds."""
+        if spec.bounds == (0.0, 1.0):
+            return table
+        sizes = table.weights.tolist()
+        rows = [row for row, size in enumerate(sizes) if self.is_within(spec, size)]
+        if not rows:
+            raise self.nothing_within(spec, sizes)
+        return table.take(np.array(rows))
 
     def choice(self, spec: inspect.LayerSpec, table: ChoiceTable, row: int) -> LayerChoice:
         """The record of a candidate for which the solver took row `row` of its table."""
@@ -460,7 +622,7 @@ class Problem:
             rank=rank,
             scheme=int(table.scheme[row]),
             params_after=spec.params - saved + added,
-            macs_after=None if macs is None else macs - saved * self.cost_per_weight(spec),
+            macs_after=None if macs is None else macs - saved * self.unit(spec, "macs"),
             error=float(table.error[row]),
             reason=None,
             note=self.note(spec),
@@ -564,7 +726,7 @@ def _entries(specs: list[inspect.LayerSpec]) -> list[_Entry]:
 
 def compress(
     model: Any,
-    cr: float | None = None,
+    cr: float | Mapping[str, float] | None = None,
     *,
     plan: CompressionPlan | None = None,
     method: str | None = None,
@@ -575,6 +737,7 @@ def compress(
     max_slices: int | None = None,
     rank_multiple: int = 1,
     target: str | None = None,
+    bounds: Mapping[Any, tuple[float | None, float | None]] | None = None,
 ) -> Any:
     """Returns a new, smaller model; `model` is untouched.
 
@@ -590,7 +753,7 @@ def compress(
 
     Args:
         model: A built `keras.Model` or `tf_keras.Model`.
-        cr: Float, 0 < cr < 1. The fraction to remove; see `select`.
+        cr: Float, 0 < cr < 1, or a dict of two. The fraction to remove; see `select`.
         plan: A `CompressionPlan` made by `select` for this model or one of the same
             architecture, instead of `cr` and the options below.
         method: As for `select`.
@@ -603,6 +766,7 @@ def compress(
         max_slices: As for `select`.
         rank_multiple: As for `select`.
         target: As for `select`.
+        bounds: As for `select`.
 
     Returns:
         A new model of the same Keras.
@@ -627,11 +791,12 @@ def compress(
         max_slices=max_slices,
         rank_multiple=rank_multiple,
         target=target,
+        bounds=bounds,
     )
     if plan is None:
         method = choose_method(method, has_data=calibration_data is not None)
         options = Options(
-            cr,  # type: ignore[arg-type]
+            cr,
             method,
             objective,
             error,
@@ -639,6 +804,7 @@ def compress(
             max_slices,
             rank_multiple,
             target,
+            bounds,
         )
         plan, stats = select_with(model, options, calibration_data)
     else:

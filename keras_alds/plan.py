@@ -67,7 +67,7 @@ class CompressionPlan:
         objective: What `cr` counts: `"params"` or `"macs"`.
         params_before: All parameters of the model before, as `model.count_params()`.
         params_after: All parameters afterwards.
-        macs_before: Multiply–accumulates before, or None unless the objective is `"macs"`.
+        macs_before: Multiply–accumulates before, or None unless MACs are limited.
         macs_after: The same afterwards.
         choices: One `LayerChoice` for every layer that holds weights, in the model's order.
         target: The runtime that the choices are constrained to, or None.
@@ -76,6 +76,9 @@ class CompressionPlan:
             otherwise.
         output_error_without_target: The same sum for the choices that would have been made under
             the same budget without the target's constraints. None otherwise.
+        requested_macs_cr: With limits on parameters and on MACs: the fraction of MACs that was
+            asked to be removed; `requested_cr` and `cr` are those of parameters then, and
+            `reduction("macs")` is never below this. None otherwise.
         version: Version of the JSON form.
 
     Example:
@@ -99,6 +102,7 @@ class CompressionPlan:
     target: str | None = None
     output_error: float | None = None
     output_error_without_target: float | None = None
+    requested_macs_cr: float | None = None
     version: int = PLAN_VERSION
 
     @property

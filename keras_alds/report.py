@@ -60,7 +60,8 @@ def print_plan(
         )
     title = (
         f"Compression plan: cr={plan.requested_cr:g} of {plan.objective} requested, "
-        f"{plan.cr:.4f} achieved; method={plan.method!r}, error={plan.error_measure!r}"
+        f"{plan.cr:.4f} achieved; {_second(plan)}"
+        f"method={plan.method!r}, error={plan.error_measure!r}"
     )
     print_table(title, columns, rows, lines, print_fn=print_fn, line_length=line_length)
 
@@ -78,6 +79,13 @@ def _target_lines(plan: CompressionPlan) -> list[str]:
         f"{line}; relative error of the layers' outputs, summed: {own:.4f}, and {free:.4f} without "
         f"its constraints{ratio}. This is no accuracy: measure that with `evaluate`"
     ]
+
+
+def _second(plan: CompressionPlan) -> str:
+    """The second limit of a joint budget."""
+    if plan.requested_macs_cr is None:
+        return ""
+    return f"{plan.requested_macs_cr:g} of macs requested, {plan.reduction('macs'):.4f} achieved; "
 
 
 def _is_vector_only(reason: str | None) -> bool:

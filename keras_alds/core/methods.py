@@ -6,10 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
+from typing import Any
+
+import numpy as np
 
 from keras_alds.core.choices import ChoiceTable
 from keras_alds.core.errors import get_error
+from keras_alds.core.joint import Costs, joint_min_max, joint_min_sum, joint_scalar
 from keras_alds.core.scalars import (
+    ChainOf,
     energy_drops,
     errors_of_ranks,
     fractions_of_rank,
@@ -42,6 +47,8 @@ class Method:
         name: Its name in `METHODS`.
         error: Error measure of its choices; one of the keys of `keras_alds.core.errors.ERRORS`.
         solver: `solver(candidates, budget)` returns a `Solution` that is within the budget.
+        joint: `joint(candidates, costs, budgets)`, the same within several budgets; see
+            `keras_alds.core.joint`.
         candidates: Reduces the tables of all layers to what `solver` chooses from.
         near_slices: The method takes only the number of slices k that is nearest to this one.
             Defaults to all.
@@ -54,6 +61,7 @@ class Method:
     name: str
     error: str
     solver: Callable[[Sequence[ChoiceTable], int], Solution]
+    joint: Callable[[Sequence[ChoiceTable], Costs, Sequence[int]], Solution]
     candidates: Callable[[Sequence[ChoiceTable]], list[ChoiceTable]] = pareto_fronts
     near_slices: int | None = None
     needs_data: bool = False
@@ -88,6 +96,34 @@ class Method:
         candidates = self.candidates(tables)
         return candidates, self.solver(candidates, budget)
 
+    def solve_joint(
+        self, tables: Sequence[ChoiceTable], units: Sequence[int], budgets: tuple[int, int]
+    ) -> tuple[list[ChoiceTable], Solution]:
+        """Picks one choice a layer within two budgets.
+
+        Args:
+            tables: As for `solve`, with what the choices take of the first budget as their costs.
+            units: What one kernel weight of each layer takes of the second budget.
+            budgets: The two budgets, integers.
+
+        Returns:
+            As `solve`.
+
+        Raises:
+            InfeasibleBudget: If even the cheapest choices are above a budget; it says which.
+        """
+        candidates = self.candidates(tables)
+        costs = [
+            np.stack([table.cost, unit * table.weights], axis=1)
+            for table, unit in zip(candidates, units, strict=True)
+        ]
+        return candidates, self.joint(candidates, costs, budgets)
+
+
+def _scalar(chain: ChainOf) -> dict[str, Any]:
+    """Both solvers of a method with one scalar."""
+    return {"solver": partial(one_scalar, chain=chain), "joint": partial(joint_scalar, chain=chain)}
+
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
@@ -97,6 +133,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "alds",
                 error="slice",
                 solver=min_max_ranks,
+                joint=joint_min_max,
                 candidates=list,
                 summary="least largest relative error over the layers, exact (ALDS)",
             ),
@@ -104,12 +141,14 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "energy",
                 error="energy",
                 solver=min_sum,
+                joint=joint_min_sum,
                 summary="least sum of relative squared errors over the layers",
             ),
             Method(
                 "activation",
                 error="energy",
                 solver=min_sum,
+                joint=joint_min_sum,
                 needs_data=True,
                 summary="least sum of relative squared errors of the layers' outputs on data",
             ),
@@ -118,7 +157,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method(
                 "svd",
                 error="energy",
-                solver=partial(one_scalar, chain=fractions_of_rank),
+                **_scalar(fractions_of_rank),
                 candidates=list,
                 near_slices=1,
                 summary="the same fraction of the full rank in every layer, one slice",
@@ -126,7 +165,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method(
                 "svd-energy",
                 error="energy",
-                solver=partial(one_scalar, chain=errors_of_ranks),
+                **_scalar(errors_of_ranks),
                 candidates=list,
                 near_slices=1,
                 summary="the same part of the squared singular values in every layer, one slice",
@@ -134,7 +173,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method(
                 "l-rank",
                 error="residual",
-                solver=partial(one_scalar, chain=hull_rates),
+                **_scalar(hull_rates),
                 candidates=list,
                 near_slices=1,
                 summary="least λ·cost + squared error of every layer, one λ, one slice",
@@ -142,7 +181,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method(
                 "pca",
                 error="energy",
-                solver=partial(one_scalar, chain=energy_drops),
+                **_scalar(energy_drops),
                 candidates=list,
                 near_slices=1,
                 needs_data=True,
@@ -153,6 +192,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 "alds-error",
                 error="slice",
                 solver=min_max_ranks,
+                joint=joint_min_max,
                 candidates=list,
                 near_slices=3,
                 summary='ranks as "alds" chooses them, for slices nearest to 3',
@@ -160,7 +200,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method(
                 "alds-simple",
                 error="slice",
-                solver=partial(one_scalar, chain=fractions_of_rank),
+                **_scalar(fractions_of_rank),
                 candidates=list,
                 near_slices=3,
                 summary="the same fraction of the full rank in every layer, slices nearest to 3",
@@ -168,7 +208,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Method(
                 "alds-simple-5",
                 error="slice",
-                solver=partial(one_scalar, chain=fractions_of_rank),
+                **_scalar(fractions_of_rank),
                 candidates=list,
                 near_slices=5,
                 summary="the same fraction of the full rank in every layer, slices nearest to 5",

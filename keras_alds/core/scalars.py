@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,15 +37,17 @@ class Chain:
     levels: NDArray[np.float64]
 
 
-def one_scalar(
-    tables: Sequence[ChoiceTable], budget: int, *, chain: Callable[[ChoiceTable], Chain]
-) -> Solution:
+#: Makes a layer's chain of its table and of what its choices cost.
+ChainOf = Callable[[ChoiceTable, NDArray[Any]], Chain]
+
+
+def one_scalar(tables: Sequence[ChoiceTable], budget: int, *, chain: ChainOf) -> Solution:
     """Takes the most generous scalar whose choices are within the budget, exactly.
 
     Args:
         tables: One table a layer.
         budget: Largest total cost, an integer.
-        chain: What the scalar means: makes a layer's chain of its table.
+        chain: What the scalar means: makes a layer's chain of its table and costs.
 
     Returns:
         The `Solution`; its lower bound is 0, since nothing is minimised over all layers.
@@ -63,7 +66,7 @@ def one_scalar(
         [2, 1]
     """
     budget = check_budget(budget)
-    chains = [chain(table) for table in tables]
+    chains = [chain(table, table.cost) for table in tables]
     costs = [table.cost[c.rows] for table, c in zip(tables, chains, strict=True)]
     start = sum(int(cost[0]) for cost in costs)
     picks = [0] * len(chains)
@@ -86,13 +89,14 @@ def one_scalar(
     return Solution(indices, max(errors, default=0.0), math.fsum(errors), total, 0.0)
 
 
-def fractions_of_rank(table: ChoiceTable) -> Chain:
+def fractions_of_rank(table: ChoiceTable, cost: NDArray[Any]) -> Chain:
     """`"svd"`: a fraction p of the full rank r: the largest rank up to p·r, at least the first.
 
     From the fraction on at which the factors would weigh as much as the kernel, it stays whole.
 
     Args:
         table: The choices of a layer for one number of slices.
+        cost: Not used: a fraction is one whatever ranks cost.
 
     Returns:
         The chain, by p.
@@ -100,7 +104,8 @@ def fractions_of_rank(table: ChoiceTable) -> Chain:
     Example:
         >>> from keras_alds.core.choices import choice_table
         >>> from keras_alds.core.spectra import spectra
-        >>> fractions_of_rank(choice_table(spectra(np.eye(6)), near_slices=1)).levels.tolist()
+        >>> table = choice_table(spectra(np.eye(6)), near_slices=1)
+        >>> fractions_of_rank(table, table.cost).levels.tolist()
         [-inf, 0.3333333333333333, 0.5]
     """
     ranked, whole = _by_rank(table)
@@ -113,29 +118,31 @@ def fractions_of_rank(table: ChoiceTable) -> Chain:
     return _chain(np.append(ranked, whole), levels)
 
 
-def errors_of_ranks(table: ChoiceTable) -> Chain:
+def errors_of_ranks(table: ChoiceTable, cost: NDArray[Any]) -> Chain:
     """`"svd-energy"`: the least rank with an error of at most t.
 
     Args:
         table: The choices of a layer for one number of slices.
+        cost: What they cost; only their order matters.
 
     Returns:
         The chain, by −t.
     """
-    front = _rows_of_front(table)
+    front = _rows_of_front(table, cost)
     error = table.error[front]
     # A row is taken as soon as t is below the error of the one before it.
     return _chain(front, -np.append(np.inf, error[:-1]))
 
 
-def hull_rates(table: ChoiceTable) -> Chain:
+def hull_rates(table: ChoiceTable, cost: NDArray[Any]) -> Chain:
     """`"l-rank"`: the rank with the least λ·cost + error; of equal ones the least.
 
     The minimisers for all λ are the choices on the lower convex hull, each from the λ on at
     which the step to it saves as much error as it costs.
 
     Args:
-        table: The choices of a layer for one number of slices.
+        table: The choices of a layer.
+        cost: What they cost.
 
     Returns:
         The chain, by −λ.
@@ -144,13 +151,13 @@ def hull_rates(table: ChoiceTable) -> Chain:
         Idelbayev and Carreira-Perpiñán, "Low-Rank Compression of Neural Nets: Learning the Rank
         of Each Layer", CVPR 2020, equation 5.
     """
-    front = _rows_of_front(table)
-    hull = front[lower_hull(table.cost[front], table.error[front])]
-    rates = -np.diff(table.error[hull]) / np.diff(table.cost[hull])
+    front = _rows_of_front(table, cost)
+    hull = front[lower_hull(cost[front], table.error[front])]
+    rates = -np.diff(table.error[hull]) / np.diff(cost[hull])
     return _chain(hull, -np.append(np.inf, rates))
 
 
-def energy_drops(table: ChoiceTable) -> Chain:
+def energy_drops(table: ChoiceTable, cost: NDArray[Any]) -> Chain:
     """`"pca"`: the ranks whose loss would lower the product of all layers' energies most per cost.
 
     Zhang et al. drop eigenvalues greedily, the one first that lowers Π_l Σ_{m≤j_l} λ_{l,m} least
@@ -158,6 +165,7 @@ def energy_drops(table: ChoiceTable) -> Chain:
 
     Args:
         table: The choices of a layer for one number of slices; errors are 1 − E.
+        cost: What they cost.
 
     Returns:
         The chain, by the negative of the drop.
@@ -165,9 +173,9 @@ def energy_drops(table: ChoiceTable) -> Chain:
     References:
         Zhang et al., TPAMI 2016 (arXiv 1505.06798), section 3.3.
     """
-    front = _rows_of_front(table)
+    front = _rows_of_front(table, cost)
     energy = 1 - table.error[front]
-    drops = np.diff(energy) / energy[1:] / np.diff(table.cost[front])
+    drops = np.diff(energy) / energy[1:] / np.diff(cost[front])
     return _chain(front, -np.append(np.inf, drops))
 
 
@@ -177,10 +185,12 @@ def _by_rank(table: ChoiceTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return ranked[np.argsort(table.rank[ranked])], np.flatnonzero(table.slices == 0)
 
 
-def _rows_of_front(table: ChoiceTable) -> NDArray[np.int64]:
-    """Rows with less error than every cheaper one; tables are sorted by cost."""
-    before = np.append(np.inf, np.minimum.accumulate(table.error)[:-1])
-    return np.flatnonzero(table.error < before)
+def _rows_of_front(table: ChoiceTable, cost: NDArray[Any]) -> NDArray[np.int64]:
+    """Rows with less error than every one that costs no more, by cost."""
+    order = np.lexsort((table.rank, table.slices, table.error, cost))
+    error = table.error[order]
+    before = np.append(np.inf, np.minimum.accumulate(error)[:-1])
+    return order[error < before]
 
 
 def _chain(rows: NDArray[np.int64], levels: NDArray[np.float64]) -> Chain:

@@ -45,18 +45,20 @@ class InfeasibleBudget(ValueError):  # noqa: N818 - a name of the public API
     Attributes:
         required: The smallest total that can be reached.
         budget: The budget that was asked for.
+        resource: Which one of several budgets it is, counted from 0.
     """
 
-    def __init__(self, required: int, budget: int) -> None:
+    def __init__(self, required: int, budget: int, resource: int = 0) -> None:
         super().__init__(
             f"Expected a budget of at least {required}, the total of the cheapest choices of all "
             f"layers. Received: budget={budget}"
         )
         self.required = required
         self.budget = budget
+        self.resource = resource
 
-    def __reduce__(self) -> tuple[type[InfeasibleBudget], tuple[int, int]]:
-        return InfeasibleBudget, (self.required, self.budget)
+    def __reduce__(self) -> tuple[type[InfeasibleBudget], tuple[int, int, int]]:
+        return InfeasibleBudget, (self.required, self.budget, self.resource)
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ def min_max_ranks(tables: Sequence[ChoiceTable], budget: int) -> Solution:
         for table, front, pick in zip(tables, fronts, picks, strict=True)
     ]
     columns = [(table.cost, table.error) for table in tables]
-    steps = [functools.partial(_more_rank, table) for table in tables]
+    steps = [functools.partial(more_rank, table) for table in tables]
     rows = _lower_largest(columns, rows, budget, steps)
     return _solution(columns, rows, optimum, certificate)
 
@@ -209,8 +211,16 @@ def _row_of(table: ChoiceTable, front: ChoiceTable, pick: int) -> int:
     return int(np.flatnonzero(same & (table.scheme == front.scheme[pick]))[0])
 
 
-def _more_rank(table: ChoiceTable, row: int) -> int:
-    """The cheapest row of more rank in the same slices, or the whole kernel, with less error."""
+def more_rank(table: ChoiceTable, row: int) -> int:
+    """Returns the cheapest row of more rank in the same slices, or the whole kernel.
+
+    Args:
+        table: The choices of a layer.
+        row: The row to start from.
+
+    Returns:
+        A row with less error, or `row` itself if there is none.
+    """
     same = (table.slices == table.slices[row]) & (table.scheme == table.scheme[row])
     better = np.flatnonzero((same | (table.slices == 0)) & (table.error < table.error[row]))
     return row if better.size == 0 else int(better[np.argmin(table.cost[better])])

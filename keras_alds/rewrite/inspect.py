@@ -33,6 +33,7 @@ class LayerSpec:
         kernel_shape: Shape of its kernel if it could be factorized.
         reason: Why it cannot be factorized, or None if it can.
         excluded: Whether the user's `exclude` names it.
+        bounds: The least and the greatest fraction of its parameters that may go.
     """
 
     path: str
@@ -41,6 +42,7 @@ class LayerSpec:
     kernel_shape: tuple[int, ...] | None
     reason: str | None
     excluded: bool = False
+    bounds: tuple[float, float] = (0.0, 1.0)
 
     @property
     def kind(self) -> str:
@@ -71,7 +73,7 @@ def inspect_model(model: Any, exclude: Exclude = ()) -> tuple[list[LayerSpec], l
         for variable in backend.own_variables(layer):
             holders.setdefault(id(variable), []).append(path)
     for path, layer in layers:
-        matching = [i for i, item in enumerate(exclude) if _matches(item, path, layer)]
+        matching = [i for i, item in enumerate(exclude) if matches(item, path, layer)]
         for index in matching:
             unmatched.pop(index, None)
         own = backend.own_variables(layer)
@@ -197,7 +199,8 @@ def _reason(backend: _backend.Backend, layer: Any) -> str | None:
     return None
 
 
-def _matches(item: Any, path: str, layer: Any) -> bool:
+def matches(item: Any, path: str, layer: Any) -> bool:
+    """Whether an entry of `exclude` or `bounds` names a layer."""
     if isinstance(item, type):
         return isinstance(layer, item)
     if isinstance(item, re.Pattern):
@@ -213,7 +216,7 @@ def _describe(item: Any) -> str:
     return f"exclude={item.pattern if isinstance(item, re.Pattern) else item!r}"
 
 
-def check_exclude(exclude: Any) -> Exclude:
+def check_exclude(exclude: Any, name: str = "exclude") -> Exclude:
     """Returns `exclude` as a list, or raises a ValueError that says what it may be."""
     items = (
         [exclude]
@@ -226,12 +229,12 @@ def check_exclude(exclude: Any) -> Exclude:
                 re.compile(item)
             except re.error as error:
                 raise ValueError(
-                    "Expected a string in `exclude` to be a layer's name or a regular expression. "
+                    f"Expected a string in `{name}` to be a layer's name or a regular expression. "
                     f"Received: {item!r} ({error})"
                 ) from error
         elif not isinstance(item, (re.Pattern, type)):
             raise ValueError(
-                "Expected `exclude` to hold layer names, regular expressions or layer classes. "
+                f"Expected `{name}` to hold layer names, regular expressions or layer classes. "
                 f"Received: {item!r} of type {type(item).__name__}"
             )
     return items
