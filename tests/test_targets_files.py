@@ -395,3 +395,27 @@ def test_every_plan_under_a_target_runs(target: str, seed: int):
             found = Runner(content, delegate=delegate).predict(x)
             assert np.abs(found - expected).max() < tolerance * size, (quantize, delegate)
             assert np.sqrt(np.mean((found - expected) ** 2)) < tolerance / 3 * size
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_factors_that_drifted_apart_in_quantization_aware_training_are_caught():
+    tf_keras = pytest.importorskip("tf_keras")
+    tfmot = pytest.importorskip("tensorflow_model_optimization")
+    inputs = tf_keras.Input((8, 8, 8))
+    x = tf_keras.layers.Conv2D(16, 3, activation="relu", name="conv")(inputs)
+    x = tf_keras.layers.GlobalAveragePooling2D(name="pool")(x)
+    model = tf_keras.Model(inputs, tf_keras.layers.Dense(10, name="head")(x))
+    small = keras_alds.expand(keras_alds.compress(model, 0.3, target="litert"))
+    x = np.random.default_rng(0).standard_normal((32, 8, 8, 8)).astype("float32")
+
+    def file(network: Any) -> bytes:
+        aware = tfmot.quantization.keras.quantize_model(network)
+        aware.compile(tf_keras.optimizers.SGD(0.0), "mse")  # learns the ranges only
+        aware.fit(x, np.zeros((32, 10)), epochs=30, batch_size=8, verbose=0)
+        return convert(aware, quantize="int8", verbose=0)
+
+    spread(small, 4)
+    with pytest.raises(ValueError, match=r"below 256.*before quantization-aware training"):
+        file(small)
+    equalize(small, x, verbose=0)
+    check_runs(file(small))
