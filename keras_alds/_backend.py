@@ -406,6 +406,13 @@ class Backend:
     def _share_bias(self, old: Layer, new: Layer) -> None:
         raise NotImplementedError
 
+    def use_plain_convolutions(self, layers: Sequence[Layer]) -> None:
+        """Lets stock grouped convolutions run without XLA, whose gradient is very slow on CPUs.
+
+        The layers compute the same; what is saved does not change. Nothing in Keras 3, which has
+        no such switch.
+        """
+
     # -- Training state ----------------------------------------------------------------------
 
     def optimizers(self, model: Model) -> list[Optimizer]:
@@ -674,6 +681,11 @@ class _TfKeras(Backend):
 
     def value(self, variable: Variable) -> np.ndarray:
         return np.asarray(variable)
+
+    def use_plain_convolutions(self, layers: Sequence[Layer]) -> None:
+        for layer in layers:
+            if getattr(layer, "groups", 1) > 1 and hasattr(layer, "_jit_compiled_convolution_op"):
+                layer._jit_compiled_convolution_op = layer.convolution_op
 
     def name_scope(self, layer: Layer) -> contextlib.AbstractContextManager[Any]:
         return tf.name_scope(layer.name)

@@ -3,4 +3,6 @@
 Needs `pip install "keras_alds[tfmot]"`. Imported when it is used: `keras_alds.tfmot`.
 """
 
-__all__: list[str] = []
+from keras_alds.litert.aware import quantize_aware_training
+
+__all__ = ["quantize_aware_training"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,25 +15,33 @@ import tensorflow as tf
 import zoo
 
 import keras_alds
+from keras_alds import litert
+from keras_alds.litert.files import extract
+from keras_alds.litert.quantized import check_quantized
+from keras_alds.litert.runs import Runner, check_runs
 
 pytest.importorskip("ai_edge_litert")
 
-from keras_alds.litert.runs import Runner
-
-KINDS = ("functional", "sequential", "nested", "shared", "temporal", "subclassed")
+# Conversion takes the graph, in which both Kerases are alike: all kinds of one, two of the other.
+KINDS = [
+    *(("keras", kind) for kind in ("functional", "sequential", "nested", "shared", "temporal")),
+    ("keras", "subclassed"),
+    ("tf_keras", "functional"),
+    ("tf_keras", "subclassed"),
+]
 
 
 def flat(value: Any) -> list[np.ndarray]:
     return [np.asarray(item) for item in tf.nest.flatten(value)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_factorized_models_of_every_kind_convert(kind: str, keras_module: ModuleType):
-    model = zoo.MODELS[kind](keras_module)
+@pytest.mark.parametrize(("module", "kind"), KINDS)
+def test_factorized_models_of_every_kind_convert(module: str, kind: str):
+    model = zoo.MODELS[kind](pytest.importorskip(module))
     small = keras_alds.compress(model, 0.4)
     x = zoo.examples(small)
     before = small.get_weights()
-    content = keras_alds.litert.convert(small, runtimes=("xnnpack", "reference"), verbose=0)
+    content = litert.convert(small, runtimes=("xnnpack", "reference"), verbose=0)
     for delegate in (True, False):
         runner = Runner(content, delegate=delegate)
         for ours, theirs in zip(
@@ -39,7 +50,7 @@ def test_factorized_models_of_every_kind_convert(kind: str, keras_module: Module
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     for old, new in zip(before, small.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
-    file = keras_alds.litert.read_file(content)
+    file = litert.read_file(content)
     # BatchNormalization is folded, zero biases are dropped: never more values than the model has.
     assert file.parameters <= small.count_params() < model.count_params()
     assert file.size == len(content)
@@ -48,8 +59,8 @@ def test_factorized_models_of_every_kind_convert(kind: str, keras_module: Module
 def test_int8_tensors(keras_module: ModuleType):
     small = keras_alds.compress(zoo.functional(keras_module), 0.4)
     x = zoo.examples(small, 32)
-    content = keras_alds.litert.convert(small, quantize="int8", representative_data=x, verbose=0)
-    file = keras_alds.litert.read_file(content)
+    content = litert.convert(small, quantize="int8", representative_data=x, verbose=0)
+    file = litert.read_file(content)
     assert file.operators[0].name == "QUANTIZE"
     assert len(file.weighted) >= 5
     for operator in file.weighted:
@@ -59,20 +70,375 @@ def test_int8_tensors(keras_module: ModuleType):
     assert np.abs(ours - theirs).max() < 0.06 * np.abs(theirs).max()
 
 
+# -- Conversion ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dense_and_conv() -> Any:
+    """A float model with kernels of more than 1024 values."""
+    keras.utils.set_random_seed(0)
+    layers = keras.layers
+    inputs = keras.Input((8, 8, 12))
+    x = layers.Conv2D(24, 3, padding="same", activation="relu", name="conv")(inputs)
+    x = layers.DepthwiseConv2D(3, name="depthwise")(x)
+    x = layers.GlobalAveragePooling2D()(x)
+    x = layers.Dense(48, activation="relu", name="hidden")(x)
+    model = keras.Model(inputs, layers.Dense(5, name="head")(x))
+    model.compile("adam", "mse", metrics=["accuracy"])
+    return model
+
+
+@pytest.fixture(scope="module")
+def data() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((40, 8, 8, 12)).astype("float32")
+
+
+@pytest.fixture(scope="module")
+def contents(dense_and_conv: Any, data: np.ndarray) -> dict[str | None, bytes]:
+    """The same model, quantized in every way."""
+    return {
+        quantize: litert.convert(
+            dense_and_conv,
+            quantize=quantize,
+            representative_data=data if quantize == "int8" else None,
+            verbose=0,
+        )
+        for quantize in (None, "float16", "dynamic", "int8")
+    }
+
+
+def test_quantized_outputs_and_sizes(
+    contents: dict[str | None, bytes], dense_and_conv: Any, data: np.ndarray
+):
+    wanted = np.asarray(dense_and_conv(data))
+    for quantize, tolerance in ((None, 1e-5), ("float16", 2e-3), ("dynamic", 0.05), ("int8", 0.06)):
+        error = np.abs(Runner(contents[quantize]).predict(data) - wanted).max()
+        assert error < tolerance * np.abs(wanted).max(), quantize
+    sizes = [len(contents[quantize]) for quantize in (None, "float16", "dynamic")]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_weights_in_the_file_are_those_of_the_model(
+    contents: dict[str | None, bytes], dense_and_conv: Any
+):
+    """The reader against NumPy: kernels, scales and zero points, every kind of file."""
+    kernel = np.moveaxis(dense_and_conv.get_layer("conv").get_weights()[0], -1, 0)
+    for quantize in (None, "float16", "int8"):
+        file = litert.read_file(contents[quantize])
+        conv = next(step for step in file.operators if step.name == "CONV_2D")
+        stored = file.stored(conv.weights)
+        values = file.values(stored).astype("float64")
+        if quantize == "int8":
+            scales = np.reshape(stored.scales, (-1, 1, 1, 1))
+            np.testing.assert_allclose(scales.ravel(), np.abs(kernel).max((1, 2, 3)) / 127, 1e-4)
+            assert set(stored.zero_points) == {0}
+            assert stored.axis == 0
+            assert np.abs(values * scales - kernel).max() <= 0.51 * scales.max()
+        else:
+            np.testing.assert_allclose(values, kernel, rtol=1e-3 if quantize else 0, atol=1e-6)
+        assert (conv.groups, conv.strides, conv.depth_multiplier) == (1, (1, 1), None)
+    depthwise = next(step for step in file.operators if step.name == "DEPTHWISE_CONV_2D")
+    assert (depthwise.groups, depthwise.depth_multiplier) == (24, 1)
+    assert file.inputs[0].shape == (1, 8, 8, 12)
+    assert file.outputs[0].shape == (1, 5)
+    with pytest.raises(ValueError, match="Expected a constant tensor"):
+        file.values(file.inputs[0])
+
+
+def test_the_check_reads_tensors_and_names_layers(contents: dict[str | None, bytes]):
+    """What was not quantized as asked for does not pass, whatever the converter was told."""
+    files = {quantize: litert.read_file(content) for quantize, content in contents.items()}
+    for asked in ("float16", "dynamic", "int8"):
+        for given, file in files.items():
+            if given == asked or (asked, given) == ("dynamic", "int8"):
+                assert all(
+                    "head" in left or "depthwise" in left or "StatefulPartitionedCall" in left
+                    for left in check_quantized(file, asked)
+                )
+                continue
+            with pytest.raises(ValueError, match="Expected every convolution and dense") as error:
+                check_quantized(file, asked)
+            assert "hidden" in str(error.value)
+
+
+def test_int8_inputs_and_outputs_and_batches(dense_and_conv: Any, data: np.ndarray):
+    content = litert.convert(
+        dense_and_conv,
+        quantize="int8",
+        representative_data=(data[i : i + 8] for i in range(0, 40, 8)),
+        inference_input_type=tf.int8,
+        inference_output_type="uint8",
+        batch_size=16,
+        runtimes=("xnnpack", "reference"),
+        verbose=0,
+    )
+    file = litert.read_file(content)
+    assert (file.inputs[0].dtype, file.outputs[0].dtype) == ("int8", "uint8")
+    assert file.inputs[0].shape[0] == 16
+    outputs = Runner(content).predict(data)  # 40 is no multiple of 16
+    wanted = np.asarray(dense_and_conv(data))
+    assert outputs.shape == wanted.shape
+    assert np.abs(outputs - wanted).max() < 0.06 * np.abs(wanted).max()
+
+
+def test_names_and_order_of_inputs_and_outputs(keras_module: ModuleType):
+    model = zoo.shared(keras_module)
+    x = zoo.examples(model, 16)
+    wanted = [np.asarray(output) for output in model(x)]
+    by_name = {"b": x[1], "a": x[0]}
+    for given in (x, by_name):
+        content = litert.convert(model, quantize="int8", representative_data=given, verbose=0)
+        runner = Runner(content)
+        assert runner.input_names == ["a", "b"]
+        assert runner.output_names == ["first", "dense"]
+        for inputs in (x, by_name):
+            for ours, theirs in zip(runner.predict(inputs), wanted, strict=True):
+                assert np.abs(ours - theirs).max() < 0.1 * np.abs(theirs).max()
+    with pytest.raises(ValueError, match="Expected data for the file's inputs"):
+        runner.predict({"a": x[0]})
+    with pytest.raises(ValueError, match="Expected data of shape"):
+        runner.predict([x[0], x[1][:, :3]])
+
+
+def test_loops_are_refused_where_the_converter_would_crash():
+    inputs = keras.Input((5, 8))
+    model = keras.Model(inputs, keras.layers.LSTM(4, name="lstm")(inputs))
+    x = np.random.default_rng(0).standard_normal((8, 5, 8)).astype("float32")
+    with pytest.raises(ValueError, match=r"Expected a model without loops.*lstm.*unroll=True"):
+        litert.convert(model, quantize="int8", representative_data=x, verbose=0)
+    content = litert.convert(model, verbose=0)
+    np.testing.assert_allclose(Runner(content).predict(x), model(x), atol=1e-5)
+    loop = next(s for s in litert.read_file(content).operators if s.name == "WHILE")
+    assert extract(content, loop) is None
+
+
+def test_state_does_not_leak_from_one_example_to_the_next():
+    tf_keras = pytest.importorskip("tf_keras")
+    inputs = tf_keras.Input((5, 8))
+    model = tf_keras.Model(inputs, tf_keras.layers.LSTM(4)(inputs))
+    x = np.random.default_rng(0).standard_normal((8, 5, 8)).astype("float32")
+    runner = Runner(litert.convert(model, verbose=0))
+    np.testing.assert_allclose(runner.predict(x), model(x), atol=1e-5)
+
+
+# -- What is refused -----------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
         ({"quantize": "int4"}, "Expected `quantize` to be one of"),
         ({"quantize": "int8"}, "Expected `representative_data` for quantize='int8'"),
-        ({"representative_data": np.zeros((8, 12, 12, 3))}, "only with quantize='int8'"),
+        ({"representative_data": np.zeros((8, 8, 8, 12))}, "only with quantize='int8'"),
+        (
+            {"quantize": "int8", "representative_data": np.zeros((8, 8, 8, 3))},
+            r"of shape \(batch, 8, 8, 12\)",
+        ),
+        (
+            {"quantize": "int8", "representative_data": np.zeros((7, 8, 8, 12))},
+            "Expected at least 8 examples of representative data",
+        ),
+        ({"quantize": "int8", "representative_data": iter(())}, "was a generator used up before"),
+        (
+            {"quantize": "int8", "representative_data": np.full((8, 8, 8, 12), np.nan)},
+            "Expected finite calibration data",
+        ),
+        (
+            {"quantize": "int8", "representative_data": "images"},
+            "Expected `representative_data` to be",
+        ),
         ({"inference_input_type": "int8"}, "to be 'float32' unless quantize='int8'"),
         ({"inference_output_type": "int16"}, "Expected `inference_output_type` to be one of"),
         ({"batch_size": 0}, "Expected `batch_size` to be an integer >= 1"),
         ({"runtimes": "xnnpack"}, "Expected `runtimes` to hold some of"),
     ],
 )
-def test_wrong_options(options: dict[str, Any], text: str, tmp_path: Any):
-    model = zoo.functional(keras)
+def test_wrong_options(options: dict[str, Any], text: str, dense_and_conv: Any, tmp_path: Path):
     with pytest.raises(ValueError, match=text):
-        keras_alds.litert.convert(model, tmp_path / "file.tflite", **options)
+        litert.convert(dense_and_conv, tmp_path / "file.tflite", verbose=0, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_wrong_models(keras_module: ModuleType):
+    layers = keras_module.layers
+    inputs = keras_module.Input((None, None, 3))
+    flexible = keras_module.Model(inputs, layers.Conv2D(4, 3)(inputs))
+    with pytest.raises(ValueError, match="Expected a model whose input sizes are known"):
+        litert.convert(flexible)
+    inputs = keras_module.Input((4,))
+    half = keras_module.Model(inputs, layers.Dense(4, dtype="mixed_bfloat16", name="half")(inputs))
+    with pytest.raises(ValueError, match=r"computes in float32.*'half' \(bfloat16\)"):
+        litert.convert(half)
+    with pytest.raises(ValueError, match=r"Expected `model` to be a built `keras\.Model`"):
+        litert.convert("model.keras")
+    inputs = keras_module.Input((4, 4, 4, 2))
+    odd = keras_module.Model(inputs, layers.Conv3D(2, 2, name="three")(inputs))
+    x = np.random.default_rng(0).standard_normal((8, 4, 4, 4, 2)).astype("float32")
+    with pytest.raises(ValueError, match=r"Expected every convolution.*CONV_3D"):
+        litert.convert(odd, quantize="int8", representative_data=x, verbose=0)
+
+
+def test_files_that_do_not_run_are_not_handed_out(
+    dense_and_conv: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def broken(self: Any) -> None:
+        raise RuntimeError("failed to create XNNPACK runtime")
+
+    content = litert.convert(dense_and_conv, verbose=0)
+    monkeypatch.setattr("ai_edge_litert.interpreter.Interpreter.allocate_tensors", broken)
+    for call in (litert.benchmark, check_runs):
+        with pytest.raises(ValueError, match="Expected a file that the LiteRT runtime runs"):
+            call(content)
+    monkeypatch.undo()
+    monkeypatch.setattr("ai_edge_litert.interpreter.Interpreter.invoke", broken)
+    with pytest.raises(ValueError, match=r"with XNNPACK \(failed to create XNNPACK runtime\)"):
+        litert.convert(dense_and_conv, tmp_path / "file.tflite", verbose=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_file(tmp_path: Path, contents: dict[str | None, bytes]):
+    path = tmp_path / "model.tflite"
+    path.write_bytes(b"no such file")
+    for read in (litert.read_file, litert.benchmark, check_runs):
+        with pytest.raises(ValueError, match=r"Expected a \.tflite file"):
+            read(path)
+    with pytest.raises(ValueError, match="Expected the path or the bytes"):
+        litert.read_file(3)
+    path.write_bytes(contents[None])
+    assert litert.read_file(path) == litert.read_file(contents[None])
+
+
+def test_litert_is_not_installed(
+    dense_and_conv: Any, contents: dict[str | None, bytes], monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("interpreter", "schema_py_generated"):
+        monkeypatch.setitem(sys.modules, f"ai_edge_litert.{name}", None)
+    for call in (
+        lambda: litert.convert(dense_and_conv),
+        lambda: litert.read_file(contents[None]),
+        lambda: litert.benchmark(contents[None]),
+        lambda: litert.compare(contents[None], contents[None]),
+    ):
+        with pytest.raises(ImportError, match=r'pip install "keras_alds\[litert\]"'):
+            call()
+
+
+# -- Measuring -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantize", [None, "float16", "dynamic", "int8"])
+def test_files_of_single_operators_compute_the_whole(
+    quantize: str | None, contents: dict[str | None, bytes], data: np.ndarray
+):
+    """Running one file an operator, one after the other, gives what the whole file gives."""
+    content = contents[quantize]
+    file = litert.read_file(content)
+    values = {file.inputs[0].index: data[:1]}
+    for step in file.operators:
+        if file.is_constant(step):
+            continue
+        runner = Runner(extract(content, step))
+        for detail, tensor in zip(
+            runner.inputs, [t for t in step.inputs if t and t.index in values], strict=True
+        ):
+            runner.interpreter.set_tensor(detail["index"], values[tensor.index])
+        runner.invoke()
+        for detail, tensor in zip(runner.outputs, step.outputs, strict=True):
+            values[tensor.index] = runner.interpreter.get_tensor(detail["index"])
+    whole = Runner(content).predict(data[:1])
+    np.testing.assert_allclose(values[file.outputs[0].index], whole, atol=1e-5, rtol=1e-4)
+
+
+def test_benchmark(contents: dict[str | None, bytes], tmp_path: Path):
+    path = tmp_path / "model.tflite"
+    path.write_bytes(contents["int8"])
+    for delegate in (True, False):
+        latency = litert.benchmark(
+            path, runs=5, warmup=1, delegate=delegate, profile=True, verbose=0
+        )
+        assert 0 < latency.fastest <= latency.lower <= latency.median <= latency.upper
+        assert (latency.runs, latency.threads, latency.delegate) == (5, 1, delegate)
+        assert latency.size == len(contents["int8"])
+        names = [step.name for step in litert.read_file(path).operators]
+        assert [row.name for row in latency.operators] == names
+        assert all(row.median > 0 for row in latency.operators)
+    printed: list[str] = []
+    latency.summary(printed.append)
+    (text,) = printed
+    assert "built-in kernels" in text
+    assert text.count("%") == len(names)
+    assert "Sum of the operators, each run by itself" in text
+    litert.benchmark(path, runs=2, verbose=0).summary(printed.append)
+    assert "1 thread, XNNPACK" in printed[1]
+    for options in ({"runs": 0}, {"threads": 0}, {"warmup": -1}, {"runs": 2.5}):
+        with pytest.raises(ValueError, match=f"Expected `{next(iter(options))}` to be an integer"):
+            litert.benchmark(path, **options)
+
+
+def test_compare(contents: dict[str | None, bytes], dense_and_conv: Any, data: np.ndarray):
+    labels = np.random.default_rng(1).integers(0, 5, len(data))
+    small = keras_alds.compress(dense_and_conv, 0.4)
+    # A model, converted here, against a file; the model's own metric.
+    found = litert.compare(dense_and_conv, contents["int8"], (data, labels), runs=3, verbose=0)
+    for figures, content in (
+        (found.original, contents[None]),
+        (found.compressed, contents["int8"]),
+    ):
+        assert figures.size == len(content)
+        assert figures.gzip_size == len(gzip.compress(content, mtime=0))
+        predicted = Runner(content).predict(data).argmax(-1)
+        assert dict(figures.metrics) == {"accuracy": np.mean(predicted == labels)}
+        assert figures.latency.runs == 3
+    assert found.latency_ratio > 0
+    # Two models, quantized; another metric; no latency.
+    found = litert.compare(
+        dense_and_conv,
+        small,
+        (data, np.zeros((len(data), 5))),
+        metric=lambda y, outputs: (y - outputs) ** 2,
+        quantize="int8",
+        representative_data=iter([data]),  # read once, for both
+        runs=0,
+        verbose=0,
+    )
+    assert found.latency_ratio is found.original.latency is None
+    error = Runner(contents["int8"]).predict(data) ** 2
+    np.testing.assert_allclose(found.original.metrics["<lambda>"], np.mean(error), rtol=1e-6)
+    assert found.compressed.parameters < 0.62 * found.original.parameters
+    printed: list[str] = []
+    found.summary(printed.append)
+    assert [row.split("|")[1].strip() for row in printed[0].splitlines()[-4:]] == [
+        "bytes",
+        "bytes, gzip",
+        "parameters",
+        "<lambda>",
+    ]
+
+
+def test_compare_metrics(contents: dict[str | None, bytes], dense_and_conv: Any, data: np.ndarray):
+    scores = Runner(contents[None]).predict(data)
+    labels = np.random.default_rng(1).integers(0, 5, len(data))
+    one_hot = np.eye(5)[labels]
+
+    def of(original: Any, y: Any, metric: Any) -> dict[str, float]:
+        pair = original, contents[None]
+        found = litert.compare(*pair, (data, y), metric=metric, runs=0, verbose=0)
+        return dict(found.original.metrics)
+
+    accuracy = {"accuracy": np.mean(scores.argmax(-1) == labels)}
+    for y in (labels, labels[:, None], one_hot):
+        assert of(contents[None], y, None) == accuracy
+    error = np.mean(np.abs(scores - one_hot))
+    for metric in ("mean_absolute_error", keras.metrics.MeanAbsoluteError(name="mae")):
+        (value,) = of(dense_and_conv, one_hot, metric).values()
+        np.testing.assert_allclose(value, error, rtol=1e-5)
+    for y, metric, text in (
+        (labels, "mae", "Expected `metric` to be a function"),
+        (labels, 3, "Expected `metric` to be a function"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            of(contents[None], y, metric)
+    with pytest.raises(ValueError, match="only where a model is to be converted"):
+        litert.compare(contents[None], contents[None], quantize="float16")
+    with pytest.raises(ValueError, match=r"Expected `data` to be a pair \(x, y\)"):
+        litert.compare(contents[None], contents[None], data)

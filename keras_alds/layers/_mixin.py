@@ -155,6 +155,15 @@ class FactorizedMixin(_Base):
     def get_clusterable_algorithm(self, weight_name: str) -> None:
         """None: TF-MOT's own algorithm fits any shape."""
 
+    def quantize(self, mode: Any = None, **kwargs: Any) -> None:
+        """Say why the layer stays in float; Keras 3's `model.quantize` prints it as a warning."""
+        raise NotImplementedError(
+            f"{type(self).__name__} '{self.name}' stays in float: Keras quantizes Dense and "
+            "Embedding layers, and no convolutions. Remedy: `keras_alds.expand` writes factorized "
+            "dense layers of one slice out as two Dense layers, which it quantizes; for int8 "
+            "convolutions see `keras_alds.litert.convert`."
+        )
+
     def _factors(self, dtype: Any) -> tuple[Any, Any]:
         # Both Kerases autocast variables that are read inside `call`; the cast is for direct calls.
         return (

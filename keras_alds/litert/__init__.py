@@ -3,9 +3,25 @@
 Needs `pip install "keras_alds[litert]"`. Imported when it is used: `keras_alds.litert`.
 """
 
+from keras_alds.litert.compare import FileComparison, FileFigures, compare
 from keras_alds.litert.convert import convert
 from keras_alds.litert.equalize import equalize
 from keras_alds.litert.files import LiteRTFile, Operator, Tensor, read_file
+from keras_alds.litert.measure import Latency, OperatorTime, benchmark
 from keras_alds.litert.runs import check_runs
 
-__all__ = ["LiteRTFile", "Operator", "Tensor", "check_runs", "convert", "equalize", "read_file"]
+__all__ = [
+    "FileComparison",
+    "FileFigures",
+    "Latency",
+    "LiteRTFile",
+    "Operator",
+    "OperatorTime",
+    "Tensor",
+    "benchmark",
+    "check_runs",
+    "compare",
+    "convert",
+    "equalize",
+    "read_file",
+]

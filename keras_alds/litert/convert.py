@@ -103,6 +103,7 @@ def convert(
     )
     _package.interpreter()  # complains before the work is done
     backend = _backend.backend_of(model)
+    _check_float(model)
     specs = _input_specs(backend, model, batch_size)
     aware = is_quantization_aware(model)
     _check_data(model, quantize, representative_data, aware)
@@ -119,6 +120,8 @@ def convert(
                 stack.enter_context(equalized(model, examples.batches(specs)))
             signature.save(folder)
             progress.advance(task)
+            if examples is not None and signature.loops:
+                _check_loops(folder, model)
             converter = tf.lite.TFLiteConverter.from_saved_model(folder)
             _configure(converter, quantize, types)
             if examples is not None:
@@ -191,6 +194,31 @@ def _checked_options(
     return types[0], types[1]
 
 
+def _check_float(model: Any) -> None:
+    policies = {
+        f"'{path}' ({layer.compute_dtype})"
+        for path, layer in inspect.walk(model)
+        if getattr(layer, "compute_dtype", None) in ("float16", "bfloat16", "float64")
+    }
+    if policies:
+        raise ValueError(
+            "Expected a model that computes in float32: the runtime has no operators for other "
+            f"types. Received: '{model.name}' with {', '.join(sorted(policies))}. Remedy: build it "
+            'anew under the dtype policy "float32" and copy the weights by `set_weights`.'
+        )
+    quantized = [
+        f"'{path}' ({layer.quantization_mode})"
+        for path, layer in inspect.walk(model)
+        if getattr(layer, "quantization_mode", None)
+    ]
+    if quantized:
+        raise ValueError(
+            "Expected a model whose layers compute in float: the TFLite converter takes no layers "
+            f"that Keras's `quantize` changed. Received: '{model.name}' with "
+            f"{', '.join(quantized)}. Remedy: convert the model as it was before, with `quantize`."
+        )
+
+
 def _input_specs(backend: _backend.Backend, model: Any, batch_size: int) -> Any:
     specs = backend.input_specs(model)
     unknown = [spec.shape for spec in tf.nest.flatten(specs) if None in tuple(spec.shape)[1:]]
@@ -234,11 +262,14 @@ class _Calibration:
     def __init__(
         self, model: Any, data: Any, limit: int | None, batch_size: int, progress: Progress
     ) -> None:
-        examples = Examples(model, data, limit)
+        examples = Examples(model, data, limit, "representative_data")
+        names = _input_layers(model)
         task = progress.add_task("calibration data", total=examples.total)
         rows: list[list[np.ndarray]] = []
         count = 0
         for inputs, size in examples:
+            if isinstance(inputs, dict) and set(inputs) == set(names):
+                inputs = [inputs[name] for name in names]
             rows.append([np.asarray(item) for item in tf.nest.flatten(inputs)])
             count += size
             progress.update(task, completed=count)
@@ -276,10 +307,7 @@ class _Signature:
 
     def __init__(self, backend: _backend.Backend, model: Any, specs: Any) -> None:
         flat = tf.nest.flatten(specs)
-        tensors = getattr(model, "inputs", None) or []
-        self.input_names = _names(
-            [tensor._keras_history[0].name for tensor in tensors], "input", len(flat)
-        )
+        self.input_names = _names(_input_layers(model), "input", len(flat))
         self.output_names: list[str] = []
 
         def forward(**arguments: Any) -> dict[str, Any]:
@@ -297,6 +325,16 @@ class _Signature:
                 for name, spec in zip(self.input_names, flat, strict=True)
             }
         )
+
+    @property
+    def loops(self) -> bool:
+        """Whether there is a loop in the function or in one that it calls."""
+        graph = self._function.graph.as_graph_def()
+        nodes = [
+            *graph.node,
+            *(n for function in graph.library.function for n in function.node_def),
+        ]
+        return any(node.op in ("While", "StatelessWhile") for node in nodes)
 
     def save(self, folder: str) -> None:
         """Writes a SavedModel."""
@@ -325,6 +363,12 @@ class _Signature:
         return bytes(changed)
 
 
+def _input_layers(model: Any) -> list[str]:
+    """The names of a symbolic model's input layers."""
+    tensors = getattr(model, "inputs", None) or []
+    return [tensor._keras_history[0].name for tensor in tensors]
+
+
 def _names(names: Sequence[str], default: str, count: int) -> list[str]:
     """Names that a signature may have, as many as there are tensors, each once."""
     if len(names) != count:
@@ -344,6 +388,18 @@ def _configure(converter: Any, quantize: str | None, types: tuple[tf.DType, tf.D
         converter.target_spec.supported_types = [tf.float16]
     if quantize == "int8":
         converter.inference_input_type, converter.inference_output_type = types
+
+
+def _check_loops(folder: str, model: Any) -> None:
+    """Complains of loops that are in the file: the calibrator of the converter crashes on them."""
+    content = _run(tf.lite.TFLiteConverter.from_saved_model(folder), model)
+    loops = [step.label for step in read_file(content).operators if step.name == "WHILE"]
+    if loops:
+        raise ValueError(
+            "Expected a model without loops for quantize='int8' with `representative_data`: the "
+            f"converter crashes on them. Received: '{model.name}' with {', '.join(loops)}. Remedy: "
+            "make recurrent layers with `unroll=True`, or take quantize='dynamic'."
+        )
 
 
 def _run(converter: Any, model: Any) -> bytes:

@@ -26,20 +26,25 @@ class Runner:
 
     Raises:
         ImportError: If LiteRT is not installed.
-        RuntimeError: If the runtime cannot load the file.
+        ValueError: If the runtime cannot load the file.
     """
 
     def __init__(self, file: File, *, threads: int = 1, delegate: bool = True) -> None:
         module = _package.interpreter()
         kinds = module.OpResolverType
-        self.interpreter = module.Interpreter(
-            model_content=contents(file),
-            num_threads=threads,
-            experimental_op_resolver_type=(
-                kinds.BUILTIN if delegate else kinds.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-            ),
-        )
-        self.interpreter.allocate_tensors()
+        self._delegate = delegate
+        content = contents(file)
+        try:
+            self.interpreter = module.Interpreter(
+                model_content=content,
+                num_threads=threads,
+                experimental_op_resolver_type=(
+                    kinds.BUILTIN if delegate else kinds.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+                ),
+            )
+            self.interpreter.allocate_tensors()
+        except (RuntimeError, ValueError) as error:
+            raise self._failed(error) from error
         #: Input and output tensors as the runtime describes them, in the file's order.
         self.inputs: list[dict[str, Any]] = self.interpreter.get_input_details()
         self.outputs: list[dict[str, Any]] = self.interpreter.get_output_details()
@@ -59,13 +64,41 @@ class Runner:
         return int(shape[0]) if len(shape) else 1
 
     def invoke(self) -> None:
-        """Runs the file once on what its inputs hold."""
-        self.interpreter.invoke()
+        """Runs the file once on what its inputs hold.
+
+        Raises:
+            ValueError: If the runtime fails.
+        """
+        try:
+            self.interpreter.invoke()
+        except (RuntimeError, ValueError) as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> ValueError:
+        return ValueError(
+            "Expected a file that the LiteRT runtime runs. Received: one that fails "
+            f"{'with' if self._delegate else 'without'} XNNPACK ({error})"
+        )
 
     def set_inputs(self, arrays: Sequence[Array]) -> None:
         """Sets the inputs, quantizing what the file takes quantized."""
         for detail, array in zip(self.inputs, arrays, strict=True):
             self.interpreter.set_tensor(detail["index"], _quantized(array, detail))
+
+    def set_random_inputs(self, seed: int = 0) -> None:
+        """Sets the inputs to seeded noise, integers over their whole range."""
+        rng = np.random.default_rng(seed)
+        for detail in self.inputs:
+            shape, dtype = tuple(detail["shape"]), np.dtype(detail["dtype"])
+            values: Array
+            if dtype.kind == "f":
+                values = rng.standard_normal(shape)
+            elif dtype == np.int8 or dtype == np.uint8:
+                limits = np.iinfo(dtype)
+                values = rng.integers(limits.min, limits.max, shape, endpoint=True)
+            else:
+                values = np.zeros(shape)  # indices: 0 is always one
+            self.interpreter.set_tensor(detail["index"], np.asarray(values, dtype))
 
     def get_outputs(self) -> list[Array]:
         """What the last run gave, dequantized to float."""
@@ -83,6 +116,7 @@ class Runner:
         parts = []
         for arrays, count in self._batches(x):
             self.set_inputs(arrays)
+            self.interpreter.reset_all_variables()  # the state of a fused LSTM
             self.invoke()
             parts.append([output[:count] for output in self.get_outputs()])
         joined = [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
@@ -126,7 +160,7 @@ class Runner:
 
 
 def check_runs(file: File, *, delegate: bool | None = None) -> None:
-    """Raises an error unless a file runs: its scales are read, then it is run once, on zeros.
+    """Raises an error unless a file runs: its scales are read, then it is run once, on noise.
 
     XNNPACK refuses a whole file if a single channel of one int8 convolution or dense layer has a
     requantization scale s_input · s_weights / s_output of 256 or more, and says no more than
@@ -151,15 +185,9 @@ def check_runs(file: File, *, delegate: bool | None = None) -> None:
     for chosen in (True, False) if delegate is None else (delegate,):
         if chosen:
             check_scales(read_file(content))
-        try:
-            runner = Runner(content, delegate=chosen)
-            runner.set_inputs([np.zeros(detail["shape"], np.float32) for detail in runner.inputs])
-            runner.invoke()
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(
-                "Expected a file that the LiteRT runtime runs. Received: one that fails "
-                f"{'with' if chosen else 'without'} XNNPACK ({error})"
-            ) from error
+        runner = Runner(content, delegate=chosen)
+        runner.set_random_inputs()
+        runner.invoke()
 
 
 def requantization_scales(operator: Operator) -> Array | None:

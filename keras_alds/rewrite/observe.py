@@ -410,12 +410,15 @@ class Examples:
         model: The model.
         data: What a user gives as `calibration_data`.
         limit: Largest number of examples, or None.
+        argument: What the user's argument is called, for errors.
 
     Raises:
         ValueError: If `data` cannot be calibration data; while iterating, for bad batches.
     """
 
-    def __init__(self, model: Any, data: Any, limit: int | None) -> None:
+    def __init__(
+        self, model: Any, data: Any, limit: int | None, argument: str = "calibration_data"
+    ) -> None:
         self._limit = limit
         self._names: list[str] = [
             tensor._keras_history[0].name for tensor in getattr(model, "inputs", None) or []
@@ -446,9 +449,9 @@ class Examples:
             self._batches = data
         else:
             raise ValueError(
-                "Expected `calibration_data` to be an array, a list or dict of arrays for several "
-                "inputs, a tf.data.Dataset, a PyDataset, an iterable of batches, or "
-                f"CalibrationStats. Received: {type(data).__name__}"
+                f"Expected `{argument}` to be an array, a list or dict of arrays for several "
+                "inputs, a tf.data.Dataset, a PyDataset or an iterable of batches. "
+                f"Received: {type(data).__name__}"
             )
 
     @staticmethod

@@ -1,0 +1,154 @@
+"""Quantization-aware training of a compressed model with TF-MOT, to an int8 file in one call."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from keras_alds import _backend
+from keras_alds.compress import compress as compress_model
+from keras_alds.litert import _package
+from keras_alds.litert.convert import convert
+from keras_alds.rewrite.expand import expand
+from keras_alds.rewrite.inspect import walk
+from keras_alds.rewrite.to_tf_keras import to_tf_keras
+
+
+def quantize_aware_training(
+    model: Any,
+    x: Any = None,
+    y: Any = None,
+    *,
+    compress: Mapping[str, Any] | None = None,
+    optimizer: Any = None,
+    loss: Any = None,
+    metrics: Any = None,
+    quantize: Callable[[Any], Any] | None = None,
+    fit: Callable[[Any], object] | None = None,
+    path: str | os.PathLike[str] | None = None,
+    convert_options: Mapping[str, Any] | None = None,
+    **fit_options: Any,
+) -> tuple[Any, bytes]:
+    """Trains a model for int8 and converts it: compress, expand, quantize, fit, convert.
+
+    The steps, each of which can be taken by itself: `compress` if it is asked for; `expand` to
+    stock layers; `to_tf_keras` for a Keras 3 model; TF-MOT's `quantize_model`, which sees
+    BatchNormalization and folds it as the file will; `compile` and `fit`; `litert.convert` with
+    `quantize="int8"`, which checks every convolution and dense layer. `model` is untouched.
+
+    Args:
+        model: A trained Functional or Sequential model of either Keras, compressed (by
+            `compress` or in `fit` by `ALDSCompress`) or not. TF-MOT takes no models inside models.
+        x: Training data, as for `fit`.
+        y: Targets, as for `fit`.
+        compress: Options of `keras_alds.compress`, such as `{"cr": 0.5, "max_slices": 4}`, or
+            None for a model that is compressed already or is not to be. Defaults to None.
+        optimizer: An optimizer of tf_keras, or its name. Some tenths of the learning rate of the
+            training before are usual. Defaults to a new one with the settings of the model's own.
+        loss: As for `compile` of tf_keras. Defaults to the model's own.
+        metrics: As for `compile` of tf_keras. Defaults to the model's own.
+        quantize: Function from the expanded tf_keras model to the one that is trained, for
+            annotated layers or schemes of TF-MOT that keep sparsity or clusters. Defaults to
+            `tensorflow_model_optimization.quantization.keras.quantize_model`.
+        fit: Function that trains the compiled model it is given, for loops of your own. Defaults
+            to `model.fit(x, y, **fit_options)`.
+        path: Where to write the file, or None. Defaults to None.
+        convert_options: Further options of `litert.convert`, such as
+            `{"inference_input_type": "int8"}`. Defaults to none.
+        **fit_options: Options of `fit`, such as `epochs=5`, `batch_size`, `callbacks` of tf_keras.
+
+    Returns:
+        `(quantized, content)`: the trained tf_keras model, with its `history` if `fit` was Keras's,
+        and the bytes of the int8 file.
+
+    Raises:
+        ImportError: If TF-MOT, tf_keras or LiteRT is not installed.
+        ValueError: As the single steps; if TF-MOT does not take the model; or if there is nothing
+            to train with.
+
+    Example:
+    ```python
+    quantized, content = keras_alds.tfmot.quantize_aware_training(
+        model, x, y, compress={"cr": 0.5}, epochs=1, path="small_int8.tflite", verbose=0
+    )
+    ```
+    """
+    if fit is None and x is None:
+        raise ValueError(
+            "Expected training data `x` (and `y`), or a function `fit` that trains. Received: none"
+        )
+    if fit is not None and (x is not None or y is not None or fit_options):
+        raise ValueError(
+            "Expected either training data or a function `fit` that has its own. Received: both, "
+            f"or options of Keras's `fit` beside it ({', '.join(fit_options) or 'x, y'})"
+        )
+    tfmot = tfmot_package()
+    _package.interpreter()
+    if compress is not None:
+        model = compress_model(model, **compress)
+    model = expand(model)
+    target = _backend.tf_keras_backend()
+    if _backend.backend_of(model) is not target:
+        model = to_tf_keras(model)
+    arguments = _compile_arguments(target, model, optimizer, loss, metrics)
+    quantized = _quantized(model, quantize or tfmot.quantization.keras.quantize_model)
+    target.use_plain_convolutions([layer for _, layer in walk(quantized)])
+    quantized.compile(**arguments)
+    if fit is not None:
+        fit(quantized)
+    else:
+        quantized.fit(x, y, **fit_options)
+    options = {"verbose": fit_options.get("verbose", 1), **(convert_options or {})}
+    if options["verbose"] == "auto":
+        options["verbose"] = 1
+    return quantized, convert(quantized, path, quantize="int8", **options)
+
+
+def tfmot_package() -> Any:
+    """`tensorflow_model_optimization`.
+
+    Raises:
+        ImportError: If TF-MOT is not installed.
+    """
+    try:
+        return importlib.import_module("tensorflow_model_optimization")
+    except ImportError as error:
+        raise ImportError(
+            'TF-MOT is needed here and is not installed. Remedy: pip install "keras_alds[tfmot]"'
+        ) from error
+
+
+def _compile_arguments(
+    backend: _backend.Backend, model: Any, optimizer: Any, loss: Any, metrics: Any
+) -> dict[str, Any]:
+    given = {"optimizer": optimizer, "loss": loss, "metrics": metrics}
+    given = {name: value for name, value in given.items() if value is not None}
+    if backend.is_compiled(model):
+        return {**backend.compile_arguments(model), **given}
+    if not {"optimizer", "loss"} <= set(given):
+        raise ValueError(
+            f"Expected a compiled model, or `optimizer` and `loss`. Received: '{model.name}', "
+            f"which is not compiled, and {', '.join(given) or 'neither'}"
+        )
+    return given
+
+
+def _quantized(model: Any, quantize: Callable[[Any], Any]) -> Any:
+    backend = _backend.backend_of(model)
+    inner = [path for path, layer in walk(model) if backend.is_model(layer)]
+    if inner:
+        raise ValueError(
+            f"Expected a model without models inside: TF-MOT quantizes none. Received: "
+            f"'{model.name}' with {', '.join(map(repr, inner))}. Remedy: call their layers in the "
+            "outer model, or quantize after training with `litert.convert`."
+        )
+    try:
+        return quantize(model)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"Expected a model that TF-MOT quantizes. Received: '{model.name}', for which it fails "
+            f"({error}). Remedy: pass `quantize`, a function that annotates the layers to be "
+            "quantized, or quantize after training with `litert.convert`."
+        ) from error

@@ -1,0 +1,266 @@
+"""`compare`: bytes, latency and accuracy of two models or files, side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import statistics
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from rich.progress import Progress
+
+from keras_alds import _backend
+from keras_alds.litert.convert import convert
+from keras_alds.litert.files import contents, read_file
+from keras_alds.litert.measure import Latency, check_counts, time_together
+from keras_alds.litert.runs import Runner
+from keras_alds.report import print_table
+
+PrintFn = Callable[[str], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class FileFigures:
+    """The figures of one file.
+
+    Attributes:
+        size: Bytes of the file.
+        gzip_size: Bytes of the file compressed by gzip, as in an app's package.
+        parameters: Constant values in it: weights and biases.
+        latency: Its latency, or None if it was not measured.
+        metrics: Metrics on the data that were given, by name.
+    """
+
+    size: int
+    gzip_size: int
+    parameters: int
+    latency: Latency | None
+    metrics: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class FileComparison:
+    """Two files side by side; made by `keras_alds.litert.compare`.
+
+    Attributes:
+        original: Figures of the original's file.
+        compressed: Figures of the compressed model's file.
+        latency_ratio: Median of the ratios, compressed to original, of runs that were timed one
+            right after the other; None if latency was not measured.
+    """
+
+    original: FileFigures
+    compressed: FileFigures
+    latency_ratio: float | None
+
+    def summary(self, print_fn: PrintFn | None = None, line_length: int | None = None) -> None:
+        """Prints the figures as a table.
+
+        Args:
+            print_fn: Called with the text; default: standard output, in colour on a terminal.
+            line_length: Width of the table in characters; default: the terminal's.
+        """
+        before, after = self.original, self.compressed
+        rows = [
+            _row("bytes", before.size, after.size),
+            _row("bytes, gzip", before.gzip_size, after.gzip_size),
+            _row("parameters", before.parameters, after.parameters),
+        ]
+        lines = []
+        if before.latency and after.latency and self.latency_ratio is not None:
+            pair = before.latency, after.latency
+            rows.append(
+                ["ms", *(f"{1e3 * t.median:.3f}" for t in pair), f"{self.latency_ratio:.3f}"]
+            )
+            rows.append(
+                ["ms, quartiles", *(f"{1e3 * t.lower:.3f}–{1e3 * t.upper:.3f}" for t in pair), ""]
+            )
+            lines.append(
+                f"Latency: {pair[0].runs} runs each, in turns, {pair[0].threads} threads, "
+                f"{'XNNPACK' if pair[0].delegate else 'built-in kernels'}; the ratio is the median "
+                "of the pairs'"
+            )
+        for name, value in before.metrics.items():
+            change = f"{after.metrics[name] - value:+.4f}"
+            rows.append([name, f"{value:.4f}", f"{after.metrics[name]:.4f}", change])
+        print_table(
+            "LiteRT files",
+            ["", "original", "compressed", "compressed / original"],
+            rows,
+            lines,
+            print_fn=print_fn,
+            line_length=line_length,
+        )
+
+
+def compare(
+    original: Any,
+    compressed: Any,
+    data: tuple[Any, Any] | None = None,
+    *,
+    metric: Any = None,
+    quantize: str | None = None,
+    representative_data: Any = None,
+    threads: int = 1,
+    runs: int = 100,
+    warmup: int = 10,
+    delegate: bool = True,
+    verbose: int = 1,
+) -> FileComparison:
+    """Puts two models or files side by side: bytes, latency and accuracy where they run.
+
+    Latency is measured in turns, one run of each, so that whatever else the machine does hits
+    both. Metrics are those of the files, not of the Keras models: what quantization costs is in
+    them.
+
+    Args:
+        original: A model, or the bytes or path of a `.tflite` file.
+        compressed: The same.
+        data: `(x, y)` to compute the metrics on, or None for no metrics. `x` is an array, or one
+            array for each input, by name or in order. Defaults to None.
+        metric: Function `metric(y, outputs)` that returns a number or one number for each
+            example; a Keras metric, or its name. Defaults to the metrics that `original` is
+            compiled with, else to `"accuracy"`.
+        quantize: As for `litert.convert`, for what is given as a model. Defaults to None.
+        representative_data: As for `litert.convert`, for what is given as a model.
+        threads: As for `litert.benchmark`.
+        runs: As for `litert.benchmark`; 0 to measure no latency. Defaults to 100.
+        warmup: As for `litert.benchmark`.
+        delegate: As for `litert.benchmark`.
+        verbose: 0 for silence, else a progress bar is shown on a terminal. Defaults to 1.
+
+    Returns:
+        A `FileComparison`. Its `summary()` prints it.
+
+    Raises:
+        ImportError: If LiteRT is not installed.
+        ValueError: If an argument is not as above, or as `litert.convert`.
+
+    Example:
+    ```python
+    small = keras_alds.compress(model, cr=0.5)
+    keras_alds.litert.compare(model, small, (x, y), runs=20, verbose=0).summary()
+    ```
+    """
+    check_counts(threads=threads, warmup=warmup, **({"runs": runs} if runs != 0 else {}))
+    if data is not None and not (isinstance(data, (tuple, list)) and len(data) == 2):
+        raise ValueError(
+            "Expected `data` to be a pair (x, y) of inputs and targets. "
+            f"Received: {type(data).__name__}"
+        )
+    metrics = _metrics(metric, original) if data is not None else {}
+    models = [item for item in (original, compressed) if _is_model(item)]
+    if not models and (quantize is not None or representative_data is not None):
+        raise ValueError(
+            "Expected `quantize` and `representative_data` only where a model is to be converted. "
+            "Received: two files"
+        )
+    if hasattr(representative_data, "__next__"):
+        representative_data = list(representative_data)  # both models are to see it
+    with Progress(transient=True, disable=not verbose) as progress:
+        task = progress.add_task("comparison", total=4)
+        files = []
+        for item in (original, compressed):
+            if _is_model(item):
+                item = convert(
+                    item, quantize=quantize, representative_data=representative_data, verbose=0
+                )
+            files.append(contents(item))
+            progress.advance(task)
+        runners = [Runner(file, threads=threads, delegate=delegate) for file in files]
+        found = [
+            {name: compute(data[1], runner.predict(data[0])) for name, compute in metrics.items()}
+            if data is not None
+            else {}
+            for runner in runners
+        ]
+        progress.advance(task)
+        seconds = time_together(runners, runs=runs, warmup=warmup) if runs else [[], []]
+        progress.advance(task)
+    ratio = None
+    if runs:
+        ratio = statistics.median(b / a for a, b in zip(*seconds, strict=True))
+    figures = [
+        FileFigures(
+            size=len(file),
+            gzip_size=len(gzip.compress(file, mtime=0)),
+            parameters=read_file(file).parameters,
+            latency=Latency.of(times, threads=threads, delegate=delegate, size=len(file))
+            if runs
+            else None,
+            metrics=MappingProxyType(values),
+        )
+        for file, values, times in zip(files, found, seconds, strict=True)
+    ]
+    return FileComparison(figures[0], figures[1], ratio)
+
+
+def _row(name: str, before: int, after: int) -> list[str]:
+    return [name, f"{before:,}", f"{after:,}", f"{after / before:.3f}"]
+
+
+def _is_model(item: Any) -> bool:
+    try:
+        _backend.backend_of(item)
+    except ValueError:
+        return False
+    return True
+
+
+# -- Metrics -------------------------------------------------------------------------------------
+
+Compute = Callable[[Any, Any], float]
+
+
+def _metrics(metric: Any, model: Any) -> dict[str, Compute]:
+    """Functions of targets and outputs, by name."""
+    backend = _backend.backend_of(model) if _is_model(model) else None
+    chosen = [metric]
+    if metric is None:
+        chosen = ["accuracy"]
+        if backend is not None and backend.is_compiled(model):
+            own = backend.compile_arguments(model).get("metrics")
+            chosen = list(own) if isinstance(own, (list, tuple)) and own else chosen
+    return dict(_metric(item, backend) for item in chosen)
+
+
+def _metric(metric: Any, backend: _backend.Backend | None) -> tuple[str, Compute]:
+    if isinstance(metric, str) and metric in ("accuracy", "acc"):
+        return "accuracy", _accuracy
+    if isinstance(metric, str) and backend is not None:
+        metric = backend.keras.metrics.get(metric)
+    if hasattr(metric, "update_state"):
+        fresh = type(metric).from_config(metric.get_config())
+
+        def compute(y: Any, outputs: Any) -> float:
+            fresh.reset_state()
+            fresh.update_state(y, outputs)
+            return float(np.asarray(fresh.result()))
+
+        return metric.name, compute
+    if not callable(metric):
+        raise ValueError(
+            "Expected `metric` to be a function of targets and outputs, a Keras metric or, beside "
+            f"a Keras model, the name of one. Received: metric={metric!r}"
+        )
+    return getattr(metric, "__name__", "metric"), lambda y, o: float(
+        np.mean(np.asarray(metric(y, o)))
+    )
+
+
+def _accuracy(y: Any, outputs: Any) -> float:
+    """The share of right classes, for class numbers, one-hot classes or two classes."""
+    targets, scores = np.asarray(y), np.asarray(outputs)
+    if scores.shape[-1] == 1:
+        raise ValueError(
+            "Expected scores of several classes, for the metric 'accuracy'. "
+            f"Received: outputs of shape {scores.shape}; pass a function as `metric`"
+        )
+    if targets.shape == scores.shape:
+        targets = targets.argmax(-1)
+    elif targets.shape[-1:] == (1,):
+        targets = targets[..., 0]
+    return float(np.mean(scores.argmax(-1) == targets))

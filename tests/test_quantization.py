@@ -1,0 +1,245 @@
+"""Quantization beside ALDS: aware training with TF-MOT, and Keras 3's own `quantize`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import zoo
+
+import keras_alds
+from keras_alds import litert
+from keras_alds.litert.runs import Runner
+
+pytest.importorskip("ai_edge_litert")
+tf_keras = pytest.importorskip("tf_keras")
+pytest.importorskip("tensorflow_model_optimization")
+
+aware = keras_alds.tfmot.quantize_aware_training
+
+
+def compiled(model: Any, K: ModuleType) -> Any:
+    loss = K.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer=K.optimizers.Adam(2e-3), loss=loss, metrics=["accuracy"])
+    return model
+
+
+def types(content: bytes) -> set[tuple[str, str, str]]:
+    """Types of input, weights and output of every convolution and dense layer of a file."""
+    return {
+        (step.data.dtype, step.weights.dtype, step.outputs[0].dtype)
+        for step in litert.read_file(content).weighted
+    }
+
+
+def test_one_call(keras_module: ModuleType, tmp_path: Path):
+    model = compiled(zoo.functional(keras_module), keras_module)
+    before = model.get_weights()
+    x, y = zoo.images(64)
+    path = tmp_path / "int8.tflite"
+    quantized, content = aware(
+        model, x, y, compress={"cr": 0.4, "max_slices": 4}, path=path, epochs=2, verbose=0
+    )
+    assert path.read_bytes() == content
+    assert types(content) == {("int8", "int8", "int8")}
+    names = [step.name for step in litert.read_file(content).operators]
+    # TF-MOT saw the BatchNormalization: it is folded, and there is no operator of it.
+    assert set(names) <= {
+        *("QUANTIZE", "CONV_2D", "DEPTHWISE_CONV_2D", "MEAN", "FULLY_CONNECTED", "DEQUANTIZE"),
+        "RESHAPE",
+    }
+    assert isinstance(quantized, tf_keras.Model)
+    assert len(quantized.history.history["loss"]) == 2
+    assert isinstance(quantized.optimizer, tf_keras.optimizers.Adam)
+    # One step of the coarsest output scale apart at most.
+    scale = litert.read_file(content).operators[-1].inputs[0].scales[0]
+    ours, theirs = Runner(content).predict(x), quantized.predict(x, verbose=0)
+    assert np.abs(ours - theirs).max() <= 3.01 * scale
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_single_steps_give_the_same_file():
+    import tensorflow_model_optimization as tfmot
+
+    model = compiled(zoo.functional(keras), keras)
+    x, y = zoo.images(32)
+    seen = []
+
+    def fit(quantized: Any) -> None:
+        tf_keras.utils.set_random_seed(0)
+        seen.append(quantized)
+        quantized.fit(x, y, epochs=1, shuffle=False, verbose=0)
+
+    options = {"cr": 0.4, "max_slices": 1}
+    quantized, content = aware(
+        model, fit=fit, compress=options, convert_options={"inference_input_type": "int8"}
+    )
+    assert seen == [quantized]
+    small = keras_alds.to_tf_keras(keras_alds.expand(keras_alds.compress(model, **options)))
+    by_hand = tfmot.quantization.keras.quantize_model(small)
+    fit(compiled(by_hand, tf_keras))
+    other = litert.convert(by_hand, quantize="int8", inference_input_type="int8", verbose=0)
+    assert litert.read_file(content).inputs[0].dtype == "int8"
+    np.testing.assert_allclose(
+        Runner(content).predict(x), Runner(other).predict(x), atol=0.05, rtol=0
+    )
+    with pytest.raises(ValueError, match="Expected quantize='int8'"):
+        litert.convert(by_hand, quantize="dynamic")
+
+
+def test_grouped_convolutions_train_without_xla():
+    layers = tf_keras.layers
+    inputs = tf_keras.Input((6, 6, 8))
+    conv = layers.Conv2D(8, 3, groups=4)
+    model = tf_keras.Model(inputs, layers.Flatten()(conv(inputs)))
+    x = np.random.default_rng(0).standard_normal((2, 6, 6, 8)).astype("float32")
+    before = np.asarray(model(x))
+    model.compile("sgd", "mse")
+    quantized, content = aware(model, x, before, batch_size=2, verbose=0)
+    (wrapped,) = (
+        w.layer for w in quantized.layers if isinstance(getattr(w, "layer", 0), type(conv))
+    )
+    assert wrapped._jit_compiled_convolution_op == wrapped.convolution_op
+    assert conv._jit_compiled_convolution_op != conv.convolution_op  # that of the user's model
+    (step,) = litert.read_file(content).weighted
+    assert step.groups == 4
+    limit = 0.1 * np.abs(before).max()
+    np.testing.assert_allclose(quantized.predict(x, verbose=0), before, atol=limit)
+
+
+def test_what_is_refused(monkeypatch: pytest.MonkeyPatch):
+    x, y = zoo.images(8)
+    model = zoo.functional(keras)
+    with pytest.raises(ValueError, match="Expected a compiled model, or `optimizer` and `loss`"):
+        aware(model, x, y, loss="mse")
+    model = compiled(model, keras)
+    with pytest.raises(ValueError, match="Expected training data `x`"):
+        aware(model)
+    with pytest.raises(ValueError, match=r"Expected either training data or .*\(epochs\)"):
+        aware(model, fit=lambda model: None, epochs=2)
+    with pytest.raises(ValueError, match=r"Expected a model without models inside.*'middle'"):
+        aware(compiled(zoo.nested(keras), keras), x, y)
+    with pytest.raises(ValueError, match="Expected `model` to be Functional or Sequential"):
+        aware(compiled(zoo.subclassed(keras), keras), x, y)
+
+    class Own(keras.layers.Layer):
+        def call(self, inputs: Any) -> Any:
+            return inputs
+
+    inputs = keras.Input((12, 12, 3))
+    own = keras.Model(inputs, zoo.functional(keras)(Own(name="own")(inputs)))
+    with pytest.raises(ValueError, match=r"whose layers tf_keras has too.*'own' \(Own\)"):
+        aware(compiled(own, keras), x, y)
+    inputs = tf_keras.Input((5, 3))
+    lstm = tf_keras.Model(inputs, tf_keras.layers.ConvLSTM1D(2, 2)(inputs[:, None]))
+    lstm.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="Expected a model that TF-MOT quantizes"):
+        aware(lstm, np.zeros((8, 5, 3)), np.zeros((8, 4, 2)))
+    monkeypatch.setitem(sys.modules, "tensorflow_model_optimization", None)
+    with pytest.raises(ImportError, match=r'pip install "keras_alds\[tfmot\]"'):
+        aware(model, x, y)
+
+
+def annotate_convolutions(model: Any) -> Any:
+    """TF-MOT for the convolutions alone: the dense layers stay in float."""
+    quantization = importlib.import_module("tensorflow_model_optimization").quantization.keras
+
+    def clone(layer: Any) -> Any:
+        is_conv = isinstance(layer, tf_keras.layers.Conv2D)
+        return quantization.quantize_annotate_layer(layer) if is_conv else layer
+
+    copy = tf_keras.models.clone_model(model, clone_function=clone)
+    return quantization.quantize_apply(copy)
+
+
+def test_layers_left_in_float_are_found():
+    model = compiled(zoo.functional(keras), keras)
+    x, y = zoo.images(16)
+    with pytest.raises(ValueError, match=r"Expected every convolution.*hidden.*float32"):
+        aware(model, x, y, quantize=annotate_convolutions, verbose=0)
+    _, content = aware(
+        model,
+        x,
+        y,
+        quantize=annotate_convolutions,
+        convert_options={"representative_data": x},
+        verbose=0,
+    )
+    assert types(content) == {("int8", "int8", "int8")}
+
+
+# -- Keras 3's own quantization --------------------------------------------------------------------
+
+
+def quiet_quantize(model: Any) -> list[str]:
+    """Keras's `quantize`, and its warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.quantize("int8")
+    return [str(warning.message) for warning in caught]
+
+
+def test_keras_quantize_says_what_stays_in_float():
+    small = keras_alds.compress(zoo.functional(keras), 0.4, max_slices=1)
+    x = zoo.examples(small)
+    before = zoo.outputs(small, x)
+    texts = quiet_quantize(small)
+    for name in ("stem", "down", "hidden", "head"):
+        (text,) = (text for text in texts if f"'{name}'" in text)
+        assert "stays in float" in text
+        assert "keras_alds.expand" in text
+    np.testing.assert_array_equal(zoo.outputs(small, x), before)
+
+
+def test_keras_quantize_after_expand(tmp_path: Path):
+    small = keras_alds.compress(zoo.functional(keras), 0.4, max_slices=1)
+    x = zoo.examples(small)
+    stock = keras_alds.expand(small)
+    quiet_quantize(stock)
+    modes = {layer.name: getattr(layer, "quantization_mode", None) for layer in stock.layers}
+    dense = ("hidden_encoder", "hidden", "head_encoder", "head")
+    assert {name for name, mode in modes.items() if mode == "int8"} == set(dense)
+    for name in dense:
+        assert stock.get_layer(name)._kernel.dtype == "int8"
+    before, after = zoo.outputs(small, x), zoo.outputs(stock, x)
+    assert 0 < np.abs(after - before).max() < 0.05 * np.abs(before).max()
+    stock.save(tmp_path / "int8.keras")
+    again = keras.models.load_model(tmp_path / "int8.keras")
+    np.testing.assert_array_equal(zoo.outputs(again, x), after)
+    with pytest.raises(ValueError, match=r"layers compute in float.*'hidden' \(int8\)"):
+        litert.convert(again)
+
+
+# -- The whole chain -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_digits_at_half_the_parameters(monkeypatch: pytest.MonkeyPatch):
+    """Train, compress in `fit`, retrain, expand, train for int8: small and as accurate."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    root = Path(__file__).resolve().parent.parent
+    monkeypatch.syspath_prepend(str(root / "examples"))
+    digits = importlib.import_module("digits")
+    x, y, x_test, y_test = digits.load_data()
+    original = compiled(digits.build_model(keras), keras)
+    original.fit(x, y, batch_size=64, epochs=8, verbose=0)
+    model = compiled(keras.models.clone_model(original), keras)
+    model.set_weights(original.get_weights())
+    alds = keras_alds.ALDSCompress(0.5, at_epoch=0, max_slices=4, calibration_data=x, verbose=0)
+    model.fit(x, y, batch_size=64, epochs=4, callbacks=[alds], verbose=0)
+    first = litert.convert(original, quantize="int8", representative_data=x, verbose=0)
+    _, second = aware(model, x, y, batch_size=64, epochs=2, verbose=0)
+    assert types(second) == {("int8", "int8", "int8")}
+    assert alds.plan.cr >= 0.5
+    assert len(second) <= 0.7 * len(first)
+    accuracies = [np.mean(Runner(f).predict(x_test).argmax(-1) == y_test) for f in (first, second)]
+    assert accuracies[1] >= accuracies[0] - 0.015
