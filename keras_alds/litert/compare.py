@@ -16,7 +16,7 @@ from keras_alds import _backend
 from keras_alds.litert.convert import convert
 from keras_alds.litert.files import contents, read_file
 from keras_alds.litert.measure import Latency, check_counts, time_together
-from keras_alds.litert.runs import Runner
+from keras_alds.litert.runs import Runner, check_runs
 from keras_alds.report import print_table
 
 PrintFn = Callable[[str], object]
@@ -169,6 +169,7 @@ def compare(
                     item, quantize=quantize, representative_data=representative_data, verbose=0
                 )
             files.append(contents(item))
+            check_runs(files[-1], delegate=delegate)
             progress.advance(task)
         runners = [Runner(file, threads=threads, delegate=delegate) for file in files]
         found = [

@@ -13,7 +13,7 @@ import numpy as np
 from rich.progress import Progress
 
 from keras_alds.litert.files import File, Operator, contents, extract, read_file
-from keras_alds.litert.runs import Runner
+from keras_alds.litert.runs import Runner, check_runs
 from keras_alds.report import print_table
 
 PrintFn = Callable[[str], object]
@@ -165,6 +165,7 @@ def benchmark(
     """
     check_counts(threads=threads, runs=runs, warmup=warmup)
     content = contents(file)
+    check_runs(content, delegate=delegate)
     with Progress(transient=True, disable=not verbose) as progress:
         steps: list[Operator] = []
         if profile:

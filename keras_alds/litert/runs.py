@@ -26,25 +26,20 @@ class Runner:
 
     Raises:
         ImportError: If LiteRT is not installed.
-        ValueError: If the runtime cannot load the file.
+        RuntimeError: If the runtime cannot load the file.
     """
 
     def __init__(self, file: File, *, threads: int = 1, delegate: bool = True) -> None:
         module = _package.interpreter()
         kinds = module.OpResolverType
-        self._delegate = delegate
-        content = contents(file)
-        try:
-            self.interpreter = module.Interpreter(
-                model_content=content,
-                num_threads=threads,
-                experimental_op_resolver_type=(
-                    kinds.BUILTIN if delegate else kinds.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-                ),
-            )
-            self.interpreter.allocate_tensors()
-        except (RuntimeError, ValueError) as error:
-            raise self._failed(error) from error
+        self.interpreter = module.Interpreter(
+            model_content=contents(file),
+            num_threads=threads,
+            experimental_op_resolver_type=(
+                kinds.BUILTIN if delegate else kinds.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+            ),
+        )
+        self.interpreter.allocate_tensors()
         #: Input and output tensors as the runtime describes them, in the file's order.
         self.inputs: list[dict[str, Any]] = self.interpreter.get_input_details()
         self.outputs: list[dict[str, Any]] = self.interpreter.get_output_details()
@@ -64,21 +59,8 @@ class Runner:
         return int(shape[0]) if len(shape) else 1
 
     def invoke(self) -> None:
-        """Runs the file once on what its inputs hold.
-
-        Raises:
-            ValueError: If the runtime fails.
-        """
-        try:
-            self.interpreter.invoke()
-        except (RuntimeError, ValueError) as error:
-            raise self._failed(error) from error
-
-    def _failed(self, error: Exception) -> ValueError:
-        return ValueError(
-            "Expected a file that the LiteRT runtime runs. Received: one that fails "
-            f"{'with' if self._delegate else 'without'} XNNPACK ({error})"
-        )
+        """Runs the file once on what its inputs hold."""
+        self.interpreter.invoke()
 
     def set_inputs(self, arrays: Sequence[Array]) -> None:
         """Sets the inputs, quantizing what the file takes quantized."""
@@ -185,9 +167,15 @@ def check_runs(file: File, *, delegate: bool | None = None) -> None:
     for chosen in (True, False) if delegate is None else (delegate,):
         if chosen:
             check_scales(read_file(content))
-        runner = Runner(content, delegate=chosen)
-        runner.set_random_inputs()
-        runner.invoke()
+        try:
+            runner = Runner(content, delegate=chosen)
+            runner.set_random_inputs()
+            runner.invoke()
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                "Expected a file that the LiteRT runtime runs. Received: one that fails "
+                f"{'with' if chosen else 'without'} XNNPACK ({error})"
+            ) from error
 
 
 def requantization_scales(operator: Operator) -> Array | None:
