@@ -61,7 +61,7 @@ class ALDSCompress(keras.callbacks.Callback):
         at_epoch: Integer >= 0. Index of the epoch before which to compress, as in
             `initial_epoch`.
         method: As for `select`. Defaults to None: `"activation"` with `calibration_data`, else
-            `"alds"`.
+            `"energy"`.
         objective: As for `select`.
         error: As for `select`.
         calibration_data: As for `select`; it is run through the model at `at_epoch`, with the
@@ -140,7 +140,7 @@ class ALDSCompress(keras.callbacks.Callback):
                 f"Received: at_epoch={at_epoch!r}"
             )
         if calibration_data is not None or method not in METHODS or not METHODS[method].needs_data:
-            method = choose_method(method, has_data=calibration_data is not None)
+            method = choose_method(method, has_data=calibration_data is not None, error=error)
         self._source = (
             Options(
                 cr, method, objective, error, exclude, max_slices, rank_multiple, target, bounds

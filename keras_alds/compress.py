@@ -17,7 +17,7 @@ from keras_alds import _backend
 from keras_alds.core.calibration import SecondMoment
 from keras_alds.core.choices import ChoiceTable, choice_table
 from keras_alds.core.errors import get_error
-from keras_alds.core.methods import METHODS, Method, choose_method, get_method
+from keras_alds.core.methods import DEFAULT, METHODS, Method, choose_method, get_method
 from keras_alds.core.slicing import divisors, weights
 from keras_alds.core.solvers import InfeasibleBudget, Solution
 from keras_alds.core.spectra import Spectra, spectra_many
@@ -37,7 +37,7 @@ class Options:
     """The options that `select`, `compress` and `ALDSCompress` share, checked."""
 
     cr: Any
-    method: str = "alds"
+    method: str = DEFAULT
     objective: str = "params"
     error: str | None = None
     exclude: Any = ()
@@ -183,14 +183,17 @@ def select(
             `objective="macs"` of its multiply–accumulates (see `count_macs`). Kernels whose rank
             is not full lose more than was asked for, since that costs no error. Or a dict of
             both limits, `{"params": 0.5, "macs": 0.4}`: at least so much of each is removed.
-        method: String or None. `"alds"`, the paper's: minimise the largest relative error of any
-            layer, solved exactly; `"energy"`: minimise the sum of the layers' relative squared
-            errors; `"activation"`: the sum of the relative squared errors of the layers' outputs
-            on `calibration_data`. Defaults to None: `"activation"` with calibration data, else
-            `"alds"`.
+        method: String or None. `"energy"`: minimise the sum of the layers' relative squared
+            errors; `"alds"`, the paper's: minimise the largest relative error of any layer,
+            solved exactly; `"activation"`: the sum of the relative squared errors of the layers'
+            outputs on `calibration_data`; and those that the paper compares with: `"svd"`,
+            `"svd-energy"`, `"l-rank"`, `"pca"` (needs data), `"alds-error"`, `"alds-simple"`,
+            `"alds-simple-5"`. Defaults to None: `"activation"` with calibration data, `"alds"`
+            with an `error`, else `"energy"`.
         objective: String, `"params"` or `"macs"`. Defaults to `"params"`.
         error: String or None. Another error measure for the method: `"slice"`, `"bound"`,
-            `"spectral"` or `"energy"`. Defaults to the method's own (`"slice"` for `"alds"`).
+            `"spectral"`, `"energy"` or `"residual"`. Defaults to the method's own (`"slice"` for
+            `"alds"`).
         calibration_data: Unlabelled examples, some hundreds, on which the error of every choice is
             measured: an array, a list or dict of arrays for several inputs, a batched
             `tf.data.Dataset`, a `keras.utils.PyDataset` or an iterable of batches (labels are
@@ -233,7 +236,7 @@ def select(
         Layer-wise Decomposition", NeurIPS 2021, arXiv:2107.11442; Theorem 1 and Algorithm 1, whose
         search the exact min–max solver replaces.
     """
-    method = choose_method(method, has_data=calibration_data is not None)
+    method = choose_method(method, has_data=calibration_data is not None, error=error)
     options = Options(
         cr, method, objective, error, exclude, max_slices, rank_multiple, target, bounds
     )
@@ -794,7 +797,7 @@ def compress(
         bounds=bounds,
     )
     if plan is None:
-        method = choose_method(method, has_data=calibration_data is not None)
+        method = choose_method(method, has_data=calibration_data is not None, error=error)
         options = Options(
             cr,
             method,

@@ -127,7 +127,7 @@ class Sweep:
         """
         figures = check_plots()
         panels = [False, True] if self.dense.retrained is not None else [False]
-        figure = figures.Figure(figsize=(6.4 * len(panels), 4.4), layout="constrained")
+        figure = figures.Figure(figsize=(1.6 + 5.6 * len(panels), 4.4), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         for axis, retrained in zip(axes, panels, strict=True):
             for index, method in enumerate(self.methods):
@@ -150,7 +150,7 @@ class Sweep:
             axis.set_xlabel(f"fraction of {_counted(self.objective)} that is left")
             axis.grid(alpha=0.3)
         axes[0].set_ylabel(label)
-        axes[-1].legend(fontsize="small", loc="lower right")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
         figure.savefig(path, dpi=110)
 
 

@@ -61,7 +61,7 @@ def test_resnet20_in_fit(resnet20, images, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("cr", MEASURED)
 def test_resnet20_without_retraining(resnet20, images, cr):
-    small = keras_alds.compress(resnet20, cr)
+    small = keras_alds.compress(resnet20, cr, method="alds")
     top1 = 100 * accuracy(small, images["x_test"][:3000], images["y_test"][:3000])
     assert MEASURED[cr] - 2 <= top1 <= MEASURED[cr] + 2.5
 

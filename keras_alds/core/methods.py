@@ -218,6 +218,11 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 )
 
 
+#: What is used where no method is named, without calibration data and with some.
+DEFAULT = "energy"
+DEFAULT_WITH_DATA = "activation"
+
+
 def get_method(name: str, error: str | None = None) -> Method:
     """Returns a method by its name, with another error measure if asked for.
 
@@ -251,12 +256,15 @@ def get_method(name: str, error: str | None = None) -> Method:
     return replace(method, error=get_error(error).name)
 
 
-def choose_method(name: str | None, *, has_data: bool) -> str:
+def choose_method(name: str | None, *, has_data: bool, error: str | None = None) -> str:
     """Returns the name of the method to use, given whether there is calibration data.
 
     Args:
-        name: One of the keys of `METHODS`, or None: `"activation"` with data, else `"alds"`.
+        name: One of the keys of `METHODS`, or None: `"activation"` with data, else `"energy"`,
+            the better ones in the measured tables (docs/results.md).
         has_data: Whether there is calibration data.
+        error: The error measure that is asked for, if any. With no name and no data the method is
+            then `"alds"`, whose measures they are.
 
     Returns:
         A key of `METHODS`.
@@ -269,7 +277,9 @@ def choose_method(name: str | None, *, has_data: bool) -> str:
         'activation'
     """
     if name is None:
-        return "activation" if has_data else "alds"
+        if has_data:
+            return DEFAULT_WITH_DATA
+        return DEFAULT if error is None else "alds"
     method = get_method(name)
     if method.needs_data and not has_data:
         raise ValueError(
