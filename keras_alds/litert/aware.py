@@ -11,6 +11,7 @@ from keras_alds import _backend
 from keras_alds.compress import compress as compress_model
 from keras_alds.litert import _package
 from keras_alds.litert.convert import convert
+from keras_alds.litert.equalize import equalize
 from keras_alds.rewrite.expand import expand
 from keras_alds.rewrite.inspect import walk
 from keras_alds.rewrite.to_tf_keras import to_tf_keras
@@ -34,9 +35,10 @@ def quantize_aware_training(
     """Trains a model for int8 and converts it: compress, expand, quantize, fit, convert.
 
     The steps, each of which can be taken by itself: `compress` if it is asked for; `expand` to
-    stock layers; `to_tf_keras` for a Keras 3 model; TF-MOT's `quantize_model`, which sees
-    BatchNormalization and folds it as the file will; `compile` and `fit`; `litert.convert` with
-    `quantize="int8"`, which checks every convolution and dense layer. `model` is untouched.
+    stock layers; `to_tf_keras` for a Keras 3 model; `litert.equalize` without data; TF-MOT's
+    `quantize_model`, which sees BatchNormalization and folds it as the file will; `compile` and
+    `fit`; `litert.convert` with `quantize="int8"`, which checks every convolution and dense
+    layer. `model` is untouched.
 
     Args:
         model: A trained Functional or Sequential model of either Keras, compressed (by
@@ -92,6 +94,7 @@ def quantize_aware_training(
     target = _backend.tf_keras_backend()
     if _backend.backend_of(model) is not target:
         model = to_tf_keras(model)
+    equalize(model)  # a copy: `expand` made it
     arguments = _compile_arguments(target, model, optimizer, loss, metrics)
     quantized = _quantized(model, quantize or tfmot.quantization.keras.quantize_model)
     target.use_plain_convolutions([layer for _, layer in walk(quantized)])
