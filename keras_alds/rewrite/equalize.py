@@ -26,6 +26,8 @@ Array = np.ndarray
 # XNNPACK refuses s_in·s_w/s_out >= 256; in the encoder that is |E|·|x| / (127·|h|). A rank that the
 # examples hardly excite is scaled to no more than an eighth of it.
 _LARGEST_GAIN = 127 * 256 / 8
+# Their middle channels are the encoder's last axis and the decoder's last but one.
+_FACTORIZED = ("FactorizedConv1D", "FactorizedConv2D", "FactorizedConv3D", "FactorizedDense")
 _ENCODERS = ("Conv1D", "Conv2D", "DepthwiseConv2D", "Dense")
 _DECODERS = ("Conv1D", "Conv2D", "Dense")
 
@@ -187,7 +189,7 @@ def find_pairs(model: Any) -> list[Pair]:
     pairs = [
         Pair(layer, layer.encoder, layer.decoder, None, stock=False)
         for layer in layers
-        if inspect.is_factorized(layer) and layer.built
+        if inspect.is_factorized(layer) and type(layer).__name__ in _FACTORIZED and layer.built
     ]
     backend = _backend.backend_of(model)
     symbolic = [
@@ -304,11 +306,10 @@ def _ranges(
     def note_input(layer: Any, inputs: Array) -> None:
         peaks[id(layer)] = max(float(np.abs(inputs).max(initial=0)), peaks.get(id(layer), 0.0))
 
-    def note_middle(layer: Any, middle: Array | None) -> None:
-        if middle is not None:
-            count = int(by_layer[id(layer)].decoder.shape[-2])
-            largest = np.abs(middle).reshape(-1, count).max(axis=0, initial=0).astype(np.float64)
-            middles[id(layer)] = np.maximum(largest, middles.get(id(layer), 0.0))
+    def note_middle(layer: Any, middle: Array) -> None:
+        count = int(by_layer[id(layer)].decoder.shape[-2])
+        largest = np.abs(middle).reshape(-1, count).max(axis=0, initial=0).astype(np.float64)
+        middles[id(layer)] = np.maximum(largest, middles.get(id(layer), 0.0))
 
     def watch(layer: Any, inputs: Any, outputs: Any) -> Any:
         def see(x: Array) -> None:
@@ -336,8 +337,8 @@ def _ranges(
     }
 
 
-def encoded(layer: Any, inputs: Array) -> Array | None:
-    """What the encoder of a factorized layer gives, channels last; None for kinds not known here.
+def encoded(layer: Any, inputs: Array) -> Array:
+    """What the encoder of a factorized layer gives, channels last.
 
     Args:
         layer: A built factorized layer.
@@ -349,12 +350,10 @@ def encoded(layer: Any, inputs: Array) -> Array | None:
     middle = int(encoder.shape[-1])
     identity = tf.eye(middle, dtype=x.dtype)
     size = tuple(getattr(layer, "kernel_size", ()))
-    if not size and len(encoder.shape) == 2:
+    if not size:
         return _forms.factorized_matmul(
             x, encoder, identity, slices=layer.slices, form="grouped"
         ).numpy()
-    if type(layer).__name__ not in ("FactorizedConv1D", "FactorizedConv2D", "FactorizedConv3D"):
-        return None
     padding = layer.padding
     if padding == "causal":
         x = tf.pad(x, [[0, 0], [layer.dilation_rate[0] * (size[0] - 1), 0], [0, 0]])
