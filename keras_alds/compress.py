@@ -502,10 +502,13 @@ class Problem:
     def limits(self, spec: inspect.LayerSpec) -> dict[str, Any]:
         """What the options allow of a layer's slices and ranks, for `allowed_ranks`."""
         moment = self.moments.get(id(spec.layer))
+        target, most = get_target(self.options.target), self.options.max_slices
+        if target and spec.kind not in ("Conv1D", "Conv2D", "Dense"):
+            most = 1  # targets know the sliced forms of plain convolutions only
         return {
-            "max_slices": self.options.max_slices,
+            "max_slices": most,
             "rank_multiple": self.options.rank_multiple,
-            "target": get_target(self.options.target),
+            "target": target,
             "depthwise": len(set(getattr(spec.layer, "strides", ()))) <= 1,
             "blocks": 1 if moment is None else moment.blocks.shape[0],
         }
