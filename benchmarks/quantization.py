@@ -123,7 +123,11 @@ class Task:
                 model.fit(self.batches(), epochs=arguments.epochs, shuffle=False, verbose=0)
             return model, None
         calibration = self.x_train[: arguments.calibration] if arguments.calibration else None
-        options = {"calibration_data": calibration, "max_slices": max_slices or None}
+        options = {
+            "method": "alds" if calibration is None else None,
+            "calibration_data": calibration,
+            "max_slices": max_slices or None,
+        }
         epochs = arguments.epochs
         if not epochs:
             plan = keras_alds.select(model, cr, **options)
