@@ -666,7 +666,6 @@ class _TfKeras(Backend):
     _identity = (
         "_inbound_nodes_value",
         "_outbound_nodes_value",
-        "_obj_reference_counts_dict",
         "_name",
         "_callable_losses",
         "_losses",

@@ -348,12 +348,7 @@ class Problem:
                 f"({', '.join(inspect.FACTORIZED_KINDS)}). "
                 f"Received: none ({reasons or 'no weights at all'})"
             )
-        for item in unmatched:
-            warnings.warn(
-                f"`exclude` entry {item!r} matches no layer with weights of the model "
-                f"'{model.name}'.",
-                stacklevel=4,
-            )
+        inspect.warn_of_unmatched(model, unmatched, stacklevel=5)
         macs = None
         if options.objective == "macs" or options.macs_cr is not None:
             macs = inspect.layer_macs(model)

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_alds import _backend
-from keras_alds.rewrite import inspect
+from keras_alds.rewrite import inspect, wrappers
 
 #: What takes the place of a layer: layers, or functions of symbolic tensors, one after the other.
 Piece = Any
@@ -83,6 +83,7 @@ def expand(model: Any, *, fold_batch_norm: bool = False) -> Any:
         kernel is a grouped convolution followed by a pointwise one.
     """
     backend = check_symbolic(model, "expand")
+    wrappers.check_stripped(model, "expand")
     rebuilder = _Expander(backend, model, fold_batch_norm)
     new = rebuilder.rebuild(model)
     backend.copy_compile_state(model, new)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -68,7 +69,10 @@ def inspect_model(model: Any, exclude: Exclude = ()) -> tuple[list[LayerSpec], l
     specs = []
     layers = list(walk(model))
     holders: dict[int, list[str]] = {}
-    refused = {id(layer.layer): layer for _, layer in layers if wrappers.is_refused(layer)}
+    refused: dict[int, Any] = {}
+    for _, layer in layers:
+        if wrappers.is_refused(layer):
+            refused |= {id(layer): layer, id(layer.layer): layer}
     for path, layer in layers:
         for variable in backend.own_variables(layer):
             holders.setdefault(id(variable), []).append(path)
@@ -197,6 +201,15 @@ def _reason(backend: _backend.Backend, layer: Any) -> str | None:
     if not any(weights(shape, k, 1) < math.prod(shape) for k in divisors(shape[-2])):
         return f"no factorization of its kernel {shape} is smaller"
     return None
+
+
+def warn_of_unmatched(model: Any, unmatched: list[Any], *, stacklevel: int) -> None:
+    """Warns of the entries of `exclude` that matched nothing; see `inspect_model`."""
+    for item in unmatched:
+        warnings.warn(
+            f"`exclude` entry {item!r} matches no layer with weights of the model '{model.name}'.",
+            stacklevel=stacklevel,
+        )
 
 
 def matches(item: Any, path: str, layer: Any) -> bool:

@@ -38,6 +38,30 @@ def is_pruning(layer: Any) -> bool:
     return kind(layer) == PRUNING
 
 
+def check_stripped(model: Any, user: str) -> None:
+    """Raises a ValueError if a layer of `model` is wrapped by TF-MOT.
+
+    Args:
+        model: A model.
+        user: What wants a model without wrappers.
+    """
+    backend = _backend.backend_of(model)
+
+    def visit(parent: Any) -> None:
+        for layer in backend.children(parent):
+            found = kind(layer)
+            if found is not None:
+                strip = {PRUNING: "strip_pruning", "ClusterWeights": "strip_clustering"}.get(found)
+                raise ValueError(
+                    f"Expected a model without TF-MOT's wrappers, for `{user}`. Received: a model "
+                    f"with '{layer.name}' of type {found}. Remedy: "
+                    + (f"`{strip}(model)`" if strip else "do this before `quantize_annotate_model`")
+                )
+            visit(layer)
+
+    visit(model)
+
+
 def is_refused(layer: Any) -> bool:
     """Whether `layer` is a wrapper of TF-MOT's whose layer cannot be factorized."""
     return kind(layer) in REFUSED
