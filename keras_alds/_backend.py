@@ -16,7 +16,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -375,35 +375,43 @@ class Backend:
         with strategy.scope() if strategy is not None else contextlib.nullcontext():
             yield
 
-    def transplant(self, old: Layer, new: Layer) -> Undo:
+    def transplant(self, old: Layer, new: Layer, kept: Mapping[str, str] | None = None) -> Undo:
         """Turns the layer object `old` into what `new` is; `new` must not be used afterwards.
 
         Class and state are replaced; the object itself, its name and its place in every graph
-        stay, so whoever holds a reference to the layer goes on holding it. The bias variable
-        stays the same object too, and with it whatever an optimizer keeps for it.
+        stay, so whoever holds a reference to the layer goes on holding it. The variables that are
+        kept stay the same objects too, and with them whatever an optimizer keeps for them.
 
         Args:
             old: A built layer.
             new: A built layer with the same inputs and outputs.
+            kept: Variables that the two have in common: `{attribute of old: attribute of new}`, in
+                the order of the last variables of `new`. Defaults to none.
 
         Returns:
             A function that puts everything back.
         """
-        if getattr(old, "bias", None) is not None and getattr(new, "bias", None) is not None:
-            self._share_bias(old, new)
+        for theirs, ours in (kept or {}).items():
+            if getattr(old, theirs, None) is not None and getattr(new, ours, None) is not None:
+                self._share(getattr(old, theirs), new, ours)
         before, before_class = dict(old.__dict__), type(old)
         state = {key: value for key, value in new.__dict__.items() if key not in self._bound}
         state.update({key: before[key] for key in self._identity if key in before})
 
-        def become(cls: type, attributes: dict[str, Any]) -> None:
-            object.__setattr__(old, "__class__", cls)
-            old.__dict__.clear()
-            old.__dict__.update(attributes)
+        become(old, type(new), state)
+        return lambda: become(old, before_class, before)
 
-        become(type(new), state)
-        return lambda: become(before_class, before)
+    def adopt(self, layer: Layer, cls: type, attributes: dict[str, Any]) -> Undo:
+        """Makes `layer` one of a subclass of its class, with further attributes.
 
-    def _share_bias(self, old: Layer, new: Layer) -> None:
+        Returns:
+            A function that puts everything back.
+        """
+        before, before_class = dict(layer.__dict__), type(layer)
+        become(layer, cls, {**before, **attributes})
+        return lambda: become(layer, before_class, before)
+
+    def _share(self, variable: Variable, new: Layer, name: str) -> None:
         raise NotImplementedError
 
     def use_plain_convolutions(self, layers: Sequence[Layer]) -> None:
@@ -589,15 +597,15 @@ class _Keras3(Backend):
     def _compile_arguments(self, model: Model) -> dict[str, Any]:
         return {**model._compile_config.config, "optimizer": model.optimizer}
 
-    def _share_bias(self, old: Layer, new: Layer) -> None:
-        bias, trainable = old.bias, old.bias.trainable
+    def _share(self, variable: Variable, new: Layer, name: str) -> None:
+        trainable = variable.trainable
         tracker = new._tracker
         locked = tracker.locked
         tracker.unlock()
-        tracker.untrack(new.bias)
-        bias.trainable = True  # so that it is listed where `layer.trainable = …` looks for it
-        new.bias = bias
-        bias.trainable = trainable
+        tracker.untrack(getattr(new, name))
+        variable.trainable = True  # so that it is listed where `layer.trainable = …` looks for it
+        setattr(new, name, variable)
+        variable.trainable = trainable
         if locked:
             tracker.lock()
 
@@ -726,9 +734,9 @@ class _TfKeras(Backend):
             "jit_compile": model._jit_compile,
         }
 
-    def _share_bias(self, old: Layer, new: Layer) -> None:
-        del new.bias
-        new.bias = old.bias
+    def _share(self, variable: Variable, new: Layer, name: str) -> None:
+        delattr(new, name)
+        setattr(new, name, variable)
 
     def _forget_checkpoint(self, callback: Any) -> None:
         callback.best = np.inf if callback.monitor_op is np.less else -np.inf
@@ -846,6 +854,13 @@ def _clone_layer(layer: Layer) -> Layer:
 
 def _shapes(model: Model) -> list[tuple[int, ...] | None]:
     return [_static_shape(weight) for weight in model.weights]
+
+
+def become(obj: Any, cls: type, attributes: dict[str, Any]) -> None:
+    """Gives an object another class and other attributes."""
+    object.__setattr__(obj, "__class__", cls)
+    obj.__dict__.clear()
+    obj.__dict__.update(attributes)
 
 
 def _legacy_key(variable: Variable) -> str:

@@ -352,11 +352,18 @@ class Problem:
         macs = None
         if options.objective == "macs" or options.macs_cr is not None:
             macs = inspect.layer_macs(model)
+        if macs is not None:  # a table in two factors takes more of them, not fewer
+            specs = [
+                dataclasses.replace(spec, reason=inspect.without_macs(spec))
+                if spec.reason is None and spec.known_kind.lookup
+                else spec
+                for spec in specs
+            ]
         if options.objective == "macs":
             specs = [
                 spec
                 if spec.reason or (macs or {}).get(id(spec.layer))
-                else dataclasses.replace(spec, reason="the forward pass does not call it")
+                else dataclasses.replace(spec, reason=inspect.without_macs(spec))
                 for spec in specs
             ]
         problem = cls(model.name, specs, inspect.count_params(model), macs, options)
@@ -394,7 +401,7 @@ class Problem:
         moments = {key: moment for key, moment in found.items() if moment is not None}
         specs = [
             spec
-            if spec.reason or id(spec.layer) in moments
+            if spec.reason or id(spec.layer) in moments or not inspect.observable(spec.layer)
             else dataclasses.replace(spec, reason="no calibration example reaches it")
             for spec in self.specs
         ]
@@ -411,6 +418,12 @@ class Problem:
         """
         if spec.reason or not METHODS[self.options.method].centred:
             return spec
+        if not spec.known_kind.principal:
+            return dataclasses.replace(
+                spec,
+                reason=f"the method {self.options.method!r} needs a bias for every column of the "
+                f"kernel, and {spec.kind} has none",
+            )
         moment = moments[id(spec.layer)]
         if moment.mean is None:
             raise ValueError(
@@ -443,7 +456,8 @@ class Problem:
         """What one kernel weight of a layer costs: 1, or its multiply–accumulates."""
         if resource != "macs":
             return 1
-        return (self.macs or {}).get(id(spec.layer), 0) // math.prod(spec.kernel_shape or ())
+        weights = inspect.applied_weights(spec.layer)
+        return (self.macs or {}).get(id(spec.layer), 0) // max(weights, 1)
 
     def added_params(self, spec: inspect.LayerSpec) -> int:
         """Parameters that the method adds to a factorized layer: a bias that it has not."""
@@ -494,10 +508,15 @@ class Problem:
             + " and ".join(f"{fraction:.4f}" for fraction in nearest)
         )
 
+    def max_slices(self, spec: inspect.LayerSpec) -> int | None:
+        """The largest number of slices of a layer."""
+        limits = (self.options.max_slices, spec.known_kind.max_slices)
+        return min((limit for limit in limits if limit is not None), default=None)
+
     def limits(self, spec: inspect.LayerSpec) -> dict[str, Any]:
         """What the options allow of a layer's slices and ranks, for `allowed_ranks`."""
         moment = self.moments.get(id(spec.layer))
-        target, most = get_target(self.options.target), self.options.max_slices
+        target, most = get_target(self.options.target), self.max_slices(spec)
         if target and spec.kind not in ("Conv1D", "Conv2D", "Dense"):
             most = 1  # targets know the sliced forms of plain convolutions only
         return {
@@ -574,24 +593,21 @@ class Problem:
             }
 
         candidates = self.candidates
-        if self.stats is None:
-            entries = zip(candidates, _entries(candidates), strict=True)
-            return [
-                self.within_bounds(spec, entry.table(error, **options(spec)))
-                for spec, entry in entries
-            ]
-        kernels = zip(candidates, _kernels(candidates), strict=True)
-        spectra = self.stats.spectra(
-            {
+        measured = [spec for spec in candidates if id(spec.layer) in self.moments]
+        others = [spec for spec in candidates if id(spec.layer) not in self.moments]
+        tables = {
+            spec.path: entry.table(error, **options(spec))
+            for spec, entry in zip(others, _entries(others), strict=True)
+        }
+        if self.stats is not None:
+            kernels = {
                 spec.path: (digest, kernel, self.moments[id(spec.layer)])
-                for spec, (digest, kernel) in kernels
-            },
-            centred=method.centred,
-        )
-        return [
-            self.within_bounds(spec, choice_table(found, error=error, **options(spec)))
-            for spec, found in zip(candidates, spectra, strict=True)
-        ]
+                for spec, (digest, kernel) in zip(measured, _kernels(measured), strict=True)
+            }
+            spectra = self.stats.spectra(kernels, centred=method.centred)
+            for spec, found in zip(measured, spectra, strict=True):
+                tables[spec.path] = choice_table(found, error=error, **options(spec))
+        return [self.within_bounds(spec, tables[spec.path]) for spec in candidates]
 
     def within_bounds(self, spec: inspect.LayerSpec, table: ChoiceTable) -> ChoiceTable:
         """The choices of a candidate that are within its bounds."""
@@ -632,6 +648,8 @@ class Problem:
     def note(self, spec: inspect.LayerSpec) -> str | None:
         """What a user has to know of a choice."""
         moment = self.moments.get(id(spec.layer))
+        if moment is None and self.stats is not None:
+            return "its inputs are not measured: chosen as if they were uncorrelated and alike"
         if moment is None or moment.blocks.shape[0] == 1:
             return None
         return (

@@ -14,9 +14,27 @@ from __future__ import annotations
 import tensorflow as tf
 import tf_keras
 
+from keras_alds.layers._attention import FactorizedTfKerasAttentionMixin
+from keras_alds.layers._einsum import FactorizedEinsumDenseMixin
+from keras_alds.layers._embedding import FactorizedEmbeddingMixin
 from keras_alds.layers._mixin import FactorizedConvMixin, FactorizedDenseMixin
+from keras_alds.layers._separable import FactorizedSeparableConvMixin
+from keras_alds.layers._transposed import FactorizedConvTransposeMixin
 
-__all__ = ["FactorizedConv1D", "FactorizedConv2D", "FactorizedDense"]
+__all__ = [
+    "FactorizedConv1D",
+    "FactorizedConv1DTranspose",
+    "FactorizedConv2D",
+    "FactorizedConv2DTranspose",
+    "FactorizedConv3D",
+    "FactorizedConv3DTranspose",
+    "FactorizedDense",
+    "FactorizedEinsumDense",
+    "FactorizedEmbedding",
+    "FactorizedMultiHeadAttention",
+    "FactorizedSeparableConv1D",
+    "FactorizedSeparableConv2D",
+]
 
 
 @tf_keras.saving.register_keras_serializable(package="keras_alds")
@@ -35,6 +53,7 @@ class FactorizedConv1D(FactorizedConvMixin, tf_keras.layers.Layer):
     _keras = tf_keras
     _shape_type = tf.TensorShape
     _dimensions = 1
+    _paddings = ("valid", "same", "causal")
 
 
 @tf_keras.saving.register_keras_serializable(package="keras_alds")
@@ -72,7 +91,169 @@ class FactorizedDense(FactorizedDenseMixin, tf_keras.layers.Layer):
     _shape_type = tf.TensorShape
 
 
+@tf_keras.saving.register_keras_serializable(package="keras_alds")
+class FactorizedConv3D(FactorizedConvMixin, tf_keras.layers.Layer):
+    """`keras_alds.layers.FactorizedConv3D` for tf_keras models.
+
+    Arguments, weights, shapes, errors and source are those of the Keras 3 class of this name.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from keras_alds.tf_keras import FactorizedConv3D
+        >>> FactorizedConv3D(8, 3, slices=2, rank=3)(tf.ones((1, 5, 5, 5, 4))).shape
+        TensorShape([1, 3, 3, 3, 8])
+    """
+
+    _keras = tf_keras
+    _shape_type = tf.TensorShape
+    _dimensions = 3
+
+
+@tf_keras.saving.register_keras_serializable(package="keras_alds")
+class FactorizedConv1DTranspose(FactorizedConvTransposeMixin, tf_keras.layers.Layer):
+    """`keras_alds.layers.FactorizedConv1DTranspose` for tf_keras models.
+
+    Arguments, weights, shapes, errors and source are those of the Keras 3 class of this name.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from keras_alds.tf_keras import FactorizedConv1DTranspose
+        >>> FactorizedConv1DTranspose(8, 3, slices=2, rank=2)(tf.ones((1, 5, 4))).shape
+        TensorShape([1, 7, 8])
+    """
+
+    _keras = tf_keras
+    _shape_type = tf.TensorShape
+    _dimensions = 1
+
+
+@tf_keras.saving.register_keras_serializable(package="keras_alds")
+class FactorizedConv2DTranspose(FactorizedConvTransposeMixin, tf_keras.layers.Layer):
+    """`keras_alds.layers.FactorizedConv2DTranspose` for tf_keras models.
+
+    Arguments, weights, shapes, errors and source are those of the Keras 3 class of this name.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from keras_alds.tf_keras import FactorizedConv2DTranspose
+        >>> FactorizedConv2DTranspose(8, 3, slices=2, rank=2)(tf.ones((1, 5, 5, 4))).shape
+        TensorShape([1, 7, 7, 8])
+    """
+
+    _keras = tf_keras
+    _shape_type = tf.TensorShape
+    _dimensions = 2
+
+
+@tf_keras.saving.register_keras_serializable(package="keras_alds")
+class FactorizedConv3DTranspose(FactorizedConvTransposeMixin, tf_keras.layers.Layer):
+    """`keras_alds.layers.FactorizedConv3DTranspose` for tf_keras models.
+
+    Arguments, weights, shapes, errors and source are those of the Keras 3 class of this name.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from keras_alds.tf_keras import FactorizedConv3DTranspose
+        >>> FactorizedConv3DTranspose(8, 3, slices=2, rank=2)(tf.ones((1, 5, 5, 5, 4))).shape
+        TensorShape([1, 7, 7, 7, 8])
+    """
+
+    _keras = tf_keras
+    _shape_type = tf.TensorShape
+    _dimensions = 3
+    _dilates = False
+
+
+@tf_keras.saving.register_keras_serializable(package="keras_alds")
+class FactorizedSeparableConv1D(FactorizedSeparableConvMixin, tf_keras.layers.Layer):
+    """`keras_alds.layers.FactorizedSeparableConv1D` for tf_keras models.
+
+    Arguments, weights, shapes, errors and source are those of the Keras 3 class of this name.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from keras_alds.tf_keras import FactorizedSeparableConv1D
+        >>> FactorizedSeparableConv1D(8, 3, slices=2, rank=2)(tf.ones((1, 5, 4))).shape
+        TensorShape([1, 3, 8])
+    """
+
+    _keras = tf_keras
+    _shape_type = tf.TensorShape
+    _dimensions = 1
+    _paddings = ("valid", "same", "causal")
+
+
+@tf_keras.saving.register_keras_serializable(package="keras_alds")
+class FactorizedSeparableConv2D(FactorizedSeparableConvMixin, tf_keras.layers.Layer):
+    """`keras_alds.layers.FactorizedSeparableConv2D` for tf_keras models.
+
+    Arguments, weights, shapes, errors and source are those of the Keras 3 class of this name.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from keras_alds.tf_keras import FactorizedSeparableConv2D
+        >>> FactorizedSeparableConv2D(8, 3, slices=2, rank=2)(tf.ones((1, 5, 5, 4))).shape
+        TensorShape([1, 3, 3, 8])
+    """
+
+    _keras = tf_keras
+    _shape_type = tf.TensorShape
+    _dimensions = 2
+
+
+@tf_keras.saving.register_keras_serializable(package="keras_alds")
+class FactorizedEinsumDense(FactorizedEinsumDenseMixin, tf_keras.layers.Layer):
+    """`keras_alds.layers.FactorizedEinsumDense` for tf_keras models.
+
+    Arguments, weights, shapes, errors and source are those of the Keras 3 class of this name.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from keras_alds.tf_keras import FactorizedEinsumDense
+        >>> FactorizedEinsumDense("ab,bc->ac", 6, slices=2, rank=3)(tf.ones((2, 8))).shape
+        TensorShape([2, 6])
+    """
+
+    _keras = tf_keras
+    _shape_type = tf.TensorShape
+
+
+@tf_keras.saving.register_keras_serializable(package="keras_alds")
+class FactorizedEmbedding(FactorizedEmbeddingMixin, tf_keras.layers.Layer):
+    """`keras_alds.layers.FactorizedEmbedding` for tf_keras models.
+
+    Arguments, weights, shapes, errors and source are those of the Keras 3 class of this name.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from keras_alds.tf_keras import FactorizedEmbedding
+        >>> FactorizedEmbedding(100, 16, rank=4)(tf.constant([[1, 2, 3]])).shape
+        TensorShape([1, 3, 16])
+    """
+
+    _keras = tf_keras
+    _shape_type = tf.TensorShape
+
+
+@tf_keras.saving.register_keras_serializable(package="keras_alds")
+class FactorizedMultiHeadAttention(
+    FactorizedTfKerasAttentionMixin, tf_keras.layers.MultiHeadAttention
+):
+    """`keras_alds.layers.FactorizedMultiHeadAttention` for tf_keras models.
+
+    Arguments, weights, shapes, errors and source are those of the Keras 3 class of this name.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from keras_alds.tf_keras import FactorizedMultiHeadAttention
+        >>> choice = {"slices": 1, "rank": 4}
+        >>> layer = FactorizedMultiHeadAttention(2, 8, projections={"query": choice})
+        >>> layer(tf.ones((1, 5, 16)), tf.ones((1, 5, 16))).shape
+        TensorShape([1, 5, 16])
+    """
+
+    _einsum_class = FactorizedEinsumDense
+
+
 # Wrappers such as TimeDistributed load the layer inside them by its bare class name.
-tf_keras.saving.get_custom_objects().update(
-    {cls.__name__: cls for cls in (FactorizedConv1D, FactorizedConv2D, FactorizedDense)}
-)
+tf_keras.saving.get_custom_objects().update({name: globals()[name] for name in __all__})

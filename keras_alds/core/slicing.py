@@ -8,7 +8,9 @@ Optimal Layer-wise Decomposition", NeurIPS 2021 (arXiv 2107.11442), section 2.1.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -232,3 +234,171 @@ def recompose(encoder: Array, decoder: Array, slices: int) -> Array:
     right = decoder.reshape(slices, outputs // slices, decoder.shape[1])
     dense = (left @ right).reshape(slices * channels, *spatial, decoder.shape[1])
     return np.moveaxis(dense, 0, -2).astype(encoder.dtype, copy=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unfolding:
+    """How a kernel of any layout is read as `[*spatial, c, f]`: what each of its axes is.
+
+    The encoder owns the `spatial` axes; the `channels` axes together are the c input channels; all
+    other axes, outputs and those spatial axes that the decoder owns, together are the f filters.
+
+    Attributes:
+        spatial: Axes of the kernel, in order.
+        channels: Axes of the kernel, in order.
+        filters: Axes of the kernel, in order.
+        rank_axis: Where the decoder's weights have their rank axis among the `filters` axes.
+
+    Raises:
+        ValueError: If an axis is missing or named twice, or there are no channels or filters.
+
+    Example:
+        >>> convolution_unfolding(2)
+        Unfolding(spatial=(0, 1), channels=(2,), filters=(3,), rank_axis=0)
+    """
+
+    spatial: tuple[int, ...]
+    channels: tuple[int, ...]
+    filters: tuple[int, ...]
+    rank_axis: int = 0
+
+    def __post_init__(self) -> None:
+        if (
+            sorted(self.axes) != list(range(len(self.axes)))
+            or not self.channels
+            or not self.filters
+        ):
+            raise ValueError(
+                "Expected every axis of a kernel once, channels and filters among them. "
+                f"Received: {self}"
+            )
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The kernel's axes in the order spatial, channels, filters."""
+        return (*self.spatial, *self.channels, *self.filters)
+
+    def shape(self, kernel_shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape `(*spatial, c, f)` that a kernel of some shape is read as.
+
+        Args:
+            kernel_shape: Shape of the kernel in the layer's own layout.
+        """
+        spatial, channels, filters = (
+            [int(kernel_shape[axis]) for axis in axes]
+            for axes in (self.spatial, self.channels, self.filters)
+        )
+        return (*spatial, math.prod(channels), math.prod(filters))
+
+    def read(self, kernel: Array) -> Array:
+        """The kernel as `[*spatial, c, f]`."""
+        return np.transpose(kernel, self.axes).reshape(self.shape(kernel.shape))
+
+    def write(self, kernel: Array, kernel_shape: Sequence[int]) -> Array:
+        """The inverse of `read`: an array `[*spatial, c, f]` in the layer's own layout.
+
+        Args:
+            kernel: Array `[*spatial, c, f]`.
+            kernel_shape: Shape of the kernel in the layer's own layout.
+        """
+        sizes = [int(kernel_shape[axis]) for axis in self.axes]
+        return np.transpose(kernel.reshape(sizes), np.argsort(self.axes))
+
+    def read_decoder(self, decoder: Array, kernel_shape: Sequence[int]) -> Array:
+        """A decoder's weights as the matrix `[k·j, f]`.
+
+        Args:
+            decoder: The weights in the layer's own layout; axes of length 1 do not matter.
+            kernel_shape: Shape of the dense kernel in the layer's own layout.
+        """
+        sizes = [int(kernel_shape[axis]) for axis in self.filters]
+        f = math.prod(sizes)
+        sizes.insert(self.rank_axis, decoder.size // f)
+        return np.moveaxis(decoder.reshape(sizes), self.rank_axis, 0).reshape(-1, f)
+
+    def write_decoder(self, decoder: Array, kernel_shape: Sequence[int]) -> Array:
+        """The inverse of `read_decoder`, without the axes of length 1.
+
+        Args:
+            decoder: Array `[k·j, f]`.
+            kernel_shape: Shape of the dense kernel in the layer's own layout.
+        """
+        sizes = [int(kernel_shape[axis]) for axis in self.filters]
+        return np.moveaxis(decoder.reshape(-1, *sizes), 0, self.rank_axis)
+
+
+def convolution_unfolding(dimensions: int) -> Unfolding:
+    """Returns how the kernel `[*window, c, f]` of a convolution or dense layer is read.
+
+    Args:
+        dimensions: Number of spatial axes, 0 for a dense layer.
+
+    Returns:
+        The `Unfolding` with all spatial axes in the encoder.
+
+    Example:
+        >>> convolution_unfolding(0).shape((12, 5))
+        (12, 5)
+    """
+    return Unfolding(tuple(range(dimensions)), (dimensions,), (dimensions + 1,))
+
+
+def transposed_unfolding(dimensions: int) -> Unfolding:
+    """Returns how the kernel `[*window, f, c]` of a transposed convolution is read.
+
+    The window belongs to the decoder, which is a transposed convolution itself: then both factors
+    work on the smaller feature map, at the input's positions.
+
+    Args:
+        dimensions: Number of spatial axes.
+
+    Returns:
+        The `Unfolding` to the matrix `[c, window·f]`.
+
+    Example:
+        >>> transposed_unfolding(2).shape((3, 3, 8, 16))
+        (16, 72)
+    """
+    filters = tuple(range(dimensions + 1))
+    return Unfolding((), (dimensions + 1,), filters, rank_axis=len(filters))
+
+
+def einsum_unfolding(equation: str) -> Unfolding:
+    """Returns how the kernel of an einsum layer is read.
+
+    Axes of the kernel that it shares with the input alone are channels, those that it shares with
+    the output alone are filters.
+
+    Args:
+        equation: `"inputs,kernel->outputs"`, as for `EinsumDense`.
+
+    Returns:
+        The `Unfolding` to a matrix.
+
+    Raises:
+        ValueError: If the kernel has an axis of another kind, no channels or no filters: then it is
+            no matrix from inputs to outputs. The text says what it has.
+
+    Example:
+        >>> einsum_unfolding("abc,cde->abde").shape((16, 4, 8))
+        (16, 32)
+    """
+    inputs, kernel, outputs = re.split(",|->", re.sub(r"\s", "", equation))
+    for axis in kernel:
+        if axis in inputs and axis in outputs:
+            raise ValueError(
+                f"axis '{axis}' of its kernel is in inputs and outputs (equation {equation!r}): it "
+                "holds many matrices, not one"
+            )
+        if axis not in inputs and axis not in outputs:
+            raise ValueError(
+                f"axis '{axis}' of its kernel is neither in inputs nor in outputs "
+                f"(equation {equation!r})"
+            )
+    if len(set(kernel)) < len(kernel) or len(set(inputs) - {"."}) < len(inputs.replace(".", "")):
+        raise ValueError(f"an axis is named twice in one term (equation {equation!r})")
+    channels = tuple(n for n, axis in enumerate(kernel) if axis in inputs)
+    filters = tuple(n for n, axis in enumerate(kernel) if axis in outputs)
+    if not channels or not filters:
+        raise ValueError(f"its kernel maps no inputs to outputs (equation {equation!r})")
+    return Unfolding((), channels, filters)

@@ -23,6 +23,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_alds.core.slicing import Unfolding
+
 FORMS = ("grouped", "split", "merged", "recomposed")
 
 _ASSUMED_BATCH = 32  # Keras's own default, for a batch size that the trace does not know
@@ -200,6 +202,38 @@ def recompose(encoder: Any, decoder: Any, slices: int) -> Any:
     return tf.cast(tf.reshape(product, [*spatial, channels, filters]), dtype)
 
 
+def dense_kernel(
+    encoder: Any, decoder: Any, slices: int, unfolding: Unfolding, kernel_shape: Sequence[int]
+) -> Any:
+    """Multiply a pair of factors back to the dense kernel in the stock layer's layout.
+
+    Args:
+        encoder: tensor, the layer's encoder.
+        decoder: tensor, the layer's decoder.
+        slices: int, number of channel slices.
+        unfolding: how the dense kernel is read as `[*spatial, channels, filters]`.
+        kernel_shape: sequence of int, the dense kernel's shape.
+
+    Returns:
+        Tensor of shape `kernel_shape` in the encoder's dtype, differentiable in both factors.
+    """
+    *spatial, channels, filters = unfolding.shape(kernel_shape)
+    hidden = encoder.shape[-1]
+    if unfolding.rank_axis:
+        sizes = [kernel_shape[axis] for axis in unfolding.filters]
+        sizes.insert(unfolding.rank_axis, hidden)
+        others = [axis for axis in range(len(sizes)) if axis != unfolding.rank_axis]
+        decoder = tf.transpose(tf.reshape(decoder, sizes), [unfolding.rank_axis, *others])
+    kernel = recompose(
+        tf.reshape(encoder, [*spatial, channels // slices, hidden]),
+        tf.reshape(decoder, [*[1] * len(spatial), hidden, filters]),
+        slices,
+    )
+    kernel = tf.reshape(kernel, [kernel_shape[axis] for axis in unfolding.axes])
+    order = sorted(range(len(unfolding.axes)), key=lambda n: unfolding.axes[n])
+    return kernel if order == list(range(len(order))) else tf.transpose(kernel, order)
+
+
 def merge(encoder: Any, slices: int) -> Any:
     """Write a grouped encoder kernel as one dense, block-diagonal kernel.
 
@@ -246,41 +280,137 @@ def factorized_convolution(
     Returns:
         Tensor of the same layout as `x` with `filters` channels.
     """
+    settings: dict[str, Any] = {
+        "strides": strides,
+        "padding": padding,
+        "dilation_rate": dilation_rate,
+        "data_format": data_format,
+    }
+    if form == "recomposed":
+        kernel = recompose(encoder, decoder, slices)
+        return _convolve(x, kernel, **settings)
+    hidden = convolve_encoder(x, encoder, slices=slices, form=form, **settings)
+    tf_format = tf_data_format(data_format, len(strides))
+    return tf.nn.convolution(hidden, decoder, padding="VALID", data_format=tf_format)
+
+
+def convolve_encoder(
+    x: Any,
+    encoder: Any,
+    *,
+    slices: int,
+    form: str,
+    strides: Sequence[int],
+    padding: str,
+    dilation_rate: Sequence[int],
+    data_format: str,
+) -> Any:
+    """Apply the encoder of a factorized convolution.
+
+    Args:
+        x: tensor `[batch, *spatial, channels]`, or `[batch, channels, *spatial]`.
+        encoder: tensor `[*kernel_size, channels / slices, slices * rank]`.
+        slices: int, number of channel slices.
+        form: str, one of `FORMS` but `"recomposed"`.
+        strides: sequence of int.
+        padding: `"valid"` or `"same"`.
+        dilation_rate: sequence of int.
+        data_format: `"channels_last"` or `"channels_first"`.
+
+    Returns:
+        Tensor of the same layout as `x` with `slices * rank` channels.
+    """
     dimensions = len(strides)
-    tf_format = _DATA_FORMATS[data_format][dimensions]
-    channel_axis = -1 if data_format == "channels_last" else 1
     convolve = functools.partial(
-        tf.nn.convolution,
+        _convolve,
+        strides=strides,
+        padding=padding,
+        dilation_rate=dilation_rate,
+        data_format=data_format,
+    )
+    if slices == 1:
+        return convolve(x, encoder)
+    if form == "merged":
+        return convolve(x, merge(encoder, slices))
+    if form == "split" or dimensions > 2:  # no grouped 3D convolution in TensorFlow
+        axis = -1 if data_format == "channels_last" else 1
+        parts = zip(tf.split(x, slices, axis=axis), tf.split(encoder, slices, axis=-1), strict=True)
+        return tf.concat([convolve(part, kernel) for part, kernel in parts], axis=axis)
+    if dimensions == 2 and encoder.shape[-2] == 1 and len(set(strides)) == 1:
+        *spatial, _, width = encoder.shape
+        kernel = tf.reshape(encoder, [*spatial, slices, width // slices])
+        return depthwise(
+            x,
+            kernel,
+            strides=strides,
+            padding=padding,
+            dilation_rate=dilation_rate,
+            data_format=data_format,
+        )
+    return convolve(x, encoder)
+
+
+def depthwise(
+    x: Any,
+    kernel: Any,
+    *,
+    strides: Sequence[int],
+    padding: str,
+    dilation_rate: Sequence[int],
+    data_format: str,
+) -> Any:
+    """Apply a depthwise convolution over one or two spatial axes, with equal strides.
+
+    Args:
+        x: tensor `[batch, *spatial, channels]`, or `[batch, channels, *spatial]`.
+        kernel: tensor `[*kernel_size, channels, multiplier]`.
+        strides: sequence of int.
+        padding: `"valid"` or `"same"`.
+        dilation_rate: sequence of int.
+        data_format: `"channels_last"` or `"channels_first"`.
+
+    Returns:
+        Tensor of the same layout with `channels * multiplier` channels.
+    """
+    last = data_format == "channels_last"
+    one = len(strides) == 1  # TensorFlow has it for images only
+    if one:
+        x = tf.expand_dims(x, 1 if last else 2)
+        kernel = tf.expand_dims(kernel, 0)
+        strides, dilation_rate = (strides[0], strides[0]), (1, dilation_rate[0])
+    y = tf.nn.depthwise_conv2d(
+        x,
+        kernel,
+        strides=[1, *strides, 1] if last else [1, 1, *strides],
+        padding=padding.upper(),
+        data_format=tf_data_format(data_format, 2),
+        dilations=list(dilation_rate),
+    )
+    return tf.squeeze(y, [1 if last else 2]) if one else y
+
+
+def tf_data_format(data_format: str, dimensions: int) -> str:
+    """TensorFlow's name of a data format, such as `"NHWC"`."""
+    return _DATA_FORMATS[data_format][dimensions]
+
+
+def _convolve(
+    x: Any,
+    kernel: Any,
+    *,
+    strides: Sequence[int],
+    padding: str,
+    dilation_rate: Sequence[int],
+    data_format: str,
+) -> Any:
+    return tf.nn.convolution(
+        x,
+        kernel,
         strides=list(strides),
         padding=padding.upper(),
         dilations=list(dilation_rate),
-        data_format=tf_format,
+        data_format=tf_data_format(data_format, len(strides)),
     )
-    if form == "recomposed":
-        return convolve(x, recompose(encoder, decoder, slices))
-    if slices == 1:
-        hidden = convolve(x, encoder)
-    elif form == "merged":
-        hidden = convolve(x, merge(encoder, slices))
-    elif form == "split" or dimensions > 2:  # no grouped 3D convolution in TensorFlow
-        parts = zip(
-            tf.split(x, slices, axis=channel_axis), tf.split(encoder, slices, axis=-1), strict=True
-        )
-        hidden = tf.concat([convolve(part, kernel) for part, kernel in parts], axis=channel_axis)
-    elif dimensions == 2 and encoder.shape[-2] == 1 and len(set(strides)) == 1:
-        *spatial, _, width = encoder.shape
-        step = [1, *strides, 1] if data_format == "channels_last" else [1, 1, *strides]
-        hidden = tf.nn.depthwise_conv2d(
-            x,
-            tf.reshape(encoder, [*spatial, slices, width // slices]),
-            strides=step,
-            padding=padding.upper(),
-            data_format=tf_format,
-            dilations=list(dilation_rate),
-        )
-    else:
-        hidden = convolve(x, encoder)
-    return tf.nn.convolution(hidden, decoder, padding="VALID", data_format=tf_format)
 
 
 def factorized_matmul(x: Any, encoder: Any, decoder: Any, *, slices: int, form: str) -> Any:
@@ -298,22 +428,35 @@ def factorized_matmul(x: Any, encoder: Any, decoder: Any, *, slices: int, form: 
     """
     if form == "recomposed":
         return tf.matmul(x, recompose(encoder, decoder, slices))
+    return tf.matmul(encode(x, encoder, slices=slices, form=form), decoder)
+
+
+def encode(x: Any, encoder: Any, *, slices: int, form: str) -> Any:
+    """Apply a block-diagonal encoder to rows.
+
+    Args:
+        x: tensor `[rows, channels]`.
+        encoder: tensor `[channels / slices, slices * rank]`.
+        slices: int, number of channel slices.
+        form: str, one of `FORMS` but `"recomposed"`.
+
+    Returns:
+        Tensor `[rows, slices * rank]`.
+    """
     per_slice, width = encoder.shape
     if slices == 1:
-        hidden = tf.matmul(x, encoder)
-    elif form == "merged":
-        hidden = tf.matmul(x, merge(encoder, slices))
-    elif form == "split":
+        return tf.matmul(x, encoder)
+    if form == "merged":
+        return tf.matmul(x, merge(encoder, slices))
+    if form == "split":
         parts = zip(tf.split(x, slices, axis=-1), tf.split(encoder, slices, axis=-1), strict=True)
-        hidden = tf.concat([tf.matmul(part, kernel) for part, kernel in parts], axis=-1)
-    else:
-        hidden = tf.einsum(
-            "nks,skj->nkj",
-            tf.reshape(x, [-1, slices, per_slice]),
-            tf.reshape(encoder, [per_slice, slices, width // slices]),
-        )
-        hidden = tf.reshape(hidden, [-1, width])
-    return tf.matmul(hidden, decoder)
+        return tf.concat([tf.matmul(part, kernel) for part, kernel in parts], axis=-1)
+    hidden = tf.einsum(
+        "nks,skj->nkj",
+        tf.reshape(x, [-1, slices, per_slice]),
+        tf.reshape(encoder, [per_slice, slices, width // slices]),
+    )
+    return tf.reshape(hidden, [-1, width])
 
 
 def count_positions(shape: Sequence[int | None], strides: Sequence[int] = ()) -> int:

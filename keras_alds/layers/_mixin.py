@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import tensorflow as tf
 
+from keras_alds.core.slicing import Unfolding, convolution_unfolding
 from keras_alds.layers import _forms
 
 # The real bases are the two `Layer` classes; a type checker sees neither through a mixin.
@@ -52,21 +54,27 @@ class FactorizedMixin(_Base):
 
     _keras: ClassVar[Any]
     _shape_type: ClassVar[Any] = tuple
-    _width_name: ClassVar[str]  # "filters" or "units"
+    # Every further weight that has an initializer, a regularizer and a constraint of its own.
+    _parts: ClassVar[tuple[str, ...]] = _PARTS
+    # Shape of the dense kernel that the factors stand for, in the stock layer's layout.
+    kernel_shape: tuple[int, ...]
+
+    @property
+    def unfolding(self) -> Unfolding:
+        """How the dense kernel is read as a matrix for every slice; see `core.slicing`."""
+        raise NotImplementedError
 
     def _set_arguments(
         self,
         *,
-        width: Any,
         slices: Any,
         rank: Any,
-        activation: Any,
-        use_bias: bool,
         encoder_form: str,
+        activation: Any = None,
+        use_bias: bool = False,
         **parts: Any,
     ) -> None:
-        """Check and store the arguments that convolutions and dense layers share."""
-        setattr(self, self._width_name, _positive_int(width, self._width_name))
+        """Check and store the arguments that all layers share."""
         self.slices = _positive_int(slices, "slices")
         self.rank = _positive_int(rank, "rank")
         if encoder_form != "auto" and encoder_form not in _forms.FORMS:
@@ -77,70 +85,83 @@ class FactorizedMixin(_Base):
         self.encoder_form = encoder_form
         self.use_bias = bool(use_bias)
         self.activation = self._keras.activations.get(activation)
-        for part in _PARTS:
-            for kind in ("initializer", "regularizer", "constraint"):
-                module = getattr(self._keras, f"{kind}s")
-                setattr(self, f"{part}_{kind}", module.get(parts[f"{part}_{kind}"]))
+        self._set_parts(parts)
 
-    def _add_factors(self, channels: Any, kernel_size: tuple[int, ...]) -> int:
-        """Check the input's channels, create encoder, decoder and bias, and return the channels."""
+    def _set_parts(self, settings: dict[str, Any]) -> None:
+        """Store initializers, regularizers and constraints by their argument's name."""
+        for name, value in settings.items():
+            module = getattr(self._keras, f"{name.rpartition('_')[2]}s")
+            setattr(self, name, module.get(value))
+
+    def _known_channels(self, channels: Any) -> int:
         if channels is None:
             raise ValueError(
                 f"Expected the channel axis of the input of layer {self.name!r} to be known. "
                 "Received: channels=None"
             )
-        channels = int(channels)
+        return int(channels)
+
+    def _add_factors(self, kernel_shape: tuple[int, ...]) -> None:
+        """Check slices and rank, and create encoder and decoder for a kernel of some shape."""
+        *spatial, channels, filters = self.unfolding.shape(kernel_shape)
         if channels % self.slices:
             raise ValueError(
                 "Expected the number of input channels to be divisible by `slices`. "
                 f"Received: slices={self.slices}, channels={channels}"
             )
-        width = getattr(self, self._width_name)
-        unfolded = channels // self.slices
-        for size in kernel_size:
-            unfolded *= size
-        full_rank = min(unfolded, width)
-        if self.rank > full_rank:
+        unfolded = math.prod(spatial) * channels // self.slices
+        if self.rank > min(unfolded, filters):
             raise ValueError(
-                f"Expected `rank` to be at most {full_rank}, the full rank of an unfolded slice "
-                f"(the smaller of {unfolded} and {self._width_name}={width}). "
+                f"Expected `rank` to be at most {min(unfolded, filters)}, the full rank of an "
+                f"unfolded slice (the smaller of {unfolded} and {filters}). "
                 f"Received: rank={self.rank}"
             )
+        self.kernel_shape = kernel_shape
         hidden = self.slices * self.rank
-        ones = (1,) * len(kernel_size)
-        shapes = {
-            "encoder": (*kernel_size, channels // self.slices, hidden),
-            "decoder": (*ones, hidden, width),
-            "bias": (width,),
-        }
-        for part in _PARTS:
-            if part == "bias" and not self.use_bias:
-                self.bias = None
-                continue
-            weight = self.add_weight(
-                name=part,
-                shape=shapes[part],
-                initializer=getattr(self, f"{part}_initializer"),
-                regularizer=getattr(self, f"{part}_regularizer"),
-                constraint=getattr(self, f"{part}_constraint"),
-                trainable=True,
-                dtype=self.dtype,
-            )
-            setattr(self, part, weight)
-        return channels
+        per_slice = channels // self.slices
+        for part, shape in zip(_PARTS, self._factor_shapes(per_slice, hidden), strict=False):
+            self._add_part(part, shape)
+
+    def _factor_shapes(
+        self, per_slice: int, hidden: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of encoder and decoder."""
+        *spatial, _, filters = self.unfolding.shape(self.kernel_shape)
+        return (*spatial, per_slice, hidden), (hidden, filters)
+
+    def _add_part(self, part: str, shape: tuple[int, ...]) -> None:
+        weight = self.add_weight(
+            name=part,
+            shape=shape,
+            initializer=getattr(self, f"{part}_initializer"),
+            regularizer=getattr(self, f"{part}_regularizer"),
+            constraint=getattr(self, f"{part}_constraint"),
+            trainable=True,
+            dtype=self.dtype,
+        )
+        setattr(self, part, weight)
+
+    def _add_bias(self, width: int) -> None:
+        if self.use_bias:
+            self._add_part("bias", (width,))
+        else:
+            self.bias = None
 
     @property
     def kernel(self) -> Any:
-        """The dense kernel that the factors stand for: tensor `[*kernel_size, channels, filters]`.
+        """The dense kernel that the factors stand for: a tensor of the stock kernel's shape.
 
         It is multiplied out at every access, in the variables' dtype, and gradients flow through it
         to both factors. Assign to `encoder` and `decoder`; the product cannot be assigned to.
         """
         if not self.built:
             raise AttributeError("You must build the layer before accessing `kernel`.")
-        return _forms.recompose(
-            tf.convert_to_tensor(self.encoder), tf.convert_to_tensor(self.decoder), self.slices
+        return self._recomposed(
+            tf.convert_to_tensor(self.encoder), tf.convert_to_tensor(self.decoder)
         )
+
+    def _recomposed(self, encoder: Any, decoder: Any) -> Any:
+        return _forms.dense_kernel(encoder, decoder, self.slices, self.unfolding, self.kernel_shape)
 
     # What TF-MOT asks of a layer of one's own, by these names.
 
@@ -172,7 +193,13 @@ class FactorizedMixin(_Base):
         )
 
     def _form(
-        self, *, channels: int, kernel_size: tuple[int, ...], positions: int, training: Any
+        self,
+        *,
+        channels: int,
+        filters: int,
+        kernel_size: tuple[int, ...],
+        positions: int,
+        training: Any,
     ) -> str:
         if self.encoder_form != "auto":
             return self.encoder_form
@@ -180,7 +207,7 @@ class FactorizedMixin(_Base):
             slices=self.slices,
             rank=self.rank,
             channels=channels,
-            filters=getattr(self, self._width_name),
+            filters=filters,
             kernel_size=kernel_size,
             positions=positions,
             # A symbolic flag (TF1 learning phase) cannot choose a form; every form may be trained.
@@ -192,7 +219,6 @@ class FactorizedMixin(_Base):
 
     def _shared_config(self) -> dict[str, Any]:
         config: dict[str, Any] = {
-            self._width_name: getattr(self, self._width_name),
             "slices": self.slices,
             "rank": self.rank,
             "activation": self._keras.activations.serialize(self.activation),
@@ -200,7 +226,7 @@ class FactorizedMixin(_Base):
             "activity_regularizer": self._keras.regularizers.serialize(self.activity_regularizer),
             "encoder_form": self.encoder_form,
         }
-        for part in _PARTS:
+        for part in self._parts:
             for kind in ("initializer", "regularizer", "constraint"):
                 value = getattr(self, f"{part}_{kind}")
                 config[f"{part}_{kind}"] = getattr(self._keras, f"{kind}s").serialize(value)
@@ -211,7 +237,7 @@ class FactorizedConvMixin(FactorizedMixin):
     """A factorized convolution over `_dimensions` spatial axes."""
 
     _dimensions: ClassVar[int]
-    _width_name = "filters"
+    _paddings: ClassVar[tuple[str, ...]] = ("valid", "same")
     # The stock layers' own addition of the bias. Keras 3's takes a channels-first bias for one of
     # columns where there are as many columns as filters; a trained model relies on what it does.
     _add: ClassVar[Any] = staticmethod(tf.add)
@@ -242,8 +268,8 @@ class FactorizedConvMixin(FactorizedMixin):
         **kwargs: Any,
     ) -> None:
         super().__init__(activity_regularizer=activity_regularizer, **kwargs)
+        self.filters = _positive_int(filters, "filters")
         self._set_arguments(
-            width=filters,
             slices=slices,
             rank=rank,
             activation=activation,
@@ -259,6 +285,18 @@ class FactorizedConvMixin(FactorizedMixin):
             decoder_constraint=decoder_constraint,
             bias_constraint=bias_constraint,
         )
+        self._set_window(
+            kernel_size=kernel_size,
+            strides=strides,
+            padding=padding,
+            data_format=data_format,
+            dilation_rate=dilation_rate,
+        )
+
+    def _set_window(
+        self, *, kernel_size: Any, strides: Any, padding: Any, data_format: Any, dilation_rate: Any
+    ) -> None:
+        """Check and store what a convolution has beside its weights."""
         self.kernel_size = _int_tuple(kernel_size, self._dimensions, "kernel_size")
         self.strides = _int_tuple(strides, self._dimensions, "strides")
         self.dilation_rate = _int_tuple(dilation_rate, self._dimensions, "dilation_rate")
@@ -267,11 +305,10 @@ class FactorizedConvMixin(FactorizedMixin):
                 "Expected `strides` or `dilation_rate` to be 1 along every axis. "
                 f"Received: strides={self.strides}, dilation_rate={self.dilation_rate}"
             )
-        paddings = ("valid", "same", "causal") if self._dimensions == 1 else ("valid", "same")
         self.padding = str(padding).lower()
-        if self.padding not in paddings:
+        if self.padding not in self._paddings:
             raise ValueError(
-                f"Expected `padding` to be one of {paddings}. Received: padding={padding!r}"
+                f"Expected `padding` to be one of {self._paddings}. Received: padding={padding!r}"
             )
         if data_format is None:
             data_format = self._keras.backend.image_data_format()
@@ -283,6 +320,20 @@ class FactorizedConvMixin(FactorizedMixin):
             )
         self.input_spec = self._keras.layers.InputSpec(min_ndim=self._dimensions + 2)
 
+    @property
+    def unfolding(self) -> Unfolding:
+        """How the dense kernel `[*kernel_size, channels, filters]` is read; see `core.slicing`."""
+        return convolution_unfolding(self._dimensions)
+
+    def _dense_shape(self, channels: int) -> tuple[int, ...]:
+        return (*self.kernel_size, channels, self.filters)
+
+    def _factor_shapes(
+        self, per_slice: int, hidden: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        ones = (1,) * self._dimensions
+        return (*self.kernel_size, per_slice, hidden), (*ones, hidden, self.filters)
+
     def _channel_axis(self) -> int:
         return -1 if self.data_format == "channels_last" else -1 - self._dimensions
 
@@ -291,11 +342,16 @@ class FactorizedConvMixin(FactorizedMixin):
         shape = tuple(input_shape)
         axis = self._channel_axis()
         self.compute_output_shape(shape)  # complains of inputs that are too small
-        channels = self._add_factors(shape[axis], self.kernel_size)
+        channels = self._known_channels(shape[axis])
+        self._add_weights(channels)
         self.input_spec = self._keras.layers.InputSpec(
             min_ndim=self._dimensions + 2, axes={axis: channels}
         )
         super().build(input_shape)
+
+    def _add_weights(self, channels: int) -> None:
+        self._add_factors(self._dense_shape(channels))
+        self._add_bias(self.filters)
 
     def call(self, inputs: Any, training: Any = None) -> Any:
         """Apply encoder, decoder, bias and activation.
@@ -319,32 +375,7 @@ class FactorizedConvMixin(FactorizedMixin):
         if transposed:
             x = tf.transpose(x, [0, *range(2, dimensions + 2), 1])
             data_format = "channels_last"
-        last = data_format == "channels_last"
-        spatial = x.shape[1:-1] if last else x.shape[2:]
-        channels = x.shape[-1] if last else x.shape[1]
-        form = self._form(
-            channels=channels,
-            kernel_size=self.kernel_size,
-            positions=_forms.count_positions([x.shape[0], *spatial], self.strides),
-            training=training,
-        )
-        padding = self.padding
-        if padding == "causal":
-            left = [self.dilation_rate[0] * (self.kernel_size[0] - 1), 0]
-            x = tf.pad(x, [[0, 0], left, [0, 0]] if last else [[0, 0], [0, 0], left])
-            padding = "valid"
-        encoder, decoder = self._factors(x.dtype)
-        y = _forms.factorized_convolution(
-            x,
-            encoder,
-            decoder,
-            slices=self.slices,
-            form=form,
-            strides=self.strides,
-            padding=padding,
-            dilation_rate=self.dilation_rate,
-            data_format=data_format,
-        )
+        y = self._convolve(x, data_format, training)
         if transposed:
             y = tf.transpose(y, [0, dimensions + 1, *range(1, dimensions + 1)])
         if self.use_bias:
@@ -360,6 +391,39 @@ class FactorizedConvMixin(FactorizedMixin):
             y.set_shape(self.compute_output_shape(tuple(inputs.shape)))
         return y if self.activation is None else self.activation(y)
 
+    def _convolve(self, x: Any, data_format: str, training: Any) -> Any:
+        """Encoder and decoder on a tensor with one batch axis, without bias and activation."""
+        last = data_format == "channels_last"
+        spatial = x.shape[1:-1] if last else x.shape[2:]
+        form = self._form(
+            channels=x.shape[-1] if last else x.shape[1],
+            filters=self.filters,
+            kernel_size=self.kernel_size,
+            positions=_forms.count_positions([x.shape[0], *spatial], self.strides),
+            training=training,
+        )
+        x, padding = self._padded(x, data_format)
+        encoder, decoder = self._factors(x.dtype)
+        return _forms.factorized_convolution(
+            x,
+            encoder,
+            decoder,
+            slices=self.slices,
+            form=form,
+            strides=self.strides,
+            padding=padding,
+            dilation_rate=self.dilation_rate,
+            data_format=data_format,
+        )
+
+    def _padded(self, x: Any, data_format: str) -> tuple[Any, str]:
+        """The input with causal padding, and the padding that is left to the convolution."""
+        if self.padding != "causal":
+            return x, self.padding
+        left = [self.dilation_rate[0] * (self.kernel_size[0] - 1), 0]
+        last = data_format == "channels_last"
+        return tf.pad(x, [[0, 0], left, [0, 0]] if last else [[0, 0], [0, 0], left]), "valid"
+
     def compute_output_shape(self, input_shape: Any) -> Any:
         """Return the output's shape for an input shape, batch axes included."""
         shape = tuple(input_shape)
@@ -371,20 +435,9 @@ class FactorizedConvMixin(FactorizedMixin):
         batch, rest = shape[: -self._dimensions - 1], shape[-self._dimensions - 1 :]
         last = self.data_format == "channels_last"
         lengths: list[int | None] = []
-        settings = zip(
-            rest[:-1] if last else rest[1:],
-            self.kernel_size,
-            self.strides,
-            self.dilation_rate,
-            strict=True,
-        )
-        for length, size, stride, dilation in settings:
-            if length is None:
-                lengths.append(None)
-                continue
-            reach = dilation * (size - 1) if self.padding == "valid" else 0
-            out = (int(length) - reach - 1) // stride + 1
-            if out < 1:
+        for axis, length in enumerate(rest[:-1] if last else rest[1:]):
+            out = None if length is None else self._output_length(int(length), axis)
+            if out is not None and out < 1:
                 raise ValueError(
                     f"Expected the input of layer {self.name!r} to be large enough for its "
                     f"kernel. Received: input_shape={shape}, kernel_size={self.kernel_size}, "
@@ -394,11 +447,19 @@ class FactorizedConvMixin(FactorizedMixin):
         out_rest = [*lengths, self.filters] if last else [self.filters, *lengths]
         return self._shape_type([*batch, *out_rest])
 
+    def _output_length(self, length: Any, axis: int) -> Any:
+        """How long a spatial axis of the output is: below 1 for an input that is too short."""
+        reach = self.dilation_rate[axis] * (self.kernel_size[axis] - 1)
+        if self.padding != "valid":
+            reach = 0
+        return (length - reach - 1) // self.strides[axis] + 1
+
     def get_config(self) -> dict[str, Any]:
         """Return every constructor argument."""
         return {
             **super().get_config(),
             **self._shared_config(),
+            "filters": self.filters,
             "kernel_size": self.kernel_size,
             "strides": self.strides,
             "padding": self.padding,
@@ -409,8 +470,6 @@ class FactorizedConvMixin(FactorizedMixin):
 
 class FactorizedDenseMixin(FactorizedMixin):
     """A factorized dense layer on the last axis."""
-
-    _width_name = "units"
 
     def __init__(
         self,
@@ -433,8 +492,8 @@ class FactorizedDenseMixin(FactorizedMixin):
         **kwargs: Any,
     ) -> None:
         super().__init__(activity_regularizer=activity_regularizer, **kwargs)
+        self.units = _positive_int(units, "units")
         self._set_arguments(
-            width=units,
             slices=slices,
             rank=rank,
             activation=activation,
@@ -453,9 +512,16 @@ class FactorizedDenseMixin(FactorizedMixin):
         self.input_spec = self._keras.layers.InputSpec(min_ndim=2)
         self.supports_masking = True
 
+    @property
+    def unfolding(self) -> Unfolding:
+        """How the dense kernel `[channels, units]` is read; see `core.slicing`."""
+        return convolution_unfolding(0)
+
     def build(self, input_shape: Any) -> None:
         """Create encoder, decoder and bias for inputs of `input_shape`."""
-        channels = self._add_factors(tuple(input_shape)[-1], ())
+        channels = self._known_channels(tuple(input_shape)[-1])
+        self._add_factors((channels, self.units))
+        self._add_bias(self.units)
         self.input_spec = self._keras.layers.InputSpec(min_ndim=2, axes={-1: channels})
         super().build(input_shape)
 
@@ -473,6 +539,7 @@ class FactorizedDenseMixin(FactorizedMixin):
         leading, channels = x.shape[:-1], x.shape[-1]
         form = self._form(
             channels=channels,
+            filters=self.units,
             kernel_size=(),
             positions=_forms.count_positions(list(leading)),
             training=training,
@@ -494,7 +561,7 @@ class FactorizedDenseMixin(FactorizedMixin):
 
     def get_config(self) -> dict[str, Any]:
         """Return every constructor argument."""
-        return {**super().get_config(), **self._shared_config()}
+        return {**super().get_config(), **self._shared_config(), "units": self.units}
 
 
 def _known_or_dynamic(x: Any, count: int) -> list[Any]:

@@ -75,4 +75,5 @@ class FactorizedConv1D(FactorizedConvMixin, keras.layers.Layer):
 
     _keras = keras
     _dimensions = 1
+    _paddings = ("valid", "same", "causal")
     _add = staticmethod(keras.ops.add)

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from keras_alds import _backend
 from keras_alds.rewrite import inspect, wrappers
+from keras_alds.rewrite.kinds import factorized_kind
 
 #: What takes the place of a layer: layers, or functions of symbolic tensors, one after the other.
 Piece = Any
@@ -39,6 +40,12 @@ def expand(model: Any, *, fold_batch_norm: bool = False) -> Any:
       bias (k = 1: an ordinary one; k = channels in 2D: `DepthwiseConv2D` with
       `depth_multiplier=j`, unless the strides differ or the encoder has a constraint), then
       `name`, a pointwise one with the bias and the activation;
+    - a transposed convolution: `name_encoder`, a pointwise one with `groups=k`, then `name`,
+      a transposed one with the window, the bias and the activation;
+    - a separable convolution: `name_depthwise`, `name_encoder` and `name`;
+    - an embedding: `name_encoder`, an `Embedding` of length j, then `name`, a `Dense` without bias;
+    - an einsum layer: `name_encoder` and `name`, both `EinsumDense`. Einsum layers have no groups:
+      for k > 1 the zeros of the encoder are written out, and a warning says so;
     - a dense layer: `name_encoder` and `name`, both `Dense`, for k = 1. Else `name_rows` (Reshape),
       `name_encoder` (a 1×1 `Conv2D` with `groups=k`), `name_ranks` (Reshape) and `name`
       (`Dense`); inputs of four axes need no Reshape. Where a Reshape cannot go (a Keras mask passes
@@ -283,13 +290,6 @@ def policy(layer: Any) -> Any:
     return layer.dtype_policy if hasattr(layer, "dtype_policy") else layer._dtype_policy
 
 
-def contains_factorized(layer: Any) -> bool:
-    """Whether `layer` is factorized or holds a factorized layer at any depth."""
-    return inspect.is_factorized(layer) or any(
-        inspect.is_factorized(inner) for _, inner in inspect.walk(layer)
-    )
-
-
 class _Expander(GraphRebuilder):
     """Stock layers in place of factorized ones, and BatchNormalization folded if asked for."""
 
@@ -297,6 +297,7 @@ class _Expander(GraphRebuilder):
         super().__init__(backend, backend)
         self._layers: dict[int, Any] = {}
         self._pairs: dict[int, tuple[Any, Any]] = {}
+        self._written: dict[int, list[Piece]] = {}
         self._reshapes: dict[tuple, Any] = {}
         self._wrappers: dict[tuple[int, int], Any] = {}
         self._folded: dict[int, Any] = {}
@@ -320,16 +321,19 @@ class _Expander(GraphRebuilder):
             return [self.model(layer)]
         if inspect.is_factorized(layer):
             shape = tuple(None if size is None else int(size) for size in shape)
-            if hasattr(layer, "kernel_size"):
-                return list(self._convolutions(layer, len(shape)))
-            return self._dense_layers(layer, shape, masked)
+            kind = factorized_kind(layer).name
+            if kind == "Dense":
+                return self._dense_layers(layer, shape, masked)
+            if id(layer) not in self._written:
+                self._written[id(layer)] = self._write(kind, layer, len(shape))
+            return self._written[id(layer)]
         wrapper = self.source.keras.layers.TimeDistributed
         if isinstance(layer, wrapper) and (
-            contains_factorized(layer.layer) or self.source.is_symbolic(layer.layer)
+            inspect.contains_factorized(layer.layer) or self.source.is_symbolic(layer.layer)
         ):
             inner = self._pieces(layer.layer, (shape[0], *tuple(shape)[2:]), masked)
             return [self._wrapped(layer, piece, piece is inner[-1]) for piece in inner]
-        if contains_factorized(layer):
+        if inspect.contains_factorized(layer):
             raise ValueError(
                 "Expected factorized layers in Functional or Sequential models and in "
                 f"TimeDistributed only, to write them out. Received: '{layer.name}' of type "
@@ -366,24 +370,131 @@ class _Expander(GraphRebuilder):
 
     # -- A factorized layer as stock layers --------------------------------------------------
 
-    def _convolutions(self, layer: Any, axes: int) -> tuple[Any, Any]:
-        if id(layer) not in self._pairs:
-            keras = self.source.keras
-            dimensions = len(layer.kernel_size)
-            encoder = self._encoder(
-                layer,
-                axes,
-                kernel_size=layer.kernel_size,
-                strides=layer.strides,
-                padding=layer.padding,
-                dilation_rate=layer.dilation_rate,
-                data_format=layer.data_format,
+    def _write(self, kind: str, layer: Any, axes: int) -> list[Piece]:
+        """The stock layers for a factorized layer that is not dense."""
+        if kind == "EinsumDense":
+            return self._einsum_layers(layer)
+        if kind == "Embedding":
+            return self._embedding_layers(layer)
+        layers = self.source.keras.layers
+        dimensions = len(layer.kernel_size)
+        window = {
+            "kernel_size": layer.kernel_size,
+            "strides": layer.strides,
+            "padding": layer.padding,
+            "dilation_rate": layer.dilation_rate,
+            "data_format": layer.data_format,
+        }
+        pointwise = {
+            "kernel_size": (1,) * dimensions,
+            "strides": (1,) * dimensions,
+            "padding": "valid",
+            "dilation_rate": (1,) * dimensions,
+            "data_format": layer.data_format,
+        }
+        if kind.endswith("Transpose"):
+            encoder = self._encoder(layer, axes, **pointwise)
+            decoder = getattr(layers, kind)(
+                layer.filters,
+                output_padding=layer.output_padding,
+                **window,
+                **self._decoder_options(layer),
             )
-            decoder = getattr(keras.layers, f"Conv{dimensions}D")(
-                layer.filters, 1, data_format=layer.data_format, **self._decoder_options(layer)
+            return self._keep_pair(layer, encoder, decoder)
+        conv = getattr(layers, f"Conv{dimensions}D")
+        decoder = conv(
+            layer.filters, 1, data_format=layer.data_format, **self._decoder_options(layer)
+        )
+        if not kind.startswith("Separable"):
+            return self._keep_pair(layer, self._encoder(layer, axes, **window), decoder)
+        depthwise = getattr(layers, f"DepthwiseConv{dimensions}D")(
+            depth_multiplier=layer.depth_multiplier,
+            use_bias=False,
+            depthwise_initializer=self._copied("initializers", layer.depthwise_initializer),
+            depthwise_regularizer=layer.depthwise_regularizer,
+            depthwise_constraint=layer.depthwise_constraint,
+            trainable=layer.trainable,
+            dtype=policy(layer),
+            name=self.unique(f"{layer.name}_depthwise"),
+            **window,
+        )
+        self.record(layer, depthwise, [self.source.value(layer.depthwise)])
+        return [
+            depthwise,
+            *self._keep_pair(layer, self._encoder(layer, axes, **pointwise), decoder),
+        ]
+
+    def _embedding_layers(self, layer: Any) -> list[Piece]:
+        layers = self.source.keras.layers
+        options = self._encoder_options(layer)
+        del options["use_bias"]
+        for name in ("initializer", "regularizer", "constraint"):
+            options[f"embeddings_{name}"] = options.pop(f"kernel_{name}")
+        encoder = layers.Embedding(
+            layer.input_dim, layer.rank, mask_zero=layer.mask_zero, **options
+        )
+        self.record(layer, encoder, [self.source.value(layer.encoder)])
+        decoder = layers.Dense(
+            layer.output_dim,
+            use_bias=False,
+            kernel_initializer=self._copied("initializers", layer.decoder_initializer),
+            kernel_regularizer=layer.decoder_regularizer,
+            kernel_constraint=layer.decoder_constraint,
+            activity_regularizer=layer.activity_regularizer,
+            trainable=layer.trainable,
+            dtype=policy(layer),
+            name=layer.name,
+        )
+        return self._keep_pair(layer, encoder, decoder)
+
+    def _einsum_layers(self, layer: Any) -> list[Piece]:
+        EinsumDense = self.source.keras.layers.EinsumDense
+        given, kernel, result = layer.terms
+        unfolding, shape = layer.unfolding, layer.kernel_shape
+        channels, filters = (
+            "".join(kernel[axis] for axis in axes)
+            for axes in (unfolding.channels, unfolding.filters)
+        )
+        ranks = next(n for n in "abcdefghijklmnopqrstuvwxyz" if n not in given + kernel + result)
+        between = result.replace(next(n for n in result if n in filters), ranks)
+        between = "".join(letter for letter in between if letter not in filters)
+        named = between.replace("...", "")
+        hidden = layer.slices * layer.rank
+        values = self.source.value(layer.encoder)
+        if layer.slices > 1:
+            values = _block_diagonal(values, layer.slices)
+            self._warn_of_zeros(
+                layer, values, "EinsumDense", "einsum layers have no groups (max_slices=1)"
             )
-            self._keep_pair(layer, encoder, decoder)
-        return self._pairs[id(layer)]
+        encoder = EinsumDense(
+            f"{given},{channels}{ranks}->{between}",
+            output_shape=[
+                hidden if letter == ranks else None
+                for letter in (named if result.startswith("...") else named[1:])
+            ],
+            **{k: v for k, v in self._encoder_options(layer).items() if k != "use_bias"},
+        )
+        sizes = [shape[axis] for axis in unfolding.channels]
+        self.record(layer, encoder, [values.reshape(*sizes, hidden)])
+        options = self._decoder_options(layer)
+        del options["use_bias"]
+        decoder = EinsumDense(
+            f"{between},{ranks}{filters}->{result}",
+            output_shape=layer.partial_output_shape,
+            bias_axes=layer.bias_axes,
+            **options,
+        )
+        sizes = [shape[axis] for axis in unfolding.filters]
+        values = self.source.value(layer.decoder).reshape(hidden, *sizes)
+        return self._keep_pair(layer, encoder, decoder, values)
+
+    def _warn_of_zeros(self, layer: Any, values: np.ndarray, kind: str, why: str) -> None:
+        warnings.warn(
+            f"The encoder of '{layer.name}' is written out as one {kind} layer, its zeros included "
+            f"({values.size:,} weights for {layer.encoder.shape[0]}×{layer.encoder.shape[1]}), "
+            f"because {why}.",
+            stacklevel=8,
+        )
 
     def _dense_layers(self, layer: Any, shape: tuple[int | None, ...], masked: bool) -> list[Any]:
         keras = self.source.keras
@@ -397,12 +508,11 @@ class _Expander(GraphRebuilder):
                 values = self.source.value(layer.encoder)
                 if mergeable:
                     values = _block_diagonal(values, layer.slices)
-                    warnings.warn(
-                        f"The encoder of '{layer.name}' is written out as one Dense layer, its "
-                        f"zeros included ({values.size:,} weights for {layer.encoder.shape[0]}×"
-                        f"{hidden}), because a mask or several unknown sizes leave no room for "
-                        "a Reshape.",
-                        stacklevel=7,
+                    self._warn_of_zeros(
+                        layer,
+                        values,
+                        "Dense",
+                        "a mask or several unknown sizes leave no room for a Reshape",
                     )
                 encoder = keras.layers.Dense(hidden, **self._encoder_options(layer))
                 self.record(layer, encoder, [values])
@@ -511,14 +621,17 @@ class _Expander(GraphRebuilder):
         functions = getattr(self.source.keras, module)
         return functions.get(functions.serialize(value))
 
-    def _keep_pair(self, layer: Any, encoder: Any, decoder: Any) -> None:
+    def _keep_pair(
+        self, layer: Any, encoder: Any, decoder: Any, kernel: np.ndarray | None = None
+    ) -> list[Piece]:
         self._pairs[id(layer)] = (encoder, decoder)
-        values = [self.source.value(layer.decoder)]
+        values = [self.source.value(layer.decoder) if kernel is None else kernel]
         if id(layer) in self._folded:
             values = self._fold(layer, values)
         elif layer.use_bias:
             values.append(self.source.value(layer.bias))
         self.record(layer, decoder, values)
+        return [encoder, decoder]
 
     # -- BatchNormalization ------------------------------------------------------------------
 
@@ -571,9 +684,10 @@ class _Expander(GraphRebuilder):
         kind = next(
             (name for cls in type(layer).__mro__ if (name := cls.__name__) in _OUTPUT_AXIS), None
         )
-        if not inspect.is_factorized(layer) and (
-            kind is None or type(layer) is not getattr(self.source.keras.layers, kind)
-        ):
+        if inspect.is_factorized(layer):
+            if factorized_kind(layer).name not in _OUTPUT_AXIS:
+                return None, f"'{layer.name}' before it is no convolution or dense layer"
+        elif kind is None or type(layer) is not getattr(self.source.keras.layers, kind):
             return None, f"'{layer.name}' before it is no stock convolution or dense layer"
         if self.source.keras.activations.serialize(layer.activation) != "linear":
             return None, f"'{layer.name}' before it has an activation"
@@ -612,7 +726,7 @@ class _Expander(GraphRebuilder):
         scale = value(norm.gamma, 1.0) / np.sqrt(value(norm.moving_variance, 1.0) + norm.epsilon)
         old_bias = value(layer.bias if layer.use_bias else None, 0.0)
         bias = value(norm.beta, 0.0) + (old_bias - value(norm.moving_mean, 0.0)) * scale
-        axis = _OUTPUT_AXIS.get(type(layer).__name__, -1)
+        axis = _OUTPUT_AXIS.get(type(layer).__name__.removeprefix("Factorized"), -1)
         kernel = kernels[-1].astype(np.float64)
         if axis is None:
             kernel *= scale.reshape(kernel.shape[-2:])

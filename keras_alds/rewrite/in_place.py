@@ -16,6 +16,7 @@ from keras_alds.core.pca import factorize_pca
 from keras_alds.core.spectra import factorize
 from keras_alds.plan import CompressionPlan, LayerChoice
 from keras_alds.rewrite import inspect, wrappers
+from keras_alds.rewrite.kinds import Kind, attention_class, kernel_values, kind_of, projections
 from keras_alds.rewrite.observe import CalibrationStats, calibration_stats
 from keras_alds.rewrite.optimizer import carry_optimizers
 
@@ -30,6 +31,7 @@ class Replacement:
     layer: Any
     factorized: Any
     choice: LayerChoice
+    kind: Kind
     bias: np.ndarray | None = None
 
 
@@ -74,13 +76,13 @@ def apply_plan(model: Any, plan: CompressionPlan, *, calibration_data: Any = Non
     undo: list[Callable[[], None]] = []
     try:
         known = list(model.variables)
-        kernels = [replacement.layer.kernel for replacement in replacements]
-        for replacement in replacements:  # one by one: a failure undoes those before it
-            undo += [backend.transplant(replacement.layer, replacement.factorized)]
-            if replacement.bias is not None:
-                bias = replacement.layer.bias
-                undo += [functools.partial(bias.assign, backend.value(bias))]
-                bias.assign(replacement.bias)
+        kernels = [r.kind.variable(r.layer) for r in replacements]
+        for r in replacements:  # one by one: a failure undoes those before it
+            undo += [backend.transplant(r.layer, r.factorized, r.kind.kept)]
+            if r.bias is not None:
+                undo += [functools.partial(r.layer.bias.assign, backend.value(r.layer.bias))]
+                r.layer.bias.assign(r.bias)
+        undo += adopt_attentions(backend, model)
         factorized = {
             id(kernel): replacement.layer
             for kernel, replacement in zip(kernels, replacements, strict=True)
@@ -97,6 +99,25 @@ def apply_plan(model: Any, plan: CompressionPlan, *, calibration_data: Any = Non
             step()
         backend.reset_functions(model)
         raise
+
+
+def adopt_attentions(backend: _backend.Backend, model: Any) -> list[Callable[[], None]]:
+    """Makes attention layers with factorized projections such as save and load them.
+
+    Returns:
+        Functions that put everything back.
+    """
+    undo = []
+    for _, layer in inspect.walk(model):
+        found = {
+            name: {"slices": dense.slices, "rank": dense.rank}
+            for name, dense in projections(layer).items()
+            if inspect.is_factorized(dense)
+        }
+        cls = attention_class(layer)
+        if found and cls is not None:
+            undo.append(backend.adopt(layer, cls, {"projections": found}))
+    return undo
 
 
 def prepare(
@@ -200,7 +221,7 @@ def replacement(
     centred: bool = False,
 ) -> Replacement:
     """As `factorized_layer`; `centred` asks for principal components, which need a bias."""
-    kind = inspect.stock_kind(layer)
+    kind = kind_of(layer)
     if choice.slices is None or choice.rank is None or kind is None:
         raise ValueError(
             "Expected a layer that can be factorized, and a choice that does. "
@@ -208,60 +229,50 @@ def replacement(
         )
     backend = _backend.backend_of(layer)
     keras = backend.keras
-    regularizer = layer.kernel_regularizer
+    regularizer = kind.setting(layer, "regularizer")
     arguments: dict[str, Any] = {
-        "slices": choice.slices,
         "rank": choice.rank,
-        "activation": layer.activation,
-        "use_bias": layer.use_bias or centred,
         # The values are assigned below; an initializer of the kernel may know its shape.
         "encoder_initializer": "zeros",
         "decoder_initializer": "zeros",
-        "bias_initializer": layer.bias_initializer,
         "encoder_regularizer": regularizer,
         "decoder_regularizer": regularizer,
-        "bias_regularizer": layer.bias_regularizer,
-        "bias_constraint": layer.bias_constraint,
         "activity_regularizer": layer.activity_regularizer,
         "name": layer.name,
         "trainable": layer.trainable,
         "dtype": layer.dtype_policy if hasattr(layer, "dtype_policy") else layer._dtype_policy,
+        **kind.arguments(layer),
     }
-    channels = int(layer.kernel.shape[-2])
-    if kind == "Dense":
-        arguments["units"] = layer.units
-        input_shape: tuple[int | None, ...] = (None, channels)
-    else:
-        for name in ("filters", "kernel_size", "strides", "padding", "data_format"):
-            arguments[name] = getattr(layer, name)
-        arguments["dilation_rate"] = layer.dilation_rate
-        spatial = (None,) * len(layer.kernel_size)
-        input_shape = (
-            (None, channels, *spatial)
-            if layer.data_format == "channels_first"
-            else (None, *spatial, channels)
-        )
-    factorized = backend.factorized_class(kind)(**arguments)
+    if centred:
+        arguments["use_bias"] = True
+    if kind.max_slices != 1:
+        arguments["slices"] = choice.slices
+    factorized = backend.factorized_class(kind.name)(**arguments)
     with backend.name_scope(layer):
-        factorized.build(input_shape)
-    initializer = layer.kernel_initializer
+        factorized.build(kind.input_shape(layer))
+    initializer = kind.setting(layer, "initializer")
     if not isinstance(initializer, keras.initializers.VarianceScaling):
         initializer = keras.initializers.get("glorot_uniform")
     factorized.encoder_initializer = factorized.decoder_initializer = initializer
     if layer.trainable:
         for factor in (factorized.encoder, factorized.decoder):
-            backend.copy_trainable(layer.kernel, factor)
-    kernel = inspect.kernel_values(layer)
-    bias = backend.value(layer.bias) if layer.use_bias else None
+            backend.copy_trainable(kind.variable(layer), factor)
+    kernel = kernel_values(layer)
     new_bias = None
     if centred and moment is not None:
+        bias = backend.value(layer.bias) if layer.use_bias else None
         encoder, decoder, new_bias = factorize_pca(kernel, moment, choice.rank, bias)
     elif moment is None or choice.slices % moment.blocks.shape[0]:
         encoder, decoder = factorize(kernel, choice.slices, choice.rank)
     else:
         encoder, decoder = factorize_outputs(kernel, moment, choice.slices, choice.rank)
-    factorized.encoder.assign(encoder)
+    decoder = factorized.unfolding.write_decoder(decoder, kind.shape(layer))
+    factorized.encoder.assign(np.reshape(encoder, tuple(factorized.encoder.shape)))
     factorized.decoder.assign(np.reshape(decoder, tuple(factorized.decoder.shape)))
-    if new_bias is not None or bias is not None:
-        factorized.bias.assign(bias if new_bias is None else new_bias)
-    return Replacement(layer, factorized, choice, new_bias if layer.use_bias else None)
+    for theirs, ours in kind.kept.items():
+        if getattr(layer, theirs) is not None:
+            getattr(factorized, ours).assign(backend.value(getattr(layer, theirs)))
+    if new_bias is None:
+        return Replacement(layer, factorized, choice, kind)
+    factorized.bias.assign(new_bias)
+    return Replacement(layer, factorized, choice, kind, new_bias if layer.use_bias else None)

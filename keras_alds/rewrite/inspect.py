@@ -10,16 +10,27 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from keras_alds import _backend
 from keras_alds.core.slicing import divisors, weights
 from keras_alds.rewrite import wrappers
+from keras_alds.rewrite.kinds import (
+    KINDS,
+    REASONS,
+    Kind,
+    attention_class,
+    factorized_kind,
+    kind_of,
+    known_kind,
+    projections,
+    unfolded_shape,
+)
+from keras_alds.rewrite.kinds import kernel_values as kernel_values
+from keras_alds.rewrite.kinds import observable as observable
 
 Exclude = Sequence[Any]
 
 #: Stock layer classes that have a factorized form, `Factorized` + the name.
-FACTORIZED_KINDS = ("Conv1D", "Conv2D", "Dense")
+FACTORIZED_KINDS = tuple(KINDS)
 _CONVOLUTIONS = tuple(f"Conv{n}D{t}" for n in (1, 2, 3) for t in ("", "Transpose"))
 
 
@@ -31,7 +42,8 @@ class LayerSpec:
         path: Names from the model to the layer, joined by `/`; unique in the model.
         layer: The layer itself.
         params: Number of parameters that the layer holds itself.
-        kernel_shape: Shape of its kernel if it could be factorized.
+        kernel_shape: The shape `(*spatial, channels, filters)` that its kernel is read as, if its
+            class has a factorized form.
         reason: Why it cannot be factorized, or None if it can.
         excluded: Whether the user's `exclude` names it.
         bounds: The least and the greatest fraction of its parameters that may go.
@@ -49,6 +61,11 @@ class LayerSpec:
     def kind(self) -> str:
         """The layer's class name."""
         return type(self.layer).__name__
+
+    @property
+    def known_kind(self) -> Kind:
+        """What its class is as a stock layer that can be factorized."""
+        return known_kind(self.layer)
 
 
 def inspect_model(model: Any, exclude: Exclude = ()) -> tuple[list[LayerSpec], list[Any]]:
@@ -69,6 +86,7 @@ def inspect_model(model: Any, exclude: Exclude = ()) -> tuple[list[LayerSpec], l
     specs = []
     layers = list(walk(model))
     holders: dict[int, list[str]] = {}
+    owners = {id(dense): owner for _, owner in layers for dense in projections(owner).values()}
     refused: dict[int, Any] = {}
     for _, layer in layers:
         if wrappers.is_refused(layer):
@@ -85,12 +103,19 @@ def inspect_model(model: Any, exclude: Exclude = ()) -> tuple[list[LayerSpec], l
             continue
         wrapper = refused.get(id(layer))
         reason = _reason(backend, layer) if wrapper is None else wrappers.reason(wrapper)
-        if reason is None and len(holders[id(layer.kernel)]) > 1:
-            others = [other for other in holders[id(layer.kernel)] if other != path]
-            reason = f"its kernel is held by '{others[0]}' too"
+        owner = owners.get(id(layer))
+        if reason is None and owner is not None and attention_class(owner) is None:
+            reason = f"{type(owner).__name__} makes it in code of its own, as it is, when loaded"
+        kind = kind_of(layer)
+        if reason is None and kind is not None:
+            others = [name for name in holders[id(kind.variable(layer))] if name != path]
+            if others:
+                reason = f"its kernel is held by '{others[0]}' too"
         if reason is None and matching:
             reason = f"excluded by {_describe(exclude[matching[0]])}"
-        shape = tuple(int(n) for n in layer.kernel.shape) if is_kernel_layer(layer) else None
+        shape = None
+        if kind is not None and kind.refusal(layer) is None:
+            shape = unfolded_shape(layer)
         params = sum(math.prod(tuple(variable.shape)) for variable in own)
         specs.append(LayerSpec(path, layer, int(params), shape, reason, bool(matching)))
     return specs, list(unmatched.values())
@@ -131,29 +156,14 @@ def is_factorized(layer: Any) -> bool:
     return hasattr(layer, "encoder_form")
 
 
-def is_kernel_layer(layer: Any) -> bool:
-    """Whether `layer` is a stock layer of a kind that has a factorized form, or derives from it."""
-    return stock_kind(layer) is not None
+def contains_factorized(layer: Any) -> bool:
+    """Whether `layer` is factorized or holds a factorized layer at any depth."""
+    return is_factorized(layer) or any(is_factorized(inner) for _, inner in walk(layer))
 
 
-def stock_kind(layer: Any) -> str | None:
-    """Which of the kinds that have a factorized form `layer` is: `"Conv2D"`, … or None."""
-    layers = _backend.backend_of(layer).keras.layers
-    for kind in FACTORIZED_KINDS:
-        stock = getattr(layers, kind)
-        # In tf_keras transposed and depthwise convolutions derive from Conv2D: the forward pass
-        # decides. A user's subclass that keeps the forward pass counts as its stock layer.
-        if isinstance(layer, stock) and all(
-            getattr(type(layer), name, None) is getattr(stock, name, None)
-            for name in ("call", "convolution_op", "build", "kernel")
-        ):
-            return kind
-    return None
-
-
-def _own_code(backend: _backend.Backend, layer: Any, kind: str) -> list[str]:
+def _own_code(backend: _backend.Backend, layer: Any, kind: Kind) -> list[str]:
     """What a user's subclass of a stock layer adds, that a factorized layer would not have."""
-    stock = getattr(backend.keras.layers, kind)
+    stock = getattr(backend.keras.layers, kind.name)
     if type(layer) is stock:
         return []
     classes = type(layer).__mro__[: type(layer).__mro__.index(stock)]
@@ -164,9 +174,9 @@ def _own_code(backend: _backend.Backend, layer: Any, kind: str) -> list[str]:
         for name in vars(cls)
         if not name.startswith("_") and name not in harmless
     }
-    plain = stock(*((1,) if kind == "Dense" else (1, 1)))
+    plain = stock(*kind.sample)
     attributes = {name for name in vars(layer) if not name.startswith("_")}
-    built = {"kernel", "bias", "built"}
+    built = {"built", "full_output_shape", kind.kernel, "bias", *kind.kept}
     return sorted(methods | (attributes - set(vars(plain)) - built))
 
 
@@ -175,30 +185,36 @@ def _reason(backend: _backend.Backend, layer: Any) -> str | None:
     kind = type(layer).__name__
     if is_factorized(layer):
         return "already factorized"
-    stock = stock_kind(layer)
+    stock = kind_of(layer)
     if stock is None:
         if all(len(variable.shape) <= 1 for variable in backend.own_variables(layer)):
             return f"{kind} has no kernel to factorize"
+        if kind in REASONS and type(layer) is getattr(backend.keras.layers, kind, None):
+            return REASONS[kind]
         for known in FACTORIZED_KINDS:
             if isinstance(layer, getattr(backend.keras.layers, known)):
                 return f"{kind} changes the forward pass of {known}"
         return f"{kind} has no factorized form"
     own = _own_code(backend, layer, stock)
     if own:
-        return f"{kind} adds {', '.join(own[:3])} to {stock}, which would be lost"
-    if getattr(layer, "groups", 1) != 1:
-        return f"its convolution is already grouped (groups={layer.groups})"
+        return f"{kind} adds {', '.join(own[:3])} to {stock.name}, which would be lost"
     if getattr(layer, "lora_enabled", False):
         return "LoRA is enabled on it; merge the adapter first"
     if getattr(layer, "quantization_mode", None):
         return f"it is quantized ({layer.quantization_mode})"
-    if layer.kernel_constraint is not None:
+    refusal = stock.refusal(layer)
+    if refusal is not None:
+        return refusal
+    constraint = stock.setting(layer, "constraint")
+    if constraint is not None:
+        name = f"{stock.part}_constraint"
         return (
-            f"its kernel_constraint {type(layer.kernel_constraint).__name__} cannot be kept by "
-            "two factors; set `layer.kernel_constraint = None` to have it factorized"
+            f"its {name} {type(constraint).__name__} cannot be kept by two factors; set "
+            f"`layer.{name} = None` to have it factorized"
         )
-    shape = tuple(layer.kernel.shape)
-    if not any(weights(shape, k, 1) < math.prod(shape) for k in divisors(shape[-2])):
+    shape = unfolded_shape(layer)
+    slices = [k for k in divisors(shape[-2]) if stock.max_slices is None or k <= stock.max_slices]
+    if not any(weights(shape, k, 1) < math.prod(shape) for k in slices):
         return f"no factorization of its kernel {shape} is smaller"
     return None
 
@@ -318,32 +334,42 @@ def count_macs(model: Any) -> int:
 
 def positions(layer: Any, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> int:
     """How often one call applies the layer's kernel: MACs = positions × kernel weights."""
-    kind = type(layer).__name__
-    if "Transpose" in kind:
-        return _size(layer, _spatial(layer, inputs))
-    return _size(layer, _spatial(layer, outputs))
-
-
-def _spatial(layer: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    kind = factorized_kind(layer) if is_factorized(layer) else kind_of(layer)
+    if kind is not None:
+        return _size(layer, kind.positions(layer, inputs, outputs))
+    shape = inputs if "Transpose" in type(layer).__name__ else outputs
     if getattr(layer, "data_format", None) == "channels_first":
-        return (shape[0], *shape[2:])
-    return shape[:-1]
+        return _size(layer, (shape[0], *shape[2:]))
+    return _size(layer, shape[:-1])
 
 
-def _size(layer: Any, shape: tuple[int, ...]) -> int:
-    if any(n is None for n in shape):
+def without_macs(spec: LayerSpec) -> str:
+    """Why a layer that could be factorized has no multiply–accumulates."""
+    if spec.known_kind.lookup:
+        return "it looks rows of a table up, which takes no multiply–accumulates"
+    return "the forward pass does not call it"
+
+
+def applied_weights(layer: Any) -> int:
+    """Weights that a layer that can be factorized multiplies by at every position of a call."""
+    return known_kind(layer).applied(layer)
+
+
+def _size(layer: Any, shape: tuple[int | None, ...]) -> int:
+    if None in shape:
         raise ValueError(
             "Expected a known input size, to count multiply–accumulates. Received: layer "
             f"'{layer.name}' works on the shape {shape}. Make the model anew on inputs of a fixed "
             'shape (`Input(shape)` without None) and set its weights, or use objective="params".'
         )
-    return math.prod(int(n) for n in shape)
+    return math.prod(int(n or 0) for n in shape)
 
 
 def _macs_of_call(layer: Any, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> int:
     kind = type(layer).__name__
     if is_factorized(layer):
-        return positions(layer, inputs, outputs) * kernel_weights(layer)
+        weights = factorized_kind(layer).applied_factors(layer)
+        return positions(layer, inputs, outputs) * weights
     if hasattr(layer, "depthwise_kernel") and hasattr(layer, "pointwise_kernel"):
         return positions(layer, inputs, outputs) * (
             math.prod(layer.depthwise_kernel.shape) + math.prod(layer.pointwise_kernel.shape)
@@ -367,11 +393,7 @@ def _macs_of_call(layer: Any, inputs: tuple[int, ...], outputs: tuple[int, ...])
 def dense_params(model: Any) -> int:
     """Parameters of `model` with every factorized kernel multiplied out."""
     layers = [layer for _, layer in walk(model) if is_factorized(layer)]
-    more = sum(
-        math.prod(layer.encoder.shape[:-1]) * layer.slices * layer.decoder.shape[-1]
-        - kernel_weights(layer)
-        for layer in layers
-    )
+    more = sum(math.prod(layer.kernel_shape) - kernel_weights(layer) for layer in layers)
     return count_params(model) + more
 
 
@@ -384,9 +406,3 @@ def count_params(model: Any) -> int:
 def kernel_weights(layer: Any) -> int:
     """Weights of both factors of a factorized layer."""
     return math.prod(layer.encoder.shape) + math.prod(layer.decoder.shape)
-
-
-def kernel_values(layer: Any) -> np.ndarray:
-    """The kernel of a stock layer in float32 or float64."""
-    kernel = _backend.backend_of(layer).value(layer.kernel)
-    return kernel if kernel.dtype in (np.float32, np.float64) else kernel.astype(np.float32)

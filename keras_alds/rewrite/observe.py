@@ -24,12 +24,12 @@ from keras_alds.core.calibration import (
     MomentAccumulator,
     SecondMoment,
     output_spectra_many,
-    patch_chunks,
 )
 from keras_alds.core.pca import centred_spectra
 from keras_alds.core.slicing import Array, kernel_sizes
 from keras_alds.core.spectra import Spectra
 from keras_alds.rewrite import inspect
+from keras_alds.rewrite.kinds import known_kind, observable
 
 STATS_VERSION = 1
 #: Fewer examples than this say next to nothing of what a layer sees.
@@ -152,8 +152,9 @@ class CalibrationStats:
                 f"good. Received: {examples}"
                 + (" (was a generator used up before?)" if not examples else "")
             )
+        found = observer.moments()
         return cls(
-            observer.moments(),
+            {spec.path: found.get(spec.path) for spec in specs},
             {spec.path: tuple(spec.kernel_shape or ()) for spec in specs},
             examples=examples,
             fingerprint=fingerprint(model),
@@ -309,7 +310,7 @@ class _Observer:
     """Accumulates the second moments of the inputs of some layers of a running model."""
 
     def __init__(self, specs: list[inspect.LayerSpec]) -> None:
-        self._specs = {id(spec.layer): spec for spec in specs}
+        self._specs = {id(spec.layer): spec for spec in specs if observable(spec.layer)}
         self._sums: dict[int, MomentAccumulator] = {}
 
     @contextlib.contextmanager
@@ -379,23 +380,12 @@ def when_known(inputs: Any, outputs: Any, use: Callable[[Array], None]) -> Any:
 
 def layer_inputs(layer: Any, inputs: Array) -> Array:
     """The inputs of one call as `[batch, *spatial, channels]`, or `[batch, channels]`."""
-    dimensions = len(getattr(layer, "kernel_size", ()))
-    if dimensions and layer.data_format == "channels_first":
-        inputs = np.moveaxis(inputs, -1 - dimensions, -1)
-    return np.reshape(inputs, (-1, *inputs.shape[inputs.ndim - 1 - dimensions :]))
+    return known_kind(layer).batches(layer, inputs)
 
 
 def layer_patches(layer: Any, inputs: Array) -> Iterator[Array]:
     """The unfolded inputs of a stock layer, in chunks; see `core.calibration.patch_chunks`."""
-    if not hasattr(layer, "kernel_size"):
-        return patch_chunks(inputs)
-    return patch_chunks(
-        inputs,
-        layer.kernel_size,
-        strides=layer.strides,
-        dilation=layer.dilation_rate,
-        padding=layer.padding,
-    )
+    return known_kind(layer).patches(layer, inputs)
 
 
 # -- Calibration data ----------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def carried(
     Args:
         backend: The layer's backend.
         meaning: `"linear"` in past gradients, `"squared"` gradients, or weight `"average"`.
-        state: What the optimizer held for the kernel, in its shape `(*kernel_size, c, f)`.
+        state: What the optimizer held for the kernel, in its own shape.
         layer: The factorized layer.
 
     Returns:
@@ -130,12 +130,16 @@ def carried(
     if meaning == AVERAGE:
         return encoder, decoder
     slices, rank = layer.slices, layer.rank
-    E = unfold_encoder(encoder.astype(np.float64), slices)
-    D = decoder.astype(np.float64).reshape(slices, rank, -1)
-    G = unfold(state.astype(np.float64), slices)
+    unfolding, shape = layer.unfolding, layer.kernel_shape
+    *spatial, channels, _ = unfolding.shape(shape)
+    folded = encoder.astype(np.float64).reshape(*spatial, channels // slices, slices * rank)
+    E = unfold_encoder(folded, slices)
+    D = unfolding.read_decoder(decoder.astype(np.float64), shape).reshape(slices, rank, -1)
+    G = unfold(unfolding.read(state.astype(np.float64)), slices)
     if meaning == SQUARED:
         E, D = E**2, D**2
     d_encoder = G @ D.transpose(0, 2, 1)
     d_decoder = E.transpose(0, 2, 1) @ G
-    folded = fold_encoder(d_encoder, encoder.shape[:-2])
-    return folded, d_decoder.reshape(decoder.shape)
+    d_decoder = unfolding.write_decoder(d_decoder.reshape(slices * rank, -1), shape)
+    folded = fold_encoder(d_encoder, spatial)
+    return folded.reshape(encoder.shape), d_decoder.reshape(decoder.shape)

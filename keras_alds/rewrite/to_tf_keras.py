@@ -198,6 +198,11 @@ class _Translator(GraphRebuilder):
         cls: Any
         if inspect.is_factorized(layer):
             cls = self.target.factorized_class(kind.removeprefix("Factorized"))
+        elif kind.startswith("Factorized") and inspect.contains_factorized(layer):
+            cls = getattr(self.target.keras.layers, kind.removeprefix("Factorized"), None)
+            if cls is None:
+                raise UnsupportedError("tf_keras has no such layer")
+            cls = self.target.factorized_class(kind.removeprefix("Factorized"))
         elif module.partition(".")[0] != self.source.keras.__name__:
             raise UnsupportedError(f"a class of {module}, not of Keras")
         elif kind in _APPLICATIONS:
