@@ -461,7 +461,7 @@ class Problem:
 
     def added_params(self, spec: inspect.LayerSpec) -> int:
         """Parameters that the method adds to a factorized layer: a bias that it has not."""
-        adds = METHODS[self.options.method].centred and not spec.layer.use_bias
+        adds = METHODS[self.options.method].centred and not getattr(spec.layer, "use_bias", True)
         return (spec.kernel_shape or (0,))[-1] if adds else 0
 
     def smallest(self, spec: inspect.LayerSpec) -> int:
