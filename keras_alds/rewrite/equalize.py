@@ -19,7 +19,8 @@ import tensorflow as tf
 from keras_alds import _backend
 from keras_alds.layers import _forms
 from keras_alds.rewrite import inspect
-from keras_alds.rewrite.observe import layer_inputs, when_known
+from keras_alds.rewrite.kinds import factorized_kind
+from keras_alds.rewrite.observe import when_known
 
 Array = np.ndarray
 
@@ -344,7 +345,7 @@ def encoded(layer: Any, inputs: Array) -> Array:
         layer: A built factorized layer.
         inputs: The layer's input.
     """
-    x = layer_inputs(layer, inputs)
+    x = factorized_kind(layer).batches(layer, inputs)
     x = tf.convert_to_tensor(x)
     encoder = tf.cast(tf.convert_to_tensor(layer.encoder), x.dtype)
     middle = int(encoder.shape[-1])
