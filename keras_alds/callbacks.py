@@ -74,6 +74,7 @@ class ALDSCompress(keras.callbacks.Callback):
         rank_multiple: As for `select`.
         target: As for `select`.
         bounds: As for `select`.
+        latency: As for `select`; what is not given is measured when training starts.
         plan: A `CompressionPlan` to apply instead of selecting one; then `cr` is to be None.
         verbose: 0 for silence, else one line is printed at the compression. Defaults to 1.
 
@@ -118,6 +119,7 @@ class ALDSCompress(keras.callbacks.Callback):
         rank_multiple: int = 1,
         target: str | None = None,
         bounds: Mapping[Any, tuple[float | None, float | None]] | None = None,
+        latency: Any = None,
         plan: CompressionPlan | None = None,
         verbose: int = 1,
     ) -> None:
@@ -133,6 +135,7 @@ class ALDSCompress(keras.callbacks.Callback):
             rank_multiple=rank_multiple,
             target=target,
             bounds=bounds,
+            latency=latency,
         )
         if isinstance(at_epoch, bool) or not isinstance(at_epoch, numbers.Integral) or at_epoch < 0:
             raise ValueError(
@@ -143,7 +146,16 @@ class ALDSCompress(keras.callbacks.Callback):
             method = choose_method(method, has_data=calibration_data is not None, error=error)
         self._source = (
             Options(
-                cr, method, objective, error, exclude, max_slices, rank_multiple, target, bounds
+                cr,
+                method,
+                objective,
+                error,
+                exclude,
+                max_slices,
+                rank_multiple,
+                target,
+                bounds,
+                latency=latency,
             )
             if plan is None
             else plan

@@ -19,6 +19,7 @@ from keras_alds._version import __version__
 from keras_alds.compress import OBJECTIVES, select
 from keras_alds.core.methods import METHODS
 from keras_alds.core.targets import TARGETS
+from keras_alds.litert import device
 from keras_alds.sweep import DEFAULT_CRS, check_plots, retrainer, sweep
 
 Commands = Any  # argparse gives this class no public name
@@ -77,6 +78,7 @@ def add_plan(commands: Commands) -> None:
     without_data = [name for name, method in METHODS.items() if not method.needs_data]
     parser.add_argument("--method", choices=without_data, help="default: that of `select`")
     parser.add_argument("--objective", choices=OBJECTIVES, default=OBJECTIVES[0])
+    parser.add_argument("--latency", type=Path, help="a latency table; default: measured here")
     parser.add_argument("--exclude", nargs="*", default=[], help="layers to leave alone")
     parser.add_argument("--max-slices", type=int, help="largest number of slices")
     parser.add_argument("--target", choices=TARGETS, help="the runtime that the model is for")
@@ -94,6 +96,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
         exclude=arguments.exclude,
         max_slices=arguments.max_slices,
         target=arguments.target,
+        latency=arguments.latency,
     )
     plan.summary()
     if arguments.output:
@@ -218,4 +221,43 @@ def scores(model: Any, x: Any) -> Any:
     return outputs
 
 
-COMMANDS: tuple[Callable[[Commands], None], ...] = (add_plan, add_sweep)
+def add_latency(commands: Commands) -> None:
+    """`latency`: measure a model's layers here."""
+    parser = commands.add_parser("latency", help="measure a model's layers with LiteRT, here")
+    add_model(parser)
+    device.add_options(parser)
+    parser.add_argument("--max-slices", type=int, help="largest number of slices")
+    parser.add_argument("--output", type=Path, required=True, help="CSV file to write")
+    parser.set_defaults(run=lambda given: device.run_measure(read_model(given), given))
+
+
+def add_latency_files(commands: Commands) -> None:
+    """`latency-files`: write what is to be measured on a device."""
+    parser = commands.add_parser(
+        "latency-files", help="write the files to be measured on a device by benchmark_model"
+    )
+    add_model(parser)
+    parser.add_argument("folder", type=Path, help="folder to write to")
+    device.add_options(parser)
+    parser.add_argument("--max-slices", type=int, default=4, help="default: 4")
+    parser.set_defaults(run=lambda given: device.run_write(read_model(given), given))
+
+
+def add_latency_read(commands: Commands) -> None:
+    """`latency-read`: make a latency table of the benchmark tool's log."""
+    parser = commands.add_parser(
+        "latency-read", help="make a latency table of what benchmark_model printed"
+    )
+    parser.add_argument("folder", type=Path, help="the folder of latency-files")
+    parser.add_argument("log", type=Path, help="what benchmark_model printed")
+    parser.add_argument("--output", type=Path, required=True, help="CSV file to write")
+    parser.set_defaults(run=device.run_read)
+
+
+COMMANDS: tuple[Callable[[Commands], None], ...] = (
+    add_plan,
+    add_sweep,
+    add_latency,
+    add_latency_files,
+    add_latency_read,
+)

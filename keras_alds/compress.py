@@ -9,7 +9,7 @@ import numbers
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,7 +27,10 @@ from keras_alds.rewrite import inspect, wrappers
 from keras_alds.rewrite.in_place import already_compressed, apply_plan, check_plan, match
 from keras_alds.rewrite.observe import CalibrationStats, calibration_stats
 
-OBJECTIVES = ("params", "macs")
+if TYPE_CHECKING:
+    from keras_alds.litert.latency import LayerLatencies
+
+OBJECTIVES = ("params", "macs", "latency")
 #: What `cr` can limit at once.
 LIMITS = ("params", "macs")
 
@@ -47,6 +50,7 @@ class Options:
     bounds: Any = None
     #: With a limit on parameters and on MACs: the fraction of MACs; `cr` is that of parameters.
     macs_cr: float | None = None
+    latency: Any = None
 
     def __post_init__(self) -> None:
         if isinstance(self.cr, Mapping):
@@ -58,6 +62,16 @@ class Options:
             raise ValueError(
                 f"Expected `objective` to be one of {', '.join(map(repr, OBJECTIVES))}. "
                 f"Received: objective={self.objective!r}"
+            )
+        if self.objective == "latency":
+            from keras_alds.litert.latency import check_table
+
+            object.__setattr__(self, "target", self.target or "litert")
+            object.__setattr__(self, "latency", check_table(self.latency, self.target))
+        elif self.latency is not None:
+            raise ValueError(
+                "Expected `latency` only with objective='latency'. "
+                f"Received: latency={self.latency!r}, objective={self.objective!r}"
             )
         object.__setattr__(self, "exclude", tuple(inspect.check_exclude(self.exclude)))
         object.__setattr__(self, "bounds", check_bounds(self.bounds))
@@ -166,6 +180,7 @@ def select(
     rank_multiple: int = 1,
     target: str | None = None,
     bounds: Mapping[Any, tuple[float | None, float | None]] | None = None,
+    latency: Any = None,
 ) -> CompressionPlan:
     """Chooses slices and rank for every layer, together, so that the fraction `cr` is removed.
 
@@ -180,8 +195,10 @@ def select(
         cr: Float, 0 < cr < 1, or dict. Fraction to remove: with `objective="params"` of all the
             model's parameters, BatchNormalization, biases and untouched layers included, so that
             `1 - compressed.count_params() / model.count_params() >= cr`; with
-            `objective="macs"` of its multiply–accumulates (see `count_macs`). Kernels whose rank
-            is not full lose more than was asked for, since that costs no error. Or a dict of
+            `objective="macs"` of its multiply–accumulates (see `count_macs`); with
+            `objective="latency"` of its latency, as measured layer by layer (see
+            `keras_alds.litert.measure_latency`). Kernels whose rank is not full lose more than
+            was asked for, since that costs no error. Or a dict of
             both limits, `{"params": 0.5, "macs": 0.4}`: at least so much of each is removed.
         method: String or None. `"energy"`: minimise the sum of the layers' relative squared
             errors; `"alds"`, the paper's: minimise the largest relative error of any layer,
@@ -190,7 +207,8 @@ def select(
             `"svd-energy"`, `"l-rank"`, `"pca"` (needs data), `"alds-error"`, `"alds-simple"`,
             `"alds-simple-5"`. Defaults to None: `"activation"` with calibration data, `"alds"`
             with an `error`, else `"energy"`.
-        objective: String, `"params"` or `"macs"`. Defaults to `"params"`.
+        objective: String, `"params"`, `"macs"` or `"latency"`. Choices that are not faster than
+            the dense layer are never taken with `"latency"`. Defaults to `"params"`.
         error: String or None. Another error measure for the method: `"slice"`, `"bound"`,
             `"spectral"`, `"energy"` or `"residual"`. Defaults to the method's own (`"slice"` for
             `"alds"`).
@@ -209,11 +227,15 @@ def select(
             XNNPACK), `"litert-reference"` (its built-in kernels, microcontrollers) or
             `"gpu-delegate"`. Slices and ranks are then such as run there and are not slow there,
             besides `max_slices` and `rank_multiple`; with calibration data the plan says what
-            that costs. Defaults to None: no constraints.
+            that costs. Defaults to None: no constraints, or `"litert"` with
+            `objective="latency"`.
         bounds: Dict from layers, named as in `exclude`, to `(least, greatest)`: fractions of the
             layer's own parameters to remove, None for no bound, as in `{"stem": (None, 0.3),
             r"block3/.*": (0.4, 0.8)}`. Where several entries name a layer, all hold. Defaults to
             none.
+        latency: With `objective="latency"`: a `keras_alds.litert.LatencyTable`, or the path of a
+            CSV file that holds one, measured here or on a device. Defaults to None: measured here
+            with LiteRT, in float32 on one thread, once a process.
 
     Returns:
         A `CompressionPlan`. It names every layer that is left alone, and why.
@@ -223,7 +245,8 @@ def select(
             can be factorized, is already compressed, or has weights that are not finite; if the
             calibration data do not fit the model, hold NaN or infinity or fewer than 8 examples,
             or the method uses none; if no choice of a layer is within its `bounds`; or if `cr` is
-            not reachable: the text then says what is.
+            not reachable: the text then says what is; or if the latency table lacks a layer.
+        ImportError: If latency is to be measured and LiteRT is not installed.
 
     Example:
     ```python
@@ -238,7 +261,16 @@ def select(
     """
     method = choose_method(method, has_data=calibration_data is not None, error=error)
     options = Options(
-        cr, method, objective, error, exclude, max_slices, rank_multiple, target, bounds
+        cr,
+        method,
+        objective,
+        error,
+        exclude,
+        max_slices,
+        rank_multiple,
+        target,
+        bounds,
+        latency=latency,
     )
     return select_with(model, options, calibration_data)[0]
 
@@ -270,6 +302,8 @@ def select_with(
     saved = sum(choice.params_before - choice.params_after for choice in choices)
     saved_macs = sum((c.macs_before or 0) - (c.macs_after or 0) for c in choices)
     macs = None if problem.macs is None else sum(problem.macs.values())
+    latency = None if problem.latency is None else problem.latency.total
+    saved_latency = sum((c.latency_before or 0) - (c.latency_after or 0) for c in choices)
     plan = CompressionPlan(
         requested_cr=float(options.cr),
         method=options.method,
@@ -284,6 +318,8 @@ def select_with(
         output_error=output_errors[0],
         output_error_without_target=output_errors[1],
         requested_macs_cr=options.macs_cr,
+        latency_before=latency,
+        latency_after=None if latency is None else latency - saved_latency,
     )
     return plan, stats
 
@@ -292,8 +328,8 @@ def _output_errors(
     problem: Problem, candidates: list[ChoiceTable], solution: Solution
 ) -> tuple[float | None, float | None]:
     """The total error of the layers' outputs with the target's constraints, and without them."""
-    if problem.options.target is None:
-        return None, None
+    if problem.options.target is None or problem.latency is not None:
+        return None, None  # latencies are known of the target's choices only
     free = dataclasses.replace(problem, options=dataclasses.replace(problem.options, target=None))
     method = get_method(problem.options.method, problem.options.error)
     solved = (candidates, solution), free.solve(method, free.tables(method))
@@ -316,6 +352,7 @@ class Problem:
         options: The options.
         stats: Calibration statistics, None for a method without data.
         moments: The layers' second moments by layer id, from `stats`.
+        latency: Measured latencies; None unless they are the objective.
     """
 
     name: str
@@ -325,6 +362,7 @@ class Problem:
     options: Options
     stats: CalibrationStats | None = None
     moments: dict[int, SecondMoment] = dataclasses.field(default_factory=dict)
+    latency: LayerLatencies | None = None
 
     @classmethod
     def of(cls, model: Any, options: Options) -> Problem:
@@ -349,7 +387,8 @@ class Problem:
                 f"Received: none ({reasons or 'no weights at all'})"
             )
         inspect.warn_of_unmatched(model, unmatched, stacklevel=5)
-        macs = None
+        macs, latency = None, None
+        called: Mapping[int, Any] | None = None
         if options.objective == "macs" or options.macs_cr is not None:
             macs = inspect.layer_macs(model)
         if macs is not None:  # a table in two factors takes more of them, not fewer
@@ -360,17 +399,36 @@ class Problem:
                 for spec in specs
             ]
         if options.objective == "macs":
+            called = macs
+        elif options.objective == "latency":
+            from keras_alds.litert.latency import MEASURED, layer_latencies
+
             specs = [
                 spec
-                if spec.reason or (macs or {}).get(id(spec.layer))
+                if spec.reason or spec.known_kind.name in MEASURED
+                else dataclasses.replace(spec, reason=f"latency is not measured of {spec.kind}")
+                for spec in specs
+            ]
+            latency = layer_latencies(
+                model,
+                [spec for spec in specs if spec.reason is None],
+                options.latency,
+                target=options.target or "litert",
+                max_slices=options.max_slices,
+            )
+            called = latency.costs
+        if called is not None:
+            specs = [
+                spec
+                if spec.reason or called.get(id(spec.layer))
                 else dataclasses.replace(spec, reason=inspect.without_macs(spec))
                 for spec in specs
             ]
-        problem = cls(model.name, specs, inspect.count_params(model), macs, options)
+        params = inspect.count_params(model)
+        problem = cls(model.name, specs, params, macs, options, latency=latency)
         problem = problem.bounded()
-        smallest = [(spec, problem.smallest(spec)) for spec in problem.candidates]
         for resource, name in enumerate(problem.resources):
-            required = sum(problem.unit(spec, name) * least for spec, least in smallest)
+            required = sum(problem.smallest_cost(spec, name) for spec in problem.candidates)
             if required > problem.budget_of(name):
                 raise problem.unreachable(required, resource)
         return problem
@@ -450,6 +508,8 @@ class Problem:
 
     def total_of(self, resource: str) -> int:
         """All that the model has of a resource."""
+        if resource == "latency" and self.latency is not None:
+            return self.latency.total
         return sum((self.macs or {}).values()) if resource == "macs" else self.params
 
     def unit(self, spec: inspect.LayerSpec, resource: str) -> int:
@@ -464,22 +524,33 @@ class Problem:
         adds = METHODS[self.options.method].centred and not getattr(spec.layer, "use_bias", True)
         return (spec.kernel_shape or (0,))[-1] if adds else 0
 
-    def smallest(self, spec: inspect.LayerSpec) -> int:
-        """The weights of a layer's kernel in its smallest allowed form.
+    def dense_cost(self, spec: inspect.LayerSpec, resource: str) -> int:
+        """What a layer's kernel costs as it is."""
+        if resource == "latency" and self.latency is not None:
+            return self.latency.costs[id(spec.layer)].dense
+        return self.unit(spec, resource) * math.prod(spec.kernel_shape or ())
+
+    def smallest_cost(self, spec: inspect.LayerSpec, resource: str) -> int:
+        """What a layer's kernel costs in its cheapest allowed form.
 
         Raises:
             ValueError: If the layer's bounds allow none.
         """
         shape = spec.kernel_shape or ()
         dense, limits = math.prod(shape), self.limits(spec)
-        sizes = {dense}
+        unit, costs = self.unit(spec, resource), self.dense_cost(spec, resource)
+        sampled = None if self.latency is None else self.latency.costs[id(spec.layer)]
+        found = [(dense, costs)]
         for k in divisors(shape[-2]):
             per_rank = weights(shape, k, 1)
-            ranks = allowed_ranks(shape, k, **limits)
-            sizes |= {rank * per_rank for rank in ranks if rank * per_rank < dense}
-        within = [size for size in sizes if self.is_within(spec, size)]
+            ranks = [j for j in allowed_ranks(shape, k, **limits) if j * per_rank < dense]
+            times = (
+                [unit * j * per_rank for j in ranks] if sampled is None else sampled.of(k, ranks)
+            )
+            found += [(j * per_rank, int(t)) for j, t in zip(ranks, times, strict=True)]
+        within = [cost for size, cost in found if cost <= costs and self.is_within(spec, size)]
         if not within:
-            raise self.nothing_within(spec, sizes)
+            raise self.nothing_within(spec, [size for size, cost in found if cost <= costs])
         return min(within)
 
     def is_within(self, spec: inspect.LayerSpec, size: int) -> bool:
@@ -529,10 +600,7 @@ class Problem:
 
     def fixed_cost(self, resource: str) -> int:
         """What everything but the candidates' kernels costs."""
-        kernels = sum(
-            self.unit(spec, resource) * math.prod(spec.kernel_shape or ())
-            for spec in self.candidates
-        )
+        kernels = sum(self.dense_cost(spec, resource) for spec in self.candidates)
         return self.total_of(resource) - kernels
 
     def budget_of(self, resource: str) -> int:
@@ -568,8 +636,14 @@ class Problem:
             f"{math.floor(best * 1e4) / 1e4:.4f}, with the smallest allowed choice everywhere "
             f"({self.described_limits}). Received: "
             f"cr={cr}. A larger part of it lies in what is left alone: "
-            f"{fixed:,} of {total:,} (see `select(…).summary()`)."
+            f"{fixed:,} of {total:,}{' ns' if name == 'latency' else ''} "
+            "(see `select(…).summary()`)."
         )
+
+    @property
+    def better(self) -> str:
+        """What a choice has to be to be of use, for texts."""
+        return "smaller" if self.latency is None else "smaller and faster"
 
     @property
     def described_limits(self) -> str:
@@ -589,6 +663,7 @@ class Problem:
                 "cost_per_weight": self.unit(spec, self.resources[0]),
                 "added_cost": 0 if self.resources[0] == "macs" else self.added_params(spec),
                 "near_slices": method.near_slices,
+                "costs": self.latency and self.latency.costs[id(spec.layer)],
                 **self.limits(spec),
             }
 
@@ -626,7 +701,7 @@ class Problem:
             reason = (
                 "the budget leaves it whole"
                 if len(table) > 1
-                else f"no allowed choice is smaller ({self.described_limits})"
+                else f"no allowed choice is {self.better} ({self.described_limits})"
             )
             return dataclasses.replace(self.left_alone(spec), reason=reason)
         shape = spec.kernel_shape or ()
@@ -643,6 +718,7 @@ class Problem:
             error=float(table.error[row]),
             reason=None,
             note=self.note(spec),
+            latency_after=None if self.latency is None else int(table.cost[row]),
         )
 
     def note(self, spec: inspect.LayerSpec) -> str | None:
@@ -660,6 +736,8 @@ class Problem:
     def left_alone(self, spec: inspect.LayerSpec) -> LayerChoice:
         """The record of a layer that stays as it is."""
         macs = None if self.macs is None else self.macs.get(id(spec.layer), 0)
+        costs = None if self.latency is None else self.latency.costs.get(id(spec.layer))
+        latency = None if costs is None else costs.dense
         return LayerChoice(
             layer=spec.path,
             kind=spec.kind,
@@ -673,6 +751,8 @@ class Problem:
             macs_after=macs,
             error=0.0,
             reason=spec.reason,
+            latency_before=latency,
+            latency_after=latency,
         )
 
 
@@ -757,6 +837,7 @@ def compress(
     rank_multiple: int = 1,
     target: str | None = None,
     bounds: Mapping[Any, tuple[float | None, float | None]] | None = None,
+    latency: Any = None,
 ) -> Any:
     """Returns a new, smaller model; `model` is untouched.
 
@@ -786,6 +867,7 @@ def compress(
         rank_multiple: As for `select`.
         target: As for `select`.
         bounds: As for `select`.
+        latency: As for `select`.
 
     Returns:
         A new model of the same Keras.
@@ -811,6 +893,7 @@ def compress(
         rank_multiple=rank_multiple,
         target=target,
         bounds=bounds,
+        latency=latency,
     )
     if plan is None:
         method = choose_method(method, has_data=calibration_data is not None, error=error)
@@ -824,6 +907,7 @@ def compress(
             rank_multiple,
             target,
             bounds,
+            latency=latency,
         )
         plan, stats = select_with(model, options, calibration_data)
     else:

@@ -31,6 +31,9 @@ class LayerChoice:
         error: The error measure of the choice (0 for a layer that is left alone).
         reason: Why the layer is left alone, or None if it is factorized.
         note: What else is to be known of the choice, or None.
+        latency_before: Measured latency of the layer, in nanoseconds, all calls of a shared layer
+            together; None unless the plan was made for latency and the layer was measured.
+        latency_after: Latency of the choice by the same measurements, in nanoseconds.
     """
 
     layer: str
@@ -46,6 +49,8 @@ class LayerChoice:
     error: float
     reason: str | None
     note: str | None = None
+    latency_before: int | None = None
+    latency_after: int | None = None
 
     @property
     def factorized(self) -> bool:
@@ -64,7 +69,7 @@ class CompressionPlan:
         requested_cr: The fraction that was asked to be removed.
         method: Name of the method, such as `"alds"`.
         error_measure: Name of the error measure, such as `"slice"`.
-        objective: What `cr` counts: `"params"` or `"macs"`.
+        objective: What `cr` counts: `"params"`, `"macs"` or `"latency"`.
         params_before: All parameters of the model before, as `model.count_params()`.
         params_after: All parameters afterwards.
         macs_before: Multiply–accumulates before, or None unless MACs are limited.
@@ -79,6 +84,9 @@ class CompressionPlan:
         requested_macs_cr: With limits on parameters and on MACs: the fraction of MACs that was
             asked to be removed; `requested_cr` and `cr` are those of parameters then, and
             `reduction("macs")` is never below this. None otherwise.
+        latency_before: Measured latency of the whole original, in nanoseconds, or None unless the
+            objective is `"latency"`.
+        latency_after: Latency that the measurements of the layers predict, in nanoseconds.
         version: Version of the JSON form.
 
     Example:
@@ -103,6 +111,8 @@ class CompressionPlan:
     output_error: float | None = None
     output_error_without_target: float | None = None
     requested_macs_cr: float | None = None
+    latency_before: int | None = None
+    latency_after: int | None = None
     version: int = PLAN_VERSION
 
     @property
@@ -111,14 +121,15 @@ class CompressionPlan:
         return self.reduction(self.objective)
 
     def reduction(self, objective: str) -> float:
-        """The fraction of `"params"` or `"macs"` that the plan removes.
+        """The fraction of `"params"`, `"macs"` or `"latency"` that the plan removes.
 
         Raises:
-            ValueError: If the plan does not know the MACs.
+            ValueError: If the plan does not know the MACs or the latency.
         """
         before, after = {
             "params": (self.params_before, self.params_after),
             "macs": (self.macs_before, self.macs_after),
+            "latency": (self.latency_before, self.latency_after),
         }[objective]
         if before is None or after is None:
             raise ValueError(

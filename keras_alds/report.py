@@ -23,7 +23,8 @@ def print_plan(
     """Prints the choices of `plan`; see `CompressionPlan.summary`."""
     macs = plan.macs_before is not None
     columns = ["Layer (type)", "Kernel", "Slices", "Rank", "Params"]
-    columns += (["MACs"] if macs else []) + ["Error"]
+    latency = plan.latency_before is not None
+    columns += (["MACs"] if macs else []) + (["Latency, µs"] if latency else []) + ["Error"]
     rows, without_kernel = [], []
     for choice in plan.choices:
         if choice.kernel_shape is None and not choice.factorized and _is_vector_only(choice.reason):
@@ -38,6 +39,8 @@ def print_plan(
         ]
         if macs:
             row.append(_change(choice.macs_before or 0, choice.macs_after or 0))
+        if latency:
+            row.append(_microseconds(choice.latency_before, choice.latency_after))
         row.append(f"{choice.error:.4f}" if choice.factorized else f"left alone: {choice.reason}")
         rows.append(row)
     lines = [
@@ -48,6 +51,12 @@ def print_plan(
         lines.append(
             f"Total MACs: {_change(plan.macs_before or 0, plan.macs_after or 0)}"
             f" ({plan.reduction('macs'):.2%} removed)"
+        )
+    if latency:
+        lines.append(
+            "Predicted latency, µs: "
+            f"{_microseconds(plan.latency_before, plan.latency_after)}"
+            f" ({plan.reduction('latency'):.2%} removed)"
         )
     lines += _target_lines(plan)
     lines += [f"{choice.layer}: {choice.note}" for choice in plan.choices if choice.note]
@@ -90,6 +99,13 @@ def _second(plan: CompressionPlan) -> str:
 
 def _is_vector_only(reason: str | None) -> bool:
     return reason is not None and reason.endswith("has no kernel to factorize")
+
+
+def _microseconds(before: int | None, after: int | None) -> str:
+    if before is None or after is None:
+        return "–"
+    old, new = f"{before / 1000:,.1f}", f"{after / 1000:,.1f}"
+    return old if before == after else f"{old} → {new}"
 
 
 def _change(before: int, after: int) -> str:

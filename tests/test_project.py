@@ -28,7 +28,7 @@ ALLOWED = {
     "layers": {"core", "_backend", "layers"},
     "tf_keras": {"core", "_backend", "layers"},
     "rewrite": {"core", "plan", "_backend", "layers", "rewrite"},
-    "compress": {"core", "plan", "_backend", "rewrite"},
+    "compress": {"core", "plan", "_backend", "rewrite", "litert"},
     "report": {"core", "plan", "rewrite"},
     "sweep": {"core", "_backend", "rewrite", "compress"},
     "callbacks": {"core", "plan", "_backend", "rewrite", "compress"},

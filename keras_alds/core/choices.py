@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from keras_alds.core.costs import SampledCosts
 from keras_alds.core.errors import error_curve, get_error
 from keras_alds.core.slicing import Array, kernel_sizes, weights
 from keras_alds.core.spectra import Float64, Spectra
@@ -135,6 +136,7 @@ def choice_table(
     kernel: Array | None = None,
     cost_per_weight: int = 1,
     added_cost: int = 0,
+    costs: SampledCosts | None = None,
     max_slices: int | None = None,
     near_slices: int | None = None,
     rank_multiple: int = 1,
@@ -152,6 +154,8 @@ def choice_table(
             output positions P for multiply–accumulates, which are P·j·(k·f + c·κ).
         added_cost: What every factorized form costs beside its weights, such as a bias that the
             dense layer has not. Choices that then cost as much as the kernel are left out.
+        costs: What the choices cost in place of that, such as measured latencies. Choices that
+            cost as much as the kernel, though smaller, are left out.
         max_slices: Largest k. Defaults to no limit.
         near_slices: Only the k nearest to this number, the smaller one of two; for 1 no other
             one. Defaults to all.
@@ -215,9 +219,13 @@ def choice_table(
         full_rank=np.concatenate(full),
         scheme=np.zeros(size.size, np.int64),
         weights=size,
-        cost=size * unit + np.where(np.concatenate(slices) > 0, added_cost, 0),
+        cost=size * unit + np.where(np.concatenate(slices) > 0, added_cost, 0)
+        if costs is None
+        else np.concatenate([[costs.dense], *(costs.of(k, j) for k, j in offered.items())]),
         error=np.concatenate(errors),
     )
+    if costs is not None:
+        table = table.take((table.cost < costs.dense) | (table.slices == 0))
     return table.take(np.lexsort((table.rank, table.slices, table.error, table.cost)))
 
 

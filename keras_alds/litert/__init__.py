@@ -5,8 +5,10 @@ Needs `pip install "keras_alds[litert]"`. Imported when it is used: `keras_alds.
 
 from keras_alds.litert.compare import FileComparison, FileFigures, compare
 from keras_alds.litert.convert import convert
+from keras_alds.litert.device import read_latency_log, write_latency_files
 from keras_alds.litert.equalize import equalize
 from keras_alds.litert.files import LiteRTFile, Operator, Tensor, read_file
+from keras_alds.litert.latency import LatencyTable, measure_latency
 from keras_alds.litert.measure import Latency, OperatorTime, benchmark
 from keras_alds.litert.runs import check_runs
 
@@ -14,6 +16,7 @@ __all__ = [
     "FileComparison",
     "FileFigures",
     "Latency",
+    "LatencyTable",
     "LiteRTFile",
     "Operator",
     "OperatorTime",
@@ -23,5 +26,8 @@ __all__ = [
     "compare",
     "convert",
     "equalize",
+    "measure_latency",
     "read_file",
+    "read_latency_log",
+    "write_latency_files",
 ]

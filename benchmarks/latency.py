@@ -1,0 +1,93 @@
+"""Predicted and measured latency of plans by parameters, MACs and latency, in one run.
+
+Every model is compressed to the same ratio by each objective, converted, and measured with the
+original in turns, on one thread. Ratios are those of the least times; "predicted" is what the plan
+says. Models are saved files, or names of keras.applications (random weights: latency does not
+depend on them). A `-` after the ratio means that it was not reached, and the largest one was taken.
+
+    python benchmarks/latency.py resnet20.keras vgglike.keras
+    python benchmarks/latency.py ResNet50 EfficientNetB0 --quantize int8
+    python benchmarks/latency.py VGG16 --no-top
+    python benchmarks/latency.py resnet20.keras --objectives latency --crs 0.05 0.1 0.2 0.3
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+
+import keras_alds
+from keras_alds.litert.latency import converted
+from keras_alds.litert.timing import time_files
+
+
+def load(name: str, top: bool) -> Any:
+    """A saved model, or one of keras.applications with random weights."""
+    if Path(name).exists():
+        return keras.models.load_model(name, compile=False)
+    make = getattr(keras.applications, name)
+    if top:
+        return make(weights=None)
+    features = make(weights=None, include_top=False, input_shape=(224, 224, 3), pooling="avg")
+    return keras.Model(features.input, keras.layers.Dense(1000)(features.output))
+
+
+def plan_for(model: Any, cr: float, objective: str, table: Any) -> Any:
+    """The plan for a ratio, or for the largest one that can be reached."""
+    options = {"latency": table} if objective == "latency" else {}
+    try:
+        return keras_alds.select(model, cr, objective=objective, method="energy", **options)
+    except ValueError as error:
+        found = re.search(r"expected 0 < cr <= ([0-9.]+)", str(error))
+        if found is None or float(found[1]) == 0:
+            raise
+        largest = float(found[1])
+        return keras_alds.select(model, largest, objective=objective, method="energy", **options)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="+", help="saved files or names of keras.applications")
+    parser.add_argument("--crs", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--objectives", nargs="+", default=["params", "macs", "latency"])
+    parser.add_argument("--quantize", choices=["float32", "int8"], nargs="+")
+    parser.add_argument("--no-top", action="store_true", help="pool, and one dense layer")
+    arguments = parser.parse_args()
+    print("| model | file | objective | cr | predicted | measured | error of the prediction |")
+    print("|---|---|---|---|---|---|---|")
+    for name in arguments.models:
+        model = load(name, not arguments.no_top)
+        for kind in arguments.quantize or ["float32", "int8"]:
+            quantize = None if kind == "float32" else kind
+            start = time.perf_counter()
+            table = keras_alds.litert.measure_latency(model, quantize=quantize, verbose=0)
+            seconds = time.perf_counter() - start
+            original = converted(model, quantize)
+            for objective in arguments.objectives:
+                for cr in arguments.crs:
+                    plan = plan_for(model, cr, objective, table)
+                    small = converted(keras_alds.compress(model, plan=plan), quantize)
+                    before, after = time_files([lambda f=file: f for file in (original, small)])
+                    predicted = error = "–"
+                    if objective == "latency":
+                        predicted = f"{1 - plan.cr:.3f}"
+                        error = f"{(1 - plan.cr) * before / after - 1:+.1%}"
+                    ratio = f"{cr:g}" if plan.cr >= cr else f"{plan.cr:.3f}-"
+                    print(
+                        f"| {Path(name).stem} | {kind} | {objective} | {ratio} | {predicted} "
+                        f"| {after / before:.3f} | {error} |",
+                        flush=True,
+                    )
+            print(f"<!-- {name} {kind}: table in {seconds:.1f} s, {before / 1e6:.3f} ms -->")
+
+
+if __name__ == "__main__":
+    main()

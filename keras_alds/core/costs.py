@@ -1,0 +1,136 @@
+"""Costs of a layer's choices that were measured at some ranks, such as latencies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64 = NDArray[np.int64]
+#: The cost of a choice that may not be taken.
+NEVER = int(np.iinfo(np.int64).max)
+
+
+@dataclass(frozen=True)
+class SampledCosts:
+    """What the choices (k, j) of one layer cost, known at some ranks and interpolated between.
+
+    For every number of slices k the cost is linear in the rank between neighbouring samples, and
+    constant below the first one. A k without samples, and ranks above the last sample, are not to
+    be taken.
+
+    Attributes:
+        dense: Cost of the layer as it is.
+        samples: Tuples `(k, ranks, costs)`, ascending in k and in the ranks.
+
+    Raises:
+        ValueError: If the samples are not such tuples, or a cost is negative.
+    """
+
+    dense: int
+    samples: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]
+
+    def __post_init__(self) -> None:
+        slices = [k for k, _, _ in self.samples]
+        if (
+            any(len(ranks) != len(costs) or not ranks for _, ranks, costs in self.samples)
+            or any(list(ranks) != sorted(set(ranks)) for _, ranks, _ in self.samples)
+            or slices != sorted(set(slices))
+            or min([self.dense, *(min(costs) for _, _, costs in self.samples)]) < 0
+        ):
+            raise ValueError(
+                "Expected samples (slices, ranks, costs) with ascending slices and ranks and costs "
+                f"of at least 0. Received: dense={self.dense}, samples={self.samples}"
+            )
+
+    @classmethod
+    def of_points(cls, points: Mapping[tuple[int, int], int]) -> SampledCosts:
+        """Returns the costs that go through some points.
+
+        Args:
+            points: Costs by `(slices, rank)`; `(0, 0)` is the layer as it is.
+
+        Returns:
+            The `SampledCosts`.
+
+        Raises:
+            ValueError: If the layer as it is has no cost.
+
+        Example:
+            >>> SampledCosts.of_points({(0, 0): 9, (1, 8): 6, (1, 4): 2}).samples
+            ((1, (4, 8), (2, 6)),)
+        """
+        if (0, 0) not in points:
+            raise ValueError(
+                f"Expected the cost of the dense layer, at (0, 0). Received: {sorted(points)}"
+            )
+        rows: dict[int, dict[int, int]] = {}
+        for (k, rank), cost in sorted(points.items()):
+            if k:
+                rows.setdefault(k, {})[rank] = int(cost)
+        return cls(
+            int(points[0, 0]),
+            tuple((k, tuple(row), tuple(row.values())) for k, row in rows.items()),
+        )
+
+    @property
+    def points(self) -> dict[tuple[int, int], int]:
+        """The costs by `(slices, rank)`, the layer as it is first."""
+        points = {(0, 0): self.dense}
+        for k, ranks, costs in self.samples:
+            points.update(((k, rank), cost) for rank, cost in zip(ranks, costs, strict=True))
+        return points
+
+    def of(self, slices: int, ranks: Any) -> Int64:
+        """Returns the costs of choices, rounded up.
+
+        Args:
+            slices: Number of slices k.
+            ranks: Ranks j, a sequence of integers.
+
+        Returns:
+            Array `[n]` of int64; `NEVER` for choices that are not to be taken.
+
+        Example:
+            >>> costs = SampledCosts.of_points({(0, 0): 9, (1, 8): 6, (1, 4): 2})
+            >>> costs.of(1, [2, 4, 5, 8]).tolist(), bool(costs.of(1, [9])[0] == NEVER)
+            ([2, 2, 3, 6], True)
+        """
+        asked = np.asarray(list(ranks), np.int64)
+        for k, known, costs in self.samples:
+            if k == slices:
+                between = np.ceil(np.interp(asked, known, costs)).astype(np.int64)
+                return np.where(asked <= known[-1], between, NEVER)
+        return np.full(asked.shape, NEVER, np.int64)
+
+
+def sum_costs(parts: Sequence[tuple[int, SampledCosts]]) -> SampledCosts:
+    """Returns the costs of a layer that is called several times, on inputs of several sizes.
+
+    Args:
+        parts: Pairs of a number of calls and the costs of one.
+
+    Returns:
+        Their sum: a choice may be taken if it may be in every call.
+
+    Raises:
+        ValueError: If there is no call.
+
+    Example:
+        >>> once = SampledCosts.of_points({(0, 0): 9, (1, 8): 6, (1, 4): 2})
+        >>> sum_costs([(2, once), (1, once)]).points
+        {(0, 0): 27, (1, 4): 6, (1, 8): 18}
+    """
+    if not parts:
+        raise ValueError("Expected at least one call. Received: none")
+    tables = [{k: ranks for k, ranks, _ in costs.samples} for _, costs in parts]
+    points = {(0, 0): sum(count * costs.dense for count, costs in parts)}
+    for k in set.intersection(*(set(table) for table in tables)):
+        last = min(table[k][-1] for table in tables)
+        ranks = sorted({rank for table in tables for rank in table[k] if rank <= last})
+        total = np.sum([count * costs.of(k, ranks) for count, costs in parts], axis=0)
+        points.update(((k, rank), int(cost)) for rank, cost in zip(ranks, total, strict=True))
+    return SampledCosts.of_points(points)

@@ -1,0 +1,228 @@
+"""Latency on a device: files for the benchmark tool, and the table that its log makes."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+
+from keras_alds.core.targets import TARGETS
+from keras_alds.litert.latency import (
+    COLUMNS,
+    QUANTIZE,
+    LatencyTable,
+    candidates,
+    converted,
+    measure_latency,
+    ranks_to_measure,
+    write_rows,
+)
+from keras_alds.litert.layer_files import empty_file, layer_calls, layer_file
+
+INDEX = "candidates.csv"
+_MODEL, _EMPTY = "model.tflite", "empty.tflite"
+_STEPS = 5  # intervals of the ranks of one number of slices
+_GRAPH = re.compile(r"Graph: \[(.+?)\]")
+_TIMINGS = re.compile(r"Inference timings in us:.*\bInference \(avg\): ([0-9.eE+-]+)")
+_STATISTICS = re.compile(r"\bcount=\d+ .*\bavg=([0-9.eE+-]+)")
+_MEDIAN = re.compile(r"\bmedian=([0-9.eE+-]+)")
+
+
+def write_latency_files(
+    model: Any,
+    folder: str | os.PathLike[str],
+    *,
+    quantize: str | None = None,
+    threads: int = 1,
+    target: str = "litert",
+    exclude: Any = (),
+    max_slices: int | None = 4,
+    representative_data: Any = None,
+    verbose: int = 1,
+) -> int:
+    """Writes the files that are to be measured on a device, and the list `candidates.csv`.
+
+    They are the whole model, an empty one, and every layer that can be factorized, as it is and in
+    some of its choices. Run TensorFlow's `benchmark_model` on each and give its log to
+    `read_latency_log`; docs/deploy.md has the lines.
+
+    Args:
+        model: A built model, not compressed, whose input sizes are known.
+        folder: Where to write; it is made if need be.
+        quantize: None for float32, or `"int8"`.
+        threads: Integer. Number of threads that will be used there.
+        target: The runtime of the device, as for `select`. Defaults to `"litert"`.
+        exclude: As for `select`: layers that are left out.
+        max_slices: Integer or None. Largest number of slices k. Defaults to 4.
+        representative_data: As for `measure_latency`.
+        verbose: 0 for silence, else a progress bar is shown on a terminal. Defaults to 1.
+
+    Returns:
+        The number of `.tflite` files.
+
+    Raises:
+        ImportError: If LiteRT is not installed.
+        ValueError: If an argument is not as above or the model cannot be converted.
+
+    Example:
+    ```python
+    keras_alds.litert.write_latency_files(model, "latency", max_slices=1, verbose=0)
+    ```
+    """
+    if quantize not in QUANTIZE or target not in TARGETS:
+        raise ValueError(
+            f"Expected `quantize` to be None or 'int8' and `target` one of {', '.join(TARGETS)}. "
+            f"Received: quantize={quantize!r}, target={target!r}"
+        )
+    specs = candidates(model, exclude)
+    calls = layer_calls(model, [spec.layer for spec in specs])
+    layers = {call: spec.layer for spec in specs for call in calls[id(spec.layer)]}
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / _MODEL).write_bytes(converted(model, quantize, representative_data, verbose))
+    (path / _EMPTY).write_bytes(empty_file())
+    settings = {"quantize": quantize or "float32", "threads": threads, "target": target}
+    blank = {**dict.fromkeys(COLUMNS, ""), **settings, "calls": 1, "slices": 0, "rank": 0}
+    rows: list[dict[str, Any]] = [
+        {**blank, "kind": "model", "file": _MODEL},
+        {**blank, "kind": "empty", "file": _EMPTY},
+    ]
+    for call in track(
+        sorted(layers), description="files of layers", transient=True, disable=not verbose
+    ):
+        ranks = ranks_to_measure(layers[call], call, target, max_slices)
+        points = [(0, 0), *((k, rank) for k, row in ranks.items() for rank in _spread(row))]
+        count = sum(found.count(call) for found in calls.values())
+        for slices, rank in points:
+            name = f"{len(rows) - 1:05}.tflite"
+            (path / name).write_bytes(layer_file(call, slices, rank, quantize=quantize))
+            row = {**blank, **call.to_row(), "calls": count, "slices": slices, "rank": rank}
+            rows.append({**row, "file": name})
+    with open(path / INDEX, "w", encoding="utf-8", newline="") as file:
+        write_rows(file, rows, (*COLUMNS, "file"))
+    return len(rows)
+
+
+def read_latency_log(folder: str | os.PathLike[str], log: str | os.PathLike[str]) -> LatencyTable:
+    """Reads what `benchmark_model` printed for the files of `write_latency_files`.
+
+    Args:
+        folder: The folder with `candidates.csv`.
+        log: Path of the log. Of every file the lines `Graph: […]` and `count=… avg=…` or
+            `Inference timings in us: … Inference (avg): …` are read, and a median is taken where
+            the tool gives one. If a file was measured several times the least one counts.
+
+    Returns:
+        A `LatencyTable`.
+
+    Raises:
+        ValueError: If a file was not measured, or `folder` holds no list of files.
+
+    Example:
+    ```python
+    keras_alds.litert.write_latency_files(model, "latency", max_slices=1, verbose=0)
+    # adb push latency …, benchmark_model …, adb pull …
+    # table = keras_alds.litert.read_latency_log("latency", "log.txt")
+    ```
+    """
+    index = Path(folder) / INDEX
+    if not index.is_file():
+        raise ValueError(
+            f"Expected {INDEX} in the folder, as `latency-files` writes it. "
+            f"Received: folder={os.fspath(folder)!r} without"
+        )
+    with open(index, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    times = parse_log(Path(log).read_text(encoding="utf-8", errors="replace"))
+    missing = [row["file"] for row in rows if row["file"] not in times]
+    if missing:
+        raise ValueError(
+            f"Expected timings of all {len(rows)} files in {os.fspath(log)!r}. Received: none of "
+            f"{len(missing)}: {', '.join(missing[:5])}. Run benchmark_model on them and append "
+            "what it prints."
+        )
+    empty = next(times[row["file"]] for row in rows if row["kind"] == "empty")
+    measured = [
+        row | {"nanoseconds": str(_nanoseconds(row, times, empty))}
+        for row in rows
+        if row["kind"] != "empty"
+    ]
+    return LatencyTable.from_rows(measured, os.fspath(index))
+
+
+def parse_log(text: str) -> dict[str, float]:
+    """Microseconds of one run by file name, from what `benchmark_model` printed."""
+    times: dict[str, float] = {}
+    name, statistics = None, None
+    for line in text.splitlines():
+        if found := _GRAPH.search(line):
+            name, statistics = re.split(r"[/\\]", found[1])[-1], None
+        elif found := _STATISTICS.search(line):  # of the warm-up first, then of the runs
+            statistics = _MEDIAN.search(line) or found
+        elif (found := _TIMINGS.search(line)) and name is not None:
+            time = float((statistics or found)[1])
+            times[name] = min(time, times.get(name, time))
+            name = None
+    return times
+
+
+def _nanoseconds(row: Mapping[str, str], times: Mapping[str, float], empty: float) -> int:
+    time = times[row["file"]]
+    return max(1, round(1000 * (time if row["kind"] == "model" else time - empty)))
+
+
+def _spread(ranks: tuple[int, ...]) -> list[int]:
+    """Some of the ranks, for a staircase whose steps begin behind multiples of a power of two."""
+    last = len(ranks) - 1
+    near = {0, last}
+    for step in range(1, _STEPS):
+        around = range(
+            max(0, last * (2 * step - 1) // (2 * _STEPS)),
+            last * (2 * step + 1) // (2 * _STEPS) + 1,
+        )
+        top = max(around, key=lambda i: (ranks[i] & -ranks[i], -i))
+        near |= {top, min(top + 1, last)}
+    return [ranks[i] for i in sorted(near)]
+
+
+# -- Command line --------------------------------------------------------------------------------
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that measuring and writing files share."""
+    parser.add_argument("--quantize", choices=["int8"], help="default: float32")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--target", choices=list(TARGETS), default="litert")
+    parser.add_argument("--exclude", nargs="*", default=[], help="layers to leave out")
+
+
+def options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `add_options` and `--max-slices` gave, as keyword arguments."""
+    names = ("quantize", "threads", "target", "exclude", "max_slices")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def run_measure(model: Any, arguments: argparse.Namespace) -> None:
+    """Runs the command `latency`."""
+    table = measure_latency(model, **options(arguments))
+    table.save(arguments.output)
+    print(f"{table.total / 1000:,.1f} µs; {len(table.layers)} layers in {arguments.output}")
+
+
+def run_write(model: Any, arguments: argparse.Namespace) -> None:
+    """Runs the command `latency-files`."""
+    count = write_latency_files(model, arguments.folder, **options(arguments))
+    print(f"{count} files in {arguments.folder}")
+
+
+def run_read(arguments: argparse.Namespace) -> None:
+    """Runs the command `latency-read`."""
+    table = read_latency_log(arguments.folder, arguments.log)
+    table.save(arguments.output)
+    print(f"{table.total / 1000:,.1f} µs; {len(table.layers)} layers in {arguments.output}")

@@ -1,0 +1,453 @@
+"""`LatencyTable`: how long the layers of a model take, dense and factorized, in a runtime."""
+
+from __future__ import annotations
+
+import collections
+import csv
+import dataclasses
+import functools
+import os
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from rich.progress import Progress
+
+from keras_alds import _backend
+from keras_alds.core.costs import SampledCosts, sum_costs
+from keras_alds.core.slicing import divisors, weights
+from keras_alds.core.targets import allowed_ranks, get_target
+from keras_alds.litert import _package
+from keras_alds.litert.convert import convert
+from keras_alds.litert.layer_files import LayerCall, empty_file, layer_calls, layer_file
+from keras_alds.litert.sampling import sample_costs
+from keras_alds.litert.timing import MOST_SWEPT, time_files
+from keras_alds.rewrite import inspect
+from keras_alds.rewrite.observe import MIN_EXAMPLES
+
+QUANTIZE = (None, "int8")
+#: Kinds of layers that are measured; others stay as they are.
+MEASURED = ("Conv1D", "Conv2D", "Dense")
+#: Targets whose runtime is on this machine, and whether XNNPACK is in it.
+LOCAL = {"litert": True, "litert-reference": False}
+COLUMNS = (
+    *(field.name for field in dataclasses.fields(LayerCall)),
+    *("calls", "quantize", "threads", "target", "slices", "rank", "nanoseconds"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatencyTable:
+    """Latencies of a model and of its layers' choices, in one runtime; see `measure_latency`.
+
+    Attributes:
+        total: Latency of the whole original model, in nanoseconds.
+        layers: `SampledCosts` of every layer and input size, in nanoseconds.
+        calls: How often each of them is called in one forward pass.
+        quantize: None for float32, or `"int8"`.
+        threads: Number of threads.
+        target: The runtime, as `target` of `select`.
+
+    Example:
+    ```python
+    table = keras_alds.litert.measure_latency(model, quantize="int8", verbose=0)
+    table.save("latency.csv")
+    table = keras_alds.litert.LatencyTable.load("latency.csv")
+    # plan = keras_alds.select(model, cr=0.3, objective="latency", latency=table)
+    ```
+    """
+
+    total: int
+    layers: Mapping[LayerCall, SampledCosts]
+    calls: Mapping[LayerCall, int]
+    quantize: str | None = None
+    threads: int = 1
+    target: str = "litert"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the table to `path` as CSV; docs/deploy.md has its columns."""
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            write_rows(file, self.rows())
+
+    def rows(self) -> Iterable[dict[str, Any]]:
+        """The rows of the CSV file."""
+        settings = {
+            "quantize": self.quantize or "float32",
+            "threads": self.threads,
+            "target": self.target,
+        }
+        yield {
+            **dict.fromkeys(COLUMNS, ""),
+            **settings,
+            "kind": "model",
+            "calls": 1,
+            "slices": 0,
+            "rank": 0,
+            "nanoseconds": self.total,
+        }
+        for call, costs in self.layers.items():
+            for (slices, rank), time in costs.points.items():
+                yield {
+                    **call.to_row(),
+                    **settings,
+                    "calls": self.calls[call],
+                    "slices": slices,
+                    "rank": rank,
+                    "nanoseconds": time,
+                }
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
+        """Reads a table that `save` or the command `latency-read` wrote.
+
+        Raises:
+            ValueError: If the file is no such table.
+        """
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        return cls.from_rows(rows, os.fspath(path))
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Mapping[str, Any]], where: str) -> LatencyTable:
+        """The table of the rows of a CSV file.
+
+        Raises:
+            ValueError: If they are none.
+        """
+        missing = [name for name in COLUMNS if not rows or name not in rows[0]]
+        if missing:
+            raise ValueError(
+                f"Expected a latency table in {where!r}, with the columns {', '.join(COLUMNS)}. "
+                f"Received: {'no rows' if not rows else 'none named ' + ', '.join(missing)}"
+            )
+        totals: list[int] = []
+        calls: dict[LayerCall, int] = {}
+        points: dict[LayerCall, dict[tuple[int, int], int]] = {}
+        try:
+            settings = {(row["quantize"], int(row["threads"]), row["target"]) for row in rows}
+            for row in rows:
+                nanoseconds = round(float(row["nanoseconds"]))
+                if row["kind"] == "model":
+                    totals.append(nanoseconds)
+                    continue
+                call = LayerCall.from_row({key: str(value) for key, value in row.items()})
+                calls[call] = int(row["calls"])
+                point = int(row["slices"]), int(row["rank"])
+                points.setdefault(call, {})[point] = nanoseconds
+            layers = {call: SampledCosts.of_points(found) for call, found in points.items()}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"Expected a latency table in {where!r}: numbers in the columns of sizes and "
+                f"times, and a dense row for every layer. Received: one that does not fit ({error})"
+            ) from error
+        if len(settings) != 1 or len(totals) != 1:
+            raise ValueError(
+                f"Expected a latency table in {where!r} of one model under one quantization, "
+                "number of threads and target: a table a model. "
+                f"Received: {len(totals)} models, settings {sorted(map(str, settings))}"
+            )
+        ((quantize, threads, target),) = settings
+        return cls(
+            totals[0], layers, calls, None if quantize == "float32" else quantize, threads, target
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerLatencies:
+    """Latencies as `select` uses them.
+
+    Attributes:
+        total: Latency of the whole original, in nanoseconds, at least that of its layers together.
+        costs: What the choices of every layer that is called cost, all its calls together, by the
+            layer's id.
+    """
+
+    total: int
+    costs: dict[int, SampledCosts]
+
+
+def measure_latency(
+    model: Any,
+    *,
+    quantize: str | None = None,
+    threads: int = 1,
+    target: str = "litert",
+    exclude: Any = (),
+    max_slices: int | None = None,
+    representative_data: Any = None,
+    verbose: int = 1,
+) -> LatencyTable:
+    """Measures with LiteRT, on this machine, how long a model's layers take, dense and factorized.
+
+    The whole original is converted and measured once. Of every layer that can be factorized, and
+    every input size that it is called with, small files are written directly, which hold the dense
+    layer or the encoder and decoder of a choice (k, j), and some choices are measured: at as few
+    ranks as leave the rest known to about 4 % of the dense layer's time. What was measured is kept
+    for the process. One forward pass is of one example; on one thread the processor time is taken,
+    so that other programs disturb little.
+
+    Args:
+        model: A built Keras 3 or tf_keras model, not compressed, whose input sizes are known.
+        quantize: None for float32, or `"int8"`.
+        threads: Integer. Number of threads of the runtime. Defaults to 1.
+        target: `"litert"` (with XNNPACK) or `"litert-reference"` (built-in kernels). Defaults to
+            `"litert"`. Its choices of slices and ranks are those that are measured.
+        exclude: As for `select`: layers that are not measured.
+        max_slices: Integer or None. Largest number of slices k that is measured.
+        representative_data: As for `convert`, for the int8 file of the whole model. Defaults to
+            random numbers: time does not depend on them.
+        verbose: 0 for silence, else a progress bar is shown on a terminal. Defaults to 1.
+
+    Returns:
+        A `LatencyTable`.
+
+    Raises:
+        ImportError: If LiteRT is not installed.
+        ValueError: If an argument is not as above, the model has no layer that can be factorized,
+            an input size is unknown, or the model cannot be converted.
+
+    Example:
+    ```python
+    table = keras_alds.litert.measure_latency(model, verbose=0)
+    print(f"{table.total / 1e6:.3f} ms, {len(table.layers)} layers")
+    ```
+    """
+    if quantize not in QUANTIZE:
+        raise ValueError(
+            f"Expected `quantize` to be None or 'int8', to measure latency. "
+            f"Received: quantize={quantize!r}"
+        )
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise ValueError(
+            f"Expected `threads` to be a positive integer. Received: threads={threads!r}"
+        )
+    _check_local(target)
+    runtime = _Runtime(quantize, threads, target)
+    return _measured(
+        model, candidates(model, exclude), runtime, max_slices, representative_data, verbose
+    )
+
+
+def candidates(model: Any, exclude: Any = ()) -> list[inspect.LayerSpec]:
+    """The layers of a model that can be factorized.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    specs, _ = inspect.inspect_model(model, inspect.check_exclude(exclude))
+    found = [spec for spec in specs if not spec.reason and spec.known_kind.name in MEASURED]
+    if not found:
+        raise ValueError(
+            f"Expected the model '{model.name}' to hold a layer that can be factorized, to measure "
+            "its latency. Received: none"
+        )
+    return found
+
+
+def check_table(latency: Any, target: str | None) -> LatencyTable | None:
+    """Returns the table that `latency=` of `select` stands for; None if it is to be measured.
+
+    Raises:
+        ValueError: If it is none, of another target, or has to be given.
+    """
+    if latency is None:
+        _check_local(target)
+        return None
+    if isinstance(latency, (str, os.PathLike)):
+        latency = LatencyTable.load(latency)
+    if not isinstance(latency, LatencyTable):
+        raise ValueError(
+            "Expected `latency` to be a `keras_alds.litert.LatencyTable` or the path of one. "
+            f"Received: latency={latency!r}"
+        )
+    if latency.target != target:
+        raise ValueError(
+            f"Expected a latency table that was measured for target={target!r}. Received: one for "
+            f"target={latency.target!r}. Pass that as `target`, or measure again."
+        )
+    return latency
+
+
+def layer_latencies(
+    model: Any,
+    specs: Sequence[inspect.LayerSpec],
+    table: LatencyTable | None,
+    *,
+    target: str,
+    max_slices: int | None = None,
+) -> LayerLatencies:
+    """The latencies of a model's layers, from a table or measured now.
+
+    Args:
+        model: The model.
+        specs: Its layers that can be factorized.
+        table: A table of this model, or None to measure: in float32, on one thread.
+        target: The runtime.
+        max_slices: Largest number of slices to measure.
+
+    Returns:
+        The `LayerLatencies`; layers that are not called are not in it.
+
+    Raises:
+        ValueError: If the table lacks a layer.
+    """
+    if table is None:
+        table = _measured(model, specs, _Runtime(None, 1, target), max_slices)
+    calls = layer_calls(model, [spec.layer for spec in specs])
+    for spec in specs:
+        for call in calls[id(spec.layer)]:
+            if call not in table.layers:
+                raise ValueError(
+                    f"Expected a latency table of the model '{model.name}'. Received: one without "
+                    f"its layer '{spec.path}' ({call}). Measure the model: "
+                    "`keras_alds.litert.measure_latency`, or on a device "
+                    "`python -m keras_alds latency-files`."
+                )
+    costs = {
+        id(spec.layer): sum_costs(
+            [
+                (count, table.layers[call])
+                for call, count in collections.Counter(calls[id(spec.layer)]).items()
+            ]
+        )
+        for spec in specs
+        if calls[id(spec.layer)]
+    }
+    return LayerLatencies(max(table.total, sum(cost.dense for cost in costs.values())), costs)
+
+
+def write_rows(
+    file: Any, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = COLUMNS
+) -> None:
+    """Writes rows of a table as CSV."""
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+# -- Measurement ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Runtime:
+    quantize: str | None
+    threads: int
+    target: str
+
+    def times(self, files: Sequence[Any], swept: int = 0) -> list[int]:
+        return time_files(files, threads=self.threads, delegate=LOCAL[self.target], swept=swept)
+
+
+# What was measured: of layers by call, runtime, bytes swept and ranks; of models by their calls.
+_LAYERS: dict[tuple, SampledCosts] = {}
+_MODELS: weakref.WeakKeyDictionary[Any, dict[tuple, tuple[int, int]]] = weakref.WeakKeyDictionary()
+
+
+def _check_local(target: Any) -> None:
+    if target not in LOCAL:
+        raise ValueError(
+            f"Expected target={' or '.join(map(repr, LOCAL))}, to measure latency here. Received: "
+            f"target={target!r}. Measure on a device: `python -m keras_alds latency-files`."
+        )
+
+
+def ranks_to_measure(
+    layer: Any, call: LayerCall, target: str, max_slices: int | None
+) -> dict[int, tuple[int, ...]]:
+    """The ranks of a layer's choices that a target allows and that are smaller, by slices."""
+    shape = tuple(map(int, layer.kernel.shape))
+    dense = int(np.prod(shape))
+    found = {
+        k: tuple(
+            rank
+            for rank in allowed_ranks(
+                shape,
+                k,
+                target=get_target(target),
+                max_slices=max_slices,
+                depthwise=len(set(call.strides)) <= 1,
+            )
+            if weights(shape, k, rank) < dense
+        )
+        for k in divisors(call.input[-1])
+    }
+    return {k: ranks for k, ranks in found.items() if ranks}
+
+
+def _measured(
+    model: Any,
+    specs: Sequence[inspect.LayerSpec],
+    runtime: _Runtime,
+    max_slices: int | None,
+    representative_data: Any = None,
+    verbose: int = 1,
+) -> LatencyTable:
+    _package.interpreter()  # complains before the work is done
+    calls = layer_calls(model, [spec.layer for spec in specs])
+    layers = {call: spec.layer for spec in specs for call in calls[id(spec.layer)]}
+    total, size = _model_latency(model, runtime, calls, representative_data, verbose)
+    # The size that decides what stays in the caches, by powers of two: models share measurements.
+    swept = min(1 << (size - 1).bit_length(), MOST_SWEPT)
+    costs: dict[LayerCall, SampledCosts] = {}
+    overhead = None
+    with Progress(transient=True, disable=not verbose) as progress:
+        for call in progress.track(sorted(layers), description="latency of layers"):
+            ranks = ranks_to_measure(layers[call], call, runtime.target, max_slices)
+            key = (call, runtime, swept, tuple(ranks.items()))
+            if key not in _LAYERS:
+                if overhead is None:
+                    (overhead,) = runtime.times([empty_file])
+                _LAYERS[key] = _layer_costs(call, ranks, runtime, swept, overhead)
+            costs[call] = _LAYERS[key]
+    counts = collections.Counter(call for found in calls.values() for call in found)
+    return LatencyTable(
+        total, costs, dict(counts), runtime.quantize, runtime.threads, runtime.target
+    )
+
+
+def _layer_costs(
+    call: LayerCall,
+    ranks: Mapping[int, Sequence[int]],
+    runtime: _Runtime,
+    swept: int,
+    overhead: int,
+) -> SampledCosts:
+    def measure(points: Sequence[tuple[int, int]]) -> list[int]:
+        files = [
+            functools.partial(layer_file, call, *point, quantize=runtime.quantize)
+            for point in points
+        ]
+        return [max(time - overhead, 1) for time in runtime.times(files, swept)]
+
+    return sample_costs(measure, ranks)
+
+
+def _model_latency(
+    model: Any,
+    runtime: _Runtime,
+    calls: Mapping[int, list[LayerCall]],
+    data: Any,
+    verbose: int,
+) -> tuple[int, int]:
+    """Latency of the whole model and the size of its file."""
+    known = _MODELS.setdefault(model, {})
+    key = (runtime, tuple(map(tuple, calls.values())))
+    if key not in known:
+        content = converted(model, runtime.quantize, data, verbose)
+        (time,) = runtime.times([lambda: content])
+        known[key] = (time, len(content))
+    return known[key]
+
+
+def converted(model: Any, quantize: str | None, data: Any = None, verbose: int = 0) -> bytes:
+    """The file of a whole model, to be measured."""
+    if quantize == "int8" and data is None:
+        rng = np.random.default_rng(0)
+        arrays = [
+            rng.random((MIN_EXAMPLES, *spec.shape[1:])).astype(spec.dtype.as_numpy_dtype)
+            for spec in tf.nest.flatten(_backend.backend_of(model).input_specs(model))
+        ]
+        data = arrays if len(arrays) > 1 else arrays[0]
+    return convert(model, quantize=quantize, representative_data=data, runtimes=(), verbose=verbose)

@@ -1,0 +1,320 @@
+"""`.tflite` files of one layer each, written without the converter: what is measured of a layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flatbuffers
+import numpy as np
+
+from keras_alds import _backend
+from keras_alds.litert import _package
+from keras_alds.rewrite import inspect
+
+Array = np.ndarray
+_ACTIVATION_SCALE = 0.05  # of int8 files; it does not change the time
+_WEIGHT_SCALE = 0.01
+_SIZES = ("input", "kernel", "strides", "dilation")
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class LayerCall:
+    """One call of a layer, as far as its time depends on it.
+
+    Attributes:
+        kind: `"conv"`, or `"dense"` for a matrix product.
+        input: `(batch, height, width, channels)`, or `(rows, channels)` for `"dense"`.
+        filters: Output channels.
+        kernel: `(height, width)`; `()` for `"dense"`.
+        strides: Two numbers; `()` for `"dense"`.
+        padding: `"same"` or `"valid"`; `""` for `"dense"`.
+        dilation: Two numbers; `()` for `"dense"`.
+    """
+
+    kind: str
+    input: tuple[int, ...]
+    filters: int
+    kernel: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    padding: str = ""
+    dilation: tuple[int, ...] = ()
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """Shape of the dense kernel, `(*kernel, channels, filters)`."""
+        return (*self.kernel, self.input[-1], self.filters)
+
+    def to_row(self) -> dict[str, str]:
+        """The call as the text columns of a latency table."""
+        row = {key: str(value) for key, value in dataclasses.asdict(self).items()}
+        return row | {name: "x".join(map(str, getattr(self, name))) for name in _SIZES}
+
+    @classmethod
+    def from_row(cls, row: dict[str, str]) -> LayerCall:
+        """The inverse of `to_row`."""
+        sizes = {name: tuple(int(n) for n in row[name].split("x") if n) for name in _SIZES}
+        return cls(kind=row["kind"], filters=int(row["filters"]), padding=row["padding"], **sizes)
+
+
+def layer_calls(model: Any, layers: Sequence[Any]) -> dict[int, list[LayerCall]]:
+    """Every call of some layers in one forward pass of one example.
+
+    Args:
+        model: A built model whose input sizes are known.
+        layers: Stock layers of kinds that can be factorized.
+
+    Returns:
+        `{id(layer): calls}`.
+
+    Raises:
+        ValueError: If an input or feature map has an unknown size.
+    """
+    shapes = _backend.backend_of(model).trace_shapes(model, layers)
+    return {id(layer): [_call(layer, shape) for shape, _ in shapes[id(layer)]] for layer in layers}
+
+
+def _call(layer: Any, shape: tuple[int | None, ...]) -> LayerCall:
+    if any(size is None for size in shape):
+        raise ValueError(
+            f"Expected a known input size, to measure latency. Received: layer '{layer.name}' "
+            f"works on the shape {shape}. Make the model anew on inputs of a fixed shape "
+            "(`Input(shape)` without None) and set its weights."
+        )
+    sizes = [int(size or 0) for size in shape]
+    if inspect.known_kind(layer).name == "Dense":
+        return LayerCall("dense", (math.prod(sizes[:-1]), sizes[-1]), int(layer.units))
+    kernel, strides, dilation = (
+        tuple(map(int, value)) for value in (layer.kernel_size, layer.strides, layer.dilation_rate)
+    )
+    axes = len(kernel)
+    batch, sizes = sizes[: -axes - 1], sizes[-axes - 1 :]
+    if layer.data_format == "channels_first":
+        sizes = [*sizes[1:], sizes[0]]
+    padding = layer.padding
+    if padding == "causal":
+        sizes[0] += dilation[0] * (kernel[0] - 1)
+        padding = "valid"
+    if axes == 1:  # runs as a 2D convolution of height one
+        sizes, kernel = [1, *sizes], (1, *kernel)
+        strides, dilation = (strides[0], strides[0]), (1, *dilation)
+    return LayerCall(
+        "conv",
+        (math.prod(batch), *sizes),
+        int(layer.filters),
+        kernel,
+        strides,
+        padding,
+        dilation,
+    )
+
+
+def layer_file(
+    call: LayerCall,
+    slices: int = 0,
+    rank: int = 0,
+    *,
+    quantize: str | None = None,
+    kernels: Sequence[Array] | None = None,
+    bias: Array | None = None,
+) -> bytes:
+    """A file of one layer, dense or as the encoder and decoder of a choice.
+
+    The operators are those that `convert` makes of such layers; products of slices of a dense
+    layer are a grouped 1×1 convolution, as after `expand`.
+
+    Args:
+        call: The layer and its input.
+        slices: Number of slices k; 0 for the dense layer.
+        rank: Rank j; 0 for the dense layer.
+        quantize: None for float32, or `"int8"`: per-channel weights.
+        kernels: The dense kernel, or encoder and decoder, in Keras's layout. Defaults to zeros,
+            which take as long as any other.
+        bias: Defaults to zeros.
+
+    Returns:
+        The bytes of a `.tflite` file.
+
+    Raises:
+        ImportError: If LiteRT is not installed.
+    """
+    writer = _Writer(quantize == "int8")
+    encoder, decoder = (*(kernels or ()), None, None)[:2]
+    share = call.input[-1] // max(slices, 1)
+    grouped_product = call.kind == "dense" and slices > 1
+    shape = (call.input[0], 1, 1, call.input[1]) if grouped_product else call.input
+    source = writer.activation(shape)
+    if slices == 0:
+        encoder = _zeros(call.kernel_shape) if encoder is None else encoder
+        result = _layer(writer, call, source, encoder, bias)
+    else:
+        hidden, pointwise = slices * rank, (1,) * len(call.kernel)
+        if encoder is None:
+            encoder = _zeros((*call.kernel, share, hidden))
+        if decoder is None:
+            decoder = _zeros((*pointwise, hidden, call.filters))
+        if grouped_product:
+            middle = writer.convolution(source, encoder.reshape(1, 1, share, hidden), slices)
+        else:
+            middle = _layer(writer, call, source, encoder, None, slices)
+        if call.kind == "dense":
+            result = writer.product(middle, decoder, bias)
+        else:
+            result = writer.convolution(middle, decoder, bias=bias)
+    return writer.finish(source, result)
+
+
+def empty_file() -> bytes:
+    """A file that does next to nothing: what a run costs besides its layers."""
+    return layer_file(LayerCall("conv", (1, 1, 1, 1), 1, (1, 1), (1, 1), "valid", (1, 1)))
+
+
+def _layer(
+    writer: _Writer, call: LayerCall, source: int, kernel: Array, bias: Any, slices: int = 1
+) -> int:
+    if call.kind == "dense":
+        return writer.product(source, kernel, bias)
+    return writer.convolution(
+        source, kernel, slices, call.strides, call.padding, call.dilation, bias=bias
+    )
+
+
+def _zeros(shape: Sequence[int]) -> Array:
+    return np.zeros(shape, np.float32)
+
+
+class _Writer:
+    """Puts a graph of a few operators together, with the schema's object classes."""
+
+    def __init__(self, int8: bool) -> None:
+        self.schema = schema = _package.schema()
+        self.int8 = int8
+        self.model, self.graph = schema.ModelT(), schema.SubGraphT()
+        self.model.version = 3
+        self.model.buffers = [schema.BufferT()]  # the first one is that of tensors without values
+        self.model.operatorCodes, self.model.subgraphs = [], [self.graph]
+        self.graph.tensors, self.graph.operators = [], []
+
+    def activation(self, shape: Sequence[int]) -> int:
+        """A tensor that is computed, or the input."""
+        kind = self.schema.TensorType.INT8 if self.int8 else self.schema.TensorType.FLOAT32
+        return self._tensor(shape, kind, scale=[_ACTIVATION_SCALE] if self.int8 else None)
+
+    def convolution(
+        self,
+        source: int,
+        kernel: Array,
+        groups: int = 1,
+        strides: Sequence[int] = (1, 1),
+        padding: str = "valid",
+        dilation: Sequence[int] = (1, 1),
+        bias: Array | None = None,
+    ) -> int:
+        """A convolution, depthwise where every group has one channel; returns its output."""
+        schema, operators = self.schema, self.schema.BuiltinOperator
+        batch, *sizes, channels = self.graph.tensors[source].shape
+        filters = kernel.shape[-1]
+        spatial = [
+            -(-size // step) if padding == "same" else (size - (taps - 1) * spread - 1) // step + 1
+            for size, taps, step, spread in zip(
+                sizes, kernel.shape, strides, dilation, strict=False
+            )
+        ]
+        if 1 < groups == channels and len(set(strides)) == 1:
+            options = schema.DepthwiseConv2DOptionsT()
+            options.depthMultiplier = filters // channels
+            kind = schema.BuiltinOptions.DepthwiseConv2DOptions
+            code, version, axis = operators.DEPTHWISE_CONV_2D, 3, 3
+            weights = kernel.reshape(1, *kernel.shape[:2], filters)
+        else:
+            options = schema.Conv2DOptionsT()
+            kind = schema.BuiltinOptions.Conv2DOptions
+            code, version, axis = operators.CONV_2D, 6, 0
+            weights = np.moveaxis(kernel, -1, 0)
+        same = padding == "same"
+        options.padding = schema.Padding.SAME if same else schema.Padding.VALID
+        options.strideH, options.strideW = map(int, strides)
+        options.dilationHFactor, options.dilationWFactor = map(int, dilation)
+        result = self.activation((batch, *spatial, filters))
+        inputs = [source, *self._weights(weights, axis, bias)]
+        self._operator(code, version, inputs, result, kind, options)
+        return result
+
+    def product(self, source: int, kernel: Array, bias: Array | None = None) -> int:
+        """A matrix product; returns its output."""
+        rows = self.graph.tensors[source].shape[:-1]
+        options = self.schema.FullyConnectedOptionsT()
+        options.keepNumDims = len(rows) > 1
+        result = self.activation((*rows, kernel.shape[-1]))
+        inputs = [source, *self._weights(np.moveaxis(kernel, -1, 0), 0, bias)]
+        code = self.schema.BuiltinOperator.FULLY_CONNECTED
+        kind = self.schema.BuiltinOptions.FullyConnectedOptions
+        self._operator(code, 5, inputs, result, kind, options)
+        return result
+
+    def finish(self, source: int, result: int) -> bytes:
+        """The bytes of the file with this input and this output."""
+        self.graph.inputs, self.graph.outputs = [source], [result]
+        size = sum(len(buffer.data) for buffer in self.model.buffers if buffer.data is not None)
+        builder = flatbuffers.Builder(size + 65536)
+        builder.Finish(self.model.Pack(builder), b"TFL3")
+        return bytes(builder.Output())
+
+    def _weights(self, values: Array, axis: int, bias: Array | None) -> tuple[int, int]:
+        """Tensors of weights and bias, quantized per channel if the file is."""
+        types, count = self.schema.TensorType, values.shape[axis]
+        bias = _zeros((count,)) if bias is None else bias
+        if not self.int8:
+            return (
+                self._tensor(values.shape, types.FLOAT32, values.astype(np.float32, copy=False)),
+                self._tensor((count,), types.FLOAT32, bias.astype(np.float32, copy=False)),
+            )
+        others = tuple(i for i in range(values.ndim) if i != axis)
+        largest = np.abs(values).max(axis=others)
+        scale = np.where(largest > 0, largest / 127, _WEIGHT_SCALE).astype(np.float32)
+        along = [-1 if i == axis else 1 for i in range(values.ndim)]
+        levels = np.round(values / scale.reshape(along)).astype(np.int8)
+        unit = scale * np.float32(_ACTIVATION_SCALE)
+        return (
+            self._tensor(values.shape, types.INT8, levels, scale, axis),
+            self._tensor((count,), types.INT32, np.round(bias / unit).astype(np.int32), unit),
+        )
+
+    def _tensor(
+        self,
+        shape: Sequence[int],
+        kind: int,
+        values: Array | None = None,
+        scale: Any = None,
+        axis: int = 0,
+    ) -> int:
+        tensor = self.schema.TensorT()
+        tensor.shape, tensor.type, tensor.buffer = list(map(int, shape)), kind, 0
+        tensor.name = f"tensor_{len(self.graph.tensors)}"
+        if values is not None:
+            buffer = self.schema.BufferT()
+            buffer.data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+            tensor.buffer = len(self.model.buffers)
+            self.model.buffers.append(buffer)
+        if scale is not None:
+            scheme = self.schema.QuantizationParametersT()
+            scheme.scale = np.asarray(scale, np.float32)
+            scheme.zeroPoint = np.zeros(len(scheme.scale), np.int64)
+            scheme.quantizedDimension = axis
+            tensor.quantization = scheme
+        self.graph.tensors.append(tensor)
+        return len(self.graph.tensors) - 1
+
+    def _operator(
+        self, code: int, version: int, inputs: list[int], output: int, kind: int, options: Any
+    ) -> None:
+        entry, operator = self.schema.OperatorCodeT(), self.schema.OperatorT()
+        entry.builtinCode = entry.deprecatedBuiltinCode = code  # all of them are below 127
+        entry.version = version
+        operator.opcodeIndex = len(self.model.operatorCodes)
+        operator.inputs, operator.outputs = inputs, [output]
+        operator.builtinOptionsType, operator.builtinOptions = kind, options
+        self.model.operatorCodes.append(entry)
+        self.graph.operators.append(operator)

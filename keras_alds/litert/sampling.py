@@ -1,0 +1,115 @@
+"""As few measurements of a layer as its latency at every rank takes to be known well enough."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from keras_alds.core.costs import NEVER, SampledCosts
+
+#: A choice: slices k and rank j; (0, 0) is the layer as it is.
+Point = tuple[int, int]
+#: Measures some choices of one layer, in nanoseconds.
+Measure = Callable[[Sequence[Point]], Sequence[int]]
+
+#: Ranks between two measured ones are taken for known if the two differ by no more than this
+#: fraction of the dense layer's latency.
+TOLERANCE = 0.04
+_DOMINATED_IN_A_ROW = 2
+
+
+def sample_costs(
+    measure: Measure, ranks: Mapping[int, Sequence[int]], *, tolerance: float = TOLERANCE
+) -> SampledCosts:
+    """Measures the choices of a layer at some ranks.
+
+    Latency is a staircase over the rank, whose steps begin behind multiples of a power of two, as
+    wide as the runtime's tiles. Where two measured ranks differ by more than the tolerance, the
+    rank between them that is the multiple of the largest power of two is measured, and the next
+    one; unless both lie on the line, each half is looked at again.
+
+    Numbers of slices are left out where they are of no use: if none of their choices is faster
+    than the dense layer, or each costs as much as one slice of the same total rank, which keeps
+    more of the kernel. Two such numbers in a row end the search, but for k = c.
+
+    Args:
+        measure: Measures choices.
+        ranks: The allowed ranks, ascending, by number of slices.
+        tolerance: Fraction of the dense layer's latency.
+
+    Returns:
+        The measured points as `SampledCosts`.
+    """
+    layer = _Layer(measure, tolerance)
+    one = ranks.get(1, ())
+    layer.known([(0, 0), *((1, rank) for rank in {*one[:1], *one[-1:]})])
+    useful: list[int] = []
+    useless = 0
+    last = max(ranks, default=0)
+    for k in sorted(ranks):
+        if useless == _DOMINATED_IN_A_ROW and k != last:
+            continue
+        row = ranks[k]
+        probes = [(k, rank) for rank in sorted({row[0], row[len(row) // 2], row[-1]})]
+        if k > 1 and layer.dominated(k, probes, 1 in useful):
+            useless += 1
+            continue
+        useless = 0
+        layer.refine(k, row)
+        useful.append(k)
+    points = {p: t for p, t in layer.times.items() if p[0] == 0 or p[0] in useful}
+    return SampledCosts.of_points(points)
+
+
+class _Layer:
+    """What is known of one layer."""
+
+    def __init__(self, measure: Measure, tolerance: float) -> None:
+        self._measure = measure
+        self._tolerance = tolerance
+        self.times: dict[Point, int] = {}
+
+    def known(self, points: Sequence[Point]) -> list[int]:
+        """The latencies of some choices, measured if they are not known."""
+        new = [point for point in dict.fromkeys(points) if point not in self.times]
+        self.times.update(zip(new, map(int, self._measure(new)) if new else (), strict=True))
+        return [self.times[point] for point in points]
+
+    def dominated(self, k: int, probes: Sequence[Point], compare: bool) -> bool:
+        """Whether choices are slower than the dense layer, or than one slice of the same rank."""
+        if self.known(probes[:1])[0] >= self.times[0, 0]:
+            return True
+        one = SampledCosts.of_points({p: t for p, t in self.times.items() if p[0] in (0, 1)})
+        for (_, rank), time in zip(probes, self.known(probes), strict=True):
+            same = int(one.of(1, [k * rank])[0]) if compare else NEVER
+            if time < min(self.times[0, 0], same):
+                return False
+        return True
+
+    def refine(self, k: int, ranks: Sequence[int]) -> None:
+        """Measures until the ranks between the measured ones are known."""
+        dense = self.known([(0, 0)])[0]
+        self.known([(k, ranks[0]), (k, ranks[-1])])
+        measured = [i for i, rank in enumerate(ranks) if (k, rank) in self.times]
+        gaps = list(itertools.pairwise(measured))
+        while gaps:
+            splits = []
+            for a, b in gaps:
+                low, high = self.times[k, ranks[a]], self.times[k, ranks[b]]
+                if b - a > 1 and low < dense and abs(high - low) > self._tolerance * dense:
+                    middle = max(
+                        range(a + 1, b), key=lambda i: (ranks[i] & -ranks[i], -abs(2 * i - a - b))
+                    )
+                    splits.append((a, [i for i in (middle, middle + 1) if i < b], b))
+            self.known([(k, ranks[i]) for _, inner, _ in splits for i in inner])
+            gaps = []
+            for a, inner, b in splits:
+                found = [self.times[k, ranks[i]] for i in (a, *inner, b)]
+                line = np.interp(
+                    [ranks[i] for i in inner], [ranks[a], ranks[b]], [found[0], found[-1]]
+                )
+                if np.abs(line - found[1:-1]).max() > self._tolerance / 2 * dense:
+                    ends = [a, *inner, b]
+                    gaps += itertools.pairwise(ends)

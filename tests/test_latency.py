@@ -1,0 +1,534 @@
+"""Latency as a budget: layer files, sampling, tables, the device's log, and plans made of them."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import zoo
+
+import keras_alds
+from keras_alds.cli import main
+from keras_alds.core.costs import SampledCosts
+from keras_alds.litert import device, latency
+from keras_alds.litert.latency import LatencyTable, measure_latency
+from keras_alds.litert.layer_files import LayerCall, layer_calls, layer_file
+from keras_alds.litert.sampling import sample_costs
+from keras_alds.litert.timing import clock, time_files
+from keras_alds.plan import CompressionPlan
+
+pytest.importorskip("ai_edge_litert")
+
+from keras_alds.litert.runs import Runner
+
+WIDTH = 16  # of the tiles of the made-up runtime
+
+
+def made_up(call: LayerCall, slices: int, rank: int) -> int:
+    """Nanoseconds in a made-up runtime: tiles of 16, a toll on every group, and no noise."""
+    positions = math.prod(call.input[:-1])
+    *kernel, channels, filters = call.kernel_shape
+    area = math.prod(kernel)
+    if slices == 0:
+        return positions * channels * area * (-(-filters // WIDTH)) + 500
+    tiles = -(-rank // WIDTH)
+    encoder = positions * (channels * area * tiles + 40 * (slices - 1))
+    return encoder + positions * slices * rank * (-(-filters // WIDTH)) + 500
+
+
+TOTAL = 800_000
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The made-up runtime in place of the clock; gives the list of what is measured in it."""
+    measured: list[Any] = []
+
+    def times(files: Sequence[Callable[[], bytes]], **options: Any) -> list[int]:
+        result = []
+        for file in files:
+            measured.append(file)
+            if isinstance(file, functools.partial):
+                call, *choice = file.args
+                result.append(made_up(call, *choice))
+            else:
+                result.append(0 if file is latency.empty_file else TOTAL)
+        return result
+
+    monkeypatch.setattr(latency, "time_files", times)
+    monkeypatch.setattr(latency, "_LAYERS", {})
+    monkeypatch.setattr(latency, "_MODELS", type(latency._MODELS)())
+    monkeypatch.setattr(latency, "converted", lambda *_: b"model")
+    return measured
+
+
+def wide(keras: ModuleType) -> Any:
+    """A net whose layers have choices in the target `"litert"`; one of them is called twice."""
+    layers = keras.layers
+    inputs = keras.Input((12, 12, 3))
+    x = layers.Conv2D(64, 3, padding="same", activation="relu", name="stem")(inputs)
+    shared = layers.Conv2D(64, 3, padding="same", name="shared")
+    x = shared(x)
+    x = layers.ReLU()(x)
+    x = shared(layers.MaxPooling2D()(x))
+    x = layers.Conv2D(96, 3, strides=2, name="down")(x)
+    x = layers.GlobalAveragePooling2D()(x)
+    x = layers.Dense(128, activation="relu", name="hidden")(x)
+    return keras.Model(inputs, layers.Dense(10, name="head")(x), name="wide")
+
+
+# -- Files of layers -----------------------------------------------------------------------------
+
+CALLS = [
+    LayerCall("conv", (1, 9, 7, 16), 24, (3, 3), (1, 1), "same", (1, 1)),
+    LayerCall("conv", (1, 9, 8, 16), 24, (3, 3), (2, 2), "same", (1, 1)),
+    LayerCall("conv", (1, 9, 8, 16), 24, (3, 3), (2, 1), "valid", (1, 1)),
+    LayerCall("conv", (2, 9, 9, 16), 24, (3, 2), (1, 1), "valid", (2, 2)),
+    LayerCall("conv", (1, 1, 20, 16), 8, (1, 5), (1, 1), "same", (1, 1)),
+    LayerCall("dense", (1, 16), 40),
+    LayerCall("dense", (5, 16), 40),
+]
+
+
+def reference(call: LayerCall, x: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    if call.kind == "dense":
+        return x @ kernel + bias
+    y = tf.nn.convolution(
+        x, kernel, list(call.strides), call.padding.upper(), dilations=list(call.dilation)
+    )
+    return y.numpy() + bias
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_files_compute_what_the_layer_computes(call: LayerCall, quantize: str | None):
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-1, 1, call.input).astype(np.float32)
+    bias = rng.normal(size=call.filters).astype(np.float32) / 4
+    channels = call.input[-1]
+    for slices, rank in ((0, 0), (1, 5), (2, 4), (channels, 1)):
+        scale = np.sqrt(np.prod(call.kernel_shape[:-1]))
+        if slices == 0:
+            kernels = [rng.normal(size=call.kernel_shape) / scale]
+            dense = kernels[0]
+        else:
+            hidden = slices * rank
+            encoder = rng.normal(size=(*call.kernel, channels // slices, hidden)) / scale * 2
+            decoder = rng.normal(size=(hidden, call.filters)) / np.sqrt(hidden)
+            kernels = [encoder, decoder.reshape(*(1,) * len(call.kernel), *decoder.shape)]
+            dense = keras_alds.core.slicing.recompose(encoder, decoder, slices)
+        kernels = [kernel.astype(np.float32) for kernel in kernels]
+        content = layer_file(call, slices, rank, quantize=quantize, kernels=kernels, bias=bias)
+        runner = Runner(content)
+        expected = reference(call, x, dense.astype(np.float32), bias)
+        runner.set_inputs([x.reshape(runner.inputs[0]["shape"])])
+        runner.invoke()
+        ours = runner.get_outputs()[0].reshape(expected.shape)
+        tolerance = 1e-4 if quantize is None else 0.35  # int8 steps of 0.05 in every layer
+        np.testing.assert_allclose(ours, expected, atol=tolerance)
+        file = keras_alds.litert.read_file(content)
+        types = {tensor.dtype for tensor in file.tensors}
+        assert types == ({"float32"} if quantize is None else {"int8", "int32"})
+        assert len(file.operators) == (1 if slices == 0 else 2)
+        # Without weights, as they are measured: these run as well.
+        Runner(layer_file(call, slices, rank, quantize=quantize)).invoke()
+
+
+def test_files_have_the_operators_of_the_converter(keras_module: ModuleType):
+    model = wide(keras_module)
+    small = keras_alds.compress(model, 0.6, target="litert", method="energy")
+    converted = keras_alds.litert.read_file(keras_alds.litert.convert(small, verbose=0))
+    there = {
+        (op.name, op.data.shape, op.weights.shape, op.outputs[0].shape) for op in converted.weighted
+    }
+    layers = {layer.name: layer for layer in model.layers}
+    plan = keras_alds.select(model, 0.6, target="litert", method="energy")
+    assert len(plan.factorized) >= 2
+    for choice in plan.factorized:
+        layer = layers[choice.layer]
+        for call in layer_calls(model, [layer])[id(layer)]:
+            content = layer_file(call, choice.slices, choice.rank)
+            for op in keras_alds.litert.read_file(content).weighted:
+                assert (op.name, op.data.shape, op.weights.shape, op.outputs[0].shape) in there
+
+
+def test_calls_of_every_kind_of_layer(keras_module: ModuleType):
+    layers = keras_module.layers
+    inputs = keras_module.Input((20, 6))
+    x = layers.Conv1D(8, 3, padding="causal", dilation_rate=2, name="causal")(inputs)
+    x = layers.Conv1D(8, 3, strides=2, name="strided")(x)
+    outputs = layers.Dense(5, name="dense")(x)
+    model = keras_module.Model(inputs, outputs)
+    found = {
+        layer.name: layer_calls(model, [layer])[id(layer)]
+        for layer in model.layers
+        if layer.weights
+    }
+    assert found == {
+        "causal": [LayerCall("conv", (1, 1, 24, 6), 8, (1, 3), (1, 1), "valid", (1, 2))],
+        "strided": [LayerCall("conv", (1, 1, 20, 8), 8, (1, 3), (2, 2), "valid", (1, 1))],
+        "dense": [LayerCall("dense", (9, 8), 5)],
+    }
+    for calls in found.values():
+        assert LayerCall.from_row(calls[0].to_row()) == calls[0]
+    first = keras_module.Sequential(
+        [
+            keras_module.Input((3, 8, 9)),
+            layers.Conv2D(4, 3, data_format="channels_first", name="first"),
+        ]
+    )
+    with_channels = layer_calls(first, first.layers)[id(first.layers[0])]
+    assert with_channels[0].input == (1, 8, 9, 3)
+
+
+def test_time_files_runs_every_file(monkeypatch: pytest.MonkeyPatch):
+    made = []
+
+    def file(rank: int) -> bytes:
+        made.append(rank)
+        return layer_file(CALLS[0], 1, rank)
+
+    times = time_files([functools.partial(file, rank) for rank in (1, 2, 3)], swept=10**6)
+    assert len(times) == 3
+    assert min(times) > 0
+    assert made == [1, 2, 3]
+    assert time_files([]) == []
+    assert clock(2) is not None
+
+
+# -- Sampling ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        LayerCall("conv", (1, 8, 8, 128), 128, (3, 3), (1, 1), "same", (1, 1)),
+        LayerCall("conv", (1, 8, 8, 64), 256, (1, 1), (1, 1), "same", (1, 1)),
+        LayerCall("dense", (1, 512), 384),
+    ],
+    ids=str,
+)
+def test_few_measurements_tell_all_ranks(call: LayerCall):
+    *_, channels, filters = call.kernel_shape
+    ranks = {k: range(1, min(channels // k * math.prod(call.kernel), filters)) for k in (1, 2, 4)}
+    asked: list[tuple[int, int]] = []
+
+    def measure(points: Sequence[tuple[int, int]]) -> list[int]:
+        asked.extend(points)
+        return [made_up(call, *point) for point in points]
+
+    costs = sample_costs(measure, ranks)
+    assert len(asked) == len(set(asked)) < 0.5 * sum(map(len, ranks.values()))
+    dense = made_up(call, 0, 0)
+    assert costs.dense == dense
+    for k, known, _ in costs.samples:
+        for rank, cost in zip(ranks[k], costs.of(k, ranks[k]), strict=True):
+            truth = made_up(call, k, rank)
+            if rank in known:
+                assert cost == truth
+            elif truth < dense:  # choices that are slower are never taken
+                assert abs(cost - truth) <= 0.08 * dense
+
+
+def test_useless_slices_are_hardly_measured():
+    asked: list[tuple[int, int]] = []
+
+    def measure(points: Sequence[tuple[int, int]]) -> list[int]:
+        asked.extend(points)
+        # Ever slower with more slices, but for the depthwise form.
+        return [10 * j if k == 32 else 100 if k == 0 else j + 50 * (k - 1) for k, j in points]
+
+    ranks = {k: range(1, 33 // k + 1) for k in (1, 2, 4, 8, 16, 32)}
+    costs = sample_costs(measure, ranks)
+    assert [k for k, _, _ in costs.samples] == [1, 32]
+    assert {k for k, _ in asked} == {0, 1, 2, 4, 32}
+    assert sample_costs(lambda points: [7] * len(points), {}) == SampledCosts(7, ())
+
+
+# -- Tables --------------------------------------------------------------------------------------
+
+
+def test_measure_latency_and_csv_round_trip(
+    keras_module: ModuleType, runtime: list[Any], tmp_path: Path
+):
+    model = wide(keras_module)
+    table = measure_latency(model, verbose=0)
+    assert table.total == TOTAL
+    assert sorted(table.calls.values()) == [1, 1, 1, 1, 1, 1]
+    for call, costs in table.layers.items():
+        for (k, rank), time in costs.points.items():
+            assert time == made_up(call, k, rank)
+    again = len(runtime)
+    assert measure_latency(model, verbose=0) == table
+    assert len(runtime) == again, "measured twice"
+    path = tmp_path / "latency.csv"
+    table.save(path)
+    assert LatencyTable.load(path) == table
+    with open(path, encoding="utf-8") as file:
+        header = next(csv.reader(file))
+    assert tuple(header) == latency.COLUMNS
+    int8 = measure_latency(model, quantize="int8", threads=2, max_slices=1, verbose=0)
+    assert (int8.quantize, int8.threads) == ("int8", 2)
+    assert all(k <= 1 for costs in int8.layers.values() for k, _ in costs.points)
+
+
+def test_shared_layers_and_exclusion(runtime: list[Any]):
+    model = wide(keras)
+    table = measure_latency(model, verbose=0, exclude="down")
+    names = {layer.name: layer for layer in model.layers}
+    calls = layer_calls(model, [names["shared"], names["down"]])
+    assert all(call not in table.layers for call in calls[id(names["down"])])
+    first, second = calls[id(names["shared"])]
+    plan = keras_alds.select(
+        model, 0.05, objective="latency", latency=table, exclude="down", method="energy"
+    )
+    choice = next(choice for choice in plan.choices if choice.layer == "shared")
+    assert choice.latency_before == table.layers[first].dense + table.layers[second].dense
+    twins = keras.Sequential(
+        [keras.Input((8, 8, 64))] + [keras.layers.Conv2D(64, 3, padding="same") for _ in range(3)]
+    )
+    assert list(measure_latency(twins, verbose=0).calls.values()) == [3]
+
+
+@pytest.mark.parametrize("method", ["alds", "energy", "activation"])
+def test_the_budget_is_kept(method: str, keras_module: ModuleType, runtime: list[Any]):
+    model = wide(keras_module)
+    data = zoo.examples(model, 32) if method == "activation" else None
+    table = measure_latency(model, verbose=0)
+    calls = layer_calls(model, [layer for layer in model.layers if layer.get_weights()])
+    layers = {layer.name: layer for layer in model.layers}
+    dense = sum(made_up(call, 0, 0) for found in calls.values() for call in found)
+    for part in (0.2, 0.5, 0.7):
+        cr = part * dense / TOTAL
+        plan = keras_alds.select(
+            model, cr, method=method, objective="latency", latency=table, calibration_data=data
+        )
+        assert plan.cr >= cr
+        assert plan.latency_after <= (1 - cr) * plan.latency_before
+        assert plan.target == "litert"
+        saved = 0
+        for choice in plan.factorized:
+            assert choice.latency_after < choice.latency_before
+            found = calls[id(layers[choice.layer])]
+            truth = sum(made_up(call, choice.slices, choice.rank) for call in found)
+            assert abs(choice.latency_after - truth) <= 0.05 * choice.latency_before
+            saved += choice.latency_before - choice.latency_after
+        assert plan.latency_after == TOTAL - saved
+        assert CompressionPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    small = keras_alds.compress(model, plan=plan, calibration_data=data)
+    assert small.count_params() == plan.params_after
+    printed: list[str] = []
+    plan.summary(print_fn=printed.append)
+    assert "Latency, µs" in printed[0]
+    assert f"Predicted latency, µs: {TOTAL / 1000:,.1f} → " in printed[0]
+    assert plan.reduction("latency") == plan.cr
+    keras_alds.report(model, small).summary(print_fn=printed.append)
+
+
+def test_what_is_slower_is_never_taken(runtime: list[Any]):
+    model = wide(keras)
+    table = measure_latency(model, verbose=0)
+    slow = {
+        call: SampledCosts.of_points(
+            {
+                point: time if point == (0, 0) or call.kind == "dense" else 10 * costs.dense
+                for point, time in costs.points.items()
+            }
+        )
+        for call, costs in table.layers.items()
+    }
+    table = LatencyTable(table.total, slow, table.calls)
+    plan = keras_alds.select(model, 0.0005, objective="latency", latency=table)
+    assert {choice.kind for choice in plan.factorized} == {"Dense"}
+    reasons = [choice.reason for choice in plan.choices if choice.kind == "Conv2D"]
+    assert all("no allowed choice is smaller and faster" in str(reason) for reason in reasons)
+    with pytest.raises(ValueError, match=r"is not reachable .*'latency': expected 0 < cr <= 0\.00"):
+        keras_alds.select(model, 0.5, objective="latency", latency=table)
+
+
+def test_in_training_and_by_path(keras_module: ModuleType, runtime: list[Any], tmp_path: Path):
+    model = wide(keras_module)
+    model.compile("sgd", "mse")
+    x = zoo.examples(model, 8)
+    y = np.zeros((8, 10), np.float32)
+    measure_latency(model, verbose=0).save(tmp_path / "latency.csv")
+    alds = keras_alds.ALDSCompress(
+        0.05, at_epoch=1, objective="latency", latency=tmp_path / "latency.csv", verbose=0
+    )
+    before = len(runtime)
+    model.fit(x, y, epochs=2, verbose=0, callbacks=[alds])
+    assert len(runtime) == before
+    assert alds.plan.reduction("latency") >= 0.05
+    # Nothing given: measured here.
+    plan = keras_alds.select(wide(keras_module), 0.05, objective="latency", max_slices=1)
+    assert plan.cr >= 0.05
+    assert all(choice.slices == 1 for choice in plan.factorized)
+
+
+def test_bad_arguments(runtime: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = wide(keras)
+    table = measure_latency(model, verbose=0)
+    cases = [
+        ({"latency": table}, "only with objective='latency'"),
+        ({"objective": "latency", "latency": 3}, "to be a `keras_alds.litert.LatencyTable`"),
+        ({"objective": "latency", "latency": table, "target": "gpu-delegate"}, "measured for"),
+        ({"objective": "latency", "target": "gpu-delegate"}, "Measure on a device"),
+        ({"plan": keras_alds.select(model, 0.2), "latency": table}, "no options beside `plan`"),
+    ]
+    for options, text in cases:
+        with pytest.raises(ValueError, match=text):
+            keras_alds.compress(model, None if "plan" in options else 0.1, **options)
+    other = keras.Sequential([keras.Input((8, 8, 16)), keras.layers.Conv2D(64, 3, name="other")])
+    with pytest.raises(ValueError, match=r"without its layer 'other'.*latency-files"):
+        keras_alds.select(other, 0.1, objective="latency", latency=table)
+    for options, text in (
+        ({"quantize": "float16"}, "None or 'int8', to measure"),
+        ({"threads": 0}, "`threads` to be a positive integer"),
+        ({"target": "gpu-delegate"}, "to measure latency here"),
+        ({"exclude": ".*"}, "to measure its latency"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            measure_latency(model, **options)
+    unknown = keras.Sequential([keras.Input((None, None, 3)), keras.layers.Conv2D(16, 3)])
+    with pytest.raises(ValueError, match="Expected a known input size, to measure latency"):
+        measure_latency(unknown)
+    path = tmp_path / "table.csv"
+    table.save(path)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for text, message in (
+        ("", "no rows"),
+        ("a,b\n1,2\n", "none named kind"),
+        (lines[0] + lines[1].replace(str(TOTAL), "fast"), "does not fit"),
+        ("".join(lines[:1] + lines[2:]), "0 models"),
+        ("".join(lines) + lines[1], "2 models"),
+        ("".join(lines[:2] + lines[3:]), "does not fit"),
+    ):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            LatencyTable.load(path)
+    monkeypatch.setitem(sys.modules, "ai_edge_litert.interpreter", None)
+    with pytest.raises(ImportError, match=r'pip install "keras_alds\[litert\]"'):
+        keras_alds.select(model, 0.1, objective="latency")
+
+
+# -- On a device ---------------------------------------------------------------------------------
+
+# What the tool prints for one file, with and without the statistics of newer versions.
+NEW = """\
+INFO: STARTING!
+INFO: Log parameter values verbosely: [0]
+INFO: Num threads: [1]
+INFO: Graph: [/data/local/tmp/latency/{name}]
+INFO: Use xnnpack: [1]
+INFO: Loaded model /data/local/tmp/latency/{name}
+INFO: Created TensorFlow Lite XNNPACK delegate for CPU.
+INFO: The input model file size (MB): 0.152412
+INFO: Initialized session in 1.25ms.
+INFO: Running benchmark for at least 1 iterations and at least 0.5 seconds but \
+terminate if exceeding 150 seconds.
+INFO: count=512 first=3111 curr=960 min=950 max=3111 avg=977.5 std=40 p5=951 median=960 p95=1000
+
+INFO: Running benchmark for at least 50 iterations and at least 1 seconds but \
+terminate if exceeding 150 seconds.
+INFO: count=1033 first={time} curr=1 min=1 max=99999 avg=5.5e+03 std=40 p5=2 median={time} p95=2000
+
+INFO: Inference timings in us: Init: 1250, First inference: 3111, \
+Warmup (avg): 977.5, Inference (avg): 5.5e+03
+INFO: Memory footprint delta from the start of the tool (MB): init=2.5 overall=3.1
+"""
+OLD = """\
+STARTING!
+Graph: [{name}]
+Loaded model {name}
+count=50 first=42 curr=12 min=10 max=42 avg={time} std=2
+
+Inference timings in us: Init: 99, First inference: 42, Warmup (avg): 44, Inference (avg): {time}
+"""
+
+
+def test_log_of_the_benchmark_tool():
+    text = NEW.format(name="00001.tflite", time="1234.5")
+    text += NEW.format(name="00002.tflite", time="7").split("INFO: Running")[0]  # it broke off
+    text += OLD.format(name="a/b/00003.tflite", time="1.5e+03")
+    text += OLD.format(name="00003.tflite", time="1600") + "ERROR: Failed to load\n"
+    assert device.parse_log(text) == {"00001.tflite": 1234.5, "00003.tflite": 1500.0}
+    assert device.parse_log("nothing") == {}
+
+
+def test_device_commands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    model = wide(keras)
+    model.save(tmp_path / "model.keras")
+    monkeypatch.chdir(tmp_path)
+    assert main(["latency-files", "model.keras", "files", "--max-slices", "1"]) == 0
+    with open("files/candidates.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    names = sorted(path.name for path in Path("files").glob("*.tflite"))
+    assert names == sorted(row["file"] for row in rows)
+    assert f"{len(names)} files" in capsys.readouterr().out
+    log = ""
+    for row in rows:
+        Runner(Path("files") / row["file"]).invoke()
+        time = {"model": "800", "empty": "0.5"}.get(row["kind"])
+        if time is None:
+            call = LayerCall.from_row(row)
+            choice = int(row["slices"]), int(row["rank"])
+            time = str(made_up(call, *choice) / 1000 + 0.5)
+        log += NEW.format(name=row["file"], time=time)
+    Path("log.txt").write_text(log.split("INFO: STARTING!\n", 3)[1], encoding="utf-8")
+    with pytest.raises(ValueError, match="Expected timings of all"):
+        keras_alds.litert.read_latency_log("files", "log.txt")
+    with pytest.raises(ValueError, match=r"Expected candidates\.csv in the folder"):
+        keras_alds.litert.read_latency_log(tmp_path, "log.txt")
+    Path("log.txt").write_text(log, encoding="utf-8")
+    assert main(["latency-read", "files", "log.txt", "--output", "phone.csv"]) == 0
+    table = LatencyTable.load("phone.csv")
+    assert table.total == TOTAL
+    for call, costs in table.layers.items():
+        for point, time in costs.points.items():
+            assert abs(time - made_up(call, *point)) <= 1
+    arguments = ["plan", "model.keras", "--objective", "latency", "--latency", "phone.csv"]
+    assert main([*arguments, "--cr", "0.05", "--output", "plan.json"]) == 0
+    assert CompressionPlan.load("plan.json").reduction("latency") >= 0.05
+    assert "Latency, µs" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="Expected `quantize` to be None or 'int8' and `target`"):
+        keras_alds.litert.write_latency_files(model, "files", quantize="dynamic")
+
+
+def test_measure_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """One small model, with the runtime's own clock: complete, positive, and used by `select`."""
+    model = keras.Sequential(
+        [
+            keras.Input((6, 6, 64)),
+            keras.layers.Conv2D(64, 3, name="conv"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(32, name="dense"),
+        ]
+    )
+    model.save(tmp_path / "model.keras")
+    output = tmp_path / "latency.csv"
+    arguments = ["latency", str(tmp_path / "model.keras"), "--output", str(output)]
+    assert main([*arguments, "--quantize", "int8", "--max-slices", "1"]) == 0
+    assert "µs; 2 layers" in capsys.readouterr().out
+    table = LatencyTable.load(output)
+    assert table.quantize == "int8"
+    assert table.total > 0
+    for call, costs in table.layers.items():
+        assert costs.dense > 0
+        ranks = latency.ranks_to_measure(
+            model.get_layer("dense" if call.kind == "dense" else "conv"), call, "litert", 1
+        )
+        for k, row in ranks.items():
+            assert np.isfinite(costs.of(k, row)).all()
