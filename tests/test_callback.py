@@ -219,7 +219,7 @@ class TestWaysToTrain:
         model = compiled(K, model=Two(base.input, base.output), metrics=None)
         moved = Spy(K, lambda m: [value(la.encoder) for la in factorized(m)])
         # The head has the largest error when it is factorized: ask for enough.
-        fit(model, [ALDSCompress(0.75, 1, verbose=0), moved])
+        fit(model, [ALDSCompress(0.75, 1, method="alds", verbose=0), moved])
         assert is_factorized(model.get_layer("head"))
         for before, after in zip(moved.seen[2], moved.seen[3], strict=True):
             assert np.abs(after - before).max() > 0
