@@ -337,6 +337,29 @@ class Backend:
         """The structures of input and output tensors of a built symbolic model."""
         raise NotImplementedError
 
+    def runs_graph(self, layer: Layer) -> bool:
+        """Whether calling `layer` does what its graph says: a symbolic model without own code."""
+        return (
+            isinstance(layer, self.keras.layers.Layer)
+            and self.is_symbolic(layer)
+            and bool(layer.built and getattr(layer, "inputs", None))
+            and getattr(type(layer), "call", None)
+            in [getattr(kind, "call", None) for kind in (self.keras.Sequential, self._functional)]
+        )
+
+    def graph_inputs(self, model: Model, inputs: Any) -> list[Any]:
+        """What a symbolic model is called on as a flat list in the order of its graph's inputs."""
+        raise NotImplementedError
+
+    def infer(self, layer: Layer, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Calls a layer or operation of a graph, as inference does."""
+        if getattr(layer, self._takes_training, False) and kwargs.get("training") is None:
+            kwargs = {**kwargs, "training": False}
+        return layer(*args, **kwargs)
+
+    # The attribute of a layer that says whether its `call` has an argument `training`.
+    _takes_training: str
+
     def _functional_of(self, model: Model) -> Model:
         return model
 
@@ -564,6 +587,11 @@ class _Keras3(Backend):
         graph = self._functional_of(model)
         return graph._inputs_struct, graph._outputs_struct
 
+    _takes_training = "_call_has_training_arg"
+
+    def graph_inputs(self, model: Model, inputs: Any) -> list[Any]:
+        return list(self._functional_of(model)._standardize_inputs(inputs))
+
     def _functional_of(self, model: Model) -> Model:
         return model._functional if isinstance(model, keras.Sequential) else model
 
@@ -716,8 +744,17 @@ class _TfKeras(Backend):
             raise ValueError(_unknown_inputs(model))
         return _specs_from_shapes(shapes, model)
 
+    _takes_training = "_expects_training_arg"
+
     def graph_ends(self, model: Model) -> tuple[Any, Any]:
         return model._nested_inputs, model._nested_outputs
+
+    def graph_inputs(self, model: Model, inputs: Any) -> list[Any]:
+        flat = model._flatten_to_reference_inputs(inputs)
+        return [
+            model._conform_to_reference_input(tensor, ref_input=reference)
+            for tensor, reference in zip(flat, model.inputs, strict=True)
+        ]
 
     def _graph_call(self, node: Any) -> GraphCall:
         outputs = tf.nest.flatten(node.outputs)

@@ -24,8 +24,7 @@ from keras_alds.compress import (
 from keras_alds.core.methods import METHODS, choose_method, get_method
 from keras_alds.plan import CompressionPlan, removed_fraction
 from keras_alds.rewrite import inspect
-from keras_alds.rewrite.in_place import apply_plan, match
-from keras_alds.rewrite.observe import calibration_stats
+from keras_alds.rewrite.in_place import apply_calibrated, check_sequential, match
 
 
 class ALDSCompress(keras.callbacks.Callback):
@@ -76,6 +75,7 @@ class ALDSCompress(keras.callbacks.Callback):
         bounds: As for `select`.
         latency: As for `select`; what is not given is measured when training starts.
         plan: A `CompressionPlan` to apply instead of selecting one; then `cr` is to be None.
+        sequential: As for `compress`.
         verbose: 0 for silence, else one line is printed at the compression. Defaults to 1.
 
     Attributes:
@@ -99,6 +99,7 @@ class ALDSCompress(keras.callbacks.Callback):
     at_epoch: int
     verbose: int
     _calibration_data: Any
+    _sequential: bool | None
     _source: Options | CompressionPlan
     _done: bool
     _started: bool
@@ -121,6 +122,7 @@ class ALDSCompress(keras.callbacks.Callback):
         bounds: Mapping[Any, tuple[float | None, float | None]] | None = None,
         latency: Any = None,
         plan: CompressionPlan | None = None,
+        sequential: bool | None = None,
         verbose: int = 1,
     ) -> None:
         super().__init__()
@@ -160,7 +162,12 @@ class ALDSCompress(keras.callbacks.Callback):
             if plan is None
             else plan
         )
+        # Without data here those of `fit` may come.
+        check_sequential(sequential, () if calibration_data is None else calibration_data)
+        if sequential and calibration_data is None and not self._needs_data:
+            check_sequential(sequential, None)
         self._calibration_data = calibration_data
+        self._sequential = sequential
         self.at_epoch = int(at_epoch)
         self.verbose = verbose
         self.plan = None
@@ -217,12 +224,11 @@ class ALDSCompress(keras.callbacks.Callback):
         if isinstance(self._source, CompressionPlan):
             plan = self._source
             match(model, plan)
-            if data is not None:
-                data = calibration_stats(model, data, verbose=self.verbose)
         else:
-            plan, data = select_with(model, self._source, data, verbose=self.verbose)
+            keep = self._sequential is not False
+            plan, data = select_with(model, self._source, data, keep=keep, verbose=self.verbose)
         self._params_before = inspect.dense_params(model)
-        apply_plan(model, plan, calibration_data=data)
+        apply_calibrated(model, plan, data, self._sequential, verbose=self.verbose)
         self.plan, self._done = plan, True
         backend = _backend.backend_of(model)
         for callback in self._siblings():

@@ -24,8 +24,14 @@ from keras_alds.core.spectra import Spectra, spectra_many
 from keras_alds.core.targets import allowed_ranks, get_target
 from keras_alds.plan import CompressionPlan, LayerChoice, allowed_after, removed_fraction
 from keras_alds.rewrite import inspect, wrappers
-from keras_alds.rewrite.in_place import already_compressed, apply_plan, check_plan, match
-from keras_alds.rewrite.observe import CalibrationStats, calibration_stats
+from keras_alds.rewrite.in_place import (
+    already_compressed,
+    apply_calibrated,
+    check_plan,
+    check_sequential,
+    match,
+)
+from keras_alds.rewrite.observe import Calibration, CalibrationStats
 
 if TYPE_CHECKING:
     from keras_alds.litert.latency import LayerLatencies
@@ -276,24 +282,32 @@ def select(
 
 
 def select_with(
-    model: Any, options: Options, calibration_data: Any = None, *, verbose: int = 1
-) -> tuple[CompressionPlan, CalibrationStats | None]:
-    """`select` with options that are already checked; returns the statistics that it used too."""
+    model: Any,
+    options: Options,
+    calibration_data: Any = None,
+    *,
+    keep: bool = False,
+    verbose: int = 1,
+) -> tuple[CompressionPlan, Calibration | None]:
+    """`select` with options that are already checked; returns what it learnt of the data too.
+
+    With `keep` the examples are kept, to be run again.
+    """
     problem = Problem.of(model, options)
     wrappers.apply_masks(model)
-    stats = None
+    calibration = None
     if calibration_data is not None:
         for _ in _kernels(problem.candidates):
             pass  # complains of weights that are not finite before the model is run
-        stats = calibration_stats(model, calibration_data, verbose=verbose)
-        problem = problem.calibrated(model, stats)
+        calibration = Calibration.of(model, calibration_data, keep=keep, verbose=verbose)
+        problem = problem.calibrated(model, calibration.collected(model, verbose=verbose))
     method = get_method(options.method, options.error)
     tables = problem.tables(method)
     try:
         candidates, solution = problem.solve(method, tables)
     except InfeasibleBudget as infeasible:
         raise problem.unreachable(infeasible.required, infeasible.resource) from None
-    output_errors = _output_errors(problem, candidates, solution) if stats else (None, None)
+    output_errors = _output_errors(problem, candidates, solution) if calibration else (None, None)
     rows = zip(candidates, solution.indices, strict=True)
     choices = tuple(
         problem.choice(spec, *next(rows)) if spec.reason is None else problem.left_alone(spec)
@@ -321,7 +335,7 @@ def select_with(
         latency_before=latency,
         latency_after=None if latency is None else latency - saved_latency,
     )
-    return plan, stats
+    return plan, calibration
 
 
 def _output_errors(
@@ -838,6 +852,7 @@ def compress(
     target: str | None = None,
     bounds: Mapping[Any, tuple[float | None, float | None]] | None = None,
     latency: Any = None,
+    sequential: bool | None = None,
 ) -> Any:
     """Returns a new, smaller model; `model` is untouched.
 
@@ -868,6 +883,12 @@ def compress(
         target: As for `select`.
         bounds: As for `select`.
         latency: As for `select`.
+        sequential: Boolean or None. With calibration data, whether the layers are compressed one
+            after the other, each on what the compressed layers before it give, so that it makes
+            up for their errors. It needs the examples themselves (not `CalibrationStats`) and
+            takes about two more forward passes; what is Python code (a subclassed model) is run
+            anew for every layer in it. Defaults to None: yes, if there are examples and no piece
+            of code with more than 8 such layers; a warning tells if that is the obstacle.
 
     Returns:
         A new model of the same Keras.
@@ -895,6 +916,9 @@ def compress(
         bounds=bounds,
         latency=latency,
     )
+    check_sequential(sequential, calibration_data)
+    keep = sequential is not False
+    calibration = None
     if plan is None:
         method = choose_method(method, has_data=calibration_data is not None, error=error)
         options = Options(
@@ -909,13 +933,12 @@ def compress(
             bounds,
             latency=latency,
         )
-        plan, stats = select_with(model, options, calibration_data)
+        plan, calibration = select_with(model, options, calibration_data, keep=keep)
     else:
         check_model(model)
         match(model, plan)
-        stats = None
         if calibration_data is not None:
-            stats = calibration_stats(model, calibration_data)
+            calibration = Calibration.of(model, calibration_data, keep=keep)
         elif wants_data(plan):
             warnings.warn(
                 f"The plan was chosen with calibration data (method {plan.method!r}), and there "
@@ -926,7 +949,7 @@ def compress(
     backend = _backend.backend_of(model)
     with backend.creation_scope(model):
         copy = backend.copy_model(model)
-    apply_plan(copy, plan, calibration_data=stats)
+    apply_calibrated(copy, plan, calibration, sequential)
     return copy
 
 

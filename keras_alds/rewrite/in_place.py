@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from rich.progress import Progress
 
 from keras_alds import _backend
 from keras_alds.core.calibration import SecondMoment, factorize_outputs
@@ -16,9 +18,17 @@ from keras_alds.core.pca import factorize_pca
 from keras_alds.core.spectra import factorize
 from keras_alds.plan import CompressionPlan, LayerChoice
 from keras_alds.rewrite import inspect, wrappers
-from keras_alds.rewrite.kinds import Kind, attention_class, kernel_values, kind_of, projections
-from keras_alds.rewrite.observe import CalibrationStats, calibration_stats
+from keras_alds.rewrite.kinds import (
+    Kind,
+    attention_class,
+    kernel_values,
+    kind_of,
+    observable,
+    projections,
+)
+from keras_alds.rewrite.observe import Calibration, CalibrationStats, KeptExamples
 from keras_alds.rewrite.optimizer import carry_optimizers
+from keras_alds.rewrite.sequential import Walk, most_reruns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +45,17 @@ class Replacement:
     bias: np.ndarray | None = None
 
 
-def apply_plan(model: Any, plan: CompressionPlan, *, calibration_data: Any = None) -> None:
+#: Code in which more layers are factorized is run anew for each of them only if asked for.
+MOST_RERUNS = 8
+
+
+def apply_plan(
+    model: Any,
+    plan: CompressionPlan,
+    *,
+    calibration_data: Any = None,
+    sequential: bool | None = None,
+) -> None:
     """Factorizes the layers of `model` **in place**, as `plan` says.
 
     The model and its layers stay the same objects, and so do the variables of everything that is
@@ -52,10 +72,11 @@ def apply_plan(model: Any, plan: CompressionPlan, *, calibration_data: Any = Non
         calibration_data: Examples or `CalibrationStats` as for `select`: the factors then keep
             the layers' outputs on them best. Defaults to None: the factors are nearest to the
             kernels, also for a plan that was chosen with data.
+        sequential: As for `compress`.
 
     Raises:
         ValueError: If `plan` was made for another model, a kernel is not finite, or the
-            calibration data do not fit the model.
+            calibration data do not fit the model or `sequential`.
 
     Example:
     ```python
@@ -66,13 +87,31 @@ def apply_plan(model: Any, plan: CompressionPlan, *, calibration_data: Any = Non
     ```
     """
     check_plan(plan)
+    check_sequential(sequential, calibration_data)
+    apply_calibrated(model, plan, calibration_data, sequential)
+
+
+def apply_calibrated(
+    model: Any,
+    plan: CompressionPlan,
+    data: Any = None,
+    sequential: bool | None = None,
+    *,
+    verbose: int = 1,
+) -> None:
+    """`apply_plan` with arguments that are checked; `data` may be a `Calibration`."""
     backend = _backend.backend_of(model)
-    stats = None
-    if calibration_data is not None:
+    calibration = None
+    if data is not None:
         match(model, plan)
-        stats = calibration_stats(model, calibration_data)
+        calibration = Calibration.of(model, data, keep=sequential is not False, verbose=verbose)
     wrappers.apply_masks(model)
-    replacements = prepare(model, plan, stats)
+    if calibration is None:
+        replacements = prepare(model, plan)
+    elif calibration.examples is not None and _is_sequential(model, plan, sequential):
+        replacements = _prepare_sequentially(model, plan, calibration.examples, verbose)
+    else:
+        replacements = prepare(model, plan, calibration.collected(model, verbose=verbose))
     undo: list[Callable[[], None]] = []
     try:
         known = list(model.variables)
@@ -137,6 +176,76 @@ def prepare(
             for spec, choice in match(model, plan)
             if choice.factorized
         ]
+
+
+def check_sequential(sequential: Any, data: Any) -> None:
+    """Raises a ValueError unless `sequential` is None or a boolean that fits the data."""
+    if sequential not in (None, True, False) or isinstance(sequential, int) != isinstance(
+        sequential, bool
+    ):
+        raise ValueError(
+            f"Expected `sequential` to be True, False or None. Received: sequential={sequential!r}"
+        )
+    if sequential and (data is None or isinstance(data, CalibrationStats)):
+        raise ValueError(
+            "Expected examples as `calibration_data` with sequential=True: the layers are run on "
+            "them again, and statistics hold none. "
+            f"Received: calibration_data={data!r}"
+        )
+
+
+def _is_sequential(model: Any, plan: CompressionPlan, sequential: bool | None) -> bool:
+    """Whether to compress layer after layer; warns where it would take too long."""
+    if plan.method in METHODS and METHODS[plan.method].centred:
+        if sequential:
+            raise ValueError(
+                f"Expected no sequential=True with the method {plan.method!r}: its factors are the "
+                "principal components of the original outputs. Received: sequential=True"
+            )
+        return False
+    if sequential is not None:
+        return sequential
+    layers = [spec.layer for spec, choice in match(model, plan) if choice.factorized]
+    reruns = most_reruns(model, layers)
+    if reruns > MOST_RERUNS:
+        warnings.warn(
+            f"{reruns} layers of the model '{model.name}' that are to be factorized are called in "
+            "Python code, which would be run anew for each of them. Their factors are made from "
+            "the original network's inputs instead. Pass sequential=True to have it run all the "
+            "same (better factors), or sequential=False, which is what is done now.",
+            stacklevel=4,
+        )
+    return reruns <= MOST_RERUNS
+
+
+def _prepare_sequentially(
+    model: Any, plan: CompressionPlan, examples: KeptExamples, verbose: int
+) -> list[Replacement]:
+    """`prepare` with every layer's factors made for what the factors before it give."""
+    backend = _backend.backend_of(model)
+    pairs = [(spec.layer, choice) for spec, choice in match(model, plan) if choice.factorized]
+    choices = {id(layer): choice for layer, choice in pairs}
+    made: dict[int, Replacement] = {}
+
+    def decide(layer: Any, moment: SecondMoment, target: np.ndarray) -> Any:
+        made[id(layer)] = replacement(layer, choices[id(layer)], moment, target)
+        return made[id(layer)].factorized
+
+    with (
+        backend.creation_scope(model),
+        Progress(transient=True, disable=not verbose) as progress,
+    ):
+        for layer, choice in pairs:
+            if not observable(layer):
+                made[id(layer)] = replacement(layer, choice)
+        given = [(item.layer, item.factorized) for item in made.values()]
+        task = progress.add_task("compression", total=len(pairs) - len(given))
+        layers = [layer for layer, _ in pairs if id(layer) not in made]
+        Walk(model, layers, examples, given=given).run(decide, lambda: progress.advance(task))
+        for layer, choice in pairs:  # those that no example reaches
+            if id(layer) not in made:
+                made[id(layer)] = replacement(layer, choice)
+    return [made[id(layer)] for layer, _ in pairs]
 
 
 def check_plan(plan: Any) -> None:
@@ -204,19 +313,26 @@ def already_compressed(specs: list[inspect.LayerSpec]) -> str:
     )
 
 
-def factorized_layer(layer: Any, choice: LayerChoice, moment: SecondMoment | None = None) -> Any:
+def factorized_layer(
+    layer: Any,
+    choice: LayerChoice,
+    moment: SecondMoment | None = None,
+    target: np.ndarray | None = None,
+) -> Any:
     """A new factorized layer, built and holding the factors of `layer`, which is not changed.
 
     Settings carry over: regularizers apply to each factor. With the second moment of the layer's
-    inputs the factors keep its outputs best, without it they are nearest to its kernel.
+    inputs the factors keep the outputs of its kernel, or of `target` in its place, best; without
+    it they are nearest to its kernel.
     """
-    return replacement(layer, choice, moment).factorized
+    return replacement(layer, choice, moment, target).factorized
 
 
 def replacement(
     layer: Any,
     choice: LayerChoice,
     moment: SecondMoment | None = None,
+    target: np.ndarray | None = None,
     *,
     centred: bool = False,
 ) -> Replacement:
@@ -265,7 +381,8 @@ def replacement(
     elif moment is None or choice.slices % moment.blocks.shape[0]:
         encoder, decoder = factorize(kernel, choice.slices, choice.rank)
     else:
-        encoder, decoder = factorize_outputs(kernel, moment, choice.slices, choice.rank)
+        target = kernel if target is None else target
+        encoder, decoder = factorize_outputs(target, moment, choice.slices, choice.rank)
     decoder = factorized.unfolding.write_decoder(decoder, kind.shape(layer))
     factorized.encoder.assign(np.reshape(encoder, tuple(factorized.encoder.shape)))
     factorized.decoder.assign(np.reshape(decoder, tuple(factorized.decoder.shape)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -30,6 +31,7 @@ from keras_alds.core.slicing import Array, kernel_sizes
 from keras_alds.core.spectra import Spectra
 from keras_alds.rewrite import inspect
 from keras_alds.rewrite.kinds import known_kind, observable
+from keras_alds.rewrite.storage import Store
 
 STATS_VERSION = 1
 #: Fewer examples than this say next to nothing of what a layer sees.
@@ -133,25 +135,26 @@ class CalibrationStats:
                 f"Expected `max_examples` to be at least {MIN_EXAMPLES}, or None. "
                 f"Received: max_examples={max_examples!r}"
             )
-        specs = candidates(model)
         source = Examples(model, data, max_examples)
+        return cls._observed(model, source, source.total, verbose)
+
+    @classmethod
+    def _observed(
+        cls, model: Any, source: Iterable[tuple[Any, int]], total: int | None, verbose: int
+    ) -> CalibrationStats:
+        specs = candidates(model)
         observer = _Observer(specs)
         examples = 0
         with (
             Progress(transient=True, disable=not verbose) as progress,
             observer.watching(model),
         ):
-            task = progress.add_task("calibration", total=source.total)
+            task = progress.add_task("calibration", total=total)
             for batch, count in source:
                 model(batch, training=False)
                 examples += count
                 progress.update(task, completed=examples)
-        if examples < MIN_EXAMPLES:
-            raise ValueError(
-                f"Expected at least {MIN_EXAMPLES} examples of calibration data; some hundreds are "
-                f"good. Received: {examples}"
-                + (" (was a generator used up before?)" if not examples else "")
-            )
+        check_count(examples)
         found = observer.moments()
         return cls(
             {spec.path: found.get(spec.path) for spec in specs},
@@ -269,12 +272,90 @@ class CalibrationStats:
         )
 
 
+def check_count(examples: int) -> None:
+    """Raises a ValueError if there are too few examples."""
+    if examples < MIN_EXAMPLES:
+        raise ValueError(
+            f"Expected at least {MIN_EXAMPLES} examples of calibration data; some hundreds are "
+            f"good. Received: {examples}"
+            + (" (was a generator used up before?)" if not examples else "")
+        )
+
+
+class KeptExamples:
+    """Checked calibration data that were read once and can be run again, in bounded memory.
+
+    Args:
+        model: The model that they are for.
+        data: What a user gives as `calibration_data`.
+
+    Raises:
+        ValueError: As `CalibrationStats.collect`.
+    """
+
+    def __init__(self, model: Any, data: Any) -> None:
+        self._store = Store()
+        self._batches: list[tuple[Any, int]] = []
+        for batch, count in Examples(model, data, DEFAULT_EXAMPLES):
+            self._batches.append((tf.nest.map_structure(self._store.keep, batch), count))
+        check_count(self.count)
+
+    @property
+    def count(self) -> int:
+        """The number of examples."""
+        return sum(count for _, count in self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        for batch, count in self._batches:
+            yield tf.nest.map_structure(self._store.load, batch), count
+
+
+@dataclasses.dataclass
+class Calibration:
+    """What is known of a model's layers: statistics, examples to run again, or both.
+
+    Attributes:
+        stats: The statistics, None if they are not collected yet.
+        examples: The examples, None if there are none or they are not wanted again.
+    """
+
+    stats: CalibrationStats | None = None
+    examples: KeptExamples | None = None
+
+    @classmethod
+    def of(cls, model: Any, data: Any, *, keep: bool, verbose: int = 1) -> Calibration:
+        """What `calibration_data` give.
+
+        Args:
+            model: The model.
+            data: What a user gives, or a `Calibration`.
+            keep: Whether the examples are wanted again; else the statistics are collected.
+            verbose: As for `CalibrationStats.collect`.
+        """
+        if isinstance(data, Calibration):
+            return data
+        if keep and not isinstance(data, CalibrationStats):
+            return cls(examples=KeptExamples(model, data))
+        return cls(stats=calibration_stats(model, data, verbose=verbose))
+
+    def collected(self, model: Any, *, verbose: int = 1) -> CalibrationStats:
+        """The statistics, collected now if they were not yet."""
+        if self.stats is None:
+            self.stats = calibration_stats(model, self.examples, verbose=verbose)
+        return self.stats
+
+
 def calibration_stats(model: Any, data: Any, *, verbose: int = 1) -> CalibrationStats:
     """The statistics that `data` are, or those that are collected from them.
 
     Raises:
         ValueError: As `CalibrationStats.collect` and `CalibrationStats.match`.
     """
+    if isinstance(data, KeptExamples):
+        return CalibrationStats._observed(model, data, data.count, verbose)
     if not isinstance(data, CalibrationStats):
         return CalibrationStats.collect(model, data, verbose=verbose)
     data.match(model)
@@ -329,12 +410,7 @@ class _Observer:
 
     def _add(self, layer: Any, inputs: Array) -> None:
         spec = self._specs[id(layer)]
-        if not np.isfinite(inputs).all():
-            raise ValueError(
-                "Expected finite values in the whole model. Received: NaN or infinity in the "
-                f"input of layer '{spec.path}'. Look at the layers before it and at the range of "
-                "the data."
-            )
+        check_finite(inputs, spec.path)
         c, kappa, _ = kernel_sizes(spec.kernel_shape or ())
         sums = self._sums.setdefault(id(layer), MomentAccumulator(c, kappa))
         x = layer_inputs(layer, inputs)
@@ -353,6 +429,16 @@ class _Observer:
             sums = self._sums.pop(key, None)
             found[spec.path] = sums.moment() if sums is not None else None
         return found
+
+
+def check_finite(inputs: Array, path: str) -> None:
+    """Raises a ValueError if a layer gets NaN or infinity."""
+    if not np.isfinite(inputs).all():
+        raise ValueError(
+            "Expected finite values in the whole model. Received: NaN or infinity in the "
+            f"input of layer '{path}'. Look at the layers before it and at the range of "
+            "the data."
+        )
 
 
 def when_known(inputs: Any, outputs: Any, use: Callable[[Array], None]) -> Any:

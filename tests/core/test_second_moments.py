@@ -162,10 +162,10 @@ class TestMoment:
         assert list(found.slices) == [4, 8]
         for k in (4, 8):
             np.testing.assert_allclose(
-                found.slices[k].residual_energy,
-                whole.slices[k].residual_energy,
+                found.slices[k].residual_norm,
+                whole.slices[k].residual_norm,
                 rtol=1e-3,
-                atol=1e-9 * whole.energy,
+                atol=1e-9 * whole.norm,
             )
             encoder, decoder = factorize_outputs(kernel, moment, k, 3)
             assert encoder.shape == (*SIZE, CHANNELS // k, 3 * k)
@@ -200,6 +200,35 @@ class TestSpectra:
             ]
         )
         np.testing.assert_allclose(found.residual_norm[:-1], singular.max(0), rtol=1e-3)
+
+    @pytest.mark.parametrize("k", divisors(CHANNELS)[1:])
+    def test_promise_the_error_after_the_joint_refit(self, rng, k):
+        kernel, moment = kernel_of(rng), moment_of(inputs_of(rng))
+        spectra = output_spectra(kernel, moment)
+        for row in choice_table(spectra, error="energy"):
+            if row.slices == k and row.rank < spectra.slices[k].rank:
+                factors = factorize_outputs(kernel, moment, k, row.rank, sweeps=0)
+                error = output_error(kernel, recompose(*factors, k), moment)
+                assert row.error == pytest.approx(error, rel=1e-5, abs=1e-9)
+
+    @pytest.mark.parametrize("channels", [60, 24])
+    def test_wide_slices_that_few_inputs_were_seen_of(self, rng, monkeypatch, channels):
+        """The low rank of S is used: the same as all of it, but for ρ."""
+        kernel = rng.standard_normal((channels, 20))
+        moment = moment_of(inputs_of(rng, count=10, n=channels))
+        usual = output_spectra(kernel, moment)
+        factors = factorize_outputs(kernel, moment, 1, 5)
+        monkeypatch.setattr(calibration, "_WIDE_SIDE", channels)
+        for k in (1, 2):
+            found = output_spectra(kernel, moment).slices[k]
+            np.testing.assert_allclose(
+                found.residual_energy,
+                usual.slices[k].residual_energy,
+                atol=2e-3 * usual.energy,
+            )
+        again = factorize_outputs(kernel, moment, 1, 5)
+        errors = [output_error(kernel, recompose(*f, 1), moment) for f in (factors, again)]
+        assert errors[1] == pytest.approx(errors[0], rel=1e-3)
 
     def test_many_are_the_same_bit_for_bit(self, rng):
         kernels = [kernel_of(rng), rng.standard_normal((CHANNELS, 5))]
@@ -265,6 +294,21 @@ class TestFactors:
         found = output_error(kernel, recompose(encoder, decoder, k), moment)
         assert found <= output_error(kernel, kept, moment) * (1 + 1e-9)
         assert found <= output_error(kernel, recompose(*factorize(kernel, k, rank), k), moment)
+
+    @pytest.mark.parametrize(("k", "rank"), [(2, 4), (4, 2), (8, 2)])
+    def test_sweeps_lower_the_error(self, rng, k, rank):
+        mixed = inputs_of(rng) @ rng.standard_normal((N, N)) ** 3
+        kernel, moment = kernel_of(rng), moment_of(mixed)
+        errors = [
+            output_error(
+                kernel,
+                recompose(*factorize_outputs(kernel, moment, k, rank, sweeps=sweeps), k),
+                moment,
+            )
+            for sweeps in (0, 1, 2, 8)
+        ]
+        assert errors == sorted(errors, reverse=True)
+        assert errors[2] < errors[0]
 
     def test_refit_is_least_squares(self, rng):
         kernel, rows = kernel_of(rng), inputs_of(rng)

@@ -1,0 +1,484 @@
+"""Sequential calibration: every layer makes up for what the layers before it lost.
+
+The layers are taken in an order in which the network runs. With x what a layer sees in the
+original network and x̂ what it sees in the network whose earlier layers are compressed already, the
+best dense kernel for x̂ is the regression of the original outputs xW on x̂ (see
+`core.calibration.PairAccumulator`), and that one is factorized, by the second moment of x̂.
+
+A Functional or Sequential model is walked once, nested models included: for every tensor that is
+still needed both versions are kept, of all examples, and every layer runs once for each. Whatever
+holds candidates and is Python code (a custom layer, a subclassed model) is run anew for each of
+the candidates inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_alds import _backend
+from keras_alds.core.calibration import TARGET_RIDGES, PairAccumulator, SecondMoment
+from keras_alds.core.slicing import Array
+from keras_alds.rewrite import inspect
+from keras_alds.rewrite.kinds import kernel_values
+from keras_alds.rewrite.observe import (
+    KeptExamples,
+    check_finite,
+    layer_inputs,
+    layer_patches,
+    when_known,
+)
+from keras_alds.rewrite.storage import Store
+
+# Parts of one call of one layer that threads work on side by side.
+_PARTS = 4
+
+Decide = Callable[[Any, SecondMoment, Array], Any]
+
+
+# -- A model as a list of steps ------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """Stands for a tensor in the arguments of a step."""
+
+    tensor: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Step:
+    """One call of a layer, or of all of a model that is Python code.
+
+    Attributes:
+        layer: What is called.
+        args: Its arguments, `_Slot`s in place of tensors.
+        kwargs: Its keyword arguments, likewise.
+        inputs: The tensors among them.
+        outputs: The tensors that come out.
+        inside: Ids of the candidates that it runs.
+    """
+
+    layer: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    inside: frozenset[int]
+
+
+class _Program:
+    """The steps of a model in an order that runs, nested models written out."""
+
+    def __init__(self, model: Any, layers: Sequence[Any]) -> None:
+        self._backend = _backend.backend_of(model)
+        self._ids = {id(layer) for layer in layers}
+        self._inside: dict[int, frozenset[int]] = {}
+        self._tensors = 0
+        self.model = model
+        self.steps: list[_Step] = []
+        self.inputs: list[int] = []
+        self.outputs: list[int] = []
+
+    def from_graph(self) -> None:
+        """Reads the graph of a symbolic model."""
+        self.inputs = self._new(len(tf.nest.flatten(self._backend.graph_ends(self.model)[0])))
+        self.outputs = self._read(self.model, self.inputs)
+
+    def from_code(self, structure: Any) -> None:
+        """Takes the whole model as one step, called on a structure of inputs."""
+        self.inputs = self._new(len(tf.nest.flatten(structure)))
+        slots = tf.nest.pack_sequence_as(structure, [_Slot(tensor) for tensor in self.inputs])
+        self.steps = [_Step(self.model, (slots,), {}, tuple(self.inputs), (), frozenset(self._ids))]
+
+    def _new(self, count: int) -> list[int]:
+        self._tensors += count
+        return list(range(self._tensors - count, self._tensors))
+
+    def _read(self, model: Any, inputs: Sequence[int]) -> list[int]:
+        backend = self._backend
+        starts, ends = map(tf.nest.flatten, backend.graph_ends(model))
+        known = {
+            id(tensor): self._cast(index, tensor)
+            for tensor, index in zip(starts, inputs, strict=True)
+        }
+        for call in backend.graph(model):
+            if isinstance(call.layer, backend.keras.layers.InputLayer):
+                continue
+            args, kwargs = tf.nest.map_structure(
+                lambda leaf: _Slot(known[id(leaf)]) if id(leaf) in known else leaf,
+                (call.args, call.kwargs),
+            )
+            used = [leaf.tensor for leaf in tf.nest.flatten((args, kwargs)) if _is_slot(leaf)]
+            first = tf.nest.flatten(args[0]) if args else []
+            if (
+                backend.runs_graph(call.layer)
+                and not kwargs.get("training")
+                and not any(map(_is_slot, tf.nest.flatten((args[1:], kwargs))))
+                and len(first) == len(tf.nest.flatten(backend.graph_ends(call.layer)[0]))
+                and all(map(_is_slot, first))
+            ):
+                outputs = self._read(call.layer, used)
+            else:
+                outputs = self._new(len(call.outputs))
+                self.steps.append(
+                    _Step(
+                        call.layer,
+                        tuple(args),
+                        kwargs,
+                        tuple(used),
+                        tuple(outputs),
+                        self._candidates_in(call.layer),
+                    )
+                )
+            known.update(zip(map(id, call.outputs), outputs, strict=True))
+        return [known[id(tensor)] for tensor in ends]
+
+    def _cast(self, index: int, tensor: Any) -> int:
+        """Models cast what they are called on to the dtype of their inputs."""
+        dtype = tf.as_dtype(tensor.dtype)
+        (output,) = self._new(1)
+
+        def cast(value: Any) -> Any:
+            if not isinstance(value, tf.Tensor) or value.dtype == dtype:
+                return value
+            return tf.cast(value, dtype)
+
+        step = _Step(cast, (_Slot(index),), {}, (index,), (output,), frozenset())
+        self.steps.append(step)
+        return output
+
+    def _candidates_in(self, layer: Any) -> frozenset[int]:
+        if not isinstance(layer, self._backend.keras.layers.Layer):
+            return frozenset()
+        if id(layer) not in self._inside:
+            below = [id(inner) for _, inner in inspect.walk(layer)]
+            self._inside[id(layer)] = frozenset(self._ids.intersection([id(layer), *below]))
+        return self._inside[id(layer)]
+
+
+def _is_slot(leaf: Any) -> bool:
+    return isinstance(leaf, _Slot)
+
+
+# -- Running it ----------------------------------------------------------------------------------
+
+# Both versions of a tensor: a list of kept chunks each, the same list where they do not differ.
+_Pair = tuple[list[Any], list[Any]]
+
+
+class Walk:
+    """Walks once through a model and compresses its layers on the way.
+
+    Args:
+        model: A built model.
+        layers: The layers to compress.
+        examples: The examples.
+        store: Where tensors are kept. Defaults to a new one.
+        given: Other layers with what they become, which is known from the start.
+
+    Attributes:
+        order: The layers that the examples reach, in the order in which they are compressed.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layers: Sequence[Any],
+        examples: KeptExamples,
+        store: Store | None = None,
+        given: Sequence[tuple[Any, Any]] = (),
+    ) -> None:
+        self._backend = _backend.backend_of(model)
+        self._store = Store() if store is None else store
+        self._chunks = len(examples)
+        self._layers = {id(layer): layer for layer in layers}
+        self._places = {**self._layers, **{id(layer): layer for layer, _ in given}}
+        self._compressed = {id(layer): compressed for layer, compressed in given}
+        self._values: dict[int, _Pair] = {}
+        self._provisional: dict[int, _Pair] = {}
+        self._done = set(self._compressed)
+        self._program, first_calls = self._read(model, next(iter(examples))[0])
+        flat = [
+            [self._store.keep(tensor) for tensor in self._flat_inputs(batch)]
+            for batch, _ in examples
+        ]
+        for tensor, kept in zip(
+            self._program.inputs, map(list, zip(*flat, strict=True)), strict=True
+        ):
+            self._values[tensor] = kept, kept
+        self._steps = self._program.steps
+        self._calls: dict[int, list[int]] = {key: [] for key in self._layers}
+        for number, step in enumerate(self._steps):
+            for key in step.inside & self._calls.keys():
+                self._calls[key].append(number)
+        self._makers = {t: n for n, step in enumerate(self._steps) for t in step.outputs}
+        self.order = [self._layers[key] for key in self._order(first_calls)]
+        self._done |= self._layers.keys() - first_calls.keys()  # no example reaches these
+        self._ran: set[int] = set()
+        self._uses = self._count_uses()
+
+    # -- Preparation -------------------------------------------------------------------------
+
+    def _read(self, model: Any, batch: Any) -> tuple[_Program, dict[int, int]]:
+        """The program, and the candidates in the order of their first calls."""
+        first_calls: dict[int, int] = {}
+
+        def watch(layer: Any, inputs: Any, outputs: Any) -> Any:
+            first_calls.setdefault(id(layer), len(first_calls))
+            return outputs
+
+        layers = list(self._layers.values())
+        with self._backend.watching_calls(layers, watch):
+            model(batch, training=False)
+        program = _Program(model, list(self._places.values()))
+        if self._backend.runs_graph(model):
+            program.from_graph()
+        else:
+            program.from_code(batch)
+        return program, first_calls
+
+    def _flat_inputs(self, batch: Any) -> list[Any]:
+        model = self._program.model
+        if self._backend.runs_graph(model):
+            return self._backend.graph_inputs(model, batch)
+        return tf.nest.flatten(batch)
+
+    def _order(self, first_calls: dict[int, int]) -> list[int]:
+        """The candidates so that each comes after all that its inputs depend on.
+
+        Where layers depend on each other through shared calls, the one that is called first goes
+        first.
+        """
+        above: dict[int, frozenset[int]] = {tensor: frozenset() for tensor in self._program.inputs}
+        needs: dict[int, set[int]] = {key: set() for key in first_calls}
+        for step in self._steps:
+            before = frozenset().union(*(above[tensor] for tensor in step.inputs))
+            for key in step.inside & needs.keys():
+                needs[key] |= (before & needs.keys()) - {key}
+                inside = step.inside & needs.keys()
+                needs[key] |= {k for k in inside if first_calls[k] < first_calls[key]}
+            above.update(dict.fromkeys(step.outputs, before | step.inside))
+        order: list[int] = []
+        left = sorted(needs, key=lambda key: first_calls[key])
+        while left:
+            free = (key for key in left if needs[key].issubset(order))
+            order.append(next(free, left[0]))
+            left.remove(order[-1])
+        return order
+
+    def _count_uses(self) -> dict[int, int]:
+        """How often every tensor will be read until the last candidate is compressed."""
+        recorded = [(n, key) for key, calls in self._calls.items() for n in calls]
+        needed = self._pending([t for n, _ in recorded for t in self._steps[n].inputs])
+        uses = dict.fromkeys(self._program.inputs, 0)
+        for n in [*needed, *(n for n, _ in recorded)]:
+            for tensor in self._steps[n].inputs:
+                uses[tensor] = uses.get(tensor, 0) + 1
+        return uses
+
+    def _pending(self, tensors: Iterable[int]) -> list[int]:
+        """The steps that have to run before some tensors are known."""
+        found: set[int] = set()
+        stack = list(tensors)
+        while stack:
+            tensor = stack.pop()
+            number = self._makers.get(tensor)
+            if number is None or number in found or number in self._ran:
+                continue
+            if tensor in self._provisional:
+                continue
+            found.add(number)
+            stack.extend(self._steps[number].inputs)
+        return sorted(found)
+
+    # -- The walk ----------------------------------------------------------------------------
+
+    def run(self, decide: Decide, progress: Callable[[], object] = lambda: None) -> None:
+        """Compresses one layer after the other.
+
+        Args:
+            decide: `decide(layer, moment, target)` returns the layer that `layer` becomes, a
+                built one with the same inputs and outputs, or None to leave it as it is.
+            progress: Called after every layer.
+        """
+        for layer in self.order:
+            key = id(layer)
+            moment, target = self._observe(layer)
+            compressed = decide(layer, moment, target)
+            self._done.add(key)
+            if compressed is not None:
+                self._compressed[key] = compressed
+            for pair in self._provisional.values():
+                self._drop(pair)
+            self._provisional.clear()
+            for number in self._calls[key]:
+                self._release(self._steps[number].inputs)
+            progress()
+
+    def _observe(self, layer: Any) -> tuple[SecondMoment, Array]:
+        """The second moment of what a layer sees now, and the kernel that is best for it."""
+        calls = self._calls[id(layer)]
+        self._ensure([tensor for n in calls for tensor in self._steps[n].inputs])
+        sums = PairAccumulator(kernel_values(layer))
+        held = held_out(self._chunks)
+        with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="keras_alds") as pool:
+
+            def parts(chunks: Iterable[int]) -> Iterator[list[tuple[Any, Any]]]:
+                for chunk in chunks:
+                    for n in calls:
+                        for x, x_hat in self._seen(layer, self._steps[n], chunk):
+                            yield _parts(layer, x_hat, x, _PARTS if sums.side <= 2048 else 2)
+
+            for some in parts(chunk for chunk in range(self._chunks) if chunk not in held):
+                sums.add_parts(some, pool)
+            errors = sum(
+                (sums.held_out_errors(some, pool) for some in parts(held)),
+                start=np.zeros(len(TARGET_RIDGES)),
+            )
+            ridge = TARGET_RIDGES[int(np.argmin(errors))] if held else TARGET_RIDGES[-2]
+            for some in parts(held):
+                sums.add_parts(some, pool)
+        return sums.result(ridge)
+
+    def _seen(self, layer: Any, step: _Step, chunk: int) -> Iterator[tuple[Array, Array]]:
+        """The inputs `(x, x̂)` of all calls of a layer in one step."""
+        if step.layer is layer:
+            args, kwargs = step.args, step.kwargs
+            first = args[0] if args else next(iter(kwargs.values()))
+            pair = self._pair(first.tensor)
+            x = self._array(layer, self._store.load(pair[0][chunk]))
+            same = pair[0] is pair[1]
+            yield x, (x if same else self._array(layer, self._store.load(pair[1][chunk])))
+            return
+        seen: list[list[Array]] = []
+        for version in (0, 1):
+            found: list[Array] = []
+
+            def watch(layer: Any, inputs: Any, outputs: Any, found: list[Array] = found) -> Any:
+                return when_known(inputs, outputs, lambda x: found.append(self._checked(x, layer)))
+
+            with self._backend.watching_calls([layer], watch):
+                self._call(step, version, chunk)
+            seen.append(found)
+        if len(seen[0]) != len(seen[1]):
+            raise ValueError(
+                f"Expected the layer '{layer.name}' to be called as often in the compressed "
+                f"network as in the original one. Received: {len(seen[1])} and {len(seen[0])} "
+                "calls, which depend on the data. Use `sequential=False`."
+            )
+        yield from zip(*seen, strict=True)
+
+    def _array(self, layer: Any, tensor: Any) -> Array:
+        found: list[Array] = []
+        when_known(tensor, None, found.append)
+        return self._checked(found[0], layer)
+
+    @staticmethod
+    def _checked(values: Array, layer: Any) -> Array:
+        check_finite(values, layer.name)
+        return values
+
+    def _pair(self, tensor: int) -> _Pair:
+        return self._provisional.get(tensor) or self._values[tensor]
+
+    def _ensure(self, tensors: Iterable[int]) -> None:
+        for number in self._pending(tensors):
+            step = self._steps[number]
+            provisional = not step.inside <= self._done or any(
+                tensor in self._provisional for tensor in step.inputs
+            )
+            same = not step.inside & self._compressed.keys() and all(
+                pair[0] is pair[1] for pair in map(self._pair, step.inputs)
+            )
+            outputs = self._outputs(step, 0)
+            pairs = list(zip(outputs, outputs if same else self._outputs(step, 1), strict=True))
+            target = self._provisional if provisional else self._values
+            target.update(zip(step.outputs, pairs, strict=True))
+            if not provisional:
+                self._ran.add(number)
+                self._release(step.inputs)
+                for tensor in step.outputs:
+                    if not self._uses.get(tensor):
+                        self._drop(self._values.pop(tensor))
+
+    def _outputs(self, step: _Step, version: int) -> list[list[Any]]:
+        chunks = [
+            [self._store.keep(output) for output in self._call(step, version, chunk)]
+            for chunk in range(self._chunks)
+        ]
+        return [list(values) for values in zip(*chunks, strict=True)]
+
+    def _call(self, step: _Step, version: int, chunk: int) -> list[Any]:
+        def value(leaf: Any) -> Any:
+            if not _is_slot(leaf):
+                return leaf
+            return self._store.load(self._pair(leaf.tensor)[version][chunk])
+
+        args, kwargs = tf.nest.map_structure(value, (step.args, step.kwargs))
+        inside = self._compressed.keys() & step.inside if version else ()
+        with _in_place_of([(self._places[key], self._compressed[key]) for key in sorted(inside)]):
+            outputs = self._backend.infer(step.layer, args, kwargs)
+        return tf.nest.flatten(outputs)
+
+    def _release(self, tensors: Iterable[int]) -> None:
+        for tensor in tensors:
+            self._uses[tensor] -= 1
+            if self._uses[tensor] == 0 and tensor in self._values:
+                self._drop(self._values.pop(tensor))
+
+    def _drop(self, pair: _Pair) -> None:
+        for chunks in pair if pair[0] is not pair[1] else pair[:1]:
+            for kept in chunks:
+                self._store.drop(kept)
+
+
+def held_out(chunks: int) -> list[int]:
+    """Which chunks of examples choose ρ: every fourth, the last of two or three, or none."""
+    return list(range(3, chunks, 4)) or list(range(chunks))[1:][-1:]
+
+
+def _parts(layer: Any, x_hat: Array, x: Array, parts: int) -> list[tuple[Any, Any]]:
+    """The unfolded inputs of one call for several threads, as `PairAccumulator` takes them."""
+    pairs = [np.array_split(layer_inputs(layer, values), parts) for values in (x_hat, x)]
+    return [
+        (layer_patches(layer, now), None if x is x_hat else layer_patches(layer, before))
+        for now, before in zip(*pairs, strict=True)
+        if now.size
+    ]
+
+
+@contextlib.contextmanager
+def _in_place_of(pairs: Sequence[tuple[Any, Any]]) -> Iterator[None]:
+    """Lets layers compute what others do while inside; nothing else of them changes."""
+    before = [(layer, layer.__dict__.get("call")) for layer, _ in pairs]
+    try:
+        for layer, other in pairs:
+            layer.__dict__["call"] = other.call
+        yield
+    finally:
+        for layer, call in before:
+            layer.__dict__.pop("call", None)
+            if call is not None:
+                layer.__dict__["call"] = call
+
+
+def most_reruns(model: Any, layers: Sequence[Any]) -> int:
+    """How often the largest piece of Python code in `model` would be run anew.
+
+    Args:
+        model: A built model.
+        layers: The layers to compress.
+    """
+    program = _Program(model, layers)
+    if not _backend.backend_of(model).runs_graph(model):
+        return len(layers)
+    program.from_graph()
+    return max((len(step.inside) for step in program.steps), default=0)

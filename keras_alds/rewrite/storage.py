@@ -1,0 +1,81 @@
+"""Tensors of many examples in bounded memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+#: Bytes of tensors that are kept in memory; what is more goes to files in a temporary folder.
+MEMORY_LIMIT = 1 << 30
+
+
+class Store:
+    """Keeps tensors in memory up to a limit, and in temporary files beyond it.
+
+    The files are gone when the store is.
+
+    Args:
+        limit: Bytes to keep in memory. Defaults to `MEMORY_LIMIT`.
+
+    Attributes:
+        bytes: Bytes that are in memory now.
+        peak: The most that they have been.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = MEMORY_LIMIT if limit is None else limit
+        self.bytes = self.peak = 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._files = 0
+
+    def keep(self, value: Any) -> Any:
+        """Keeps `value`; returns what `load` and `drop` want."""
+        size = _size(value)
+        if not isinstance(value, tf.Tensor) or self.bytes + size <= self.limit:
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+            return value
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="keras_alds_")
+        self._files += 1
+        path = Path(self._folder.name) / str(self._files)
+        value.numpy().tofile(path)
+        return _File(path, value.dtype, tuple(value.shape), getattr(value, "_keras_mask", None))
+
+    def load(self, kept: Any) -> Any:
+        """The value again."""
+        return kept.load() if isinstance(kept, _File) else kept
+
+    def drop(self, kept: Any) -> None:
+        """Forgets a value."""
+        if isinstance(kept, _File):
+            kept.path.unlink()
+        else:
+            self.bytes -= _size(kept)
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    path: Path
+    dtype: tf.DType
+    shape: tuple[int, ...]
+    mask: Any
+
+    def load(self) -> tf.Tensor:
+        values = np.fromfile(self.path, self.dtype.as_numpy_dtype).reshape(self.shape)
+        tensor = tf.convert_to_tensor(values)
+        if self.mask is not None:
+            tensor._keras_mask = self.mask
+        return tensor
+
+
+def _size(value: Any) -> int:
+    if not isinstance(value, tf.Tensor) or value.dtype in (tf.string, tf.variant, tf.resource):
+        return 0
+    return math.prod(value.shape) * value.dtype.size
