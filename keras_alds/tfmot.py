@@ -6,6 +6,7 @@ Needs `pip install "keras_alds[tfmot]"`. Imported when it is used: `keras_alds.t
 from __future__ import annotations
 
 import importlib
+import numbers
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -43,7 +44,7 @@ def prune_low_magnitude(
     Raises:
         ImportError: If TF-MOT is not installed.
         ValueError: If `model` is of Keras 3, is a subclassed one, or is wrapped by TF-MOT
-            already; or if nothing is left to be wrapped.
+            already; if `pruning_schedule` is none; or if nothing is left to be wrapped.
 
     Example:
     ```python
@@ -53,6 +54,12 @@ def prune_low_magnitude(
     """
     sparsity = tfmot_package().sparsity.keras
     if pruning_schedule is not None:
+        if not callable(pruning_schedule):
+            raise ValueError(
+                "Expected `pruning_schedule` to be a `PruningSchedule` of TF-MOT, such as "
+                "`ConstantSparsity(0.5, 0)`. "
+                f"Received: pruning_schedule={pruning_schedule!r}"
+            )
         options["pruning_schedule"] = pruning_schedule
 
     def wrap(layer: Any) -> Any:
@@ -94,7 +101,7 @@ def cluster_weights(
     Raises:
         ImportError: If TF-MOT is not installed.
         ValueError: If `model` is of Keras 3, is a subclassed one, or is wrapped by TF-MOT
-            already; or if nothing is left to be wrapped.
+            already; if `number_of_clusters` is not as above; or if nothing is left to be wrapped.
 
     Example:
     ```python
@@ -102,6 +109,15 @@ def cluster_weights(
     clustered = keras_alds.tfmot.cluster_weights(small, 16, exclude="head")
     ```
     """
+    if (
+        isinstance(number_of_clusters, bool)
+        or not isinstance(number_of_clusters, numbers.Integral)
+        or number_of_clusters < 2
+    ):
+        raise ValueError(
+            "Expected `number_of_clusters` to be an integer > 1. "
+            f"Received: number_of_clusters={number_of_clusters!r}"
+        )
     clustering = tfmot_package().clustering.keras
     experimental = importlib.import_module(f"{clustering.experimental.__name__}.cluster")
 

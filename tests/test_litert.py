@@ -251,12 +251,35 @@ def test_state_does_not_leak_from_one_example_to_the_next():
         ({"inference_output_type": "int16"}, "Expected `inference_output_type` to be one of"),
         ({"batch_size": 0}, "Expected `batch_size` to be an integer >= 1"),
         ({"runtimes": "xnnpack"}, "Expected `runtimes` to hold some of"),
+        ({"runtimes": ()}, "Expected `runtimes` to hold some of"),
+        ({"runtimes": None}, "Expected `runtimes` to hold some of"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], text: str, dense_and_conv: Any, tmp_path: Path):
     with pytest.raises(ValueError, match=text):
         litert.convert(dense_and_conv, tmp_path / "file.tflite", verbose=0, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_missing_is_named_first(dense_and_conv: Any, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="Expected `path` to lie in a folder that exists"):
+        litert.convert(dense_and_conv, tmp_path / "none" / "file.tflite", quantize="int8")
+
+
+@pytest.mark.filterwarnings("ignore:When providing `inputs` as a dict")
+def test_models_that_take_dicts(keras_module: ModuleType):
+    L = keras_module.layers
+    first, second = keras_module.Input((6,), name="first"), keras_module.Input((4,), name="second")
+    total = L.Add()([L.Dense(3)(first), L.Dense(3)(second)])
+    model = keras_module.Model({"z": first, "b": second}, total)  # keys are not the layers' names
+    rng = np.random.default_rng(0)
+    x = {"z": rng.standard_normal((16, 6)), "b": rng.standard_normal((16, 4))}
+    x = {name: values.astype(np.float32) for name, values in x.items()}
+    wanted = np.asarray(model(x))
+    for options in ({}, {"quantize": "int8", "representative_data": x}):
+        runner = Runner(litert.convert(model, verbose=0, **options))
+        assert runner.input_names == ["b", "z"]
+        assert np.abs(runner.predict(x) - wanted).max() < 0.1 * np.abs(wanted).max()
 
 
 def test_wrong_models(keras_module: ModuleType):
@@ -415,6 +438,14 @@ def test_compare(contents: dict[str | None, bytes], dense_and_conv: Any, data: n
     ]
 
 
+def test_accuracy_wants_one_output():
+    model = zoo.shared(keras)
+    content = litert.convert(model, verbose=0)
+    x = zoo.examples(model, 8)
+    with pytest.raises(ValueError, match=r"Expected a model of one output.*Received: 2 outputs"):
+        litert.compare(content, content, (x, [np.zeros(8)] * 2), runs=0, verbose=0)
+
+
 def test_compare_metrics(contents: dict[str | None, bytes], dense_and_conv: Any, data: np.ndarray):
     scores = Runner(contents[None]).predict(data)
     labels = np.random.default_rng(1).integers(0, 5, len(data))
@@ -428,6 +459,18 @@ def test_compare_metrics(contents: dict[str | None, bytes], dense_and_conv: Any,
     accuracy = {"accuracy": np.mean(scores.argmax(-1) == labels)}
     for y in (labels, labels[:, None], one_hot):
         assert of(contents[None], y, None) == accuracy
+    second = keras.Sequential([keras.Input((8, 8, 12)), keras.layers.Flatten()])
+    second.add(keras.layers.Dense(1, activation="sigmoid"))
+    second.compile("sgd", "binary_crossentropy", metrics=["accuracy"])
+    file = litert.convert(second, verbose=0)
+    binary = labels % 2
+    wanted = np.mean((Runner(file).predict(data)[:, 0] > 0.5) == binary)
+    for y in (binary, binary[:, None]):
+        found = litert.compare(second, file, (data, y), runs=0, verbose=0)
+        assert dict(found.original.metrics) == {"accuracy": wanted}
+    for y in (np.random.default_rng(2).normal(size=scores.shape), labels + 0.5, labels[:4]):
+        with pytest.raises(ValueError, match="Expected targets to be class numbers"):
+            of(contents[None], y, None)
     error = np.mean(np.abs(scores - one_hot))
     for metric in ("mean_absolute_error", keras.metrics.MeanAbsoluteError(name="mae")):
         (value,) = of(dense_and_conv, one_hot, metric).values()

@@ -125,6 +125,13 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch):
         aware(model)
     with pytest.raises(ValueError, match=r"Expected either training data or .*\(epochs\)"):
         aware(model, fit=lambda model: None, epochs=2)
+    for options, text in (
+        ({"compress": 0.5}, r"Expected `compress` to be a dict of options.*compress=0\.5"),
+        ({"convert_options": {"quantize": None}}, r"set already.*Received: quantize$"),
+        ({"optimizer": keras.optimizers.Adam()}, r"an optimizer of tf_keras.*Adam of Keras 3"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            aware(model, x, y, **options)
     with pytest.raises(ValueError, match=r"Expected a model without models inside.*'middle'"):
         aware(compiled(zoo.nested(keras), keras), x, y)
     with pytest.raises(ValueError, match="Expected `model` to be Functional or Sequential"):

@@ -304,6 +304,25 @@ class TestHelpers:
         with pytest.warns(UserWarning, match=r"'depthwise' \(D.*\), 'few' \(Conv2D\)\. It does"):
             cluster_weights(model, 16)
 
+    def test_wrong_options(self):
+        with pytest.raises(ValueError, match="Expected `pruning_schedule` to be a `PruningSched"):
+            prune_low_magnitude(zoo.sequential(K), 0.5)
+        for number in (1, 2.5, "8"):
+            with pytest.raises(ValueError, match="Expected `number_of_clusters` to be an integer"):
+                cluster_weights(zoo.sequential(K), number)
+
+    @pytest.mark.parametrize("quantize", [None, "dynamic", "int8"])
+    def test_no_file_of_a_wrapped_model(self, quantize):
+        quantization = tfmot.quantization.keras
+        model = zoo.sequential(K)
+        for wrapped, remedy in (
+            (prune_low_magnitude(model), r"strip_pruning\(model\)"),
+            (cluster_weights(model, 2), r"strip_clustering\(model\)"),
+            (quantization.quantize_annotate_model(model), r"quantize_apply\(model\)"),
+        ):
+            with pytest.raises(ValueError, match=f"for `litert.convert`.*Remedy: `{remedy}`"):
+                keras_alds.litert.convert(wrapped, quantize=quantize, verbose=0)
+
     @pytest.mark.filterwarnings("ignore:`exclude` entry")
     @pytest.mark.parametrize("wrap", [prune_low_magnitude, cluster_weights])
     def test_errors_name_the_remedy(self, wrap, monkeypatch):

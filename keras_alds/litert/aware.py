@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import keras
+
 from keras_alds import _backend
 from keras_alds.compress import compress as compress_model
 from keras_alds.litert import _package
@@ -86,6 +88,7 @@ def quantize_aware_training(
             "Expected either training data or a function `fit` that has its own. Received: both, "
             f"or options of Keras's `fit` beside it ({', '.join(fit_options) or 'x, y'})"
         )
+    _check_options(compress, convert_options, optimizer)
     tfmot = tfmot_package()
     _package.interpreter()
     if compress is not None:
@@ -107,6 +110,24 @@ def quantize_aware_training(
     if options["verbose"] == "auto":
         options["verbose"] = 1
     return quantized, convert(quantized, path, quantize="int8", **options)
+
+
+def _check_options(compress: Any, convert_options: Any, optimizer: Any) -> None:
+    for name, value in (("compress", compress), ("convert_options", convert_options)):
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(
+                f"Expected `{name}` to be a dict of options, or None. Received: {name}={value!r}"
+            )
+    if taken := {"path", "quantize"} & set(convert_options or ()):
+        raise ValueError(
+            "Expected no options in `convert_options` that are set already: the file is int8, and "
+            f"`path` is an argument here. Received: {', '.join(sorted(taken))}"
+        )
+    if isinstance(optimizer, keras.optimizers.Optimizer):
+        raise ValueError(
+            "Expected an optimizer of tf_keras, in which the training runs, or its name. "
+            f"Received: {type(optimizer).__name__} of Keras 3"
+        )
 
 
 def tfmot_package() -> Any:

@@ -123,7 +123,8 @@ def compare(
             array for each input, by name or in order. Defaults to None.
         metric: Function `metric(y, outputs)` that returns a number or one number for each
             example; a Keras metric, or its name. Defaults to the metrics that `original` is
-            compiled with, else to `"accuracy"`.
+            compiled with, else to `"accuracy"`: of class numbers, one-hot classes, or two classes
+            in one score; a model of several outputs needs a function.
         quantize: As for `litert.convert`, for what is given as a model. Defaults to None.
         representative_data: As for `litert.convert`, for what is given as a model.
         threads: As for `litert.benchmark`.
@@ -253,15 +254,27 @@ def _metric(metric: Any, backend: _backend.Backend | None) -> tuple[str, Compute
 
 
 def _accuracy(y: Any, outputs: Any) -> float:
-    """The share of right classes, for class numbers, one-hot classes or two classes."""
-    targets, scores = np.asarray(y), np.asarray(outputs)
-    if scores.shape[-1] == 1:
+    """The share of right classes: class numbers, one-hot classes, or two classes in one score."""
+    if isinstance(outputs, list):
         raise ValueError(
-            "Expected scores of several classes, for the metric 'accuracy'. "
-            f"Received: outputs of shape {scores.shape}; pass a function as `metric`"
+            "Expected a model of one output, for the metric 'accuracy'. "
+            f"Received: {len(outputs)} outputs; pass a function as `metric`"
         )
-    if targets.shape == scores.shape:
+    targets, scores = np.asarray(y), np.asarray(outputs)
+    classes = scores.argmax(-1)
+    if scores.shape[-1] == 1:  # two classes in one score, as Keras reads it
+        classes = (scores[..., 0] > 0.5).astype(np.int64)
+    if targets.shape == scores.shape != (*classes.shape, 1):
+        known = np.allclose(targets.sum(-1), 1)  # one-hot, or a distribution
         targets = targets.argmax(-1)
-    elif targets.shape[-1:] == (1,):
-        targets = targets[..., 0]
-    return float(np.mean(scores.argmax(-1) == targets))
+    else:
+        if targets.shape == (*classes.shape, 1):
+            targets = targets[..., 0]
+        known = targets.shape == classes.shape and np.array_equal(targets, np.round(targets))
+    if not known:
+        raise ValueError(
+            "Expected targets to be class numbers or one-hot classes, for the metric 'accuracy'. "
+            f"Received: targets of shape {np.shape(y)} for outputs of shape {scores.shape}, or "
+            "values that are none; pass a function as `metric`"
+        )
+    return float(np.mean(classes == targets))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 import os
 import re
 import struct
@@ -20,7 +21,7 @@ from keras_alds.litert import _package
 from keras_alds.litert.files import read_file
 from keras_alds.litert.quantized import check_quantized
 from keras_alds.litert.runs import check_runs
-from keras_alds.rewrite import inspect
+from keras_alds.rewrite import inspect, wrappers
 from keras_alds.rewrite.equalize import equalized
 from keras_alds.rewrite.observe import MIN_EXAMPLES, Examples
 
@@ -75,8 +76,8 @@ def convert(
         batch_size: Integer. Examples that one run of the file takes; a file of a fixed size needs
             no operators that compute shapes. Defaults to 1.
         runtimes: Where the file has to run before it is handed out: `"xnnpack"`, the runtime's
-            default on CPUs, and `"reference"`, its built-in kernels alone. Defaults to
-            `("xnnpack",)`.
+            default on CPUs, and `"reference"`, its built-in kernels alone; at least one. Defaults
+            to `("xnnpack",)`.
         verbose: 0 for silence, else a progress bar is shown on a terminal, and a line for what
             `"dynamic"` left in float. Defaults to 1.
 
@@ -86,7 +87,9 @@ def convert(
 
     Raises:
         ImportError: If LiteRT is not installed.
-        ValueError: If an argument is not as above; if data are missing, do not fit or hold fewer
+        FileNotFoundError: If there is no such folder as `path` lies in.
+        ValueError: If an argument is not as above; if TF-MOT's pruning or clustering was not
+            stripped; if data are missing, do not fit or hold fewer
             than 8 examples; if the converter does not take the model; if a layer is not
             quantized as asked for; or if the file does not run.
 
@@ -101,8 +104,10 @@ def convert(
     types = _checked_options(
         quantize, inference_input_type, inference_output_type, batch_size, runtimes
     )
+    _check_folder(path)
     _package.interpreter()  # complains before the work is done
     backend = _backend.backend_of(model)
+    wrappers.check_stripped(model, "litert.convert", quantized=True)
     _check_float(model)
     specs = _input_specs(backend, model, batch_size)
     aware = is_quantization_aware(model)
@@ -162,11 +167,19 @@ def _checked_options(
             f"Expected `quantize` to be one of {', '.join(map(repr, QUANTIZE))}. "
             f"Received: quantize={quantize!r}"
         )
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+    if (
+        isinstance(batch_size, bool)
+        or not isinstance(batch_size, numbers.Integral)
+        or batch_size < 1
+    ):
         raise ValueError(
             f"Expected `batch_size` to be an integer >= 1. Received: batch_size={batch_size!r}"
         )
-    if isinstance(runtimes, str) or not set(runtimes) <= set(RUNTIMES):
+    if (
+        not isinstance(runtimes, (list, tuple, set, frozenset))
+        or not runtimes
+        or any(runtime not in [*RUNTIMES] for runtime in runtimes)
+    ):
         raise ValueError(
             f"Expected `runtimes` to hold some of {', '.join(map(repr, RUNTIMES))}. "
             f"Received: runtimes={runtimes!r}"
@@ -192,6 +205,14 @@ def _checked_options(
             )
         types.append(dtype)
     return types[0], types[1]
+
+
+def _check_folder(path: str | os.PathLike[str] | None) -> None:
+    folder = "" if path is None else os.path.dirname(path)
+    if folder and not os.path.isdir(folder):
+        raise FileNotFoundError(
+            f"Expected `path` to lie in a folder that exists. Received: path={str(path)!r}"
+        )
 
 
 def _check_float(model: Any) -> None:
@@ -307,7 +328,8 @@ class _Signature:
 
     def __init__(self, backend: _backend.Backend, model: Any, specs: Any) -> None:
         flat = tf.nest.flatten(specs)
-        self.input_names = _names(_input_layers(model), "input", len(flat))
+        keys = sorted(specs) if isinstance(specs, dict) else _input_layers(model)
+        self.input_names = _names(keys, "input", len(flat))
         self.output_names: list[str] = []
 
         def forward(**arguments: Any) -> dict[str, Any]:

@@ -38,24 +38,25 @@ def is_pruning(layer: Any) -> bool:
     return kind(layer) == PRUNING
 
 
-def check_stripped(model: Any, user: str) -> None:
+def check_stripped(model: Any, user: str, *, quantized: bool = False) -> None:
     """Raises a ValueError if a layer of `model` is wrapped by TF-MOT.
 
     Args:
         model: A model.
         user: What wants a model without wrappers.
+        quantized: Whether the wrappers of `quantize_apply` may stay. Defaults to False.
     """
+    remedies = {PRUNING: "`strip_pruning(model)`", "ClusterWeights": "`strip_clustering(model)`"}
+    before = "`quantize_apply(model)`" if quantized else "do this before `quantize_annotate_model`"
     backend = _backend.backend_of(model)
 
     def visit(parent: Any) -> None:
         for layer in backend.children(parent):
             found = kind(layer)
-            if found is not None:
-                strip = {PRUNING: "strip_pruning", "ClusterWeights": "strip_clustering"}.get(found)
+            if found is not None and not (quantized and found == "QuantizeWrapper"):
                 raise ValueError(
                     f"Expected a model without TF-MOT's wrappers, for `{user}`. Received: a model "
-                    f"with '{layer.name}' of type {found}. Remedy: "
-                    + (f"`{strip}(model)`" if strip else "do this before `quantize_annotate_model`")
+                    f"with '{layer.name}' of type {found}. Remedy: " + remedies.get(found, before)
                 )
             visit(layer)
 
