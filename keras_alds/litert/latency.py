@@ -450,4 +450,4 @@ def converted(model: Any, quantize: str | None, data: Any = None, verbose: int =
             for spec in tf.nest.flatten(_backend.backend_of(model).input_specs(model))
         ]
         data = arrays if len(arrays) > 1 else arrays[0]
-    return convert(model, quantize=quantize, representative_data=data, runtimes=(), verbose=verbose)
+    return convert(model, quantize=quantize, representative_data=data, verbose=verbose)
