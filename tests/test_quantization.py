@@ -167,6 +167,23 @@ def annotate_convolutions(model: Any) -> Any:
     return quantization.quantize_apply(copy)
 
 
+def test_separable_convolutions_do_not_take_the_names_of_others():
+    L, counts = tf_keras.layers, tf_keras.backend.clear_session
+    counts()  # as in a new process
+    inputs = tf_keras.Input((6, 6, 4))
+    x = L.Conv2D(4, 1, name="conv2d")(inputs)
+    x = L.Concatenate()([x, L.SeparableConv2D(4, 3, padding="same", name="first")(inputs)])
+    x = L.Conv2D(4, 1, name="conv2d_1")(x)
+    x = L.Add()([x, L.SeparableConv2D(4, 3, padding="same", name="second")(inputs)])
+    model = tf_keras.Model(inputs, x)
+    model.compile("sgd", "mse")
+    x = np.random.default_rng(0).standard_normal((32, 6, 6, 4)).astype(np.float32)
+    wanted = model(x).numpy()
+    counts()
+    quantized, _ = aware(model, x, wanted, epochs=1, verbose=0)
+    assert np.abs(quantized(x).numpy() - wanted).max() < 0.1 * np.abs(wanted).max()
+
+
 def test_layers_left_in_float_are_found():
     model = compiled(zoo.functional(keras), keras)
     x, y = zoo.images(16)
@@ -195,7 +212,7 @@ def quiet_quantize(model: Any) -> list[str]:
 
 
 def test_keras_quantize_says_what_stays_in_float():
-    small = keras_alds.compress(zoo.functional(keras), 0.4, max_slices=1)
+    small = keras_alds.compress(zoo.functional(keras), 0.4, method="alds", max_slices=1)
     x = zoo.examples(small)
     before = zoo.outputs(small, x)
     texts = quiet_quantize(small)
@@ -207,7 +224,7 @@ def test_keras_quantize_says_what_stays_in_float():
 
 
 def test_keras_quantize_after_expand(tmp_path: Path):
-    small = keras_alds.compress(zoo.functional(keras), 0.4, max_slices=1)
+    small = keras_alds.compress(zoo.functional(keras), 0.4, method="alds", max_slices=1)
     x = zoo.examples(small)
     stock = keras_alds.expand(small)
     quiet_quantize(stock)

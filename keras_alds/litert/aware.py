@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -159,6 +160,21 @@ def _compile_arguments(
     return given
 
 
+def _keep_names_apart(backend: _backend.Backend, model: Any) -> None:
+    """Makes new layers get other names than those of `model`.
+
+    TF-MOT writes a separable convolution out as layers that tf_keras names, and then finds weights
+    by name. The names of a model that was loaded or translated are not yet taken in this process.
+    """
+    layers = backend.keras.layers
+    for make in (lambda: layers.Conv2D(1, 1), lambda: layers.DepthwiseConv2D(1)):
+        name = re.sub(r"_\d+$", "", make().name)
+        found = [re.fullmatch(rf"{name}(?:_(\d+))?", layer.name) for _, layer in walk(model)]
+        last = max((int(match[1] or 0) for match in found if match), default=-1)
+        while int(make().name.removeprefix(name).lstrip("_") or 0) < last:
+            pass
+
+
 def _quantized(model: Any, quantize: Callable[[Any], Any]) -> Any:
     backend = _backend.backend_of(model)
     inner = [path for path, layer in walk(model) if backend.is_model(layer)]
@@ -168,6 +184,7 @@ def _quantized(model: Any, quantize: Callable[[Any], Any]) -> Any:
             f"'{model.name}' with {', '.join(map(repr, inner))}. Remedy: call their layers in the "
             "outer model, or quantize after training with `litert.convert`."
         )
+    _keep_names_apart(backend, model)
     try:
         return quantize(model)
     except (RuntimeError, ValueError) as error:
