@@ -115,7 +115,7 @@ def test_grouped_convolutions_train_without_xla():
     np.testing.assert_allclose(quantized.predict(x, verbose=0), before, atol=limit)
 
 
-def test_what_is_refused(monkeypatch: pytest.MonkeyPatch):
+def test_what_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     x, y = zoo.images(8)
     model = zoo.functional(keras)
     with pytest.raises(ValueError, match="Expected a compiled model, or `optimizer` and `loss`"):
@@ -132,6 +132,28 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch):
     ):
         with pytest.raises(ValueError, match=text):
             aware(model, x, y, **options)
+    trained: list[Any] = []
+
+    def train(model: Any) -> None:
+        trained.append(model)
+
+    stop = keras.callbacks.EarlyStopping("loss")
+    for callbacks in (stop, [tf_keras.callbacks.History(), stop]):
+        with pytest.raises(ValueError, match=r"callbacks of tf_keras.*EarlyStopping of Keras 3"):
+            aware(model, x, y, callbacks=callbacks)
+    for wrong, text in (
+        ({"compress": {"ratio": 0.5}}, r"Expected `compress` to hold options.*Received: 'ratio'"),
+        ({"convert_options": {"bits": 8}}, r"`convert_options` to hold.*Received: 'bits'"),
+    ):
+        with pytest.raises(TypeError, match=text):
+            aware(model, fit=train, **wrong)
+    with pytest.raises(TypeError, match=r"`fit_options` to hold options of `fit`.*'epoch', 'lr'"):
+        aware(model, x, y, epoch=3, lr=0.1)
+    with pytest.raises(ValueError, match="Expected `batch_size` to be an integer >= 1"):
+        aware(model, fit=train, convert_options={"batch_size": 0})
+    with pytest.raises(FileNotFoundError, match="Expected `path` to lie in a folder"):
+        aware(model, fit=train, path=tmp_path / "none" / "file.tflite")
+    assert not trained
     with pytest.raises(ValueError, match=r"Expected a model without models inside.*'middle'"):
         aware(compiled(zoo.nested(keras), keras), x, y)
     with pytest.raises(ValueError, match="Expected `model` to be Functional or Sequential"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -13,11 +14,14 @@ import keras
 from keras_alds import _backend
 from keras_alds.compress import compress as compress_model
 from keras_alds.litert import _package
-from keras_alds.litert.convert import convert
+from keras_alds.litert.convert import check_folder, checked_options, convert
 from keras_alds.litert.equalize import equalize
 from keras_alds.rewrite.expand import expand
 from keras_alds.rewrite.inspect import walk
 from keras_alds.rewrite.to_tf_keras import to_tf_keras
+
+# What the functions that are called get from the others' results.
+_GIVEN = ("self", "model", "x", "y", "path", "quantize")
 
 
 def quantize_aware_training(
@@ -62,7 +66,7 @@ def quantize_aware_training(
         path: Where to write the file, or None. Defaults to None.
         convert_options: Further options of `litert.convert`, such as
             `{"inference_input_type": "int8"}`. Defaults to none.
-        **fit_options: Options of `fit`, such as `epochs=5`, `batch_size`, `callbacks` of tf_keras.
+        **fit_options: Options of tf_keras's `fit`, such as `epochs=5`, `batch_size`, `callbacks`.
 
     Returns:
         `(quantized, content)`: the trained tf_keras model, with its `history` if `fit` was Keras's,
@@ -70,8 +74,10 @@ def quantize_aware_training(
 
     Raises:
         ImportError: If TF-MOT, tf_keras or LiteRT is not installed.
-        ValueError: As the single steps; if TF-MOT does not take the model; or if there is nothing
-            to train with.
+        FileNotFoundError: If there is no such folder as `path` lies in.
+        TypeError: If a single step has no such option as is given for it.
+        ValueError: As the single steps; if TF-MOT does not take the model; if the optimizer or a
+            callback is of Keras 3; or if there is nothing to train with.
 
     Example:
     ```python
@@ -90,12 +96,14 @@ def quantize_aware_training(
             f"or options of Keras's `fit` beside it ({', '.join(fit_options) or 'x, y'})"
         )
     _check_options(compress, convert_options, optimizer)
+    check_folder(path)
     tfmot = tfmot_package()
+    target = _backend.tf_keras_backend()
     _package.interpreter()
+    _check_fit_options(target, fit_options)
     if compress is not None:
         model = compress_model(model, **compress)
     model = expand(model)
-    target = _backend.tf_keras_backend()
     if _backend.backend_of(model) is not target:
         model = to_tf_keras(model)
     equalize(model)  # a copy: `expand` made it
@@ -124,10 +132,43 @@ def _check_options(compress: Any, convert_options: Any, optimizer: Any) -> None:
             "Expected no options in `convert_options` that are set already: the file is int8, and "
             f"`path` is an argument here. Received: {', '.join(sorted(taken))}"
         )
+    _check_names("compress", compress or {}, compress_model)
+    _check_names("convert_options", convert_options or {}, convert)
+    known = inspect.signature(checked_options).parameters
+    checked_options(
+        "int8", **{name: value for name, value in (convert_options or {}).items() if name in known}
+    )
     if isinstance(optimizer, keras.optimizers.Optimizer):
         raise ValueError(
             "Expected an optimizer of tf_keras, in which the training runs, or its name. "
             f"Received: {type(optimizer).__name__} of Keras 3"
+        )
+
+
+def _check_names(argument: str, options: Mapping[str, Any], function: Callable[..., Any]) -> None:
+    """Raises a TypeError if `function` has no such options: it is called late, or deep inside."""
+    known = [name for name in inspect.signature(function).parameters if name not in _GIVEN]
+    if unknown := [name for name in options if name not in known]:
+        raise TypeError(
+            f"Expected `{argument}` to hold options of `{function.__name__}`: {', '.join(known)}. "
+            f"Received: {', '.join(map(repr, unknown))}"
+        )
+
+
+def _check_fit_options(backend: _backend.Backend, options: Mapping[str, Any]) -> None:
+    _check_names("fit_options", options, backend.keras.Model.fit)
+    given = options.get("callbacks")
+    callbacks = given if isinstance(given, (list, tuple)) else [given]
+    # `ALDSCompress` is of both: tf_keras asks every callback for this.
+    if wrong := [
+        type(callback).__name__
+        for callback in callbacks
+        if isinstance(callback, keras.callbacks.Callback)
+        and not hasattr(callback, "_implements_train_batch_hooks")
+    ]:
+        raise ValueError(
+            "Expected callbacks of tf_keras, in which the training runs. "
+            f"Received: {', '.join(wrong)} of Keras 3"
         )
 
 

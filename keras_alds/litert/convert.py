@@ -101,16 +101,20 @@ def convert(
     )
     ```
     """
-    types = _checked_options(
-        quantize, inference_input_type, inference_output_type, batch_size, runtimes
+    types = checked_options(
+        quantize,
+        inference_input_type=inference_input_type,
+        inference_output_type=inference_output_type,
+        batch_size=batch_size,
+        runtimes=runtimes,
     )
-    _check_folder(path)
+    check_folder(path)
     _package.interpreter()  # complains before the work is done
     backend = _backend.backend_of(model)
     wrappers.check_stripped(model, "litert.convert", quantized=True)
     _check_float(model)
     specs = _input_specs(backend, model, batch_size)
-    aware = is_quantization_aware(model)
+    aware = any(wrappers.is_quantized(layer) for _, layer in inspect.walk(model))
     _check_data(model, quantize, representative_data, aware)
     with Progress(transient=True, disable=not verbose) as progress:
         examples = None
@@ -147,21 +151,22 @@ def convert(
     return content
 
 
-def is_quantization_aware(model: Any) -> bool:
-    """Whether TF-MOT's `quantize_model` or `quantize_apply` made the model."""
-    return any(
-        type(layer).__module__.startswith("tensorflow_model_optimization.")
-        and type(layer).__name__.startswith("Quantize")
-        for _, layer in inspect.walk(model)
-    )
-
-
 # -- Arguments -----------------------------------------------------------------------------------
 
 
-def _checked_options(
-    quantize: Any, input_type: Any, output_type: Any, batch_size: Any, runtimes: Any
+def checked_options(
+    quantize: Any,
+    *,
+    inference_input_type: Any = "float32",
+    inference_output_type: Any = "float32",
+    batch_size: Any = 1,
+    runtimes: Any = ("xnnpack",),
 ) -> tuple[tf.DType, tf.DType]:
+    """The types of the file's inputs and outputs; options are as for `convert`.
+
+    Raises:
+        ValueError: If an option is not as it says.
+    """
     if quantize not in QUANTIZE:
         raise ValueError(
             f"Expected `quantize` to be one of {', '.join(map(repr, QUANTIZE))}. "
@@ -186,8 +191,8 @@ def _checked_options(
         )
     types = []
     for name, value in (
-        ("inference_input_type", input_type),
-        ("inference_output_type", output_type),
+        ("inference_input_type", inference_input_type),
+        ("inference_output_type", inference_output_type),
     ):
         try:
             dtype = tf.as_dtype(value)
@@ -207,7 +212,8 @@ def _checked_options(
     return types[0], types[1]
 
 
-def _check_folder(path: str | os.PathLike[str] | None) -> None:
+def check_folder(path: str | os.PathLike[str] | None) -> None:
+    """Raises a FileNotFoundError if there is no such folder as a file is to lie in."""
     folder = "" if path is None else os.path.dirname(path)
     if folder and not os.path.isdir(folder):
         raise FileNotFoundError(

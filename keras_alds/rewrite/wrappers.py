@@ -14,10 +14,11 @@ import tensorflow as tf
 from keras_alds import _backend
 
 PRUNING = "PruneLowMagnitude"
+QUANTIZED = "QuantizeWrapper"
 #: TF-MOT's wrappers whose layers cannot be factorized, and what to do instead.
 REFUSED = {
     "ClusterWeights": "strip the model with `strip_clustering` first, and cluster its factors",
-    "QuantizeWrapper": "compress and `expand` the model before it is annotated for quantization",
+    QUANTIZED: "compress and `expand` the model before it is annotated for quantization",
     "QuantizeAnnotate": "compress and `expand` the model before it is annotated for quantization",
 }
 
@@ -38,6 +39,11 @@ def is_pruning(layer: Any) -> bool:
     return kind(layer) == PRUNING
 
 
+def is_quantized(layer: Any) -> bool:
+    """Whether TF-MOT's `quantize_model` or `quantize_apply` wrapped `layer`."""
+    return kind(layer) == QUANTIZED
+
+
 def check_stripped(model: Any, user: str, *, quantized: bool = False) -> None:
     """Raises a ValueError if a layer of `model` is wrapped by TF-MOT.
 
@@ -53,7 +59,7 @@ def check_stripped(model: Any, user: str, *, quantized: bool = False) -> None:
     def visit(parent: Any) -> None:
         for layer in backend.children(parent):
             found = kind(layer)
-            if found is not None and not (quantized and found == "QuantizeWrapper"):
+            if found is not None and not (quantized and found == QUANTIZED):
                 raise ValueError(
                     f"Expected a model without TF-MOT's wrappers, for `{user}`. Received: a model "
                     f"with '{layer.name}' of type {found}. Remedy: " + remedies.get(found, before)
