@@ -301,9 +301,9 @@ class TestBadData:
             (X[..., 0], r"shape \(batch, 12, 12, 3\).*Received: shape=\(16, 12, 12\)"),
             (
                 np.where(X > 0, np.nan, X),
-                "finite calibration data. Received: NaN or infinity in input 0",
+                "finite `calibration_data`. Received: NaN or infinity in input 0",
             ),
-            (np.array(["a"] * 16), "data of numbers. Received: dtype=<U1"),
+            (np.array(["a"] * 16), "`calibration_data` of numbers. Received: dtype=<U1"),
             ([X, X[:3]], "Received|Expected"),
             ({"a": X, "b": X}, "for 1 inputs. Received: 2"),
             ("train", "Received: str"),
@@ -543,7 +543,7 @@ class TestInTraining:
         x, y = zoo.images(32)
         callback = ALDSCompress(0.4, calibration_data=np.full_like(x, np.nan), verbose=0)
         before = model.get_weights()
-        with pytest.raises(ValueError, match="finite calibration data"):
+        with pytest.raises(ValueError, match="finite `calibration_data`"):
             model.fit(x, y, verbose=0, callbacks=[callback])
         for old, new in zip(before, model.get_weights(), strict=True):
             np.testing.assert_array_equal(old, new)

@@ -232,16 +232,16 @@ def test_state_does_not_leak_from_one_example_to_the_next():
         ({"representative_data": np.zeros((8, 8, 8, 12))}, "only with quantize='int8'"),
         (
             {"quantize": "int8", "representative_data": np.zeros((8, 8, 8, 3))},
-            r"of shape \(batch, 8, 8, 12\)",
+            r"batches in `representative_data` of shape \(batch, 8, 8, 12\)",
         ),
         (
             {"quantize": "int8", "representative_data": np.zeros((7, 8, 8, 12))},
-            "Expected at least 8 examples of representative data",
+            "Expected at least 8 examples in `representative_data`",
         ),
         ({"quantize": "int8", "representative_data": iter(())}, "was a generator used up before"),
         (
             {"quantize": "int8", "representative_data": np.full((8, 8, 8, 12), np.nan)},
-            "Expected finite calibration data",
+            "Expected finite `representative_data`",
         ),
         (
             {"quantize": "int8", "representative_data": "images"},

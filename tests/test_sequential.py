@@ -352,7 +352,7 @@ class TestBadData:
         ("data", "message"),
         [
             (X[:5], "at least 8 examples"),
-            (np.where(X > 2, np.nan, X), "finite calibration data"),
+            (np.where(X > 2, np.nan, X), "finite `calibration_data`"),
             (X[..., :3], r"shape \(batch, 8, 8, 6\)"),
         ],
         ids=["few", "nan", "shape"],

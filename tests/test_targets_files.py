@@ -295,9 +295,9 @@ def test_equalize_refuses_what_it_cannot_use():
     before = small.get_weights()
     with pytest.raises(ValueError, match=r"built `keras\.Model`"):
         equalize(L.Dense(3))
-    with pytest.raises(ValueError, match="at least 8 examples of representative data"):
+    with pytest.raises(ValueError, match="at least 8 examples in `representative_data`"):
         equalize(small, x[:5], verbose=0)
-    with pytest.raises(ValueError, match="calibration data of shape"):
+    with pytest.raises(ValueError, match="batches in `representative_data` of shape"):
         equalize(small, x[:, 1:], verbose=0)
     for old, new in zip(before, small.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)

@@ -23,7 +23,7 @@ from keras_alds.litert.quantized import check_quantized
 from keras_alds.litert.runs import check_runs
 from keras_alds.rewrite import inspect, wrappers
 from keras_alds.rewrite.equalize import equalized
-from keras_alds.rewrite.observe import MIN_EXAMPLES, Examples
+from keras_alds.rewrite.observe import Examples, check_count
 
 QUANTIZE = (None, "float16", "dynamic", "int8")
 #: Runtimes in which a file can be tried, and whether XNNPACK is in them.
@@ -291,7 +291,7 @@ class _Calibration:
     ) -> None:
         examples = Examples(model, data, limit, "representative_data")
         names = _input_layers(model)
-        task = progress.add_task("calibration data", total=examples.total)
+        task = progress.add_task("representative data", total=examples.total)
         rows: list[list[np.ndarray]] = []
         count = 0
         for inputs, size in examples:
@@ -300,12 +300,7 @@ class _Calibration:
             rows.append([np.asarray(item) for item in tf.nest.flatten(inputs)])
             count += size
             progress.update(task, completed=count)
-        if count < MIN_EXAMPLES:
-            raise ValueError(
-                f"Expected at least {MIN_EXAMPLES} examples of representative data; some hundreds "
-                f"are good. Received: {count}"
-                + (" (was a generator used up before?)" if not count else "")
-            )
+        check_count(count, "representative_data")
         self._arrays = [np.concatenate(parts) for parts in zip(*rows, strict=True)]
         self._batch, self._progress = batch_size, progress
 

@@ -8,7 +8,7 @@ from rich.progress import Progress
 
 from keras_alds import _backend
 from keras_alds.rewrite import equalize as rewrite
-from keras_alds.rewrite.observe import MIN_EXAMPLES, Examples
+from keras_alds.rewrite.observe import Examples, check_count
 
 
 def equalize(
@@ -59,7 +59,7 @@ def equalize(
     if representative_data is None:
         rewrite.equalize(model)
         return
-    examples = Examples(model, representative_data, max_examples)
+    examples = Examples(model, representative_data, max_examples, "representative_data")
     seen = 0
 
     def batches() -> Any:
@@ -70,10 +70,6 @@ def equalize(
                 yield inputs
                 seen += count
                 progress.update(task, completed=seen)
-        if seen < MIN_EXAMPLES:
-            raise ValueError(
-                f"Expected at least {MIN_EXAMPLES} examples of representative data; some hundreds "
-                f"are good. Received: {seen}"
-            )
+        check_count(seen, "representative_data")
 
     rewrite.equalize(model, batches())

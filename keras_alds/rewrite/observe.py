@@ -274,13 +274,12 @@ class CalibrationStats:
         )
 
 
-def check_count(examples: int) -> None:
+def check_count(examples: int, argument: str = "calibration_data") -> None:
     """Raises a ValueError if there are too few examples."""
     if examples < MIN_EXAMPLES:
         raise ValueError(
-            f"Expected at least {MIN_EXAMPLES} examples of calibration data; some hundreds are "
-            f"good. Received: {examples}"
-            + (" (was a generator used up before?)" if not examples else "")
+            f"Expected at least {MIN_EXAMPLES} examples in `{argument}`; some hundreds are good. "
+            f"Received: {examples}" + (" (was a generator used up before?)" if not examples else "")
         )
 
 
@@ -487,7 +486,7 @@ class Examples:
 
     Args:
         model: The model.
-        data: What a user gives as `calibration_data`.
+        data: What a user gives as `calibration_data` or `representative_data`.
         limit: Largest number of examples, or None.
         argument: What the user's argument is called, for errors.
 
@@ -498,7 +497,7 @@ class Examples:
     def __init__(
         self, model: Any, data: Any, limit: int | None, argument: str = "calibration_data"
     ) -> None:
-        self._limit = limit
+        self._limit, self._argument = limit, argument
         self._names: list[str] = [
             tensor._keras_history[0].name for tensor in getattr(model, "inputs", None) or []
         ]
@@ -556,25 +555,23 @@ class Examples:
     def _as_arrays(self, data: Any) -> Any:
         """The structure of arrays that `data` is, or None."""
         if isinstance(data, dict):
-            return {key: _array(value) for key, value in data.items()}
+            return {key: self._array(value) for key, value in data.items()}
         if isinstance(data, list) and data:
-            items = [_array(item) for item in data if _is_array(item)]
+            items = [self._array(item) for item in data if _is_array(item)]
             if len(items) < len(data):
-                return (
-                    None if any(isinstance(i, (tuple, list, dict)) for i in data) else _array(data)
-                )
+                nested = any(isinstance(item, (tuple, list, dict)) for item in data)
+                return None if nested else self._array(data)
             if self._inputs > 1 and len(items) == self._inputs:
                 return items
             one_less = self._specs and items[0].ndim == len(self._specs[0].shape) - 1
             return np.stack(items) if one_less else None
-        return _array(data) if _is_array(data) else None
+        return self._array(data) if _is_array(data) else None
 
-    @staticmethod
-    def _rows(arrays: Any) -> int:
+    def _rows(self, arrays: Any) -> int:
         rows = {len(array) if array.ndim else 0 for array in tf.nest.flatten(arrays)}
         if len(rows) != 1:
             raise ValueError(
-                "Expected all inputs of the calibration data to have as many examples. "
+                f"Expected all inputs in `{self._argument}` to have as many examples. "
                 f"Received: {sorted(rows)}"
             )
         return rows.pop()
@@ -605,7 +602,7 @@ class Examples:
     def _checked(self, inputs: Any) -> Any:
         if self._single and isinstance(inputs, (list, dict)) and len(inputs) == 1:
             (inputs,) = inputs.values() if isinstance(inputs, dict) else inputs
-        flat = [_array(item) for item in tf.nest.flatten(inputs)]
+        flat = [self._array(item) for item in tf.nest.flatten(inputs)]
         names = [f"input {n}" for n in range(len(flat))]
         specs = self._specs
         if isinstance(inputs, dict):
@@ -614,13 +611,51 @@ class Examples:
                 specs = [self._specs[self._names.index(name)] for name in names]
         if specs and len(flat) != len(specs):
             raise ValueError(
-                f"Expected calibration data for {len(specs)} inputs. Received: {len(flat)}"
+                f"Expected `{self._argument}` for {len(specs)} inputs. Received: {len(flat)}"
             )
         cast = [
-            _checked_array(array, name, spec)
+            self._checked_array(array, name, spec)
             for array, name, spec in itertools.zip_longest(flat, names, specs)
         ]
         return tf.nest.pack_sequence_as(inputs, cast)
+
+    def _array(self, value: Any) -> Array:
+        if isinstance(value, tf.Tensor) and value.dtype == tf.bfloat16:
+            value = tf.cast(value, tf.float32)
+        try:
+            array = np.asarray(value)
+        except ValueError as error:
+            raise ValueError(
+                f"Expected `{self._argument}` of one shape. Received: data that make no array "
+                f"({error})"
+            ) from error
+        if array.dtype.kind not in "biuf":
+            raise ValueError(
+                f"Expected `{self._argument}` of numbers. Received: dtype={array.dtype} of "
+                f"type {type(value).__name__}"
+            )
+        return array
+
+    def _checked_array(self, array: Array, name: str, spec: Any) -> Array:
+        if spec is not None:
+            wanted = tuple(spec.shape)[1:]
+            fits = array.ndim == len(wanted) + 1 and all(
+                n is None or n == m for n, m in zip(wanted, array.shape[1:], strict=True)
+            )
+            if not fits:
+                raise ValueError(
+                    f"Expected batches in `{self._argument}` of shape (batch, "
+                    f"{', '.join(str(n) for n in wanted)}) for {name}. "
+                    f"Received: shape={array.shape}"
+                )
+            array = array.astype(tf.as_dtype(spec.dtype).as_numpy_dtype, copy=False)
+        elif array.dtype.kind != "f":
+            array = array.astype(np.float32)
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(
+                f"Expected finite `{self._argument}`. Received: NaN or infinity in {name}"
+            )
+        return array
 
 
 def _part(inputs: Any, start: int, stop: int) -> Any:
@@ -635,39 +670,3 @@ def _is_array(value: Any) -> bool:
     return isinstance(value, np.ndarray) or (
         hasattr(value, "__array__") and not isinstance(value, tf.data.Dataset)
     )
-
-
-def _array(value: Any) -> Array:
-    if isinstance(value, tf.Tensor) and value.dtype == tf.bfloat16:
-        value = tf.cast(value, tf.float32)
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise ValueError(
-            f"Expected calibration data of one shape. Received: data that make no array ({error})"
-        ) from error
-    if array.dtype.kind not in "biuf":
-        raise ValueError(
-            f"Expected calibration data of numbers. Received: dtype={array.dtype} of "
-            f"type {type(value).__name__}"
-        )
-    return array
-
-
-def _checked_array(array: Array, name: str, spec: Any) -> Array:
-    if spec is not None:
-        wanted = tuple(spec.shape)[1:]
-        fits = array.ndim == len(wanted) + 1 and all(
-            n is None or n == m for n, m in zip(wanted, array.shape[1:], strict=True)
-        )
-        if not fits:
-            raise ValueError(
-                f"Expected batches of calibration data of shape (batch, "
-                f"{', '.join(str(n) for n in wanted)}) for {name}. Received: shape={array.shape}"
-            )
-        array = array.astype(tf.as_dtype(spec.dtype).as_numpy_dtype, copy=False)
-    elif array.dtype.kind != "f":
-        array = array.astype(np.float32)
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ValueError(f"Expected finite calibration data. Received: NaN or infinity in {name}")
-    return array
