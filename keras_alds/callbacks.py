@@ -198,7 +198,7 @@ class ALDSCompress(keras.callbacks.Callback):
         if isinstance(self._source, CompressionPlan):
             match(self.model, self._source)
         else:
-            Problem.of(self.model, self._source)
+            Problem.of(self.model, self._source, verbose=self.verbose)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Compresses the model if it is time."""

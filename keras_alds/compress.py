@@ -233,8 +233,8 @@ def select(
             XNNPACK), `"litert-reference"` (its built-in kernels, microcontrollers) or
             `"gpu-delegate"`. Slices and ranks are then such as run there and are not slow there,
             besides `max_slices` and `rank_multiple`; with calibration data the plan says what
-            that costs. Defaults to None: no constraints, or `"litert"` with
-            `objective="latency"`.
+            that costs, unless the objective is `"latency"`. Defaults to None: no constraints, or
+            `"litert"` with `objective="latency"`.
         bounds: Dict from layers, named as in `exclude`, to `(least, greatest)`: fractions of the
             layer's own parameters to remove, None for no bound, as in `{"stem": (None, 0.3),
             r"block3/.*": (0.4, 0.8)}`. Where several entries name a layer, all hold. Defaults to
@@ -251,7 +251,7 @@ def select(
             can be factorized, is already compressed, or has weights that are not finite; if the
             calibration data do not fit the model, hold NaN or infinity or fewer than 8 examples,
             or the method uses none; if no choice of a layer is within its `bounds`; or if `cr` is
-            not reachable: the text then says what is; or if the latency table lacks a layer.
+            not reachable: the text then says what is; or if the latency table is of another model.
         ImportError: If latency is to be measured and LiteRT is not installed.
 
     Example:
@@ -293,7 +293,7 @@ def select_with(
 
     With `keep` the examples are kept, to be run again.
     """
-    problem = Problem.of(model, options)
+    problem = Problem.of(model, options, verbose=verbose)
     wrappers.apply_masks(model)
     calibration = None
     if calibration_data is not None:
@@ -379,8 +379,8 @@ class Problem:
     latency: LayerLatencies | None = None
 
     @classmethod
-    def of(cls, model: Any, options: Options) -> Problem:
-        """Inspects `model`.
+    def of(cls, model: Any, options: Options, *, verbose: int = 1) -> Problem:
+        """Inspects `model`; with `verbose`, a progress bar shows if latency is measured.
 
         Raises:
             ValueError: If `model` is not a built model that can be compressed, or if
@@ -429,6 +429,8 @@ class Problem:
                 options.latency,
                 target=options.target or "litert",
                 max_slices=options.max_slices,
+                complete=not any(spec.excluded for spec in specs),
+                verbose=verbose,
             )
             called = latency.costs
         if called is not None:

@@ -76,9 +76,9 @@ class CompressionPlan:
         macs_after: The same afterwards.
         choices: One `LayerChoice` for every layer that holds weights, in the model's order.
         target: The runtime that the choices are constrained to, or None.
-        output_error: With calibration data and a target: the sum over the layers of the relative
-            squared error of their outputs, each fed with the original network's inputs. None
-            otherwise.
+        output_error: With calibration data and a target, but not for latency: the sum over the
+            layers of the relative squared error of their outputs, each fed with the original
+            network's inputs. None otherwise.
         output_error_without_target: The same sum for the choices that would have been made under
             the same budget without the target's constraints. None otherwise.
         requested_macs_cr: With limits on parameters and on MACs: the fraction of MACs that was

@@ -53,7 +53,7 @@ class Sweep:
 
     Attributes:
         rows: The dense model, then one row for every method and ratio.
-        objective: What the ratios count: `"params"` or `"macs"`.
+        objective: What the ratios count: `"params"`, `"macs"` or `"latency"`.
         name: The model's name.
 
     Example:

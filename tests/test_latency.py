@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import zoo
+from rich.progress import Progress
 
 import keras_alds
 from keras_alds.cli import main
@@ -27,11 +28,13 @@ from keras_alds.litert.layer_files import LayerCall, layer_calls, layer_file
 from keras_alds.litert.sampling import sample_costs
 from keras_alds.litert.timing import clock, time_files
 from keras_alds.plan import CompressionPlan
+from keras_alds.rewrite.wrappers import without_pruning
 
 pytest.importorskip("ai_edge_litert")
 
 from keras_alds.litert.runs import Runner
 
+CONVERTED = latency.converted  # `runtime` puts another one in its place
 WIDTH = 16  # of the tiles of the made-up runtime
 
 
@@ -357,7 +360,18 @@ def test_what_is_slower_is_never_taken(runtime: list[Any]):
         keras_alds.select(model, 0.5, objective="latency", latency=table)
 
 
-def test_in_training_and_by_path(keras_module: ModuleType, runtime: list[Any], tmp_path: Path):
+def test_in_training_and_by_path(
+    keras_module: ModuleType,
+    runtime: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    disabled: list[bool] = []
+
+    def recording(*, disable: bool, **options: Any) -> Progress:
+        disabled.append(disable)
+        return Progress(disable=disable, **options)
+
     model = wide(keras_module)
     model.compile("sgd", "mse")
     x = zoo.examples(model, 8)
@@ -370,7 +384,14 @@ def test_in_training_and_by_path(keras_module: ModuleType, runtime: list[Any], t
     model.fit(x, y, epochs=2, verbose=0, callbacks=[alds])
     assert len(runtime) == before
     assert alds.plan.reduction("latency") >= 0.05
-    # Nothing given: measured here.
+    # Nothing given: measured here, and as silently as was asked for.
+    monkeypatch.setattr(latency, "Progress", recording)
+    silent = keras_alds.ALDSCompress(0.05, objective="latency", max_slices=2, verbose=0)
+    fresh = wide(keras_module)
+    fresh.compile("sgd", "mse")
+    fresh.fit(x, y, verbose=0, callbacks=[silent])
+    assert disabled
+    assert all(disabled)
     plan = keras_alds.select(wide(keras_module), 0.05, objective="latency", max_slices=1)
     assert plan.cr >= 0.05
     assert all(choice.slices == 1 for choice in plan.factorized)
@@ -395,11 +416,19 @@ def test_bad_arguments(runtime: list[Any], tmp_path: Path, monkeypatch: pytest.M
     for options, text in (
         ({"quantize": "float16"}, "None or 'int8', to measure"),
         ({"threads": 0}, "`threads` to be a positive integer"),
+        ({"max_slices": 0}, "`max_slices` to be a positive integer"),
         ({"target": "gpu-delegate"}, "to measure latency here"),
         ({"exclude": ".*"}, "to measure its latency"),
     ):
         with pytest.raises(ValueError, match=text):
             measure_latency(model, **options)
+    with pytest.raises(ValueError, match="to be built"):
+        measure_latency(keras.Sequential([keras.layers.Dense(3)]))
+    with pytest.raises(ValueError, match="not compressed yet"):
+        measure_latency(keras_alds.compress(model, 0.5))
+    with pytest.warns(UserWarning, match="'nowhere' matches no layer"):
+        measure_latency(model, exclude="nowhere", verbose=0)
+    assert len(repr(table)) < 120
     unknown = keras.Sequential([keras.Input((None, None, 3)), keras.layers.Conv2D(16, 3)])
     with pytest.raises(ValueError, match="Expected a known input size, to measure latency"):
         measure_latency(unknown)
@@ -410,6 +439,9 @@ def test_bad_arguments(runtime: list[Any], tmp_path: Path, monkeypatch: pytest.M
         ("", "no rows"),
         ("a,b\n1,2\n", "none named kind"),
         (lines[0] + lines[1].replace(str(TOTAL), "fast"), "does not fit"),
+        (lines[0] + lines[1].replace(str(TOTAL), "inf"), "does not fit"),
+        (lines[0] + lines[1].replace(str(TOTAL), "0"), "0 ns for the whole model"),
+        ("a\0\n1\n", "Expected a latency table"),
         ("".join(lines[:1] + lines[2:]), "0 models"),
         ("".join(lines) + lines[1], "2 models"),
         ("".join(lines[:2] + lines[3:]), "does not fit"),
@@ -417,9 +449,61 @@ def test_bad_arguments(runtime: list[Any], tmp_path: Path, monkeypatch: pytest.M
         path.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             LatencyTable.load(path)
+    path.write_bytes(b"\x80\xff")
+    with pytest.raises(ValueError, match="no rows"):
+        LatencyTable.load(path)
     monkeypatch.setitem(sys.modules, "ai_edge_litert.interpreter", None)
     with pytest.raises(ImportError, match=r'pip install "keras_alds\[litert\]"'):
         keras_alds.select(model, 0.1, objective="latency")
+
+
+def test_tables_of_other_models_with_the_same_layers(runtime: list[Any]):
+    def net(depth: int) -> Any:
+        convolutions = [keras.layers.Conv2D(64, 3, padding="same") for _ in range(depth)]
+        return keras.Sequential([keras.Input((8, 8, 64)), *convolutions])
+
+    table = measure_latency(net(2), verbose=0)
+    options = {"objective": "latency", "latency": table}
+    for depth in (1, 3):
+        with pytest.raises(ValueError, match=rf"one of another model.* has {depth}\. Measure"):
+            keras_alds.select(net(depth), 0.01, **options)
+    model = net(2)
+    # What is excluded is not known to be of another model.
+    plan = keras_alds.select(model, 0.01, exclude=model.layers[0].name, **options)
+    assert plan.latency_before == TOTAL
+    assert len(plan.factorized) == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pruned_models_are_measured_without_their_wrappers(runtime: list[Any]):
+    sparsity = pytest.importorskip("tensorflow_model_optimization").sparsity.keras
+    keras = pytest.importorskip("tf_keras")
+    plain = keras.Sequential(
+        [
+            keras.Input((8, 8, 64)),
+            keras.layers.Conv2D(64, 3, name="conv"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(10, name="head"),
+        ]
+    )
+    model = sparsity.prune_low_magnitude(plain)
+    weights, wrapped = len(model.weights), list(model.layers)
+    bare = without_pruning(model)
+    assert [type(layer) for layer in bare.layers] == [type(layer) for layer in plain.layers]
+    assert [w.shape for w in bare.weights] == [w.shape for w in plain.weights]
+    assert without_pruning(plain) is plain
+    operators = [op.name for op in keras_alds.litert.read_file(CONVERTED(model, None)).operators]
+    expected = keras_alds.litert.read_file(CONVERTED(plain, None)).operators
+    assert operators == [op.name for op in expected]
+    assert model.layers == wrapped
+    assert len(model.weights) == weights
+    # In the fit that prunes, with nothing measured before.
+    model.compile("sgd", "mse")
+    alds = keras_alds.ALDSCompress(0.05, at_epoch=1, objective="latency", verbose=0)
+    x, y = zoo.examples(plain, 8), np.zeros((8, 10), np.float32)
+    callbacks = [sparsity.UpdatePruningStep(), alds]
+    model.fit(x, y, epochs=2, verbose=0, callbacks=callbacks)
+    assert alds.plan.reduction("latency") >= 0.05
 
 
 # -- On a device ---------------------------------------------------------------------------------
@@ -464,6 +548,9 @@ def test_log_of_the_benchmark_tool():
     text += OLD.format(name="00003.tflite", time="1600") + "ERROR: Failed to load\n"
     assert device.parse_log(text) == {"00001.tflite": 1234.5, "00003.tflite": 1500.0}
     assert device.parse_log("nothing") == {}
+    garbled = OLD.format(name="00004.tflite", time="1.2.3")
+    assert device.parse_log(garbled) == {}
+    assert device.parse_log(garbled.replace("(avg): 1.2.3", "(avg): 7")) == {"00004.tflite": 7}
 
 
 def test_device_commands(
@@ -503,8 +590,19 @@ def test_device_commands(
     assert main([*arguments, "--cr", "0.05", "--output", "plan.json"]) == 0
     assert CompressionPlan.load("plan.json").reduction("latency") >= 0.05
     assert "Latency, µs" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="Expected `quantize` to be None or 'int8' and `target`"):
-        keras_alds.litert.write_latency_files(model, "files", quantize="dynamic")
+    for options, text in (
+        ({"quantize": "dynamic"}, "Expected `quantize` to be None or 'int8'"),
+        ({"threads": 0}, "Expected `threads` to be a positive integer"),
+        ({"target": "abacus"}, "Expected `target` to be one of 'litert', "),
+    ):
+        with pytest.raises(ValueError, match=text):
+            keras_alds.litert.write_latency_files(model, "other", **options)
+    assert not Path("other").exists()
+    for text in ("", "a,b\n1,2\n", "kind\nmodel\nempty\n"):
+        Path("files/candidates.csv").write_text(text, encoding="utf-8")
+        with pytest.raises(SystemExit):
+            main(["latency-read", "files", "log.txt", "--output", "phone.csv"])
+        assert "as `latency-files` wrote it" in capsys.readouterr().err
 
 
 def test_measure_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

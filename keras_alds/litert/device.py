@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import re
 from collections.abc import Mapping
@@ -15,12 +14,13 @@ from rich.progress import track
 from keras_alds.core.targets import TARGETS
 from keras_alds.litert.latency import (
     COLUMNS,
-    QUANTIZE,
     LatencyTable,
     candidates,
+    check_settings,
     converted,
     measure_latency,
     ranks_to_measure,
+    read_rows,
     write_rows,
 )
 from keras_alds.litert.layer_files import empty_file, layer_calls, layer_file
@@ -28,10 +28,11 @@ from keras_alds.litert.layer_files import empty_file, layer_calls, layer_file
 INDEX = "candidates.csv"
 _MODEL, _EMPTY = "model.tflite", "empty.tflite"
 _STEPS = 5  # intervals of the ranks of one number of slices
+_NUMBER = r"(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)(?![\w.])"
 _GRAPH = re.compile(r"Graph: \[(.+?)\]")
-_TIMINGS = re.compile(r"Inference timings in us:.*\bInference \(avg\): ([0-9.eE+-]+)")
-_STATISTICS = re.compile(r"\bcount=\d+ .*\bavg=([0-9.eE+-]+)")
-_MEDIAN = re.compile(r"\bmedian=([0-9.eE+-]+)")
+_TIMINGS = re.compile(rf"Inference timings in us:.*\bInference \(avg\): {_NUMBER}")
+_STATISTICS = re.compile(rf"\bcount=\d+ .*\bavg={_NUMBER}")
+_MEDIAN = re.compile(rf"\bmedian={_NUMBER}")
 
 
 def write_latency_files(
@@ -75,10 +76,11 @@ def write_latency_files(
     keras_alds.litert.write_latency_files(model, "latency", max_slices=1, verbose=0)
     ```
     """
-    if quantize not in QUANTIZE or target not in TARGETS:
+    check_settings(quantize, threads, max_slices)
+    if target not in TARGETS:
         raise ValueError(
-            f"Expected `quantize` to be None or 'int8' and `target` one of {', '.join(TARGETS)}. "
-            f"Received: quantize={quantize!r}, target={target!r}"
+            f"Expected `target` to be one of {', '.join(map(repr, TARGETS))}. "
+            f"Received: target={target!r}"
         )
     specs = candidates(model, exclude)
     calls = layer_calls(model, [spec.layer for spec in specs])
@@ -137,8 +139,12 @@ def read_latency_log(folder: str | os.PathLike[str], log: str | os.PathLike[str]
             f"Expected {INDEX} in the folder, as `latency-files` writes it. "
             f"Received: folder={os.fspath(folder)!r} without"
         )
-    with open(index, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(index)
+    if [row.get("kind") for row in rows[:2]] != ["model", "empty"] or "file" not in rows[0]:
+        raise ValueError(
+            f"Expected {os.fspath(index)!r} as `latency-files` wrote it, with the rows of the "
+            "whole model and of the empty file first. Received: another file. Write the files anew."
+        )
     times = parse_log(Path(log).read_text(encoding="utf-8", errors="replace"))
     missing = [row["file"] for row in rows if row["file"] not in times]
     if missing:
@@ -147,7 +153,7 @@ def read_latency_log(folder: str | os.PathLike[str], log: str | os.PathLike[str]
             f"{len(missing)}: {', '.join(missing[:5])}. Run benchmark_model on them and append "
             "what it prints."
         )
-    empty = next(times[row["file"]] for row in rows if row["kind"] == "empty")
+    empty = times[rows[1]["file"]]
     measured = [
         row | {"nanoseconds": str(_nanoseconds(row, times, empty))}
         for row in rows

@@ -6,6 +6,7 @@ import collections
 import csv
 import dataclasses
 import functools
+import numbers
 import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ import tensorflow as tf
 from rich.progress import Progress
 
 from keras_alds import _backend
+from keras_alds.compress import check_model
 from keras_alds.core.costs import SampledCosts, sum_costs
 from keras_alds.core.slicing import divisors, weights
 from keras_alds.core.targets import allowed_ranks, get_target
@@ -24,7 +26,8 @@ from keras_alds.litert.convert import convert
 from keras_alds.litert.layer_files import LayerCall, empty_file, layer_calls, layer_file
 from keras_alds.litert.sampling import sample_costs
 from keras_alds.litert.timing import MOST_SWEPT, time_files
-from keras_alds.rewrite import inspect
+from keras_alds.rewrite import inspect, wrappers
+from keras_alds.rewrite.in_place import already_compressed
 from keras_alds.rewrite.observe import MIN_EXAMPLES
 
 QUANTIZE = (None, "int8")
@@ -38,7 +41,7 @@ COLUMNS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LatencyTable:
     """Latencies of a model and of its layers' choices, in one runtime; see `measure_latency`.
 
@@ -65,6 +68,12 @@ class LatencyTable:
     quantize: str | None = None
     threads: int = 1
     target: str = "litert"
+
+    def __repr__(self) -> str:
+        return (
+            f"LatencyTable(total={self.total}, layers={{{len(self.layers)} of them}}, "
+            f"quantize={self.quantize!r}, threads={self.threads}, target={self.target!r})"
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the table to `path` as CSV; docs/deploy.md has its columns."""
@@ -105,9 +114,7 @@ class LatencyTable:
         Raises:
             ValueError: If the file is no such table.
         """
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        return cls.from_rows(rows, os.fspath(path))
+        return cls.from_rows(read_rows(path), os.fspath(path))
 
     @classmethod
     def from_rows(cls, rows: Sequence[Mapping[str, Any]], where: str) -> LatencyTable:
@@ -130,6 +137,8 @@ class LatencyTable:
             for row in rows:
                 nanoseconds = round(float(row["nanoseconds"]))
                 if row["kind"] == "model":
+                    if nanoseconds < 1:
+                        raise ValueError(f"{nanoseconds} ns for the whole model")
                     totals.append(nanoseconds)
                     continue
                 call = LayerCall.from_row({key: str(value) for key, value in row.items()})
@@ -137,7 +146,7 @@ class LatencyTable:
                 point = int(row["slices"]), int(row["rank"])
                 points.setdefault(call, {})[point] = nanoseconds
             layers = {call: SampledCosts.of_points(found) for call, found in points.items()}
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise ValueError(
                 f"Expected a latency table in {where!r}: numbers in the columns of sizes and "
                 f"times, and a dense row for every layer. Received: one that does not fit ({error})"
@@ -206,7 +215,8 @@ def measure_latency(
     Raises:
         ImportError: If LiteRT is not installed.
         ValueError: If an argument is not as above, the model has no layer that can be factorized,
-            an input size is unknown, or the model cannot be converted.
+            is compressed already or not built, an input size is unknown, or the model cannot be
+            converted.
 
     Example:
     ```python
@@ -214,15 +224,7 @@ def measure_latency(
     print(f"{table.total / 1e6:.3f} ms, {len(table.layers)} layers")
     ```
     """
-    if quantize not in QUANTIZE:
-        raise ValueError(
-            f"Expected `quantize` to be None or 'int8', to measure latency. "
-            f"Received: quantize={quantize!r}"
-        )
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-        raise ValueError(
-            f"Expected `threads` to be a positive integer. Received: threads={threads!r}"
-        )
+    check_settings(quantize, threads, max_slices)
     _check_local(target)
     runtime = _Runtime(quantize, threads, target)
     return _measured(
@@ -230,13 +232,34 @@ def measure_latency(
     )
 
 
+def check_settings(quantize: Any, threads: Any, max_slices: Any) -> None:
+    """Raises a ValueError for settings under which nothing can be measured."""
+    if quantize not in QUANTIZE:
+        raise ValueError(
+            f"Expected `quantize` to be None or 'int8', to measure latency. "
+            f"Received: quantize={quantize!r}"
+        )
+    for name, value in (("threads", threads), ("max_slices", max_slices)):
+        if name == "max_slices" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+            raise ValueError(
+                f"Expected `{name}` to be a positive integer. Received: {name}={value!r}"
+            )
+
+
 def candidates(model: Any, exclude: Any = ()) -> list[inspect.LayerSpec]:
-    """The layers of a model that can be factorized.
+    """The layers of a model that can be factorized; warns of what `exclude` names in vain.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or if the model is not built or compressed already.
     """
-    specs, _ = inspect.inspect_model(model, inspect.check_exclude(exclude))
+    check_model(model)
+    specs, unmatched = inspect.inspect_model(model, inspect.check_exclude(exclude))
+    factorized = [s for s in specs if inspect.is_factorized(s.layer) and not s.excluded]
+    if factorized:
+        raise ValueError(already_compressed(factorized))
+    inspect.warn_of_unmatched(model, unmatched, stacklevel=4)
     found = [spec for spec in specs if not spec.reason and spec.known_kind.name in MEASURED]
     if not found:
         raise ValueError(
@@ -277,24 +300,29 @@ def layer_latencies(
     *,
     target: str,
     max_slices: int | None = None,
+    complete: bool = False,
+    verbose: int = 1,
 ) -> LayerLatencies:
     """The latencies of a model's layers, from a table or measured now.
 
     Args:
         model: The model.
-        specs: Its layers that can be factorized.
+        specs: Layers of it that can be factorized.
         table: A table of this model, or None to measure: in float32, on one thread.
         target: The runtime.
         max_slices: Largest number of slices to measure.
+        complete: Whether these are all layers that can be factorized, none excluded. A table
+            with others is then known to be of another model.
+        verbose: As for `measure_latency`.
 
     Returns:
         The `LayerLatencies`; layers that are not called are not in it.
 
     Raises:
-        ValueError: If the table lacks a layer.
+        ValueError: If the table lacks a layer, or is of another model.
     """
     if table is None:
-        table = _measured(model, specs, _Runtime(None, 1, target), max_slices)
+        table = _measured(model, specs, _Runtime(None, 1, target), max_slices, verbose=verbose)
     calls = layer_calls(model, [spec.layer for spec in specs])
     for spec in specs:
         for call in calls[id(spec.layer)]:
@@ -305,6 +333,15 @@ def layer_latencies(
                     "`keras_alds.litert.measure_latency`, or on a device "
                     "`python -m keras_alds latency-files`."
                 )
+    counts = _counts(calls)
+    for call in sorted(table.calls):
+        there, here = table.calls[call], counts[call]
+        if here > there or (complete and here < there):
+            raise ValueError(
+                f"Expected a latency table of the model '{model.name}'. Received: one of another "
+                f"model, whose time as a whole is not known of this one: {there} calls of {call}, "
+                f"where '{model.name}' has {here}. Measure this model."
+            )
     costs = {
         id(spec.layer): sum_costs(
             [
@@ -325,6 +362,15 @@ def write_rows(
     writer = csv.DictWriter(file, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
+    """Reads the rows of a CSV file; none of a file that is not text."""
+    with open(path, encoding="utf-8", newline="") as file:
+        try:
+            return list(csv.DictReader(file))
+        except (UnicodeDecodeError, csv.Error):
+            return []
 
 
 # -- Measurement ---------------------------------------------------------------------------------
@@ -401,10 +447,13 @@ def _measured(
                     (overhead,) = runtime.times([empty_file])
                 _LAYERS[key] = _layer_costs(call, ranks, runtime, swept, overhead)
             costs[call] = _LAYERS[key]
-    counts = collections.Counter(call for found in calls.values() for call in found)
     return LatencyTable(
-        total, costs, dict(counts), runtime.quantize, runtime.threads, runtime.target
+        total, costs, dict(_counts(calls)), runtime.quantize, runtime.threads, runtime.target
     )
+
+
+def _counts(calls: Mapping[int, Sequence[LayerCall]]) -> collections.Counter[LayerCall]:
+    return collections.Counter(call for found in calls.values() for call in found)
 
 
 def _layer_costs(
@@ -442,7 +491,8 @@ def _model_latency(
 
 
 def converted(model: Any, quantize: str | None, data: Any = None, verbose: int = 0) -> bytes:
-    """The file of a whole model, to be measured."""
+    """The file of a whole model, to be measured: with pruning's wrappers off, whose ops cost."""
+    model = wrappers.without_pruning(model)
     if quantize == "int8" and data is None:
         rng = np.random.default_rng(0)
         arrays = [

@@ -107,6 +107,24 @@ def apply_masks(model: Any) -> None:
         wrapper.pruning_obj.weight_mask_op()
 
 
+def without_pruning(model: Any) -> Any:
+    """A copy of `model` without pruning wrappers, its weights new; `model` if there are none.
+
+    `strip_pruning` would do, but its copy and `model` have their layers in common.
+    """
+    backend = _backend.backend_of(model)
+    if not pruning(model) or not backend.is_symbolic(model):
+        return model
+
+    def clone(layer: Any) -> Any:
+        if backend.is_model(layer):
+            return backend.keras.models.clone_model(layer, clone_function=clone)
+        inner = layer.layer if is_pruning(layer) else layer
+        return type(inner).from_config(inner.get_config())
+
+    return clone(model)
+
+
 def renew_masks(backend: _backend.Backend, wrapper: Any) -> Callable[[], None]:
     """Makes the masks of a `PruneLowMagnitude` anew for the weights that its layer now has.
 
