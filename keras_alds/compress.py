@@ -651,7 +651,7 @@ class Problem:
             f"objective={name!r}: expected 0 < cr <= "
             f"{math.floor(best * 1e4) / 1e4:.4f}, with the smallest allowed choice everywhere "
             f"({self.described_limits}). Received: "
-            f"cr={cr}. A larger part of it lies in what is left alone: "
+            f"cr={cr}. What is left alone holds "
             f"{fixed:,} of {total:,}{' ns' if name == 'latency' else ''} "
             "(see `select(…).summary()`)."
         )
