@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import decimal
 import hashlib
 import math
 import numbers
@@ -553,21 +554,35 @@ class Problem:
             ValueError: If the layer's bounds allow none.
         """
         shape = spec.kernel_shape or ()
-        dense, limits = math.prod(shape), self.limits(spec)
         unit, costs = self.unit(spec, resource), self.dense_cost(spec, resource)
+        added = self.added_params(spec) if resource == "params" else 0
         sampled = None if self.latency is None else self.latency.costs[id(spec.layer)]
-        found = [(dense, costs)]
-        for k in divisors(shape[-2]):
-            per_rank = weights(shape, k, 1)
-            ranks = [j for j in allowed_ranks(shape, k, **limits) if j * per_rank < dense]
+        found = [(math.prod(shape), costs)]
+        for k, ranks in self.offered(spec).items():
+            sizes = [j * weights(shape, k, 1) for j in ranks]
             times = (
-                [unit * j * per_rank for j in ranks] if sampled is None else sampled.of(k, ranks)
+                [unit * size + added for size in sizes] if sampled is None else sampled.of(k, ranks)
             )
-            found += [(j * per_rank, int(t)) for j, t in zip(ranks, times, strict=True)]
+            found += [(size, int(time)) for size, time in zip(sizes, times, strict=True)]
         within = [cost for size, cost in found if cost <= costs and self.is_within(spec, size)]
         if not within:
             raise self.nothing_within(spec, [size for size, cost in found if cost <= costs])
         return min(within)
+
+    def offered(self, spec: inspect.LayerSpec) -> dict[int, list[int]]:
+        """The ranks that each number of slices of a layer may have, for a kernel of full rank."""
+        shape, limits = spec.kernel_shape or (), self.limits(spec)
+        added = 0 if self.resources[0] == "macs" else self.added_params(spec)
+        most, offered = math.prod(shape) - added, {}
+        for k in divisors(shape[-2]):
+            per_rank = weights(shape, k, 1)
+            if ranks := [j for j in allowed_ranks(shape, k, **limits) if j * per_rank < most]:
+                offered[k] = ranks
+        near = METHODS[self.options.method].near_slices
+        if near is None or not offered:
+            return offered
+        nearest = min(offered, key=lambda k: (abs(k - near), k))
+        return {} if near == 1 != nearest else {nearest: offered[nearest]}
 
     def is_within(self, spec: inspect.LayerSpec, size: int) -> bool:
         """Whether a layer whose kernel weighs so much is within its bounds."""
@@ -644,16 +659,21 @@ class Problem:
         """The error for a `cr` that even the smallest choice everywhere does not reach."""
         name = self.resources[resource]
         total, fixed = self.total_of(name), self.fixed_cost(name)
-        best = removed_fraction(total, required + fixed)
         cr = self.options.macs_cr if resource else self.options.cr
+        start = f"cr={cr} is not reachable for the model '{self.name}' with objective={name!r}: "
+        best = removed_fraction(total, required + fixed)
+        if best <= 0:
+            return ValueError(
+                f"{start}expected an allowed choice that is {self.better} than its layer "
+                f"({self.described_limits}). Received: none ({len(self.candidates)} layers can be "
+                "factorized)"
+            )
         return ValueError(
-            f"cr={cr} is not reachable for the model '{self.name}' with "
-            f"objective={name!r}: expected 0 < cr <= "
-            f"{math.floor(best * 1e4) / 1e4:.4f}, with the smallest allowed choice everywhere "
-            f"({self.described_limits}). Received: "
-            f"cr={cr}. What is left alone holds "
-            f"{fixed:,} of {total:,}{' ns' if name == 'latency' else ''} "
-            "(see `select(…).summary()`)."
+            f"{start}expected 0 < cr <= {_rounded_down(best)}, with the smallest allowed choice "
+            f"everywhere ({self.described_limits}). Received: cr={cr}. Of "
+            f"{total:,}{' ns' if name == 'latency' else ''} there remain then {required:,} in the "
+            f"layers that can be factorized and {fixed:,} in what no choice changes: biases and "
+            "layers left alone (see `select(…).summary()`)."
         )
 
     @property
@@ -772,6 +792,14 @@ class Problem:
         )
 
 
+def _rounded_down(fraction: float) -> str:
+    """A fraction > 0 as a decimal number that is > 0 too and not larger."""
+    exact, digits = decimal.Decimal(fraction), 4
+    while not (rounded := exact.quantize(decimal.Decimal(1).scaleb(-digits), decimal.ROUND_FLOOR)):
+        digits += 1
+    return f"{rounded:f}"
+
+
 def check_model(model: Any) -> None:
     """Raises a ValueError unless `model` is a built model of either Keras."""
     backend = _backend.backend_of(model)
@@ -859,8 +887,9 @@ def compress(
     """Returns a new, smaller model; `model` is untouched.
 
     The new model has the class, the names and the graph of `model`; every layer that the plan
-    factorizes is a `FactorizedConv2D`, `FactorizedDense` or `FactorizedConv1D`. Frozen layers stay
-    frozen. A compiled model comes back compiled, with an optimizer of the same class and
+    factorizes is the factorized one of its kind in `keras_alds.layers`, such as
+    `FactorizedConv2D` (attention layers: with some of their projections factorized). Frozen layers
+    stay frozen. A compiled model comes back compiled, with an optimizer of the same class and
     settings (its state new), the same loss and metrics.
 
     Functional and Sequential models are cloned. A subclassed model is made again by

@@ -582,6 +582,52 @@ class TestBadInput:
         with pytest.raises(ValueError, match="not reachable"):
             select(small, reachable + 2e-4)
 
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"method": "svd"},
+            {"method": "alds-simple"},
+            {"method": "alds-simple-5", "rank_multiple": 2},
+            {"method": "pca", "calibration_data": np.ones((8, 6), "float32")},
+            {"objective": "macs", "max_slices": 1},
+            {"target": "litert"},
+        ],
+        ids=str,
+    )
+    def test_the_ratio_that_is_named_is_reachable(self, options):
+        rng = np.random.default_rng(0)
+        layers = [keras.layers.Dense(n, use_bias=n > 20) for n in (30, 17, 40)]
+        model = keras.Sequential([keras.Input((6,)), *layers, keras.layers.BatchNormalization()])
+        if "calibration_data" in options:
+            options = {**options, "calibration_data": rng.standard_normal((64, 6))}
+        with pytest.raises(ValueError, match=r"0 < cr <= (0\.\d+)") as caught:
+            select(model, 0.99, **options)
+        reachable = float(re.search(r"0 < cr <= (0\.\d+)", str(caught.value))[1])
+        plan = select(model, reachable, **options)
+        assert reachable <= plan.cr < reachable + 1e-3
+        assert all(choice.reason != "the budget leaves it whole" for choice in plan.choices)
+        total, *parts = re.search(
+            r"Of ([\d,]+) .* ([\d,]+) in the .* ([\d,]+) in what", str(caught.value)
+        ).groups()
+        remain = sum(int(part.replace(",", "")) for part in parts)
+        assert 1 - remain / int(total.replace(",", "")) == pytest.approx(plan.cr)
+
+    def test_nothing_is_reachable(self, small):
+        with pytest.raises(
+            ValueError, match=r"choice that is smaller.*rank_multiple=999\)"
+        ) as info:
+            select(small, 0.1, rank_multiple=999)
+        assert "cr <=" not in str(info.value)
+
+    def test_next_to_nothing_is_reachable(self):
+        layers = [keras.layers.Dense(6), keras.layers.Dense(150_000, name="wide")]
+        model = keras.Sequential([keras.Input((6,)), *layers])
+        options = {"exclude": "wide", "method": "energy"}
+        with pytest.raises(ValueError, match=r"0 < cr <= (0\.0000\d+)") as caught:
+            select(model, 0.5, **options)
+        reachable = float(re.search(r"0 < cr <= (0\.\d+)", str(caught.value))[1])
+        assert select(model, reachable, **options).cr >= reachable > 0
+
     def test_not_a_model(self):
         for thing in ("model.keras", None, np.zeros(3), keras.layers.Dense(3)):
             with pytest.raises(ValueError, match=r"Expected `model`.*Received: model="):

@@ -66,7 +66,15 @@ def test_int8_tensors(keras_module: ModuleType):
     for operator in file.weighted:
         types = [operator.data.dtype, operator.weights.dtype, operator.outputs[0].dtype]
         assert types == ["int8"] * 3
-    ours, theirs = Runner(content).predict(x), np.asarray(small(x, training=False))
+    runner = Runner(content)
+    ours, theirs = runner.predict(x), np.asarray(small(x, training=False))
+    np.testing.assert_array_equal(runner.predict([x]), ours)  # as the file's only input
+    np.testing.assert_array_equal(runner.predict(list(x[:2])), ours[:2])
+    np.testing.assert_array_equal(runner.predict([x[0]]), ours[:1])
+    with pytest.raises(ValueError, match=r"at least one example .*Received: shapes \(0, "):
+        runner.predict(x[:0])
+    with pytest.raises(ValueError, match="Expected data of shape"):
+        runner.predict([])
     assert np.abs(ours - theirs).max() < 0.06 * np.abs(theirs).max()
 
 
@@ -198,6 +206,8 @@ def test_names_and_order_of_inputs_and_outputs(keras_module: ModuleType):
         runner.predict({"a": x[0]})
     with pytest.raises(ValueError, match="Expected data of shape"):
         runner.predict([x[0], x[1][:, :3]])
+    with pytest.raises(ValueError, match="at least one example for the file's inputs"):
+        runner.predict([x[0][:0], x[1][:0]])
 
 
 def test_loops_are_refused_where_the_converter_would_crash():
@@ -294,11 +304,17 @@ def test_wrong_models(keras_module: ModuleType):
         litert.convert(half)
     with pytest.raises(ValueError, match=r"Expected `model` to be a built `keras\.Model`"):
         litert.convert("model.keras")
-    inputs = keras_module.Input((4, 4, 4, 2))
-    odd = keras_module.Model(inputs, layers.Conv3D(2, 2, name="three")(inputs))
-    x = np.random.default_rng(0).standard_normal((8, 4, 4, 4, 2)).astype("float32")
-    with pytest.raises(ValueError, match=r"Expected every convolution.*CONV_3D"):
+    inputs = keras_module.Input((4, 4, 4, 16))
+    x = np.random.default_rng(0).standard_normal((8, 4, 4, 4, 16)).astype("float32")
+    is_keras_3 = keras_module is keras
+    kind, name = ("Conv3D", "CONV_3D") if is_keras_3 else ("Conv3DTranspose", "CONV_3D_TRANSPOSE")
+    odd = keras_module.Model(inputs, getattr(layers, kind)(24, 2)(inputs))
+    odd = keras_alds.compress(odd, 0.1, target="litert") if is_keras_3 else odd
+    with pytest.raises(ValueError, match=rf"Expected every.*no int8 form of {name}, which 'dyn"):
         litert.convert(odd, quantize="int8", representative_data=x, verbose=0)
+    content = litert.convert(odd, quantize="dynamic", verbose=0)
+    assert any(operator.name == name for operator in litert.read_file(content).weighted)
+    np.testing.assert_allclose(Runner(content).predict(x), odd(x), atol=1e-4)
 
 
 def test_files_that_do_not_run_are_not_handed_out(

@@ -23,10 +23,13 @@ _WEIGHTED = MappingProxyType(
         "DEPTHWISE_CONV_2D": 3,
         "TRANSPOSE_CONV": 0,
         "CONV_3D": 4,
+        "CONV_3D_TRANSPOSE": 3,
         "FULLY_CONNECTED": 0,
         "BATCH_MATMUL": None,
     }
 )
+# Those whose first input is the shape of the output.
+_TRANSPOSED = ("TRANSPOSE_CONV", "CONV_3D_TRANSPOSE")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Operator:
     @property
     def data(self) -> Tensor | None:
         """The tensor that a convolution or dense layer works on, or None for another operator."""
-        place = 2 if self.name == "TRANSPOSE_CONV" else 0
+        place = 2 if self.name in _TRANSPOSED else 0
         return self.inputs[place] if self.name in _WEIGHTED else None
 
     @property
@@ -109,7 +112,7 @@ class Operator:
     @property
     def bias(self) -> Tensor | None:
         """The bias of a convolution or dense layer, or None."""
-        place = 3 if self.name == "TRANSPOSE_CONV" else 2
+        place = 3 if self.name in _TRANSPOSED else 2
         return self.inputs[place] if self.name in _WEIGHTED and len(self.inputs) > place else None
 
     @property

@@ -8,6 +8,8 @@ from keras_alds.litert.files import LiteRTFile, Operator, Tensor
 DYNAMIC_MIN_VALUES = 1024
 # What has kernels for float inputs and int8 weights.
 _HYBRID = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL")
+# What has kernels for float alone.
+_FLOAT = ("CONV_3D", "CONV_3D_TRANSPOSE")
 
 
 def check_quantized(file: LiteRTFile, quantize: str) -> list[str]:
@@ -45,11 +47,18 @@ def check_quantized(file: LiteRTFile, quantize: str) -> list[str]:
             small = count < DYNAMIC_MIN_VALUES or operator.name not in _HYBRID
             (left if small else wrong).append(text)
     if wrong:
-        raise ValueError(
-            f"Expected every convolution and dense layer to be quantized ({quantize}). Received: "
-            f"{len(wrong)} that the converter left in float: {'; '.join(wrong)}. Remedy: "
+        remedy = (
             "`keras_alds.expand` the model before quantization-aware training, or quantize after "
             "training with `representative_data`; or take another `quantize`."
+        )
+        if never := {step.name for step in file.weighted if step.name in _FLOAT}:
+            remedy = (
+                f"take another `quantize`: LiteRT has no int8 form of {', '.join(sorted(never))}, "
+                "which 'dynamic' leaves in float."
+            )
+        raise ValueError(
+            f"Expected every convolution and dense layer to be quantized ({quantize}). Received: "
+            f"{len(wrong)} that the converter left in float: {'; '.join(wrong)}. Remedy: {remedy}"
         )
     return left
 

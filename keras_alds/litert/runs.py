@@ -93,7 +93,7 @@ class Runner:
         """Outputs for any number of examples, run by run.
 
         Raises:
-            ValueError: If `x` does not fit the file's inputs.
+            ValueError: If `x` holds no examples or does not fit the file's inputs.
         """
         parts = []
         for arrays, count in self._batches(x):
@@ -118,8 +118,9 @@ class Runner:
         """The arrays of `x` in the file's order, checked.
 
         Raises:
-            ValueError: If they do not fit the file's inputs.
+            ValueError: If they are empty or do not fit the file's inputs.
         """
+        sizes = [tuple(map(int, detail["shape"])) for detail in self.inputs]
         if isinstance(x, Mapping):
             if set(x) != set(self.input_names):
                 raise ValueError(
@@ -127,16 +128,24 @@ class Runner:
                     f"Received: data for {sorted(x)}"
                 )
             arrays = [np.asarray(x[name]) for name in self.input_names]
-        elif isinstance(x, (list, tuple)) and len(self.inputs) > 1:
+        elif isinstance(x, (list, tuple)) and (
+            len(sizes) > 1 or (len(x) == 1 and np.ndim(x[0]) == len(sizes[0]))
+        ):
             arrays = [np.asarray(item) for item in x]
         else:
             arrays = [np.asarray(x)]
-        shapes = [tuple(map(int, detail["shape"]))[1:] for detail in self.inputs]
+        shapes = [size[1:] for size in sizes]
         given = [array.shape for array in arrays]
-        if [shape[1:] for shape in given] != shapes or len({shape[0] for shape in given}) != 1:
+        rows = {shape[:1] for shape in given}
+        if [shape[1:] for shape in given] != shapes or len(rows) != 1 or () in rows:
             raise ValueError(
                 f"Expected data of shape (examples, …) with … = {', '.join(map(str, shapes))} for "
                 f"the file's inputs. Received: shapes {', '.join(map(str, given))}"
+            )
+        if rows == {(0,)}:
+            raise ValueError(
+                "Expected at least one example for the file's inputs. "
+                f"Received: shapes {', '.join(map(str, given))}"
             )
         return arrays
 
