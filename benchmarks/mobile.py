@@ -43,6 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--train", type=int, default=20000, help="training images (default: 20000)")
     add("--test", type=int, default=5000, help="test images (default: 5000)")
     add("--learning-rate", type=float, default=0.005)
+    add("--forms", nargs="+", help="only forms that begin so, such as original 'by params' pruned")
     add("--rounds", type=int, default=60, help="rounds of timing (default: 60)")
     return parser.parse_args()
 
@@ -107,7 +108,9 @@ def pruned(model: Any, training: Training | None, gzip_size: int) -> tuple[Any, 
         return zeroed(high), high
     steps = max(training.steps // 20 * 10, 10)
     schedule = pruning.PolynomialDecay(0.0, high, begin_step=0, end_step=steps, frequency=10)
-    wrapped = pruning.prune_low_magnitude(keras_alds.to_tf_keras(model), pruning_schedule=schedule)
+    wrapped = keras_alds.tfmot.prune_low_magnitude(
+        keras_alds.to_tf_keras(model), pruning_schedule=schedule
+    )
     training.fit(wrapped, [pruning.UpdatePruningStep()])
     return pruning.strip_pruning(wrapped), high
 
@@ -200,14 +203,17 @@ def main() -> None:
         rows.append(row)
         print(row, file=sys.stderr)
 
+    wanted = tuple(arguments.forms or ("",))
     for name, make in forms.items():
+        if not name.startswith(wanted):
+            continue
         try:
             model, asked = make()
         except ValueError as error:  # a fraction that is not reachable
             print(f"{name}: {error}", file=sys.stderr)
             continue
         measure(name, model, asked)
-    if gzip_size:
+    if gzip_size and "pruned".startswith(wanted):
         model, sparsity = pruned(original, training, gzip_size)
         measure("pruned (TF-MOT)", model, f"sparsity {sparsity:.2f}")
 
