@@ -335,6 +335,7 @@ def select_with(
         requested_macs_cr=options.macs_cr,
         latency_before=latency,
         latency_after=None if latency is None else latency - saved_latency,
+        latency_runtime=None if problem.latency is None else problem.latency.runtime,
     )
     return plan, calibration
 

@@ -84,9 +84,11 @@ class CompressionPlan:
         requested_macs_cr: With limits on parameters and on MACs: the fraction of MACs that was
             asked to be removed; `requested_cr` and `cr` are those of parameters then, and
             `reduction("macs")` is never below this. None otherwise.
-        latency_before: Measured latency of the whole original, in nanoseconds, or None unless the
-            objective is `"latency"`.
+        latency_before: Measured latency of the whole original, in nanoseconds (of its layers
+            together, where that is more), or None unless the objective is `"latency"`.
         latency_after: Latency that the measurements of the layers predict, in nanoseconds.
+        latency_runtime: What was measured, such as `"int8, 1 thread"`: files converted otherwise
+            have other ratios. None unless the objective is `"latency"`.
         version: Version of the JSON form.
 
     Example:
@@ -113,6 +115,7 @@ class CompressionPlan:
     requested_macs_cr: float | None = None
     latency_before: int | None = None
     latency_after: int | None = None
+    latency_runtime: str | None = None
     version: int = PLAN_VERSION
 
     @property

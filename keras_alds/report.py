@@ -54,7 +54,7 @@ def print_plan(
         )
     if latency:
         lines.append(
-            "Predicted latency, µs: "
+            f"Predicted latency, µs ({plan.latency_runtime}): "
             f"{_microseconds(plan.latency_before, plan.latency_after)}"
             f" ({plan.reduction('latency'):.2%} removed)"
         )

@@ -284,6 +284,9 @@ def test_measure_latency_and_csv_round_trip(
     int8 = measure_latency(model, quantize="int8", threads=2, max_slices=1, verbose=0)
     assert (int8.quantize, int8.threads) == ("int8", 2)
     assert all(k <= 1 for costs in int8.layers.values() for k, _ in costs.points)
+    options = {"objective": "latency", "latency": int8, "max_slices": 1}
+    plan = keras_alds.select(model, 0.02, **options)
+    assert plan.latency_runtime == "int8, 2 threads"
 
 
 def test_shared_layers_and_exclusion(runtime: list[Any]):
@@ -328,13 +331,14 @@ def test_the_budget_is_kept(method: str, keras_module: ModuleType, runtime: list
             assert abs(choice.latency_after - truth) <= 0.05 * choice.latency_before
             saved += choice.latency_before - choice.latency_after
         assert plan.latency_after == TOTAL - saved
+        assert plan.latency_runtime == "float32, 1 thread"
         assert CompressionPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     small = keras_alds.compress(model, plan=plan, calibration_data=data)
     assert small.count_params() == plan.params_after
     printed: list[str] = []
     plan.summary(print_fn=printed.append)
     assert "Latency, µs" in printed[0]
-    assert f"Predicted latency, µs: {TOTAL / 1000:,.1f} → " in printed[0]
+    assert f"Predicted latency, µs (float32, 1 thread): {TOTAL / 1000:,.1f} → " in printed[0]
     assert plan.reduction("latency") == plan.cr
     keras_alds.report(model, small).summary(print_fn=printed.append)
 

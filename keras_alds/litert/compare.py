@@ -79,9 +79,9 @@ class FileComparison:
                 ["ms, quartiles", *(f"{1e3 * t.lower:.3f}–{1e3 * t.upper:.3f}" for t in pair), ""]
             )
             lines.append(
-                f"Latency: {pair[0].runs} runs each, in turns, {pair[0].threads} threads, "
+                f"Latency: {pair[0].runs} runs each, in turns, threads: {pair[0].threads}, "
                 f"{'XNNPACK' if pair[0].delegate else 'built-in kernels'}; the ratio is the median "
-                "of the pairs'"
+                "of those of the pairs"
             )
         for name, value in before.metrics.items():
             change = f"{after.metrics[name] - value:+.4f}"

@@ -171,10 +171,12 @@ class LayerLatencies:
         total: Latency of the whole original, in nanoseconds, at least that of its layers together.
         costs: What the choices of every layer that is called cost, all its calls together, by the
             layer's id.
+        runtime: What was measured: `"float32, 1 thread"`.
     """
 
     total: int
     costs: dict[int, SampledCosts]
+    runtime: str
 
 
 def measure_latency(
@@ -352,7 +354,12 @@ def layer_latencies(
         for spec in specs
         if calls[id(spec.layer)]
     }
-    return LayerLatencies(max(table.total, sum(cost.dense for cost in costs.values())), costs)
+    threads = f"{table.threads} thread{'s' if table.threads > 1 else ''}"
+    return LayerLatencies(
+        total=max(table.total, sum(cost.dense for cost in costs.values())),
+        costs=costs,
+        runtime=f"{table.quantize or 'float32'}, {threads}",
+    )
 
 
 def write_rows(
