@@ -16,16 +16,16 @@ from keras_alds.litert import _package
 #: A file's bytes, or where it lies.
 File = bytes | str | os.PathLike[str]
 
-# Which dimension of the weights of an operator holds its output channels.
-_WEIGHTED = MappingProxyType(
+# Operators that have a kernel: their second input.
+_WEIGHTED = frozenset(
     {
-        "CONV_2D": 0,
-        "DEPTHWISE_CONV_2D": 3,
-        "TRANSPOSE_CONV": 0,
-        "CONV_3D": 4,
-        "CONV_3D_TRANSPOSE": 3,
-        "FULLY_CONNECTED": 0,
-        "BATCH_MATMUL": None,
+        "BATCH_MATMUL",
+        "CONV_2D",
+        "CONV_3D",
+        "CONV_3D_TRANSPOSE",
+        "DEPTHWISE_CONV_2D",
+        "FULLY_CONNECTED",
+        "TRANSPOSE_CONV",
     }
 )
 # Those whose first input is the shape of the output.
