@@ -13,8 +13,10 @@ from typing import Any
 from rich.progress import Progress
 
 from keras_alds import _backend
-from keras_alds.compress import check_cr, check_model, compress, select
+from keras_alds.compress import compress, select
 from keras_alds.core.methods import METHODS, get_method
+from keras_alds.options import check_cr
+from keras_alds.problem import check_model
 from keras_alds.rewrite.observe import calibration_stats
 
 DEFAULT_CRS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)

@@ -17,7 +17,6 @@ import tensorflow as tf
 from rich.progress import Progress
 
 from keras_alds import _backend
-from keras_alds.compress import check_model
 from keras_alds.core.costs import SampledCosts, sum_costs
 from keras_alds.core.slicing import divisors, weights
 from keras_alds.core.targets import allowed_ranks, get_target
@@ -26,6 +25,7 @@ from keras_alds.litert.convert import convert
 from keras_alds.litert.layer_files import LayerCall, empty_file, layer_calls, layer_file
 from keras_alds.litert.sampling import sample_costs
 from keras_alds.litert.timing import MOST_SWEPT, time_files
+from keras_alds.problem import check_model
 from keras_alds.rewrite import inspect, wrappers
 from keras_alds.rewrite.in_place import already_compressed
 from keras_alds.rewrite.observe import MIN_EXAMPLES
