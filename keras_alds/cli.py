@@ -122,6 +122,7 @@ def add_sweep(commands: Commands) -> None:
     add("--objective", choices=OBJECTIVES, default=OBJECTIVES[0], help="what the fractions count")
     add("--exclude", nargs="*", default=[], help="layers to leave alone")
     add("--max-slices", type=int, help="largest number of slices (default: no limit)")
+    add("--latency", type=Path, help="CSV file of latencies, for --objective latency")
     add("--calibration", type=int, default=512, help="unlabelled x_train (default: 512; 0: none)")
     add("--test", type=int, help="images to test with (default: all)")
     add("--epochs", type=int, default=0, help="epochs of retraining (default: 0, none)")
@@ -181,6 +182,7 @@ def run_sweep(arguments: argparse.Namespace) -> None:
         retrain=retrain,
         exclude=arguments.exclude,
         max_slices=arguments.max_slices,
+        latency=arguments.latency,
     )
     text = f"No retraining, top-1 in %, {len(x_test):,} images:\n\n{result.to_markdown()}\n"
     if retrain is not None:

@@ -17,7 +17,8 @@ from keras_alds.compress import compress, select
 from keras_alds.core.methods import METHODS, get_method
 from keras_alds.options import check_cr
 from keras_alds.problem import check_model
-from keras_alds.rewrite.observe import calibration_stats
+from keras_alds.rewrite.in_place import check_sequential
+from keras_alds.rewrite.observe import Calibration
 
 DEFAULT_CRS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 DENSE = "dense"
@@ -167,6 +168,8 @@ def sweep(
     retrain: Callable[[Any], object] | None = None,
     exclude: Any = (),
     max_slices: int | None = None,
+    latency: Any = None,
+    sequential: bool | None = None,
     verbose: int = 1,
 ) -> Sweep:
     """Compresses a model by every method to every ratio, and evaluates each result.
@@ -182,11 +185,14 @@ def sweep(
             `calibration_data` only if there are some.
         crs: Fractions to remove. Defaults to 0.2, 0.3 … 0.7.
         objective: As for `select`.
-        calibration_data: As for `select`, for the methods that use some; collected once.
+        calibration_data: As for `select`, for the methods that use some; the statistics are
+            collected once.
         retrain: `retrain(model)` trains a compressed model on, in place; it should seed itself, so
             that all models see the same batches. Defaults to None: no retraining.
         exclude: As for `select`.
         max_slices: As for `select`.
+        latency: As for `select`.
+        sequential: As for `compress`, for the methods that can.
         verbose: 0 for silence, else a progress bar is shown on a terminal. Defaults to 1.
 
     Returns:
@@ -213,6 +219,7 @@ def sweep(
         Figure 1 of arXiv 2107.11442.
     """
     check_model(model)
+    check_sequential(sequential, calibration_data)
     crs = tuple(crs)
     for cr in crs:
         check_cr(cr)
@@ -227,19 +234,30 @@ def sweep(
                 f"Expected `calibration_data` for the method {name!r}. "
                 "Received: calibration_data=None"
             )
-    options = {"objective": objective, "exclude": exclude, "max_slices": max_slices}
+    options = {
+        "objective": objective,
+        "exclude": exclude,
+        "max_slices": max_slices,
+        "latency": latency,
+    }
     select(model, min(crs), **options)  # complains of what is wrong with the model
-    stats = calibration_stats(model, calibration_data, verbose=verbose) if has_data else None
+    calibration = None
+    if has_data:
+        keep = sequential is not False
+        calibration = Calibration.of(model, calibration_data, keep=keep, verbose=verbose)
+        calibration.collected(model, verbose=verbose)
     rows = []
     with Progress(transient=True, disable=not verbose) as progress:
         task = progress.add_task("dense", total=1 + len(chosen) * len(crs))
         rows.append(_dense_row(model, evaluate, retrain))
         progress.advance(task)
         for name in chosen:
-            data = stats if METHODS[name].needs_data else None
+            data = calibration if METHODS[name].needs_data else None
+            one_by_one = sequential if data and not METHODS[name].centred else None
             for cr in crs:
                 progress.update(task, description=f"{name}, cr={cr:g}")
-                rows.append(_row(model, name, cr, data, options, evaluate, retrain))
+                row = _row(model, name, cr, data, options, one_by_one, evaluate, retrain)
+                rows.append(row)
                 progress.advance(task)
     return Sweep(tuple(rows), objective, model.name)
 
@@ -261,17 +279,19 @@ def _row(
     model: Any,
     method: str,
     cr: float,
-    data: Any,
+    calibration: Calibration | None,
     options: dict[str, Any],
+    sequential: bool | None,
     evaluate: Callable[[Any], float],
     retrain: Callable[[Any], object] | None,
 ) -> SweepRow:
     start = time.perf_counter()
     try:
-        plan = select(model, cr, method=method, calibration_data=data, **options)
+        stats = None if calibration is None else calibration.stats
+        plan = select(model, cr, method=method, calibration_data=stats, **options)
     except ValueError as error:
         return SweepRow(method, cr, None, None, None, None, None, str(error))
-    small = compress(model, plan=plan, calibration_data=data)
+    small = compress(model, plan=plan, calibration_data=calibration, sequential=sequential)
     seconds = time.perf_counter() - start
     score, retrained = float(evaluate(small)), None
     if retrain is not None:

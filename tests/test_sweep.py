@@ -24,6 +24,11 @@ def accuracy(model):
     return float(np.mean(np.asarray(model.predict(x, verbose=0)).argmax(-1) == y))
 
 
+def distance(model):  # tells small changes of the weights
+    x, _ = zoo.images(48)
+    return float(np.abs(np.asarray(model.predict(x, verbose=0))).sum())
+
+
 def test_rows_are_those_of_compress(model, tmp_path):
     x, _ = zoo.images(32)
     before = model.get_weights()
@@ -59,6 +64,18 @@ def test_rows_are_those_of_compress(model, tmp_path):
     assert [row["method"] for row in rows] == [row.method for row in result.rows]
     assert float(rows[1]["score"]) == result.rows[1].score
     assert rows[2]["score"] == ""
+
+
+def test_activation_is_what_compress_gives(model):
+    x, _ = zoo.images(32)
+    for sequential in (None, False):
+        result = keras_alds.sweep(
+            model, distance, methods=["activation", "energy"], crs=[0.5],
+            calibration_data=(batch for batch in np.split(x, 4)), sequential=sequential, verbose=0,
+        )  # fmt: skip
+        small = keras_alds.compress(model, 0.5, calibration_data=x, sequential=sequential)
+        assert result.rows[1].score == pytest.approx(distance(small), rel=1e-3)
+        assert result.rows[2].score == distance(keras_alds.compress(model, 0.5))
 
 
 def test_retraining_starts_alike_and_leaves_the_model_alone(model, tmp_path):
