@@ -30,9 +30,9 @@ import keras
 import numpy as np
 
 import keras_alds
-from keras_alds.core import calibration
-from keras_alds.core.calibration import output_error
+from keras_alds.core import regression, whitening
 from keras_alds.core.methods import get_method
+from keras_alds.core.refit import factorize_outputs, output_error
 from keras_alds.core.solvers import min_sum
 from keras_alds.rewrite import in_place, sequential
 from keras_alds.rewrite.inspect import is_factorized, walk
@@ -91,14 +91,14 @@ class Bench:
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Chooses as if the slices' errors were uncorrelated, without the joint refit."""
-    with mock.patch.object(calibration, "_explained", side_effect=np.linalg.LinAlgError):
+    with mock.patch.object(whitening, "_explained", side_effect=np.linalg.LinAlgError):
         yield
 
 
 @contextlib.contextmanager
 def sweeps(count: int) -> Iterator[None]:
     """Fits every slice anew so many times."""
-    fit = functools.partial(calibration.factorize_outputs, sweeps=count)
+    fit = functools.partial(factorize_outputs, sweeps=count)
     with mock.patch.object(in_place, "factorize_outputs", fit):
         yield
 
@@ -107,7 +107,7 @@ def sweeps(count: int) -> Iterator[None]:
 def one_ridge(value: float) -> Iterator[None]:
     """The regression on x̂ with one ρ for all layers."""
     with (
-        mock.patch.object(calibration, "TARGET_RIDGES", (value, np.inf)),
+        mock.patch.object(regression, "TARGET_RIDGES", (value, np.inf)),
         mock.patch.object(sequential, "TARGET_RIDGES", (value,) * 2),
         mock.patch.object(sequential.np, "argmin", return_value=0),
     ):

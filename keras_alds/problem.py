@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keras_alds import _backend
-from keras_alds.core.calibration import SecondMoment
 from keras_alds.core.choices import ChoiceTable, choice_table
 from keras_alds.core.errors import get_error
 from keras_alds.core.methods import METHODS, Method
+from keras_alds.core.moments import SecondMoment
 from keras_alds.core.slicing import divisors, weights
 from keras_alds.core.solvers import Solution
 from keras_alds.core.spectra import Spectra, spectra_many

@@ -12,8 +12,8 @@ import tensorflow as tf
 import zoo
 
 from keras_alds import ALDSCompress, CompressionPlan, apply_plan, compress, select
-from keras_alds.core import calibration
-from keras_alds.core.calibration import output_error
+from keras_alds.core import moments
+from keras_alds.core.refit import output_error
 from keras_alds.rewrite.inspect import is_factorized, kernel_values, walk
 from keras_alds.rewrite.observe import CalibrationStats, layer_inputs, layer_patches
 
@@ -443,7 +443,7 @@ class TestStats:
         )
 
     def test_wide_layers_keep_blocks_and_the_plan_says_so(self, keras_module, monkeypatch):
-        monkeypatch.setattr(calibration, "MAX_SIDE", 400)
+        monkeypatch.setattr(moments, "MAX_SIDE", 400)
         model = zoo.sequential(keras_module)  # 1600 inputs of `hidden`
         x = zoo.examples(model, 16)
         stats = collect(model, x)

@@ -20,15 +20,12 @@ import tensorflow as tf
 from rich.progress import Progress
 
 from keras_alds import _backend
-from keras_alds.core.calibration import (
-    CHUNK_ROWS,
-    MomentAccumulator,
-    SecondMoment,
-    output_spectra_many,
-)
+from keras_alds.core.moments import MomentAccumulator, SecondMoment
+from keras_alds.core.patches import CHUNK_ROWS
 from keras_alds.core.pca import centred_spectra
 from keras_alds.core.slicing import Array, kernel_sizes
 from keras_alds.core.spectra import Spectra
+from keras_alds.core.whitening import output_spectra_many
 from keras_alds.rewrite import inspect
 from keras_alds.rewrite.kinds import known_kind, observable
 from keras_alds.rewrite.storage import Store
@@ -472,7 +469,7 @@ def layer_inputs(layer: Any, inputs: Array) -> Array:
 
 
 def layer_patches(layer: Any, inputs: Array) -> Iterator[Array]:
-    """The unfolded inputs of a stock layer, in chunks; see `core.calibration.patch_chunks`."""
+    """The unfolded inputs of a stock layer, in chunks; see `core.patches.patch_chunks`."""
     return known_kind(layer).patches(layer, inputs)
 
 

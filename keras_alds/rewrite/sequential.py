@@ -3,7 +3,7 @@
 The layers are taken in an order in which the network runs. With x what a layer sees in the
 original network and x̂ what it sees in the network whose earlier layers are compressed already, the
 best dense kernel for x̂ is the regression of the original outputs xW on x̂ (see
-`core.calibration.PairAccumulator`), and that one is factorized, by the second moment of x̂.
+`core.regression.PairAccumulator`), and that one is factorized, by the second moment of x̂.
 
 A Functional or Sequential model is walked once, nested models included: for every tensor that is
 still needed both versions are kept, of all examples, and every layer runs once for each. Whatever
@@ -24,7 +24,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_alds import _backend
-from keras_alds.core.calibration import TARGET_RIDGES, PairAccumulator, SecondMoment
+from keras_alds.core.moments import SecondMoment
+from keras_alds.core.regression import TARGET_RIDGES, PairAccumulator
 from keras_alds.core.slicing import Array
 from keras_alds.rewrite import inspect
 from keras_alds.rewrite.kinds import kernel_values

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_alds.core.calibration import SecondMoment
 from keras_alds.core.choices import choice_table
 from keras_alds.core.methods import METHODS, get_method
+from keras_alds.core.moments import SecondMoment
 from keras_alds.core.pca import centred_spectra
 from keras_alds.core.slicing import divisors, kernel_sizes, unfold, weights
 from keras_alds.core.solvers import InfeasibleBudget

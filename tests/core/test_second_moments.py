@@ -11,22 +11,15 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_alds.core import calibration
-from keras_alds.core.calibration import (
-    MomentAccumulator,
-    SecondMoment,
-    factorize_outputs,
-    moment_blocks,
-    output_error,
-    output_spectra,
-    output_spectra_many,
-    patch_chunks,
-    refit_decoder,
-)
+from keras_alds.core import moments, patches, whitening
 from keras_alds.core.choices import choice_table
 from keras_alds.core.methods import choose_method, get_method
+from keras_alds.core.moments import MomentAccumulator, SecondMoment, moment_blocks
+from keras_alds.core.patches import patch_chunks
+from keras_alds.core.refit import factorize_outputs, output_error, refit_decoder
 from keras_alds.core.slicing import divisors, full_rank, recompose, unfold
 from keras_alds.core.spectra import factorize
+from keras_alds.core.whitening import output_spectra, output_spectra_many
 
 CHANNELS, FILTERS, SIZE = 8, 10, (3, 2)
 KAPPA = 6
@@ -85,8 +78,8 @@ class TestPatches:
     def test_chunks_are_bounded_and_complete(self, rng, monkeypatch):
         x = rng.standard_normal((5, 9, 8, CHANNELS))
         whole = np.concatenate(list(patch_chunks(x, SIZE, padding="same")))
-        monkeypatch.setattr(calibration, "_CHUNK_BYTES", 1)
-        monkeypatch.setattr(calibration, "CHUNK_ROWS", 20)
+        monkeypatch.setattr(patches, "_CHUNK_BYTES", 1)
+        monkeypatch.setattr(patches, "CHUNK_ROWS", 20)
         chunks = list(patch_chunks(x, SIZE, padding="same"))
         assert max(len(chunk) for chunk in chunks) <= 20
         assert len(chunks) > 5
@@ -139,7 +132,7 @@ class TestMoment:
         np.testing.assert_allclose(accumulator.moment().blocks[0], exact, rtol=1e-6)
 
     def test_large_layers_keep_diagonal_blocks(self, rng, monkeypatch):
-        monkeypatch.setattr(calibration, "MAX_SIDE", 12)
+        monkeypatch.setattr(moments, "MAX_SIDE", 12)
         assert moment_blocks(CHANNELS, KAPPA) == 4
         rows = inputs_of(rng)
         accumulator = MomentAccumulator(CHANNELS, KAPPA)
@@ -152,7 +145,7 @@ class TestMoment:
             np.testing.assert_allclose(moment.blocks[i], full[part, part])
 
     def test_large_layers_have_only_slices_that_fit(self, rng, monkeypatch):
-        monkeypatch.setattr(calibration, "MAX_SIDE", 12)
+        monkeypatch.setattr(moments, "MAX_SIDE", 12)
         rows, kernel = inputs_of(rng), kernel_of(rng)
         accumulator = MomentAccumulator(CHANNELS, KAPPA)
         accumulator.add(rows.reshape(-1, CHANNELS, KAPPA).transpose(0, 2, 1))
@@ -218,7 +211,7 @@ class TestSpectra:
         moment = moment_of(inputs_of(rng, count=10, n=channels))
         usual = output_spectra(kernel, moment)
         factors = factorize_outputs(kernel, moment, 1, 5)
-        monkeypatch.setattr(calibration, "_WIDE_SIDE", channels)
+        monkeypatch.setattr(whitening, "_WIDE_SIDE", channels)
         for k in (1, 2):
             found = output_spectra(kernel, moment).slices[k]
             np.testing.assert_allclose(

@@ -1,0 +1,212 @@
+"""The factors that keep a layer's outputs best.
+
+With all encoders E fixed, least squares gives the best decoder of all slices together,
+D = (Eᵀ S E)⁻¹ Eᵀ S W, and a SVD of every E_i D_i gives both factors the same scale. Before that
+every slice is fitted anew, by the SVD of `core.whitening`, to what all others leave to it.
+
+Sources: BALF (arXiv 2509.25136) for the whitening; Zhang et al., "Accelerating Very Deep
+Convolutional Networks", TPAMI 2016 (arXiv 1505.06798), for reconstructing outputs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from keras_alds.core.blas import single_threaded_blas
+from keras_alds.core.moments import SecondMoment, check_moment
+from keras_alds.core.semidefinite import solve
+from keras_alds.core.slicing import Array, check_slices, fold_encoder, full_rank, unfold
+from keras_alds.core.spectra import Float64
+from keras_alds.core.whitening import slice_spectrum, thin_root
+
+#: How often every slice's factors are fitted anew given those of all other slices.
+SWEEPS = 2
+
+
+def factorize_outputs(
+    kernel: Array, moment: SecondMoment, slices: int, rank: int, *, sweeps: int = SWEEPS
+) -> tuple[Array, Array]:
+    """Returns the factors of a kernel that keep a layer's outputs best, for one choice (k, j).
+
+    Encoders are the best of every slice by itself, then of every slice given the others, then the
+    decoder is refitted to all slices jointly, and then every pair is balanced; see the module's
+    text.
+
+    Args:
+        kernel: Array `[*spatial, c, f]` of floating-point numbers.
+        moment: Second moment of the layer's unfolded inputs.
+        slices: Number of channel slices k, a divisor of c.
+        rank: Rank j of every slice, from 1 to min((c/k)·κ, f).
+        sweeps: How often every slice is fitted anew given all others. Defaults to 2.
+
+    Returns:
+        `(encoder, decoder)` in the kernel's dtype: `[*spatial, c/k, k·j]` and `[k·j, f]`.
+
+    Raises:
+        ValueError: If `slices` does not divide c or is no multiple of the moment's blocks, `rank`
+            is out of its range, or the kernel holds NaN or infinity.
+
+    Example:
+        >>> moment = SecondMoment(np.diag([4.0, 1.0, 1.0, 0.0])[None], 10)
+        >>> encoder, decoder = factorize_outputs(np.eye(4), moment, 2, 1)
+        >>> encoder.shape, decoder.shape
+        ((2, 2), (2, 4))
+    """
+    kernel = check_moment(kernel, moment)
+    check_slices(slices, kernel.shape[-2])
+    if slices % moment.blocks.shape[0]:
+        raise ValueError(
+            f"Expected a multiple of {moment.blocks.shape[0]} slices, the blocks of the second "
+            f"moment. Received: slices={slices}"
+        )
+    most = full_rank(kernel.shape, slices)
+    if not 1 <= rank <= most:
+        raise ValueError(
+            f"Expected a rank from 1 to {most}, the full rank of a slice of a kernel of shape "
+            f"{kernel.shape} in {slices} slices. Received: rank={rank}"
+        )
+    dtype = kernel.dtype if kernel.dtype.kind not in "biu" else np.dtype(np.float64)
+    matrices = unfold(kernel, slices).astype(np.float64)
+    with single_threaded_blas():
+        encoders = np.stack(
+            [
+                _slice_encoder(
+                    matrix,
+                    moment.slice_block(slices, i),
+                    rank,
+                    thin_root(moment, slices, i),
+                )
+                for i, matrix in enumerate(matrices)
+            ]
+        )
+        encoders = _refined(encoders, matrices, moment, sweeps)
+        decoders = refit_decoder(encoders, matrices, moment)
+        encoders, decoders = balance(encoders, decoders)
+    encoder = fold_encoder(encoders, kernel.shape[:-2]).astype(dtype)
+    return encoder, decoders.reshape(slices * rank, -1).astype(dtype)
+
+
+def _slice_encoder(
+    matrix: Float64, block: Float64, rank: int, root: Float64 | None = None
+) -> Float64:
+    """An orthonormal basis `[n/k, j]` of what the best rank-j approximation takes of its input."""
+    return slice_spectrum(matrix, block, root, rank)[1]
+
+
+def _refined(encoders: Float64, matrices: Float64, moment: SecondMoment, sweeps: int) -> Float64:
+    """Encoders that are the best of every slice given the factors of all others.
+
+    Block coordinate descent on ‖C (W − E D)‖²: what slice i has to give is
+    T_i = W_i + S_ii⁻¹ Σ_m S_im (W_m − E_m D_m) over the other slices m, and its best
+    approximation of rank j follows from the SVD of C_i T_i. The error never grows.
+    """
+    slices, rows, rank = encoders.shape
+    b = moment.blocks.shape[0]
+    if slices == b or sweeps < 1:
+        return encoders
+    decoders = refit_decoder(encoders, matrices, moment)
+    encoders = encoders.copy()
+    for index in range(b):
+        S = moment.slice_block(b, index)
+        part = slice(index * slices // b, (index + 1) * slices // b)
+        E, products = encoders[part], encoders[part] @ decoders[part]
+        blocks = [moment.slice_block(slices, i) for i in range(part.start, part.stop)]
+        rest = S @ (matrices[part] - products).reshape(S.shape[0], -1)
+        for _ in range(sweeps):
+            for i, block in enumerate(blocks):
+                here = slice(i * rows, (i + 1) * rows)
+                target = products[i] + solve(block, rest[here])
+                E[i] = _slice_encoder(target, block, rank)
+                weighted = E[i].T @ block
+                product = E[i] @ solve(weighted @ E[i], weighted @ target)
+                rest -= S[:, here] @ (product - products[i])
+                products[i] = product
+    return encoders
+
+
+def refit_decoder(encoders: Float64, matrices: Float64, moment: SecondMoment) -> Float64:
+    """Returns the decoders that are best for given encoders, all slices together.
+
+    D = (Eᵀ S E)⁻¹ Eᵀ S W with the block-diagonal E of all slices: least squares on the outputs.
+
+    Args:
+        encoders: Array `[k, (c/k)·κ, j]` of float64.
+        matrices: The unfolded kernel, `[k, (c/k)·κ, f]` of float64.
+        moment: Second moment of the layer's unfolded inputs.
+
+    Returns:
+        Array `[k, j, f]`.
+
+    Example:
+        >>> moment = SecondMoment(np.eye(4)[None], 10)
+        >>> basis = np.eye(4)[:, :2].reshape(1, 4, 2)
+        >>> refit_decoder(basis, np.eye(4)[None], moment)[0].round(6).tolist()
+        [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
+    """
+    slices, rows, rank = encoders.shape
+    b = moment.blocks.shape[0]
+    decoders = np.empty((slices, rank, matrices.shape[2]))
+    for index in range(b):
+        block = moment.slice_block(b, index)
+        part = slice(index * slices // b, (index + 1) * slices // b)
+        E, W = encoders[part], matrices[part]
+        columns = block.reshape(block.shape[0], -1, rows)
+        SE = np.concatenate([columns[:, i] @ e for i, e in enumerate(E)], axis=1)
+        SW = (block @ W.reshape(block.shape[0], -1)).reshape(W.shape)
+        gram = E.transpose(0, 2, 1) @ SE.reshape(*E.shape[:2], -1)
+        right = E.transpose(0, 2, 1) @ SW
+        solution = solve(gram.reshape(SE.shape[1], -1), right.reshape(SE.shape[1], -1))
+        decoders[part] = solution.reshape(right.shape)
+    return decoders
+
+
+def balance(encoders: Float64, decoders: Float64) -> tuple[Float64, Float64]:
+    """Splits √σ of every product E_i D_i to both sides; the product stays.
+
+    Args:
+        encoders: Array `[k, (c/k)·κ, j]`.
+        decoders: Array `[k, j, f]`.
+
+    Returns:
+        The balanced encoders and decoders; signs are fixed as in `spectra.factorize`.
+    """
+    left, right = np.empty_like(encoders), np.empty_like(decoders)
+    for i, (encoder, decoder) in enumerate(zip(encoders, decoders, strict=True)):
+        basis, triangle = np.linalg.qr(encoder)
+        inner, sigma, outer = np.linalg.svd(triangle @ decoder, full_matrices=False)
+        columns = basis @ inner
+        peak = columns[np.abs(columns).argmax(axis=0), np.arange(sigma.size)]
+        root = np.sqrt(sigma) * np.where(peak < 0, -1.0, 1.0)
+        left[i], right[i] = columns * root, outer * root[:, None]
+    return left, right
+
+
+def output_error(kernel: Array, approximation: Array, moment: SecondMoment) -> float:
+    """Returns the expected squared error of a layer's output, relative to the output's square.
+
+    Args:
+        kernel: Array `[*spatial, c, f]`.
+        approximation: Array of the same shape.
+        moment: Second moment of the layer's unfolded inputs.
+
+    Returns:
+        tr(Rᵀ S R) / tr(Wᵀ S W) with R = W − Ŵ and ρI in S; 0 for a kernel of zeros.
+
+    Raises:
+        ValueError: If the shapes do not fit together.
+
+    Example:
+        >>> moment = SecondMoment(np.diag([3.0, 1.0])[None], 10)
+        >>> round(output_error(np.eye(2), np.diag([1.0, 0.0]), moment), 4)
+        0.25
+    """
+    kernel = check_moment(kernel, moment)
+    if approximation.shape != kernel.shape:
+        raise ValueError(
+            f"Expected an approximation of shape {kernel.shape}. "
+            f"Received: approximation.shape={approximation.shape}"
+        )
+    rows = unfold(kernel, 1)[0].astype(np.float64)
+    rest = rows - unfold(approximation, 1)[0].astype(np.float64)
+    total = float(np.vdot(rows, moment.times(rows)))
+    return float(np.vdot(rest, moment.times(rest))) / total if total > 0 else 0.0

@@ -1,0 +1,290 @@
+"""What a layer's outputs lose at every rank: spectra of its slices, whitened by what they see.
+
+With S = Cᵀ C the second moment of a layer's unfolded inputs (`core.moments`), the best
+approximation of rank j of one slice W_i follows from the SVD of C_i W_i, with C_iᵀ C_i = S_ii: with
+its leading right singular vectors V it is W_i V Vᵀ, whatever root C_i is taken, and S is never
+inverted.
+
+Source: BALF (arXiv 2509.25136) for the whitening; the joint errors of all slices are this
+library's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+
+import numpy as np
+import scipy.linalg
+
+from keras_alds.core.blas import single_threaded_blas
+from keras_alds.core.moments import RIDGE, SecondMoment, check_moment
+from keras_alds.core.semidefinite import square_root
+from keras_alds.core.slicing import Array, divisors, full_rank, kernel_sizes, unfold, weights
+from keras_alds.core.spectra import Float64, SliceSpectrum, Spectra
+
+# Floating-point operations of one piece of work: some tens of milliseconds.
+_ITEM_COST = 5e8
+# From this side on a second moment of low rank is decomposed as such.
+_WIDE_SIDE = 1024
+
+
+def output_spectra(
+    kernel: Array, moment: SecondMoment, *, slices: Iterable[int] | None = None
+) -> Spectra:
+    """Returns the spectra of C_i W_i for every slice: what the outputs lose at every rank.
+
+    Their `"energy"` error is the expected squared error of the layer's output after the decoder is
+    refitted jointly over all slices (as `factorize_outputs` does with `sweeps=0`), relative to that
+    of the whole output, tr(Wᵀ S W). Where only diagonal blocks of S are known, and for ranks that
+    are no smaller than the dense kernel, the slices' errors are taken as uncorrelated.
+
+    Args:
+        kernel: Real array `[*spatial, c, f]`.
+        moment: Second moment of the layer's unfolded inputs.
+        slices: Numbers of slices k. Defaults to all divisors of c that are multiples of the
+            moment's blocks.
+
+    Returns:
+        The `Spectra`; `norm` is the largest singular value of any slice of the coarsest k.
+
+    Raises:
+        ValueError: If kernel and moment do not fit together, or the kernel is not finite.
+
+    Example:
+        >>> moment = SecondMoment(np.diag([4.0, 1.0, 0.0])[None], 10)
+        >>> round(output_spectra(np.eye(3), moment).norm, 4)
+        2.0
+    """
+    wanted = None if slices is None else tuple(slices)
+    return output_spectra_many([kernel], [moment], slices=wanted)[0]
+
+
+def output_spectra_many(
+    kernels: Sequence[Array],
+    moments: Sequence[SecondMoment],
+    *,
+    slices: Iterable[int] | None = None,
+    executor: Executor | None = None,
+) -> list[Spectra]:
+    """Returns `output_spectra` of several layers, their slices computed side by side.
+
+    Args:
+        kernels: Real arrays `[*spatial, c, f]`.
+        moments: Their second moments.
+        slices: As for `output_spectra`.
+        executor: Any `concurrent.futures.Executor`. Defaults to a pool of threads.
+
+    Returns:
+        One `Spectra` a kernel, in order.
+
+    Raises:
+        ValueError: As `output_spectra`.
+    """
+    arrays = [check_moment(kernel, moment) for kernel, moment in zip(kernels, moments, strict=True)]
+    wanted = None if slices is None else tuple(slices)
+    with single_threaded_blas(), contextlib.ExitStack() as stack:
+        if executor is None:
+            executor = stack.enter_context(
+                ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="keras_alds")
+            )
+        weighted = list(executor.map(_weighted, arrays, moments))
+        works: list[tuple[int, int, int, int]] = []  # slices, layer, first slice, last slice
+        for n, (array, moment) in enumerate(zip(arrays, moments, strict=True)):
+            b = moment.blocks.shape[0]
+            for k in wanted or divisors(array.shape[-2]):
+                if k % b == 0 and array.shape[-2] % k == 0:
+                    works += [(k, n, *part) for part in _parts_of_slices(array.shape, k, b)]
+        works.sort()  # the largest matrices first
+        pieces = executor.map(
+            _slice_values,
+            [arrays[n] for _, n, *_ in works],
+            [moments[n] for _, n, *_ in works],
+            [weighted[n] for _, n, *_ in works],
+            [k for k, *_ in works],
+            [range(*part) for _, _, *part in works],
+        )
+        values: list[dict[int, list[tuple[Float64, Float64 | None]]]] = [{} for _ in arrays]
+        for (k, n, *_), piece in zip(works, pieces, strict=True):
+            values[n].setdefault(k, []).append(piece)
+    result = []
+    for array, (_, energy), found in zip(arrays, weighted, values, strict=True):
+        entries = math.prod(array.shape)
+        curves = {
+            k: _curves(np.concatenate([v for v, _ in found[k]]), entries, found[k][0][1])
+            for k in sorted(found)
+        }
+        norm = next((float(curve.residual_norm[0]) for curve in curves.values()), 0.0)
+        result.append(Spectra(tuple(array.shape), norm, energy, curves))
+    return result
+
+
+def _weighted(kernel: Array, moment: SecondMoment) -> tuple[Float64 | None, float]:
+    """(S + ρI) W where S is whole, and tr(Wᵀ (S + ρI) W)."""
+    b = moment.blocks.shape[0]
+    product, total = None, 0.0
+    with single_threaded_blas():
+        for i, part in enumerate(unfold(kernel, b)):  # wide layers have large blocks
+            rows = part.astype(np.float64)
+            product = moment.slice_block(b, i) @ rows
+            total += float(np.vdot(rows, product))
+    return (product if b == 1 else None), max(total, 0.0)
+
+
+def _parts_of_slices(shape: Sequence[int], slices: int, blocks: int) -> list[tuple[int, int]]:
+    """Ranges of slices that are one piece of work each; all together where they are joined."""
+    if slices > 1 and blocks == 1:
+        return [(0, slices)]
+    c, kappa, f = kernel_sizes(shape)
+    side = c // slices * kappa
+    step = max(1, int(_ITEM_COST // (side * min(side, f) * (side + f))))
+    return [(i, min(i + step, slices)) for i in range(0, slices, step)]
+
+
+def _slice_values(
+    kernel: Array,
+    moment: SecondMoment,
+    weighted: tuple[Float64 | None, float],
+    slices: int,
+    part: range,
+) -> tuple[Float64, Float64 | None]:
+    """What is lost of some slices.
+
+    Returns:
+        Squared singular values `[len(part), r]`, ascending, of C_i W_i; and, if these are all
+        slices, what is lost of the output after the joint refit, `[m]` for j = 1 … m.
+    """
+    matrices = unfold(kernel, slices)
+    values = np.zeros((len(part), full_rank(kernel.shape, slices)))
+    most = min(values.shape[1], (math.prod(kernel.shape) - 1) // weights(kernel.shape, slices, 1))
+    joint = slices > 1 and moment.blocks.shape[0] == 1 and most > 0
+    bases = []
+    with single_threaded_blas():
+        for row, i in zip(values, part, strict=True):
+            matrix = matrices[i].astype(np.float64)
+            found, basis = slice_spectrum(
+                matrix,
+                moment.slice_block(slices, i),
+                thin_root(moment, slices, i),
+                most if joint else 0,
+            )
+            row[row.size - found.size :] = found
+            bases.append(basis)
+        if not joint or weighted[0] is None:
+            return values, None
+        # Without any input but zeros S + ρI is the identity, as in `SecondMoment`.
+        ridge = moment.ridge or 1.0
+        try:
+            explained = _explained(np.stack(bases), moment.blocks[0], ridge, weighted[0])
+        except np.linalg.LinAlgError:  # float32 inputs, much more of them than ρ can cover
+            return values, None
+    return values, np.maximum(weighted[1] - explained, 0.0)
+
+
+def _explained(bases: Float64, S: Float64, ridge: float, weighted: Float64) -> Float64:
+    """tr(Dᵀ Eᵀ S E D) of the jointly refitted decoder D for all ranks j = 1 … m.
+
+    With the columns of all slices' encoders ordered by rank, Eᵀ S E = L Lᵀ holds that of every
+    smaller rank in its corner, and L⁻¹ Eᵀ S W says what every column adds.
+
+    Args:
+        bases: Encoders `[k, n/k, m]`, the columns of rank j before those of rank j + 1.
+        S: Second moment `[n, n]`.
+        ridge: What is added to its diagonal.
+        weighted: (S + ρI) W, `[n, f]`.
+    """
+    slices, rows, most = bases.shape
+    transposed = bases.transpose(0, 2, 1)
+    gram = np.empty((most, slices, most, slices))
+    for m, basis in enumerate(bases):
+        columns = S[:, m * rows : (m + 1) * rows] @ basis
+        columns[m * rows : (m + 1) * rows] += ridge * basis
+        gram[:, :, :, m] = (transposed @ columns.reshape(bases.shape)).transpose(1, 0, 2)
+    right = (transposed @ weighted.reshape(slices, rows, -1)).transpose(1, 0, 2)
+    size = most * slices
+    triangle = scipy.linalg.cholesky(gram.reshape(size, size), lower=True, overwrite_a=True)
+    added = scipy.linalg.solve_triangular(triangle, right.reshape(size, -1), lower=True)
+    return np.cumsum(np.square(added).sum(axis=1).reshape(most, slices).sum(axis=1))
+
+
+def _curves(squares: Float64, entries: int, joint: Float64 | None) -> SliceSpectrum:
+    resolution = entries * np.finfo(np.float64).eps * squares.max(initial=0.0)
+    squares = np.where(squares > resolution, squares, 0.0)
+    energy = np.append(np.cumsum(squares.sum(axis=0))[::-1], 0.0)
+    if joint is not None:
+        # Larger ranks are no smaller than the dense kernel; zero stays exactly zero.
+        refitted = np.where(energy[1 : joint.size + 1] > 0, joint, 0.0)
+        energy[1 : joint.size + 1] = refitted
+        energy[joint.size + 1 :] = np.minimum(energy[joint.size + 1 :], refitted[-1])
+    return SliceSpectrum(np.append(np.sqrt(squares.max(axis=0))[::-1], 0.0), energy)
+
+
+def slice_spectrum(
+    matrix: Float64, block: Float64, root: Float64 | None, rank: int
+) -> tuple[Float64, Float64]:
+    """Squared singular values of C_i W_i, ascending, and encoders for all ranks up to one.
+
+    Args:
+        matrix: One slice W_i, `[n/k, f]`.
+        block: S_ii + ρI, `[n/k, n/k]`.
+        root: What `thin_root` found.
+        rank: The largest rank j for which an encoder is wanted; 0 for none.
+
+    Returns:
+        The squares, and an orthonormal basis `[n/k, rank]`: its first j columns are what the best
+        approximation of rank j takes of its input.
+    """
+    whitened: Float64 | None
+    if root is not None and rank <= root.shape[0]:
+        whitened = root @ matrix
+        if whitened.shape[0] > whitened.shape[1]:
+            gram, whitened = whitened.T @ whitened, None
+        else:
+            gram = whitened @ whitened.T
+    else:
+        gram, whitened = _gram(matrix, block)
+    if not rank:
+        found = gram[0] if gram.size == 1 else np.linalg.eigvalsh(gram)
+        return found, np.empty((matrix.shape[0], 0))
+    values, vectors = np.linalg.eigh(gram)
+    vectors = vectors[:, : -rank - 1 : -1]
+    if whitened is not None:
+        vectors = whitened.T @ vectors
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=0), np.finfo(np.float64).tiny)
+    return values, np.linalg.qr(matrix @ vectors)[0]
+
+
+def thin_root(moment: SecondMoment, slices: int, index: int) -> Float64 | None:
+    """For a wide slice that few inputs were seen of: C_i with fewer rows than columns, or None.
+
+    A wide dense layer sees one input an example, so that S_ii has a low rank. C_iᵀ C_i = S_ii
+    then comes from a Cholesky decomposition with pivots that ends there, and ρ is left out.
+
+    Args:
+        moment: Second moment of the layer's unfolded inputs.
+        slices: Number of slices k.
+        index: Which slice i.
+    """
+    side = moment.side // slices
+    if side < _WIDE_SIDE or 2 * moment.count > side or moment.ridge == 0:
+        return None
+    width = moment.blocks.shape[1]
+    block, start = divmod(index * side, width)
+    part = moment.blocks[block, start : start + side, start : start + side]
+    factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(part, lower=0)
+    rank = min(rank, moment.count)
+    root = np.empty((rank, side))
+    root[:, pivots - 1] = np.triu(factor[:rank])
+    return root
+
+
+def _gram(matrix: Float64, block: Float64) -> tuple[Float64, Float64 | None]:
+    """The smaller Gram matrix of C_i W_i, and C_i W_i itself if that is on the row side."""
+    if matrix.shape[0] >= matrix.shape[1]:
+        gram = matrix.T @ (block @ matrix)
+        return (gram + gram.T) / 2, None
+    whitened = square_root(block, RIDGE) @ matrix
+    return whitened @ whitened.T, whitened
