@@ -24,7 +24,7 @@ ALLOWED = {
     "_version": set(),
     "core": {"core"},
     "plan": {"core"},
-    "_backend": set(),
+    "_backend": {"_backend"},
     "layers": {"core", "_backend", "layers"},
     "tf_keras": {"core", "_backend", "layers"},
     "rewrite": {"core", "plan", "_backend", "layers", "rewrite"},

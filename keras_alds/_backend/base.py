@@ -1,9 +1,4 @@
-"""The one module that knows there are two Kerases, Keras 3 (`keras`) and `tf_keras`.
-
-Everything else asks `backend_of(model)` for a `Backend` and works through it, so a process may hold
-models of both kinds. The choice follows the class of the object that was given, never an
-environment variable. tf_keras is optional.
-"""
+"""What this package needs of a Keras: `Backend`, with what both Kerases do alike."""
 
 from __future__ import annotations
 
@@ -12,15 +7,12 @@ import dataclasses
 import functools
 import importlib
 import inspect
-import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -29,9 +21,6 @@ Model = Any
 Optimizer = Any
 Variable = Any
 Undo = Callable[[], None]
-
-#: The Kerases by the names of their modules.
-KERASES = ("keras", "tf_keras")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -546,349 +535,6 @@ class Backend:
         raise NotImplementedError
 
 
-class _Keras3(Backend):
-    name = "keras"
-    _layers_module = "keras_alds.layers"
-    keras = keras
-    _identity = (
-        "_inbound_nodes",
-        "_outbound_nodes",
-        "_name",
-        "name",
-        "_path",
-        "_parent_path",
-        "_called",
-        "_build_shapes_dict",
-        "_losses",
-        "_loss_ids",
-        "_losses_override",
-    )
-    _bound = ("build", "quantize")
-    _not_slots = ("_variables", "_trainable_variables", "_tracked")
-
-    def own_variables(self, layer: Layer) -> list[Variable]:
-        return [*layer._trainable_variables, *layer._non_trainable_variables]
-
-    def is_compiled(self, model: Model) -> bool:
-        return bool(model.compiled)
-
-    def input_specs(self, model: Model) -> Any:
-        if isinstance(model, keras.Sequential):
-            return _specs(model.inputs[0])
-        if self.is_symbolic(model):
-            return _specs(model.input)
-        config = model.get_build_config() if hasattr(model, "get_build_config") else None
-        shapes = (config or {}).get("input_shape") or (config or {}).get("shapes_dict")
-        if shapes is None:
-            raise ValueError(_unknown_inputs(model))
-        return _specs_from_shapes(shapes, model)
-
-    def graph_ends(self, model: Model) -> tuple[Any, Any]:
-        graph = self._functional_of(model)
-        return graph._inputs_struct, graph._outputs_struct
-
-    _takes_training = "_call_has_training_arg"
-
-    def graph_inputs(self, model: Model, inputs: Any) -> list[Any]:
-        return list(self._functional_of(model)._standardize_inputs(inputs))
-
-    def _functional_of(self, model: Model) -> Model:
-        return model._functional if isinstance(model, keras.Sequential) else model
-
-    def _graph_call(self, node: Any) -> GraphCall:
-        arguments = node.arguments
-        return GraphCall(
-            node.operation, tuple(arguments.args), dict(arguments.kwargs), list(node.outputs)
-        )
-
-    def _copy_layer_state(self, old: Layer, new: Layer) -> None:
-        super()._copy_layer_state(old, new)
-        if old.trainable:  # single variables can be frozen too
-            pairs = zip(self.own_variables(old), self.own_variables(new), strict=True)
-            for theirs, ours in pairs:
-                self.copy_trainable(theirs, ours)
-
-    def copy_trainable(self, old: Variable, new: Variable) -> None:
-        if new.trainable != old.trainable:
-            new.trainable = old.trainable
-
-    def _clone(self, model: Model) -> Model:
-        with warnings.catch_warnings():
-            # Keras tries to copy the compile state; `_copy_compile_state` does it.
-            warnings.simplefilter("ignore")
-            compiled, model.compiled = model.compiled, False
-            try:
-                return keras.models.clone_model(model, recursive=True, clone_function=_clone_layer)
-            finally:
-                model.compiled = compiled
-
-    def _compile_arguments(self, model: Model) -> dict[str, Any]:
-        return {**model._compile_config.config, "optimizer": model.optimizer}
-
-    def _share(self, variable: Variable, new: Layer, name: str) -> None:
-        trainable = variable.trainable
-        tracker = new._tracker
-        locked = tracker.locked
-        tracker.unlock()
-        tracker.untrack(getattr(new, name))
-        variable.trainable = True  # so that it is listed where `layer.trainable = …` looks for it
-        setattr(new, name, variable)
-        variable.trainable = trainable
-        if locked:
-            tracker.lock()
-
-    def _forget_checkpoint(self, callback: Any) -> None:
-        callback.best = None
-
-    def _optimizer_classes(self) -> tuple[type, ...]:
-        return (keras.optimizers.Optimizer,)
-
-    def inner_optimizer(self, optimizer: Optimizer) -> Optimizer | None:
-        return getattr(optimizer, "inner_optimizer", None)
-
-    def is_optimizer_built(self, optimizer: Optimizer) -> bool:
-        return bool(optimizer.built)
-
-    def optimizer_targets(self, optimizer: Optimizer, known: list[Variable]) -> list[Variable]:
-        return list(optimizer._trainable_variables)
-
-    def rebuild_optimizer(
-        self,
-        optimizer: Optimizer,
-        old: list[Variable],
-        new: list[Variable],
-        undo_steps: list[Undo],
-    ) -> None:
-        before = dict(vars(optimizer))
-        tracker, stored = optimizer._tracker, list(optimizer._variables)
-
-        def undo() -> None:
-            for variable in list(optimizer._variables):
-                tracker.untrack(variable)
-            for variable in stored:
-                tracker.add_to_store("variables", variable)
-            optimizer.__dict__.clear()
-            optimizer.__dict__.update(before)
-
-        undo_steps.append(undo)
-        wrapper = self.inner_optimizer(optimizer) is not None
-        dropped = {id(v) for slot in self.slots(optimizer, old).values() for v in slot}
-        # Scalars that `build` makes (loss scale, step counters, …) keep their value by attribute.
-        scalars = {
-            name: value
-            for name, value in vars(optimizer).items()
-            if isinstance(value, keras.Variable) and tuple(value.shape) == ()
-        }
-        for variable in stored:
-            if id(variable) in dropped:
-                tracker.untrack(variable)
-        optimizer._trainable_variables_indices = {}
-        if wrapper:
-            # `LossScaleOptimizer.build` would make its counters anew and build the inner one.
-            keras.optimizers.Optimizer.build(optimizer, new)
-        else:
-            optimizer.built = False
-            optimizer.build(new)
-            for name, value in scalars.items():
-                made = getattr(optimizer, name)
-                if made is not value:
-                    made.assign(value)
-                    tracker.untrack(value)
-
-
-class _TfKeras(Backend):
-    name = "tf_keras"
-    _layers_module = "keras_alds.tf_keras"
-    _identity = (
-        "_inbound_nodes_value",
-        "_outbound_nodes_value",
-        "_name",
-        "_callable_losses",
-        "_losses",
-        "_build_input_shape",
-        "_saved_model_inputs_spec",
-        "_saved_model_arg_spec",
-    )
-    _not_slots = ("_variables", "_weights")
-
-    def __init__(self) -> None:
-        self.keras = sys.modules["tf_keras"]
-
-    def value(self, variable: Variable) -> np.ndarray:
-        return np.asarray(variable)
-
-    def use_plain_convolutions(self, layers: Sequence[Layer]) -> None:
-        for layer in layers:
-            if getattr(layer, "groups", 1) > 1 and hasattr(layer, "_jit_compiled_convolution_op"):
-                layer._jit_compiled_convolution_op = layer.convolution_op
-
-    def name_scope(self, layer: Layer) -> contextlib.AbstractContextManager[Any]:
-        return tf.name_scope(layer.name)
-
-    def own_variables(self, layer: Layer) -> list[Variable]:
-        own = [*layer._trainable_weights, *layer._non_trainable_weights]
-        return [v for v in own if hasattr(v, "shape")]  # vocabularies are listed there too
-
-    def is_compiled(self, model: Model) -> bool:
-        return bool(model._is_compiled)
-
-    def input_specs(self, model: Model) -> Any:
-        if self.is_symbolic(model) and model.inputs:
-            return _specs(model.input)
-        spec = model.save_spec() if hasattr(model, "save_spec") else None
-        if spec is not None:
-            (inputs,), _ = spec
-            return _specs(inputs)
-        shapes = getattr(model, "_build_input_shape", None)
-        if shapes is None:
-            raise ValueError(_unknown_inputs(model))
-        return _specs_from_shapes(shapes, model)
-
-    _takes_training = "_expects_training_arg"
-
-    def graph_ends(self, model: Model) -> tuple[Any, Any]:
-        return model._nested_inputs, model._nested_outputs
-
-    def graph_inputs(self, model: Model, inputs: Any) -> list[Any]:
-        flat = model._flatten_to_reference_inputs(inputs)
-        return [
-            model._conform_to_reference_input(tensor, ref_input=reference)
-            for tensor, reference in zip(flat, model.inputs, strict=True)
-        ]
-
-    def _graph_call(self, node: Any) -> GraphCall:
-        outputs = tf.nest.flatten(node.outputs)
-        return GraphCall(node.layer, tuple(node.call_args), dict(node.call_kwargs), outputs)
-
-    def _clone(self, model: Model) -> Model:
-        return self.keras.models.clone_model(model)
-
-    def _compile_arguments(self, model: Model) -> dict[str, Any]:
-        return {
-            **model._get_compile_args(),
-            "run_eagerly": model._run_eagerly,
-            "steps_per_execution": int(model._steps_per_execution.numpy()),
-            "jit_compile": model._jit_compile,
-        }
-
-    def _share(self, variable: Variable, new: Layer, name: str) -> None:
-        delattr(new, name)
-        setattr(new, name, variable)
-
-    def _forget_checkpoint(self, callback: Any) -> None:
-        callback.best = np.inf if callback.monitor_op is np.less else -np.inf
-
-    def _optimizer_classes(self) -> tuple[type, ...]:
-        optimizers = self.keras.optimizers
-        return (optimizers.Optimizer, optimizers.legacy.Optimizer)
-
-    def _is_legacy(self, optimizer: Optimizer) -> bool:
-        return isinstance(optimizer, self.keras.optimizers.legacy.Optimizer)
-
-    def inner_optimizer(self, optimizer: Optimizer) -> Optimizer | None:
-        if hasattr(type(optimizer), "inner_optimizer"):
-            return optimizer.inner_optimizer
-        return None
-
-    def is_optimizer_built(self, optimizer: Optimizer) -> bool:
-        if self.inner_optimizer(optimizer) is not None:
-            return False  # a wrapper holds no per-variable state: its inner optimizer does
-        if self._is_legacy(optimizer):
-            return bool(optimizer._slots)
-        return bool(getattr(optimizer, "_built", False))
-
-    def optimizer_targets(self, optimizer: Optimizer, known: list[Variable]) -> list[Variable]:
-        if self._is_legacy(optimizer):
-            return [v for v in known if optimizer._slots.get(_legacy_key(v))]
-        by_key = {optimizer._var_key(v): v for v in known}
-        keys = sorted(optimizer._index_dict, key=optimizer._index_dict.get)
-        if not all(key in by_key for key in keys):
-            raise ValueError(
-                f"Expected the optimizer '{_name(optimizer)}' to update only variables that the "
-                f"model holds. Received: one that was also built on {len(set(keys) - set(by_key))} "
-                "others, and tf_keras does not keep them. Give each its own optimizer."
-            )
-        return [by_key[key] for key in keys]
-
-    def slots(
-        self, optimizer: Optimizer, targets: list[Variable]
-    ) -> dict[str, list[Variable | None]]:
-        if not self._is_legacy(optimizer):
-            return super().slots(optimizer, targets)
-        return {
-            name: [optimizer._slots.get(_legacy_key(v), {}).get(name) for v in targets]
-            for name in optimizer.get_slot_names()
-        }
-
-    def rebuild_optimizer(
-        self,
-        optimizer: Optimizer,
-        old: list[Variable],
-        new: list[Variable],
-        undo_steps: list[Undo],
-    ) -> None:
-        if self._is_legacy(optimizer):
-            return self._rebuild_legacy(optimizer, old, new, undo_steps)
-        before = dict(vars(optimizer))
-
-        def undo() -> None:
-            optimizer.__dict__.clear()
-            optimizer.__dict__.update(before)
-
-        undo_steps.append(undo)
-        dropped = {id(v) for slot in self.slots(optimizer, old).values() for v in slot}
-        scalars = {
-            name: value
-            for name, value in vars(optimizer).items()
-            if isinstance(value, tf.Variable) and value.shape.rank == 0
-        }
-        optimizer._variables = [v for v in optimizer._variables if id(v) not in dropped]
-        optimizer._built = False
-        optimizer.build(new)
-        for name, value in scalars.items():
-            if getattr(optimizer, name) is not value:
-                getattr(optimizer, name).assign(value)
-
-    def _rebuild_legacy(
-        self,
-        optimizer: Optimizer,
-        old: list[Variable],
-        new: list[Variable],
-        undo_steps: list[Undo],
-    ) -> None:
-        slots, weights = dict(optimizer._slots), list(optimizer._weights)
-
-        def undo() -> None:
-            optimizer._slots.clear()
-            optimizer._slots.update(slots)
-            optimizer._weights = weights
-
-        undo_steps.append(undo)
-        kept = {id(v) for v in new}
-        dropped: set[int] = set()
-        for variable in old:
-            if id(variable) not in kept:
-                dropped.update(map(id, optimizer._slots.pop(_legacy_key(variable), {}).values()))
-        optimizer._weights = [w for w in weights if id(w) not in dropped]
-        optimizer._create_all_weights(new)
-
-
-def _clone_layer(layer: Layer) -> Layer:
-    # Functions and objects that Keras can write but not read back (lambdas, what is not
-    # registered) have no state that a copy must own: both layers hold the same.
-    config = layer.get_config()
-    if isinstance(layer, keras.layers.Lambda):
-        arguments = {key: config[key] for key in ("name", "trainable", "dtype")}
-        return type(layer)(
-            layer.function, layer._output_shape, layer.mask, layer.arguments, **arguments
-        )
-    for name in config:
-        value = vars(layer).get(name)
-        if callable(value) and not isinstance(value, (keras.layers.Layer, type)):
-            config[name] = value
-    return type(layer).from_config(config)
-
-
 def _shapes(model: Model) -> list[tuple[int, ...] | None]:
     return [_static_shape(weight) for weight in model.weights]
 
@@ -898,14 +544,6 @@ def become(obj: Any, cls: type, attributes: dict[str, Any]) -> None:
     object.__setattr__(obj, "__class__", cls)
     obj.__dict__.clear()
     obj.__dict__.update(attributes)
-
-
-def _legacy_key(variable: Variable) -> str:
-    return getattr(variable, "_unique_id", None) or variable.name
-
-
-def _name(obj: Any) -> str:
-    return getattr(obj, "name", None) or getattr(obj, "_name", None) or type(obj).__name__
 
 
 def _is_plain_constructor(kind: ModuleType, cls: type) -> bool:
@@ -919,14 +557,18 @@ def _static_shape(value: Any) -> tuple[int, ...] | None:
     return None if shape is None else tuple(shape)
 
 
-def _specs(inputs: Any) -> Any:
+def name_of(obj: Any) -> str:
+    return getattr(obj, "name", None) or getattr(obj, "_name", None) or type(obj).__name__
+
+
+def specs_of(inputs: Any) -> Any:
     def spec(tensor: Any) -> tf.TensorSpec:
         return tf.TensorSpec((1, *tuple(tensor.shape)[1:]), tensor.dtype)
 
     return tf.nest.map_structure(spec, inputs)
 
 
-def _specs_from_shapes(shapes: Any, model: Model) -> Any:
+def specs_from_shapes(shapes: Any, model: Model) -> Any:
     dtype = getattr(model, "input_dtype", None) or tf.float32
 
     def build(shape: Any) -> Any:
@@ -941,67 +583,8 @@ def _specs_from_shapes(shapes: Any, model: Model) -> Any:
     return build(shapes)
 
 
-def _unknown_inputs(model: Model) -> str:
+def unknown_inputs(model: Model) -> str:
     return (
         f"Expected the model '{model.name}' to know the shape of its inputs. Received: a "
         f"{type(model).__name__} that does not. Call it once on a batch, or `build()` it."
-    )
-
-
-_BACKENDS: dict[str, Backend] = {}
-
-
-def tf_keras_backend() -> Backend:
-    """The backend of tf_keras, which is imported if it was not yet.
-
-    Raises:
-        ImportError: If tf_keras is not installed.
-    """
-    try:
-        importlib.import_module("tf_keras")
-    except ImportError as error:
-        raise ImportError(
-            "tf_keras is needed here and is not installed. "
-            'Remedy: pip install "keras_alds[tf_keras]"'
-        ) from error
-    return _BACKENDS.setdefault("tf_keras", _TfKeras())
-
-
-def load_model(path: str | os.PathLike[str], name: str = KERASES[0]) -> Model:
-    """Loads a saved model with one of the Kerases, without its compile state.
-
-    Raises:
-        ValueError: If there is no such file, or this Keras cannot load it.
-        ImportError: If tf_keras is asked for and is not installed.
-    """
-    file = os.fspath(path)
-    if not os.path.exists(file):
-        raise ValueError(f"Expected the file of a saved model. Received: {file}, which is none")
-    module = tf_keras_backend().keras if name == KERASES[1] else keras
-    try:
-        # A compile state may need a user's own loss or metric.
-        return module.models.load_model(file, compile=False)
-    except (TypeError, ValueError, OSError) as error:
-        other = next(kind for kind in KERASES if kind != name)
-        raise ValueError(
-            f"Expected a model that {name} can load. Received: {file} ({error}). If {other} saved "
-            f"it, choose {other}."
-        ) from error
-
-
-def backend_of(model: object) -> Backend:
-    """The backend of the Keras that `model` (a model or layer) belongs to.
-
-    Raises:
-        ValueError: If it belongs to neither Keras.
-    """
-    for name, kind in (("keras", _Keras3), ("tf_keras", _TfKeras)):
-        module = sys.modules.get(name)
-        if module is not None and isinstance(model, module.layers.Layer):
-            if name not in _BACKENDS:
-                _BACKENDS[name] = kind()
-            return _BACKENDS[name]
-    raise ValueError(
-        "Expected `model` to be a built `keras.Model` or `tf_keras.Model`. "
-        f"Received: model={model!r} of type {type(model).__name__}"
     )

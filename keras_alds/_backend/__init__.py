@@ -1,0 +1,81 @@
+"""The one package that knows there are two Kerases, Keras 3 (`keras`) and `tf_keras`.
+
+Everything else asks `backend_of(model)` for a `Backend` and works through it, so a process may hold
+models of both kinds. The choice follows the class of the object that was given, never an
+environment variable. tf_keras is optional.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import keras
+
+from keras_alds._backend.base import Backend, GraphCall, Model
+from keras_alds._backend.keras3 import Keras3
+from keras_alds._backend.tf_keras import TfKeras
+
+__all__ = ["KERASES", "Backend", "GraphCall", "backend_of", "load_model", "tf_keras_backend"]
+
+#: The Kerases by the names of their modules.
+KERASES = ("keras", "tf_keras")
+
+_BACKENDS: dict[str, Backend] = {}
+
+
+def tf_keras_backend() -> Backend:
+    """The backend of tf_keras, which is imported if it was not yet.
+
+    Raises:
+        ImportError: If tf_keras is not installed.
+    """
+    try:
+        importlib.import_module("tf_keras")
+    except ImportError as error:
+        raise ImportError(
+            "tf_keras is needed here and is not installed. "
+            'Remedy: pip install "keras_alds[tf_keras]"'
+        ) from error
+    return _BACKENDS.setdefault("tf_keras", TfKeras())
+
+
+def load_model(path: str | os.PathLike[str], name: str = KERASES[0]) -> Model:
+    """Loads a saved model with one of the Kerases, without its compile state.
+
+    Raises:
+        ValueError: If there is no such file, or this Keras cannot load it.
+        ImportError: If tf_keras is asked for and is not installed.
+    """
+    file = os.fspath(path)
+    if not os.path.exists(file):
+        raise ValueError(f"Expected the file of a saved model. Received: {file}, which is none")
+    module = tf_keras_backend().keras if name == KERASES[1] else keras
+    try:
+        # A compile state may need a user's own loss or metric.
+        return module.models.load_model(file, compile=False)
+    except (TypeError, ValueError, OSError) as error:
+        other = next(kind for kind in KERASES if kind != name)
+        raise ValueError(
+            f"Expected a model that {name} can load. Received: {file} ({error}). If {other} saved "
+            f"it, choose {other}."
+        ) from error
+
+
+def backend_of(model: object) -> Backend:
+    """The backend of the Keras that `model` (a model or layer) belongs to.
+
+    Raises:
+        ValueError: If it belongs to neither Keras.
+    """
+    for name, kind in (("keras", Keras3), ("tf_keras", TfKeras)):
+        module = sys.modules.get(name)
+        if module is not None and isinstance(model, module.layers.Layer):
+            if name not in _BACKENDS:
+                _BACKENDS[name] = kind()
+            return _BACKENDS[name]
+    raise ValueError(
+        "Expected `model` to be a built `keras.Model` or `tf_keras.Model`. "
+        f"Received: model={model!r} of type {type(model).__name__}"
+    )
