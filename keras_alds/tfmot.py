@@ -14,7 +14,7 @@ from typing import Any
 from keras_alds import _backend
 from keras_alds.litert.aware import quantize_aware_training, tfmot_package
 from keras_alds.rewrite import inspect, wrappers
-from keras_alds.rewrite.expand import check_symbolic
+from keras_alds.rewrite.rebuild import check_symbolic
 
 __all__ = ["cluster_weights", "prune_low_magnitude", "quantize_aware_training"]
 

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from keras_alds import _backend
 from keras_alds.rewrite import inspect
-from keras_alds.rewrite.expand import (
+from keras_alds.rewrite.rebuild import (
     GraphRebuilder,
     Piece,
     check_symbolic,

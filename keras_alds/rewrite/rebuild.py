@@ -1,0 +1,208 @@
+"""Builds symbolic models anew with other layers in some places: `GraphRebuilder`."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_alds import _backend
+from keras_alds.rewrite import inspect
+
+#: What takes the place of a layer: layers, or functions of symbolic tensors, one after the other.
+Piece = Any
+
+
+def check_symbolic(model: Any, user: str) -> _backend.Backend:
+    """The backend of a built Functional or Sequential model.
+
+    Raises:
+        ValueError: If `model` is anything else.
+    """
+    backend = _backend.backend_of(model)
+    if not backend.is_symbolic(model):
+        raise ValueError(
+            f"Expected `model` to be Functional or Sequential, for `{user}`: it rebuilds a graph "
+            f"of layers. Received: {model.name!r} of type {type(model).__name__}, whose graph is "
+            "Python code. Remedy: make it functional (call its layers on a `keras.Input` and "
+            "give `keras.Model` the inputs and outputs), or export it as it is: `model.export` "
+            "and the TFLite converter run factorized layers."
+        )
+    if not model.built or not getattr(model, "inputs", None):
+        raise ValueError(
+            f"Expected the Sequential model '{model.name}' to know its input, for `{user}`. "
+            "Received: one that was never called. Call it once on a batch, or `build()` it."
+        )
+    return backend
+
+
+class GraphRebuilder:
+    """Builds symbolic models anew, layer by layer; a subclass says what takes a layer's place.
+
+    Args:
+        source: The backend of the model that is read.
+        target: The backend of the model that is made.
+    """
+
+    def __init__(self, source: _backend.Backend, target: _backend.Backend) -> None:
+        self.source = source
+        self.target = target
+        self.names: set[str] = set()
+        self._models: dict[int, Any] = {}
+        self._flags: list[tuple[Any, Any]] = []  # (old, new): children before their parents
+        self._values: list[tuple[Any, list[np.ndarray]]] = []
+
+    def pieces(self, call: _backend.GraphCall) -> list[Piece]:
+        """What takes the place of `call.layer` in this call; none if its input passes through."""
+        raise NotImplementedError
+
+    def input_layer(self, layer: Any) -> Any:
+        """The new input layer for an old one."""
+        return type(layer).from_config(layer.get_config())
+
+    def arguments(
+        self, call: _backend.GraphCall, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the only piece of a call is called on, given the new tensors."""
+        return args, kwargs
+
+    def calls(self, model: Any) -> list[_backend.GraphCall]:
+        """The calls of a model's graph that are to be made anew."""
+        return self.source.graph(model)
+
+    def construct(self, model: Any, *parts: Any) -> Any:
+        """A model like `model`, from its inputs and outputs or from a list of layers."""
+        keras = self.target.keras
+        cls = keras.Model if len(parts) == 2 else keras.Sequential
+        if self.source is self.target and issubclass(type(model), keras.Sequential) == (
+            cls is keras.Sequential
+        ):
+            if self.source.can_construct(model):
+                cls = type(model)
+            else:
+                warnings.warn(
+                    f"{type(model).__name__} cannot be made from inputs and outputs, because it "
+                    f"has a constructor of its own: '{model.name}' comes back as a plain "
+                    f"{cls.__name__}, without its `train_step` and other methods.",
+                    stacklevel=5,
+                )
+        return cls(*parts, name=model.name)
+
+    def rebuild(self, model: Any) -> Any:
+        """The new model, with weights and trainable flags."""
+        self.names |= {layer.name for _, layer in inspect.walk(model)}
+        new = self.model(model)
+        self._finish()
+        return new
+
+    def record(self, old: Any, new: Any, values: list[np.ndarray] | None = None) -> None:
+        """Remembers that `new` gets the flags of `old`, and the weights, once all are built."""
+        self._flags.append((old, new))
+        if values:
+            self._values.append((new, values))
+
+    def unique(self, name: str) -> str:
+        """A layer name, numbered if it is taken."""
+        count, result = 1, name
+        while result in self.names:
+            count += 1
+            result = f"{name}_{count}"
+        self.names.add(result)
+        return result
+
+    def model(self, model: Any) -> Any:
+        """The new model for a symbolic model; the same one every time it is asked for."""
+        if id(model) not in self._models:
+            self._models[id(model)] = self._rebuilt(model)
+            self.record(model, self._models[id(model)])
+        return self._models[id(model)]
+
+    def _rebuilt(self, model: Any) -> Any:
+        steps = []
+        for call in self.calls(model):
+            if isinstance(call.layer, self.source.keras.layers.InputLayer):
+                steps.append((call, [self.input_layer(call.layer)]))
+            else:
+                steps.append((call, self.pieces(call)))
+            if type(call.layer).__name__ in ("AddLoss", "AddMetric"):
+                warnings.warn(
+                    f"What `add_loss` or `add_metric` added to '{model.name}' does not lead to an "
+                    "output and is not carried over: add it to the new model.",
+                    stacklevel=5,
+                )
+        layers = [piece for _, pieces in steps for piece in pieces]
+        if isinstance(model, self.source.keras.Sequential) and all(
+            isinstance(piece, self.target.keras.layers.Layer) for piece in layers
+        ):
+            return self.construct(model, layers)
+        tensors: dict[int, Any] = {}
+        for call, pieces in steps:
+            outputs = self._run(call, pieces, tensors)
+            tensors.update(
+                (id(old), new)
+                for old, new in zip(call.outputs, tf.nest.flatten(outputs), strict=True)
+            )
+        return self.construct(
+            model, *(_renewed(ends, tensors) for ends in self.source.graph_ends(model))
+        )
+
+    def _run(self, call: _backend.GraphCall, pieces: list[Piece], tensors: dict[int, Any]) -> Any:
+        if isinstance(call.layer, self.source.keras.layers.InputLayer):
+            return pieces[0].output
+        args, kwargs = _renewed((call.args, call.kwargs), tensors)
+        if len(pieces) == 1:
+            args, kwargs = self.arguments(call, tuple(args), kwargs)
+            return pieces[0](*args, **kwargs)
+        value = args[0] if args else next(iter(kwargs.values()))
+        for piece in pieces:
+            value = piece(value)
+        return value
+
+    def _finish(self) -> None:
+        # Flags first: in tf_keras the order of a wrapper's weights depends on them. Parents come
+        # before children, whose own flags then hold.
+        for old, new in reversed(self._flags):
+            new.trainable = old.trainable
+            if isinstance(new, self.target.keras.Model):
+                continue
+            inner = self.source.children(old), self.target.children(new)
+            if len(inner[0]) == len(inner[1]):
+                for old_child, new_child in zip(
+                    *map(_below, (old, new), (self.source, self.target)), strict=False
+                ):
+                    new_child.trainable = old_child.trainable
+        for new, values in self._values:
+            shapes = [tuple(value.shape) for value in values]
+            if [tuple(weight.shape) for weight in new.weights] != shapes:
+                raise ValueError(
+                    f"Expected the new layer '{new.name}' ({type(new).__name__}), made from the "
+                    "old one's config, to have weights of the same shapes. Received: "
+                    f"{[tuple(weight.shape) for weight in new.weights]} for {shapes}. Make "
+                    "`get_config()` of the layer return every constructor argument."
+                )
+            new.set_weights(values)
+            if hasattr(new, "finalize_state"):  # Normalization keeps what it derives from them
+                new.finalize_state()
+
+
+def _below(layer: Any, backend: _backend.Backend) -> list[Any]:
+    found = []
+    for child in backend.children(layer):
+        found += [child, *_below(child, backend)]
+    return found
+
+
+def _renewed(structure: Any, tensors: dict[int, Any]) -> Any:
+    return tf.nest.map_structure(lambda leaf: tensors.get(id(leaf), leaf), structure)
+
+
+def first_tensor(call: _backend.GraphCall) -> Any:
+    """The first symbolic tensor that a call is given."""
+    return tf.nest.flatten((call.args, list(call.kwargs.values())))[0]
+
+
+def policy(layer: Any) -> Any:
+    """A layer's dtype policy."""
+    return layer.dtype_policy if hasattr(layer, "dtype_policy") else layer._dtype_policy
