@@ -246,8 +246,9 @@ class ALDSCompress(keras.callbacks.Callback):
             if all(np.array_equal(value(variable), old) for variable, old in self._watched):
                 warnings.warn(
                     "No factor has moved in the first epoch after the compression. If the learning "
-                    "rate is not zero, then something still runs a graph of the dense model: do "
-                    "not wrap `train_step` in a `tf.function` of your own, Keras does it.",
+                    "rate is not zero, then something still runs a graph of the dense model: a "
+                    "`tf.function` that is no method of the model or of its layers. Let Keras wrap "
+                    "`train_step`.",
                     stacklevel=2,
                 )
             self._watched = []

@@ -225,27 +225,36 @@ class TestWaysToTrain:
             assert np.abs(after - before).max() > 0
         assert int(model.head_optimizer.iterations) == 6
 
-    def test_a_train_step_in_a_tf_function_of_its_own_is_noticed(self, keras_module):
+    @pytest.mark.parametrize("method", [True, False], ids=["method", "elsewhere"])
+    def test_a_step_in_a_tf_function_of_its_own(self, keras_module, method):
         K = keras_module
 
-        class Stale(K.Model):
-            @tf.function
-            def step(self, x, y):
-                with tf.GradientTape() as tape:
-                    error = self(x, training=True) - tf.one_hot(tf.cast(y, tf.int32), 10)
-                    loss = tf.reduce_mean(tf.square(error))
-                variables = self.trainable_variables
-                for variable, gradient in zip(
-                    variables, tape.gradient(loss, variables), strict=True
-                ):
-                    variable.assign_sub(0.01 * gradient)
-                return loss
+        def step(model, x, y):
+            with tf.GradientTape() as tape:
+                error = model(x, training=True) - tf.one_hot(tf.cast(y, tf.int32), 10)
+                loss = tf.reduce_mean(tf.square(error))
+            variables = model.trainable_variables
+            for variable, gradient in zip(variables, tape.gradient(loss, variables), strict=True):
+                variable.assign_sub(0.01 * gradient)
+            return loss
+
+        function = tf.function(step)
+
+        class Stepping(K.Model):
+            step = function
 
             def train_step(self, data):
-                return {"loss": self.step(*data)}
+                return {"loss": self.step(*data) if method else function(self, *data)}
 
         base = zoo.functional(K)
-        model = compiled(K, model=Stale(base.input, base.output), run_eagerly=True, metrics=None)
+        model = Stepping(base.input, base.output)
+        model = compiled(K, model=model, run_eagerly=True, metrics=None)
+        moved = Spy(K, lambda m: [value(la.encoder) for la in factorized(m)])
+        if method:
+            fit(model, [ALDSCompress(0.4, 1, verbose=0), moved], epochs=2)
+            for before, after in zip(moved.seen[2], moved.seen[3], strict=True):
+                assert np.abs(after - before).max() > 0
+            return
         with pytest.warns(UserWarning, match="No factor has moved"):
             fit(model, [ALDSCompress(0.4, 1, verbose=0)], epochs=2)
 

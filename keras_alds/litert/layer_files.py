@@ -13,6 +13,7 @@ import numpy as np
 from keras_alds import _backend
 from keras_alds.litert import _package
 from keras_alds.rewrite import inspect
+from keras_alds.rewrite.functions import run_as_code
 
 Array = np.ndarray
 _ACTIVATION_SCALE = 0.05  # of int8 files; it does not change the time
@@ -72,7 +73,8 @@ def layer_calls(model: Any, layers: Sequence[Any]) -> dict[int, list[LayerCall]]
     Raises:
         ValueError: If an input or feature map has an unknown size.
     """
-    shapes = _backend.backend_of(model).trace_shapes(model, layers)
+    with run_as_code(model):
+        shapes = _backend.backend_of(model).trace_shapes(model, layers)
     return {id(layer): [_call(layer, shape) for shape, _ in shapes[id(layer)]] for layer in layers}
 
 

@@ -19,6 +19,7 @@ import tensorflow as tf
 from keras_alds import _backend
 from keras_alds.layers import _forms
 from keras_alds.rewrite import inspect
+from keras_alds.rewrite.functions import run_as_code
 from keras_alds.rewrite.kinds import factorized_kind
 from keras_alds.rewrite.observe import when_known
 
@@ -328,7 +329,7 @@ def _ranges(
             )
         return outputs
 
-    with backend.watching_calls([pair.layer for pair in pairs], watch):
+    with run_as_code(model), backend.watching_calls([pair.layer for pair in pairs], watch):
         for batch in batches:
             model(batch, training=False)
     return {

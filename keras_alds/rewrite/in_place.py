@@ -19,6 +19,7 @@ from keras_alds.core.refit import factorize_outputs
 from keras_alds.core.spectra import factorize
 from keras_alds.plan import CompressionPlan, LayerChoice
 from keras_alds.rewrite import inspect, wrappers
+from keras_alds.rewrite.functions import forget_graphs
 from keras_alds.rewrite.kinds import (
     Kind,
     attention_class,
@@ -123,6 +124,7 @@ def apply_calibrated(
                 undo += [functools.partial(r.layer.bias.assign, backend.value(r.layer.bias))]
                 r.layer.bias.assign(r.bias)
         undo += adopt_attentions(backend, model)
+        undo += [forget_graphs(model)]
         factorized = {
             id(kernel): replacement.layer
             for kernel, replacement in zip(kernels, replacements, strict=True)

@@ -13,6 +13,7 @@ from typing import Any
 from keras_alds import _backend
 from keras_alds.core.slicing import divisors, weights
 from keras_alds.rewrite import wrappers
+from keras_alds.rewrite.functions import run_as_code
 from keras_alds.rewrite.kinds import (
     KINDS,
     REASONS,
@@ -298,7 +299,8 @@ def layer_macs(model: Any) -> dict[int, int]:
     layers = [layer for _, layer in walk(model) if backend.own_variables(layer)]
     known = _MACS.get(model, [])
     if [(ref(), kind) for ref, kind, _ in known] != [(layer, type(layer)) for layer in layers]:
-        calls = backend.trace_shapes(model, layers)
+        with run_as_code(model):
+            calls = backend.trace_shapes(model, layers)
         known = [
             (
                 weakref.ref(layer),

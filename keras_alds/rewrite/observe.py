@@ -27,6 +27,7 @@ from keras_alds.core.slicing import Array, kernel_sizes
 from keras_alds.core.spectra import Spectra
 from keras_alds.core.whitening import output_spectra_many
 from keras_alds.rewrite import inspect
+from keras_alds.rewrite.functions import run_as_code
 from keras_alds.rewrite.kinds import known_kind, observable
 from keras_alds.rewrite.storage import Store
 
@@ -146,6 +147,7 @@ class CalibrationStats:
         examples = 0
         with (
             Progress(transient=True, disable=not verbose) as progress,
+            run_as_code(model),
             observer.watching(model),
         ):
             task = progress.add_task("calibration", total=total)

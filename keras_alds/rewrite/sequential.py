@@ -28,6 +28,7 @@ from keras_alds.core.moments import SecondMoment
 from keras_alds.core.regression import TARGET_RIDGES, PairAccumulator
 from keras_alds.core.slicing import Array
 from keras_alds.rewrite import inspect
+from keras_alds.rewrite.functions import run_as_code
 from keras_alds.rewrite.kinds import kernel_values
 from keras_alds.rewrite.observe import (
     KeptExamples,
@@ -237,7 +238,7 @@ class Walk:
             return outputs
 
         layers = list(self._layers.values())
-        with self._backend.watching_calls(layers, watch):
+        with run_as_code(model), self._backend.watching_calls(layers, watch):
             model(batch, training=False)
         program = _Program(model, list(self._places.values()))
         if self._backend.runs_graph(model):
@@ -310,19 +311,23 @@ class Walk:
                 built one with the same inputs and outputs, or None to leave it as it is.
             progress: Called after every layer.
         """
-        for layer in self.order:
-            key = id(layer)
-            moment, target = self._observe(layer)
-            compressed = decide(layer, moment, target)
-            self._done.add(key)
-            if compressed is not None:
-                self._compressed[key] = compressed
-            for pair in self._provisional.values():
-                self._drop(pair)
-            self._provisional.clear()
-            for number in self._calls[key]:
-                self._release(self._steps[number].inputs)
-            progress()
+        with run_as_code(self._program.model):
+            for layer in self.order:
+                self._compress(layer, decide)
+                progress()
+
+    def _compress(self, layer: Any, decide: Decide) -> None:
+        key = id(layer)
+        moment, target = self._observe(layer)
+        compressed = decide(layer, moment, target)
+        self._done.add(key)
+        if compressed is not None:
+            self._compressed[key] = compressed
+        for pair in self._provisional.values():
+            self._drop(pair)
+        self._provisional.clear()
+        for number in self._calls[key]:
+            self._release(self._steps[number].inputs)
 
     def _observe(self, layer: Any) -> tuple[SecondMoment, Array]:
         """The second moment of what a layer sees now, and the kernel that is best for it."""
