@@ -7,7 +7,7 @@ another, and nobody sees that they are called.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -15,7 +15,7 @@ import tensorflow as tf
 from keras_alds import _backend
 
 # The functions that the Kerases make themselves are made anew by `Backend.reset_functions`.
-_NOT_OWN = ("keras", "tf_keras", "tensorflow")
+_NOT_OWN = (*_backend.KERASES, "tensorflow")
 
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ def run_as_code(model: Any) -> Iterator[None]:
         tf.config.run_functions_eagerly(False)
 
 
-def forget_graphs(model: Any) -> _backend.Undo:
+def forget_graphs(model: Any) -> Callable[[], None]:
     """Lets the functions of a model's own code be traced anew when they are called next.
 
     Returns:
