@@ -70,7 +70,8 @@ def select(
             ignored; at most 1024 examples are used), or `CalibrationStats`. Defaults to None.
         exclude: Layers to leave alone: a name, a path (`"encoder/conv1"`), a regular expression
             that matches one as a whole, a compiled pattern (searched), a layer class, or a list
-            of these. Defaults to none.
+            of these. What names a nested model, a wrapper or an attention layer names all that
+            is in it. Defaults to none.
         max_slices: Integer or None. Largest number of slices k. Many slices keep more accuracy
             and run slower. Defaults to no limit.
         rank_multiple: Integer. Ranks j are multiples of it (4 or 8 fill vector lanes). Defaults

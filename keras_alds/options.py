@@ -6,7 +6,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from keras_alds.core.methods import DEFAULT, get_method
 from keras_alds.core.targets import get_target
@@ -84,15 +84,23 @@ class Options:
         object.__setattr__(self, "cr", fraction)
 
 
-def check_bounds(bounds: Any) -> tuple[tuple[Any, float, float], ...]:
-    """Returns `bounds` as entries `(layers, least, greatest)`.
+class Bound(NamedTuple):
+    """One entry of `bounds`: what names layers, and the fractions of their parameters."""
+
+    item: Any
+    least: float
+    greatest: float
+
+
+def check_bounds(bounds: Any) -> tuple[Bound, ...]:
+    """Returns `bounds` as entries; those of options that were checked before as they are.
 
     Raises:
         ValueError: If they are no mapping from layers to pairs of fractions.
     """
     if bounds is None:
         return ()
-    if isinstance(bounds, tuple):  # of options that were checked before
+    if isinstance(bounds, tuple) and all(isinstance(entry, Bound) for entry in bounds):
         return bounds
     if not isinstance(bounds, Mapping):
         raise ValueError(
@@ -113,7 +121,7 @@ def check_bounds(bounds: Any) -> tuple[tuple[Any, float, float], ...]:
                 "Expected the bounds of a layer to be (least, greatest) with 0 <= least <= "
                 f"greatest <= 1, or None in place of one. Received: {item!r}: {pair!r}"
             )
-        entries.append((item, least, greatest))
+        entries.append(Bound(item, least, greatest))
     return tuple(entries)
 
 
@@ -132,7 +140,7 @@ def check_cr_or_plan(cr: Any, plan: Any, **options: Any) -> None:
     Args:
         cr: The fraction to remove, or None.
         plan: A `CompressionPlan`, or None.
-        **options: Options of `select` by name; None, `()`, 1 and `"params"` are their defaults.
+        **options: Options of `select` by name; their defaults and what is empty are none.
     """
     if (cr is None) == (plan is None):
         raise ValueError(
@@ -142,7 +150,13 @@ def check_cr_or_plan(cr: Any, plan: Any, **options: Any) -> None:
     if plan is None:
         return
     check_plan(plan)
-    given = {name: value for name, value in options.items() if value not in (None, (), 1, "params")}
+    defaults = {"exclude": (), "rank_multiple": 1, "objective": "params"}
+    given = {
+        name: value
+        for name, value in options.items()
+        if value is not None
+        and not (value == defaults.get(name) or (isinstance(value, (list, dict)) and not value))
+    }
     if given:
         raise ValueError(
             "Expected no options beside `plan`: it holds the choices that were made with them. "

@@ -134,15 +134,15 @@ class Problem:
         specs = []
         for spec in self.specs:
             least, greatest = spec.bounds
-            for index, (item, *entry) in enumerate(bounds):
-                if spec.reason is None and inspect.matches(item, spec.path, spec.layer):
+            for index, bound in enumerate(bounds):
+                if spec.reason is None and spec.is_named_by(bound.item):
                     unmatched.pop(index, None)
-                    least, greatest = max(least, entry[0]), min(greatest, entry[1])
+                    least, greatest = max(least, bound.least), min(greatest, bound.greatest)
             specs.append(dataclasses.replace(spec, bounds=(least, greatest)))
-        for item, *_ in unmatched.values():
+        for bound in unmatched.values():
             warnings.warn(
-                f"`bounds` entry {item!r} matches no layer of the model '{self.name}' that can be "
-                "factorized.",
+                f"`bounds` entry {bound.item!r} matches no layer of the model '{self.name}' that "
+                "can be factorized.",
                 stacklevel=5,
             )
         return dataclasses.replace(self, specs=specs)

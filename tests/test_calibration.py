@@ -287,6 +287,29 @@ class TestKindsOfData:
         endless = tf.data.Dataset.from_tensor_slices(x).batch(8).repeat()
         assert collect(small, endless, max_examples=20).examples == 20
 
+    def test_examples_of_different_sizes(self, keras_module):
+        L = keras_module.layers
+        model = keras_module.Sequential(
+            [
+                keras_module.Input((None, None, 3)),
+                L.Conv2D(16, 3, padding="same", name="conv"),
+                L.Conv2D(16, 3, name="last"),
+            ]
+        )
+        batches = [np.ones((5, 6 + n // 2, 6, 3), "float32") for n in range(6)]
+        moment = collect(model, iter(batches), max_examples=28).moments["conv"]
+        assert moment.count == 6 * (10 * 6 + 10 * 7 + 8 * 8)
+        assert compress(model, 0.4, calibration_data=iter(batches)).count_params()
+
+    def test_inputs_of_a_fixed_batch_size(self, keras_module):
+        L = keras_module.layers
+        inputs = keras_module.Input(batch_shape=(3, 4, 12))
+        x = L.Dense(24, name="dense")(L.LSTM(16, stateful=True, name="lstm")(inputs))
+        model = keras_module.Model(inputs, x)
+        x = zoo.examples(model, 20)
+        assert collect(model, x).moments["dense"].count == 18  # six whole batches
+        assert compress(model, 0.05, calibration_data=x).count_params() < model.count_params()
+
 
 class TestBadData:
     X = np.ones((16, *zoo.IMAGE), "float32")
@@ -305,7 +328,12 @@ class TestBadData:
             ),
             (np.array(["a"] * 16), "`calibration_data` of numbers. Received: dtype=<U1"),
             ([X, X[:3]], "Received|Expected"),
-            ({"a": X, "b": X}, "for 1 inputs. Received: 2"),
+            ({"a": X, "b": X}, "for 1 inputs. Received: 2$"),
+            ([[X, X]], r"Received: 2 in a list; labels go into a tuple, \(x, y\)"),
+            (
+                tf.data.Dataset.from_tensor_slices(X),
+                r"Received: shape=\(12, 12, 3\) of one example: batch the data",
+            ),
             ("train", "Received: str"),
             (7, "Received: int|examples"),
         ],
@@ -360,8 +388,9 @@ class TestBadData:
             select(small, 0.4, error="slice", calibration_data=self.X)
 
     def test_max_examples(self, small):
-        with pytest.raises(ValueError, match="Received: max_examples=3"):
-            collect(small, self.X, max_examples=3)
+        for value in (3, 20.5, "all"):
+            with pytest.raises(ValueError, match=f"Received: max_examples={value!r}"):
+                collect(small, self.X, max_examples=value)
 
 
 class TestRankDeficientData:
@@ -387,6 +416,12 @@ class TestStats:
         with pytest.raises(ValueError, match="statistics of the model"):
             select(zoo.sequential(keras_module), 0.4, calibration_data=stats)
 
+    def test_of_a_larger_model(self, small, keras_module):
+        stats = collect(small, zoo.examples(small, 8))
+        part = keras_module.Model(small.inputs, small.get_layer("pool").output)
+        with pytest.raises(ValueError, match="statistics of 4 layers, where the model has 2"):
+            select(part, 0.2, calibration_data=stats)
+
     def test_of_other_weights_warns(self, small):
         stats = collect(small, zoo.examples(small, 8))
         small.get_layer("head").bias.assign(np.ones(10))
@@ -402,6 +437,13 @@ class TestStats:
         assert [c.rank for c in a.choices] == [c.rank for c in b.choices]
 
     def test_files_that_hold_none(self, tmp_path):
+        small = zoo.functional(keras)
+        collect(small, zoo.examples(small, 8)).save(tmp_path / "whole.npz")
+        arrays = dict(np.load(tmp_path / "whole.npz"))
+        del arrays["blocks_1"]
+        np.savez(tmp_path / "d.npz", **arrays)
+        (tmp_path / "e.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:5000])
+        np.save(tmp_path / "f.npy", np.ones(3))
         (tmp_path / "a.npz").write_bytes(b"no archive")
         np.savez(tmp_path / "b.npz", x=np.ones(3))
         meta = {"format": "keras_alds.CalibrationStats", "version": 99}
@@ -410,6 +452,9 @@ class TestStats:
             ("a.npz", "holds none"),
             ("b.npz", "holds none"),
             ("c.npz", "Received: version=99"),
+            ("d.npz", "holds none"),
+            ("e.npz", "holds none"),
+            ("f.npy", "holds none"),
         ):
             with pytest.raises(ValueError, match=message):
                 CalibrationStats.load(tmp_path / name)

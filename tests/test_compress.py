@@ -373,6 +373,35 @@ class TestOptions:
         excluded = {c.layer for c in plan.choices if (c.reason or "").startswith("excluded by")}
         assert excluded == {"middle/inner/conv"}
 
+    def test_excluding_what_holds_layers_excludes_these(self, keras_module):
+        L = keras_module.layers
+        inputs = keras_module.Input((6, 16))
+        x = L.MultiHeadAttention(4, 8, name="attention")(inputs, inputs)
+        x = L.TimeDistributed(L.Dense(24, name="inner"), name="frames")(x)
+        model = keras_module.Model(inputs, L.Dense(16, name="head")(x))
+        nested = zoo.nested(keras_module)
+
+        def left(model, exclude):
+            plan = select(model, 0.05, exclude=exclude)
+            return {c.layer for c in plan.choices if (c.reason or "").startswith("excluded by")}
+
+        projections = {"query", "key", "value", "attention_output"}
+        for exclude in ("attention", "att.*ion", L.MultiHeadAttention):
+            assert left(model, exclude) == {f"attention/{name}" for name in projections}
+        assert left(model, L.Wrapper) == {path for path in left(model, "frames")} != set()
+        assert left(nested, "middle/inner") == {"middle/inner/conv", "middle/inner/conv_b"}
+        assert left(nested, "middle") == {"middle/conv", *left(nested, "inner")}
+        with pytest.warns(UserWarning, match="'relu' matches no layer with weights"):
+            select(zoo.functional(keras_module), 0.2, exclude="relu")
+
+    def test_options_beside_a_plan(self, small):
+        plan = select(small, 0.4)
+        for options in ({"max_slices": 1}, {"rank_multiple": 2}, {"bounds": {"stem": (0, 0)}}):
+            with pytest.raises(ValueError, match="Expected no options beside `plan`"):
+                compress(small, plan=plan, **options)
+        for options in ({"exclude": []}, {"bounds": {}}, {"rank_multiple": 1}):
+            assert compress(small, plan=plan, **options).count_params() == plan.params_after
+
     def test_max_slices_and_rank_multiple(self, small):
         plan = select(small, 0.4, max_slices=2, rank_multiple=2)
         assert plan.factorized

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 import warnings
@@ -48,6 +49,7 @@ class LayerSpec:
         reason: Why it cannot be factorized, or None if it can.
         excluded: Whether the user's `exclude` names it.
         bounds: The least and the greatest fraction of its parameters that may go.
+        inside: The layers and models that hold it, with their paths.
     """
 
     path: str
@@ -57,6 +59,7 @@ class LayerSpec:
     reason: str | None
     excluded: bool = False
     bounds: tuple[float, float] = (0.0, 1.0)
+    inside: tuple[tuple[str, Any], ...] = ()
 
     @property
     def kind(self) -> str:
@@ -68,6 +71,12 @@ class LayerSpec:
         """What its class is as a stock layer that can be factorized."""
         return known_kind(self.layer)
 
+    def is_named_by(self, item: Any) -> bool:
+        """Whether an entry of `exclude` or `bounds` names the layer, or one that holds it."""
+        return any(
+            _matches(item, path, layer) for path, layer in ((self.path, self.layer), *self.inside)
+        )
+
 
 def inspect_model(model: Any, exclude: Exclude = ()) -> tuple[list[LayerSpec], list[Any]]:
     """Every layer of `model` that holds weights, at any depth, in creation order.
@@ -76,8 +85,8 @@ def inspect_model(model: Any, exclude: Exclude = ()) -> tuple[list[LayerSpec], l
 
     Args:
         model: A built model.
-        exclude: Layers to leave alone: names or paths, regular expressions that match one as a
-            whole, compiled patterns, or layer classes.
+        exclude: Layers to leave alone, with all that they hold: names or paths, regular
+            expressions that match one as a whole, compiled patterns, or layer classes.
 
     Returns:
         The specs, and the entries of `exclude` that matched nothing.
@@ -95,10 +104,8 @@ def inspect_model(model: Any, exclude: Exclude = ()) -> tuple[list[LayerSpec], l
     for path, layer in layers:
         for variable in backend.own_variables(layer):
             holders.setdefault(id(variable), []).append(path)
+    at = dict(layers)
     for path, layer in layers:
-        matching = [i for i, item in enumerate(exclude) if matches(item, path, layer)]
-        for index in matching:
-            unmatched.pop(index, None)
         own = backend.own_variables(layer)
         if not own:
             continue
@@ -112,13 +119,19 @@ def inspect_model(model: Any, exclude: Exclude = ()) -> tuple[list[LayerSpec], l
             others = [name for name in holders[id(kind.variable(layer))] if name != path]
             if others:
                 reason = f"its kernel is held by '{others[0]}' too"
-        if reason is None and matching:
-            reason = f"excluded by {_describe(exclude[matching[0]])}"
         shape = None
         if kind is not None and kind.refusal(layer) is None:
             shape = unfolded_shape(layer)
         params = sum(math.prod(tuple(variable.shape)) for variable in own)
-        specs.append(LayerSpec(path, layer, int(params), shape, reason, bool(matching)))
+        above = itertools.accumulate(path.split("/")[:-1], "{}/{}".format)
+        inside = tuple((name, at[name]) for name in above if name in at)
+        spec = LayerSpec(path, layer, int(params), shape, reason, inside=inside)
+        matching = [index for index, item in enumerate(exclude) if spec.is_named_by(item)]
+        for index in matching:
+            unmatched.pop(index, None)
+        if matching and reason is None:
+            reason = f"excluded by {_describe(exclude[matching[0]])}"
+        specs.append(dataclasses.replace(spec, reason=reason, excluded=bool(matching)))
     return specs, list(unmatched.values())
 
 
@@ -229,7 +242,7 @@ def warn_of_unmatched(model: Any, unmatched: list[Any], *, stacklevel: int) -> N
         )
 
 
-def matches(item: Any, path: str, layer: Any) -> bool:
+def _matches(item: Any, path: str, layer: Any) -> bool:
     """Whether an entry of `exclude` or `bounds` names a layer."""
     if isinstance(item, type):
         return isinstance(layer, item)

@@ -8,8 +8,10 @@ import hashlib
 import itertools
 import json
 import math
+import numbers
 import os
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
@@ -104,7 +106,8 @@ class CalibrationStats:
     ) -> CalibrationStats:
         """Runs `model` on `data` and collects the second moments of its layers' inputs.
 
-        The model runs as in inference, 32 examples at a time, and is not changed. Memory does not
+        The model runs as in inference, 32 examples at a time (or as many as its inputs have where
+        their batch size is fixed), and is not changed. Memory does not
         grow with the number of examples: beside the sums only the patches of one layer and one
         chunk are held.
 
@@ -130,9 +133,11 @@ class CalibrationStats:
         stats = keras_alds.CalibrationStats.collect(model, x, max_examples=512, verbose=0)
         ```
         """
-        if max_examples is not None and max_examples < MIN_EXAMPLES:
+        if max_examples is not None and (
+            not isinstance(max_examples, numbers.Integral) or max_examples < MIN_EXAMPLES
+        ):
             raise ValueError(
-                f"Expected `max_examples` to be at least {MIN_EXAMPLES}, or None. "
+                f"Expected `max_examples` to be an integer of at least {MIN_EXAMPLES}, or None. "
                 f"Received: max_examples={max_examples!r}"
             )
         source = Examples(model, data, max_examples)
@@ -181,7 +186,9 @@ class CalibrationStats:
         """
         specs = candidates(model)
         shapes = [tuple(spec.kernel_shape or ()) for spec in specs]
-        if [self.kernel_shapes.get(spec.path) for spec in specs] == shapes:
+        if {spec.path: shape for spec, shape in zip(specs, shapes, strict=True)} == dict(
+            self.kernel_shapes
+        ):
             return {id(spec.layer): self.moments[spec.path] for spec in specs}
         if list(self.kernel_shapes.values()) == shapes:
             return {
@@ -246,25 +253,27 @@ class CalibrationStats:
         Raises:
             ValueError: If the file holds no such statistics, or those of another version.
         """
-        with contextlib.ExitStack() as stack:
-            try:
-                file = stack.enter_context(np.load(path))
+        where = f"Expected the calibration statistics of keras_alds in {os.fspath(path)!r}. "
+        try:
+            with np.load(path) as file:
                 meta = json.loads(str(file["meta"]))
-                known = meta["format"] == "keras_alds.CalibrationStats"
-            except (ValueError, KeyError, TypeError, EOFError) as error:
-                raise ValueError(
-                    f"Expected the calibration statistics of keras_alds in {os.fspath(path)!r}. "
-                    f"Received: a file that holds none ({error})"
-                ) from error
-            if not known or meta["version"] != STATS_VERSION:
-                raise ValueError(
-                    f"Expected calibration statistics of version {STATS_VERSION}. "
-                    f"Received: version={meta.get('version')!r}. Collect them anew."
-                )
-            moments: dict[str, SecondMoment | None] = {name: None for name, _ in meta["layers"]}
-            for n, (name, count) in enumerate(meta["counts"].items()):
-                mean = file.get(f"mean_{n}")  # older files have none
-                moments[name] = SecondMoment(file[f"blocks_{n}"], int(count), mean)
+                if meta["format"] != "keras_alds.CalibrationStats":
+                    raise ValueError(f"format {meta['format']!r}")
+                if meta["version"] == STATS_VERSION:
+                    return cls._read(meta, file)
+        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{where}Received: a file that holds none ({error})") from error
+        raise ValueError(
+            f"Expected calibration statistics of version {STATS_VERSION}. "
+            f"Received: version={meta['version']!r}. Collect them anew."
+        )
+
+    @classmethod
+    def _read(cls, meta: Mapping[str, Any], file: Mapping[str, Array]) -> CalibrationStats:
+        moments: dict[str, SecondMoment | None] = {name: None for name, _ in meta["layers"]}
+        for n, (name, count) in enumerate(meta["counts"].items()):
+            mean = file.get(f"mean_{n}")  # older files have none
+            moments[name] = SecondMoment(file[f"blocks_{n}"], int(count), mean)
         return cls(
             moments,
             {name: tuple(shape) for name, shape in meta["layers"]},
@@ -481,7 +490,8 @@ def layer_patches(layer: Any, inputs: Array) -> Iterator[Array]:
 class Examples:
     """Calibration data of any kind as checked batches of a model's inputs, without labels.
 
-    Iterating yields `(inputs, number of examples)` with at most 32 examples at a time.
+    Iterating yields `(inputs, number of examples)` with at most 32 examples at a time. Where the
+    model's inputs have a fixed batch size it is that one, and what is left over is left out.
 
     Args:
         model: The model.
@@ -497,6 +507,9 @@ class Examples:
         self, model: Any, data: Any, limit: int | None, argument: str = "calibration_data"
     ) -> None:
         self._limit, self._argument = limit, argument
+        sizes = {tensor.shape[0] for tensor in getattr(model, "inputs", None) or []}
+        #: Examples in a batch if the model's inputs say so.
+        self._fixed: int | None = sizes.pop() if len(sizes) == 1 else None
         self._names: list[str] = [
             tensor._keras_history[0].name for tensor in getattr(model, "inputs", None) or []
         ]
@@ -578,24 +591,32 @@ class Examples:
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         left = self._limit
         waiting: Any = None
+        size, seen = self._fixed or _BATCH, False
         for element in self._batches:
             inputs = self._checked(self._without_labels(element))
             self._rows(inputs)
+            if waiting is not None and _sizes(waiting) != _sizes(inputs):
+                rows = self._rows(waiting)
+                if rows and not self._fixed:
+                    yield _tensors(waiting), rows
+                left = None if left is None else left - rows
+                waiting = None  # examples of another size follow
             if waiting is not None:
                 inputs = tf.nest.map_structure(lambda a, b: np.concatenate([a, b]), waiting, inputs)
             if left is not None:
                 inputs = _part(inputs, 0, left)
             rows = self._rows(inputs)
             # Always as many together: how the data were batched changes no bit of the result.
-            whole = rows - rows % _BATCH
-            for start in range(0, whole, _BATCH):
-                yield _tensors(_part(inputs, start, start + _BATCH)), _BATCH
+            whole = rows - rows % size
+            for start in range(0, whole, size):
+                yield _tensors(_part(inputs, start, start + size)), size
+                seen = True
             waiting = _part(inputs, whole, rows)
             if left is not None:
                 left -= whole
                 if left == rows - whole:
                     break
-        if waiting is not None and (rows := self._rows(waiting)):
+        if waiting is not None and (rows := self._rows(waiting)) and not (self._fixed and seen):
             yield _tensors(waiting), rows
 
     def _checked(self, inputs: Any) -> Any:
@@ -611,6 +632,7 @@ class Examples:
         if specs and len(flat) != len(specs):
             raise ValueError(
                 f"Expected `{self._argument}` for {len(specs)} inputs. Received: {len(flat)}"
+                + (" in a list; labels go into a tuple, (x, y)" if isinstance(inputs, list) else "")
             )
         cast = [
             self._checked_array(array, name, spec)
@@ -646,6 +668,7 @@ class Examples:
                     f"Expected batches in `{self._argument}` of shape (batch, "
                     f"{', '.join(str(n) for n in wanted)}) for {name}. "
                     f"Received: shape={array.shape}"
+                    + (" of one example: batch the data" if array.ndim == len(wanted) else "")
                 )
             array = array.astype(tf.as_dtype(spec.dtype).as_numpy_dtype, copy=False)
         elif array.dtype.kind != "f":
@@ -655,6 +678,10 @@ class Examples:
                 f"Expected finite `{self._argument}`. Received: NaN or infinity in {name}"
             )
         return array
+
+
+def _sizes(inputs: Any) -> list[tuple[int, ...]]:
+    return [array.shape[1:] for array in tf.nest.flatten(inputs)]
 
 
 def _part(inputs: Any, start: int, stop: int) -> Any:
