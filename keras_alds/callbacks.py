@@ -6,7 +6,7 @@ import numbers
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -19,7 +19,12 @@ from keras_alds.options import Options, check_cr_or_plan
 from keras_alds.plan import CompressionPlan, removed_fraction
 from keras_alds.problem import Problem, check_model
 from keras_alds.rewrite import inspect
-from keras_alds.rewrite.in_place import apply_calibrated, check_sequential, match
+from keras_alds.rewrite.in_place import (
+    apply_calibrated,
+    check_folded,
+    check_sequential,
+    match,
+)
 
 
 class ALDSCompress(keras.callbacks.Callback):
@@ -69,6 +74,7 @@ class ALDSCompress(keras.callbacks.Callback):
         target: As for `select`.
         bounds: As for `select`.
         latency: As for `select`; what is not given is measured when training starts.
+        schemes: As for `select`.
         plan: A `CompressionPlan` to apply instead of selecting one; then `cr` is to be None.
         sequential: As for `compress`.
         verbose: 0 for silence, else one line is printed at the compression. Defaults to 1.
@@ -116,6 +122,7 @@ class ALDSCompress(keras.callbacks.Callback):
         target: str | None = None,
         bounds: Mapping[Any, tuple[float | None, float | None]] | None = None,
         latency: Any = None,
+        schemes: int | str | Sequence[int] = 0,
         plan: CompressionPlan | None = None,
         sequential: bool | None = None,
         verbose: int = 1,
@@ -133,6 +140,7 @@ class ALDSCompress(keras.callbacks.Callback):
             target=target,
             bounds=bounds,
             latency=latency,
+            schemes=schemes,
         )
         if isinstance(at_epoch, bool) or not isinstance(at_epoch, numbers.Integral) or at_epoch < 0:
             raise ValueError(
@@ -153,10 +161,13 @@ class ALDSCompress(keras.callbacks.Callback):
                 target,
                 bounds,
                 latency=latency,
+                schemes=schemes,
             )
             if plan is None
             else plan
         )
+        if plan is not None:
+            check_folded(plan, calibration_data)
         # Without data here those of `fit` may come.
         check_sequential(sequential, () if calibration_data is None else calibration_data)
         if sequential and calibration_data is None and not self._needs_data:

@@ -71,6 +71,14 @@ def read_model(arguments: argparse.Namespace) -> Any:
     return _backend.load_model(arguments.model, arguments.keras)
 
 
+SCHEMES_HELP = "fold schemes to choose from: all, or numbers as in 0,3 (default: 0)"
+
+
+def read_schemes(text: str) -> str | list[int]:
+    """The fold schemes of an argument: `all`, or numbers with commas between."""
+    return text if text == "all" else [int(part) for part in text.split(",")]
+
+
 def add_plan(commands: Commands) -> None:
     """`plan`: choose slices and ranks, print them, save them."""
     parser = commands.add_parser("plan", help="choose slices and ranks for a model and print them")
@@ -83,6 +91,7 @@ def add_plan(commands: Commands) -> None:
     parser.add_argument("--exclude", nargs="*", default=[], help="layers to leave alone")
     parser.add_argument("--max-slices", type=int, help="largest number of slices")
     parser.add_argument("--target", choices=TARGETS, help="the runtime that the model is for")
+    parser.add_argument("--schemes", type=read_schemes, default=0, help=SCHEMES_HELP)
     parser.add_argument("--output", type=Path, help="write the plan to this JSON file")
     parser.set_defaults(run=run_plan)
 
@@ -98,6 +107,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
         max_slices=arguments.max_slices,
         target=arguments.target,
         latency=arguments.latency,
+        schemes=arguments.schemes,
     )
     plan.summary()
     if arguments.output:
@@ -123,6 +133,7 @@ def add_sweep(commands: Commands) -> None:
     add("--exclude", nargs="*", default=[], help="layers to leave alone")
     add("--max-slices", type=int, help="largest number of slices (default: no limit)")
     add("--latency", type=Path, help="CSV file of latencies, for --objective latency")
+    add("--schemes", type=read_schemes, default=0, help=SCHEMES_HELP)
     add("--calibration", type=int, default=512, help="unlabelled x_train (default: 512; 0: none)")
     add("--test", type=int, help="images to test with (default: all)")
     add("--epochs", type=int, default=0, help="epochs of retraining (default: 0, none)")
@@ -183,6 +194,7 @@ def run_sweep(arguments: argparse.Namespace) -> None:
         exclude=arguments.exclude,
         max_slices=arguments.max_slices,
         latency=arguments.latency,
+        schemes=arguments.schemes,
     )
     text = f"No retraining, top-1 in %, {len(x_test):,} images:\n\n{result.to_markdown()}\n"
     if retrain is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keras_alds import _backend
@@ -15,7 +15,12 @@ from keras_alds.options import Options, check_cr_or_plan
 from keras_alds.plan import CompressionPlan
 from keras_alds.problem import Problem, check_model, kernels
 from keras_alds.rewrite import wrappers
-from keras_alds.rewrite.in_place import apply_calibrated, check_sequential, match
+from keras_alds.rewrite.in_place import (
+    apply_calibrated,
+    check_folded,
+    check_sequential,
+    match,
+)
 from keras_alds.rewrite.observe import Calibration
 
 
@@ -33,6 +38,7 @@ def select(
     target: str | None = None,
     bounds: Mapping[Any, tuple[float | None, float | None]] | None = None,
     latency: Any = None,
+    schemes: int | str | Sequence[int] = 0,
 ) -> CompressionPlan:
     """Chooses slices and rank for every layer, together, so that the fraction `cr` is removed.
 
@@ -89,6 +95,14 @@ def select(
         latency: With `objective="latency"`: a `keras_alds.litert.LatencyTable`, or the path of a
             CSV file that holds one, measured here or on a device. Defaults to None: measured here
             with LiteRT, in float32 on one thread, once a process.
+        schemes: Integer, sequence of integers, or `"all"`. The fold schemes that a convolution's
+            kernel may be unfolded in: 0 leaves its window to the encoder, 1 gives the height to
+            the decoder, 2 the width, and 3 all of it; Conv1D and Conv3D have 0 and 3. With
+            several the solver picks one a layer, together with slices and rank. A convolution
+            that has none of them is left alone; dense layers, kernels of one position and all
+            other layers have scheme 0 whatever is asked for. Of the methods `"energy"` and
+            `"alds"` choose schemes; not on calibration data, with a target, measured latency or
+            two limits. Defaults to 0.
 
     Returns:
         A `CompressionPlan`. It names every layer that is left alone, and why.
@@ -124,6 +138,7 @@ def select(
         target,
         bounds,
         latency=latency,
+        schemes=schemes,
     )
     return select_with(model, options, calibration_data)[0]
 
@@ -217,6 +232,7 @@ def compress(
     target: str | None = None,
     bounds: Mapping[Any, tuple[float | None, float | None]] | None = None,
     latency: Any = None,
+    schemes: int | str | Sequence[int] = 0,
     sequential: bool | None = None,
 ) -> Any:
     """Returns a new, smaller model; `model` is untouched.
@@ -249,6 +265,7 @@ def compress(
         target: As for `select`.
         bounds: As for `select`.
         latency: As for `select`.
+        schemes: As for `select`.
         sequential: Boolean or None. With calibration data, whether the layers are compressed one
             after the other, each on what the compressed layers before it give, so that it makes
             up for their errors. It needs the examples themselves (not `CalibrationStats`) and
@@ -281,6 +298,7 @@ def compress(
         target=target,
         bounds=bounds,
         latency=latency,
+        schemes=schemes,
     )
     check_sequential(sequential, calibration_data)
     keep = sequential is not False
@@ -298,11 +316,13 @@ def compress(
             target,
             bounds,
             latency=latency,
+            schemes=schemes,
         )
         plan, calibration = select_with(model, options, calibration_data, keep=keep)
     else:
         check_model(model)
         match(model, plan)
+        check_folded(plan, calibration_data)
         if calibration_data is not None:
             calibration = Calibration.of(model, calibration_data, keep=keep)
         elif wants_data(plan):

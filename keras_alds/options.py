@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from keras_alds.core.methods import DEFAULT, get_method
+from keras_alds.core.methods import DEFAULT, METHODS, get_method
+from keras_alds.core.slicing import SCHEMES
 from keras_alds.core.targets import get_target
 from keras_alds.rewrite import inspect
 from keras_alds.rewrite.in_place import check_plan
@@ -34,6 +35,7 @@ class Options:
     #: With a limit on parameters and on MACs: the fraction of MACs; `cr` is that of parameters.
     macs_cr: float | None = None
     latency: Any = None
+    schemes: Any = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.cr, Mapping):
@@ -56,6 +58,9 @@ class Options:
                 "Expected `latency` only with objective='latency'. "
                 f"Received: latency={self.latency!r}, objective={self.objective!r}"
             )
+        object.__setattr__(self, "schemes", check_schemes(self.schemes))
+        if self.schemes != (0,):
+            self._check_folding()
         object.__setattr__(self, "exclude", tuple(inspect.check_exclude(self.exclude)))
         object.__setattr__(self, "bounds", check_bounds(self.bounds))
         for name in ("max_slices", "rank_multiple"):
@@ -66,6 +71,25 @@ class Options:
                 raise ValueError(
                     f"Expected `{name}` to be a positive integer. Received: {name}={value!r}"
                 )
+
+    def _check_folding(self) -> None:
+        """Raises a ValueError where only fold scheme 0 can be had."""
+        remedy = "Leave `schemes` out, or "
+        if not get_method(self.method).folds:
+            able = ", ".join(repr(name) for name, method in METHODS.items() if method.folds)
+            received, remedy = f"method={self.method!r}", f"{remedy}take a method of {able}"
+            remedy += " without calibration data"
+        elif self.target is not None:  # with the objective "latency" there is one
+            received, remedy = f"target={self.target!r}", f"{remedy}the target and the latency"
+        elif self.macs_cr is not None:
+            received, remedy = "limits on parameters and MACs", f"{remedy}limit one of the two"
+        else:
+            return
+        raise ValueError(
+            "Expected no other fold scheme than 0 in `schemes` with a method of the comparison or "
+            "on calibration data, a target, measured latency, or two limits. "
+            f"Received: schemes={self.schemes}, {received}. {remedy}."
+        )
 
     def _set_limits(self, limits: Mapping[Any, Any]) -> None:
         if not limits or not set(limits) <= set(LIMITS) or self.objective != "params":
@@ -125,6 +149,30 @@ def check_bounds(bounds: Any) -> tuple[Bound, ...]:
     return tuple(entries)
 
 
+def check_schemes(schemes: Any) -> tuple[int, ...]:
+    """Returns fold schemes as a tuple, ascending.
+
+    Raises:
+        ValueError: If they are none of 0 to 3, a sequence of them, or `"all"`.
+    """
+    if isinstance(schemes, str) and schemes == "all":
+        return SCHEMES
+    found = (schemes,) if isinstance(schemes, numbers.Integral) else schemes
+    if (
+        isinstance(found, Iterable)
+        and not isinstance(found, str)
+        and (items := list(found))
+        and all(isinstance(item, numbers.Integral) for item in items)
+        and not any(isinstance(item, bool) for item in items)
+        and set(items) <= set(SCHEMES)
+    ):
+        return tuple(sorted({int(item) for item in items}))
+    raise ValueError(
+        f"Expected `schemes` to be 'all', or one or several of {SCHEMES}. "
+        f"Received: schemes={schemes!r}"
+    )
+
+
 def check_cr(cr: Any) -> None:
     """Raises a ValueError unless `cr` is a number strictly between 0 and 1."""
     if isinstance(cr, bool) or not isinstance(cr, numbers.Real) or not 0 < float(cr) < 1:
@@ -134,12 +182,13 @@ def check_cr(cr: Any) -> None:
         )
 
 
-def check_cr_or_plan(cr: Any, plan: Any, **options: Any) -> None:
+def check_cr_or_plan(cr: Any, plan: Any, *, schemes: Any = 0, **options: Any) -> None:
     """Raises a ValueError unless there is either a `cr`, or a plan with no option of `select`.
 
     Args:
         cr: The fraction to remove, or None.
         plan: A `CompressionPlan`, or None.
+        schemes: Fold schemes; 0 is their default.
         **options: Options of `select` by name; their defaults and what is empty are none.
     """
     if (cr is None) == (plan is None):
@@ -157,6 +206,8 @@ def check_cr_or_plan(cr: Any, plan: Any, **options: Any) -> None:
         if value is not None
         and not (value == defaults.get(name) or (isinstance(value, (list, dict)) and not value))
     }
+    if check_schemes(schemes) != (0,):
+        given["schemes"] = schemes
     if given:
         raise ValueError(
             "Expected no options beside `plan`: it holds the choices that were made with them. "

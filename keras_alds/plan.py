@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from keras_alds.core.slicing import SCHEMES
+
 PLAN_VERSION = 1
 
 
@@ -22,7 +24,8 @@ class LayerChoice:
             a layer without a kernel that could be factorized.
         slices: Number of channel slices k, or None if the layer is left alone.
         rank: Rank j of every slice, or None if the layer is left alone.
-        scheme: Fold scheme of the unfolding (0: filters × (channels, kernel)), or None.
+        scheme: Fold scheme of the unfolding, or None: 0 is filters × (channels, window); in 1, 2
+            and 3 the height, the width and all of the window go to the filters' side.
         params_before: Parameters of the layer before, biases included.
         params_after: Parameters of the layer afterwards.
         macs_before: Multiply–accumulates of one forward pass of one example before, all calls of
@@ -147,6 +150,11 @@ class CompressionPlan:
         return tuple(choice for choice in self.choices if choice.factorized)
 
     @property
+    def folded(self) -> tuple[LayerChoice, ...]:
+        """The choices in another fold scheme than 0."""
+        return tuple(choice for choice in self.factorized if choice.scheme)
+
+    @property
     def max_error(self) -> float:
         """The largest error of any layer: what the min–max method minimises."""
         return max((choice.error for choice in self.choices), default=0.0)
@@ -190,9 +198,10 @@ class CompressionPlan:
                 f"`LayerChoice`. Received: one that does not fit ({error})"
             ) from error
         schemes = {choice.scheme for choice in plan.factorized}
-        if not schemes <= {0}:
+        if not schemes <= set(SCHEMES):
             raise ValueError(
-                f"Expected choices of fold scheme 0. Received: schemes={sorted(map(str, schemes))}"
+                f"Expected choices of the fold schemes {SCHEMES}. "
+                f"Received: schemes={sorted(map(str, schemes))}"
             )
         return plan
 

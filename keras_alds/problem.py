@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keras_alds import _backend
-from keras_alds.core.choices import ChoiceTable, choice_table
+from keras_alds.core.choices import ChoiceTable, choice_table, join_tables
 from keras_alds.core.errors import get_error
 from keras_alds.core.methods import METHODS, Method
 from keras_alds.core.moments import SecondMoment
-from keras_alds.core.slicing import divisors, weights
+from keras_alds.core.slicing import divisors, factor_weights, weights
 from keras_alds.core.solvers import Solution
 from keras_alds.core.spectra import Spectra, spectra_many
 from keras_alds.core.targets import allowed_ranks, get_target
@@ -45,6 +45,7 @@ class Problem:
         stats: Calibration statistics, None for a method without data.
         moments: The layers' second moments by layer id, from `stats`.
         latency: Measured latencies; None unless they are the objective.
+        encoder_positions: How often the encoder of every scheme but 0 is applied, by layer id.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Problem:
     stats: CalibrationStats | None = None
     moments: dict[int, SecondMoment] = dataclasses.field(default_factory=dict)
     latency: LayerLatencies | None = None
+    encoder_positions: Mapping[int, Mapping[int, int]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, model: Any, options: Options, *, verbose: int = 1) -> Problem:
@@ -71,6 +73,7 @@ class Problem:
         ]
         if factorized:
             raise ValueError(already_compressed(factorized))
+        specs = [spec.folded(options.schemes) for spec in specs]
         if not any(spec.reason is None for spec in specs):
             reasons = "; ".join(f"'{spec.path}': {spec.reason}" for spec in specs[:5])
             raise ValueError(
@@ -80,9 +83,11 @@ class Problem:
             )
         inspect.warn_of_unmatched(model, unmatched, stacklevel=5)
         macs, latency = None, None
+        positions: Mapping[int, Mapping[int, int]] = {}
         called: Mapping[int, Any] | None = None
         if options.objective == "macs" or options.macs_cr is not None:
             macs = inspect.layer_macs(model)
+            positions = inspect.encoder_positions(model)
         if macs is not None:  # a table in two factors takes more of them, not fewer
             specs = [
                 dataclasses.replace(spec, reason=inspect.without_macs(spec))
@@ -119,7 +124,9 @@ class Problem:
                 for spec in specs
             ]
         params = inspect.count_params(model)
-        problem = cls(model.name, specs, params, macs, options, latency=latency)
+        problem = cls(
+            model.name, specs, params, macs, options, latency=latency, encoder_positions=positions
+        )
         problem = problem.bounded()
         for resource, name in enumerate(problem.resources):
             required = sum(problem.smallest_cost(spec, name) for spec in problem.candidates)
@@ -213,6 +220,21 @@ class Problem:
         weights = inspect.applied_weights(spec.layer)
         return (self.macs or {}).get(id(spec.layer), 0) // max(weights, 1)
 
+    def encoder_unit(self, spec: inspect.LayerSpec, scheme: int, resource: str) -> int:
+        """What one weight of a layer's encoder costs in a fold scheme."""
+        if resource != "macs" or not scheme:
+            return self.unit(spec, resource)
+        return self.encoder_positions[id(spec.layer)][scheme]
+
+    def factor_cost(
+        self, spec: inspect.LayerSpec, scheme: int, slices: int, rank: int, resource: str
+    ) -> int:
+        """What the factors of a choice cost."""
+        encoder, decoder = factor_weights(spec.shape_in(scheme), slices, rank)
+        return encoder * self.encoder_unit(spec, scheme, resource) + decoder * self.unit(
+            spec, resource
+        )
+
     def added_params(self, spec: inspect.LayerSpec) -> int:
         """Parameters that the method adds to a factorized layer: a bias that it has not."""
         adds = METHODS[self.options.method].centred and not getattr(spec.layer, "use_bias", True)
@@ -230,25 +252,28 @@ class Problem:
         Raises:
             ValueError: If the layer's bounds allow none.
         """
-        shape = spec.kernel_shape or ()
-        unit, costs = self.unit(spec, resource), self.dense_cost(spec, resource)
+        costs = self.dense_cost(spec, resource)
         added = self.added_params(spec) if resource == "params" else 0
         sampled = None if self.latency is None else self.latency.costs[id(spec.layer)]
-        found = [(math.prod(shape), costs)]
-        for k, ranks in self.offered(spec).items():
-            sizes = [j * weights(shape, k, 1) for j in ranks]
-            times = (
-                [unit * size + added for size in sizes] if sampled is None else sampled.of(k, ranks)
-            )
-            found += [(size, int(time)) for size, time in zip(sizes, times, strict=True)]
+        found = [(math.prod(spec.kernel_shape or ()), costs)]
+        for scheme in spec.schemes:
+            for k, ranks in self.offered(spec, scheme).items():
+                size, cost = (
+                    weights(spec.shape_in(scheme), k, 1),
+                    self.factor_cost(spec, scheme, k, 1, resource),
+                )
+                times = (
+                    [j * cost + added for j in ranks] if sampled is None else sampled.of(k, ranks)
+                )
+                found += [(j * size, int(time)) for j, time in zip(ranks, times, strict=True)]
         within = [cost for size, cost in found if cost <= costs and self.is_within(spec, size)]
         if not within:
             raise self.nothing_within(spec, [size for size, cost in found if cost <= costs])
         return min(within)
 
-    def offered(self, spec: inspect.LayerSpec) -> dict[int, list[int]]:
+    def offered(self, spec: inspect.LayerSpec, scheme: int) -> dict[int, list[int]]:
         """The ranks that each number of slices of a layer may have, for a kernel of full rank."""
-        shape, limits = spec.kernel_shape or (), self.limits(spec)
+        shape, limits = spec.shape_in(scheme), self.limits(spec)
         added = 0 if self.resources[0] == "macs" else self.added_params(spec)
         most, offered = math.prod(shape) - added, {}
         for k in divisors(shape[-2]):
@@ -363,6 +388,7 @@ class Problem:
         """The options that allow no more choices, for texts."""
         limits = f"max_slices={self.options.max_slices}, rank_multiple={self.options.rank_multiple}"
         limits += f", target={self.options.target!r}" if self.options.target else ""
+        limits += f", schemes={self.options.schemes}" if self.options.schemes != (0,) else ""
         limits += ", bounds" if self.options.bounds else ""
         one = METHODS[self.options.method].near_slices is not None
         return limits + (f", method={self.options.method!r}" if one else "")
@@ -384,7 +410,17 @@ class Problem:
         measured = [spec for spec in candidates if id(spec.layer) in self.moments]
         others = [spec for spec in candidates if id(spec.layer) not in self.moments]
         tables = {
-            spec.path: entry.table(error, **options(spec))
+            spec.path: join_tables(
+                [
+                    entry.table(
+                        error,
+                        scheme,
+                        encoder_cost_per_weight=self.encoder_unit(spec, scheme, self.resources[0]),
+                        **options(spec),
+                    )
+                    for scheme in spec.schemes
+                ]
+            )
             for spec, entry in zip(others, _entries(others), strict=True)
         }
         if self.stats is not None:
@@ -417,17 +453,20 @@ class Problem:
                 else f"no allowed choice is {self.better} ({self.described_limits})"
             )
             return dataclasses.replace(self.left_alone(spec), reason=reason)
-        shape = spec.kernel_shape or ()
-        saved = math.prod(shape) - weights(shape, slices, rank)
+        scheme = int(table.scheme[row])
+        factors = spec, scheme, slices, rank
+        saved = math.prod(spec.kernel_shape or ()) - self.factor_cost(*factors, "params")
         added = self.added_params(spec)
         macs = None if self.macs is None else self.macs.get(id(spec.layer), 0)
+        if macs is not None:
+            macs -= self.dense_cost(spec, "macs") - self.factor_cost(*factors, "macs")
         return dataclasses.replace(
             self.left_alone(spec),
             slices=slices,
             rank=rank,
-            scheme=int(table.scheme[row]),
+            scheme=scheme,
             params_after=spec.params - saved + added,
-            macs_after=None if macs is None else macs - saved * self.unit(spec, "macs"),
+            macs_after=macs,
             error=float(table.error[row]),
             reason=None,
             note=self.note(spec),
@@ -494,20 +533,21 @@ def check_model(model: Any) -> None:
 
 @dataclasses.dataclass
 class _Entry:
-    """The spectra of one layer's kernel, and the tables made of them."""
+    """The spectra of one layer's kernel by fold scheme, and the tables made of them."""
 
     digest: bytes
-    spectra: Spectra
     layer: weakref.ref[Any]
+    spectra: dict[int, Spectra] = dataclasses.field(default_factory=dict)
     tables: dict[tuple, ChoiceTable] = dataclasses.field(default_factory=dict)
 
-    def table(self, error: str, **options: Any) -> ChoiceTable:
-        key = (error, *options.values())
+    def table(self, error: str, scheme: int, **options: Any) -> ChoiceTable:
+        key = (error, scheme, *options.values())
         if key not in self.tables:
             self.tables[key] = choice_table(
-                self.spectra,
+                self.spectra[scheme],
                 error=error,
-                kernel=inspect.kernel_values(self.layer())
+                scheme=scheme,
+                kernel=inspect.kernel_values(self.layer(), scheme)
                 if get_error(error).needs_kernel
                 else None,
                 **options,
@@ -532,13 +572,17 @@ def kernels(specs: list[inspect.LayerSpec]) -> Iterator[tuple[bytes, np.ndarray]
 
 
 def _entries(specs: list[inspect.LayerSpec]) -> list[_Entry]:
-    """The cached or new spectra of every layer's kernel."""
-    stale: list[tuple[inspect.LayerSpec, bytes, np.ndarray]] = []
+    """The cached or new spectra of every layer's kernel, in its fold schemes."""
+    missing: list[tuple[_Entry, int, np.ndarray]] = []
     for spec, (digest, kernel) in zip(specs, kernels(specs), strict=True):
         entry = _CACHE.get(spec.layer)
         if entry is None or entry.digest != digest:
-            stale.append((spec, digest, kernel))
-    spectra = spectra_many([kernel for _, _, kernel in stale])
-    for (spec, digest, _), found in zip(stale, spectra, strict=True):
-        _CACHE[spec.layer] = _Entry(digest, found, weakref.ref(spec.layer))
+            entry = _CACHE[spec.layer] = _Entry(digest, weakref.ref(spec.layer))
+        for scheme in spec.schemes:
+            if scheme not in entry.spectra:
+                read = inspect.kernel_values(spec.layer, scheme) if scheme else kernel
+                missing.append((entry, scheme, read))
+    found = spectra_many([kernel for *_, kernel in missing])
+    for (entry, scheme, _), values in zip(missing, found, strict=True):
+        entry.spectra[scheme] = values
     return [_CACHE[spec.layer] for spec in specs]

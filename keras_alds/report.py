@@ -23,6 +23,8 @@ def print_plan(
     """Prints the choices of `plan`; see `CompressionPlan.summary`."""
     macs = plan.macs_before is not None
     columns = ["Layer (type)", "Kernel", "Slices", "Rank", "Params"]
+    if plan.folded:
+        columns.insert(2, "Scheme")
     latency = plan.latency_before is not None
     columns += (["MACs"] if macs else []) + (["Latency, µs"] if latency else []) + ["Error"]
     rows, without_kernel = [], []
@@ -37,6 +39,8 @@ def print_plan(
             str(choice.rank or "–"),
             _change(choice.params_before, choice.params_after),
         ]
+        if plan.folded:
+            row.insert(2, str(choice.scheme) if choice.factorized else "–")
         if macs:
             row.append(_change(choice.macs_before or 0, choice.macs_after or 0))
         if latency:

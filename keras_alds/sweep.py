@@ -15,7 +15,7 @@ from rich.progress import Progress
 from keras_alds import _backend
 from keras_alds.compress import compress, select
 from keras_alds.core.methods import METHODS, get_method
-from keras_alds.options import check_cr
+from keras_alds.options import check_cr, check_schemes
 from keras_alds.problem import check_model
 from keras_alds.rewrite.in_place import check_sequential
 from keras_alds.rewrite.observe import Calibration
@@ -170,6 +170,7 @@ def sweep(
     max_slices: int | None = None,
     latency: Any = None,
     sequential: bool | None = None,
+    schemes: int | str | Sequence[int] = 0,
     verbose: int = 1,
 ) -> Sweep:
     """Compresses a model by every method to every ratio, and evaluates each result.
@@ -193,6 +194,8 @@ def sweep(
         max_slices: As for `select`.
         latency: As for `select`.
         sequential: As for `compress`, for the methods that can.
+        schemes: As for `select`, for the methods that choose among fold schemes; the others take
+            scheme 0.
         verbose: 0 for silence, else a progress bar is shown on a terminal. Defaults to 1.
 
     Returns:
@@ -234,13 +237,15 @@ def sweep(
                 f"Expected `calibration_data` for the method {name!r}. "
                 "Received: calibration_data=None"
             )
-    options = {
+    options: dict[str, Any] = {
         "objective": objective,
         "exclude": exclude,
         "max_slices": max_slices,
         "latency": latency,
     }
-    select(model, min(crs), **options)  # complains of what is wrong with the model
+    folds = check_schemes(schemes)
+    # Complains of what is wrong with the model or the options.
+    select(model, min(crs), schemes=folds, **options)
     calibration = None
     if has_data:
         keep = sequential is not False
@@ -254,6 +259,7 @@ def sweep(
         for name in chosen:
             data = calibration if METHODS[name].needs_data else None
             one_by_one = sequential if data and not METHODS[name].centred else None
+            options["schemes"] = folds if METHODS[name].folds else 0
             for cr in crs:
                 progress.update(task, description=f"{name}, cr={cr:g}")
                 row = _row(model, name, cr, data, options, one_by_one, evaluate, retrain)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from keras_alds.core.costs import SampledCosts
 from keras_alds.core.errors import error_curve, get_error
-from keras_alds.core.slicing import Array, kernel_sizes, weights
+from keras_alds.core.slicing import Array, factor_weights, kernel_sizes, weights
 from keras_alds.core.spectra import Float64, Spectra
 from keras_alds.core.targets import Target, allowed_ranks
 
@@ -26,7 +26,7 @@ class Choice:
     Attributes:
         slices: Number of channel slices k, 0 for "keep".
         rank: Rank j of every slice, 0 for "keep".
-        scheme: Fold scheme of the kernel; 0 is `[c·κ, f]`.
+        scheme: Fold scheme of the kernel; 0 is `[c·κ, f]`, see `slicing.decoder_axes`.
         weights: Weights of the encoder and the decoder, of the dense kernel for "keep".
         cost: What the choice takes of a budget.
         error: Relative error.
@@ -47,7 +47,7 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class ChoiceTable:
-    """The choices of one layer, one row each, sorted by cost, error, slices and rank.
+    """The choices of one layer, one row each, sorted by cost, error, scheme, slices and rank.
 
     Attributes:
         slices: Array `[n]` of int64: number of channel slices k, 0 where the layer is kept.
@@ -112,7 +112,7 @@ class ChoiceTable:
         """Returns the Pareto front as a new table.
 
         A row is left out if another one is no worse in cost and in error. Of equal rows the one
-        with fewer slices stays, then the one with the smaller rank.
+        of the smaller scheme stays, then the one with fewer slices, then with the smaller rank.
 
         Returns:
             A table with strictly ascending costs and strictly descending errors.
@@ -123,7 +123,7 @@ class ChoiceTable:
             >>> table.front()[-1].error
             0.0
         """
-        order = np.lexsort((self.rank, self.slices, self.error, self.cost))
+        order = np.lexsort((self.rank, self.slices, self.scheme, self.error, self.cost))
         error = self.error[order]
         before = np.concatenate(([np.inf], np.minimum.accumulate(error)[:-1]))
         return self.take(order[error < before])
@@ -134,7 +134,9 @@ def choice_table(
     *,
     error: str = "slice",
     kernel: Array | None = None,
+    scheme: int = 0,
     cost_per_weight: int = 1,
+    encoder_cost_per_weight: int | None = None,
     added_cost: int = 0,
     costs: SampledCosts | None = None,
     max_slices: int | None = None,
@@ -150,8 +152,12 @@ def choice_table(
         spectra: Spectra of the kernel.
         error: Error measure; one of the keys of `keras_alds.core.errors.ERRORS`.
         kernel: The kernel, `[*spatial, c, f]`; needed by the error `"spectral"` only.
+        scheme: Fold scheme in which the kernel was read, for the table's column.
         cost_per_weight: Cost of one weight, a positive integer: 1 for parameters, the number of
             output positions P for multiply–accumulates, which are P·j·(k·f + c·κ).
+        encoder_cost_per_weight: The same for the encoder's weights, which in some schemes work at
+            other positions than the decoder's. Choices that cost as much as the kernel, though
+            smaller, are left out. Defaults to `cost_per_weight`.
         added_cost: What every factorized form costs beside its weights, such as a bias that the
             dense layer has not. Choices that then cost as much as the kernel are left out.
         costs: What the choices cost in place of that, such as measured latencies. Choices that
@@ -179,6 +185,11 @@ def choice_table(
     """
     get_error(error)
     unit = _positive("cost_per_weight", cost_per_weight)
+    encoder_unit = (
+        unit
+        if encoder_cost_per_weight is None
+        else _positive("encoder_cost_per_weight", encoder_cost_per_weight)
+    )
     multiple = _positive("rank_multiple", rank_multiple)
     most = None if max_slices is None else _positive("max_slices", max_slices)
     near = None if near_slices is None else _positive("near_slices", near_slices)
@@ -206,27 +217,74 @@ def choice_table(
 
     slices, ranks, sizes = [np.zeros(1, np.int64)], [np.zeros(1, np.int64)], [np.array([dense])]
     full, errors = [np.zeros(1, np.int64)], [np.zeros(1)]
+    unit_costs = [np.array([dense * unit])]
     for k, j in offered.items():
+        encoder, decoder = factor_weights(shape, k, 1)
+        unit_costs.append((encoder * encoder_unit + decoder * unit) * j + added_cost)
         slices.append(np.full(j.size, k, np.int64))
         ranks.append(j)
         full.append(np.full(j.size, spectra.slices[k].rank, np.int64))
-        sizes.append(weights(shape, k, 1) * j)
+        sizes.append((encoder + decoder) * j)
         errors.append(error_curve(spectra, error, k, kernel, max_rank=int(j[-1]))[j])
     size = np.concatenate(sizes).astype(np.int64)
     table = ChoiceTable(
         slices=np.concatenate(slices),
         rank=np.concatenate(ranks),
         full_rank=np.concatenate(full),
-        scheme=np.zeros(size.size, np.int64),
+        scheme=np.where(np.arange(size.size) > 0, scheme, 0).astype(np.int64),
         weights=size,
-        cost=size * unit + np.where(np.concatenate(slices) > 0, added_cost, 0)
+        cost=np.concatenate(unit_costs).astype(np.int64)
         if costs is None
         else np.concatenate([[costs.dense], *(costs.of(k, j) for k, j in offered.items())]),
         error=np.concatenate(errors),
     )
-    if costs is not None:
-        table = table.take((table.cost < costs.dense) | (table.slices == 0))
-    return table.take(np.lexsort((table.rank, table.slices, table.error, table.cost)))
+    if costs is not None or encoder_unit > unit:
+        most_cost = dense * unit if costs is None else costs.dense
+        table = table.take((table.cost < most_cost) | (table.slices == 0))
+    return _sorted(table)
+
+
+def join_tables(tables: Sequence[ChoiceTable]) -> ChoiceTable:
+    """Returns the choices of several fold schemes of one kernel as one table.
+
+    Args:
+        tables: Tables of the same kernel, each with the row of the kernel as it is.
+
+    Returns:
+        A table of all their rows, with that row once.
+
+    Raises:
+        ValueError: If there is no table, or they differ in what the kernel costs as it is.
+
+    Example:
+        >>> from keras_alds.core.slicing import convolution_unfolding
+        >>> from keras_alds.core.spectra import spectra
+        >>> kernel = np.ones((3, 3, 2, 1))
+        >>> schemes = [(scheme, convolution_unfolding(2, scheme)) for scheme in (0, 3)]
+        >>> tables = [
+        ...     choice_table(spectra(unfolding.read(kernel)), scheme=scheme)
+        ...     for scheme, unfolding in schemes
+        ... ]
+        >>> [(row.scheme, row.slices, row.rank, row.weights) for row in join_tables(tables)]
+        [(3, 1, 1, 11), (0, 0, 0, 18)]
+    """
+    kept = {(row.weights, row.cost) for t in tables for row in t.take(t.slices == 0)}
+    if len(kept) != 1:
+        raise ValueError(
+            "Expected tables of one kernel, with what it weighs and costs as it is. Received: "
+            f"{sorted(kept)}"
+        )
+    first, *others = tables
+    if not others:
+        return first
+    parts = [first, *(table.take(table.slices > 0) for table in others)]
+    columns = {c.name: np.concatenate([getattr(t, c.name) for t in parts]) for c in fields(first)}
+    return _sorted(ChoiceTable(**columns))
+
+
+def _sorted(table: ChoiceTable) -> ChoiceTable:
+    keys = (table.rank, table.slices, table.scheme, table.error, table.cost)
+    return table.take(np.lexsort(keys))
 
 
 def _positive(name: str, value: int) -> int:

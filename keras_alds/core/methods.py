@@ -68,6 +68,11 @@ class Method:
     centred: bool = False
     summary: str = ""
 
+    @property
+    def folds(self) -> bool:
+        """Whether it can choose among fold schemes: not on data, nor with slices of its own."""
+        return not self.needs_data and self.near_slices is None
+
     def solve(
         self, tables: Sequence[ChoiceTable], budget: int
     ) -> tuple[list[ChoiceTable], Solution]:

@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
+#: Fold schemes: which axes of a convolution's window its decoder owns, see `decoder_axes`.
+SCHEMES = (0, 1, 2, 3)
+
 
 def divisors(n: int) -> tuple[int, ...]:
     """Returns the divisors of a positive integer in ascending order.
@@ -116,8 +119,29 @@ def weights(kernel_shape: Sequence[int], slices: int, rank: int) -> int:
         >>> weights((3, 3, 16, 32), 2, 4)
         832
     """
+    return sum(factor_weights(kernel_shape, slices, rank))
+
+
+def factor_weights(kernel_shape: Sequence[int], slices: int, rank: int) -> tuple[int, int]:
+    """Returns the numbers of weights of encoder and decoder, j·c·κ and j·k·f.
+
+    In a fold scheme κ counts the encoder's part of the window only, and f is the number of filters
+    times the decoder's part.
+
+    Args:
+        kernel_shape: Shape `[*spatial, c, f]` that the dense kernel is read as.
+        slices: Number of channel slices k.
+        rank: Rank j of every slice.
+
+    Returns:
+        `(encoder, decoder)`.
+
+    Example:
+        >>> factor_weights(convolution_unfolding(2, 3).shape((3, 3, 16, 32)), 2, 4)
+        (64, 2304)
+    """
     c, kappa, f = kernel_sizes(kernel_shape)
-    return rank * (slices * f + c * kappa)
+    return rank * c * kappa, rank * slices * f
 
 
 def unfold(kernel: Array, slices: int) -> Array:
@@ -327,20 +351,99 @@ class Unfolding:
         return np.moveaxis(decoder.reshape(-1, *sizes), 0, self.rank_axis)
 
 
-def convolution_unfolding(dimensions: int) -> Unfolding:
+def decoder_axes(scheme: int, dimensions: int) -> tuple[int, ...]:
+    """Returns which axes of its window a convolution's decoder owns in a fold scheme.
+
+    The encoder owns the others. With one convolution after the other, each slides its own axes with
+    their strides, padding and dilation. The schemes are those of the paper's supplement, which
+    unfolds a kernel `[kh, kw, c, f]` to f × (c, kh, kw) in scheme 0, (f, kh) × (kw, c) in 1,
+    (f, kw) × (kh, c) in 2, and (f, kh, kw) × c in 3. With one or three axes there are 0 and 3.
+
+    Args:
+        scheme: The fold scheme.
+        dimensions: Number of window axes, 0 for a dense layer.
+
+    Returns:
+        Axes of the window, ascending.
+
+    Raises:
+        ValueError: If there is no such scheme for so many axes.
+
+    Example:
+        >>> [decoder_axes(scheme, 2) for scheme in SCHEMES]
+        [(), (0,), (1,), (0, 1)]
+    """
+    axes: dict[int, tuple[int, ...]] = {0: ()}
+    if dimensions:
+        axes[3] = tuple(range(dimensions))
+    if dimensions == 2:
+        axes.update({1: (0,), 2: (1,)})
+    if scheme not in axes:
+        raise ValueError(
+            f"Expected a fold scheme of a window of {dimensions} axes, one of "
+            f"{tuple(sorted(axes))}. Received: scheme={scheme!r}"
+        )
+    return axes[scheme]
+
+
+def distinct_schemes(window: Sequence[int]) -> dict[int, int]:
+    """Returns the fold schemes of a window, each with the least one that is the same unfolding.
+
+    Axes of length 1 make no difference to the matrix. Of equal schemes the least leaves most axes,
+    and with them their strides, to the encoder.
+
+    Args:
+        window: The kernel size, `()` for a dense layer.
+
+    Returns:
+        For every scheme that a window of so many axes has the scheme that stands for it. All
+        schemes of a window of one position are scheme 0.
+
+    Example:
+        >>> distinct_schemes((3, 3))
+        {0: 0, 1: 1, 2: 2, 3: 3}
+        >>> distinct_schemes((1, 5))
+        {0: 0, 1: 0, 2: 2, 3: 2}
+        >>> distinct_schemes((5,))
+        {0: 0, 3: 3}
+        >>> distinct_schemes(())
+        {0: 0, 1: 0, 2: 0, 3: 0}
+    """
+    if math.prod(window) == 1:
+        return dict.fromkeys(SCHEMES, 0)
+    known = SCHEMES if len(window) == 2 else (0, 3)
+    moved = {
+        scheme: tuple(axis for axis in decoder_axes(scheme, len(window)) if window[axis] > 1)
+        for scheme in known
+    }
+    return {
+        scheme: next(first for first in known if moved[first] == moved[scheme]) for scheme in known
+    }
+
+
+def convolution_unfolding(dimensions: int, scheme: int = 0) -> Unfolding:
     """Returns how the kernel `[*window, c, f]` of a convolution or dense layer is read.
 
     Args:
         dimensions: Number of spatial axes, 0 for a dense layer.
+        scheme: Fold scheme: which of them the decoder owns, see `decoder_axes`. Defaults to 0:
+            none.
 
     Returns:
-        The `Unfolding` with all spatial axes in the encoder.
+        The `Unfolding`.
+
+    Raises:
+        ValueError: If there is no such scheme for so many axes.
 
     Example:
         >>> convolution_unfolding(0).shape((12, 5))
         (12, 5)
+        >>> convolution_unfolding(2, 1).shape((5, 3, 8, 16))
+        (3, 8, 80)
     """
-    return Unfolding(tuple(range(dimensions)), (dimensions,), (dimensions + 1,))
+    moved = decoder_axes(scheme, dimensions)
+    kept = tuple(axis for axis in range(dimensions) if axis not in moved)
+    return Unfolding(kept, (dimensions,), (*moved, dimensions + 1), rank_axis=len(moved))
 
 
 def transposed_unfolding(dimensions: int) -> Unfolding:

@@ -23,7 +23,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_alds.core.slicing import Unfolding
+from keras_alds.core.slicing import Unfolding, convolution_unfolding, decoder_axes
 
 FORMS = ("grouped", "split", "merged", "recomposed")
 
@@ -263,19 +263,25 @@ def factorized_convolution(
     padding: str,
     dilation_rate: Sequence[int],
     data_format: str,
+    scheme: int = 0,
 ) -> Any:
     """Apply encoder and decoder of a factorized convolution, without bias and activation.
 
+    Every axis of the window is slid by the factor that owns it, with that axis's stride, padding
+    and dilation; the other factor has length 1 along it. Padding what the encoder gives with zeros
+    is exact, since it has no bias.
+
     Args:
         x: tensor `[batch, *spatial, channels]`, or `[batch, channels, *spatial]`.
-        encoder: tensor `[*kernel_size, channels / slices, slices * rank]`.
-        decoder: tensor `[*ones, slices * rank, filters]`.
+        encoder: tensor `[*encoder_window, channels / slices, slices * rank]`.
+        decoder: tensor `[*decoder_window, slices * rank, filters]`.
         slices: int, number of channel slices.
         form: str, one of `FORMS`.
         strides: sequence of int.
-        padding: `"valid"` or `"same"`.
+        padding: `"valid"`, `"same"` or `"causal"`.
         dilation_rate: sequence of int.
         data_format: `"channels_last"` or `"channels_first"`.
+        scheme: int, the fold scheme: which axes of the window are the decoder's.
 
     Returns:
         Tensor of the same layout as `x` with `filters` channels.
@@ -286,12 +292,40 @@ def factorized_convolution(
         "dilation_rate": dilation_rate,
         "data_format": data_format,
     }
+    dimensions = len(strides)
     if form == "recomposed":
-        kernel = recompose(encoder, decoder, slices)
+        sizes = [max(pair) for pair in zip(encoder.shape[:-2], decoder.shape[:-2], strict=True)]
+        shape = (*sizes, slices * encoder.shape[-2], decoder.shape[-1])
+        unfolding = convolution_unfolding(dimensions, scheme)
+        kernel = dense_kernel(encoder, decoder, slices, unfolding, shape)
         return _convolve(x, kernel, **settings)
-    hidden = convolve_encoder(x, encoder, slices=slices, form=form, **settings)
-    tf_format = tf_data_format(data_format, len(strides))
-    return tf.nn.convolution(hidden, decoder, padding="VALID", data_format=tf_format)
+    axes = decoder_axes(scheme, dimensions)
+    first, second = (owned(settings, axes, decoder=part) for part in (False, True))
+    hidden = convolve_encoder(x, encoder, slices=slices, form=form, **first)
+    return _convolve(hidden, decoder, **second)
+
+
+def owned(settings: dict[str, Any], axes: Sequence[int], *, decoder: bool) -> dict[str, Any]:
+    """The settings of one factor of a convolution, given which axes the decoder owns.
+
+    Args:
+        settings: `strides` and `dilation_rate` of the whole, beside others.
+        axes: axes of the window that the decoder owns.
+        decoder: bool, whether the factor is the decoder.
+
+    Returns:
+        The settings with strides and dilation 1 along the axes that are not the factor's.
+    """
+    return {
+        **settings,
+        **{
+            name: tuple(
+                value if (axis in axes) == decoder else 1
+                for axis, value in enumerate(settings[name])
+            )
+            for name in ("strides", "dilation_rate")
+        },
+    }
 
 
 def convolve_encoder(
@@ -313,7 +347,7 @@ def convolve_encoder(
         slices: int, number of channel slices.
         form: str, one of `FORMS` but `"recomposed"`.
         strides: sequence of int.
-        padding: `"valid"` or `"same"`.
+        padding: `"valid"`, `"same"` or `"causal"`.
         dilation_rate: sequence of int.
         data_format: `"channels_last"` or `"channels_first"`.
 
@@ -321,6 +355,7 @@ def convolve_encoder(
         Tensor of the same layout as `x` with `slices * rank` channels.
     """
     dimensions = len(strides)
+    x, padding = padded(x, encoder, padding, dilation_rate, data_format)
     convolve = functools.partial(
         _convolve,
         strides=strides,
@@ -365,13 +400,14 @@ def depthwise(
         x: tensor `[batch, *spatial, channels]`, or `[batch, channels, *spatial]`.
         kernel: tensor `[*kernel_size, channels, multiplier]`.
         strides: sequence of int.
-        padding: `"valid"` or `"same"`.
+        padding: `"valid"`, `"same"` or `"causal"`.
         dilation_rate: sequence of int.
         data_format: `"channels_last"` or `"channels_first"`.
 
     Returns:
         Tensor of the same layout with `channels * multiplier` channels.
     """
+    x, padding = padded(x, kernel, padding, dilation_rate, data_format)
     last = data_format == "channels_last"
     one = len(strides) == 1  # TensorFlow has it for images only
     if one:
@@ -389,6 +425,19 @@ def depthwise(
     return tf.squeeze(y, [1 if last else 2]) if one else y
 
 
+def padded(
+    x: Any, kernel: Any, padding: str, dilation_rate: Sequence[int], data_format: str
+) -> tuple[Any, str]:
+    """The input with causal padding, if it is asked for, and the padding that is left to do."""
+    if padding != "causal":
+        return x, padding
+    left = [dilation_rate[0] * (kernel.shape[0] - 1), 0]
+    if left[0]:
+        last = data_format == "channels_last"
+        x = tf.pad(x, [[0, 0], left, [0, 0]] if last else [[0, 0], [0, 0], left])
+    return x, "valid"
+
+
 def tf_data_format(data_format: str, dimensions: int) -> str:
     """TensorFlow's name of a data format, such as `"NHWC"`."""
     return _DATA_FORMATS[data_format][dimensions]
@@ -403,6 +452,7 @@ def _convolve(
     dilation_rate: Sequence[int],
     data_format: str,
 ) -> Any:
+    x, padding = padded(x, kernel, padding, dilation_rate, data_format)
     return tf.nn.convolution(
         x,
         kernel,

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import tensorflow as tf
 
-from keras_alds.core.slicing import Unfolding, convolution_unfolding
+from keras_alds.core.slicing import (
+    Unfolding,
+    convolution_unfolding,
+    decoder_axes,
+    distinct_schemes,
+)
 from keras_alds.layers import _forms
 
 # The real bases are the two `Layer` classes; a type checker sees neither through a mixin.
@@ -238,6 +243,8 @@ class FactorizedConvMixin(FactorizedMixin):
 
     _dimensions: ClassVar[int]
     _paddings: ClassVar[tuple[str, ...]] = ("valid", "same")
+    # Whether the window may be shared between encoder and decoder by a fold scheme.
+    _folds: ClassVar[bool] = True
     # The stock layers' own addition of the bias. Keras 3's takes a channels-first bias for one of
     # columns where there are as many columns as filters; a trained model relies on what it does.
     _add: ClassVar[Any] = staticmethod(tf.add)
@@ -265,9 +272,11 @@ class FactorizedConvMixin(FactorizedMixin):
         decoder_constraint: Any = None,
         bias_constraint: Any = None,
         encoder_form: str = "auto",
+        scheme: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(activity_regularizer=activity_regularizer, **kwargs)
+        self.scheme = self._checked_scheme(scheme)
         self.filters = _positive_int(filters, "filters")
         self._set_arguments(
             slices=slices,
@@ -320,10 +329,36 @@ class FactorizedConvMixin(FactorizedMixin):
             )
         self.input_spec = self._keras.layers.InputSpec(min_ndim=self._dimensions + 2)
 
+    def _checked_scheme(self, value: Any) -> int:
+        known = tuple(distinct_schemes((2,) * self._dimensions)) if self._folds else (0,)
+        if not isinstance(value, int) or isinstance(value, bool) or value not in known:
+            raise ValueError(
+                f"Expected `scheme` of a {type(self).__name__} to be one of {known}. "
+                f"Received: scheme={value!r}"
+            )
+        return value
+
     @property
     def unfolding(self) -> Unfolding:
         """How the dense kernel `[*kernel_size, channels, filters]` is read; see `core.slicing`."""
-        return convolution_unfolding(self._dimensions)
+        return convolution_unfolding(self._dimensions, self.scheme)
+
+    def window(self, *, decoder: bool) -> dict[str, Any]:
+        """Kernel size, strides, padding, dilation and data format of one of the two convolutions.
+
+        Args:
+            decoder: bool, whether of the decoder; else of the encoder.
+        """
+        axes = decoder_axes(self.scheme, self._dimensions)
+        sizes = enumerate(self.kernel_size)
+        size = tuple(n if (axis in axes) == decoder else 1 for axis, n in sizes)
+        settings = {
+            "strides": self.strides,
+            "padding": self.padding if max(size) > 1 else "valid",
+            "dilation_rate": self.dilation_rate,
+            "data_format": self.data_format,
+        }
+        return {"kernel_size": size, **_forms.owned(settings, axes, decoder=decoder)}
 
     def _dense_shape(self, channels: int) -> tuple[int, ...]:
         return (*self.kernel_size, channels, self.filters)
@@ -331,8 +366,8 @@ class FactorizedConvMixin(FactorizedMixin):
     def _factor_shapes(
         self, per_slice: int, hidden: int
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        ones = (1,) * self._dimensions
-        return (*self.kernel_size, per_slice, hidden), (*ones, hidden, self.filters)
+        first, second = (self.window(decoder=part)["kernel_size"] for part in (False, True))
+        return (*first, per_slice, hidden), (*second, hidden, self.filters)
 
     def _channel_axis(self) -> int:
         return -1 if self.data_format == "channels_last" else -1 - self._dimensions
@@ -395,14 +430,14 @@ class FactorizedConvMixin(FactorizedMixin):
         """Encoder and decoder on a tensor with one batch axis, without bias and activation."""
         last = data_format == "channels_last"
         spatial = x.shape[1:-1] if last else x.shape[2:]
+        first, second = (self.window(decoder=part) for part in (False, True))
         form = self._form(
             channels=x.shape[-1] if last else x.shape[1],
-            filters=self.filters,
-            kernel_size=self.kernel_size,
-            positions=_forms.count_positions([x.shape[0], *spatial], self.strides),
+            filters=self.filters * math.prod(second["kernel_size"]),
+            kernel_size=first["kernel_size"],
+            positions=_forms.count_positions([x.shape[0], *spatial], first["strides"]),
             training=training,
         )
-        x, padding = self._padded(x, data_format)
         encoder, decoder = self._factors(x.dtype)
         return _forms.factorized_convolution(
             x,
@@ -411,18 +446,11 @@ class FactorizedConvMixin(FactorizedMixin):
             slices=self.slices,
             form=form,
             strides=self.strides,
-            padding=padding,
+            padding=self.padding,
             dilation_rate=self.dilation_rate,
             data_format=data_format,
+            scheme=self.scheme,
         )
-
-    def _padded(self, x: Any, data_format: str) -> tuple[Any, str]:
-        """The input with causal padding, and the padding that is left to the convolution."""
-        if self.padding != "causal":
-            return x, self.padding
-        left = [self.dilation_rate[0] * (self.kernel_size[0] - 1), 0]
-        last = data_format == "channels_last"
-        return tf.pad(x, [[0, 0], left, [0, 0]] if last else [[0, 0], [0, 0], left]), "valid"
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         """Return the output's shape for an input shape, batch axes included."""
@@ -459,6 +487,7 @@ class FactorizedConvMixin(FactorizedMixin):
         return {
             **super().get_config(),
             **self._shared_config(),
+            **({"scheme": self.scheme} if self._folds else {}),
             "filters": self.filters,
             "kernel_size": self.kernel_size,
             "strides": self.strides,

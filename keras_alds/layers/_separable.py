@@ -14,6 +14,7 @@ from keras_alds.layers._mixin import _PARTS, FactorizedConvMixin, _positive_int
 class FactorizedSeparableConvMixin(FactorizedConvMixin):
     """A depthwise convolution over `_dimensions` spatial axes, then a factorized pointwise one."""
 
+    _folds = False
     _parts = (*_PARTS, "depthwise")
 
     def __init__(
@@ -82,12 +83,11 @@ class FactorizedSeparableConvMixin(FactorizedConvMixin):
         return self.kernel
 
     def _convolve(self, x: Any, data_format: str, training: Any) -> Any:
-        x, padding = self._padded(x, data_format)
         x = _forms.depthwise(
             x,
             tf.cast(tf.convert_to_tensor(self.depthwise), x.dtype),
             strides=self.strides,
-            padding=padding,
+            padding=self.padding,
             dilation_rate=self.dilation_rate,
             data_format=data_format,
         )

@@ -21,6 +21,7 @@ class FactorizedConvTransposeMixin(FactorizedConvMixin):
     has more positions.
     """
 
+    _folds: ClassVar[bool] = False
     # Whether the stock layer heeds its `dilation_rate`.
     _dilates: ClassVar[bool] = True
 

@@ -46,6 +46,11 @@ class FactorizedConv1D(FactorizedConvMixin, keras.layers.Layer):
             the same numbers are computed. `"auto"` chooses by device, phase and sizes; see
             `keras_alds.layers.choose_form`. Weights and results do not depend on it (but for float
             rounding).
+        scheme: int, the fold scheme. 0 (default): the window is the encoder's, as above. 3: the
+            encoder is pointwise and the decoder has the window, with its strides, padding and
+            dilation; `encoder` then is `[1, channels / slices, slices * rank]`, `decoder`
+            `[size, slices * rank, filters]`, and `rank` at most
+            `min(channels / slices, filters * size)`.
         **kwargs: `name`, `dtype` and `trainable`, as for any Keras layer.
 
     Input shape:

@@ -46,6 +46,10 @@ class FactorizedConv2D(FactorizedConvMixin, keras.layers.Layer):
             the same numbers are computed. `"auto"` chooses by device, phase and sizes; see
             `keras_alds.layers.choose_form`. Weights and results do not depend on it (but for float
             rounding).
+        scheme: int, the fold scheme: which axes of the window the decoder has, with their strides,
+            padding and dilation, in place of the encoder. 0 (default): none, as above; 1: the
+            height; 2: the width; 3: both. The weights' window axes follow, and `rank` is at most
+            `min(channels / slices * encoder_window, filters * decoder_window)`.
         **kwargs: `name`, `dtype` and `trainable`, as for any Keras layer.
 
     Input shape:

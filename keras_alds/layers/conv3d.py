@@ -48,6 +48,10 @@ class FactorizedConv3D(FactorizedConvMixin, keras.layers.Layer):
             the same numbers are computed. `"auto"` chooses by device, phase and sizes; see
             `keras_alds.layers.choose_form`. Weights and results do not depend on it (but for float
             rounding).
+        scheme: int, the fold scheme. 0 (default): the window is the encoder's, as above. 3: the
+            encoder is pointwise and the decoder has the window, with its strides, padding and
+            dilation. The weights' window axes follow, and `rank` is at most
+            `min(channels / slices, filters * window)`.
         **kwargs: `name`, `dtype` and `trainable`, as for any Keras layer.
 
     Input shape:

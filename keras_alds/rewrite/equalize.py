@@ -59,7 +59,9 @@ def equalize(model: Any, batches: Iterable[Any] | None = None) -> Callable[[], N
 
     Taken are factorized layers, and in Functional and Sequential models the pairs that `expand`
     writes out: a linear convolution or dense layer whose output goes to one 1×1 convolution or
-    dense layer and nowhere else. Outputs stay the same up to float rounding.
+    dense layer and nowhere else; the former without bias, also to a convolution with a window, as
+    the fold schemes 1 to 3 have it (zeros that it pads with stay zeros). Outputs stay the same up
+    to float rounding.
 
     Args:
         model: A built model of either Keras.
@@ -213,7 +215,7 @@ def find_pairs(model: Any) -> list[Pair]:
 
 
 def _stock_pairs(backend: _backend.Backend, models: list[Any]) -> list[Pair]:
-    """Linear stock layers whose output goes to one pointwise layer and nowhere else."""
+    """Linear stock layers whose output goes to one layer that decodes it and nowhere else."""
     calls = [call for model in models for call in backend.graph(model)]
     ends = {
         id(tensor) for model in models for tensor in tf.nest.flatten(backend.graph_ends(model)[1])
@@ -261,7 +263,8 @@ def _stock_pairs(backend: _backend.Backend, models: list[Any]) -> list[Pair]:
             and decoder is not None
             and _is_stock(backend, decoder, _DECODERS)
             and _is_linear(encoder)
-            and _is_pointwise(decoder)
+            and getattr(decoder, "groups", 1) == 1
+            and (_is_pointwise(decoder) or not encoder.use_bias)
             and all(reader(call) is decoder for call in own)
             and all(writer(call) is encoder for call in by_layer[id(decoder)])
             and key != id(decoder)
@@ -290,7 +293,7 @@ def _is_linear(layer: Any) -> bool:
 
 
 def _is_pointwise(layer: Any) -> bool:
-    return set(getattr(layer, "kernel_size", ())) <= {1} and getattr(layer, "groups", 1) == 1
+    return set(getattr(layer, "kernel_size", ())) <= {1}
 
 
 # -- What their middle channels hold ---------------------------------------------------------------
@@ -349,25 +352,14 @@ def encoded(layer: Any, inputs: Array) -> Array:
     x = factorized_kind(layer).batches(layer, inputs)
     x = tf.convert_to_tensor(x)
     encoder = tf.cast(tf.convert_to_tensor(layer.encoder), x.dtype)
-    middle = int(encoder.shape[-1])
-    identity = tf.eye(middle, dtype=x.dtype)
-    size = tuple(getattr(layer, "kernel_size", ()))
-    if not size:
-        return _forms.factorized_matmul(
-            x, encoder, identity, slices=layer.slices, form="grouped"
-        ).numpy()
-    padding = layer.padding
-    if padding == "causal":
-        x = tf.pad(x, [[0, 0], [layer.dilation_rate[0] * (size[0] - 1), 0], [0, 0]])
-        padding = "valid"
-    return _forms.factorized_convolution(
+    if not hasattr(layer, "kernel_size"):
+        return _forms.encode(x, encoder, slices=layer.slices, form="grouped").numpy()
+    settings = layer.window(decoder=False)
+    del settings["kernel_size"]
+    return _forms.convolve_encoder(
         x,
         encoder,
-        tf.reshape(identity, [*[1] * len(size), middle, middle]),
         slices=layer.slices,
         form="grouped" if _forms.grouped_convolution_trains(x.dtype.name) else "split",
-        strides=layer.strides,
-        padding=padding,
-        dilation_rate=layer.dilation_rate,
-        data_format="channels_last",
+        **{**settings, "data_format": "channels_last"},
     ).numpy()

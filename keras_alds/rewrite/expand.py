@@ -43,7 +43,8 @@ def expand(model: Any, *, fold_batch_norm: bool = False) -> Any:
     - a convolution: `name_encoder`, a stock convolution with `groups=k` and k·j filters, without
       bias (k = 1: an ordinary one; k = channels in 2D: `DepthwiseConv2D` with
       `depth_multiplier=j`, unless the strides differ or the encoder has a constraint), then
-      `name`, a pointwise one with the bias and the activation;
+      `name`, with the bias and the activation: a pointwise one, or in fold schemes 1 to 3 one
+      with those axes of the window that the encoder leaves to it;
     - a transposed convolution: `name_encoder`, a pointwise one with `groups=k`, then `name`,
       a transposed one with the window, the bias and the activation;
     - a separable convolution: `name_depthwise`, `name_encoder` and `name`;
@@ -213,11 +214,13 @@ class _Expander(GraphRebuilder):
             )
             return self._keep_pair(layer, encoder, decoder)
         conv = getattr(layers, f"Conv{dimensions}D")
-        decoder = conv(
-            layer.filters, 1, data_format=layer.data_format, **self._decoder_options(layer)
-        )
         if not kind.startswith("Separable"):
-            return self._keep_pair(layer, self._encoder(layer, axes, **window), decoder)
+            decoder = conv(
+                layer.filters, **layer.window(decoder=True), **self._decoder_options(layer)
+            )
+            encoder = self._encoder(layer, axes, **layer.window(decoder=False))
+            return self._keep_pair(layer, encoder, decoder)
+        decoder = conv(layer.filters, **pointwise, **self._decoder_options(layer))
         depthwise = getattr(layers, f"DepthwiseConv{dimensions}D")(
             depth_multiplier=layer.depth_multiplier,
             use_bias=False,

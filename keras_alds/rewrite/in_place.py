@@ -89,6 +89,7 @@ def apply_plan(
     ```
     """
     check_plan(plan)
+    check_folded(plan, calibration_data)
     check_sequential(sequential, calibration_data)
     apply_calibrated(model, plan, calibration_data, sequential)
 
@@ -260,6 +261,16 @@ def check_plan(plan: Any) -> None:
         )
 
 
+def check_folded(plan: CompressionPlan, data: Any) -> None:
+    """Raises a ValueError if `plan` has fold schemes that factors are not made for on data."""
+    if data is not None and plan.folded:
+        raise ValueError(
+            "Expected no `calibration_data` with a plan of other fold schemes than 0: factors are "
+            f"made on data in scheme 0 only. Received: layer '{plan.folded[0].layer}' in scheme "
+            f"{plan.folded[0].scheme}. Leave the data out, or make a plan with schemes=0."
+        )
+
+
 def match(model: Any, plan: CompressionPlan) -> list[tuple[inspect.LayerSpec, LayerChoice]]:
     """Pairs the layers of `model` with the choices of `plan`.
 
@@ -273,8 +284,10 @@ def match(model: Any, plan: CompressionPlan) -> list[tuple[inspect.LayerSpec, La
     by_path = {spec.path: spec for spec in specs}
 
     def fits(spec: inspect.LayerSpec | None, choice: LayerChoice) -> bool:
-        return spec is not None and (
-            (spec.params, spec.kernel_shape) == (choice.params_before, choice.kernel_shape)
+        return (
+            spec is not None
+            and (spec.params, spec.kernel_shape) == (choice.params_before, choice.kernel_shape)
+            and (not choice.scheme or choice.scheme in inspect.schemes(spec.layer))
         )
 
     if len(specs) == len(plan.choices):
@@ -289,7 +302,8 @@ def match(model: Any, plan: CompressionPlan) -> list[tuple[inspect.LayerSpec, La
     wrong = next(
         (
             f"layer '{choice.layer}' with {choice.params_before} parameters and kernel "
-            f"{choice.kernel_shape}, where the model has "
+            f"{choice.kernel_shape}{f' in fold scheme {choice.scheme}' if choice.scheme else ''}, "
+            "where the model has "
             + (f"{spec.params} and {spec.kernel_shape} in '{spec.path}'" if spec else "none")
             for spec, choice in zip(
                 [*specs, *[None] * len(plan.choices)], plan.choices, strict=False
@@ -366,6 +380,8 @@ def replacement(
         arguments["use_bias"] = True
     if kind.max_slices != 1:
         arguments["slices"] = choice.slices
+    if choice.scheme:
+        arguments["scheme"] = choice.scheme
     factorized = backend.factorized_class(kind.name)(**arguments)
     with backend.name_scope(layer):
         factorized.build(kind.input_shape(layer))
@@ -376,7 +392,7 @@ def replacement(
     if layer.trainable:
         for factor in (factorized.encoder, factorized.decoder):
             backend.copy_trainable(kind.variable(layer), factor)
-    kernel = kernel_values(layer)
+    kernel = kernel_values(layer, choice.scheme or 0)
     new_bias = None
     if centred and moment is not None:
         bias = backend.value(layer.bias) if layer.use_bias else None

@@ -50,6 +50,7 @@ class LayerSpec:
         excluded: Whether the user's `exclude` names it.
         bounds: The least and the greatest fraction of its parameters that may go.
         inside: The layers and models that hold it, with their paths.
+        schemes: The fold schemes that its kernel may be unfolded in.
     """
 
     path: str
@@ -60,6 +61,7 @@ class LayerSpec:
     excluded: bool = False
     bounds: tuple[float, float] = (0.0, 1.0)
     inside: tuple[tuple[str, Any], ...] = ()
+    schemes: tuple[int, ...] = (0,)
 
     @property
     def kind(self) -> str:
@@ -76,6 +78,46 @@ class LayerSpec:
         return any(
             _matches(item, path, layer) for path, layer in ((self.path, self.layer), *self.inside)
         )
+
+    def shape_in(self, scheme: int) -> tuple[int, ...]:
+        """The shape `(*spatial, c, f)` that its kernel is read as in a fold scheme."""
+        return (self.kernel_shape or ()) if not scheme else unfolded_shape(self.layer, scheme)
+
+    def folded(self, schemes: Iterable[int]) -> LayerSpec:
+        """The same spec with those of some fold schemes that it has; left alone without any.
+
+        Args:
+            schemes: Fold schemes; those that are the same for its kernel count once.
+        """
+        if self.reason is not None:
+            return self
+        known = self.known_kind.schemes(self.layer)
+        asked = tuple(schemes)
+        found = tuple(sorted({known[scheme] for scheme in asked if scheme in known}))
+        if not found:
+            reason = f"its kernel {self.kernel_shape} cannot be unfolded in schemes={asked}"
+        elif not _can_shrink(self.layer, found):
+            reason = f"no factorization of its kernel {self.kernel_shape} is smaller"
+        else:
+            return dataclasses.replace(self, schemes=found)
+        return dataclasses.replace(self, reason=reason)
+
+
+def schemes(layer: Any) -> set[int]:
+    """The fold schemes of a layer's kernel that differ; none of a layer without a form."""
+    kind = kind_of(layer)
+    return set() if kind is None else set(kind.schemes(layer).values())
+
+
+def _can_shrink(layer: Any, schemes: Iterable[int]) -> bool:
+    """Whether a layer has a factorization that is smaller, in some fold schemes."""
+    most = known_kind(layer).max_slices
+    for scheme in schemes:
+        shape = unfolded_shape(layer, scheme)
+        slices = [k for k in divisors(shape[-2]) if most is None or k <= most]
+        if any(weights(shape, k, 1) < math.prod(shape) for k in slices):
+            return True
+    return False
 
 
 def inspect_model(model: Any, exclude: Exclude = ()) -> tuple[list[LayerSpec], list[Any]]:
@@ -226,10 +268,8 @@ def _reason(backend: _backend.Backend, layer: Any) -> str | None:
             f"its {name} {type(constraint).__name__} cannot be kept by two factors; set "
             f"`layer.{name} = None` to have it factorized"
         )
-    shape = unfolded_shape(layer)
-    slices = [k for k in divisors(shape[-2]) if stock.max_slices is None or k <= stock.max_slices]
-    if not any(weights(shape, k, 1) < math.prod(shape) for k in slices):
-        return f"no factorization of its kernel {shape} is smaller"
+    if not _can_shrink(layer, set(stock.schemes(layer).values())):
+        return f"no factorization of its kernel {unfolded_shape(layer)} is smaller"
     return None
 
 
@@ -286,9 +326,12 @@ def check_exclude(exclude: Any, name: str = "exclude") -> Exclude:
 # -- Multiply–accumulates ------------------------------------------------------------------------
 
 
-# The layers that were counted in a model, as (layer, its class, its MACs); the trace takes a
+#: The shapes of the inputs and the outputs of every call of a layer.
+Calls = list[tuple[tuple[int, ...], tuple[int, ...]]]
+
+# The layers that were counted in a model, as (layer, its class, its calls); the trace takes a
 # second for a large network.
-_MACS: weakref.WeakKeyDictionary[Any, list[tuple[weakref.ref[Any], type, int]]] = (
+_CALLS: weakref.WeakKeyDictionary[Any, list[tuple[weakref.ref[Any], type, Calls]]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -308,22 +351,49 @@ def layer_macs(model: Any) -> dict[int, int]:
     Raises:
         ValueError: If an input or feature map has an unknown size.
     """
+    return {
+        id(layer): sum(_macs_of_call(layer, *shapes) for shapes in calls)
+        for layer, calls in _calls(model)
+    }
+
+
+def encoder_positions(model: Any) -> dict[int, dict[int, int]]:
+    """How often the encoder of every fold scheme would be applied in one forward pass.
+
+    Args:
+        model: A built model whose input shape is known.
+
+    Returns:
+        `{id(layer): {scheme: positions}}` for every layer that has several schemes.
+
+    Raises:
+        ValueError: If an input or feature map has an unknown size.
+    """
+    found = {}
+    for layer, calls in _calls(model):
+        kind = None if is_factorized(layer) else kind_of(layer)
+        if kind is not None and kind.refusal(layer) is None:
+            found[id(layer)] = {
+                scheme: sum(
+                    _size(layer, kind.encoder_positions(layer, scheme, *shapes)) for shapes in calls
+                )
+                for scheme in set(kind.schemes(layer).values())
+                if scheme
+            }
+    return found
+
+
+def _calls(model: Any) -> list[tuple[Any, Calls]]:
+    """The layers of `model` that hold weights, with the shapes of their calls."""
     backend = _backend.backend_of(model)
     layers = [layer for _, layer in walk(model) if backend.own_variables(layer)]
-    known = _MACS.get(model, [])
+    known = _CALLS.get(model, [])
     if [(ref(), kind) for ref, kind, _ in known] != [(layer, type(layer)) for layer in layers]:
         with run_as_code(model):
-            calls = backend.trace_shapes(model, layers)
-        known = [
-            (
-                weakref.ref(layer),
-                type(layer),
-                sum(_macs_of_call(layer, *shapes) for shapes in calls[id(layer)]),
-            )
-            for layer in layers
-        ]
-        _MACS[model] = known
-    return {id(layer): macs for layer, (_, _, macs) in zip(layers, known, strict=True)}
+            traced = backend.trace_shapes(model, layers)
+        known = [(weakref.ref(layer), type(layer), list(traced[id(layer)])) for layer in layers]
+        _CALLS[model] = known
+    return [(layer, calls) for layer, (_, _, calls) in zip(layers, known, strict=True)]
 
 
 def count_macs(model: Any) -> int:
@@ -383,8 +453,14 @@ def _size(layer: Any, shape: tuple[int | None, ...]) -> int:
 def _macs_of_call(layer: Any, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> int:
     kind = type(layer).__name__
     if is_factorized(layer):
-        weights = factorized_kind(layer).applied_factors(layer)
-        return positions(layer, inputs, outputs) * weights
+        factorized = factorized_kind(layer)
+        applied, scheme = factorized.applied_factors(layer), getattr(layer, "scheme", 0)
+        everywhere = positions(layer, inputs, outputs)
+        if not scheme:
+            return everywhere * applied
+        first = _size(layer, factorized.encoder_positions(layer, scheme, inputs, outputs))
+        encoder = math.prod(layer.encoder.shape)
+        return everywhere * (applied - encoder) + first * encoder
     if hasattr(layer, "depthwise_kernel") and hasattr(layer, "pointwise_kernel"):
         return positions(layer, inputs, outputs) * (
             math.prod(layer.depthwise_kernel.shape) + math.prod(layer.pointwise_kernel.shape)

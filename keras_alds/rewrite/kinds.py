@@ -22,6 +22,8 @@ from keras_alds.core.slicing import (
     Array,
     Unfolding,
     convolution_unfolding,
+    decoder_axes,
+    distinct_schemes,
     einsum_unfolding,
     transposed_unfolding,
 )
@@ -71,8 +73,16 @@ class Kind:
         return getattr(layer, f"{self.part}_{name}")
 
     def unfolding(self, layer: Any) -> Unfolding:
-        """How the kernel is read as `[*spatial, c, f]`."""
+        """How the kernel is read as `[*spatial, c, f]` in fold scheme 0."""
         raise NotImplementedError
+
+    def schemes(self, layer: Any) -> dict[int, int]:
+        """The fold schemes of a layer's kernel; see `distinct_schemes`."""
+        return distinct_schemes(())
+
+    def folded(self, layer: Any, scheme: int) -> Unfolding:
+        """How the kernel is read in a fold scheme, one of the values of `schemes`."""
+        return self.unfolding(layer)
 
     def refusal(self, layer: Any) -> str | None:
         """Why a layer of this kind cannot be factorized because of its settings, or None."""
@@ -110,6 +120,10 @@ class Kind:
         """The axes of a call's inputs or outputs over which the kernel is applied."""
         return outputs[:-1]
 
+    def encoder_positions(self, layer: Any, scheme: int, inputs: Shape, outputs: Shape) -> Shape:
+        """The axes over which the encoder of a fold scheme is applied."""
+        return self.positions(layer, inputs, outputs)
+
     def applied(self, layer: Any) -> int:
         """How many weights one position of a call multiplies by, biases aside."""
         return math.prod(self.shape(layer))
@@ -140,8 +154,18 @@ class _Convolution(Kind):
         "dilation_rate",
     )
 
+    folds: ClassVar[bool] = True
+
     def unfolding(self, layer: Any) -> Unfolding:
         return convolution_unfolding(len(layer.kernel_size))
+
+    def schemes(self, layer: Any) -> dict[int, int]:
+        return distinct_schemes(layer.kernel_size if self.folds else ())
+
+    def folded(self, layer: Any, scheme: int) -> Unfolding:
+        if not scheme:
+            return self.unfolding(layer)
+        return convolution_unfolding(len(layer.kernel_size), scheme)
 
     def channels(self, layer: Any) -> int:
         """The channels of the layer's input."""
@@ -175,8 +199,19 @@ class _Convolution(Kind):
     def positions(self, layer: Any, inputs: Shape, outputs: Shape) -> Shape:
         return _without_channels(layer, outputs)
 
+    def encoder_positions(self, layer: Any, scheme: int, inputs: Shape, outputs: Shape) -> Shape:
+        # Along the decoder's axes it works on the input as it is, along its own on the output.
+        moved = decoder_axes(scheme, len(layer.kernel_size))
+        found = list(self.positions(layer, inputs, outputs))
+        before = _without_channels(layer, inputs)
+        first = len(found) - len(layer.kernel_size)
+        for axis in moved:
+            found[first + axis] = before[first + axis]
+        return tuple(found)
+
 
 class _Transposed(_Convolution):
+    folds = False
     principal = False
     copied = (*_Convolution.copied, "output_padding")
 
@@ -194,6 +229,7 @@ class _Transposed(_Convolution):
 
 
 class _Separable(_Convolution):
+    folds = False
     kernel = "pointwise_kernel"
     part = "pointwise"
     kept: ClassVar[dict[str, str]] = {"depthwise_kernel": "depthwise", "bias": "bias"}
@@ -387,19 +423,19 @@ def factorized_kind(layer: Any) -> Kind:
     return next(KINDS[name] for name in names if name in KINDS)
 
 
-def unfolded_shape(layer: Any) -> tuple[int, ...]:
-    """The shape `(*spatial, c, f)` that a stock layer's kernel is read as."""
+def unfolded_shape(layer: Any, scheme: int = 0) -> tuple[int, ...]:
+    """The shape `(*spatial, c, f)` that a stock layer's kernel is read as in a fold scheme."""
     kind = known_kind(layer)
-    return kind.unfolding(layer).shape(kind.shape(layer))
+    return kind.folded(layer, scheme).shape(kind.shape(layer))
 
 
-def kernel_values(layer: Any) -> Array:
+def kernel_values(layer: Any, scheme: int = 0) -> Array:
     """The kernel of a stock layer as it is read, `[*spatial, c, f]` in float32 or float64."""
     kind = known_kind(layer)
     kernel = _backend.backend_of(layer).value(kind.variable(layer))
     if kernel.dtype not in (np.float32, np.float64):
         kernel = kernel.astype(np.float32)
-    return kind.unfolding(layer).read(kernel)
+    return kind.folded(layer, scheme).read(kernel)
 
 
 def observable(layer: Any) -> bool:
@@ -424,7 +460,8 @@ def known_kind(layer: Any) -> Kind:
 
 def _without_channels(layer: Any, shape: Shape) -> Shape:
     if layer.data_format == "channels_first":
-        return (shape[0], *shape[2:])
+        channels = len(shape) - 1 - len(layer.kernel_size)
+        return (*shape[:channels], *shape[channels + 1 :])
     return shape[:-1]
 
 
