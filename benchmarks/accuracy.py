@@ -2,7 +2,13 @@
 
     python benchmarks/accuracy.py --model resnet20.keras --data cifar10.npz --epochs 3 --train 5000
 
-prints a Markdown table, and with `--csv` writes the figures. Retraining is the example's
+prints a Markdown table, and with `--csv` writes the figures. `--schemes all` puts the choice among
+all fold schemes beside each configuration, and what the plans take of the multiply–accumulates:
+
+    python benchmarks/accuracy.py --model resnet20.keras --data cifar10.npz --schemes all
+        --configurations "alds, slice" "energy (min–sum)"
+
+Retraining is the example's
 (`examples/cifar10.py`): crops and flips, SGD with momentum, a cosine from `--learning-rate`; every
 row starts from the same model and sees the same batches. One row is the dense model with the same
 further training, to tell what the retraining itself does.
@@ -45,6 +51,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--epochs", type=int, default=0, help="epochs of retraining (default: 0, none)")
     add("--train", type=int, default=5000, help="training images in an epoch (default: 5000)")
     add("--learning-rate", type=float, default=0.01)
+    add("--configurations", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
+    add(
+        "--schemes", choices=["0", "all"], default="0", help="fold schemes to compare with scheme 0"
+    )
     add("--csv", type=Path, help="write the figures here")
     return parser.parse_args()
 
@@ -80,35 +90,56 @@ def main() -> None:
         )
         return accuracy(model)
 
+    configurations = {name: CONFIGURATIONS[name] for name in arguments.configurations}
+    if arguments.schemes == "all":
+        configurations = {
+            name + end: {**options, "schemes": schemes}
+            for name, options in configurations.items()
+            for end, schemes in (("", 0), (", all schemes", "all"))
+        }
+    macs = keras_alds.count_macs(original)
     rows: list[dict[str, Any]] = []
-    work = [(name, cr) for name in CONFIGURATIONS for cr in arguments.crs]
+    work = [(name, cr) for name in configurations for cr in arguments.crs]
     start = time.perf_counter()
     with Progress() as progress:
         task = progress.add_task("accuracy", total=len(work) + 1)
         base = accuracy(original)
         dense = keras.models.clone_model(original)
         dense.set_weights(original.get_weights())
-        rows.append({"method": "dense", "cr": 0.0, "at once": base, "retrained": retrained(dense)})
+        rows.append(
+            {
+                "method": "dense",
+                "cr": 0.0,
+                "at once": base,
+                "retrained": retrained(dense),
+                "MACs": 1.0,
+            }
+        )
         progress.advance(task)
         for name, cr in work:
-            row: dict[str, Any] = {"method": name, "cr": cr, "at once": None, "retrained": None}
+            row: dict[str, Any] = {"method": name, "cr": cr}
+            row |= dict.fromkeys(("at once", "retrained", "MACs"))
             try:
-                model = keras_alds.compress(original, cr, **CONFIGURATIONS[name])
+                model = keras_alds.compress(original, cr, **configurations[name])
             except ValueError as error:
                 progress.console.print(f"{name}, cr={cr}: {error}")
             else:
                 row["at once"] = accuracy(model)
+                row["MACs"] = keras_alds.count_macs(model) / macs
                 row["retrained"] = retrained(model)
             rows.append(row)
             progress.advance(task)
 
-    for key in ("at once", "retrained")[: 1 + bool(arguments.epochs)]:
-        print(f"\n{arguments.model.name}, top-1 in % {key}; dense: {rows[0][key]:.1f}\n")
+    tables = [("at once", "top-1 in % at once", 1)]
+    tables += [("retrained", "top-1 in % retrained", 1)] if arguments.epochs else []
+    tables += [("MACs", "MACs that are left", 2)] if arguments.schemes == "all" else []
+    for key, title, digits in tables:
+        print(f"\n{arguments.model.name}, {title}; dense: {rows[0][key]:.{digits}f}\n")
         print("| cr | " + " | ".join(f"{cr:g}" for cr in arguments.crs) + " |")
         print("|---|" + "---|" * len(arguments.crs))
-        for name in CONFIGURATIONS:
+        for name in configurations:
             figures = [row[key] for row in rows if row["method"] == name]
-            cells = ["–" if figure is None else f"{figure:.1f}" for figure in figures]
+            cells = ["–" if figure is None else f"{figure:.{digits}f}" for figure in figures]
             print(f"| {name} | " + " | ".join(cells) + " |")
     print(
         f"\n{len(x_test):,} test images; retraining: {arguments.epochs} epochs of "

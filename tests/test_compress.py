@@ -161,7 +161,7 @@ def nothing(plan):
 def other_scheme(plan):
     data = plan.to_dict()
     for choice in data["choices"]:
-        choice["scheme"] = 3
+        choice["scheme"] = 4
     return data
 
 
@@ -742,7 +742,7 @@ class TestBadInput:
             ("[]", "Expected the JSON of a keras_alds compression plan"),
             ('{"format": "keras_alds.CompressionPlan", "version": 99}', "of version 1"),
             ('{"format": "keras_alds.CompressionPlan", "version": 1}', "does not fit"),
-            (json.dumps(other_scheme(select(small, 0.4))), "of fold scheme 0"),
+            (json.dumps(other_scheme(select(small, 0.4))), "of the fold schemes"),
         ):
             path.write_text(text)
             with pytest.raises(ValueError, match=message):
