@@ -10,8 +10,8 @@ With σ_m(W_i) the singular values of slice i and σ_1(W) that of the whole unfo
 | `"energy"` | Σ_i Σ_{m>j} σ²_{i,m} / ‖W‖²_F, exact |
 | `"residual"` | Σ_i Σ_{m>j} σ²_{i,m}, exact; the only one that is not relative |
 
-In every fold scheme W and W_i are those of the scheme's own unfolding: ‖W‖_F is the same in all, σ_1
-is not. The others are relative, and 0 at the full rank of every slice and for a kernel of zeros.
+The others are relative, and 0 at the full rank of every slice and for a kernel of zeros. In a fold
+scheme W and W_i are those of its own unfolding: ‖W‖_F is the same in all schemes, σ_1 is not.
 """
 
 from __future__ import annotations
