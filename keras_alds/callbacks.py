@@ -25,6 +25,7 @@ from keras_alds.rewrite.in_place import (
     check_sequential,
     match,
 )
+from keras_alds.rewrite.observe import check_data
 
 
 class ALDSCompress(keras.callbacks.Callback):
@@ -168,10 +169,9 @@ class ALDSCompress(keras.callbacks.Callback):
         )
         if plan is not None:
             check_folded(plan, calibration_data)
-        # Without data here those of `fit` may come.
-        check_sequential(sequential, () if calibration_data is None else calibration_data)
-        if sequential and calibration_data is None and not self._needs_data:
-            check_sequential(sequential, None)
+        # Without data here those of `fit` come, if the method uses some.
+        data = () if calibration_data is None and self._needs_data else calibration_data
+        check_sequential(sequential, data, self._source.method)
         self._calibration_data = calibration_data
         self._sequential = sequential
         self.at_epoch = int(at_epoch)
@@ -197,6 +197,8 @@ class ALDSCompress(keras.callbacks.Callback):
         self._params_before = inspect.dense_params(self.model) if self.model.built else None
         if self.model.built and not self._factorized_layers():
             self._check()
+            if self._calibration_data is not None:
+                check_data(self.model, self._calibration_data)
         if self._needs_data and self._calibration_data is None:
             self._training_inputs()
 

@@ -300,7 +300,7 @@ def compress(
         latency=latency,
         schemes=schemes,
     )
-    check_sequential(sequential, calibration_data)
+    check_sequential(sequential, calibration_data, method if plan is None else plan.method)
     keep = sequential is not False
     calibration = None
     if plan is None:

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 import zoo
 
-from keras_alds import ALDSCompress, select
+from keras_alds import ALDSCompress, CalibrationStats, compress, select
 from keras_alds._backend import backend_of
 from keras_alds.core.slicing import recompose
 from keras_alds.rewrite.inspect import is_factorized, walk
@@ -583,6 +583,30 @@ class TestErrors:
         with pytest.raises(ValueError, match="Expected a plan made for the model"):
             fit(model, [ALDSCompress(plan=plan, at_epoch=2)], epochs=3)
         assert int(model.optimizer.iterations) == 0
+
+    @pytest.mark.parametrize("data", ["shape", "few", "kind", "statistics", "data set"])
+    def test_bad_calibration_data_are_told_before_the_first_epoch(self, keras_module, data):
+        model, (x, _) = compiled(keras_module), zoo.images(16)
+        data, message = {
+            "shape": (x[:, :5], r"Received: shape=\(16, 5, 12, 3\)"),
+            "few": (x[:5], "at least 8 examples"),
+            "kind": ("train", "Received: str"),
+            "statistics": (
+                CalibrationStats.collect(zoo.sequential(keras_module), x, verbose=0),
+                "calibration statistics of the model",
+            ),
+            "data set": (tf.data.Dataset.from_tensor_slices(x), "batch the data"),
+        }[data]
+        with pytest.raises(ValueError, match=message):
+            fit(model, [ALDSCompress(0.4, 2, calibration_data=data)], epochs=3)
+        assert int(model.optimizer.iterations) == 0
+
+    def test_what_pca_cannot_do_is_told_at_once(self):
+        message = "Expected no sequential=True with the method 'pca'"
+        with pytest.raises(ValueError, match=message):
+            ALDSCompress(0.4, method="pca", sequential=True)
+        with pytest.raises(ValueError, match=message):
+            compress(None, 0.4, method="pca", calibration_data=[], sequential=True)
 
     @pytest.mark.parametrize(
         "options", [{"exclude": "down"}, {"max_slices": 2}, {"method": "alds"}]

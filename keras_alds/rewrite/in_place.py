@@ -90,7 +90,7 @@ def apply_plan(
     """
     check_plan(plan)
     check_folded(plan, calibration_data)
-    check_sequential(sequential, calibration_data)
+    check_sequential(sequential, calibration_data, plan.method)
     apply_calibrated(model, plan, calibration_data, sequential)
 
 
@@ -173,7 +173,7 @@ def prepare(
     """
     backend = _backend.backend_of(model)
     moments = {} if stats is None else stats.match(model)
-    centred = plan.method in METHODS and METHODS[plan.method].centred
+    centred = is_centred(plan.method)
     with backend.creation_scope(model):
         return [
             replacement(spec.layer, choice, moments.get(id(spec.layer)), centred=centred)
@@ -182,8 +182,8 @@ def prepare(
         ]
 
 
-def check_sequential(sequential: Any, data: Any) -> None:
-    """Raises a ValueError unless `sequential` is None or a boolean that fits the data."""
+def check_sequential(sequential: Any, data: Any, method: str | None = None) -> None:
+    """Raises a ValueError unless `sequential` is None or a boolean that fits data and method."""
     if sequential not in (None, True, False) or isinstance(sequential, int) != isinstance(
         sequential, bool
     ):
@@ -196,16 +196,21 @@ def check_sequential(sequential: Any, data: Any) -> None:
             "them again, and statistics hold none. "
             f"Received: calibration_data={data!r}"
         )
+    if sequential and is_centred(method):
+        raise ValueError(
+            f"Expected no sequential=True with the method {method!r}: its factors are the "
+            "principal components of the original outputs. Received: sequential=True"
+        )
+
+
+def is_centred(method: str | None) -> bool:
+    """Whether a plan's method works on the principal components of centred outputs."""
+    return method is not None and method in METHODS and METHODS[method].centred
 
 
 def _is_sequential(model: Any, plan: CompressionPlan, sequential: bool | None) -> bool:
     """Whether to compress layer after layer; warns where it would take too long."""
-    if plan.method in METHODS and METHODS[plan.method].centred:
-        if sequential:
-            raise ValueError(
-                f"Expected no sequential=True with the method {plan.method!r}: its factors are the "
-                "principal components of the original outputs. Received: sequential=True"
-            )
+    if is_centred(plan.method):
         return False
     if sequential is not None:
         return sequential

@@ -291,6 +291,22 @@ def check_count(examples: int, argument: str = "calibration_data") -> None:
         )
 
 
+def check_data(model: Any, data: Any) -> None:
+    """Raises a ValueError if `calibration_data` are seen to be wrong without using them up."""
+    if isinstance(data, CalibrationStats):
+        data.match(model)
+        return
+    examples = Examples(model, data, DEFAULT_EXAMPLES)
+    if hasattr(data, "__next__"):
+        return  # it cannot be begun again
+    seen = 0
+    for _, count in examples:
+        seen += count
+        if seen >= MIN_EXAMPLES:
+            return
+    check_count(seen)
+
+
 class KeptExamples:
     """Checked calibration data that were read once and can be run again, in bounded memory.
 
