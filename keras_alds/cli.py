@@ -8,6 +8,7 @@ status 2, as argparse's own complaints do.
 from __future__ import annotations
 
 import argparse
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,8 +121,8 @@ def add_sweep(commands: Commands) -> None:
         "sweep",
         help="compare methods: accuracy against size, as tables and a plot",
         description="Compresses an image classifier by every method to every ratio, and prints "
-        "the top-1 accuracy in % as Markdown. The .npz file holds x_test and y_test, and for "
-        "calibration or retraining x_train and y_train; the model gets the pixels as they are.",
+        "the top-1 accuracy in % as Markdown. The .npz file holds x_test and y_test, for "
+        "calibration x_train, for retraining y_train too; the model gets the pixels as they are.",
     )
     add_model(parser)
     add = parser.add_argument
@@ -168,21 +169,19 @@ def run_sweep(arguments: argparse.Namespace) -> None:
     logits = scores(model, x_test[:64])
     from_logits = bool((logits < 0).any() or not np.allclose(logits.sum(-1), 1, atol=1e-3))
     calibration = retrain = None
-    if arguments.calibration or arguments.epochs:
-        x_train, y_train = read_images(arguments, "train", None)
-        if arguments.calibration:
-            calibration = x_train[: arguments.calibration]
-        if arguments.epochs:
-            retrain = retrainer(
-                x_train[: arguments.train],
-                y_train[: arguments.train],
-                learning_rates=arguments.learning_rates,
-                epochs=arguments.epochs,
-                batch_size=arguments.batch_size,
-                augment=arguments.augment,
-                from_logits=from_logits,
-            )
-
+    if arguments.calibration and any(METHODS[n].needs_data for n in arguments.methods or METHODS):
+        calibration, _ = read_images(arguments, "train", arguments.calibration, labels=False)
+    if arguments.epochs:
+        x_train, y_train = read_images(arguments, "train", arguments.train)
+        retrain = retrainer(
+            x_train,
+            y_train,
+            learning_rates=arguments.learning_rates,
+            epochs=arguments.epochs,
+            batch_size=arguments.batch_size,
+            augment=arguments.augment,
+            from_logits=from_logits,
+        )
     result = sweep(
         model,
         lambda candidate: 100 * float(np.mean(scores(candidate, x_test).argmax(-1) == y_test)),
@@ -199,7 +198,7 @@ def run_sweep(arguments: argparse.Namespace) -> None:
     text = f"No retraining, top-1 in %, {len(x_test):,} images:\n\n{result.to_markdown()}\n"
     if retrain is not None:
         text += (
-            f"\nAfter {arguments.epochs} epochs of {len(x_train[: arguments.train]):,} images:\n\n"
+            f"\nAfter {arguments.epochs} epochs of {len(x_train):,} images:\n\n"
             f"{result.to_markdown(retrained=True)}\n"
         )
     print(text, end="")
@@ -211,17 +210,35 @@ def run_sweep(arguments: argparse.Namespace) -> None:
         result.plot(arguments.plot, label="top-1 accuracy, %")
 
 
-def read_images(arguments: argparse.Namespace, part: str, limit: int | None) -> tuple[Any, Any]:
-    """Images in float32 and their classes from the .npz file of a command."""
-    names = (f"x_{part}", f"y_{part}")
-    with np.load(arguments.data) as file:
-        if missing := [name for name in names if name not in file]:
-            raise ValueError(
-                f"Expected {arguments.data} to hold {' and '.join(names)}. Received: no "
-                + " and no ".join(missing)
-            )
-        x, y = (file[name][:limit] for name in names)
-    return x.astype("float32") * arguments.scale, y.reshape(-1)
+def read_images(
+    arguments: argparse.Namespace, part: str, limit: int | None, *, labels: bool = True
+) -> tuple[Any, Any]:
+    """Images in float32 and their classes, None without `labels`, from a command's .npz file."""
+    images, classes = f"x_{part}", f"y_{part}"
+    names = (images, classes) if labels else (images,)
+    try:
+        with np.load(arguments.data) as file:
+            arrays = {name: file[name] for name in names if name in file}
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"Expected {arguments.data} to be an .npz file of arrays. "
+            f"Received: one that cannot be read as such ({error})"
+        ) from error
+    if missing := [name for name in names if name not in arrays]:
+        raise ValueError(
+            f"Expected {arguments.data} to hold {' and '.join(names)}. Received: no "
+            + " and no ".join(missing)
+        )
+    x = arrays[images][:limit].astype("float32") * arguments.scale
+    if not labels:
+        return x, None
+    y = arrays[classes]
+    if y.size != len(arrays[images]):
+        raise ValueError(
+            f"Expected one class, a number, for each image in {images}. "
+            f"Received: {classes} of shape {y.shape} for {len(arrays[images])} images"
+        )
+    return x, y.reshape(-1)[:limit]
 
 
 def scores(model: Any, x: Any) -> Any:

@@ -165,6 +165,14 @@ class TestCommand:
         assert (files / "sweep.png").read_bytes().startswith(b"\x89PNG")
         assert len((files / "sweep.csv").read_text(encoding="utf-8").splitlines()) == 6
 
+    def test_needs_no_training_images_for_methods_without_data(self, files, keras_module, capsys):
+        data = dict(np.load(files / "data.npz"))
+        np.savez(files / "test.npz", x_test=data["x_test"], y_test=data["y_test"][:, None])
+        arguments = ["sweep", files / "model.keras", "--keras", keras_module.__name__]
+        arguments += ["--data", files / "test.npz", "--methods", "svd", "--crs", 0.3]
+        assert main([str(argument) for argument in arguments]) == 0
+        assert '| `"svd"` |' in capsys.readouterr().out
+
     def test_retrains(self, files, keras_module, capsys):
         arguments = ["sweep", files / "model.keras", "--keras", keras_module.__name__]
         arguments += ["--data", files / "data.npz", "--methods", "alds", "--crs", 0.3]
@@ -174,9 +182,17 @@ class TestCommand:
 
     def test_complains(self, files, keras_module, capsys):
         kind = ["--keras", keras_module.__name__]
-        np.savez(files / "less.npz", x_test=np.zeros((4, 12, 12, 3)), y_test=np.zeros(4))
+        x = np.zeros((4, 12, 12, 3))
+        np.savez(files / "less.npz", x_test=x, y_test=np.zeros(4))
+        np.savez(files / "one_hot.npz", x_test=x, y_test=np.zeros((4, 10)))
+        np.save(files / "array.npy", x)
+        (files / "half.npz").write_bytes((files / "data.npz").read_bytes()[:9000])
         for data, more, message in (
-            ("less.npz", [], "to hold x_train and y_train. Received: no x_train and no y_train"),
+            ("less.npz", [], "less.npz to hold x_train. Received: no x_train"),
+            ("less.npz", ["--epochs", "1", "--methods", "svd"], "no x_train and no y_train"),
+            ("one_hot.npz", [], "Received: y_test of shape (4, 10) for 4 images"),
+            ("half.npz", [], "cannot be read as such"),
+            ("array.npy", [], "cannot be read as such"),
             ("data.npz", ["--epochs", "-1"], "Expected --epochs and --calibration"),
             ("none.npz", [], "none.npz"),
             ("data.npz", ["--crs", "3"], "0 < cr < 1"),
