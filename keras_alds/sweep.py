@@ -161,8 +161,8 @@ def sweep(
     model: Any,
     evaluate: Callable[[Any], float],
     *,
-    methods: Iterable[str] | None = None,
-    crs: Iterable[float] = DEFAULT_CRS,
+    methods: str | Iterable[str] | None = None,
+    crs: float | Iterable[float] = DEFAULT_CRS,
     objective: str = "params",
     calibration_data: Any = None,
     retrain: Callable[[Any], object] | None = None,
@@ -223,14 +223,18 @@ def sweep(
     """
     check_model(model)
     check_sequential(sequential, calibration_data)
-    crs = tuple(crs)
+    crs = (float(crs),) if isinstance(crs, (int, float)) else tuple(crs)
     for cr in crs:
         check_cr(cr)
     has_data = calibration_data is not None
     if methods is None:
         chosen = [name for name, method in METHODS.items() if has_data or not method.needs_data]
     else:
-        chosen = list(dict.fromkeys(methods))
+        chosen = list(dict.fromkeys([methods] if isinstance(methods, str) else methods))
+    if not crs or not chosen:
+        raise ValueError(
+            f"Expected at least one method and one ratio. Received: methods={chosen!r}, crs={crs!r}"
+        )
     for name in chosen:
         if get_method(name).needs_data and not has_data:
             raise ValueError(

@@ -328,7 +328,7 @@ class TestBadData:
             ),
             (np.array(["a"] * 16), "`calibration_data` of numbers. Received: dtype=<U1"),
             ([X, X[:3]], "Received|Expected"),
-            ({"a": X, "b": X}, "for 1 inputs. Received: 2$"),
+            ({"a": X, "b": X}, r"for 1 inputs. Received: 2, \['a', 'b'\], where the model has \['"),
             ([[X, X]], r"Received: 2 in a list; labels go into a tuple, \(x, y\)"),
             (
                 tf.data.Dataset.from_tensor_slices(X),
@@ -371,6 +371,10 @@ class TestBadData:
         layer.gamma.assign(np.full(16, np.inf))
         with pytest.raises(ValueError, match="infinity in the input of layer 'down'"):
             select(small, 0.4, calibration_data=self.X)
+
+    def test_squares_that_overflow(self, small):
+        with pytest.raises(ValueError, match=r"Received: 1e\+18 in the input of layer 'stem'"):
+            select(small, 0.4, calibration_data=self.X * 1e18)
 
     def test_nan_weights_are_found_first(self, small):
         kernel = np.array(kernel_values(small.get_layer("down")))

@@ -123,6 +123,11 @@ def test_bad_arguments(model):
         keras_alds.sweep(model, accuracy, methods=["magic"])
     with pytest.raises(ValueError, match=r"0 < cr < 1"):
         keras_alds.sweep(model, accuracy, crs=[50])
+    for empty in ({"methods": []}, {"crs": []}):
+        with pytest.raises(ValueError, match="Expected at least one method and one ratio"):
+            keras_alds.sweep(model, accuracy, **empty)
+    one = keras_alds.sweep(model, lambda _: 0.0, methods="svd", crs=0.2, verbose=0)
+    assert (one.methods, one.crs) == (("svd",), (0.2,))
     without = keras_alds.sweep(model, lambda _: 0.0, crs=[0.2], verbose=0)
     assert "pca" not in without.methods
     assert "svd" in without.methods

@@ -41,6 +41,8 @@ DEFAULT_EXAMPLES = 1024
 _BATCH = 32
 # Entries of a weight that are copied at once for its fingerprint.
 _FINGERPRINT_ENTRIES = 1 << 22
+# The squares of what is smaller can be added up in float32.
+_LARGEST = 1e16
 # Parts of one call of one layer that threads work on side by side.
 _PARTS = 4
 
@@ -458,11 +460,13 @@ class _Observer:
 
 
 def check_finite(inputs: Array, path: str) -> None:
-    """Raises a ValueError if a layer gets NaN or infinity."""
-    if not np.isfinite(inputs).all():
+    """Raises a ValueError if a layer gets NaN, infinity or what has no finite square."""
+    largest = float(np.abs(inputs).max(initial=0.0))  # NaN if there is one
+    if not largest < _LARGEST:
         raise ValueError(
-            "Expected finite values in the whole model. Received: NaN or infinity in the "
-            f"input of layer '{path}'. Look at the layers before it and at the range of "
+            "Expected finite values in the whole model, of finite squares. Received: "
+            + (f"{largest:g}" if np.isfinite(largest) else "NaN or infinity")
+            + f" in the input of layer '{path}'. Look at the layers before it and at the range of "
             "the data."
         )
 
@@ -649,6 +653,7 @@ class Examples:
             raise ValueError(
                 f"Expected `{self._argument}` for {len(specs)} inputs. Received: {len(flat)}"
                 + (" in a list; labels go into a tuple, (x, y)" if isinstance(inputs, list) else "")
+                + (f", {names}, where the model has {self._names}" * isinstance(inputs, dict))
             )
         cast = [
             self._checked_array(array, name, spec)
