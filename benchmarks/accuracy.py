@@ -55,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--schemes", choices=["0", "all"], default="0", help="fold schemes to compare with scheme 0"
     )
+    add("--max-slices", type=int, help="largest number of slices (default: no limit)")
     add("--csv", type=Path, help="write the figures here")
     return parser.parse_args()
 
@@ -120,7 +121,9 @@ def main() -> None:
             row: dict[str, Any] = {"method": name, "cr": cr}
             row |= dict.fromkeys(("at once", "retrained", "MACs"))
             try:
-                model = keras_alds.compress(original, cr, **configurations[name])
+                model = keras_alds.compress(
+                    original, cr, max_slices=arguments.max_slices, **configurations[name]
+                )
             except ValueError as error:
                 progress.console.print(f"{name}, cr={cr}: {error}")
             else:

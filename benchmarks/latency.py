@@ -9,6 +9,7 @@ depend on them). A `-` after the ratio means that it was not reached, and the la
     python benchmarks/latency.py ResNet50 EfficientNetB0 --quantize int8
     python benchmarks/latency.py VGG16 --no-top
     python benchmarks/latency.py resnet20.keras --objectives latency --crs 0.05 0.1 0.2 0.3
+    python benchmarks/latency.py resnet20.keras --objectives params --schemes 0 all --max-slices 1
 """
 
 from __future__ import annotations
@@ -40,17 +41,15 @@ def load(name: str, top: bool) -> Any:
     return keras.Model(features.input, keras.layers.Dense(1000)(features.output))
 
 
-def plan_for(model: Any, cr: float, objective: str, table: Any) -> Any:
+def plan_for(model: Any, cr: float, **options: Any) -> Any:
     """The plan for a ratio, or for the largest one that can be reached."""
-    options = {"latency": table} if objective == "latency" else {}
     try:
-        return keras_alds.select(model, cr, objective=objective, method="energy", **options)
+        return keras_alds.select(model, cr, method="energy", **options)
     except ValueError as error:
         found = re.search(r"expected 0 < cr <= ([0-9.]+)", str(error))
         if found is None or float(found[1]) == 0:
             raise
-        largest = float(found[1])
-        return keras_alds.select(model, largest, objective=objective, method="energy", **options)
+        return keras_alds.select(model, float(found[1]), method="energy", **options)
 
 
 def main() -> None:
@@ -59,33 +58,47 @@ def main() -> None:
     parser.add_argument("--crs", type=float, nargs="+", default=[0.5])
     parser.add_argument("--objectives", nargs="+", default=["params", "macs", "latency"])
     parser.add_argument("--quantize", choices=["float32", "int8"], nargs="+")
+    parser.add_argument("--schemes", choices=["0", "all"], nargs="+", default=["0"])
+    parser.add_argument("--max-slices", type=int)
     parser.add_argument("--no-top", action="store_true", help="pool, and one dense layer")
     arguments = parser.parse_args()
+    work = [
+        (objective, schemes, cr)
+        for objective in arguments.objectives
+        for schemes in (arguments.schemes if objective != "latency" else ["0"])
+        for cr in arguments.crs
+    ]
     print("| model | file | objective | cr | predicted | measured | error of the prediction |")
     print("|---|---|---|---|---|---|---|")
     for name in arguments.models:
         model = load(name, not arguments.no_top)
         for kind in arguments.quantize or ["float32", "int8"]:
             quantize = None if kind == "float32" else kind
-            start = time.perf_counter()
-            table = keras_alds.litert.measure_latency(model, quantize=quantize, verbose=0)
+            start, options = time.perf_counter(), {"max_slices": arguments.max_slices}
+            table = None
+            if "latency" in arguments.objectives:
+                table = keras_alds.litert.measure_latency(
+                    model, quantize=quantize, verbose=0, **options
+                )
             seconds = time.perf_counter() - start
             original = converted(model, quantize)
-            for objective in arguments.objectives:
-                for cr in arguments.crs:
-                    plan = plan_for(model, cr, objective, table)
-                    small = converted(keras_alds.compress(model, plan=plan), quantize)
-                    before, after = time_files([lambda f=file: f for file in (original, small)])
-                    predicted = error = "–"
-                    if objective == "latency":
-                        predicted = f"{1 - plan.cr:.3f}"
-                        error = f"{(1 - plan.cr) * before / after - 1:+.1%}"
-                    ratio = f"{cr:g}" if plan.cr >= cr else f"{plan.cr:.3f}-"
-                    print(
-                        f"| {Path(name).stem} | {kind} | {objective} | {ratio} | {predicted} "
-                        f"| {after / before:.3f} | {error} |",
-                        flush=True,
-                    )
+            for objective, schemes, cr in work:
+                own = {"latency": table} if objective == "latency" else {}
+                own["schemes"] = "all" if schemes == "all" else 0
+                plan = plan_for(model, cr, objective=objective, **options, **own)
+                small = converted(keras_alds.compress(model, plan=plan), quantize)
+                before, after = time_files([lambda f=file: f for file in (original, small)])
+                predicted = error = "–"
+                if objective == "latency":
+                    predicted = f"{1 - plan.cr:.3f}"
+                    error = f"{(1 - plan.cr) * before / after - 1:+.1%}"
+                ratio = f"{cr:g}" if plan.cr >= cr else f"{plan.cr:.3f}-"
+                end = ", all schemes" if schemes == "all" else ""
+                print(
+                    f"| {Path(name).stem} | {kind} | {objective}{end} | {ratio} | {predicted} "
+                    f"| {after / before:.3f} | {error} |",
+                    flush=True,
+                )
             print(f"<!-- {name} {kind}: table in {seconds:.1f} s, {before / 1e6:.3f} ms -->")
 
 

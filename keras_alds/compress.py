@@ -101,8 +101,8 @@ def select(
             several the solver picks one a layer, together with slices and rank. A convolution
             that has none of them is left alone; dense layers, kernels of one position and all
             other layers have scheme 0 whatever is asked for. Of the methods `"energy"` and
-            `"alds"` choose schemes; not on calibration data, with a target, measured latency or
-            two limits. Defaults to 0.
+            `"alds"` choose schemes; not on calibration data, with measured latency or two
+            limits, and with a target only for one slice. Defaults to 0.
 
     Returns:
         A `CompressionPlan`. It names every layer that is left alone, and why.

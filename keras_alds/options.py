@@ -79,15 +79,15 @@ class Options:
             able = ", ".join(repr(name) for name, method in METHODS.items() if method.folds)
             received, remedy = f"method={self.method!r}", f"{remedy}take a method of {able}"
             remedy += " without calibration data"
-        elif self.target is not None:  # with the objective "latency" there is one
-            received, remedy = f"target={self.target!r}", f"{remedy}the target and the latency"
+        elif self.objective == "latency":
+            received, remedy = f"objective={self.objective!r}", f"{remedy}take another objective"
         elif self.macs_cr is not None:
             received, remedy = "limits on parameters and MACs", f"{remedy}limit one of the two"
         else:
             return
         raise ValueError(
-            "Expected no other fold scheme than 0 in `schemes` with a method of the comparison or "
-            "on calibration data, a target, measured latency, or two limits. "
+            "Expected no other fold scheme than 0 in `schemes` with a method of the comparison, "
+            "with calibration data, measured latency, or two limits. "
             f"Received: schemes={self.schemes}, {received}. {remedy}."
         )
 

@@ -87,7 +87,8 @@ class Problem:
         called: Mapping[int, Any] | None = None
         if options.objective == "macs" or options.macs_cr is not None:
             macs = inspect.layer_macs(model)
-            positions = inspect.encoder_positions(model)
+            if options.schemes != (0,):
+                positions = inspect.encoder_positions(model)
         if macs is not None:  # a table in two factors takes more of them, not fewer
             specs = [
                 dataclasses.replace(spec, reason=inspect.without_macs(spec))
@@ -231,9 +232,8 @@ class Problem:
     ) -> int:
         """What the factors of a choice cost."""
         encoder, decoder = factor_weights(spec.shape_in(scheme), slices, rank)
-        return encoder * self.encoder_unit(spec, scheme, resource) + decoder * self.unit(
-            spec, resource
-        )
+        first = self.encoder_unit(spec, scheme, resource)
+        return encoder * first + decoder * self.unit(spec, resource)
 
     def added_params(self, spec: inspect.LayerSpec) -> int:
         """Parameters that the method adds to a factorized layer: a bias that it has not."""
@@ -258,10 +258,8 @@ class Problem:
         found = [(math.prod(spec.kernel_shape or ()), costs)]
         for scheme in spec.schemes:
             for k, ranks in self.offered(spec, scheme).items():
-                size, cost = (
-                    weights(spec.shape_in(scheme), k, 1),
-                    self.factor_cost(spec, scheme, k, 1, resource),
-                )
+                size = weights(spec.shape_in(scheme), k, 1)
+                cost = self.factor_cost(spec, scheme, k, 1, resource)
                 times = (
                     [j * cost + added for j in ranks] if sampled is None else sampled.of(k, ranks)
                 )
@@ -273,7 +271,7 @@ class Problem:
 
     def offered(self, spec: inspect.LayerSpec, scheme: int) -> dict[int, list[int]]:
         """The ranks that each number of slices of a layer may have, for a kernel of full rank."""
-        shape, limits = spec.shape_in(scheme), self.limits(spec)
+        shape, limits = spec.shape_in(scheme), self.limits(spec, scheme)
         added = 0 if self.resources[0] == "macs" else self.added_params(spec)
         most, offered = math.prod(shape) - added, {}
         for k in divisors(shape[-2]):
@@ -317,12 +315,12 @@ class Problem:
         limits = (self.options.max_slices, spec.known_kind.max_slices)
         return min((limit for limit in limits if limit is not None), default=None)
 
-    def limits(self, spec: inspect.LayerSpec) -> dict[str, Any]:
+    def limits(self, spec: inspect.LayerSpec, scheme: int) -> dict[str, Any]:
         """What the options allow of a layer's slices and ranks, for `allowed_ranks`."""
         moment = self.moments.get(id(spec.layer))
         target, most = get_target(self.options.target), self.max_slices(spec)
-        if target and spec.kind not in ("Conv1D", "Conv2D", "Dense"):
-            most = 1  # targets know the sliced forms of plain convolutions only
+        if target and (scheme or spec.kind not in ("Conv1D", "Conv2D", "Dense")):
+            most = 1  # targets know the sliced forms of plain convolutions in scheme 0 only
         return {
             "max_slices": most,
             "rank_multiple": self.options.rank_multiple,
@@ -397,13 +395,14 @@ class Problem:
         """The choices of every candidate."""
         error = method.error
 
-        def options(spec: inspect.LayerSpec) -> dict[str, Any]:
+        def options(spec: inspect.LayerSpec, scheme: int = 0) -> dict[str, Any]:
             return {
                 "cost_per_weight": self.unit(spec, self.resources[0]),
+                "encoder_cost_per_weight": self.encoder_unit(spec, scheme, self.resources[0]),
                 "added_cost": 0 if self.resources[0] == "macs" else self.added_params(spec),
                 "near_slices": method.near_slices,
                 "costs": self.latency and self.latency.costs[id(spec.layer)],
-                **self.limits(spec),
+                **self.limits(spec, scheme),
             }
 
         candidates = self.candidates
@@ -411,15 +410,7 @@ class Problem:
         others = [spec for spec in candidates if id(spec.layer) not in self.moments]
         tables = {
             spec.path: join_tables(
-                [
-                    entry.table(
-                        error,
-                        scheme,
-                        encoder_cost_per_weight=self.encoder_unit(spec, scheme, self.resources[0]),
-                        **options(spec),
-                    )
-                    for scheme in spec.schemes
-                ]
+                [entry.table(error, scheme, **options(spec, scheme)) for scheme in spec.schemes]
             )
             for spec, entry in zip(others, _entries(others), strict=True)
         }

@@ -271,6 +271,16 @@ class TestPlans:
         assert plan.choices[0].scheme in (1, 2, 3)
         assert compress(model, plan=plan).count_params() == plan.params_after
 
+    def test_a_target_takes_one_slice(self):
+        model = zoo.functional(keras)
+        for method in ("energy", "alds"):
+            plan = select(model, 0.2, method=method, schemes=(1, 2, 3), target="litert")
+            chosen = [choice for choice in plan.factorized if choice.scheme]
+            assert chosen
+            for choice in chosen:
+                assert choice.slices == 1
+                assert choice.rank % 4 == 0
+
     def test_layers_without_the_schemes_asked_for(self, keras_module):
         model = zoo.temporal(keras_module)
         plan = select(model, 0.05, schemes=1)
@@ -313,8 +323,7 @@ class TestPlans:
             ({"calibration_data": x}, "method='activation'.*without calibration data"),
             ({"method": "svd"}, "method='svd'"),
             ({"method": "alds-error"}, "method='alds-error'"),
-            ({"target": "litert"}, "target='litert'"),
-            ({"objective": "latency"}, "target='litert'"),
+            ({"objective": "latency"}, "objective='latency'"),
             ({"cr": {"params": 0.3, "macs": 0.3}}, "limits on parameters and MACs"),
         ):
             with pytest.raises(ValueError, match=f"no other fold scheme than 0.*{received}"):

@@ -14,7 +14,7 @@ import tensorflow as tf
 import zoo
 
 import keras_alds
-from keras_alds.core.slicing import divisors, weights
+from keras_alds.core.slicing import convolution_unfolding, distinct_schemes, divisors, weights
 from keras_alds.core.targets import TARGETS
 from keras_alds.plan import CompressionPlan
 from keras_alds.rewrite.equalize import (
@@ -220,6 +220,18 @@ def random_plan(model: Any, random: np.random.Generator, target: str | None) -> 
                 choice = dataclasses.replace(
                     choice, slices=int(k), rank=j, scheme=0, params_after=size, reason=None
                 )
+                window = shape[:-2]
+                known = sorted(set(distinct_schemes(window).values()))
+                if target is not None and choice.kind in ("Conv1D", "Conv2D") and len(known) > 1:
+                    scheme = int(random.choice([*known, 0, 0]))
+                    read = convolution_unfolding(len(window), scheme).shape(shape)
+                    ranks = TARGETS[target].ranks(read, 1)
+                    if scheme and ranks:
+                        j = int(random.choice(ranks))
+                        size = choice.params_before - int(np.prod(shape)) + weights(read, 1, j)
+                        choice = dataclasses.replace(
+                            choice, slices=1, rank=j, scheme=scheme, params_after=size
+                        )
         choices.append(choice)
     return dataclasses.replace(plan, choices=tuple(choices), target=target)
 

@@ -19,7 +19,8 @@ class Target:
     was measured not to be slow there (for the GPU: that its source code runs as it is). Conv3D
     layers run in float only, compressed or not: LiteRT has no int8 operator for them. The
     constraints hold for every layer by itself. Layers that are no 2D or 1D convolutions get k = 1:
-    their sliced forms are batched matrix products or several convolutions.
+    their sliced forms are batched matrix products or several convolutions. So do the fold schemes
+    1 to 3, whose factors are then plain convolutions.
 
     Attributes:
         name: Its name in `TARGETS`.

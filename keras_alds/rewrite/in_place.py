@@ -89,7 +89,6 @@ def apply_plan(
     ```
     """
     check_plan(plan)
-    check_folded(plan, calibration_data)
     check_sequential(sequential, calibration_data, plan.method)
     apply_calibrated(model, plan, calibration_data, sequential)
 
@@ -103,6 +102,7 @@ def apply_calibrated(
     verbose: int = 1,
 ) -> None:
     """`apply_plan` with arguments that are checked; `data` may be a `Calibration`."""
+    check_folded(plan, data)
     backend = _backend.backend_of(model)
     calibration = None
     if data is not None:

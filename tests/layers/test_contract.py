@@ -46,6 +46,20 @@ CONTRACT = [
         [(3, 3, 1, 12), (1, 1, 12, 4)],
     ),
     (
+        "FactorizedConv2D",
+        {"filters": 4, "kernel_size": (3, 2), "slices": 2, "rank": 2, "strides": 2, "scheme": 1},
+        (4, 7, 6, 4),
+        (4, 3, 3, 4),
+        [(1, 2, 2, 4), (3, 1, 4, 4), (4,)],
+    ),
+    (
+        "FactorizedConv1D",
+        {"filters": 4, "kernel_size": 3, "slices": 2, "rank": 2, "padding": "causal", "scheme": 3},
+        (4, 7, 4),
+        (4, 7, 4),
+        [(1, 2, 4), (3, 4, 4), (4,)],
+    ),
+    (
         "FactorizedDense",
         {"units": 5, "slices": 3, "rank": 2, "encoder_form": "split"},
         (8, 9),

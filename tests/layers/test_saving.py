@@ -58,7 +58,9 @@ def make_model(side):
         name="second",
     )(x)
     x = keras.layers.Reshape((-1, 4))(x)
-    x = layers.FactorizedConv1D(6, 3, slices=2, rank=1, padding="causal", use_bias=False)(x)
+    x = layers.FactorizedConv1D(6, 3, slices=2, rank=1, padding="causal", use_bias=False, scheme=3)(
+        x
+    )
     x = layers.FactorizedDense(5, slices=3, rank=2, activation="tanh")(x)
     x = keras.layers.Flatten()(x)
     model = keras.Model(inputs, layers.FactorizedDense(3, slices=1, rank=2)(x))
