@@ -301,6 +301,22 @@ class TestKindsOfData:
         assert moment.count == 6 * (10 * 6 + 10 * 7 + 8 * 8)
         assert compress(model, 0.4, calibration_data=iter(batches)).count_params()
 
+    def test_texts(self, keras_module):
+        L = keras_module.layers
+        texts = np.array([["the cat sat"], ["a dog ran far"], ["we eat the cat"]] * 8)
+        words = L.TextVectorization(max_tokens=30, output_sequence_length=6)
+        words.adapt(texts[:, 0])
+        inputs = keras_module.Input((1,), dtype="string")
+        x = L.Embedding(30, 16, name="embedding")(words(inputs))
+        x = L.Dense(24, activation="relu", name="dense")(x)
+        model = keras_module.Model(inputs, L.Dense(12, name="head")(x))
+        assert collect(model, texts).moments["dense"].count == 24 * 6
+        batches = tf.data.Dataset.from_tensor_slices(texts).batch(5)
+        for data in (texts, batches):
+            small = compress(model, 0.3, calibration_data=data)
+            assert small.count_params() < model.count_params()
+            assert small(tf.constant(texts[:2])).shape == (2, 6, 12)
+
     def test_inputs_of_a_fixed_batch_size(self, keras_module):
         L = keras_module.layers
         inputs = keras_module.Input(batch_shape=(3, 4, 12))

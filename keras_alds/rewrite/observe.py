@@ -405,6 +405,8 @@ def fingerprint(model: Any) -> str:
     """SHA-256 of all weights of a model, in order."""
     digest = hashlib.sha256()
     for variable in model.weights:  # in parts: a copy of a wide kernel is half a gigabyte
+        if not hasattr(variable, "shape"):
+            continue  # the vocabulary of an adapted layer
         tensor = tf.reshape(tf.convert_to_tensor(variable), [-1])
         for start in range(0, tensor.shape[0], _FINGERPRINT_ENTRIES):
             values = tensor[start : start + _FINGERPRINT_ENTRIES].numpy()
@@ -671,7 +673,8 @@ class Examples:
                 f"Expected `{self._argument}` of one shape. Received: data that make no array "
                 f"({error})"
             ) from error
-        if array.dtype.kind not in "biuf":
+        texts = array.dtype.kind in "OSU" and any(spec.dtype == tf.string for spec in self._specs)
+        if array.dtype.kind not in "biuf" and not texts:
             raise ValueError(
                 f"Expected `{self._argument}` of numbers. Received: dtype={array.dtype} of "
                 f"type {type(value).__name__}"
