@@ -18,6 +18,13 @@ from keras_alds.layers._attention import FactorizedTfKerasAttentionMixin
 from keras_alds.layers._einsum import FactorizedEinsumDenseMixin
 from keras_alds.layers._embedding import FactorizedEmbeddingMixin
 from keras_alds.layers._mixin import FactorizedConvMixin, FactorizedDenseMixin
+from keras_alds.layers._recurrent import (
+    FactorizedGRUCellMixin,
+    FactorizedLSTMCellMixin,
+    FactorizedSimpleRNNCellMixin,
+    FactorizedTfKerasCellMixin,
+    FactorizedTfKerasRecurrentMixin,
+)
 from keras_alds.layers._separable import FactorizedSeparableConvMixin
 from keras_alds.layers._transposed import FactorizedConvTransposeMixin
 
@@ -31,9 +38,15 @@ __all__ = [
     "FactorizedDense",
     "FactorizedEinsumDense",
     "FactorizedEmbedding",
+    "FactorizedGRU",
+    "FactorizedGRUCell",
+    "FactorizedLSTM",
+    "FactorizedLSTMCell",
     "FactorizedMultiHeadAttention",
     "FactorizedSeparableConv1D",
     "FactorizedSeparableConv2D",
+    "FactorizedSimpleRNN",
+    "FactorizedSimpleRNNCell",
 ]
 
 
@@ -253,6 +266,117 @@ class FactorizedMultiHeadAttention(
     """
 
     _einsum_class = FactorizedEinsumDense
+
+
+@tf_keras.saving.register_keras_serializable(package="keras_alds")
+class FactorizedGRUCell(
+    FactorizedGRUCellMixin, FactorizedTfKerasCellMixin, tf_keras.layers.GRUCell
+):
+    """`keras_alds.layers.FactorizedGRUCell` for tf_keras models.
+
+    Arguments, weights, shapes, errors and source are those of the Keras 3 class of this name.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> import tf_keras
+        >>> from keras_alds.tf_keras import FactorizedGRUCell
+        >>> cell = FactorizedGRUCell(8, kernels={"recurrent_kernel": {"slices": 1, "rank": 2}})
+        >>> tf_keras.layers.RNN(cell)(tf.ones((1, 5, 4))).shape
+        TensorShape([1, 8])
+    """
+
+    _dense_class = FactorizedDense
+
+
+@tf_keras.saving.register_keras_serializable(package="keras_alds")
+class FactorizedGRU(FactorizedTfKerasRecurrentMixin, tf_keras.layers.GRU):
+    """`keras_alds.layers.FactorizedGRU` for tf_keras models.
+
+    Arguments, weights, shapes, errors and source are those of the Keras 3 class of this name.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from keras_alds.tf_keras import FactorizedGRU
+        >>> layer = FactorizedGRU(8, kernels={"recurrent_kernel": {"slices": 1, "rank": 4}})
+        >>> layer(tf.ones((1, 5, 16))).shape
+        TensorShape([1, 8])
+    """
+
+    _cell_class = FactorizedGRUCell
+
+
+@tf_keras.saving.register_keras_serializable(package="keras_alds")
+class FactorizedLSTMCell(
+    FactorizedLSTMCellMixin, FactorizedTfKerasCellMixin, tf_keras.layers.LSTMCell
+):
+    """`keras_alds.layers.FactorizedLSTMCell` for tf_keras models.
+
+    Arguments, weights, shapes, errors and source are those of the Keras 3 class of this name.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> import tf_keras
+        >>> from keras_alds.tf_keras import FactorizedLSTMCell
+        >>> cell = FactorizedLSTMCell(8, kernels={"kernel": {"slices": 1, "rank": 2}})
+        >>> tf_keras.layers.RNN(cell)(tf.ones((1, 5, 4))).shape
+        TensorShape([1, 8])
+    """
+
+    _dense_class = FactorizedDense
+
+
+@tf_keras.saving.register_keras_serializable(package="keras_alds")
+class FactorizedLSTM(FactorizedTfKerasRecurrentMixin, tf_keras.layers.LSTM):
+    """`keras_alds.layers.FactorizedLSTM` for tf_keras models.
+
+    Arguments, weights, shapes, errors and source are those of the Keras 3 class of this name.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from keras_alds.tf_keras import FactorizedLSTM
+        >>> layer = FactorizedLSTM(8, kernels={"kernel": {"slices": 1, "rank": 4}})
+        >>> layer(tf.ones((1, 5, 16))).shape
+        TensorShape([1, 8])
+    """
+
+    _cell_class = FactorizedLSTMCell
+
+
+@tf_keras.saving.register_keras_serializable(package="keras_alds")
+class FactorizedSimpleRNNCell(
+    FactorizedSimpleRNNCellMixin, FactorizedTfKerasCellMixin, tf_keras.layers.SimpleRNNCell
+):
+    """`keras_alds.layers.FactorizedSimpleRNNCell` for tf_keras models.
+
+    Arguments, weights, shapes, errors and source are those of the Keras 3 class of this name.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> import tf_keras
+        >>> from keras_alds.tf_keras import FactorizedSimpleRNNCell
+        >>> cell = FactorizedSimpleRNNCell(8, kernels={"kernel": {"slices": 1, "rank": 2}})
+        >>> tf_keras.layers.RNN(cell)(tf.ones((1, 5, 4))).shape
+        TensorShape([1, 8])
+    """
+
+    _dense_class = FactorizedDense
+
+
+@tf_keras.saving.register_keras_serializable(package="keras_alds")
+class FactorizedSimpleRNN(FactorizedTfKerasRecurrentMixin, tf_keras.layers.SimpleRNN):
+    """`keras_alds.layers.FactorizedSimpleRNN` for tf_keras models.
+
+    Arguments, weights, shapes, errors and source are those of the Keras 3 class of this name.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from keras_alds.tf_keras import FactorizedSimpleRNN
+        >>> layer = FactorizedSimpleRNN(8, kernels={"kernel": {"slices": 1, "rank": 4}})
+        >>> layer(tf.ones((1, 5, 16))).shape
+        TensorShape([1, 8])
+    """
+
+    _cell_class = FactorizedSimpleRNNCell
 
 
 # Wrappers such as TimeDistributed load the layer inside them by its bare class name.

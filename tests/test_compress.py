@@ -16,7 +16,7 @@ import keras_alds
 from keras_alds import CompressionPlan, apply_plan, compress, count_macs, select
 from keras_alds.plan import allowed_after, removed_fraction
 from keras_alds.rewrite.in_place import factorized_layer, match
-from keras_alds.rewrite.inspect import is_factorized, walk
+from keras_alds.rewrite.inspect import inspect_model, is_factorized, walk
 
 
 @pytest.fixture(params=list(zoo.MODELS))
@@ -81,7 +81,7 @@ class TestEveryKindOfModel:
         compressed = compress(model, 0.4)
         reference = compress(model, plan=nothing(select(model, 0.4)))
         assert not factorized_layers(reference)
-        kernels = {path: layer for path, layer in walk(reference)}
+        kernels = {spec.path: spec.layer for spec in inspect_model(reference)[0]}
         matched = 0
         for (path, layer), choice in pairs(compressed, select(model, 0.4)):
             if choice.factorized:
@@ -103,7 +103,9 @@ class TestEveryKindOfModel:
 
     def test_plan_names_every_layer_with_weights(self, model):
         plan = select(model, 0.4)
-        with_weights = sum(1 for _, layer in walk(model) if own_weights(layer))
+        layers = [layer for _, layer in walk(model)]
+        cells = sum("Cell" in type(layer).__name__ for layer in layers)  # of two kernels each
+        with_weights = sum(1 for layer in layers if own_weights(layer)) + 2 * cells
         assert len(plan.choices) == with_weights
         assert len({choice.layer for choice in plan.choices}) == with_weights
         for choice in plan.choices:
@@ -166,7 +168,7 @@ def other_scheme(plan):
 
 
 def pairs(model, plan):
-    layers = [(path, layer) for path, layer in walk(model) if own_weights(layer)]
+    layers = [(spec.path, spec.layer) for spec in inspect_model(model)[0]]
     return list(zip(layers, plan.choices, strict=True))
 
 

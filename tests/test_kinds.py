@@ -530,13 +530,6 @@ class TestReasons:
         (reason,) = {c.reason for c in plan.choices if c.kind == "Conv2DTranspose"}
         assert "needs a bias for every column" in reason
 
-    def test_recurrent_kernels(self, keras_module):
-        L, K = keras_module.layers, keras_module
-        model = K.Sequential([K.Input((5, 16)), L.LSTM(16), L.Dense(64), L.Dense(64)])
-        plan = select(model, 0.2)
-        (reason,) = {c.reason for c in plan.choices if "LSTM" in c.kind}
-        assert "between its time steps" in reason
-
     def test_bad_equations_and_paddings(self, keras_module):
         side = keras_alds.layers if keras_module is keras else keras_alds.tf_keras
         with pytest.raises(ValueError, match="holds many matrices, not one"):

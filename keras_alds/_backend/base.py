@@ -409,9 +409,18 @@ class Backend:
         before, before_class = dict(old.__dict__), type(old)
         state = {key: value for key, value in new.__dict__.items() if key not in self._bound}
         state.update({key: before[key] for key in self._identity if key in before})
+        state.update(self._losses_of(old, new))
 
         become(old, type(new), state)
         return lambda: become(old, before_class, before)
+
+    def renew_bidirectional(self, layer: Layer) -> Undo:
+        """Lets a `Bidirectional` save and copy its two layers as they are now.
+
+        Returns:
+            A function that puts everything back.
+        """
+        return lambda: None
 
     def adopt(self, layer: Layer, cls: type, attributes: dict[str, Any]) -> Undo:
         """Makes `layer` one of a subclass of its class, with further attributes.
@@ -422,6 +431,10 @@ class Backend:
         before, before_class = dict(layer.__dict__), type(layer)
         become(layer, cls, {**before, **attributes})
         return lambda: become(layer, before_class, before)
+
+    def _losses_of(self, old: Layer, new: Layer) -> dict[str, Any]:
+        """Attributes of what `old` becomes that hold losses of the layer's weights."""
+        return {}
 
     def _share(self, variable: Variable, new: Layer, name: str) -> None:
         raise NotImplementedError

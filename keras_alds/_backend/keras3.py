@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -40,6 +41,12 @@ class Keras3(Backend):
     )
     _bound = ("build", "quantize")
     _not_slots = ("_variables", "_trainable_variables", "_tracked")
+
+    def name_scope(self, layer: Layer) -> contextlib.AbstractContextManager[Any]:
+        scopes = contextlib.ExitStack()
+        for name in getattr(layer, "scope", "").split("/")[:-1]:  # the last is the layer's own
+            scopes.enter_context(keras.name_scope(name))
+        return scopes
 
     def own_variables(self, layer: Layer) -> list[Variable]:
         return [*layer._trainable_variables, *layer._non_trainable_variables]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,15 @@ class TfKeras(Backend):
                 layer._jit_compiled_convolution_op = layer.convolution_op
 
     def name_scope(self, layer: Layer) -> contextlib.AbstractContextManager[Any]:
-        return tf.name_scope(layer.name)
+        return tf.name_scope(getattr(layer, "scope", layer.name))
+
+    def renew_bidirectional(self, layer: Layer) -> Undo:
+        # It makes both of its layers from the config of the one that it was given, and saves that.
+        forward, backward = layer.forward_layer, layer.backward_layer
+        given = type(forward).from_config({**forward.get_config(), "name": layer.layer.name})
+        config = self.keras.saving.serialize_keras_object(backward)
+        config["config"]["name"] = backward.name.removeprefix("backward_")
+        return self.adopt(layer, type(layer), {"layer": given, "_backward_layer_config": config})
 
     def own_variables(self, layer: Layer) -> list[Variable]:
         own = [*layer._trainable_weights, *layer._non_trainable_weights]
@@ -103,6 +112,17 @@ class TfKeras(Backend):
     def _share(self, variable: Variable, new: Layer, name: str) -> None:
         delattr(new, name)
         setattr(new, name, variable)
+
+    def _losses_of(self, old: Layer, new: Layer) -> dict[str, Any]:
+        # Layers hold functions: those of weights come with the weights, others stay.
+        held = {id(variable) for variable in self.own_variables(new)}
+        losses = [
+            loss
+            for layer in (old, new)
+            for loss in layer._callable_losses
+            if (weight := _regularized(loss)) is None or id(weight) in held
+        ]
+        return {"_callable_losses": losses}
 
     def _forget_checkpoint(self, callback: Any) -> None:
         callback.best = np.inf if callback.monitor_op is np.less else -np.inf
@@ -204,3 +224,11 @@ class TfKeras(Backend):
 
 def _legacy_key(variable: Variable) -> str:
     return getattr(variable, "_unique_id", None) or variable.name
+
+
+def _regularized(loss: Callable[..., Any]) -> Variable | None:
+    """The weight whose regularizer a loss of a layer is, or None."""
+    (inner,) = loss.args if isinstance(loss, functools.partial) else (None,)
+    if not isinstance(inner, functools.partial) or inner.func.__name__ != "_loss_for_variable":
+        return None
+    return inner.args[0]

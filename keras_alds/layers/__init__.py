@@ -16,6 +16,14 @@ from keras_alds.layers.conv_transpose import (
 from keras_alds.layers.dense import FactorizedDense
 from keras_alds.layers.einsum_dense import FactorizedEinsumDense
 from keras_alds.layers.embedding import FactorizedEmbedding
+from keras_alds.layers.recurrent import (
+    FactorizedGRU,
+    FactorizedGRUCell,
+    FactorizedLSTM,
+    FactorizedLSTMCell,
+    FactorizedSimpleRNN,
+    FactorizedSimpleRNNCell,
+)
 from keras_alds.layers.separable_conv import (
     FactorizedSeparableConv1D,
     FactorizedSeparableConv2D,
@@ -31,9 +39,15 @@ __all__ = [
     "FactorizedDense",
     "FactorizedEinsumDense",
     "FactorizedEmbedding",
+    "FactorizedGRU",
+    "FactorizedGRUCell",
     "FactorizedGroupQueryAttention",
+    "FactorizedLSTM",
+    "FactorizedLSTMCell",
     "FactorizedMultiHeadAttention",
     "FactorizedSeparableConv1D",
     "FactorizedSeparableConv2D",
+    "FactorizedSimpleRNN",
+    "FactorizedSimpleRNNCell",
     "choose_form",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_alds import _backend
-from keras_alds.rewrite import inspect, wrappers
+from keras_alds.rewrite import inspect, recurrent, wrappers
 from keras_alds.rewrite.kinds import factorized_kind
 from keras_alds.rewrite.rebuild import (
     GraphRebuilder,
@@ -49,6 +50,11 @@ def expand(model: Any, *, fold_batch_norm: bool = False) -> Any:
       a transposed one with the window, the bias and the activation;
     - a separable convolution: `name_depthwise`, `name_encoder` and `name`;
     - an embedding: `name_encoder`, an `Embedding` of length j, then `name`, a `Dense` without bias;
+    - an LSTM, GRU or SimpleRNN layer: for an input kernel of one slice `name_encoder`, a `Dense`
+      without bias, before `name`, the stock layer on j inputs (whose `dropout`, if it is trained
+      on, then falls on those). No stock layer has a place for the other factors: recurrent kernels,
+      kernels of several slices and those inside `Bidirectional` and `RNN` are multiplied out,
+      and a warning says so;
     - an einsum layer: `name_encoder` and `name`, both `EinsumDense`. Einsum layers have no groups:
       for k > 1 the zeros of the encoder are written out, and a warning says so;
     - a dense layer: `name_encoder` and `name`, both `Dense`, for k = 1. Else `name_rows` (Reshape),
@@ -145,6 +151,10 @@ class _Expander(GraphRebuilder):
         ):
             inner = self._pieces(layer.layer, (shape[0], *tuple(shape)[2:]), masked)
             return [self._wrapped(layer, piece, piece is inner[-1]) for piece in inner]
+        if recurrent.holds_factorized(layer):
+            if id(layer) not in self._written:
+                self._written[id(layer)] = self._recurrent_layers(layer)
+            return self._written[id(layer)]
         if inspect.contains_factorized(layer):
             raise ValueError(
                 "Expected factorized layers in Functional or Sequential models and in "
@@ -260,6 +270,48 @@ class _Expander(GraphRebuilder):
             name=layer.name,
         )
         return self._keep_pair(layer, encoder, decoder)
+
+    def _recurrent_layers(self, layer: Any) -> list[Piece]:
+        layers = self.source.keras.layers
+        cells = recurrent.cells(layer)
+        kernels = [(name, k) for c in cells for name, k in recurrent.all_kernels(c).items()]
+        factors = [(name, kernel) for name, kernel in kernels if inspect.is_factorized(kernel)]
+        before: Any = None
+        if hasattr(layer, "kernels") and factors[0][0] == "kernel" and factors[0][1].slices == 1:
+            _, before = factors.pop(0)
+        if factors:
+            names = ", ".join(dict.fromkeys(name for name, _ in factors))
+            whole = sum(math.prod(kernel.kernel_shape) for _, kernel in factors)
+            warnings.warn(
+                f"Factors of '{layer.name}' are multiplied out ({names}: {whole:,} weights for "
+                f"{sum(inspect.kernel_weights(k) for _, k in factors):,}), because stock recurrent "
+                "layers have no place for them, but for one slice of the inputs of a single layer.",
+                stacklevel=7,
+            )
+        values = []
+        for cell in cells:
+            for kernel in recurrent.all_kernels(cell).values():
+                made = kernel.decoder if kernel is before else kernel.kernel
+                values.append(tf.convert_to_tensor(made).numpy())
+            if cell.use_bias:
+                values.append(self.source.value(cell.bias))
+        config = recurrent.stock_config(layer)
+        stock = getattr(layers, config["class_name"]).from_config(config["config"])
+        self.record(layer, stock, values)
+        if before is None:
+            return [stock]
+        encoder = layers.Dense(
+            before.rank,
+            use_bias=False,
+            kernel_initializer=self._copied("initializers", before.encoder_initializer),
+            kernel_regularizer=before.encoder_regularizer,
+            kernel_constraint=before.encoder_constraint,
+            trainable=layer.trainable,
+            dtype=policy(layer),
+            name=self.unique(f"{layer.name}_encoder"),
+        )
+        self.record(layer, encoder, [self.source.value(before.encoder)])
+        return [encoder, stock]
 
     def _einsum_layers(self, layer: Any) -> list[Piece]:
         EinsumDense = self.source.keras.layers.EinsumDense

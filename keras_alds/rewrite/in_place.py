@@ -18,7 +18,7 @@ from keras_alds.core.pca import factorize_pca
 from keras_alds.core.refit import factorize_outputs
 from keras_alds.core.spectra import factorize
 from keras_alds.plan import CompressionPlan, LayerChoice
-from keras_alds.rewrite import inspect, wrappers
+from keras_alds.rewrite import inspect, recurrent, wrappers
 from keras_alds.rewrite.functions import forget_graphs
 from keras_alds.rewrite.kinds import (
     Kind,
@@ -125,6 +125,7 @@ def apply_calibrated(
                 undo += [functools.partial(r.layer.bias.assign, backend.value(r.layer.bias))]
                 r.layer.bias.assign(r.bias)
         undo += adopt_attentions(backend, model)
+        undo += recurrent.adopt_cells(backend, [layer for _, layer in inspect.walk(model)])
         undo += [forget_graphs(model)]
         factorized = {
             id(kernel): replacement.layer
@@ -387,7 +388,7 @@ def replacement(
         arguments["slices"] = choice.slices
     if choice.scheme:
         arguments["scheme"] = choice.scheme
-    factorized = backend.factorized_class(kind.name)(**arguments)
+    factorized = backend.factorized_class(kind.form)(**arguments)
     with backend.name_scope(layer):
         factorized.build(kind.input_shape(layer))
     initializer = kind.setting(layer, "initializer")

@@ -13,7 +13,7 @@ from typing import Any
 
 from keras_alds import _backend
 from keras_alds.core.slicing import divisors, weights
-from keras_alds.rewrite import wrappers
+from keras_alds.rewrite import recurrent, wrappers
 from keras_alds.rewrite.functions import run_as_code
 from keras_alds.rewrite.kinds import (
     KINDS,
@@ -147,26 +147,31 @@ def inspect_model(model: Any, exclude: Exclude = ()) -> tuple[list[LayerSpec], l
         for variable in backend.own_variables(layer):
             holders.setdefault(id(variable), []).append(path)
     at = dict(layers)
-    for path, layer in layers:
-        own = backend.own_variables(layer)
-        if not own:
-            continue
-        wrapper = refused.get(id(layer))
+    pruned = {id(wrapper.layer) for wrapper in wrappers.pruning(model)}
+    for path, layer, own in _holders_of_weights(backend, layers):
+        above = itertools.accumulate(path.split("/")[:-1], "{}/{}".format)
+        inside = tuple((name, at[name]) for name in above if name in at)
+        within = [layer, *(holder for _, holder in inside)]
+        wrapper = next((refused[id(item)] for item in within[::-1] if id(item) in refused), None)
         reason = _reason(backend, layer) if wrapper is None else wrappers.reason(wrapper)
         owner = owners.get(id(layer))
         if reason is None and owner is not None and attention_class(owner) is None:
             reason = f"{type(owner).__name__} makes it in code of its own, as it is, when loaded"
+        held = [path]
+        if isinstance(layer, recurrent.CellKernel):
+            held = [name for name, holder in inside if holder is layer.cell]
+            reason = reason or recurrent.obstacle(layer, within[1:])
+            if reason is None and any(id(item) in pruned for item in within):
+                reason = "TF-MOT prunes its cell; `strip_pruning` first, or compress before pruning"
         kind = kind_of(layer)
         if reason is None and kind is not None:
-            others = [name for name in holders[id(kind.variable(layer))] if name != path]
+            others = [name for name in holders[id(kind.variable(layer))] if name not in held]
             if others:
                 reason = f"its kernel is held by '{others[0]}' too"
         shape = None
         if kind is not None and kind.refusal(layer) is None:
             shape = unfolded_shape(layer)
         params = sum(math.prod(tuple(variable.shape)) for variable in own)
-        above = itertools.accumulate(path.split("/")[:-1], "{}/{}".format)
-        inside = tuple((name, at[name]) for name in above if name in at)
         spec = LayerSpec(path, layer, int(params), shape, reason, inside=inside)
         matching = [index for index, item in enumerate(exclude) if spec.is_named_by(item)]
         for index in matching:
@@ -175,6 +180,24 @@ def inspect_model(model: Any, exclude: Exclude = ()) -> tuple[list[LayerSpec], l
             reason = f"excluded by {_describe(exclude[matching[0]])}"
         specs.append(dataclasses.replace(spec, reason=reason, excluded=bool(matching)))
     return specs, list(unmatched.values())
+
+
+def _holders_of_weights(
+    backend: _backend.Backend, layers: Iterable[tuple[str, Any]]
+) -> Iterator[tuple[str, Any, list[Any]]]:
+    """The layers that hold weights, with their paths and those weights; kernels of cells apart."""
+    seen: set[int] = set()
+    for path, layer in layers:
+        if id(layer) in seen:
+            continue
+        kernels = recurrent.all_kernels(layer)
+        apart = {id(v) for kernel in kernels.values() for v in backend.own_variables(kernel)}
+        own = [v for v in backend.own_variables(layer) if id(v) not in apart]
+        if own:
+            yield path, layer, own
+        for name, kernel in kernels.items():
+            seen.add(id(kernel))
+            yield f"{path}/{name}", kernel, backend.own_variables(kernel)
 
 
 def walk(model: Any) -> Iterator[tuple[str, Any]]:
@@ -219,7 +242,7 @@ def contains_factorized(layer: Any) -> bool:
 
 def _own_code(backend: _backend.Backend, layer: Any, kind: Kind) -> list[str]:
     """What a user's subclass of a stock layer adds, that a factorized layer would not have."""
-    stock = getattr(backend.keras.layers, kind.name)
+    stock = getattr(backend.keras.layers, kind.name, type(layer))
     if type(layer) is stock:
         return []
     classes = type(layer).__mro__[: type(layer).__mro__.index(stock)]
@@ -241,11 +264,14 @@ def _reason(backend: _backend.Backend, layer: Any) -> str | None:
     kind = type(layer).__name__
     if is_factorized(layer):
         return "already factorized"
+    if recurrent.is_cell(layer):
+        return "its kernels have lines of their own"
     stock = kind_of(layer)
     if stock is None:
         if all(len(variable.shape) <= 1 for variable in backend.own_variables(layer)):
             return f"{kind} has no kernel to factorize"
-        if kind in REASONS and type(layer) is getattr(backend.keras.layers, kind, None):
+        # Not all stock cells are public.
+        if kind in REASONS and type(layer) is getattr(backend.keras.layers, kind, type(layer)):
             return REASONS[kind]
         for known in FACTORIZED_KINDS:
             if isinstance(layer, getattr(backend.keras.layers, known)):
@@ -339,8 +365,9 @@ _CALLS: weakref.WeakKeyDictionary[Any, list[tuple[weakref.ref[Any], type, Calls]
 def layer_macs(model: Any) -> dict[int, int]:
     """Multiply–accumulates of every layer in one forward pass of one example.
 
-    Counted are convolutions of every kind, Dense and EinsumDense layers and their factorized
-    forms; all other layers count as zero. A shared layer counts once for every call.
+    Counted are convolutions of every kind, Dense and EinsumDense layers, the kernels of LSTM, GRU
+    and SimpleRNN layers, once for every time step, and their factorized forms; all other layers
+    count as zero. A shared layer counts once for every call.
 
     Args:
         model: A built model whose input shape is known.
@@ -386,10 +413,10 @@ def encoder_positions(model: Any) -> dict[int, dict[int, int]]:
 def _calls(model: Any) -> list[tuple[Any, Calls]]:
     """The layers of `model` that hold weights, with the shapes of their calls."""
     backend = _backend.backend_of(model)
-    layers = [layer for _, layer in walk(model) if backend.own_variables(layer)]
+    layers = [layer for _, layer, _ in _holders_of_weights(backend, walk(model))]
     known = _CALLS.get(model, [])
     if [(ref(), kind) for ref, kind, _ in known] != [(layer, type(layer)) for layer in layers]:
-        with run_as_code(model):
+        with run_as_code(model), recurrent.calling_kernels(model, layers, values=False):
             traced = backend.trace_shapes(model, layers)
         known = [(weakref.ref(layer), type(layer), list(traced[id(layer)])) for layer in layers]
         _CALLS[model] = known
@@ -475,7 +502,8 @@ def _macs_of_call(layer: Any, inputs: tuple[int, ...], outputs: tuple[int, ...])
         sizes = dict(zip(terms.split(",")[1], layer.kernel.shape, strict=True))
         return _size(layer, outputs) * math.prod(int(sizes[axis]) for axis in contracted)
     stock = _backend.backend_of(layer).keras.layers
-    counted: Any = tuple(getattr(stock, name) for name in (*_CONVOLUTIONS, "Dense"))
+    dense = (getattr(stock, name) for name in (*_CONVOLUTIONS, "Dense"))
+    counted: Any = (*dense, recurrent.CellKernel)
     if isinstance(layer, counted):
         return positions(layer, inputs, outputs) * math.prod(layer.kernel.shape)
     return 0

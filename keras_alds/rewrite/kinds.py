@@ -28,6 +28,7 @@ from keras_alds.core.slicing import (
     transposed_unfolding,
 )
 from keras_alds.layers._attention import PROJECTIONS
+from keras_alds.rewrite.recurrent import CellKernel
 
 Shape = tuple[int | None, ...]
 
@@ -36,7 +37,8 @@ class Kind:
     """A stock layer class and its factorized form.
 
     Attributes:
-        name: Name of the stock class; its factorized class is `Factorized` and this name.
+        name: Name of the stock class.
+        form: Name of its factorized class without `Factorized`; that of the stock class.
         kernel: The layer's attribute that is its kernel.
         part: What initializer, regularizer and constraint of the kernel are named after.
         kept: Weights that the factorized layer takes over: `{stock attribute: its attribute}`.
@@ -58,7 +60,7 @@ class Kind:
     lookup: ClassVar[bool] = False
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name = self.form = name
 
     def variable(self, layer: Any) -> Any:
         """The kernel's variable."""
@@ -142,6 +144,29 @@ class _Dense(Kind):
 
     def input_shape(self, layer: Any) -> Shape:
         return (None, self.shape(layer)[0])
+
+
+class _CellKernel(_Dense):
+    """A kernel of a recurrent cell; its factors are a dense layer in the cell."""
+
+    kept: ClassVar[dict[str, str]] = {}
+    principal = False
+
+    def __init__(self, part: str) -> None:
+        super().__init__("cell kernel")
+        self.form = "Dense"
+        self.part = part  # type: ignore[misc]  # one object for each of the two
+
+    def setting(self, layer: Any, name: str) -> Any:
+        return super().setting(layer.cell, name)
+
+    def refusal(self, layer: Any) -> str | None:
+        if self.part == "recurrent" and not getattr(layer.cell, "reset_after", True):
+            return "with reset_after=False every step multiplies two inputs by it"
+        return None
+
+    def arguments(self, layer: Any) -> dict[str, Any]:
+        return {"units": self.shape(layer)[-1], "use_bias": False}
 
 
 class _Convolution(Kind):
@@ -368,16 +393,18 @@ KINDS: dict[str, Kind] = {
     )
 }
 
+_CELL_KERNELS = {part: _CellKernel(part) for part in ("kernel", "recurrent")}
+
 #: Stock layers that make projections in code, and have a form that makes factorized ones.
 ATTENTIONS = ("GroupQueryAttention", "MultiHeadAttention")
 
 _TIED = "it reads its table in both directions, and a table of two factors has no inverse look-up"
-_RECURRENT = "its kernels are used between its time steps, in fused loops that take them whole"
+_CONVOLVED = "its kernels convolve between its time steps"
 _DEPTHWISE = "its kernel filters every channel by itself: there is no matrix to cut the rank of"
 #: Why layers of stock classes without a factorized form have none.
 REASONS: dict[str, str] = {
     "ReversibleEmbedding": _TIED,
-    **dict.fromkeys(("LSTMCell", "GRUCell", "SimpleRNNCell", "ConvLSTMCell"), _RECURRENT),
+    "ConvLSTMCell": _CONVOLVED,
     **dict.fromkeys(("DepthwiseConv1D", "DepthwiseConv2D"), _DEPTHWISE),
 }
 
@@ -387,6 +414,8 @@ _FORWARD = ("call", "convolution_op", "build", "kernel", "embeddings", "compute_
 
 def kind_of(layer: Any) -> Kind | None:
     """The kind of a stock layer, or of a layer that inherits its forward pass; else None."""
+    if isinstance(layer, CellKernel):
+        return _CELL_KERNELS[layer.part]
     layers = _backend.backend_of(layer).keras.layers
     for kind in KINDS.values():
         stock = getattr(layers, kind.name)

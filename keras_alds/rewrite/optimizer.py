@@ -68,8 +68,14 @@ def carry_optimizers(
             layer = factorized.get(id(target))
             new += [target] if layer is None else [layer.encoder, layer.decoder]
         before = backend.slots(optimizer, old)
-        backend.rebuild_optimizer(optimizer, old, new, undo)
-        after = backend.slots(optimizer, new)
+        in_order = all(a is b for a, b in zip(_in_order(old, known), old, strict=True))
+        built = _in_order(new, model.variables) if in_order else new
+        backend.rebuild_optimizer(optimizer, old, built, undo)
+        places = {id(variable): place for place, variable in enumerate(built)}
+        after = {
+            name: [slot[places[id(variable)]] for variable in new]
+            for name, slot in backend.slots(optimizer, built).items()
+        }
         for target in old:
             layer = factorized.get(id(target))
             if layer is not None and backend.is_excluded_from_weight_decay(optimizer, target):
@@ -77,6 +83,15 @@ def carry_optimizers(
         for name, slot in after.items():
             if name in before:
                 _carry(backend, _meaning(optimizer, name), old, before[name], slot, factorized)
+
+
+def _in_order(targets: list[Any], variables: list[Any]) -> list[Any]:
+    """Variables of an optimizer in the order in which a model has them, others last.
+
+    A model that is loaded builds its optimizer in that order, and reads its state by it.
+    """
+    places = {id(variable): place for place, variable in enumerate(variables)}
+    return sorted(targets, key=lambda variable: places.get(id(variable), len(places)))
 
 
 def _meaning(optimizer: Any, slot: str) -> str | None:

@@ -156,6 +156,11 @@ class GraphRebuilder:
             args, kwargs = self.arguments(call, tuple(args), kwargs)
             return pieces[0](*args, **kwargs)
         value = args[0] if args else next(iter(kwargs.values()))
+        if args and isinstance(pieces[-1], self.target.keras.layers.RNN):  # states, masks
+            first, *states = value if isinstance(value, (list, tuple)) else [value]
+            for piece in pieces[:-1]:
+                first = piece(first)
+            return pieces[-1]([first, *states] if states else first, *args[1:], **kwargs)
         for piece in pieces:
             value = piece(value)
         return value

@@ -27,7 +27,7 @@ from keras_alds import _backend
 from keras_alds.core.moments import SecondMoment
 from keras_alds.core.regression import TARGET_RIDGES, PairAccumulator
 from keras_alds.core.slicing import Array
-from keras_alds.rewrite import inspect
+from keras_alds.rewrite import inspect, recurrent
 from keras_alds.rewrite.functions import run_as_code
 from keras_alds.rewrite.kinds import kernel_values
 from keras_alds.rewrite.observe import (
@@ -161,8 +161,10 @@ class _Program:
         if not isinstance(layer, self._backend.keras.layers.Layer):
             return frozenset()
         if id(layer) not in self._inside:
-            below = [id(inner) for _, inner in inspect.walk(layer)]
-            self._inside[id(layer)] = frozenset(self._ids.intersection([id(layer), *below]))
+            below = [layer, *(inner for _, inner in inspect.walk(layer))]
+            kernels = [k for inner in below for k in recurrent.cell_kernels(inner).values()]
+            ids = map(id, [*below, *kernels])
+            self._inside[id(layer)] = frozenset(self._ids.intersection(ids))
         return self._inside[id(layer)]
 
 
@@ -238,7 +240,11 @@ class Walk:
             return outputs
 
         layers = list(self._layers.values())
-        with run_as_code(model), self._backend.watching_calls(layers, watch):
+        with (
+            run_as_code(model),
+            self._backend.watching_calls(layers, watch),
+            recurrent.calling_kernels(model, layers),
+        ):
             model(batch, training=False)
         program = _Program(model, list(self._places.values()))
         if self._backend.runs_graph(model):
@@ -371,7 +377,10 @@ class Walk:
             def watch(layer: Any, inputs: Any, outputs: Any, found: list[Array] = found) -> Any:
                 return when_known(inputs, outputs, lambda x: found.append(self._checked(x, layer)))
 
-            with self._backend.watching_calls([layer], watch):
+            with (
+                self._backend.watching_calls([layer], watch),
+                recurrent.calling_kernels(self._program.model, [layer]),
+            ):
                 self._call(step, version, chunk)
             seen.append(found)
         if len(seen[0]) != len(seen[1]):
@@ -464,11 +473,13 @@ def _parts(layer: Any, x_hat: Array, x: Array, parts: int) -> list[tuple[Any, An
 @contextlib.contextmanager
 def _in_place_of(pairs: Sequence[tuple[Any, Any]]) -> Iterator[None]:
     """Lets layers compute what others do while inside; nothing else of them changes."""
+    kernels = [pair for pair in pairs if isinstance(pair[0], recurrent.CellKernel)]
     before = [(layer, layer.__dict__.get("call")) for layer, _ in pairs]
     try:
         for layer, other in pairs:
             layer.__dict__["call"] = other.call
-        yield
+        with recurrent.holding(kernels):
+            yield
     finally:
         for layer, call in before:
             layer.__dict__.pop("call", None)

@@ -264,7 +264,7 @@ class _Translator(GraphRebuilder):
             inner = getattr(layer, attribute, None)
             if inner is None or argument in found:
                 continue
-            cls = getattr(self.target.keras.layers, type(inner).__name__, None)
+            cls = self._class_like(inner)
             if cls is None:
                 raise UnsupportedError(f"tf_keras has no {type(inner).__name__}, which it wraps")
             config, tail = self._config(inner, cls)
@@ -272,6 +272,13 @@ class _Translator(GraphRebuilder):
                 raise UnsupportedError(f"the activation of '{inner.name}' inside it")
             found[argument] = cls(**config)
         return found
+
+    def _class_like(self, layer: Any) -> Any:
+        """The class in tf_keras for that of a recurrent layer or cell, or None."""
+        name = type(layer).__name__
+        if name.startswith("Factorized"):
+            return self.target.factorized_class(name.removeprefix("Factorized"))
+        return getattr(self.target.keras.layers, name, None)
 
     def _config(
         self, layer: Any, cls: Any
@@ -327,7 +334,7 @@ class _Translator(GraphRebuilder):
 
     def _cell(self, config: dict[str, Any]) -> Any:
         layer = self.source.keras.layers.deserialize(config)
-        cls = getattr(self.target.keras.layers, type(layer).__name__, None)
+        cls = self._class_like(layer)
         if cls is None:
             raise UnsupportedError(f"its cell {type(layer).__name__} is not in tf_keras")
         return cls(**self._config(layer, cls)[0])
