@@ -91,3 +91,21 @@ def test_training_follows(keras_module):
     model.compile(keras_module.optimizers.SGD(0.01), "mse")
     model.fit(X, np.ones((40, 4)), epochs=3, verbose=0, callbacks=[ALDSCompress(0.3, 1, verbose=0)])
     np.testing.assert_allclose(model.predict(X, verbose=0), outputs(model), atol=1e-5)
+
+
+def test_functions_elsewhere_see_no_observer_later(keras_module):
+    run = tf.function(lambda layer, x: layer(x))
+
+    class Net(keras_module.Model):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = keras_module.layers.Dense(24), keras_module.layers.Dense(16)
+
+        def call(self, x):
+            return self.b(run(self.a, x))
+
+    model = Net()
+    before = np.asarray(model(X[:8]))
+    stats = CalibrationStats.collect(model, X, verbose=0)
+    assert [moment.count for moment in stats.moments.values()] == [40, 40]
+    np.testing.assert_allclose(model(X[:32])[:8], before, atol=1e-5)  # the size of its batches

@@ -14,14 +14,20 @@ import tensorflow as tf
 
 from keras_alds import _backend
 
-# The functions that the Kerases make themselves are made anew by `Backend.reset_functions`.
-_NOT_OWN = (*_backend.KERASES, "tensorflow")
+# Classes and functions of these are not a user's own code. The graphs that the Kerases make for a
+# model are made anew by `Backend.reset_functions`.
+_NOT_OWN = (*_backend.KERASES, "tensorflow", "tensorflow_model_optimization", "keras_alds")
 
 
 @contextlib.contextmanager
 def run_as_code(model: Any) -> Iterator[None]:
-    """Runs the functions of a model's own code without their graphs while inside."""
-    if tf.config.functions_run_eagerly() or not _own_functions(model):
+    """Runs functions without their graphs while inside, if a model has code of a user's own.
+
+    What was traced hides the layers that it calls, and a graph that is traced while they are
+    watched would go on reporting to whoever watched them.
+    """
+    own = any(_is_own(type(layer)) for layer in _layers(model))
+    if tf.config.functions_run_eagerly() or not own:
         yield
         return
     tf.config.run_functions_eagerly(True)
@@ -56,25 +62,36 @@ def _become(function: Any, attributes: dict[str, Any]) -> None:
 
 def _own_functions(model: Any) -> list[Any]:
     """The functions that the layers of a model and it itself have as methods or attributes."""
-    backend = _backend.backend_of(model)
     found: dict[int, Any] = {}
-    seen: set[int] = set()
-    layers = [model]
-    while layers:
-        layer = layers.pop()
-        if id(layer) in seen:
-            continue
-        seen.add(id(layer))
-        layers += backend.children(layer)
-        names = {name for cls in type(layer).__mro__ for name, v in vars(cls).items() if _is_own(v)}
+    for layer in _layers(model):
+        names = {
+            name for cls in type(layer).__mro__ for name, v in vars(cls).items() if _is_function(v)
+        }
         bound = [getattr(layer, name) for name in sorted(names - vars(layer).keys())]
-        held = [value for value in vars(layer).values() if _is_own(value)]
+        held = [value for value in vars(layer).values() if _is_function(value)]
         found.update((id(function), function) for function in [*bound, *held])
     return list(found.values())
 
 
-def _is_own(value: Any) -> bool:
-    if not isinstance(value, tf.types.experimental.PolymorphicFunction):
-        return False
-    module = getattr(value.python_function, "__module__", None) or ""
-    return module.split(".")[0] not in _NOT_OWN
+def _layers(model: Any) -> list[Any]:
+    """A model and all layers in it."""
+    backend = _backend.backend_of(model)
+    found: dict[int, Any] = {}
+    waiting = [model]
+    while waiting:
+        layer = waiting.pop()
+        if id(layer) not in found:
+            found[id(layer)] = layer
+            waiting += backend.children(layer)
+    return list(found.values())
+
+
+def _is_function(value: Any) -> bool:
+    return isinstance(value, tf.types.experimental.PolymorphicFunction) and _is_own(
+        value.python_function
+    )
+
+
+def _is_own(code: Any) -> bool:
+    """Whether a class or function is a user's own."""
+    return (getattr(code, "__module__", None) or "").split(".")[0] not in _NOT_OWN
