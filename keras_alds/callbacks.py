@@ -236,7 +236,7 @@ class ALDSCompress(keras.callbacks.Callback):
             keep = self._sequential is not False
             plan, data = select_with(model, self._source, data, keep=keep, verbose=self.verbose)
         self._params_before = inspect.dense_params(model)
-        apply_calibrated(model, plan, data, self._sequential, verbose=self.verbose)
+        apply_calibrated(model, plan, data, self._sequential, last=True, verbose=self.verbose)
         self.plan, self._done = plan, True
         backend = _backend.backend_of(model)
         for callback in self._siblings():

@@ -335,7 +335,9 @@ def compress(
     backend = _backend.backend_of(model)
     with backend.creation_scope(model):
         copy = backend.copy_model(model)
-    apply_calibrated(copy, plan, calibration, sequential)
+    # Statistics that were collected here nobody sees again.
+    last = calibration is not calibration_data
+    apply_calibrated(copy, plan, calibration, sequential, last=last)
     return copy
 
 

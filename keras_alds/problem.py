@@ -190,7 +190,7 @@ class Problem:
                 f"Expected calibration statistics with means, for the method "
                 f"{self.options.method!r}. Received: older ones without. Collect them anew."
             )
-        if (count := moment.blocks.shape[0]) == 1:
+        if (count := moment.block_count) == 1:
             return spec
         return dataclasses.replace(
             spec,
@@ -326,7 +326,7 @@ class Problem:
             "rank_multiple": self.options.rank_multiple,
             "target": target,
             "depthwise": len(set(getattr(spec.layer, "strides", ()))) <= 1,
-            "blocks": 1 if moment is None else moment.blocks.shape[0],
+            "blocks": 1 if moment is None else moment.block_count,
         }
 
     def fixed_cost(self, resource: str) -> int:
@@ -415,10 +415,10 @@ class Problem:
             for spec, entry in zip(others, _entries(others), strict=True)
         }
         if self.stats is not None:
-            found = {
-                spec.path: (digest, kernel, self.moments[id(spec.layer)])
+            found = (
+                (spec.path, digest, kernel, self.moments[id(spec.layer)])
                 for spec, (digest, kernel) in zip(measured, kernels(measured), strict=True)
-            }
+            )
             spectra = self.stats.spectra(found, centred=method.centred)
             for spec, values in zip(measured, spectra, strict=True):
                 tables[spec.path] = choice_table(values, error=error, **options(spec))
@@ -469,10 +469,10 @@ class Problem:
         moment = self.moments.get(id(spec.layer))
         if moment is None and self.stats is not None:
             return "its inputs are not measured: chosen as if they were uncorrelated and alike"
-        if moment is None or moment.blocks.shape[0] == 1:
+        if moment is None or moment.block_count == 1:
             return None
         return (
-            f"chosen with {moment.blocks.shape[0]} diagonal blocks of its inputs' second moment, "
+            f"chosen with {moment.block_count} diagonal blocks of its inputs' second moment, "
             f"which has {moment.side} rows; slices are a multiple of them"
         )
 

@@ -80,7 +80,10 @@ class Backend:
 
     def value(self, variable: Variable) -> np.ndarray:
         """The values of a variable as a NumPy array."""
-        return np.asarray(self.keras.ops.convert_to_numpy(variable))
+        tensor = tf.convert_to_tensor(variable)
+        if tensor.dtype == tf.bfloat16:
+            tensor = tf.cast(tensor, tf.float32)
+        return tensor.numpy()  # one copy, where `ops.convert_to_numpy` holds two for a while
 
     def copy_trainable(self, old: Variable, new: Variable) -> None:
         """Freezes `new` if `old` is frozen by itself, which only Keras 3 allows."""

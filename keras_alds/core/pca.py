@@ -96,13 +96,13 @@ def factorize_pca(
 def _covariance(kernel: Array, moment: SecondMoment) -> tuple[Float64, float]:
     """Cov(y), and E‖y‖² without the bias."""
     kernel = check_moment(kernel, moment)
-    if moment.mean is None or moment.blocks.shape[0] > 1:
+    if moment.mean is None or moment.block_count > 1:
         raise ValueError(
             "Expected a second moment in one block, with the mean of the inputs. "
-            f"Received: {moment.blocks.shape[0]} blocks, mean={moment.mean}"
+            f"Received: {moment.block_count} blocks, mean={moment.mean}"
         )
     rows = unfold(kernel, 1)[0].astype(np.float64)
     mean = moment.mean @ rows
-    second = rows.T @ moment.blocks[0] @ rows
+    second = rows.T @ moment.columns(1, 0, rows, ridged=False)
     covariance = second - np.outer(mean, mean)
     return (covariance + covariance.T) / 2, float(np.trace(second))

@@ -17,7 +17,7 @@ from keras_alds.core.moments import SecondMoment, check_moment
 from keras_alds.core.semidefinite import solve
 from keras_alds.core.slicing import Array, check_slices, fold_encoder, full_rank, unfold
 from keras_alds.core.spectra import Float64
-from keras_alds.core.whitening import slice_spectrum, thin_root
+from keras_alds.core.whitening import seen_spectrum, slice_spectrum
 
 #: How often every slice's factors are fitted anew given those of all other slices.
 SWEEPS = 2
@@ -54,9 +54,9 @@ def factorize_outputs(
     """
     kernel = check_moment(kernel, moment)
     check_slices(slices, kernel.shape[-2])
-    if slices % moment.blocks.shape[0]:
+    if slices % moment.block_count:
         raise ValueError(
-            f"Expected a multiple of {moment.blocks.shape[0]} slices, the blocks of the second "
+            f"Expected a multiple of {moment.block_count} slices, the blocks of the second "
             f"moment. Received: slices={slices}"
         )
     most = full_rank(kernel.shape, slices)
@@ -66,62 +66,59 @@ def factorize_outputs(
             f"{kernel.shape} in {slices} slices. Received: rank={rank}"
         )
     dtype = kernel.dtype if kernel.dtype.kind not in "biu" else np.dtype(np.float64)
-    matrices = unfold(kernel, slices).astype(np.float64)
+    matrices = unfold(kernel, slices)
+    encoder = np.empty((slices, matrices.shape[1], rank), dtype)
+    decoder = np.empty((slices, rank, matrices.shape[2]), dtype)
+    each = slices // moment.block_count
     with single_threaded_blas():
-        encoders = np.stack(
-            [
-                _slice_encoder(
-                    matrix,
-                    moment.slice_block(slices, i),
-                    rank,
-                    thin_root(moment, slices, i),
-                )
-                for i, matrix in enumerate(matrices)
-            ]
-        )
-        encoders = _refined(encoders, matrices, moment, sweeps)
-        decoders = refit_decoder(encoders, matrices, moment)
-        encoders, decoders = balance(encoders, decoders)
-    encoder = fold_encoder(encoders, kernel.shape[:-2]).astype(dtype)
-    return encoder, decoders.reshape(slices * rank, -1).astype(dtype)
+        # Blocks have nothing to do with each other: a wide layer is never held in float64 whole.
+        for first in range(0, slices, each):
+            part = slice(first, first + each)
+            W = matrices[part].astype(np.float64)
+            E = np.stack(
+                [seen_spectrum(w, moment, slices, first + i, rank)[1] for i, w in enumerate(W)]
+            )
+            if each > 1:
+                E = _refined(E, W, moment, first, sweeps)
+            encoder[part], decoder[part] = balance(E, _refitted(E, W, moment, first))
+    return fold_encoder(encoder, kernel.shape[:-2]), decoder.reshape(slices * rank, -1)
 
 
-def _slice_encoder(
-    matrix: Float64, block: Float64, rank: int, root: Float64 | None = None
+def _refined(
+    encoders: Float64, matrices: Float64, moment: SecondMoment, first: int, sweeps: int
 ) -> Float64:
-    """An orthonormal basis `[n/k, j]` of what the best rank-j approximation takes of its input."""
-    return slice_spectrum(matrix, block, root, rank)[1]
-
-
-def _refined(encoders: Float64, matrices: Float64, moment: SecondMoment, sweeps: int) -> Float64:
     """Encoders that are the best of every slice given the factors of all others.
 
     Block coordinate descent on ‖C (W − E D)‖²: what slice i has to give is
     T_i = W_i + S_ii⁻¹ Σ_m S_im (W_m − E_m D_m) over the other slices m, and its best
     approximation of rank j follows from the SVD of C_i T_i. The error never grows.
+
+    Args:
+        encoders: The encoders of all slices of one block of the moment, `[k/b, n/k, j]`.
+        matrices: These slices, `[k/b, n/k, f]`.
+        moment: Second moment of the layer's unfolded inputs.
+        first: Number of the first of these slices.
+        sweeps: How often every slice is fitted anew.
     """
-    slices, rows, rank = encoders.shape
-    b = moment.blocks.shape[0]
-    if slices == b or sweeps < 1:
+    count, rows, rank = encoders.shape
+    slices = moment.side // rows
+    if sweeps < 1:
         return encoders
-    decoders = refit_decoder(encoders, matrices, moment)
-    encoders = encoders.copy()
-    for index in range(b):
-        S = moment.slice_block(b, index)
-        part = slice(index * slices // b, (index + 1) * slices // b)
-        E, products = encoders[part], encoders[part] @ decoders[part]
-        blocks = [moment.slice_block(slices, i) for i in range(part.start, part.stop)]
-        rest = S @ (matrices[part] - products).reshape(S.shape[0], -1)
-        for _ in range(sweeps):
-            for i, block in enumerate(blocks):
-                here = slice(i * rows, (i + 1) * rows)
-                target = products[i] + solve(block, rest[here])
-                E[i] = _slice_encoder(target, block, rank)
-                weighted = E[i].T @ block
-                product = E[i] @ solve(weighted @ E[i], weighted @ target)
-                rest -= S[:, here] @ (product - products[i])
-                products[i] = product
-    return encoders
+    E = encoders.copy()
+    products = E @ _refitted(E, matrices, moment, first)
+    blocks = [moment.slice_block(slices, first + i) for i in range(count)]
+    rest = moment.columns(
+        moment.block_count, first // count, (matrices - products).reshape(count * rows, -1)
+    )
+    for _ in range(sweeps):
+        for i, block in enumerate(blocks):
+            target = products[i] + solve(block, rest[i * rows : (i + 1) * rows])
+            E[i] = slice_spectrum(target, block, rank)[1]
+            weighted = E[i].T @ block
+            product = E[i] @ solve(weighted @ E[i], weighted @ target)
+            rest -= moment.columns(slices, first + i, product - products[i])
+            products[i] = product
+    return E
 
 
 def refit_decoder(encoders: Float64, matrices: Float64, moment: SecondMoment) -> Float64:
@@ -143,21 +140,23 @@ def refit_decoder(encoders: Float64, matrices: Float64, moment: SecondMoment) ->
         >>> refit_decoder(basis, np.eye(4)[None], moment)[0].round(6).tolist()
         [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
     """
-    slices, rows, rank = encoders.shape
-    b = moment.blocks.shape[0]
-    decoders = np.empty((slices, rank, matrices.shape[2]))
-    for index in range(b):
-        block = moment.slice_block(b, index)
-        part = slice(index * slices // b, (index + 1) * slices // b)
-        E, W = encoders[part], matrices[part]
-        columns = block.reshape(block.shape[0], -1, rows)
-        SE = np.concatenate([columns[:, i] @ e for i, e in enumerate(E)], axis=1)
-        SW = (block @ W.reshape(block.shape[0], -1)).reshape(W.shape)
-        gram = E.transpose(0, 2, 1) @ SE.reshape(*E.shape[:2], -1)
-        right = E.transpose(0, 2, 1) @ SW
-        solution = solve(gram.reshape(SE.shape[1], -1), right.reshape(SE.shape[1], -1))
-        decoders[part] = solution.reshape(right.shape)
-    return decoders
+    each = encoders.shape[0] // moment.block_count
+    parts = [slice(i, i + each) for i in range(0, encoders.shape[0], each)]
+    return np.concatenate(
+        [_refitted(encoders[part], matrices[part], moment, part.start) for part in parts]
+    )
+
+
+def _refitted(encoders: Float64, matrices: Float64, moment: SecondMoment, first: int) -> Float64:
+    """`refit_decoder` of the slices of one block of the moment, number `first` and on."""
+    count, rows, rank = encoders.shape
+    slices = moment.side // rows
+    seen = [moment.columns(slices, first + i, encoder) for i, encoder in enumerate(encoders)]
+    columns = np.concatenate(seen, axis=1)  # S E
+    gram = encoders.transpose(0, 2, 1) @ columns.reshape(count, rows, -1)
+    right = columns.T @ matrices.reshape(count * rows, -1)
+    solution = solve(gram.reshape(count * rank, -1), right)
+    return solution.reshape(count, rank, -1)
 
 
 def balance(encoders: Float64, decoders: Float64) -> tuple[Float64, Float64]:

@@ -1,12 +1,21 @@
 """Regression of a layer's original outputs on its inputs in a network that has changed.
 
+With x̂ an unfolded input in that network and x the same one in the original network, the dense
+kernel that gives the original outputs best is that of ridge regression,
+
+    W* = (Ŝ + ρI)⁻¹ (E[x̂ xᵀ] + ρI) W,  Ŝ = E[x̂ x̂ᵀ].
+
+Where few inputs x̂, the m rows of X̂, were seen of a wide layer, it comes from a system of m
+equations instead of n,
+
+    W* = W + X̂ᵀ (X̂ X̂ᵀ + mρI)⁻¹ (Y − X̂ W),  Y = X W.
+
 Source: Zhang et al., "Accelerating Very Deep Convolutional Networks", TPAMI 2016 (arXiv
 1505.06798), for reconstructing outputs from the inputs of now.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -14,22 +23,25 @@ from concurrent.futures import Executor
 import numpy as np
 
 from keras_alds.core.blas import single_threaded_blas
-from keras_alds.core.moments import MomentAccumulator, SecondMoment, moment_blocks
+from keras_alds.core.moments import FewInputs, SecondMoment, are_few, moment_blocks
 from keras_alds.core.semidefinite import solve
 from keras_alds.core.slicing import Array, kernel_sizes
 from keras_alds.core.spectra import Float64
+from keras_alds.core.symmetric import SymmetricMatrix, strip_bounds
 
 #: Candidates of ρ, as a part of the mean eigenvalue of Ŝ; held-out inputs choose.
 TARGET_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
 
+# Parts of a product that threads work on side by side.
+_PARTS = 4
+
+_Part = tuple[Iterable[Array], Iterable[Array] | None]
+# The inputs x̂ of one block, and what they are to give.
+_Rows = tuple[Array, Array]
+
 
 class PairAccumulator:
     """Adds up what is needed to fit a layer's original outputs to its inputs of now.
-
-    With x̂ an unfolded input in a network that has changed and x the same one in the original
-    network, the dense kernel that gives the original outputs best is that of ridge regression,
-
-        W* = (Ŝ + ρI)⁻¹ (E[x̂ xᵀ] + ρI) W,  Ŝ = E[x̂ x̂ᵀ].
 
     ρ, as a part of tr(Ŝ)/n, is one of `TARGET_RIDGES`; ρ = ∞ leaves W. E[x̂ xᵀ] W = E[x̂ yᵀ] with
     y = Wᵀx is added up, which has f columns instead of n. Where Ŝ is kept in diagonal blocks so is
@@ -49,24 +61,26 @@ class PairAccumulator:
 
     def __init__(self, kernel: Array) -> None:
         self.kernel = kernel
-        c, kappa, f = kernel_sizes(kernel.shape)
-        self._moments = MomentAccumulator(c, kappa)
-        b = moment_blocks(c, kappa)
+        self._channels, self._kappa, f = kernel_sizes(kernel.shape)
+        self._blocks = b = moment_blocks(self._channels, self._kappa)
+        self._side = self.side // b
         # Position-major as the patches are: [b, κ·c/b, f].
-        rows = kernel.reshape(kappa, b, c // b, f).swapaxes(0, 1)
+        rows = kernel.reshape(self._kappa, b, self._channels // b, f).swapaxes(0, 1)
         self._columns = np.ascontiguousarray(rows).reshape(b, -1, f)
-        self._cross = np.zeros(self._columns.shape)
+        self._count = 0
         self._differ = False
-        self._targets: list[Array] = []
+        # Of every block, what is kept while inputs are few: their rows and those of the outputs.
+        self._few: list[list[_Rows]] = [[] for _ in range(b)]
+        self._sums: list[SymmetricMatrix] = []
+        self._cross = np.zeros((0, 0, 0))
+        self._fits: list[_Target] = []
 
     @property
     def side(self) -> int:
         """The number of unfolded inputs."""
-        return self._moments.channels * self._moments.kappa
+        return self._channels * self._kappa
 
-    def add_parts(
-        self, parts: Sequence[tuple[Iterable[Array], Iterable[Array] | None]], executor: Executor
-    ) -> None:
+    def add_parts(self, parts: Sequence[_Part], executor: Executor) -> None:
         """Adds unfolded inputs, several parts side by side.
 
         Args:
@@ -74,46 +88,78 @@ class PairAccumulator:
                 place of the second where x is x̂.
             executor: A pool of threads.
         """
-        for sums, cross, count in executor.map(self._part, parts):
-            self._moments.sums += sums
-            self._moments.count += count
+        self._fits = []
+        self._differ = self._differ or any(before is not None for _, before in parts)
+        if len(strip_bounds(self._side)) > 1:
+            with single_threaded_blas():
+                for part in parts:
+                    for rows in self._split(part, executor):
+                        self._add_wide(rows, executor)
+            return
+        self._start_sums()
+        for sums, cross, count in executor.map(self._part_sum, parts):
+            self._count += count
             self._cross += cross
+            for mine, one in zip(self._sums, sums, strict=True):
+                mine.add_sum(one)
 
-    def _part(
-        self, part: tuple[Iterable[Array], Iterable[Array] | None]
-    ) -> tuple[Float64, Float64, int]:
-        sums, cross = np.zeros_like(self._moments.sums), np.zeros_like(self._cross)
-        count = 0
-        self._differ = self._differ or part[1] is not None
-        for i, x_hat, y in self._blocks(part):
-            sums[i] += x_hat.T @ x_hat
-            cross[i] += x_hat.T @ y
-            count += x_hat.shape[0] if i == 0 else 0
+    def _start_sums(self) -> None:
+        if not self._sums:
+            self._sums = [SymmetricMatrix(self._side) for _ in range(self._blocks)]
+            self._cross = np.zeros(self._columns.shape)
+
+    def _part_sum(self, part: _Part) -> tuple[list[SymmetricMatrix], Float64, int]:
+        """The sums of one part by itself, of a layer that is not wide."""
+        sums = [SymmetricMatrix(self._side) for _ in range(self._blocks)]
+        cross, count = np.zeros_like(self._cross), 0
+        with single_threaded_blas():
+            for rows in self._split(part):
+                for i, (x_hat, y) in enumerate(rows):
+                    sums[i].add(0, x_hat)
+                    cross[i] += x_hat.T @ y
+                count += rows[0][0].shape[0]
         return sums, cross, count
 
-    def _blocks(
-        self, part: tuple[Iterable[Array], Iterable[Array] | None]
-    ) -> Iterator[tuple[int, Array, Array]]:
-        """Every block's inputs x̂ and what they are to give, Wᵀx."""
+    def _add_wide(self, rows: list[_Rows], executor: Executor) -> None:
+        """Keeps a few inputs, or adds them up, the strips of the sums side by side."""
+        self._count += rows[0][0].shape[0]
+        if not self._sums and are_few(self._count, self._side):
+            for kept, pair in zip(self._few, rows, strict=True):
+                kept.append(pair)
+            return
+        self._start_sums()
+        bounds = strip_bounds(self._side)
+
+        def add(item: tuple[int, int, _Rows]) -> None:
+            i, strip, (x_hat, y) = item
+            start, stop = bounds[strip]
+            with single_threaded_blas():
+                self._sums[i].add(strip, x_hat)
+                self._cross[i, start:stop] += x_hat[:, start:stop].T @ y
+
+        few, self._few = self._few, [[] for _ in range(self._blocks)]
+        for i, pair in enumerate(rows):
+            for each in (*few[i], pair):
+                work = [(i, strip, each) for strip in range(len(bounds))]
+                for _ in executor.map(add, work):
+                    pass
+
+    def _split(self, part: _Part, executor: Executor | None = None) -> Iterator[list[_Rows]]:
+        """Every chunk's inputs x̂ and what they are to give, Wᵀx, of every block."""
         now, before = part
-        b, side = self._moments.sums.shape[:2]
-        kappa = self._moments.kappa
         pairs: Iterable[tuple[Array, Array]] = (
             ((chunk, chunk) for chunk in now) if before is None else zip(now, before, strict=True)
         )
-        with single_threaded_blas():
-            for pair in pairs:
-                rows = pair[0].shape[0]
-                split = [chunk.reshape(rows, kappa, b, -1) for chunk in pair]
-                for i in range(b):
-                    x_hat, x = (chunk[:, :, i].reshape(rows, side) for chunk in split)
-                    yield i, x_hat, x @ self._columns[i].astype(x.dtype, copy=False)
+        for pair in pairs:
+            rows = pair[0].shape[0]
+            split = [chunk.reshape(rows, self._kappa, self._blocks, -1) for chunk in pair]
+            found = []
+            for i, columns in enumerate(self._columns):
+                x_hat, x = (chunk[:, :, i].reshape(rows, -1) for chunk in split)
+                found.append((x_hat, _product(x, columns.astype(x.dtype, copy=False), executor)))
+            yield found
 
-    def held_out_errors(
-        self,
-        parts: Sequence[tuple[Iterable[Array], Iterable[Array] | None]],
-        executor: Executor,
-    ) -> Float64:
+    def held_out_errors(self, parts: Sequence[_Part], executor: Executor) -> Float64:
         """Σ‖y − W*ᵀx̂‖² over inputs that were not added, for the W* of all `TARGET_RIDGES`.
 
         Args:
@@ -122,34 +168,44 @@ class PairAccumulator:
         """
         if not self._differ:
             return np.zeros(len(TARGET_RIDGES))
-        if not self._targets:
-            self._targets = [self._target(ridge) for ridge in TARGET_RIDGES]
+        if not self._fits:
+            with single_threaded_blas():
+                self._fits = [self._fit(i) for i in range(self._blocks)]
+                for fit in self._fits:
+                    fit.prepare()
 
-        def errors(part: tuple[Iterable[Array], Iterable[Array] | None]) -> Float64:
-            found = np.zeros(len(self._targets))
-            for i, x_hat, y in self._blocks(part):
-                for n, target in enumerate(self._targets):
-                    rest = y - x_hat @ target[i]
-                    found[n] += float(np.vdot(rest, rest))
+        def errors(part: _Part) -> Float64:
+            found = np.zeros(len(TARGET_RIDGES))
+            with single_threaded_blas():
+                for rows in self._split(part):
+                    for fit, (x_hat, y) in zip(self._fits, rows, strict=True):
+                        found += fit.errors(x_hat, y)
             return found
 
         return sum(executor.map(errors, parts), start=np.zeros(len(TARGET_RIDGES)))
 
-    def _target(self, ridge: float) -> Array:
-        """W* of the sums so far, `[b, κ·c/b, f]`, in the kernel's dtype."""
-        b, side = self._moments.sums.shape[:2]
-        count = self._moments.count
-        mean = float(np.trace(self._moments.sums, axis1=1, axis2=2).sum()) / (count * b * side)
-        if mean == 0 or ridge == math.inf:
-            return self._columns
-        target = np.empty_like(self._columns)
-        diagonal = np.diag_indices(side)
-        with single_threaded_blas():
-            for i, rows in enumerate(self._columns):
-                block = self._moments.sums[i] / count
-                block[diagonal] += ridge * mean
-                target[i] = solve(block, self._cross[i] / count + ridge * mean * rows)
-        return target
+    def _fit(self, block: int) -> _Target:
+        columns = self._columns[block]
+        if not self._sums:
+            return _FewTarget(columns, *self._few_rows(block), self._mean())
+        return _SummedTarget(
+            columns, self._sums[block], self._cross[block], self._count, self._mean()
+        )
+
+    def _few_rows(self, block: int) -> _Rows:
+        x_hat, y = zip(*self._few[block], strict=True)
+        if len(x_hat) > 1:
+            self._few[block] = [(np.concatenate(x_hat), np.concatenate(y))]
+        return self._few[block][0]
+
+    def _mean(self) -> float:
+        """The mean eigenvalue of Ŝ."""
+        if self._sums:
+            trace = sum(matrix.trace() for matrix in self._sums)
+        else:
+            rows = [x_hat for kept in self._few for x_hat, _ in kept]
+            trace = sum(float(np.square(x_hat, dtype=np.float64).sum()) for x_hat in rows)
+        return trace / (self._count * self.side)
 
     def result(self, ridge: float) -> tuple[SecondMoment, Array]:
         """Ŝ and the target kernel W* in the kernel's dtype; ends the adding.
@@ -160,11 +216,110 @@ class PairAccumulator:
         Raises:
             ValueError: If nothing was added.
         """
-        if self._moments.count == 0 or not self._differ:
-            return self._moment(), self.kernel
-        c, kappa, f = kernel_sizes(self.kernel.shape)
-        target = self._target(ridge).reshape(-1, kappa, c // len(self._columns), f)
-        return self._moment(), target.swapaxes(0, 1).reshape(self.kernel.shape)
+        if self._count == 0:
+            raise ValueError("Expected at least one unfolded input. Received: none")
+        self._fits = []
+        target = self.kernel
+        if self._differ and ridge != math.inf and self._mean() > 0:
+            found = np.empty_like(self._columns)
+            with single_threaded_blas():
+                for i in range(self._blocks):
+                    found[i] = self._fit(i).kernel(ridge)
+            parts = found.reshape(self._blocks, self._kappa, self._channels // self._blocks, -1)
+            target = parts.swapaxes(0, 1).reshape(self.kernel.shape)
+        return self._moment(), target
 
     def _moment(self) -> SecondMoment:
-        return dataclasses.replace(self._moments.moment(), mean=None)  # means are not added up
+        """Ŝ, rows channel-major; means are not added up."""
+        if not self._sums:
+            blocks = [self._few_rows(i)[0] for i in range(self._blocks)]
+            self._few = []
+            parts = [
+                rows.reshape(len(rows), self._kappa, -1).swapaxes(1, 2).reshape(len(rows), -1)
+                for rows in blocks
+            ]
+            return FewInputs(np.concatenate(parts, axis=1), self._blocks, mean=False)
+        order = np.arange(self._side).reshape(self._kappa, -1).T.ravel()
+        blocks_of = [matrix.reordered(order, 1 / self._count) for matrix in self._sums]
+        self._sums = []
+        return SecondMoment(blocks_of, self._count)
+
+
+class _Target:
+    """W* of one block for every ρ."""
+
+    def prepare(self) -> None:
+        """Computes what `errors` needs, once."""
+
+    def errors(self, x_hat: Array, y: Array) -> Float64:
+        """Σ‖y − W*ᵀx̂‖² for all `TARGET_RIDGES`."""
+        raise NotImplementedError
+
+    def kernel(self, ridge: float) -> Array:
+        """W* `[n/b, f]` for one of them."""
+        raise NotImplementedError
+
+
+class _SummedTarget(_Target):
+    """W* from the normal equations of the sums."""
+
+    def __init__(
+        self, columns: Array, sums: SymmetricMatrix, cross: Float64, count: int, mean: float
+    ) -> None:
+        self._columns, self._sums, self._cross = columns, sums, cross
+        self._count, self._mean = count, mean
+        self._kernels: list[Array] = []
+
+    def prepare(self) -> None:
+        self._kernels = [self.kernel(ridge) for ridge in TARGET_RIDGES]
+
+    def kernel(self, ridge: float) -> Array:
+        if self._mean == 0 or ridge == math.inf:
+            return self._columns
+        block = self._sums.part(0, self._sums.side)
+        block /= self._count
+        block[np.diag_indices(len(block))] += ridge * self._mean
+        right = self._cross / self._count + ridge * self._mean * self._columns
+        return solve(block, right, overwrite=True).astype(self._columns.dtype)
+
+    def errors(self, x_hat: Array, y: Array) -> Float64:
+        rests = (y - x_hat @ kernel for kernel in self._kernels)
+        return np.array([float(np.vdot(rest, rest)) for rest in rests])
+
+
+class _FewTarget(_Target):
+    """W* from as many equations as there are inputs."""
+
+    def __init__(self, columns: Array, x_hat: Array, y: Array, mean: float) -> None:
+        self._columns, self._x_hat = columns, x_hat
+        rows = x_hat.astype(np.float64)
+        self._values, self._vectors = np.linalg.eigh(rows @ rows.T)
+        self._added = len(rows) * mean
+        rest = self._vectors.T @ (y - x_hat @ columns)
+        self._rest = rest.astype(columns.dtype)
+
+    def _damped(self, ridge: float) -> Float64:
+        """What (X̂ X̂ᵀ + mρI)⁻¹ is on its eigenvectors."""
+        if self._added == 0 or ridge == math.inf:
+            return np.zeros_like(self._values)
+        return 1 / (np.maximum(self._values, 0.0) + ridge * self._added)
+
+    def kernel(self, ridge: float) -> Array:
+        solution = (self._vectors * self._damped(ridge)).astype(self._columns.dtype) @ self._rest
+        return self._columns + self._x_hat.T @ solution
+
+    def errors(self, x_hat: Array, y: Array) -> Float64:
+        rest = y - x_hat @ self._columns
+        seen = (x_hat @ self._x_hat.T) @ self._vectors
+        found = []
+        for ridge in TARGET_RIDGES:
+            left = rest - (seen * self._damped(ridge)).astype(rest.dtype) @ self._rest
+            found.append(float(np.vdot(left, left)))
+        return np.array(found)
+
+
+def _product(x: Array, columns: Array, executor: Executor | None) -> Array:
+    if executor is None or len(x) < _PARTS:
+        return x @ columns
+    parts = np.array_split(x, _PARTS)
+    return np.concatenate(list(executor.map(lambda part: part @ columns, parts)))

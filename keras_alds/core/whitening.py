@@ -21,15 +21,14 @@ import numpy as np
 import scipy.linalg
 
 from keras_alds.core.blas import single_threaded_blas
-from keras_alds.core.moments import RIDGE, SecondMoment, check_moment
+from keras_alds.core.moments import RIDGE, SecondMoment, are_few, check_moment
+from keras_alds.core.pool import map_within
 from keras_alds.core.semidefinite import square_root
 from keras_alds.core.slicing import Array, divisors, full_rank, kernel_sizes, unfold, weights
 from keras_alds.core.spectra import Float64, SliceSpectrum, Spectra
 
 # Floating-point operations of one piece of work: some tens of milliseconds.
 _ITEM_COST = 5e8
-# From this side on a second moment of low rank is decomposed as such.
-_WIDE_SIDE = 1024
 
 
 def output_spectra(
@@ -91,21 +90,21 @@ def output_spectra_many(
             executor = stack.enter_context(
                 ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="keras_alds")
             )
-        weighted = list(executor.map(_weighted, arrays, moments))
+        layers = list(zip(arrays, moments, strict=True))
+        sizes = [_bytes_of_slice(a.shape, moment, moment.block_count) for a, moment in layers]
+        weighted = map_within(executor, _weighted, layers, sizes)
         works: list[tuple[int, int, int, int]] = []  # slices, layer, first slice, last slice
         for n, (array, moment) in enumerate(zip(arrays, moments, strict=True)):
-            b = moment.blocks.shape[0]
+            b = moment.block_count
             for k in wanted or divisors(array.shape[-2]):
                 if k % b == 0 and array.shape[-2] % k == 0:
                     works += [(k, n, *part) for part in _parts_of_slices(array.shape, k, b)]
         works.sort()  # the largest matrices first
-        pieces = executor.map(
+        pieces = map_within(
+            executor,
             _slice_values,
-            [arrays[n] for _, n, *_ in works],
-            [moments[n] for _, n, *_ in works],
-            [weighted[n] for _, n, *_ in works],
-            [k for k, *_ in works],
-            [range(*part) for _, _, *part in works],
+            [(arrays[n], moments[n], weighted[n], k, range(*part)) for k, n, *part in works],
+            [_bytes_of_slices(arrays[n].shape, moments[n], k) for k, n, *_ in works],
         )
         values: list[dict[int, list[tuple[Float64, Float64 | None]]]] = [{} for _ in arrays]
         for (k, n, *_), piece in zip(works, pieces, strict=True):
@@ -124,12 +123,12 @@ def output_spectra_many(
 
 def _weighted(kernel: Array, moment: SecondMoment) -> tuple[Float64 | None, float]:
     """(S + ρI) W where S is whole, and tr(Wᵀ (S + ρI) W)."""
-    b = moment.blocks.shape[0]
+    b = moment.block_count
     product, total = None, 0.0
     with single_threaded_blas():
         for i, part in enumerate(unfold(kernel, b)):  # wide layers have large blocks
             rows = part.astype(np.float64)
-            product = moment.slice_block(b, i) @ rows
+            product = moment.columns(b, i, rows)
             total += float(np.vdot(rows, product))
     return (product if b == 1 else None), max(total, 0.0)
 
@@ -142,6 +141,24 @@ def _parts_of_slices(shape: Sequence[int], slices: int, blocks: int) -> list[tup
     side = c // slices * kappa
     step = max(1, int(_ITEM_COST // (side * min(side, f) * (side + f))))
     return [(i, min(i + step, slices)) for i in range(0, slices, step)]
+
+
+def _bytes_of_slice(shape: Sequence[int], moment: SecondMoment, slices: int) -> int:
+    """Bytes that the spectrum of one slice takes, roughly."""
+    c, kappa, f = kernel_sizes(shape)
+    width = c // slices * kappa
+    seen = moment.count if are_few(moment.count, width) else width
+    return 8 * (width * (2 * f + seen) + seen * f + 3 * min(seen, f) ** 2)
+
+
+def _bytes_of_slices(shape: Sequence[int], moment: SecondMoment, slices: int) -> int:
+    """The same of one piece of work."""
+    needed = _bytes_of_slice(shape, moment, slices)
+    if slices > 1 and moment.block_count == 1:
+        most = (math.prod(shape) - 1) // weights(shape, slices, 1)
+        size = slices * min(most, full_rank(shape, slices), max(moment.count, 1))
+        needed += 8 * (2 * size * (moment.side // slices + shape[-1]) + size**2)
+    return needed
 
 
 def _slice_values(
@@ -160,31 +177,26 @@ def _slice_values(
     matrices = unfold(kernel, slices)
     values = np.zeros((len(part), full_rank(kernel.shape, slices)))
     most = min(values.shape[1], (math.prod(kernel.shape) - 1) // weights(kernel.shape, slices, 1))
-    joint = slices > 1 and moment.blocks.shape[0] == 1 and most > 0
+    joint = slices > 1 and moment.block_count == 1 and most > 0
+    if are_few(moment.count, moment.side // slices):
+        most = min(most, moment.count)  # beyond that nothing of what was seen is lost
     bases = []
     with single_threaded_blas():
         for row, i in zip(values, part, strict=True):
             matrix = matrices[i].astype(np.float64)
-            found, basis = slice_spectrum(
-                matrix,
-                moment.slice_block(slices, i),
-                thin_root(moment, slices, i),
-                most if joint else 0,
-            )
+            found, basis = seen_spectrum(matrix, moment, slices, i, most if joint else 0)
             row[row.size - found.size :] = found
             bases.append(basis)
         if not joint or weighted[0] is None:
             return values, None
-        # Without any input but zeros S + ρI is the identity, as in `SecondMoment`.
-        ridge = moment.ridge or 1.0
         try:
-            explained = _explained(np.stack(bases), moment.blocks[0], ridge, weighted[0])
+            explained = _explained(np.stack(bases), moment, weighted[0])
         except np.linalg.LinAlgError:  # float32 inputs, much more of them than ρ can cover
             return values, None
     return values, np.maximum(weighted[1] - explained, 0.0)
 
 
-def _explained(bases: Float64, S: Float64, ridge: float, weighted: Float64) -> Float64:
+def _explained(bases: Float64, moment: SecondMoment, weighted: Float64) -> Float64:
     """tr(Dᵀ Eᵀ S E D) of the jointly refitted decoder D for all ranks j = 1 … m.
 
     With the columns of all slices' encoders ordered by rank, Eᵀ S E = L Lᵀ holds that of every
@@ -192,21 +204,24 @@ def _explained(bases: Float64, S: Float64, ridge: float, weighted: Float64) -> F
 
     Args:
         bases: Encoders `[k, n/k, m]`, the columns of rank j before those of rank j + 1.
-        S: Second moment `[n, n]`.
-        ridge: What is added to its diagonal.
+        moment: Second moment in one block.
         weighted: (S + ρI) W, `[n, f]`.
     """
     slices, rows, most = bases.shape
     transposed = bases.transpose(0, 2, 1)
     gram = np.empty((most, slices, most, slices))
     for m, basis in enumerate(bases):
-        columns = S[:, m * rows : (m + 1) * rows] @ basis
-        columns[m * rows : (m + 1) * rows] += ridge * basis
+        columns = moment.columns(slices, m, basis)
         gram[:, :, :, m] = (transposed @ columns.reshape(bases.shape)).transpose(1, 0, 2)
     right = (transposed @ weighted.reshape(slices, rows, -1)).transpose(1, 0, 2)
     size = most * slices
-    triangle = scipy.linalg.cholesky(gram.reshape(size, size), lower=True, overwrite_a=True)
-    added = scipy.linalg.solve_triangular(triangle, right.reshape(size, -1), lower=True)
+    # The transpose of the symmetric matrix is in Fortran's order, and not copied.
+    triangle = scipy.linalg.cholesky(
+        gram.reshape(size, size).T, lower=True, overwrite_a=True, check_finite=False
+    )
+    added = scipy.linalg.solve_triangular(
+        triangle, right.reshape(size, -1), lower=True, check_finite=False
+    )
     return np.cumsum(np.square(added).sum(axis=1).reshape(most, slices).sum(axis=1))
 
 
@@ -222,32 +237,47 @@ def _curves(squares: Float64, entries: int, joint: Float64 | None) -> SliceSpect
     return SliceSpectrum(np.append(np.sqrt(squares.max(axis=0))[::-1], 0.0), energy)
 
 
-def slice_spectrum(
-    matrix: Float64, block: Float64, root: Float64 | None, rank: int
+def seen_spectrum(
+    matrix: Float64, moment: SecondMoment, slices: int, index: int, rank: int
 ) -> tuple[Float64, Float64]:
+    """`slice_spectrum` of one slice for what a layer sees.
+
+    Args:
+        matrix: One slice W_i, `[n/k, f]`.
+        moment: Second moment of the layer's unfolded inputs.
+        slices: Number of slices k.
+        index: Which slice i.
+        rank: The largest rank j for which an encoder is wanted; 0 for none.
+
+    Returns:
+        As `slice_spectrum`.
+    """
+    root = moment.thin_root(slices, index)
+    if root is None or rank > root.shape[0]:
+        return slice_spectrum(matrix, moment.slice_block(slices, index), rank)
+    return _spectrum(matrix, *_gram_of(root @ matrix), rank)
+
+
+def slice_spectrum(matrix: Float64, block: Float64, rank: int) -> tuple[Float64, Float64]:
     """Squared singular values of C_i W_i, ascending, and encoders for all ranks up to one.
 
     Args:
         matrix: One slice W_i, `[n/k, f]`.
         block: S_ii + ρI, `[n/k, n/k]`.
-        root: What `thin_root` found.
         rank: The largest rank j for which an encoder is wanted; 0 for none.
 
     Returns:
         The squares, and an orthonormal basis `[n/k, rank]`: its first j columns are what the best
         approximation of rank j takes of its input.
     """
-    whitened: Float64 | None
-    if root is not None and rank <= root.shape[0]:
-        whitened = root @ matrix
-        if whitened.shape[0] > whitened.shape[1]:
-            gram, whitened = whitened.T @ whitened, None
-        else:
-            gram = whitened @ whitened.T
-    else:
-        gram, whitened = _gram(matrix, block)
+    return _spectrum(matrix, *_gram(matrix, block), rank)
+
+
+def _spectrum(
+    matrix: Float64, gram: Float64, whitened: Float64 | None, rank: int
+) -> tuple[Float64, Float64]:
     if not rank:
-        found = gram[0] if gram.size == 1 else np.linalg.eigvalsh(gram)
+        found = gram[0] if gram.size == 1 else np.asarray(np.linalg.eigvalsh(gram), np.float64)
         return found, np.empty((matrix.shape[0], 0))
     values, vectors = np.linalg.eigh(gram)
     vectors = vectors[:, : -rank - 1 : -1]
@@ -257,34 +287,15 @@ def slice_spectrum(
     return values, np.linalg.qr(matrix @ vectors)[0]
 
 
-def thin_root(moment: SecondMoment, slices: int, index: int) -> Float64 | None:
-    """For a wide slice that few inputs were seen of: C_i with fewer rows than columns, or None.
-
-    A wide dense layer sees one input an example, so that S_ii has a low rank. C_iᵀ C_i = S_ii
-    then comes from a Cholesky decomposition with pivots that ends there, and ρ is left out.
-
-    Args:
-        moment: Second moment of the layer's unfolded inputs.
-        slices: Number of slices k.
-        index: Which slice i.
-    """
-    side = moment.side // slices
-    if side < _WIDE_SIDE or 2 * moment.count > side or moment.ridge == 0:
-        return None
-    width = moment.blocks.shape[1]
-    block, start = divmod(index * side, width)
-    part = moment.blocks[block, start : start + side, start : start + side]
-    factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(part, lower=0)
-    rank = min(rank, moment.count)
-    root = np.empty((rank, side))
-    root[:, pivots - 1] = np.triu(factor[:rank])
-    return root
-
-
 def _gram(matrix: Float64, block: Float64) -> tuple[Float64, Float64 | None]:
     """The smaller Gram matrix of C_i W_i, and C_i W_i itself if that is on the row side."""
     if matrix.shape[0] >= matrix.shape[1]:
         gram = matrix.T @ (block @ matrix)
         return (gram + gram.T) / 2, None
-    whitened = square_root(block, RIDGE) @ matrix
+    return _gram_of(square_root(block, RIDGE) @ matrix)
+
+
+def _gram_of(whitened: Float64) -> tuple[Float64, Float64 | None]:
+    if whitened.shape[0] > whitened.shape[1]:
+        return whitened.T @ whitened, None
     return whitened @ whitened.T, whitened

@@ -99,9 +99,13 @@ def apply_calibrated(
     data: Any = None,
     sequential: bool | None = None,
     *,
+    last: bool = False,
     verbose: int = 1,
 ) -> None:
-    """`apply_plan` with arguments that are checked; `data` may be a `Calibration`."""
+    """`apply_plan` with arguments that are checked; `data` may be a `Calibration`.
+
+    With `last` nobody asks for its statistics any more: they are dropped where examples serve.
+    """
     check_folded(plan, data)
     backend = _backend.backend_of(model)
     calibration = None
@@ -112,6 +116,8 @@ def apply_calibrated(
     if calibration is None:
         replacements = prepare(model, plan)
     elif calibration.examples is not None and _is_sequential(model, plan, sequential):
+        if last:
+            calibration.stats = None
         replacements = _prepare_sequentially(model, plan, calibration.examples, verbose)
     else:
         replacements = prepare(model, plan, calibration.collected(model, verbose=verbose))
@@ -403,7 +409,7 @@ def replacement(
     if centred and moment is not None:
         bias = backend.value(layer.bias) if layer.use_bias else None
         encoder, decoder, new_bias = factorize_pca(kernel, moment, choice.rank, bias)
-    elif moment is None or choice.slices % moment.blocks.shape[0]:
+    elif moment is None or choice.slices % moment.block_count:
         encoder, decoder = factorize(kernel, choice.slices, choice.rank)
     else:
         target = kernel if target is None else target

@@ -22,7 +22,8 @@ import tensorflow as tf
 from rich.progress import Progress
 
 from keras_alds import _backend
-from keras_alds.core.moments import MomentAccumulator, SecondMoment
+from keras_alds.core.accumulators import MomentAccumulator
+from keras_alds.core.moments import FewInputs, SecondMoment
 from keras_alds.core.patches import CHUNK_ROWS
 from keras_alds.core.pca import centred_spectra
 from keras_alds.core.slicing import Array, kernel_sizes
@@ -37,8 +38,11 @@ STATS_VERSION = 1
 #: Fewer examples than this say next to nothing of what a layer sees.
 MIN_EXAMPLES = 8
 DEFAULT_EXAMPLES = 1024
-# Examples that go through the model at once.
+#: Bytes of kernels that are decomposed together.
+KERNELS_AT_ONCE = 1 << 27
+# Examples that go through the model at once, and entries of theirs: large images go in fewer.
 _BATCH = 32
+_BATCH_ENTRIES = 1 << 21
 # Entries of a weight that are copied at once for its fingerprint.
 _FINGERPRINT_ENTRIES = 1 << 22
 # The squares of what is smaller can be added up in float32.
@@ -108,10 +112,10 @@ class CalibrationStats:
     ) -> CalibrationStats:
         """Runs `model` on `data` and collects the second moments of its layers' inputs.
 
-        The model runs as in inference, 32 examples at a time (or as many as its inputs have where
-        their batch size is fixed), and is not changed. Memory does not
-        grow with the number of examples: beside the sums only the patches of one layer and one
-        chunk are held.
+        The model runs as in inference, at most 32 examples at a time (or as many as its inputs
+        have where their batch size is fixed), and is not changed. Memory does not grow with the
+        number of examples: beside the sums only the patches of one layer and one chunk are held,
+        and of wide dense layers a bounded number of inputs.
 
         Args:
             model: A built Keras 3 or tf_keras model of any kind.
@@ -175,9 +179,9 @@ class CalibrationStats:
     def blocks(self) -> dict[str, int]:
         """Layers that keep only diagonal blocks of their second moment, and how many."""
         return {
-            path: moment.blocks.shape[0]
+            path: moment.block_count
             for path, moment in self.moments.items()
-            if moment is not None and moment.blocks.shape[0] > 1
+            if moment is not None and moment.block_count > 1
         }
 
     def match(self, model: Any) -> dict[int, SecondMoment | None]:
@@ -204,31 +208,41 @@ class CalibrationStats:
         )
 
     def spectra(
-        self, kernels: Mapping[str, tuple[bytes, Array, SecondMoment]], *, centred: bool = False
+        self, kernels: Iterable[tuple[str, bytes, Array, SecondMoment]], *, centred: bool = False
     ) -> list[Spectra]:
         """The spectra of the outputs of some layers, kept for the next call.
 
         Args:
-            kernels: `{path: (digest of the kernel, kernel, its moment)}`.
+            kernels: `(path, digest of the kernel, kernel, its moment)` of every layer. Large
+                kernels are not held all at once.
             centred: Whether the outputs' means are taken off them (`core.pca`).
 
         Returns:
             One `Spectra` a layer, in order.
         """
-        new = {
-            path: value
-            for path, value in kernels.items()
-            if self._spectra.get((path, centred), (b"",))[0] != value[0]
-        }
-        matrices, moments = [k for _, k, _ in new.values()], [m for *_, m in new.values()]
+        paths: list[str] = []
+        new: list[tuple[str, bytes, Array, SecondMoment]] = []
+        for path, digest, kernel, moment in kernels:
+            paths.append(path)
+            if self._spectra.get((path, centred), (b"",))[0] != digest:
+                new.append((path, digest, kernel, moment))
+            if sum(kernel.nbytes for *_, kernel, _ in new) > KERNELS_AT_ONCE:
+                self._decompose(new, centred)
+                new = []
+        self._decompose(new, centred)
+        return [self._spectra[path, centred][1] for path in paths]
+
+    def _decompose(
+        self, layers: list[tuple[str, bytes, Array, SecondMoment]], centred: bool
+    ) -> None:
+        kernels, moments = [layer[2] for layer in layers], [layer[3] for layer in layers]
         found = (
-            [centred_spectra(k, m) for k, m in zip(matrices, moments, strict=True)]
+            [centred_spectra(k, m) for k, m in zip(kernels, moments, strict=True)]
             if centred
-            else output_spectra_many(matrices, moments)
+            else output_spectra_many(kernels, moments)
         )
-        for path, spectra in zip(new, found, strict=True):
-            self._spectra[path, centred] = (new[path][0], spectra)
-        return [self._spectra[path, centred][1] for path in kernels]
+        for (path, digest, *_), spectra in zip(layers, found, strict=True):
+            self._spectra[path, centred] = (digest, spectra)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the statistics to `path`, an .npz file."""
@@ -241,12 +255,16 @@ class CalibrationStats:
             "layers": [[name, shape] for name, shape in self.kernel_shapes.items()],
             "counts": {name: moment.count for name, moment in reached},
         }
-        arrays = {f"blocks_{n}": moment.blocks for n, (_, moment) in enumerate(reached)}
-        for n, (_, moment) in enumerate(reached):
-            if moment.mean is not None:
-                arrays[f"mean_{n}"] = moment.mean
-        with open(path, "wb") as file:
-            np.savez(file, meta=np.array(json.dumps(meta)), **arrays)  # type: ignore[arg-type]
+        with zipfile.ZipFile(path, "w") as file:
+            _write(file, "meta", np.array(json.dumps(meta)))
+            for n, (_, moment) in enumerate(reached):  # one at a time: they are large
+                if isinstance(moment, FewInputs):
+                    _write(file, f"rows_{n}", moment.rows)
+                    _write(file, f"parts_{n}", np.array(moment.block_count))
+                else:
+                    _write(file, f"blocks_{n}", moment.blocks)
+                if moment.mean is not None:
+                    _write(file, f"mean_{n}", moment.mean)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CalibrationStats:
@@ -275,13 +293,22 @@ class CalibrationStats:
         moments: dict[str, SecondMoment | None] = {name: None for name, _ in meta["layers"]}
         for n, (name, count) in enumerate(meta["counts"].items()):
             mean = file.get(f"mean_{n}")  # older files have none
-            moments[name] = SecondMoment(file[f"blocks_{n}"], int(count), mean)
+            if f"rows_{n}" in file:
+                rows, blocks = file[f"rows_{n}"], int(file[f"parts_{n}"])
+                moments[name] = FewInputs(rows, blocks, mean=mean is not None)
+            else:
+                moments[name] = SecondMoment(file[f"blocks_{n}"], int(count), mean)
         return cls(
             moments,
             {name: tuple(shape) for name, shape in meta["layers"]},
             examples=int(meta["examples"]),
             fingerprint=meta["fingerprint"],
         )
+
+
+def _write(file: zipfile.ZipFile, name: str, array: Array) -> None:
+    with file.open(f"{name}.npy", "w", force_zip64=True) as member:
+        np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 def check_count(examples: int, argument: str = "calibration_data") -> None:
@@ -614,7 +641,7 @@ class Examples:
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         left = self._limit
         waiting: Any = None
-        size, seen = self._fixed or _BATCH, False
+        seen = False
         for element in self._batches:
             inputs = self._checked(self._without_labels(element))
             self._rows(inputs)
@@ -630,6 +657,7 @@ class Examples:
                 inputs = _part(inputs, 0, left)
             rows = self._rows(inputs)
             # Always as many together: how the data were batched changes no bit of the result.
+            size = self._fixed or _examples_at_once(inputs)
             whole = rows - rows % size
             for start in range(0, whole, size):
                 yield _tensors(_part(inputs, start, start + size)), size
@@ -707,6 +735,12 @@ class Examples:
 
 def _sizes(inputs: Any) -> list[tuple[int, ...]]:
     return [array.shape[1:] for array in tf.nest.flatten(inputs)]
+
+
+def _examples_at_once(inputs: Any) -> int:
+    """How many examples such as these go through a model together, a power of two."""
+    entries = sum(math.prod(size) for size in _sizes(inputs))
+    return min(_BATCH, 1 << max(_BATCH_ENTRIES // max(entries, 1), 1).bit_length() - 1)
 
 
 def _part(inputs: Any, start: int, stop: int) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 #: Bytes of tensors that are kept in memory; what is more goes to files in a temporary folder.
-MEMORY_LIMIT = 1 << 30
+MEMORY_LIMIT = 1 << 28
 
 
 class Store:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from keras_alds.core.moments import MomentAccumulator, SecondMoment
+from keras_alds.core.accumulators import MomentAccumulator
+from keras_alds.core.moments import SecondMoment
 from keras_alds.core.patches import patch_chunks
 from keras_alds.core.pca import centred_spectra, factorize_pca
 from keras_alds.core.slicing import recompose, unfold

@@ -11,10 +11,11 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_alds.core import moments, patches, whitening
+from keras_alds.core import moments, patches
+from keras_alds.core.accumulators import MomentAccumulator
 from keras_alds.core.choices import choice_table
 from keras_alds.core.methods import choose_method, get_method
-from keras_alds.core.moments import MomentAccumulator, SecondMoment, moment_blocks
+from keras_alds.core.moments import FewInputs, SecondMoment, moment_blocks
 from keras_alds.core.patches import patch_chunks
 from keras_alds.core.refit import factorize_outputs, output_error, refit_decoder
 from keras_alds.core.slicing import divisors, full_rank, recompose, unfold
@@ -208,18 +209,20 @@ class TestSpectra:
     def test_wide_slices_that_few_inputs_were_seen_of(self, rng, monkeypatch, channels, filters):
         """The low rank of S is used: the same as all of it, but for ρ."""
         kernel = rng.standard_normal((channels, filters))
-        moment = moment_of(inputs_of(rng, count=10, n=channels))
+        rows = inputs_of(rng, count=10, n=channels)
+        moment, few = moment_of(rows), FewInputs(rows, 1)
+        np.testing.assert_allclose(few.blocks, moment.blocks)
         usual = output_spectra(kernel, moment)
         factors = factorize_outputs(kernel, moment, 1, 5)
-        monkeypatch.setattr(whitening, "_WIDE_SIDE", channels)
+        monkeypatch.setattr(moments, "WIDE_SIDE", channels)
         for k in (1, 2):
-            found = output_spectra(kernel, moment).slices[k]
+            found = output_spectra(kernel, few).slices[k]
             np.testing.assert_allclose(
                 found.residual_energy,
                 usual.slices[k].residual_energy,
                 atol=2e-3 * usual.energy,
             )
-        again = factorize_outputs(kernel, moment, 1, 5)
+        again = factorize_outputs(kernel, few, 1, 5)
         errors = [output_error(kernel, recompose(*f, 1), moment) for f in (factors, again)]
         assert errors[1] == pytest.approx(errors[0], rel=1e-3)
 
