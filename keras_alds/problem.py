@@ -415,11 +415,14 @@ class Problem:
             for spec, entry in zip(others, _entries(others), strict=True)
         }
         if self.stats is not None:
-            found = (
-                (spec.path, digest, kernel, self.moments[id(spec.layer)])
-                for spec, (digest, kernel) in zip(measured, kernels(measured), strict=True)
-            )
-            spectra = self.stats.spectra(found, centred=method.centred)
+            spectra: list[Spectra] = []
+            for group in _together(measured):
+                found = {
+                    spec.path: (digest, kernel, self.moments[id(spec.layer)])
+                    for spec, (digest, kernel) in zip(group, kernels(group), strict=True)
+                }
+                spectra += self.stats.spectra(found, centred=method.centred)
+                del found  # before the next kernels are read
             for spec, values in zip(measured, spectra, strict=True):
                 tables[spec.path] = choice_table(values, error=error, **options(spec))
         return [self.within_bounds(spec, tables[spec.path]) for spec in candidates]
@@ -546,6 +549,9 @@ class _Entry:
         return self.tables[key]
 
 
+#: Bytes of kernels that are decomposed together.
+KERNELS_AT_ONCE = 1 << 27
+
 # Layers of either Keras hash by identity, and an entry goes when its layer does.
 _CACHE: weakref.WeakKeyDictionary[Any, _Entry] = weakref.WeakKeyDictionary()
 
@@ -562,8 +568,27 @@ def kernels(specs: list[inspect.LayerSpec]) -> Iterator[tuple[bytes, np.ndarray]
         yield hashlib.sha256(kernel.data).digest(), kernel
 
 
+def _together(specs: list[inspect.LayerSpec]) -> Iterator[list[inspect.LayerSpec]]:
+    """Layers whose kernels are decomposed side by side: not too many large ones at once."""
+    group: list[inspect.LayerSpec] = []
+    held = 0
+    for spec in specs:
+        size = 4 * math.prod(spec.kernel_shape or ())
+        if group and held + size > KERNELS_AT_ONCE:
+            yield group
+            group, held = [], 0
+        group.append(spec)
+        held += size
+    if group:
+        yield group
+
+
 def _entries(specs: list[inspect.LayerSpec]) -> list[_Entry]:
     """The cached or new spectra of every layer's kernel, in its fold schemes."""
+    return [entry for group in _together(specs) for entry in _entries_of(group)]
+
+
+def _entries_of(specs: list[inspect.LayerSpec]) -> list[_Entry]:
     missing: list[tuple[_Entry, int, np.ndarray]] = []
     for spec, (digest, kernel) in zip(specs, kernels(specs), strict=True):
         entry = _CACHE.get(spec.layer)

@@ -112,6 +112,10 @@ class SecondMoment:
             result[start:stop] += (self.ridge or 1.0) * matrix
         return result
 
+    def energy(self, block: int, matrix: Float64) -> float:
+        """tr(Mᵀ (S + ρI) M) for the rows M `[n/b, m]` of one block."""
+        return float(np.vdot(matrix, self.columns(self.block_count, block, matrix)))
+
     def times(self, matrix: Float64) -> Float64:
         """(S + ρI)·matrix for an array `[n, m]`."""
         parts = np.split(matrix, self.block_count)
@@ -161,6 +165,11 @@ class FewInputs(SecondMoment):
         self.mean = rows.mean(axis=0, dtype=np.float64) if mean else None
         squares = np.square(rows, dtype=np.float64).sum()
         self.ridge = RIDGE * float(squares) / (self.count * self.side)
+
+    def energy(self, block: int, matrix: Float64) -> float:  # noqa: D102 - as above
+        seen = self._inputs(block, 0, self.block_side) @ matrix
+        ridge = self.ridge or 1.0
+        return float(np.vdot(seen, seen) / self.count + ridge * np.vdot(matrix, matrix))
 
     def thin_root(self, slices: int, index: int) -> Float64 | None:  # noqa: D102 - as above
         width = self.side // slices

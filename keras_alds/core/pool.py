@@ -7,7 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from typing import Any
 
 #: Bytes that the work running at once may take.
-BYTES_AT_ONCE = 1 << 29
+BYTES_AT_ONCE = 3 << 27
 
 
 def map_within(

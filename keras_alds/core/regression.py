@@ -49,6 +49,7 @@ class PairAccumulator:
 
     Args:
         kernel: The original kernel W, `[*spatial, c, f]`.
+        overwrite: Whether `result` may turn it into W*: large ones are not copied then.
 
     Example:
         >>> from concurrent.futures import ThreadPoolExecutor
@@ -59,8 +60,9 @@ class PairAccumulator:
         [[0.5, 0.0], [0.0, 0.5]]
     """
 
-    def __init__(self, kernel: Array) -> None:
+    def __init__(self, kernel: Array, *, overwrite: bool = False) -> None:
         self.kernel = kernel
+        self._overwrite = overwrite and kernel.flags.writeable
         self._channels, self._kappa, f = kernel_sizes(kernel.shape)
         self._blocks = b = moment_blocks(self._channels, self._kappa)
         self._side = self.side // b
@@ -221,7 +223,7 @@ class PairAccumulator:
         self._fits = []
         target = self.kernel
         if self._differ and ridge != math.inf and self._mean() > 0:
-            found = np.empty_like(self._columns)
+            found = self._columns if self._overwrite else np.empty_like(self._columns)
             with single_threaded_blas():
                 for i in range(self._blocks):
                     found[i] = self._fit(i).kernel(ridge)

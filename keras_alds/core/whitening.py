@@ -128,9 +128,12 @@ def _weighted(kernel: Array, moment: SecondMoment) -> tuple[Float64 | None, floa
     with single_threaded_blas():
         for i, part in enumerate(unfold(kernel, b)):  # wide layers have large blocks
             rows = part.astype(np.float64)
-            product = moment.columns(b, i, rows)
-            total += float(np.vdot(rows, product))
-    return (product if b == 1 else None), max(total, 0.0)
+            if b == 1:
+                product = moment.columns(b, i, rows)
+                total = float(np.vdot(rows, product))
+            else:
+                total += moment.energy(i, rows)
+    return product, max(total, 0.0)
 
 
 def _parts_of_slices(shape: Sequence[int], slices: int, blocks: int) -> list[tuple[int, int]]:

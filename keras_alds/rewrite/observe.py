@@ -38,8 +38,6 @@ STATS_VERSION = 1
 #: Fewer examples than this say next to nothing of what a layer sees.
 MIN_EXAMPLES = 8
 DEFAULT_EXAMPLES = 1024
-#: Bytes of kernels that are decomposed together.
-KERNELS_AT_ONCE = 1 << 27
 # Examples that go through the model at once, and entries of theirs: large images go in fewer.
 _BATCH = 32
 _BATCH_ENTRIES = 1 << 21
@@ -208,41 +206,31 @@ class CalibrationStats:
         )
 
     def spectra(
-        self, kernels: Iterable[tuple[str, bytes, Array, SecondMoment]], *, centred: bool = False
+        self, kernels: Mapping[str, tuple[bytes, Array, SecondMoment]], *, centred: bool = False
     ) -> list[Spectra]:
         """The spectra of the outputs of some layers, kept for the next call.
 
         Args:
-            kernels: `(path, digest of the kernel, kernel, its moment)` of every layer. Large
-                kernels are not held all at once.
+            kernels: `{path: (digest of the kernel, kernel, its moment)}`.
             centred: Whether the outputs' means are taken off them (`core.pca`).
 
         Returns:
             One `Spectra` a layer, in order.
         """
-        paths: list[str] = []
-        new: list[tuple[str, bytes, Array, SecondMoment]] = []
-        for path, digest, kernel, moment in kernels:
-            paths.append(path)
-            if self._spectra.get((path, centred), (b"",))[0] != digest:
-                new.append((path, digest, kernel, moment))
-            if sum(kernel.nbytes for *_, kernel, _ in new) > KERNELS_AT_ONCE:
-                self._decompose(new, centred)
-                new = []
-        self._decompose(new, centred)
-        return [self._spectra[path, centred][1] for path in paths]
-
-    def _decompose(
-        self, layers: list[tuple[str, bytes, Array, SecondMoment]], centred: bool
-    ) -> None:
-        kernels, moments = [layer[2] for layer in layers], [layer[3] for layer in layers]
+        new = {
+            path: value
+            for path, value in kernels.items()
+            if self._spectra.get((path, centred), (b"",))[0] != value[0]
+        }
+        matrices, moments = [k for _, k, _ in new.values()], [m for *_, m in new.values()]
         found = (
-            [centred_spectra(k, m) for k, m in zip(kernels, moments, strict=True)]
+            [centred_spectra(k, m) for k, m in zip(matrices, moments, strict=True)]
             if centred
-            else output_spectra_many(kernels, moments)
+            else output_spectra_many(matrices, moments)
         )
-        for (path, digest, *_), spectra in zip(layers, found, strict=True):
-            self._spectra[path, centred] = (digest, spectra)
+        for path, spectra in zip(new, found, strict=True):
+            self._spectra[path, centred] = (new[path][0], spectra)
+        return [self._spectra[path, centred][1] for path in kernels]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the statistics to `path`, an .npz file."""

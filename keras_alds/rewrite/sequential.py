@@ -339,7 +339,7 @@ class Walk:
         """The second moment of what a layer sees now, and the kernel that is best for it."""
         calls = self._calls[id(layer)]
         self._ensure([tensor for n in calls for tensor in self._steps[n].inputs])
-        sums = PairAccumulator(kernel_values(layer))
+        sums = PairAccumulator(kernel_values(layer), overwrite=True)
         held = held_out(self._chunks)
         with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="keras_alds") as pool:
 

@@ -117,6 +117,8 @@ class TestSecondMoment:
         assert (few.side, few.block_count) == (24, blocks)
         matrix = rng.standard_normal((24, 2))
         np.testing.assert_allclose(few.times(matrix), usual.times(matrix), atol=1e-12)
+        part = matrix[: 24 // blocks]
+        assert few.energy(0, part) == pytest.approx(usual.energy(0, part))
         np.testing.assert_allclose(few.slice_block(6, 4), usual.slice_block(6, 4), atol=1e-12)
         for ridged in (True, False):
             np.testing.assert_allclose(
