@@ -27,6 +27,7 @@ from keras_alds.plan import LayerChoice, allowed_after, removed_fraction
 from keras_alds.rewrite import inspect
 from keras_alds.rewrite.in_place import already_compressed
 from keras_alds.rewrite.observe import CalibrationStats
+from keras_alds.rewrite.recurrent import RECURRENT
 
 if TYPE_CHECKING:
     from keras_alds.litert.latency import LayerLatencies
@@ -78,7 +79,7 @@ class Problem:
             reasons = "; ".join(f"'{spec.path}': {spec.reason}" for spec in specs[:5])
             raise ValueError(
                 f"Expected the model '{model.name}' to hold a layer that can be factorized "
-                f"({', '.join(inspect.FACTORIZED_KINDS)}). "
+                f"({', '.join((*inspect.FACTORIZED_KINDS, *RECURRENT))}). "
                 f"Received: none ({reasons or 'no weights at all'})"
             )
         inspect.warn_of_unmatched(model, unmatched, stacklevel=5)

@@ -272,6 +272,15 @@ class FactorizedRecurrentMixin(_Base):
         _backend.backend_of(self).adopt(self.cell, self._cell_class, attributes)
         self.cell._check_kernels()
 
+    def get_prunable_weights(self) -> list[Any]:
+        """What TF-MOT's `prune_low_magnitude` prunes: whole kernels, and both factors of others."""
+        kernels = [(name, getattr(self.cell, name)) for name in KERNELS]
+        return [
+            weight
+            for name, kernel in kernels
+            for weight in ([kernel] if name not in self.kernels else kernel.get_prunable_weights())
+        ]
+
     @property
     def kernels(self) -> Any:
         """Slices and rank of the cell's factorized kernels."""
