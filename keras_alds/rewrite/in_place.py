@@ -404,15 +404,15 @@ def replacement(
     if layer.trainable:
         for factor in (factorized.encoder, factorized.decoder):
             backend.copy_trainable(kind.variable(layer), factor)
-    kernel = kernel_values(layer, choice.scheme or 0)
+    read = functools.partial(kernel_values, layer, choice.scheme or 0)
     new_bias = None
     if centred and moment is not None:
         bias = backend.value(layer.bias) if layer.use_bias else None
-        encoder, decoder, new_bias = factorize_pca(kernel, moment, choice.rank, bias)
+        encoder, decoder, new_bias = factorize_pca(read(), moment, choice.rank, bias)
     elif moment is None or choice.slices % moment.block_count:
-        encoder, decoder = factorize(kernel, choice.slices, choice.rank)
+        encoder, decoder = factorize(read(), choice.slices, choice.rank)
     else:
-        target = kernel if target is None else target
+        target = read() if target is None else target
         encoder, decoder = factorize_outputs(target, moment, choice.slices, choice.rank)
     decoder = factorized.unfolding.write_decoder(decoder, kind.shape(layer))
     factorized.encoder.assign(np.reshape(encoder, tuple(factorized.encoder.shape)))
