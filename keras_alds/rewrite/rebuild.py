@@ -156,7 +156,8 @@ class GraphRebuilder:
             args, kwargs = self.arguments(call, tuple(args), kwargs)
             return pieces[0](*args, **kwargs)
         value = args[0] if args else next(iter(kwargs.values()))
-        if args and isinstance(pieces[-1], self.target.keras.layers.RNN):  # states, masks
+        recurrent = self.target.keras.layers.RNN
+        if args and pieces and isinstance(pieces[-1], recurrent):  # states and masks are its own
             first, *states = value if isinstance(value, (list, tuple)) else [value]
             for piece in pieces[:-1]:
                 first = piece(first)
