@@ -31,6 +31,7 @@ MODULES = sorted(
 #: A placeholder for what depends on the case, in docs/errors.md.
 GAP = "…"
 STRIPPED = " '`(),.;:="
+WARN = ("warnings.warn", "self.warn")
 
 
 def cnn() -> Any:
@@ -207,7 +208,7 @@ def message_texts() -> list[tuple[str, str]]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
                 call = node.exc
-            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn":
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) in WARN:
                 call = node
             else:
                 continue

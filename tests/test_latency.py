@@ -210,6 +210,12 @@ def test_time_files_runs_every_file(monkeypatch: pytest.MonkeyPatch):
     assert clock(2) is not None
 
 
+def test_files_that_leave_the_size_of_outputs_open():
+    model = keras.Sequential([keras.Input((5, 8)), keras.layers.LSTM(4, return_sequences=True)])
+    content = keras_alds.litert.convert(model, verbose=0)
+    assert min(time_files([lambda: content] * 2)) > 0
+
+
 # -- Sampling ------------------------------------------------------------------------------------
 
 

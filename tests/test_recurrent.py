@@ -396,20 +396,26 @@ class TestCalibration:
             np.testing.assert_allclose(moment.blocks[0], rows.T @ rows / len(rows), 1e-3, 1e-5)
 
     def test_backward_and_given_states(self, keras_module):
+        """Also where the first steps are masked, whose outputs are not the state."""
         L, K = keras_module.layers, keras_module
         x, state = data(40, 5, 8), np.random.default_rng(3).standard_normal((40, 12)).astype("f")
-        inputs, given = K.Input((5, 8)), K.Input((12,))
+        mask = np.ones((40, 5), bool)
+        mask[::2, 3:] = mask[1::4, 2] = False
+        ends = [K.Input((5, 8)), K.Input((12,)), K.Input((5,), dtype="bool")]
         rec = L.SimpleRNN(12, activation=None, use_bias=False, go_backwards=True, name="rec")
-        model = K.Model([inputs, given], L.Dense(3, name="head")(rec(inputs, initial_state=given)))
+        y = rec(ends[0], initial_state=ends[1], mask=ends[2])
+        model = K.Model(ends, L.Dense(3, name="head")(y))
         randomize(model)
-        stats = keras_alds.CalibrationStats.collect(model, [x, state], verbose=0)
+        stats = keras_alds.CalibrationStats.collect(model, [x, state, mask], verbose=0)
         kernel, recurrent_kernel = (np.asarray(w, np.float64) for w in rec.get_weights())
         h, rows = state.astype(np.float64), []
         for t in reversed(range(5)):
-            rows.append(h)
-            h = x[:, t] @ kernel + h @ recurrent_kernel
+            made = mask[:, t, None]
+            rows.append(h[mask[:, t]])
+            h = np.where(made, x[:, t] @ kernel + h @ recurrent_kernel, h)
         rows = np.concatenate(rows)
         moment = stats.moments["rec/simple_rnn_cell/recurrent_kernel"]
+        assert moment.count == len(rows)
         np.testing.assert_allclose(moment.blocks[0], rows.T @ rows / len(rows), 1e-3, 1e-5)
 
     @pytest.mark.parametrize("sequential", [True, False])
@@ -536,6 +542,30 @@ def test_shared_and_wrapped_layers(keras_module):
     with pytest.warns(UserWarning, match="are multiplied out"):
         stock = keras_alds.expand(small)
     assert_close(predict(stock, x), predict(small, x))
+
+
+def test_padded_texts(tmp_path):
+    """`Bidirectional` gives zeros at padded steps; the layers after it do not make them."""
+    L = keras.layers
+    inputs = keras.Input((5,), dtype="int32")
+    x = L.Embedding(20, 12, mask_zero=True, name="words")(inputs)
+    x = L.Bidirectional(L.LSTM(12, return_sequences=True, name="rec"), name="both")(x)
+    model = keras.Model(inputs, L.Dense(3, name="head")(L.GRU(12, name="last")(x)))
+    randomize(model)
+    x = np.random.default_rng(0).integers(1, 20, (8, 5)).astype("int32")
+    x[1::2, 3:] = x[2::4, :2] = x[3] = 0  # padded behind, in front, nothing but padding
+    small = compress(model, 0.4, exclude=["head", "words"])
+    assert recurrent.holds_factorized(small.get_layer("both"))
+    assert recurrent.holds_factorized(small.get_layer("last"))
+    expected = predict(small, x)
+    small.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert_close(predict(loaded, x), expected)
+    assert_close(predict(keras_alds.to_tf_keras(loaded), x), expected)
+    with pytest.warns(UserWarning, match="are multiplied out") as record:
+        stock = keras_alds.expand(small)
+    assert {warning.filename for warning in record} == {__file__}
+    assert_close(predict(stock, x), expected)
 
 
 def test_states_that_are_given_stay_with_the_expanded_layer(keras_module):

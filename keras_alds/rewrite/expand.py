@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import numpy as np
@@ -282,11 +281,10 @@ class _Expander(GraphRebuilder):
         if factors:
             names = ", ".join(dict.fromkeys(name for name, _ in factors))
             whole = sum(math.prod(kernel.kernel_shape) for _, kernel in factors)
-            warnings.warn(
+            self.warn(
                 f"Factors of '{layer.name}' are multiplied out ({names}: {whole:,} weights for "
                 f"{sum(inspect.kernel_weights(k) for _, k in factors):,}), because stock recurrent "
-                "layers have no place for them, but for one slice of the inputs of a single layer.",
-                stacklevel=7,
+                "layers have no place for them, but for one slice of the inputs of a single layer."
             )
         values = []
         for cell in cells:
@@ -355,11 +353,10 @@ class _Expander(GraphRebuilder):
         return self._keep_pair(layer, encoder, decoder, values)
 
     def _warn_of_zeros(self, layer: Any, values: np.ndarray, kind: str, why: str) -> None:
-        warnings.warn(
+        self.warn(
             f"The encoder of '{layer.name}' is written out as one {kind} layer, its zeros included "
             f"({values.size:,} weights for {layer.encoder.shape[0]}×{layer.encoder.shape[1]}), "
-            f"because {why}.",
-            stacklevel=8,
+            f"because {why}."
         )
 
     def _dense_layers(self, layer: Any, shape: tuple[int | None, ...], masked: bool) -> list[Any]:
@@ -385,10 +382,9 @@ class _Expander(GraphRebuilder):
                 self._keep_pair(layer, encoder, decoder)
             else:
                 if layer.encoder_constraint is not None:
-                    warnings.warn(
+                    self.warn(
                         f"The encoder_constraint of '{layer.name}' is not carried over: its "
-                        "encoder becomes a convolution, whose kernel has other axes.",
-                        stacklevel=7,
+                        "encoder becomes a convolution, whose kernel has other axes."
                     )
                 encoder = self._encoder(
                     layer,
@@ -534,10 +530,9 @@ class _Expander(GraphRebuilder):
                 stay[path] = "it is inside a wrapper or custom layer"
         if stay:
             listed = "; ".join(f"'{name}': {reason}" for name, reason in stay.items())
-            warnings.warn(
+            self.warn(
                 f"{len(stay)} of {len(stay) + len(self._dropped)} BatchNormalization layers are "
-                f"not folded: {listed}.",
-                stacklevel=4,
+                f"not folded: {listed}."
             )
 
     def _foldable(

@@ -53,6 +53,7 @@ class GraphRebuilder:
         self._models: dict[int, Any] = {}
         self._flags: list[tuple[Any, Any]] = []  # (old, new): children before their parents
         self._values: list[tuple[Any, list[np.ndarray]]] = []
+        self._warnings: list[str] = []
 
     def pieces(self, call: _backend.GraphCall) -> list[Piece]:
         """What takes the place of `call.layer` in this call; none if its input passes through."""
@@ -82,20 +83,25 @@ class GraphRebuilder:
             if self.source.can_construct(model):
                 cls = type(model)
             else:
-                warnings.warn(
+                self.warn(
                     f"{type(model).__name__} cannot be made from inputs and outputs, because it "
                     f"has a constructor of its own: '{model.name}' comes back as a plain "
-                    f"{cls.__name__}, without its `train_step` and other methods.",
-                    stacklevel=5,
+                    f"{cls.__name__}, without its `train_step` and other methods."
                 )
         return cls(*parts, name=model.name)
 
     def rebuild(self, model: Any) -> Any:
-        """The new model, with weights and trainable flags."""
+        """The new model, with weights and trainable flags; for the function that users call."""
         self.names |= {layer.name for _, layer in inspect.walk(model)}
         new = self.model(model)
         self._finish()
+        for text in self._warnings:
+            warnings.warn(text, stacklevel=3)
         return new
+
+    def warn(self, text: str) -> None:
+        """Warns the user once the model is rebuilt: of the line that asked for it."""
+        self._warnings.append(text)
 
     def record(self, old: Any, new: Any, values: list[np.ndarray] | None = None) -> None:
         """Remembers that `new` gets the flags of `old`, and the weights, once all are built."""
@@ -127,10 +133,9 @@ class GraphRebuilder:
             else:
                 steps.append((call, self.pieces(call)))
             if type(call.layer).__name__ in ("AddLoss", "AddMetric"):
-                warnings.warn(
+                self.warn(
                     f"What `add_loss` or `add_metric` added to '{model.name}' does not lead to an "
-                    "output and is not carried over: add it to the new model.",
-                    stacklevel=5,
+                    "output and is not carried over: add it to the new model."
                 )
         layers = [piece for _, pieces in steps for piece in pieces]
         if isinstance(model, self.source.keras.Sequential) and all(

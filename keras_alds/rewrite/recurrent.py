@@ -229,21 +229,24 @@ def _calling(layer: Any, kernels: dict[str, Any], values: bool) -> Callable[...,
         initial = _as_list(given.get("initial_state")) or initial
         mask = given.get("mask")
         mask = mask[0] if isinstance(mask, (list, tuple)) else mask
+        steps = {"kernel": None, "recurrent_kernel": None}  # which ones are made
+        if values and mask is not None:
+            mask = tf.cast(tf.convert_to_tensor(mask), tf.bool)
+            made = tf.reverse(mask, [_time_axis(layer)]) if layer.go_backwards else mask
+            steps = {"kernel": mask, "recurrent_kernel": made}
         x = tf.cast(tf.convert_to_tensor(x), layer.compute_dtype)
         seen = {"kernel": x}
         if "recurrent_kernel" in kernels:
             if values:
-                seen["recurrent_kernel"] = _hidden(layer, call, args, kwargs, initial)
+                made = steps["recurrent_kernel"]
+                seen["recurrent_kernel"] = _hidden(layer, call, args, kwargs, initial, made)
             else:
                 seen["recurrent_kernel"] = x[..., :1] * tf.zeros([layer.cell.units], x.dtype)
         outputs = call(*args, **kwargs)
         for name, kernel in kernels.items():
             rows = seen[name]
-            if values and mask is not None:
-                steps = tf.cast(tf.convert_to_tensor(mask), tf.bool)
-                if name == "recurrent_kernel" and layer.go_backwards:
-                    steps = tf.reverse(steps, [_time_axis(layer)])
-                rows = tf.boolean_mask(rows, steps)
+            if steps[name] is not None:
+                rows = tf.boolean_mask(rows, steps[name])
             if rows.shape.rank and rows.shape[0] != 0:
                 kernel.call(rows)
         return outputs
@@ -252,9 +255,9 @@ def _calling(layer: Any, kernels: dict[str, Any], values: bool) -> Callable[...,
 
 
 def _hidden(
-    layer: Any, call: Callable[..., Any], args: Any, kwargs: Any, initial: list[Any]
+    layer: Any, call: Callable[..., Any], args: Any, kwargs: Any, initial: list[Any], made: Any
 ) -> Any:
-    """The hidden states that all steps of a call begin with."""
+    """The hidden states that all steps of a call begin with; `made` says which steps are made."""
     states = _states(layer)
     flags = {"return_sequences": True, "return_state": False, "zero_output_for_mask": False}
     flags = {name: value for name, value in flags.items() if name in layer.__dict__}
@@ -272,7 +275,12 @@ def _hidden(
     if first is None:
         first = tf.zeros_like(tf.gather(after, 0, axis=axis))
     first = tf.expand_dims(tf.cast(first, after.dtype), axis)
-    return tf.concat([first, tf.slice(after, [0, 0, 0], tf.stack(steps))], axis)
+    states = tf.concat([first, tf.slice(after, [0, 0, 0], tf.stack(steps))], axis)
+    if made is None:
+        return states
+    # Until the first one is made, the outputs are zeros, whatever the state is.
+    begun = tf.cumsum(tf.cast(made, tf.int32), axis, exclusive=True) > 0
+    return tf.where(begun[..., None], states, first)
 
 
 def _time_axis(layer: Any) -> int:

@@ -287,6 +287,8 @@ class _Translator(GraphRebuilder):
         kind, config = type(layer).__name__, {}
         known, defaults = _parameters(cls), _parameters(type(layer))
         tail = None
+        if issubclass(cls, self.target.keras.layers.RNN):
+            known["zero_output_for_mask"] = False  # only ever in its **kwargs
         given = layer.get_config()
         given.pop("layer", None)
         given.pop("backward_layer", None)
@@ -498,10 +500,28 @@ def _without_implicit(call: _backend.GraphCall) -> _backend.GraphCall:
         if key != "training"
         and value is not None
         and not (
-            "mask" in key and any(leaf is mask for leaf in tf.nest.flatten(value) for mask in masks)
+            "mask" in key
+            and any(_is_same(leaf, mask) for leaf in tf.nest.flatten(value) for mask in masks)
         )
     }
     return _backend.GraphCall(call.layer, call.args, kwargs, call.outputs)
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two values in a graph are computed alike: copies of a model compute masks twice."""
+    if a is b:
+        return True
+    if not (_is_symbolic(a) and _is_symbolic(b)):
+        return type(a) is type(b) and not tf.is_tensor(a) and bool(np.array_equal(a, b))
+    (first, node, index), (second, *place) = a._keras_history, b._keras_history
+    if hasattr(first, "weights") or type(first) is not type(second) or index != place[1]:
+        return False  # of layers, one call is like no other
+    configs = [{**op.get_config(), "name": None} for op in (first, second)]
+    calls = [first._inbound_nodes[node].arguments, second._inbound_nodes[place[0]].arguments]
+    given = [tf.nest.flatten((call.args, list(call.kwargs.values()))) for call in calls]
+    return (
+        configs[0] == configs[1] and len(given[0]) == len(given[1]) and all(map(_is_same, *given))
+    )
 
 
 def _parameters(cls: Any) -> dict[str, Any]:
