@@ -5,14 +5,17 @@
 compresses the model by every method of `--starts`, retrains each on the same batches (the
 example's: crops and flips, SGD with momentum, a cosine from `--learning-rate` to 0), and prints a
 Markdown table of top-1 on the test images after every epoch. `"dense"` is the model itself with the
-same further training, to tell what that does alone. `--csv` writes every figure when it is known
-and goes on from what the file holds; `--plot` draws the curves.
+same further training, to tell what that does alone. With `--targets outputs` no labels are used:
+the compressed model learns the original's scores for the same crops (Ba and Caruana, "Do Deep Nets
+Really Need to be Deep?", NeurIPS 2014). `--csv` writes every figure when it is known and goes on
+from what the file holds; `--plot` draws the curves.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import os
 import sys
 import time
@@ -50,6 +53,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-size", type=int, default=128)
     add("--learning-rate", type=float, default=0.02, help="at the start (default: 0.02)")
     add("--momentum", type=float, default=0.9)
+    add(
+        "--targets",
+        choices=("labels", "outputs"),
+        default="labels",
+        help="what to learn: the labels, or what the original gives (default: labels)",
+    )
     add("--csv", type=Path, help="write the figures here, and go on from those it holds")
     add("--plot", type=Path, help="draw the curves into this picture")
     return parser.parse_args()
@@ -125,6 +134,14 @@ class Curves:
         figure.savefig(path, dpi=110)
 
 
+def squared_distance(expected: Any, given: Any, *, from_logits: bool) -> Any:
+    """Half the mean squared difference of scores; of probabilities, that of their logarithms."""
+    if not from_logits:
+        floor = keras.config.epsilon()
+        expected, given = (keras.ops.log(keras.ops.maximum(p, floor)) for p in (expected, given))
+    return keras.ops.mean(keras.ops.square(expected - given), axis=-1) / 2
+
+
 def main() -> None:
     arguments = parse_arguments()
     x_train, y_train, x_test, y_test = cifar10.load_data(arguments.data, keras, 1.0, None)
@@ -133,6 +150,17 @@ def main() -> None:
     from_logits = cifar10.gives_logits(original, x_test)
     steps = arguments.epochs * -(-len(x_train) // arguments.batch_size)
     curves = Curves(arguments.csv)
+
+    if arguments.targets == "labels":
+        loss: Any = keras.losses.SparseCategoricalCrossentropy(from_logits=from_logits)
+    else:
+        loss = functools.partial(squared_distance, from_logits=from_logits)
+
+    def batches() -> Any:
+        data = cifar10.batches(x_train, y_train, arguments.batch_size, augment=True)
+        if arguments.targets == "outputs":
+            data = data.map(lambda x, _: (x, original(x, training=False)))
+        return data
 
     def top1(model: Any) -> float:
         scores = model.predict(x_test, batch_size=250, verbose=0)
@@ -154,11 +182,11 @@ def main() -> None:
         schedule = keras.optimizers.schedules.CosineDecay(arguments.learning_rate, steps)
         model.compile(
             keras.optimizers.SGD(schedule, momentum=arguments.momentum, nesterov=True),
-            keras.losses.SparseCategoricalCrossentropy(from_logits=from_logits),
+            loss,
         )
         keras.utils.set_random_seed(0)
         model.fit(
-            cifar10.batches(x_train, y_train, arguments.batch_size, augment=True),
+            batches(),
             epochs=arguments.epochs,
             shuffle=False,
             verbose=0,
@@ -180,8 +208,9 @@ def main() -> None:
     print(f"\n{title}, top-1 in %; dense: {top1(original):.1f}\n")
     print(curves.to_markdown(arguments.starts, arguments.epochs))
     print(
-        f"\n{len(x_test):,} test images; {len(x_train):,} training images an epoch, batches of "
-        f"{arguments.batch_size}, SGD {arguments.learning_rate:g} with a cosine to 0"
+        f"\n{len(x_test):,} test images; {len(x_train):,} training images an epoch, learning "
+        f"{arguments.targets}, batches of {arguments.batch_size}, SGD "
+        f"{arguments.learning_rate:g} with a cosine to 0"
     )
     if arguments.plot:
         curves.plot(arguments.plot, arguments.starts, title)
