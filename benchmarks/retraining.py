@@ -1,14 +1,14 @@
 """Accuracy against epochs of retraining, from the starts that different methods give.
 
-    python benchmarks/retraining.py --model resnet20.keras --data cifar10.npz --cr 0.75 --epochs 10
+    python benchmarks/retraining.py --model resnet20.keras --data cifar10.npz --cr 0.75 --epochs 16
 
 compresses the model by every method of `--starts`, retrains each on the same batches (the
 example's: crops and flips, SGD with momentum, a cosine from `--learning-rate` to 0), and prints a
 Markdown table of top-1 on the test images after every epoch. `"dense"` is the model itself with the
-same further training, to tell what that does alone. With `--targets outputs` no labels are used:
-the compressed model learns the original's scores for the same crops (Ba and Caruana, "Do Deep Nets
-Really Need to be Deep?", NeurIPS 2014). `--csv` writes every figure when it is known and goes on
-from what the file holds; `--plot` draws the curves.
+same further training, to tell what that does alone. Every start learns what `--targets` names: the
+labels, or, without any, the outputs, that is the original's scores for the same crops (Ba and
+Caruana, "Do Deep Nets Really Need to be Deep?", NeurIPS 2014). `--csv` writes every figure when it
+is known and goes on from what the file holds; `--plot` draws the curves.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ import numpy as np
 
 import keras_alds
 
-FIELDS = ("start", "epoch", "top1", "seconds")
+FIELDS = ("start", "targets", "epoch", "top1", "seconds")
+Curve = tuple[str, str]  # start and targets
 DENSE = "dense"
+SHOWN = 16  # points below the original that the plot shows
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,20 +46,21 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--starts",
         nargs="+",
-        default=["alds", "activation", DENSE],
-        help='methods, and "dense" (default: alds activation dense)',
+        default=["alds", "activation"],
+        help='methods, and "dense" (default: alds activation)',
     )
     add("--images", type=int, default=512, help="images for calibration (default: 512)")
-    add("--epochs", type=int, default=10, help="epochs of retraining (default: 10)")
+    add("--epochs", type=int, default=16, help="epochs of retraining (default: 16)")
     add("--train", type=int, help="training images in an epoch (default: all)")
     add("--batch-size", type=int, default=128)
     add("--learning-rate", type=float, default=0.02, help="at the start (default: 0.02)")
     add("--momentum", type=float, default=0.9)
     add(
         "--targets",
+        nargs="+",
         choices=("labels", "outputs"),
-        default="labels",
-        help="what to learn: the labels, or what the original gives (default: labels)",
+        default=["labels", "outputs"],
+        help="what to learn: the labels, or what the original gives (default: each)",
     )
     add("--csv", type=Path, help="write the figures here, and go on from those it holds")
     add("--plot", type=Path, help="draw the curves into this picture")
@@ -74,57 +77,58 @@ class Curves:
             with path.open(newline="") as file:
                 self.rows = list(csv.DictReader(file))
 
-    def add(self, start: str, epoch: int, top1: float, seconds: float) -> None:
+    def add(self, curve: Curve, epoch: int, top1: float, seconds: float) -> None:
         """Records, prints and writes one figure."""
-        row = {
-            "start": start,
-            "epoch": str(epoch),
-            "top1": f"{top1:.2f}",
-            "seconds": f"{seconds:.0f}",
-        }
-        self.rows.append(row)
-        print(*row.values(), flush=True)
+        figures = (*curve, str(epoch), f"{top1:.2f}", f"{seconds:.0f}")
+        print(*figures, flush=True)
+        self.rows.append(dict(zip(FIELDS, figures, strict=True)))
         if self.path:
             with self.path.open("w", newline="") as file:
                 writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(self.rows)
 
-    def of(self, start: str) -> dict[int, float]:
+    def of(self, curve: Curve) -> dict[int, float]:
         """Top-1 by epoch."""
-        return {int(row["epoch"]): float(row["top1"]) for row in self.rows if row["start"] == start}
+        return {
+            int(row["epoch"]): float(row["top1"])
+            for row in self.rows
+            if (row["start"], row["targets"]) == curve
+        }
 
-    def drop(self, start: str) -> None:
-        """Forgets a start that was not finished."""
-        self.rows = [row for row in self.rows if row["start"] != start]
+    def drop(self, curve: Curve) -> None:
+        """Forgets a curve that was not finished."""
+        self.rows = [row for row in self.rows if (row["start"], row["targets"]) != curve]
 
-    def to_markdown(self, starts: list[str], epochs: int) -> str:
-        """One line a start, one column an epoch."""
-        lines = ["| epochs | " + " | ".join(map(str, range(epochs + 1))) + " |"]
+    def to_markdown(self, curves: list[Curve], epochs: int) -> str:
+        """One line a curve, one column an epoch."""
+        lines = ["| start, learns | " + " | ".join(map(str, range(epochs + 1))) + " |"]
         lines.append("|---|" + "---|" * (epochs + 1))
-        for start in starts:
-            cells = [f"{top1:.1f}" for _, top1 in sorted(self.of(start).items())]
-            lines.append(f'| `"{start}"` | ' + " | ".join(cells) + " |")
+        for start, targets in curves:
+            cells = [f"{top1:.1f}" for _, top1 in sorted(self.of((start, targets)).items())]
+            lines.append(f'| `"{start}"`, {targets} | ' + " | ".join(cells) + " |")
         return "\n".join(lines)
 
-    def plot(self, path: Path, starts: list[str], title: str) -> None:
-        """Draws one curve a start."""
+    def plot(self, path: Path, curves: list[Curve], base: float, title: str) -> None:
+        """Draws the curves, from `SHOWN` points below the original on."""
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
 
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        starts = list(dict.fromkeys(start for start, _ in curves))
+        figure = Figure(figsize=(7, 4.4), layout="constrained")
         axis = figure.subplots()
-        for index, start in enumerate(starts):
-            curve = sorted(self.of(start).items())
-            style = {"color": "0.5", "linestyle": ":"} if start == DENSE else {"marker": "o"}
-            axis.plot(*zip(*curve, strict=True), markersize=4, label=start, **style)
-            axis.annotate(
-                f"{curve[-1][1]:.1f}",
-                curve[-1],
-                xytext=(5, 4 - 9 * index),
-                textcoords="offset points",
-                fontsize=8,
+        axis.axhline(base, color="0.5", linestyle=":", label="the original")
+        for start, targets in curves:
+            curve = sorted(self.of((start, targets)).items())
+            axis.plot(
+                *zip(*curve, strict=True),
+                color=f"C{starts.index(start)}",
+                linestyle="-" if targets == "outputs" else "--",
+                marker="o",
+                markersize=3,
+                label=f"{start}, {targets}: {curve[0][1]:.1f} → {curve[-1][1]:.1f}",
             )
+        axis.set_ylim(base - SHOWN, base + 1)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel("epochs of retraining")
         axis.set_ylabel("top-1 in %")
@@ -151,14 +155,14 @@ def main() -> None:
     steps = arguments.epochs * -(-len(x_train) // arguments.batch_size)
     curves = Curves(arguments.csv)
 
-    if arguments.targets == "labels":
-        loss: Any = keras.losses.SparseCategoricalCrossentropy(from_logits=from_logits)
-    else:
-        loss = functools.partial(squared_distance, from_logits=from_logits)
+    losses = {
+        "labels": keras.losses.SparseCategoricalCrossentropy(from_logits=from_logits),
+        "outputs": functools.partial(squared_distance, from_logits=from_logits),
+    }
 
-    def batches() -> Any:
+    def batches(targets: str) -> Any:
         data = cifar10.batches(x_train, y_train, arguments.batch_size, augment=True)
-        if arguments.targets == "outputs":
+        if targets == "outputs":
             data = data.map(lambda x, _: (x, original(x, training=False)))
         return data
 
@@ -175,45 +179,47 @@ def main() -> None:
         data = x_train[: arguments.images] if needs_data else None
         return keras_alds.compress(original, arguments.cr, method=start, calibration_data=data)
 
-    def retrain(start: str) -> None:
+    def retrain(curve: Curve) -> None:
+        start, targets = curve
         model = started(start)
         begun = time.perf_counter()
-        curves.add(start, 0, top1(model), 0)
+        curves.add(curve, 0, top1(model), 0)
         schedule = keras.optimizers.schedules.CosineDecay(arguments.learning_rate, steps)
         model.compile(
             keras.optimizers.SGD(schedule, momentum=arguments.momentum, nesterov=True),
-            loss,
+            losses[targets],
         )
         keras.utils.set_random_seed(0)
         model.fit(
-            batches(),
+            batches(targets),
             epochs=arguments.epochs,
             shuffle=False,
             verbose=0,
             callbacks=[
                 keras.callbacks.LambdaCallback(
                     on_epoch_end=lambda epoch, logs: curves.add(
-                        start, epoch + 1, top1(model), time.perf_counter() - begun
+                        curve, epoch + 1, top1(model), time.perf_counter() - begun
                     )
                 )
             ],
         )
 
-    for start in arguments.starts:
-        if len(curves.of(start)) <= arguments.epochs:
-            curves.drop(start)
-            retrain(start)
+    wanted = [(start, targets) for start in arguments.starts for targets in arguments.targets]
+    for curve in wanted:
+        if len(curves.of(curve)) <= arguments.epochs:
+            curves.drop(curve)
+            retrain(curve)
 
+    base = top1(original)
     title = f"{arguments.model.stem}, {arguments.cr:.0%} of the parameters removed"
-    print(f"\n{title}, top-1 in %; dense: {top1(original):.1f}\n")
-    print(curves.to_markdown(arguments.starts, arguments.epochs))
+    print(f"\n{title}, top-1 in %; the original: {base:.1f}\n")
+    print(curves.to_markdown(wanted, arguments.epochs))
     print(
-        f"\n{len(x_test):,} test images; {len(x_train):,} training images an epoch, learning "
-        f"{arguments.targets}, batches of {arguments.batch_size}, SGD "
-        f"{arguments.learning_rate:g} with a cosine to 0"
+        f"\n{len(x_test):,} test images; {len(x_train):,} training images an epoch, batches of "
+        f"{arguments.batch_size}, SGD {arguments.learning_rate:g} with a cosine to 0"
     )
     if arguments.plot:
-        curves.plot(arguments.plot, arguments.starts, title)
+        curves.plot(arguments.plot, wanted, base, title)
 
 
 if __name__ == "__main__":
