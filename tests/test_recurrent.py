@@ -288,9 +288,6 @@ class TestInAModel:
             assert not np.array_equal(old, new)
 
         expected = predict(model, x)
-        again = K.models.clone_model(model)
-        again.set_weights(model.get_weights())
-        assert_close(predict(again, x), expected)
         model.save_weights(tmp_path / "model.weights.h5")
         again = K.models.clone_model(model)
         again.load_weights(tmp_path / "model.weights.h5")
@@ -300,7 +297,7 @@ class TestInAModel:
             model.save(tmp_path / file)
             loaded = K.models.load_model(tmp_path / file)
             assert_close(predict(loaded, x), expected)
-            if file == "model.keras":
+            if file == "model.keras" and place[1] == "both":
                 loaded.fit(x, y, verbose=0)  # its optimizer's state has the order of its weights
 
     def test_expanded_and_rebuilt_in_tf_keras(self, keras_module, place):
