@@ -106,10 +106,15 @@ class MomentAccumulator:
         sums = self._summed()
         rows = self._split(chunk)
         work = [(i, strip) for i, matrix in enumerate(sums) for strip in range(len(matrix))]
-        with single_threaded_blas():
-            run = map if executor is None else executor.map
-            for _ in run(lambda item: sums[item[0]].add(item[1], rows[item[0]]), work):
-                pass
+
+        def add(item: tuple[int, int]) -> None:
+            i, strip = item
+            with single_threaded_blas():  # where the work is done: some libraries count by thread
+                sums[i].add(strip, rows[i])
+
+        run = map if executor is None else executor.map
+        for _ in run(add, work):
+            pass
         self._total += self._sum_of(chunk)
         self._count += chunk.shape[0]
 

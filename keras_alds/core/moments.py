@@ -112,6 +112,47 @@ class SecondMoment:
             result[start:stop] += (self.ridge or 1.0) * matrix
         return result
 
+    def encoded(self, slices: int, first: int, encoders: Float64) -> Float64:
+        """(S + ρI) E for the block-diagonal E of consecutive slices, all of those in one block.
+
+        Args:
+            slices: Number of slices k.
+            first: Which slice is the first one.
+            encoders: Array `[k/b, n/k, j]`.
+
+        Returns:
+            Array `[n/b, k/b·j]`.
+        """
+        parts = [self.columns(slices, first + i, encoder) for i, encoder in enumerate(encoders)]
+        return np.concatenate(parts, axis=1)
+
+    def gram(self, encoders: Float64) -> Float64:
+        """Eᵀ (S + ρI) E for the block-diagonal E of all slices, where S is in one block.
+
+        Args:
+            encoders: Array `[k, n/k, j]`.
+
+        Returns:
+            Array `[j·k, j·k]`, the columns of all slices' encoders ordered by rank.
+        """
+        slices, rows, rank = encoders.shape
+        transposed = encoders.transpose(0, 2, 1)
+        gram = np.empty((rank, slices, rank, slices))
+        for i, encoder in enumerate(encoders):
+            columns = self.columns(slices, i, encoder)
+            gram[:, :, :, i] = (transposed @ columns.reshape(slices, rows, -1)).transpose(1, 0, 2)
+        return gram.reshape(rank * slices, -1)
+
+    def product(self, slices: int, first: int, matrices: Float64) -> Product:
+        """(S + ρI) M for matrices of consecutive slices, all of those in one block, to be updated.
+
+        Args:
+            slices: Number of slices k.
+            first: Which slice is the first one.
+            matrices: M, array `[k/b, n/k, m]`.
+        """
+        return Product(self, slices, first, matrices)
+
     def energy(self, block: int, matrix: Float64) -> float:
         """tr(Mᵀ (S + ρI) M) for the rows M `[n/b, m]` of one block."""
         return float(np.vdot(matrix, self.columns(self.block_count, block, matrix)))
@@ -149,6 +190,25 @@ class SecondMoment:
         return self._matrices[block].columns(start, matrix)
 
 
+class Product:
+    """(S + ρI) M of one block while the rows of M change slice by slice."""
+
+    def __init__(self, moment: SecondMoment, slices: int, first: int, matrices: Float64) -> None:
+        self._moment, self._slices, self._first = moment, slices, first
+        block = first * moment.block_count // slices
+        rows = matrices.reshape(-1, matrices.shape[-1])
+        self._product = moment.columns(moment.block_count, block, rows).reshape(matrices.shape)
+
+    def rows(self, index: int) -> Float64:
+        """Its rows `[n/k, m]` that belong to one slice, counted from the first one."""
+        return self._product[index]
+
+    def subtract(self, index: int, matrix: Float64) -> None:
+        """Takes a matrix `[n/k, m]` off one slice of M."""
+        columns = self._moment.columns(self._slices, self._first + index, matrix)
+        self._product -= columns.reshape(self._product.shape)
+
+
 class FewInputs(SecondMoment):
     """The second moment of so few inputs that they themselves say it best.
 
@@ -166,6 +226,42 @@ class FewInputs(SecondMoment):
         squares = np.square(rows, dtype=np.float64).sum()
         self.ridge = RIDGE * float(squares) / (self.count * self.side)
 
+    # What is seen of every slice is computed once: `columns` of every slice by itself would take
+    # all inputs again each time.
+
+    def encoded(self, slices: int, first: int, encoders: Float64) -> Float64:  # noqa: D102 - as above
+        block, _, _ = self._place(slices, first)
+        seen = self._seen(slices, first, encoders)
+        result = self._inputs(block, 0, self.block_side).T @ (seen / self.count)
+        width, rank = encoders.shape[1:]
+        for i, encoder in enumerate(encoders):
+            own = result[i * width : (i + 1) * width, i * rank : (i + 1) * rank]
+            own += (self.ridge or 1.0) * encoder
+        return result
+
+    def gram(self, encoders: Float64) -> Float64:  # noqa: D102 - as above
+        slices, _, rank = encoders.shape
+        seen = self._seen(slices, 0, encoders).reshape(-1, slices, rank).swapaxes(1, 2)
+        seen = seen.reshape(self.count, -1)
+        gram = seen.T @ seen
+        gram /= self.count
+        own = (self.ridge or 1.0) * (encoders.transpose(0, 2, 1) @ encoders)
+        for i, each in enumerate(own):
+            gram[i::slices, i::slices] += each
+        return gram
+
+    def product(self, slices: int, first: int, matrices: Float64) -> Product:  # noqa: D102 - as above
+        return _ProductOfFew(self, slices, first, matrices)
+
+    def inputs_of(self, slices: int, index: int) -> Float64:
+        """What was seen of one slice, a new array `[m, n/k]`."""
+        return self._inputs(*self._place(slices, index))
+
+    def _seen(self, slices: int, first: int, encoders: Float64) -> Float64:
+        """What encoders give for the inputs, `[m, k/b·j]`."""
+        parts = [self.inputs_of(slices, first + i) @ e for i, e in enumerate(encoders)]
+        return np.concatenate(parts, axis=1)
+
     def energy(self, block: int, matrix: Float64) -> float:  # noqa: D102 - as above
         seen = self._inputs(block, 0, self.block_side) @ matrix
         ridge = self.ridge or 1.0
@@ -175,7 +271,7 @@ class FewInputs(SecondMoment):
         width = self.side // slices
         if not are_few(self.count, width) or self.ridge == 0:
             return None
-        root = self._inputs(*self._place(slices, index))
+        root = self.inputs_of(slices, index)
         root /= np.sqrt(self.count)
         return root
 
@@ -190,6 +286,26 @@ class FewInputs(SecondMoment):
     def _columns(self, block: int, start: int, matrix: Float64) -> Float64:
         seen = self._inputs(block, start, start + matrix.shape[0]) @ matrix
         return self._inputs(block, 0, self.block_side).T @ (seen / self.count)
+
+
+class _ProductOfFew(Product):
+    """The same by X M, what the inputs make of M."""
+
+    def __init__(self, moment: FewInputs, slices: int, first: int, matrices: Float64) -> None:
+        self._few, self._slices, self._first = moment, slices, first
+        self._matrices = matrices.copy()
+        self._outputs = np.zeros((moment.count, matrices.shape[-1]))
+        for i, matrix in enumerate(matrices):
+            self._outputs += moment.inputs_of(slices, first + i) @ matrix
+
+    def rows(self, index: int) -> Float64:
+        inputs = self._few.inputs_of(self._slices, self._first + index)
+        ridge = self._few.ridge or 1.0
+        return inputs.T @ self._outputs / self._few.count + ridge * self._matrices[index]
+
+    def subtract(self, index: int, matrix: Float64) -> None:
+        self._outputs -= self._few.inputs_of(self._slices, self._first + index) @ matrix
+        self._matrices[index] -= matrix
 
 
 def are_few(count: int, side: int) -> bool:

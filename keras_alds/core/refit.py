@@ -107,16 +107,14 @@ def _refined(
     E = encoders.copy()
     products = E @ _refitted(E, matrices, moment, first)
     blocks = [moment.slice_block(slices, first + i) for i in range(count)]
-    rest = moment.columns(
-        moment.block_count, first // count, (matrices - products).reshape(count * rows, -1)
-    )
+    rest = moment.product(slices, first, matrices - products)
     for _ in range(sweeps):
         for i, block in enumerate(blocks):
-            target = products[i] + solve(block, rest[i * rows : (i + 1) * rows])
+            target = products[i] + solve(block, rest.rows(i))
             E[i] = slice_spectrum(target, block, rank)[1]
             weighted = E[i].T @ block
             product = E[i] @ solve(weighted @ E[i], weighted @ target)
-            rest -= moment.columns(slices, first + i, product - products[i])
+            rest.subtract(i, product - products[i])
             products[i] = product
     return E
 
@@ -151,8 +149,7 @@ def _refitted(encoders: Float64, matrices: Float64, moment: SecondMoment, first:
     """`refit_decoder` of the slices of one block of the moment, number `first` and on."""
     count, rows, rank = encoders.shape
     slices = moment.side // rows
-    seen = [moment.columns(slices, first + i, encoder) for i, encoder in enumerate(encoders)]
-    columns = np.concatenate(seen, axis=1)  # S E
+    columns = moment.encoded(slices, first, encoders)
     gram = encoders.transpose(0, 2, 1) @ columns.reshape(count, rows, -1)
     right = columns.T @ matrices.reshape(count * rows, -1)
     solution = solve(gram.reshape(count * rank, -1), right)

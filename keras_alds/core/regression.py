@@ -32,6 +32,8 @@ from keras_alds.core.symmetric import SymmetricMatrix, strip_bounds
 #: Candidates of ρ, as a part of the mean eigenvalue of Ŝ; held-out inputs choose.
 TARGET_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
 
+# A mean square below which float32 does not resolve the inputs' products: as if they were zeros.
+_LEAST_SQUARE = 1e-30
 # Parts of a product that threads work on side by side.
 _PARTS = 4
 
@@ -201,13 +203,14 @@ class PairAccumulator:
         return self._few[block][0]
 
     def _mean(self) -> float:
-        """The mean eigenvalue of Ŝ."""
+        """The mean eigenvalue of Ŝ, 0 if it is too small to say anything."""
         if self._sums:
             trace = sum(matrix.trace() for matrix in self._sums)
         else:
             rows = [x_hat for kept in self._few for x_hat, _ in kept]
             trace = sum(float(np.square(x_hat, dtype=np.float64).sum()) for x_hat in rows)
-        return trace / (self._count * self.side)
+        mean = trace / (self._count * self.side)
+        return mean if mean >= _LEAST_SQUARE else 0.0
 
     def result(self, ridge: float) -> tuple[SecondMoment, Array]:
         """Ŝ and the target kernel W* in the kernel's dtype; ends the adding.
@@ -323,5 +326,9 @@ class _FewTarget(_Target):
 def _product(x: Array, columns: Array, executor: Executor | None) -> Array:
     if executor is None or len(x) < _PARTS:
         return x @ columns
-    parts = np.array_split(x, _PARTS)
-    return np.concatenate(list(executor.map(lambda part: part @ columns, parts)))
+
+    def product(part: Array) -> Array:
+        with single_threaded_blas():  # where the work is done: some libraries count by thread
+            return part @ columns
+
+    return np.concatenate(list(executor.map(product, np.array_split(x, _PARTS))))

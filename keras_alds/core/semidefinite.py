@@ -14,8 +14,8 @@ def solve(gram: Float64, right: Float64, *, overwrite: bool = False) -> Float64:
     Args:
         gram: The matrix, `[n, n]`.
         right: The right-hand sides, `[n, m]`.
-        overwrite: Whether `gram`, symmetric bit for bit, may be used up: large ones are not copied
-            then.
+        overwrite: Whether `gram`, symmetric but for rounding, may be used up: large ones are not
+            copied then.
 
     Returns:
         Array `[n, m]`.

@@ -157,11 +157,23 @@ def _bytes_of_slice(shape: Sequence[int], moment: SecondMoment, slices: int) -> 
 def _bytes_of_slices(shape: Sequence[int], moment: SecondMoment, slices: int) -> int:
     """The same of one piece of work."""
     needed = _bytes_of_slice(shape, moment, slices)
-    if slices > 1 and moment.block_count == 1:
-        most = (math.prod(shape) - 1) // weights(shape, slices, 1)
-        size = slices * min(most, full_rank(shape, slices), max(moment.count, 1))
-        needed += 8 * (2 * size * (moment.side // slices + shape[-1]) + size**2)
+    if (most := _joint_ranks(shape, moment, slices)) > 0:
+        size = slices * most
+        inputs = moment.count if are_few(moment.count, moment.side) else 0
+        needed += 8 * (2 * size * (moment.side // slices + shape[-1]) + size * inputs + size**2)
     return needed
+
+
+def _joint_ranks(shape: Sequence[int], moment: SecondMoment, slices: int) -> int:
+    """The largest rank whose error after the joint refit is wanted; 0 where slices are not joined.
+
+    Larger ones are no smaller than the dense kernel, or lose nothing of what was seen.
+    """
+    if slices == 1 or moment.block_count > 1:
+        return 0
+    most = min(full_rank(shape, slices), (math.prod(shape) - 1) // weights(shape, slices, 1))
+    few = are_few(moment.count, moment.side // slices)
+    return min(most, moment.count) if few else most
 
 
 def _slice_values(
@@ -179,18 +191,15 @@ def _slice_values(
     """
     matrices = unfold(kernel, slices)
     values = np.zeros((len(part), full_rank(kernel.shape, slices)))
-    most = min(values.shape[1], (math.prod(kernel.shape) - 1) // weights(kernel.shape, slices, 1))
-    joint = slices > 1 and moment.block_count == 1 and most > 0
-    if are_few(moment.count, moment.side // slices):
-        most = min(most, moment.count)  # beyond that nothing of what was seen is lost
+    most = _joint_ranks(kernel.shape, moment, slices)
     bases = []
     with single_threaded_blas():
         for row, i in zip(values, part, strict=True):
             matrix = matrices[i].astype(np.float64)
-            found, basis = seen_spectrum(matrix, moment, slices, i, most if joint else 0)
+            found, basis = seen_spectrum(matrix, moment, slices, i, most)
             row[row.size - found.size :] = found
             bases.append(basis)
-        if not joint or weighted[0] is None:
+        if not most or weighted[0] is None:
             return values, None
         try:
             explained = _explained(np.stack(bases), moment, weighted[0])
@@ -211,19 +220,16 @@ def _explained(bases: Float64, moment: SecondMoment, weighted: Float64) -> Float
         weighted: (S + ρI) W, `[n, f]`.
     """
     slices, rows, most = bases.shape
-    transposed = bases.transpose(0, 2, 1)
-    gram = np.empty((most, slices, most, slices))
-    for m, basis in enumerate(bases):
-        columns = moment.columns(slices, m, basis)
-        gram[:, :, :, m] = (transposed @ columns.reshape(bases.shape)).transpose(1, 0, 2)
-    right = (transposed @ weighted.reshape(slices, rows, -1)).transpose(1, 0, 2)
-    size = most * slices
+    right = bases.transpose(0, 2, 1) @ weighted.reshape(slices, rows, -1)
     # The transpose of the symmetric matrix is in Fortran's order, and not copied.
     triangle = scipy.linalg.cholesky(
-        gram.reshape(size, size).T, lower=True, overwrite_a=True, check_finite=False
+        moment.gram(bases).T, lower=True, overwrite_a=True, check_finite=False
     )
     added = scipy.linalg.solve_triangular(
-        triangle, right.reshape(size, -1), lower=True, check_finite=False
+        triangle,
+        right.transpose(1, 0, 2).reshape(most * slices, -1),
+        lower=True,
+        check_finite=False,
     )
     return np.cumsum(np.square(added).sum(axis=1).reshape(most, slices).sum(axis=1))
 

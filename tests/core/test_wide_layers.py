@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_alds.core import moments, symmetric
+from keras_alds.core import accumulators, moments, regression, symmetric
 from keras_alds.core.accumulators import MomentAccumulator
 from keras_alds.core.moments import FewInputs, SecondMoment
 from keras_alds.core.pool import map_within
@@ -146,6 +147,54 @@ class TestSecondMoment:
             promised = spectra.slices[k].residual_energy[rank] / spectra.energy
             assert promised == pytest.approx(error, rel=1e-5, abs=1e-9)
 
+    @pytest.mark.parametrize("blocks", [1, 3])
+    @pytest.mark.parametrize("few", [True, False])
+    def test_products_of_slices(self, rng, few, blocks):
+        """What encoders see, and a product whose rows change, against all of S at once."""
+        moment = FewInputs(rng.standard_normal((5, 24)), blocks)
+        S = moment.times(np.eye(24))
+        moment = moment if few else SecondMoment(moment.blocks, 5)
+        E = rng.standard_normal((6, 4, 2))
+        diagonal = np.zeros((6, 4, 6, 2))
+        diagonal[range(6), :, range(6)] = E
+        whole = diagonal.reshape(24, 12)
+        each = 6 // blocks
+        for first in range(0, 6, each):
+            here, part = slice(4 * first, 4 * (first + each)), slice(first, first + each)
+            expected = S[here] @ whole[:, 2 * first : 2 * (first + each)]
+            np.testing.assert_allclose(moment.encoded(6, first, E[part]), expected, atol=1e-12)
+            product = moment.product(6, first, E[part])
+            change = rng.standard_normal((4, 2))
+            product.subtract(each - 1, change)
+            M = E[part].reshape(-1, 2)
+            M = M - np.concatenate([np.zeros((4 * each - 4, 2)), change])
+            found = np.concatenate([product.rows(i) for i in range(each)])
+            np.testing.assert_allclose(found, S[here, here] @ M, atol=1e-12)
+        if blocks == 1:
+            ordered = whole.reshape(24, 6, 2).swapaxes(1, 2).reshape(24, 12)
+            np.testing.assert_allclose(moment.gram(E), ordered.T @ S @ ordered, atol=1e-12)
+
+    def test_few_inputs_are_not_read_anew_for_every_slice(self, rng, wide, monkeypatch):
+        """With many slices that took longer than all of S."""
+        few, entries = FewInputs(rng.standard_normal((6, 48)), 1), 0
+        plain = FewInputs._inputs
+
+        def counted(self, *place):
+            nonlocal entries
+            found = plain(self, *place)
+            entries += found.size
+            return found
+
+        monkeypatch.setattr(FewInputs, "_inputs", counted)
+        kernel, size = rng.standard_normal((48, 40)), few.rows.size
+        for k in (4, 24):
+            entries = 0
+            output_spectra(kernel, few, slices=[k])
+            spectra = entries
+            factorize_outputs(kernel, few, k, 1)
+            assert spectra <= 4 * size
+            assert entries - spectra <= 12 * size
+
     @pytest.mark.parametrize("k", [3, 6])
     def test_blocks_are_compressed_one_by_one(self, rng, k):
         rows, kernel = rng.standard_normal((50, 24)), rng.standard_normal((24, 20))
@@ -194,6 +243,25 @@ class TestPairs:
         np.testing.assert_allclose(moment.blocks[0], S, atol=1e-12)
         np.testing.assert_allclose(unfold(target, 1)[0], expected, atol=1e-9)
 
+    @pytest.mark.parametrize("count", [6, 60])
+    def test_inputs_too_small_for_squares_leave_the_kernel(self, rng, wide, pool, count):
+        x = 1e-21 * rng.standard_normal((count, 16)).astype("float32")
+        kernel = rng.standard_normal((16, 3)).astype("float32")
+        pairs = PairAccumulator(kernel)
+        pairs.add_parts([([x], [2 * x])], pool)
+        np.testing.assert_array_equal(pairs.result(1e-4)[1], kernel)
+
+    def test_the_kernel_is_overwritten_only_on_request(self, rng, pool):
+        x, kernel = rng.standard_normal((2, 20, 6)), rng.standard_normal((6, 4))
+        found = []
+        for overwrite in (False, True):
+            own = kernel.copy()
+            pairs = PairAccumulator(own, overwrite=overwrite)
+            pairs.add_parts([([x[0]], [x[1]])], pool)
+            found.append(pairs.result(1e-2)[1])
+            assert overwrite or np.array_equal(own, kernel)
+        np.testing.assert_array_equal(*found)
+
     def test_nothing_added(self):
         with pytest.raises(ValueError, match="at least one unfolded input"):
             PairAccumulator(np.eye(3)).result(1.0)
@@ -204,6 +272,35 @@ class TestPairs:
         errors = pairs.held_out_errors([([np.zeros((2, 12))], [np.ones((2, 12))])], pool)
         np.testing.assert_allclose(errors, 24)
         np.testing.assert_array_equal(pairs.result(1e-2)[1], np.eye(12))
+
+
+def test_every_thread_limits_its_own_blas(rng, strips, pool, monkeypatch):
+    """Some libraries count BLAS threads by calling thread."""
+    inside = threading.local()
+
+    @contextlib.contextmanager
+    def limit():
+        before, inside.limited = getattr(inside, "limited", False), True
+        yield
+        inside.limited = before
+
+    limited = []
+    plain = SymmetricMatrix.add
+
+    def add(self, strip, rows):
+        limited.append(getattr(inside, "limited", False))
+        plain(self, strip, rows)
+
+    monkeypatch.setattr(accumulators, "single_threaded_blas", limit)
+    monkeypatch.setattr(regression, "single_threaded_blas", limit)
+    monkeypatch.setattr(SymmetricMatrix, "add", add)
+    rows = rng.standard_normal((40, 24))
+    accumulator, pairs = MomentAccumulator(24), PairAccumulator(np.eye(24))
+    accumulator.add(rows)
+    accumulator.add_parts([[rows]], pool)
+    pairs.add_parts([([rows], [rows])], pool)
+    assert limited
+    assert all(limited)
 
 
 class TestMapWithin:
