@@ -198,7 +198,8 @@ def run_sweep(arguments: argparse.Namespace) -> None:
     text = f"No retraining, top-1 in %, {len(x_test):,} images:\n\n{result.to_markdown()}\n"
     if retrain is not None:
         text += (
-            f"\nAfter {arguments.epochs} epochs of {len(x_train):,} images:\n\n"
+            f"\nAfter {arguments.epochs} epoch{'s' * (arguments.epochs > 1)} of {len(x_train):,} "
+            "images:\n\n"
             f"{result.to_markdown(retrained=True)}\n"
         )
     print(text, end="")

@@ -182,7 +182,7 @@ def test_readme_gives_the_two_commands_and_ci_runs_the_second():
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install ")
         assert "\n" not in command
     assert run.endswith("examples/digits.py")
-    assert test.endswith("-m pytest")
+    assert test.endswith("-m pytest -n 2")
     steps = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     assert steps[0] == "#!/usr/bin/env bash"
     assert "set -euo pipefail" in steps

@@ -66,7 +66,7 @@ def in_every_scheme(model, cr=0.4, **options):
     layers = dict(walk(model))
     choices, count = [], itertools.count(1)
     for choice in plan.choices:
-        layer = layers[choice.layer]
+        layer = layers.get(choice.layer)  # a kernel of a cell is no layer
         window = tuple(getattr(layer, "kernel_size", ()))
         known = sorted(set(distinct_schemes(window).values()))
         if choice.kernel_shape and len(known) > 1:

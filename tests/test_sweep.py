@@ -183,7 +183,7 @@ class TestCommand:
         arguments += ["--data", files / "data.npz", "--methods", "alds", "--crs", 0.3]
         arguments += ["--calibration", 0, "--epochs", 1, "--train", 16, "--learning-rates", 0.01]
         assert main([str(argument) for argument in arguments]) == 0
-        assert "After 1 epochs of 16 images:" in capsys.readouterr().out
+        assert "After 1 epoch of 16 images:" in capsys.readouterr().out
 
     def test_complains(self, files, keras_module, capsys):
         kind = ["--keras", keras_module.__name__]
