@@ -229,7 +229,8 @@ class FewInputs(SecondMoment):
     # What is seen of every slice is computed once: `columns` of every slice by itself would take
     # all inputs again each time.
 
-    def encoded(self, slices: int, first: int, encoders: Float64) -> Float64:  # noqa: D102 - as above
+    def encoded(self, slices: int, first: int, encoders: Float64) -> Float64:
+        """As for `SecondMoment`."""
         block, _, _ = self._place(slices, first)
         seen = self._seen(slices, first, encoders)
         result = self._inputs(block, 0, self.block_side).T @ (seen / self.count)
@@ -239,7 +240,8 @@ class FewInputs(SecondMoment):
             own += (self.ridge or 1.0) * encoder
         return result
 
-    def gram(self, encoders: Float64) -> Float64:  # noqa: D102 - as above
+    def gram(self, encoders: Float64) -> Float64:
+        """As for `SecondMoment`."""
         slices, _, rank = encoders.shape
         seen = self._seen(slices, 0, encoders).reshape(-1, slices, rank).swapaxes(1, 2)
         seen = seen.reshape(self.count, -1)
@@ -250,7 +252,8 @@ class FewInputs(SecondMoment):
             gram[i::slices, i::slices] += each
         return gram
 
-    def product(self, slices: int, first: int, matrices: Float64) -> Product:  # noqa: D102 - as above
+    def product(self, slices: int, first: int, matrices: Float64) -> Product:
+        """As for `SecondMoment`."""
         return _ProductOfFew(self, slices, first, matrices)
 
     def inputs_of(self, slices: int, index: int) -> Float64:
@@ -262,12 +265,14 @@ class FewInputs(SecondMoment):
         parts = [self.inputs_of(slices, first + i) @ e for i, e in enumerate(encoders)]
         return np.concatenate(parts, axis=1)
 
-    def energy(self, block: int, matrix: Float64) -> float:  # noqa: D102 - as above
+    def energy(self, block: int, matrix: Float64) -> float:
+        """As for `SecondMoment`."""
         seen = self._inputs(block, 0, self.block_side) @ matrix
         ridge = self.ridge or 1.0
         return float(np.vdot(seen, seen) / self.count + ridge * np.vdot(matrix, matrix))
 
-    def thin_root(self, slices: int, index: int) -> Float64 | None:  # noqa: D102 - as above
+    def thin_root(self, slices: int, index: int) -> Float64 | None:
+        """As for `SecondMoment`."""
         width = self.side // slices
         if not are_few(self.count, width) or self.ridge == 0:
             return None

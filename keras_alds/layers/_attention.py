@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from keras_alds import _backend
-from keras_alds.layers._mixin import _positive_int
+from keras_alds.layers._mixin import checked_factorizations
 
 if TYPE_CHECKING:
     _Base = Any
@@ -27,7 +26,7 @@ class FactorizedAttentionMixin(_Base):
 
     def __init__(self, *args: Any, projections: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.projections = _checked(projections)
+        self.projections = checked_factorizations("projections", projections, PROJECTIONS)
 
     def _factorize_projections(self) -> None:
         """Turns the new stock projections into factorized ones, in place."""
@@ -86,20 +85,3 @@ class FactorizedTfKerasAttentionMixin(FactorizedAttentionMixin):
     def _build_from_signature(self, query: Any, value: Any, key: Any = None) -> None:
         super()._build_from_signature(query, value, key)
         self._factorize_projections()
-
-
-def _checked(projections: Any) -> dict[str, dict[str, int]]:
-    if projections is None:
-        return {}
-    if not isinstance(projections, Mapping) or not all(
-        name in PROJECTIONS and isinstance(choice, Mapping) and set(choice) == {"slices", "rank"}
-        for name, choice in projections.items()
-    ):
-        raise ValueError(
-            'Expected `projections` to be a dict such as {"query": {"slices": 1, "rank": 8}}, '
-            f"with names of {PROJECTIONS}. Received: projections={projections!r}"
-        )
-    return {
-        name: {key: _positive_int(choice[key], key) for key in ("slices", "rank")}
-        for name, choice in projections.items()
-    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import tensorflow as tf
@@ -48,6 +48,35 @@ def _int_tuple(value: Any, length: int, name: str) -> tuple[int, ...]:
         return tuple(_positive_int(item, name) for item in items)
     except ValueError:
         raise ValueError(message) from None
+
+
+def checked_factorizations(
+    argument: str, value: Any, names: Sequence[str]
+) -> dict[str, dict[str, int]]:
+    """Slices and rank of some parts of a layer, `{name: {"slices": k, "rank": j}}`, checked.
+
+    Args:
+        argument: str, the constructor argument, for the error.
+        value: what was given for it; None is no part.
+        names: sequence of str, the parts that the layer has.
+
+    Raises:
+        ValueError: If `value` is no such dict.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(
+        name in names and isinstance(choice, Mapping) and set(choice) == {"slices", "rank"}
+        for name, choice in value.items()
+    ):
+        raise ValueError(
+            f'Expected `{argument}` to be a dict such as {{"{names[0]}": {{"slices": 1, "rank": '
+            f"8}}}}, with names of {names}. Received: {argument}={value!r}"
+        )
+    return {
+        name: {key: _positive_int(choice[key], key) for key in ("slices", "rank")}
+        for name, choice in value.items()
+    }
 
 
 class FactorizedMixin(_Base):

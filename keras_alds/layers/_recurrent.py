@@ -6,14 +6,14 @@ variable. A step multiplies by encoder and decoder; everything else is the stock
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import tensorflow as tf
 
 from keras_alds import _backend
 from keras_alds.layers import _forms
-from keras_alds.layers._mixin import _positive_int
+from keras_alds.layers._mixin import checked_factorizations
 
 if TYPE_CHECKING:
     _Base = Any
@@ -37,7 +37,7 @@ class FactorizedCellMixin(_Base):
 
     def __init__(self, *args: Any, kernels: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.kernels = checked_kernels(kernels)
+        self.kernels = checked_factorizations("kernels", kernels, KERNELS)
         self._check_kernels()
 
     def _check_kernels(self) -> None:
@@ -268,7 +268,7 @@ class FactorizedRecurrentMixin(_Base):
     def __init__(self, *args: Any, kernels: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # In place: the layer has made its cell already, and tracks it.
-        attributes = {"kernels": checked_kernels(kernels)}
+        attributes = {"kernels": checked_factorizations("kernels", kernels, KERNELS)}
         _backend.backend_of(self).adopt(self.cell, self._cell_class, attributes)
         self.cell._check_kernels()
 
@@ -313,21 +313,3 @@ class FactorizedTfKerasRecurrentMixin(FactorizedRecurrentMixin):
 def plain_kernels(kernels: Any) -> dict[str, dict[str, int]]:
     """The argument `kernels` as dicts, whatever a Keras has wrapped them in."""
     return {name: dict(choice) for name, choice in dict(kernels).items()}
-
-
-def checked_kernels(kernels: Any) -> dict[str, dict[str, int]]:
-    """The argument `kernels`, checked."""
-    if kernels is None:
-        return {}
-    if not isinstance(kernels, Mapping) or not all(
-        name in KERNELS and isinstance(choice, Mapping) and set(choice) == {"slices", "rank"}
-        for name, choice in kernels.items()
-    ):
-        raise ValueError(
-            'Expected `kernels` to be a dict such as {"kernel": {"slices": 1, "rank": 8}}, with '
-            f"names of {KERNELS}. Received: kernels={kernels!r}"
-        )
-    return {
-        name: {key: _positive_int(choice[key], key) for key in ("slices", "rank")}
-        for name, choice in kernels.items()
-    }

@@ -51,7 +51,7 @@ class Kind:
     """
 
     kernel: ClassVar[str] = "kernel"
-    part: ClassVar[str] = "kernel"
+    part: str = "kernel"
     kept: ClassVar[dict[str, str]] = {"bias": "bias"}
     copied: ClassVar[tuple[str, ...]] = ()
     sample: ClassVar[tuple[Any, ...]] = (1, 1)
@@ -155,7 +155,7 @@ class _CellKernel(_Dense):
     def __init__(self, part: str) -> None:
         super().__init__("cell kernel")
         self.form = "Dense"
-        self.part = part  # type: ignore[misc]  # one object for each of the two
+        self.part = part
 
     def setting(self, layer: Any, name: str) -> Any:
         return super().setting(layer.cell, name)
