@@ -32,6 +32,7 @@ MODULES = sorted(
 GAP = "…"
 STRIPPED = " '`(),.;:="
 WARN = ("warnings.warn", "self.warn")
+SLOW = ".* in groups of fewer than 32 channels"
 
 
 def cnn() -> Any:
@@ -109,6 +110,7 @@ def test_pages_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         # The guide shows an `exclude` entry that matches nothing, and saves an .h5 file.
         warnings.filterwarnings("ignore", "`exclude` entry")
         warnings.filterwarnings("ignore", "You are saving your model as an HDF5 file")
+        warnings.filterwarnings("error", SLOW)  # no page shows how to make slow files
         # Every section starts anew.
         starts = [
             0,
@@ -160,6 +162,7 @@ def test_docstring_snippets_run(
     with warnings.catch_warnings():
         # The package's own docstring shows `fit` without its number of epochs.
         warnings.filterwarnings("ignore", "The model was not compressed")
+        warnings.filterwarnings("error", SLOW)
         run_snippets(blocks, name, values)
     if name == "apply_plan":
         np.testing.assert_array_equal(values["model"].conv.encoder, small.conv.encoder)

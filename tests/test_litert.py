@@ -501,3 +501,80 @@ def test_compare_metrics(contents: dict[str | None, bytes], dense_and_conv: Any,
         litert.compare(contents[None], contents[None], quantize="float16")
     with pytest.raises(ValueError, match=r"Expected `data` to be a pair \(x, y\)"):
         litert.compare(contents[None], contents[None], data)
+
+
+# -- Thin groups ---------------------------------------------------------------------------------
+
+
+def single(layer: Any, channels: int = 64) -> Any:
+    inputs = keras.Input((8, 8, channels))
+    return keras.Model(inputs, keras.layers.ReLU()(layer(inputs)))
+
+
+def factorized(slices: int, rank: int, channels: int = 64) -> Any:
+    layer = keras_alds.FactorizedConv2D(32, 3, slices=slices, rank=rank, name="thin")
+    return single(layer, channels)
+
+
+def int8(model: Any) -> bytes:
+    x = np.random.default_rng(0).standard_normal((8, *model.input_shape[1:])).astype("float32")
+    return litert.convert(model, quantize="int8", representative_data=x, verbose=0)
+
+
+THIN = "int8 convolutions? in groups of fewer than 32 channels"
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: factorized(4, 8), r"CONV_2D '.*thin.*' \(4 groups of 16\)"),
+        (lambda: factorized(64, 2), r"DEPTHWISE_CONV_2D '.*thin.*' \(64 groups of 1\)"),
+        # Stock groups run in a function of their own: no layer's name is in the file.
+        (lambda: keras_alds.expand(factorized(4, 8)), r"CONV_2D '.+' \(4 groups of 16\)"),
+        (lambda: single(keras.layers.Conv2D(64, 3, groups=8)), r"CONV_2D '.+' \(8 groups of 8\)"),
+    ],
+    ids=["factorized", "multiplier above 1", "expanded", "stock"],
+)
+def test_int8_files_with_thin_groups_are_named(make: Any, text: str):
+    model = make()
+    with pytest.warns(UserWarning, match=rf"^1 {THIN}.*: {text}\. Remedy: .*") as record:
+        content = int8(model)
+    assert [warning.filename for warning in record] == [__file__]
+    with pytest.warns(UserWarning, match=text) as record:
+        litert.compare(content, content, runs=0, verbose=0)
+    assert [warning.filename for warning in record] == [__file__]
+
+
+def test_models_with_thin_groups_are_named_once():
+    inputs = x = keras.Input((8, 8, 64))
+    for name in "abcde":
+        name = f"thin_{name}"
+        x = keras_alds.FactorizedConv2D(64, 1, slices=4, rank=4, name=name)(x)
+    model = keras.Model(inputs, x)
+    data = np.random.default_rng(0).standard_normal((8, 8, 8, 64)).astype("float32")
+    dense = litert.convert(factorized(1, 8), verbose=0)
+    options = {"quantize": "int8", "representative_data": data, "runs": 0, "verbose": 0}
+    for pair in ((dense, model), (model, dense)):
+        with pytest.warns(
+            UserWarning, match=rf"^5 {THIN}.*thin_a.*thin_b.*thin_c.*, 2 more\."
+        ) as r:
+            litert.compare(*pair, **options)
+        assert [warning.filename for warning in r] == [__file__]
+        assert "thin_d" not in str(r[0].message)
+
+
+@pytest.mark.filterwarnings("error")
+def test_other_files_are_not_named():
+    thin = factorized(4, 8)
+    files = [
+        int8(factorized(1, 16)),
+        int8(factorized(2, 8)),  # 32 channels a group
+        int8(factorized(64, 1)),  # depthwise
+        int8(single(keras.layers.DepthwiseConv2D(3))),
+        int8(single(keras.layers.DepthwiseConv2D(3, depth_multiplier=4), channels=1)),
+        litert.convert(thin, verbose=0),
+        litert.convert(thin, quantize="float16", verbose=0),
+        litert.convert(thin, quantize="dynamic", verbose=0),
+    ]
+    for content in files:
+        litert.compare(files[0], content, runs=0, verbose=0)

@@ -44,9 +44,11 @@ def test_one_call(keras_module: ModuleType, tmp_path: Path):
     before = model.get_weights()
     x, y = zoo.images(64)
     path = tmp_path / "int8.tflite"
-    quantized, content = aware(
-        model, x, y, compress={"cr": 0.4, "max_slices": 4}, path=path, epochs=2, verbose=0
-    )
+    with pytest.warns(UserWarning, match="groups of fewer than 32 channels") as record:
+        quantized, content = aware(
+            model, x, y, compress={"cr": 0.4, "max_slices": 4}, path=path, epochs=2, verbose=0
+        )
+    assert __file__ in {warning.filename for warning in record}
     assert path.read_bytes() == content
     assert types(content) == {("int8", "int8", "int8")}
     names = [step.name for step in litert.read_file(content).operators]

@@ -16,7 +16,8 @@ class Target:
     """A runtime, as constraints on the slices k and the rank j of a layer.
 
     Every choice that it allows converts and runs there, in float and in int8, and has a form that
-    was measured not to be slow there (for the GPU: that its source code runs as it is). Conv3D
+    was measured not to be slow there (for the GPU: that its source code runs as it is), on a
+    processor without int8 matrix units: with them slices of fewer than 32 channels are. Conv3D
     layers run in float only, compressed or not: LiteRT has no int8 operator for them. The
     constraints hold for every layer by itself. Layers that are no 2D or 1D convolutions get k = 1:
     their sliced forms are batched matrix products or several convolutions. So do the fold schemes

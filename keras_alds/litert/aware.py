@@ -14,8 +14,9 @@ import keras
 from keras_alds import _backend
 from keras_alds.compress import compress as compress_model
 from keras_alds.litert import _package
-from keras_alds.litert.convert import check_folder, checked_options, convert
+from keras_alds.litert.convert import check_folder, checked_options, convert, convert_quietly
 from keras_alds.litert.equalize import equalize
+from keras_alds.litert.quantized import warn_of_thin_groups
 from keras_alds.rewrite.expand import expand
 from keras_alds.rewrite.inspect import walk
 from keras_alds.rewrite.to_tf_keras import to_tf_keras
@@ -45,14 +46,14 @@ def quantize_aware_training(
     stock layers; `to_tf_keras` for a Keras 3 model; `litert.equalize` without data; TF-MOT's
     `quantize_model`, which sees BatchNormalization and folds it as the file will; `compile` and
     `fit`; `litert.convert` with `quantize="int8"`, which checks every convolution and dense
-    layer. `model` is untouched.
+    layer, and warns of those that are slow. `model` is untouched.
 
     Args:
         model: A trained Functional or Sequential model of either Keras, compressed (by
             `compress` or in `fit` by `ALDSCompress`) or not. TF-MOT takes no models inside models.
         x: Training data, as for `fit`.
         y: Targets, as for `fit`.
-        compress: Options of `keras_alds.compress`, such as `{"cr": 0.5, "max_slices": 4}`, or
+        compress: Options of `keras_alds.compress`, such as `{"cr": 0.5, "max_slices": 1}`, or
             None for a model that is compressed already or is not to be. Defaults to None.
         optimizer: An optimizer of tf_keras, or its name. Some tenths of the learning rate of the
             training before are usual. Defaults to a new one with the settings of the model's own.
@@ -81,8 +82,9 @@ def quantize_aware_training(
 
     Example:
     ```python
+    options = {"cr": 0.5, "max_slices": 1}
     quantized, content = keras_alds.tfmot.quantize_aware_training(
-        model, x, y, compress={"cr": 0.5}, epochs=1, path="small_int8.tflite", verbose=0
+        model, x, y, compress=options, epochs=1, path="small_int8.tflite", verbose=0
     )
     ```
     """
@@ -118,7 +120,9 @@ def quantize_aware_training(
     options = {"verbose": fit_options.get("verbose", 1), **(convert_options or {})}
     if options["verbose"] == "auto":
         options["verbose"] = 1
-    return quantized, convert(quantized, path, quantize="int8", **options)
+    content = convert_quietly(quantized, path, quantize="int8", **options)
+    warn_of_thin_groups(content, stacklevel=3)
+    return quantized, content
 
 
 def _check_options(compress: Any, convert_options: Any, optimizer: Any) -> None:

@@ -13,9 +13,10 @@ import numpy as np
 from rich.progress import Progress
 
 from keras_alds import _backend
-from keras_alds.litert.convert import convert
+from keras_alds.litert.convert import convert_quietly
 from keras_alds.litert.files import contents, read_file
 from keras_alds.litert.measure import Latency, check_counts, time_together
+from keras_alds.litert.quantized import warn_of_thin_groups
 from keras_alds.litert.runs import Runner, check_runs
 from keras_alds.report import print_table
 
@@ -114,7 +115,7 @@ def compare(
 
     Latency is measured in turns, one run of each, so that whatever else the machine does hits
     both. Metrics are those of the files, not of the Keras models: what quantization costs is in
-    them.
+    them. A warning names what `litert.convert` warns of, in both files.
 
     Args:
         original: A model, or the bytes or path of a `.tflite` file.
@@ -166,7 +167,7 @@ def compare(
         files = []
         for item in (original, compressed):
             if _is_model(item):
-                item = convert(
+                item = convert_quietly(
                     item, quantize=quantize, representative_data=representative_data, verbose=0
                 )
             files.append(contents(item))
@@ -197,6 +198,7 @@ def compare(
         )
         for file, values, times in zip(files, found, seconds, strict=True)
     ]
+    warn_of_thin_groups(*files, stacklevel=3)
     return FileComparison(figures[0], figures[1], ratio)
 
 

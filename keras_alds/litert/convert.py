@@ -19,7 +19,7 @@ from rich.progress import Progress
 from keras_alds import _backend
 from keras_alds.litert import _package
 from keras_alds.litert.files import read_file
-from keras_alds.litert.quantized import check_quantized
+from keras_alds.litert.quantized import check_quantized, warn_of_thin_groups
 from keras_alds.litert.runs import check_runs
 from keras_alds.rewrite import inspect, wrappers
 from keras_alds.rewrite.equalize import equalized
@@ -54,7 +54,8 @@ def convert(
     between encoder and decoder are given the same range on the way (see `equalize`).
 
     Nothing is handed out unseen: the file's tensors are read to see that every convolution and
-    dense layer is quantized as asked for, and the file is loaded and run once.
+    dense layer is quantized as asked for, and the file is loaded and run once. A warning names
+    the int8 convolutions in groups of fewer than 32 channels, which some processors run slowly.
 
     Args:
         model: A built `keras.Model` or `tf_keras.Model` whose input sizes are known.
@@ -95,12 +96,42 @@ def convert(
 
     Example:
     ```python
-    small = keras_alds.compress(model, cr=0.5)
+    small = keras_alds.compress(model, cr=0.5, max_slices=1)
     keras_alds.litert.convert(
         small, "small.tflite", quantize="int8", representative_data=x, verbose=0
     )
     ```
     """
+    content = convert_quietly(
+        model,
+        path,
+        quantize=quantize,
+        representative_data=representative_data,
+        max_examples=max_examples,
+        inference_input_type=inference_input_type,
+        inference_output_type=inference_output_type,
+        batch_size=batch_size,
+        runtimes=runtimes,
+        verbose=verbose,
+    )
+    warn_of_thin_groups(content, stacklevel=3)
+    return content
+
+
+def convert_quietly(
+    model: Any,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    quantize: str | None = None,
+    representative_data: Any = None,
+    max_examples: int | None = 256,
+    inference_input_type: Any = "float32",
+    inference_output_type: Any = "float32",
+    batch_size: int = 1,
+    runtimes: Sequence[str] = ("xnnpack",),
+    verbose: int = 1,
+) -> bytes:
+    """`convert` without its warning: for callers that warn of their own caller, or not at all."""
     types = checked_options(
         quantize,
         inference_input_type=inference_input_type,

@@ -1,8 +1,10 @@
-"""Checks by a file's tensors that it is quantized as it was asked to be."""
+"""What a file's tensors say of its quantization: whether it is as asked for, and what is slow."""
 
 from __future__ import annotations
 
-from keras_alds.litert.files import LiteRTFile, Operator, Tensor
+import warnings
+
+from keras_alds.litert.files import File, LiteRTFile, Operator, Tensor, read_file
 
 #: The converter's dynamic-range quantizer leaves tensors of fewer values in float.
 DYNAMIC_MIN_VALUES = 1024
@@ -10,6 +12,10 @@ DYNAMIC_MIN_VALUES = 1024
 _HYBRID = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL")
 # What has kernels for float alone.
 _FLOAT = ("CONV_3D", "CONV_3D_TRANSPOSE")
+#: Groups of fewer channels are thin.
+THIN = 32
+# So many layers are named in a warning.
+_NAMED = 3
 
 
 def check_quantized(file: LiteRTFile, quantize: str) -> list[str]:
@@ -61,6 +67,56 @@ def check_quantized(file: LiteRTFile, quantize: str) -> list[str]:
             f"{len(wrong)} that the converter left in float: {'; '.join(wrong)}. Remedy: {remedy}"
         )
     return left
+
+
+def warn_of_thin_groups(*files: File, stacklevel: int) -> None:
+    """Warns once of all int8 convolutions in groups of fewer than 32 channels.
+
+    Processors with int8 matrix units were measured to run them far slower than dense ones.
+
+    Args:
+        *files: Bytes of the files, or their paths.
+        stacklevel: As for `warnings.warn`: 2 names the line that calls this function.
+    """
+    thin = [step for file in files for step in read_file(file).weighted if _is_thin(step)]
+    if not thin:
+        return
+    names = [f"{step.label} ({step.groups} groups of {_share(step)})" for step in thin[:_NAMED]]
+    if len(thin) > _NAMED:
+        names.append(f"{len(thin) - _NAMED} more")
+    warnings.warn(
+        f"{len(thin)} int8 convolution{'s' if len(thin) > 1 else ''} in groups of fewer than "
+        f"{THIN} channels, which make a network up to 15 times slower on processors with int8 "
+        f"matrix units: {', '.join(names)}. Remedy: compress with `max_slices=1`; or with "
+        "`objective='latency'` and an int8 table that was measured on that processor. "
+        "`target='litert'` allows groups of 16 channels and more, which were fast on a processor "
+        "without such units only.",
+        stacklevel=stacklevel,
+    )
+
+
+def _is_thin(operator: Operator) -> bool:
+    """Whether it is a convolution in thin groups, in int8.
+
+    A depthwise convolution has kernels of its own if it gives one output a channel; else the
+    runtime takes it for a convolution in groups of one channel.
+    """
+    data, weights = operator.data, _weights(operator)
+    return (
+        data is not None
+        and _is_int8(data)
+        and _is_int8(weights)
+        and (operator.groups or 1) > 1
+        and _share(operator) < THIN
+        and operator.depth_multiplier != 1
+    )
+
+
+def _share(operator: Operator) -> int:
+    """The number of channels of a group."""
+    assert operator.data is not None  # only of a convolution
+    assert operator.groups is not None
+    return operator.data.shape[-1] // operator.groups
 
 
 def _weights(operator: Operator) -> Tensor:
