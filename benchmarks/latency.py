@@ -10,6 +10,11 @@ depend on them). A `-` after the ratio means that it was not reached, and the la
     python benchmarks/latency.py VGG16 --no-top
     python benchmarks/latency.py resnet20.keras --objectives latency --crs 0.05 0.1 0.2 0.3
     python benchmarks/latency.py resnet20.keras --objectives params --schemes 0 all --max-slices 1
+    python benchmarks/latency.py resnet20.keras --objectives params --quantize int8
+        --methods energy alds activation --data cifar10.npz --crs 0.3 0.5 0.7 --repeats 5
+
+The method "activation" chooses with the first 512 images of `--data`. With `--repeats` every ratio
+is the median of so many measurements, and the least and the largest are beside it.
 """
 
 from __future__ import annotations
@@ -17,12 +22,16 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
+import cifar10
 import keras
 
 import keras_alds
@@ -44,12 +53,12 @@ def load(name: str, top: bool) -> Any:
 def plan_for(model: Any, cr: float, **options: Any) -> Any:
     """The plan for a ratio, or for the largest one that can be reached."""
     try:
-        return keras_alds.select(model, cr, method="energy", **options)
+        return keras_alds.select(model, cr, **options)
     except ValueError as error:
         found = re.search(r"expected 0 < cr <= ([0-9.]+)", str(error))
         if found is None or float(found[1]) == 0:
             raise
-        return keras_alds.select(model, float(found[1]), method="energy", **options)
+        return keras_alds.select(model, float(found[1]), **options)
 
 
 def main() -> None:
@@ -59,12 +68,19 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", default=["params", "macs", "latency"])
     parser.add_argument("--quantize", choices=["float32", "int8"], nargs="+")
     parser.add_argument("--schemes", choices=["0", "all"], nargs="+", default=["0"])
+    parser.add_argument("--methods", nargs="+", default=["energy"])
+    parser.add_argument("--data", type=Path, help=".npz file, for the method activation")
     parser.add_argument("--max-slices", type=int)
+    parser.add_argument("--repeats", type=int, default=1, help="measurements of every ratio")
     parser.add_argument("--no-top", action="store_true", help="pool, and one dense layer")
     arguments = parser.parse_args()
+    examples = None
+    if "activation" in arguments.methods:
+        examples = cifar10.load_data(arguments.data, keras, 1.0, None)[0][:512]
     work = [
-        (objective, schemes, cr)
+        (objective, method, schemes, cr)
         for objective in arguments.objectives
+        for method in arguments.methods
         for schemes in (arguments.schemes if objective != "latency" else ["0"])
         for cr in arguments.crs
     ]
@@ -82,24 +98,34 @@ def main() -> None:
                 )
             seconds = time.perf_counter() - start
             original = converted(model, quantize)
-            for objective, schemes, cr in work:
+            for objective, method, schemes, cr in work:
                 own = {"latency": table} if objective == "latency" else {}
                 own["schemes"] = "all" if schemes == "all" else 0
-                plan = plan_for(model, cr, objective=objective, **options, **own)
-                small = converted(keras_alds.compress(model, plan=plan), quantize)
-                before, after = time_files([lambda f=file: f for file in (original, small)])
+                data = {"calibration_data": examples} if method == "activation" else {}
+                own |= {"objective": objective, "method": method, **data}
+                plan = plan_for(model, cr, **options, **own)
+                small = converted(keras_alds.compress(model, plan=plan, **data), quantize)
+                times = [
+                    time_files([lambda f=file: f for file in (original, small)])
+                    for _ in range(arguments.repeats)
+                ]
+                ratios = [after / before for before, after in times]
+                measured = statistics.median(ratios)
                 predicted = error = "–"
                 if objective == "latency":
                     predicted = f"{1 - plan.cr:.3f}"
-                    error = f"{(1 - plan.cr) * before / after - 1:+.1%}"
-                ratio = f"{cr:g}" if plan.cr >= cr else f"{plan.cr:.3f}-"
+                    error = f"{(1 - plan.cr) / measured - 1:+.1%}"
+                asked = f"{cr:g}" if plan.cr >= cr else f"{plan.cr:.3f}-"
+                spread = f" ({min(ratios):.3f}–{max(ratios):.3f})" if len(ratios) > 1 else ""
                 end = ", all schemes" if schemes == "all" else ""
+                end += f", {method}" if len(arguments.methods) > 1 else ""
                 print(
-                    f"| {Path(name).stem} | {kind} | {objective}{end} | {ratio} | {predicted} "
-                    f"| {after / before:.3f} | {error} |",
+                    f"| {Path(name).stem} | {kind} | {objective}{end} | {asked} | {predicted} "
+                    f"| {measured:.3f}{spread} | {error} |",
                     flush=True,
                 )
-            print(f"<!-- {name} {kind}: table in {seconds:.1f} s, {before / 1e6:.3f} ms -->")
+            before = min(before for before, _ in times) / 1e6
+            print(f"<!-- {name} {kind}: table in {seconds:.1f} s, {before:.3f} ms -->")
 
 
 if __name__ == "__main__":
