@@ -550,6 +550,37 @@ class Backend:
     def _forget_checkpoint(self, callback: Any) -> None:
         raise NotImplementedError
 
+    def missing_in_backup(self, callback: Any, model: Model) -> str | None:
+        """The first weight of `model` that the backup of a `BackupAndRestore` lacks.
+
+        The backup is compared with what `model` would save now, by the names that Keras restores
+        by, and by shapes.
+
+        Returns:
+            Its name and shape, or None: it has all of them, there is no backup, or `callback` is
+            another callback.
+        """
+        if not isinstance(callback, self.keras.callbacks.BackupAndRestore) or not model.built:
+            return None
+        backup = self._backup(callback)
+        if backup is None:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            saved = self._saved(model, folder)
+        for name, shape in saved.items():
+            # An optimizer may not be built yet, or may be another one.
+            if backup.get(name) != shape and "optimizer" not in name:
+                return f"'{name}' of shape {shape}"
+        return None
+
+    def _backup(self, callback: Any) -> dict[str, tuple[int, ...]] | None:
+        """Names and shapes in the backup that `callback` would restore, or None."""
+        raise NotImplementedError
+
+    def _saved(self, model: Model, folder: str) -> dict[str, tuple[int, ...]]:
+        """The same of what `model` saves, for which there is a `folder`."""
+        raise NotImplementedError
+
 
 def _shapes(model: Model) -> list[tuple[int, ...] | None]:
     return [_static_shape(weight) for weight in model.weights]
