@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import os
 import sys
 import time
 import warnings
@@ -48,7 +49,9 @@ class ALDSCompress(keras.callbacks.Callback):
     What other callbacks remember of the dense model is forgotten at that moment: the best value
     and weights of `EarlyStopping`, the best value of `ModelCheckpoint(save_best_only=True)`,
     whose file then becomes the best *compressed* model, and the waiting of `ReduceLROnPlateau`.
-    `BackupAndRestore` saves weights of both shapes and cannot resume across the compression.
+    `BackupAndRestore` cannot resume across the compression: a restart whose backup holds the other
+    structure is refused before the first step. To resume after it, factorize the model first, with
+    `apply_plan` and the plan that was saved.
 
     Every epoch's `logs`, and so the history, get `alds_cr`, the fraction of parameters removed so
     far, and `alds_params`, the number of parameters.
@@ -86,7 +89,8 @@ class ALDSCompress(keras.callbacks.Callback):
     Raises:
         ValueError: From the constructor for a bad argument; from `fit`, before anything is
             changed, for a model that cannot be compressed (see `select`): when training starts,
-            for what does not depend on the weights, else at `at_epoch`.
+            for what does not depend on the weights, else at `at_epoch`; and when training starts,
+            for a backup of `BackupAndRestore` that does not fit the model.
 
     Example:
     ```python
@@ -188,6 +192,29 @@ class ALDSCompress(keras.callbacks.Callback):
 
     _implements_test_batch_hooks = _implements_train_batch_hooks
     _implements_predict_batch_hooks = _implements_train_batch_hooks
+
+    def set_model(self, model: Any) -> None:
+        """Refuses a backup of the other structure, before any callback restores it."""
+        super().set_model(model)
+        for callback in self._siblings():
+            missing = _backend.backend_of(model).missing_in_backup(callback, model)
+            if missing is not None:
+                raise ValueError(self._other_backup(callback, missing))
+
+    def _other_backup(self, callback: Any, missing: str) -> str:
+        state = "not compressed"
+        remedy = (
+            "factorize the model with `apply_plan(model, plan)` before `fit`; that takes the plan, "
+            "saved in the first run with `callback.plan.save(path)`"
+        )
+        if self._factorized_layers():
+            state, remedy = "compressed", "start with the model as it was before its compression"
+        return (
+            f"Expected the backup that `BackupAndRestore` would restore to fit the model "
+            f"'{self.model.name}', which is {state}. Received: backup_dir="
+            f"{os.fspath(callback.backup_dir)!r}, without {missing}. To resume, {remedy}. To begin "
+            "anew, delete the folder."
+        )
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Raises what can be known to be wrong before the first epoch."""

@@ -244,9 +244,10 @@ def compress(
     settings (its state new), the same loss and metrics.
 
     Functional and Sequential models are cloned. A subclassed model is made again by
-    `from_config(get_config())` and its layers are then factorized in place; its code goes on
-    making the original layers, so to load its saved weights later, apply the plan to a fresh
-    instance first: `apply_plan(MyModel(), plan)`, then `load_weights`.
+    `from_config(get_config())` and its layers are then factorized in place. Its code, and that of
+    layers of your own in any model, goes on making the original layers, of which a warning tells:
+    to load the saved weights later, apply the plan to a model that is newly made and built,
+    `apply_plan(model, plan)`, then `load_weights`.
 
     Args:
         model: A built `keras.Model` or `tf_keras.Model`.

@@ -89,7 +89,9 @@ def test_training_follows(keras_module):
     inputs = keras_module.Input((8,))
     model = keras_module.Model(inputs, keras_module.layers.Dense(4, name="head")(layer(inputs)))
     model.compile(keras_module.optimizers.SGD(0.01), "mse")
-    model.fit(X, np.ones((40, 4)), epochs=3, verbose=0, callbacks=[ALDSCompress(0.3, 1, verbose=0)])
+    callback = ALDSCompress(0.3, 1, verbose=0)
+    with pytest.warns(UserWarning, match="made in code"):
+        model.fit(X, np.ones((40, 4)), epochs=3, verbose=0, callbacks=[callback])
     np.testing.assert_allclose(model.predict(X, verbose=0), outputs(model), atol=1e-5)
 
 

@@ -9,7 +9,7 @@ import importlib
 import inspect
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -314,6 +314,23 @@ class Backend:
             return [self._copy_metrics(value) for value in metrics]
         return metrics
 
+    def saves(self, holder: Layer, layers: Collection[Layer]) -> bool:
+        """Whether a saved `holder` holds `layers` as they are.
+
+        What Keras and this package make do, and what has their configs in its own; anything else
+        makes them again in its code.
+        """
+        cls = type(holder)
+        if cls.__module__.startswith((f"{self.keras.__name__}.", "keras_alds.")):
+            return True
+        if cls.get_config in (self.keras.Model.get_config, self.keras.layers.Layer.get_config):
+            return False  # the arguments of its constructor, at most
+        try:
+            config = holder.get_config()
+        except Exception:  # a user's own code
+            return False
+        return all(_holds_config(config, layer) for layer in layers)
+
     # -- Graphs of symbolic models -----------------------------------------------------------
 
     def graph(self, model: Model) -> list[GraphCall]:
@@ -550,9 +567,53 @@ class Backend:
     def _forget_checkpoint(self, callback: Any) -> None:
         raise NotImplementedError
 
+    def missing_in_backup(self, callback: Any, model: Model) -> str | None:
+        """The first weight of `model` that the backup of a `BackupAndRestore` lacks.
+
+        The backup is compared with what `model` would save now, by the names that Keras restores
+        by, and by shapes.
+
+        Returns:
+            Its name and shape, or None: it has all of them, there is no backup, or `callback` is
+            another callback.
+        """
+        if not isinstance(callback, self.keras.callbacks.BackupAndRestore) or not model.built:
+            return None
+        backup = self._backup(callback)
+        if backup is None:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            saved = self._saved(model, folder)
+        for name, shape in saved.items():
+            # An optimizer may not be built yet, or may be another one.
+            if backup.get(name) != shape and "optimizer" not in name:
+                return f"'{name}' of shape {shape}"
+        return None
+
+    def _backup(self, callback: Any) -> dict[str, tuple[int, ...]] | None:
+        """Names and shapes in the backup that `callback` would restore, or None."""
+        raise NotImplementedError
+
+    def _saved(self, model: Model, folder: str) -> dict[str, tuple[int, ...]]:
+        """The same of what `model` saves, for which there is a `folder`."""
+        raise NotImplementedError
+
 
 def _shapes(model: Model) -> list[tuple[int, ...] | None]:
     return [_static_shape(weight) for weight in model.weights]
+
+
+def _holds_config(config: Any, layer: Layer) -> bool:
+    """Whether `layer` or its config is anywhere in the config of what holds it."""
+    if isinstance(config, (list, tuple)):
+        return any(_holds_config(item, layer) for item in config)
+    if not isinstance(config, dict):
+        return config is layer
+    inner, kind = config.get("config"), str(config.get("class_name")).split(">")[-1]
+    named = isinstance(inner, dict) and inner.get("name") == layer.name
+    if named and kind == type(layer).__name__:
+        return True
+    return any(_holds_config(item, layer) for item in config.values())
 
 
 def become(obj: Any, cls: type, attributes: dict[str, Any]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from typing import Any
 
+import h5py
 import keras
 
 from keras_alds._backend.base import (
@@ -122,6 +124,18 @@ class Keras3(Backend):
     def _forget_checkpoint(self, callback: Any) -> None:
         callback.best = None
 
+    def _backup(self, callback: Any) -> dict[str, tuple[int, ...]] | None:
+        latest = os.path.join(callback.backup_dir, "latest.weights.h5")
+        for path in (latest, f"{latest}.bkp"):  # the second in place of a broken first
+            with contextlib.suppress(OSError):
+                return _datasets(path)
+        return None
+
+    def _saved(self, model: Model, folder: str) -> dict[str, tuple[int, ...]]:
+        path = os.path.join(folder, "model.weights.h5")
+        model.save_weights(path)
+        return _datasets(path)
+
     def _optimizer_classes(self) -> tuple[type, ...]:
         return (keras.optimizers.Optimizer,)
 
@@ -176,6 +190,18 @@ class Keras3(Backend):
                 if made is not value:
                     made.assign(value)
                     tracker.untrack(value)
+
+
+def _datasets(path: str) -> dict[str, tuple[int, ...]]:
+    found = {}
+
+    def visit(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            found[name] = tuple(item.shape)
+
+    with h5py.File(path) as file:
+        file.visititems(visit)
+    return found
 
 
 def _clone_layer(layer: Layer) -> Layer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -127,6 +128,16 @@ class TfKeras(Backend):
     def _forget_checkpoint(self, callback: Any) -> None:
         callback.best = np.inf if callback.monitor_op is np.less else -np.inf
 
+    def _backup(self, callback: Any) -> dict[str, tuple[int, ...]] | None:
+        latest = tf.train.latest_checkpoint(os.path.join(callback.backup_dir, "chief"))
+        return None if latest is None else _variables(latest)
+
+    def _saved(self, model: Model, folder: str) -> dict[str, tuple[int, ...]]:
+        path = tf.train.Checkpoint(model=model).write(os.path.join(folder, "model"))
+        for optimizer in self.optimizers(model):
+            _forget_children(optimizer)
+        return _variables(path)
+
     def _optimizer_classes(self) -> tuple[type, ...]:
         optimizers = self.keras.optimizers
         return (optimizers.Optimizer, optimizers.legacy.Optimizer)
@@ -194,6 +205,7 @@ class TfKeras(Backend):
         optimizer._variables = [v for v in optimizer._variables if id(v) not in dropped]
         optimizer._built = False
         optimizer.build(new)
+        _forget_children(optimizer)
         for name, value in scalars.items():
             if getattr(optimizer, name) is not value:
                 getattr(optimizer, name).assign(value)
@@ -220,6 +232,15 @@ class TfKeras(Backend):
                 dropped.update(map(id, optimizer._slots.pop(_legacy_key(variable), {}).values()))
         optimizer._weights = [w for w in weights if id(w) not in dropped]
         optimizer._create_all_weights(new)
+
+
+def _variables(checkpoint: str) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(shape) for name, shape in tf.train.list_variables(checkpoint)}
+
+
+def _forget_children(optimizer: Optimizer) -> None:
+    # What an optimizer saved in its first checkpoint it goes on saving.
+    optimizer.__dict__.pop("_coalesced_children", None)
 
 
 def _legacy_key(variable: Variable) -> str:

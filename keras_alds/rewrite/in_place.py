@@ -65,8 +65,9 @@ def apply_plan(
     and the state of untouched variables carry on; see `ALDSCompress` for the rest. Compiled step
     functions are made anew. If anything fails, the model is left as it was.
 
-    Use it to load the saved weights of a compressed *subclassed* model, which makes its original
-    layers in code; everywhere else `compress`, which returns a new model, is what you want.
+    Use it to load the saved weights of a compressed model that makes its original layers in code:
+    a *subclassed* one, or one that holds layers of your own (a warning names them). Everywhere
+    else `compress`, which returns a new model, is what you want.
 
     Args:
         model: A built Keras 3 or tf_keras model.
@@ -121,6 +122,7 @@ def apply_calibrated(
         replacements = _prepare_sequentially(model, plan, calibration.examples, verbose)
     else:
         replacements = prepare(model, plan, calibration.collected(model, verbose=verbose))
+    _warn_of_code(model, {id(r.layer) for r in replacements})
     undo: list[Callable[[], None]] = []
     try:
         known = list(model.variables)
@@ -149,6 +151,27 @@ def apply_calibrated(
             step()
         backend.reset_functions(model)
         raise
+
+
+def _warn_of_code(model: Any, layers: set[int]) -> None:
+    """Warns if layers that are to be factorized will be made again by code when `model` is loaded.
+
+    Args:
+        model: The model.
+        layers: The ids of these layers.
+    """
+    specs = [spec for spec in inspect.inspect_model(model)[0] if id(spec.layer) in layers]
+    found = inspect.made_by_code(model, specs)
+    if found:
+        names = ", ".join(f"'{item.name}' ({type(item).__name__})" for item in found[:3])
+        warnings.warn(
+            f"The layers inside {names}{', …' if len(found) > 3 else ''} are made in code, which "
+            "makes the original ones when a saved model is loaded: the weights of the factors do "
+            "not fit these. Save the plan beside the model (`plan.save(path)`, with the plan of "
+            "`select` or the callback's `plan`). To load, make the model by its code, build it, "
+            "`apply_plan(model, plan)`, and then `load_weights`.",
+            stacklevel=4,
+        )
 
 
 def adopt_attentions(backend: _backend.Backend, model: Any) -> list[Callable[[], None]]:

@@ -230,6 +230,21 @@ def walk(model: Any) -> Iterator[tuple[str, Any]]:
     yield from visit(model, "")
 
 
+def made_by_code(model: Any, specs: Iterable[LayerSpec]) -> list[Any]:
+    """The outermost holders of some layers of `model` that make them in code when loaded."""
+    backend = _backend.backend_of(model)
+    chains = [[model, *(holder for _, holder in spec.inside), spec.layer] for spec in specs]
+    held: dict[int, tuple[Any, dict[int, Any]]] = {}
+    for chain in chains:
+        for holder, layer in itertools.pairwise(chain):
+            held.setdefault(id(holder), (holder, {}))[1][id(layer)] = layer
+    by_code = {
+        key for key, (holder, layers) in held.items() if not backend.saves(holder, layers.values())
+    }
+    found = [next((item for item in chain if id(item) in by_code), None) for chain in chains]
+    return list({id(item): item for item in found if item is not None}.values())
+
+
 def is_factorized(layer: Any) -> bool:
     """Whether `layer` is one of this package's factorized layers, of either Keras."""
     return hasattr(layer, "encoder_form")
