@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import importlib
@@ -560,6 +561,18 @@ def become(obj: Any, cls: type, attributes: dict[str, Any]) -> None:
     object.__setattr__(obj, "__class__", cls)
     obj.__dict__.clear()
     obj.__dict__.update(attributes)
+
+
+def remember(obj: Any) -> Undo:
+    """A function that gives an object its present attributes back.
+
+    What TensorFlow tracks of it is copied: it is changed in place whenever one is assigned.
+    """
+    before = {
+        name: copy.copy(value) if name.startswith("_self_") else value
+        for name, value in vars(obj).items()
+    }
+    return lambda: become(obj, type(obj), before)
 
 
 def _is_plain_constructor(kind: ModuleType, cls: type) -> bool:
