@@ -10,7 +10,7 @@ import importlib
 import inspect
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +22,7 @@ Model = Any
 Optimizer = Any
 Variable = Any
 Undo = Callable[[], None]
+Pairs = Iterable[tuple[Variable, Variable]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +198,8 @@ class Backend:
         for old, new in zip(self._flatten(model), self._flatten(copy), strict=True):
             self._copy_layer_state(old, new)
         if self.is_compiled(model):
-            self._copy_compile_state(model, copy)
+            pairs = zip(model.weights, copy.weights, strict=True)
+            self._copy_compile_state(model, copy, pairs)
         return copy
 
     def _copy_layer_state(self, old: Layer, new: Layer) -> None:
@@ -245,7 +247,7 @@ class Backend:
     def _compile_arguments(self, model: Model) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _copy_compile_state(self, model: Model, copy: Model) -> None:
+    def _copy_compile_state(self, model: Model, copy: Model, pairs: Pairs) -> None:
         if type(model).compile is not self.keras.Model.compile:
             config = model.get_compile_config()
             try:
@@ -262,7 +264,7 @@ class Backend:
         for name in ("metrics", "weighted_metrics"):
             arguments[name] = self._copy_metrics(arguments[name])
         copy.compile(**arguments)
-        self._copy_weight_decay_exclusions(model, copy)
+        self._copy_weight_decay_exclusions(model, copy, pairs)
 
     def _copy_optimizer(self, optimizer: Optimizer) -> Optimizer:
         # A schedule has no state: the same object serves both, also if it cannot be serialized.
@@ -281,13 +283,13 @@ class Backend:
             (self.inner_optimizer(copy) or copy)._learning_rate = schedule
         return copy
 
-    def _copy_weight_decay_exclusions(self, model: Model, copy: Model) -> None:
+    def _copy_weight_decay_exclusions(self, model: Model, copy: Model, pairs: Pairs) -> None:
         # Not part of an optimizer's config: name patterns, and keys of variables.
         theirs, ours = (self.inner_optimizer(m.optimizer) or m.optimizer for m in (model, copy))
         for name in ("_exclude_from_weight_decay_pattern", "_exclude_from_weight_decay_names"):
             if getattr(theirs, name, None):
                 setattr(ours, name, getattr(theirs, name))
-        for old, new in zip(model.weights, copy.weights, strict=True):
+        for old, new in pairs:
             if self.is_excluded_from_weight_decay(theirs, old):
                 self.exclude_from_weight_decay(ours, [new])
 
@@ -296,11 +298,15 @@ class Backend:
         excluded = getattr(optimizer, "_exclude_from_weight_decay", ())
         return bool(excluded) and optimizer._var_key(variable) in excluded
 
-    def exclude_from_weight_decay(self, optimizer: Optimizer, variables: list[Variable]) -> None:
-        """Adds variables to those that are not decayed; also for an optimizer that is built."""
-        if variables:
-            known = getattr(optimizer, "_exclude_from_weight_decay", ())
-            optimizer._exclude_from_weight_decay = [*known, *map(optimizer._var_key, variables)]
+    def exclude_from_weight_decay(self, optimizer: Optimizer, variables: list[Variable]) -> Undo:
+        """Adds variables to those that are not decayed; also for an optimizer that is built.
+
+        Returns:
+            A function that puts everything back.
+        """
+        known = getattr(optimizer, "_exclude_from_weight_decay", ())
+        optimizer._exclude_from_weight_decay = [*known, *map(optimizer._var_key, variables)]
+        return lambda: setattr(optimizer, "_exclude_from_weight_decay", known)
 
     def _copy_config(self, obj: Any) -> Any:
         return type(obj).from_config(obj.get_config())
@@ -363,10 +369,17 @@ class Backend:
         """Whether the class of a symbolic model can be made from its inputs and outputs."""
         return _is_plain_constructor(self.keras, type(model))
 
-    def copy_compile_state(self, model: Model, copy: Model) -> None:
-        """Compiles `copy` as `model` is, with a new optimizer; nothing if it is not compiled."""
+    def copy_compile_state(self, model: Model, copy: Model, pairs: Pairs) -> None:
+        """Compiles `copy` as `model` is, with a new optimizer; nothing if it is not compiled.
+
+        Args:
+            model: The model that is compiled, or not.
+            copy: A model that does the same.
+            pairs: Weights of `model`, each with one of `copy` that took its place, for what an
+                optimizer was told of single weights.
+        """
         if self.is_compiled(model):
-            self._copy_compile_state(model, copy)
+            self._copy_compile_state(model, copy, pairs)
 
     def compile_arguments(self, model: Model) -> dict[str, Any]:
         """What a compiled model was given: objects, functions and names as the user wrote them."""
