@@ -754,3 +754,66 @@ class TestErrors:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", module="keras_alds")
             fit(compiled(keras_module), [ALDSCompress(0.4, 1, verbose=0)], epochs=2)
+
+
+class TestWithoutCall:
+    """A `train_step` and no `call`, as in Keras's examples of autoencoders and adversarial nets."""
+
+    def make(self, K, built=True):
+        L = K.layers
+
+        class Coder(K.Model):
+            def __init__(self):
+                super().__init__()
+                first = [K.Input((48,))] if built else []
+                self.encoder = K.Sequential([*first, L.Dense(64, "relu"), L.Dense(48)])
+                self.noise = L.GaussianNoise(0.1)
+
+            def train_step(self, data):
+                x = data[0] if isinstance(data, tuple) else data
+                with tf.GradientTape() as tape:
+                    outputs = self.encoder(self.noise(x, training=True), training=True)
+                    loss = tf.reduce_mean(tf.square(x - outputs))
+                weights = self.encoder.trainable_weights
+                self.optimizer.apply_gradients(
+                    zip(tape.gradient(loss, weights), weights, strict=True)
+                )
+                return {"loss": loss}
+
+        model = Coder()
+        model.compile(K.optimizers.Adam(1e-2))
+        return model, np.random.default_rng(0).normal(size=(32, 48)).astype("float32")
+
+    @pytest.mark.parametrize("built", [True, False])
+    def test_is_compressed_and_trains_on(self, keras_module, built):
+        model, x = self.make(keras_module, built)
+        history = model.fit(x, epochs=3, callbacks=[ALDSCompress(0.4, 1, verbose=0)], verbose=0)
+        before, *after = history.history["alds_params"]
+        assert before == 48 * 64 + 64 + 64 * 48 + 48
+        assert after == [sum(w.size for w in model.encoder.get_weights())] * 2
+        assert after[0] <= 0.6 * before
+        assert factorized(model)
+
+    def test_select_and_apply_plan(self, keras_module):
+        from keras_alds import apply_plan
+
+        model, x = self.make(keras_module)
+        apply_plan(model, select(model, 0.4))
+        assert factorized(model)
+        model.fit(x, verbose=0)
+
+    def test_what_needs_a_forward_pass_is_refused_before_the_first_step(self, keras_module):
+        model, x = self.make(keras_module)
+        for options in ({"objective": "macs"}, {"calibration_data": x}, {"method": "activation"}):
+            with pytest.raises(ValueError, match="to have a `call`"):
+                model.fit(x, callbacks=[ALDSCompress(0.4, **options)], verbose=0)
+        assert int(model.optimizer.iterations) == 0
+        with pytest.raises(ValueError, match="to have a `call`"):
+            select(model, 0.4, objective="macs")
+        with pytest.raises(ValueError, match="to have a `call`"):
+            select(model, 0.4, calibration_data=x)
+
+    def test_layers_that_are_not_built(self, keras_module):
+        model, _ = self.make(keras_module, built=False)
+        with pytest.raises(ValueError, match="Received: a model without weights"):
+            select(model, 0.4)

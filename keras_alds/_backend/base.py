@@ -76,6 +76,21 @@ class Backend:
         """The weights that `layer` holds itself, without those of its sublayers."""
         raise NotImplementedError
 
+    def has_its_weights(self, layer: Layer) -> bool:
+        """Whether the weights of a layer are made, or it has no `build` that could make some."""
+        layers = self.keras.layers  # in tf_keras, random layers build their generator only
+        stateless = (layers.Layer.build, layers.Dropout.build)
+        return bool(layer.built or type(layer).build in stateless)
+
+    def check_call(self, model: Model) -> None:
+        """Raises a ValueError for a model that has a `train_step` and no `call`."""
+        if type(model).call is self.keras.Model.call:
+            raise ValueError(
+                f"Expected the model '{model.name}' to have a `call`, to be run on examples or "
+                f"have its multiply–accumulates counted. Received: {type(model).__name__} without "
+                'one. Write one, or use objective="params" without calibration data.'
+            )
+
     def is_compiled(self, model: Model) -> bool:
         """Whether `compile()` was called on `model`."""
         raise NotImplementedError
@@ -144,6 +159,7 @@ class Backend:
         Returns:
             `{id(layer): [(input_shape, output_shape), ...]}`, shapes with a batch of one.
         """
+        self.check_call(model)
         calls: dict[int, list[tuple]] = {id(layer): [] for layer in layers}
         specs = self.input_specs(model)
 
