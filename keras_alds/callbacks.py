@@ -221,8 +221,11 @@ class ALDSCompress(keras.callbacks.Callback):
         self._done = False
         self._started = False
         self._watched = []
-        self._params_before = inspect.dense_params(self.model) if self.model.built else None
-        if self.model.built and not self._factorized_layers():
+        if self._calibration_data is not None or self._needs_forward:
+            _backend.backend_of(self.model).check_call(self.model)
+        ready = inspect.has_weights(self.model)
+        self._params_before = inspect.dense_params(self.model) if ready else None
+        if ready and not self._factorized_layers():
             self._check()
             if self._calibration_data is not None:
                 check_data(self.model, self._calibration_data)
@@ -319,6 +322,13 @@ class ALDSCompress(keras.callbacks.Callback):
         if isinstance(self._source, CompressionPlan):
             return wants_data(self._source)
         return get_method(self._source.method).needs_data
+
+    @property
+    def _needs_forward(self) -> bool:
+        if isinstance(self._source, CompressionPlan):
+            return self._needs_data
+        counted = self._source.objective != "params" or self._source.macs_cr is not None
+        return self._needs_data or counted
 
     def _training_inputs(self) -> Any:
         """The `x` of the `fit` that is calling; Keras hands a callback no data."""

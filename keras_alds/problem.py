@@ -512,14 +512,17 @@ def _rounded_down(fraction: float) -> str:
 
 
 def check_model(model: Any) -> None:
-    """Raises a ValueError unless `model` is a built model of either Keras."""
+    """Raises a ValueError unless `model` is a model of either Keras whose weights are made.
+
+    A model that trains in a `train_step` of its own need not be built, nor have a `call`.
+    """
     backend = _backend.backend_of(model)
     if not backend.is_model(model):
         raise ValueError(
             f"Expected `model` to be a `{backend.name}.Model`. "
             f"Received: model={model!r} of type {type(model).__name__}"
         )
-    if not model.built or not model.weights:
+    if not inspect.has_weights(model):
         raise ValueError(
             f"Expected the model '{model.name}' to be built. Received: a model without weights. "
             "Call it once on a batch, or `model.build(input_shape)`."

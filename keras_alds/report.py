@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keras_alds.plan import CompressionPlan, removed_fraction
-from keras_alds.rewrite.inspect import count_macs
+from keras_alds.rewrite.inspect import count_macs, count_params
 
 PrintFn = Callable[[str], object]
 
@@ -212,7 +212,7 @@ def report(
     rows: dict[str, tuple[Any, Any]] = {key: (before[key], after[key]) for key in before}
     rows["cr (parameters removed)"] = (
         0.0,
-        removed_fraction(int(model.count_params()), int(compressed.count_params())),
+        removed_fraction(count_params(model), count_params(compressed)),
     )
     return Comparison({**rows, **(figures or {})})
 
@@ -230,7 +230,7 @@ def sizes(model: Any) -> dict[str, int | None]:
         * int(_count(weight.shape))
         for weight in model.weights
     )
-    return {"parameters": int(model.count_params()), "MACs": macs, "bytes of weights": size}
+    return {"parameters": count_params(model), "MACs": macs, "bytes of weights": size}
 
 
 def _itemsize(dtype: str) -> int:

@@ -18,6 +18,7 @@ from keras_alds.core.methods import METHODS, get_method
 from keras_alds.options import check_cr, check_schemes
 from keras_alds.problem import check_model
 from keras_alds.rewrite.in_place import check_sequential
+from keras_alds.rewrite.inspect import count_params
 from keras_alds.rewrite.observe import Calibration
 
 DEFAULT_CRS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
@@ -282,7 +283,7 @@ def _dense_row(
             copy = backend.copy_model(model)
         retrain(copy)
         retrained = float(evaluate(copy))
-    return SweepRow(DENSE, 0.0, 0.0, int(model.count_params()), score, retrained, None)
+    return SweepRow(DENSE, 0.0, 0.0, count_params(model), score, retrained, None)
 
 
 def _row(

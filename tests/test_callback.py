@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
+import pickle
 import shutil
+import tempfile
 import warnings
 
 import numpy as np
@@ -484,6 +487,103 @@ class TestOptimizers:
         assert np.abs(moved.seen[5][0] - moved.seen[2][0]).max() > 0
 
 
+def trained_through(K, optimizer, plan=None):
+    """A small model that `ALDSCompress` compressed, and the plan; dense epochs only without one."""
+    L = K.layers
+    layers = [K.Input((48,)), L.Dense(64, name="a"), L.BatchNormalization(name="n")]
+    model = K.Sequential([*layers, L.Dense(64, name="b"), L.Dense(3, name="c")], name="m")
+    model.compile(optimizer, "mse")
+    x = np.random.default_rng(0).normal(size=(32, 48)).astype("float32")
+    if plan is None:
+        model.fit(x, x[:, :3], verbose=0)
+        with tempfile.TemporaryDirectory() as folder:
+            saved(model).write(f"{folder}/dense")  # tf_keras remembers what a checkpoint held
+    callback = ALDSCompress(0.4 if plan is None else None, plan=plan, verbose=0)
+    model.fit(x, x[:, :3], epochs=2, callbacks=[callback], verbose=0)
+    return model, callback.plan, x
+
+
+def saved(model):
+    return tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+
+
+def state_of(optimizer):
+    variables = optimizer.variables
+    return [value(v) for v in (variables() if callable(variables) else variables)]
+
+
+STATEFUL = {
+    **{name: OPTIMIZERS[name] for name in ("sgd", "adam", "adamw", "nadam", "rmsprop", "ema")},
+    "scaled": lambda K: (
+        K.optimizers.LossScaleOptimizer
+        if K.__name__ == "keras"
+        else K.mixed_precision.LossScaleOptimizer
+    )(K.optimizers.Adam(1e-3)),
+    "accumulated": lambda K: K.optimizers.Adam(1e-3, gradient_accumulation_steps=2),
+}
+
+
+class TestSavedAfterwards:
+    @pytest.mark.parametrize("name", list(STATEFUL))
+    def test_checkpoints_and_saved_models(self, keras_module, name, tmp_path):
+        K = keras_module
+        if name == "accumulated" and K.__name__ != "keras":
+            pytest.skip("tf_keras does not accumulate gradients")
+        make = STATEFUL[name]
+        model, plan, x = trained_through(K, make(K))
+        path = saved(model).save(str(tmp_path / "checkpoint"))
+        other, *_ = trained_through(K, make(K), plan)
+        saved(other).restore(path).assert_existing_objects_matched()
+        for a, b in zip(state_of(model.optimizer), state_of(other.optimizer), strict=True):
+            np.testing.assert_array_equal(a, b)
+        tf.saved_model.save(model, str(tmp_path / "saved"))
+        model.export(str(tmp_path / "exported"))
+        exported = tf.saved_model.load(str(tmp_path / "exported"))
+        np.testing.assert_allclose(
+            exported.serve(x), model.predict(x, verbose=0), rtol=0, atol=1e-5
+        )
+
+    def test_copies(self, keras_module):
+        model, _, x = trained_through(keras_module, STATEFUL["adam"](keras_module))
+        clone = keras_module.models.clone_model(model)
+        clone.set_weights(model.get_weights())
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), clone):
+            assert factorized(copied)
+            outputs = (m.predict(x, verbose=0) for m in (copied, model))
+            np.testing.assert_allclose(*outputs, rtol=0, atol=1e-6)
+
+    def test_state_of_a_legacy_optimizer_is_loaded(self, tmp_path):
+        K = pytest.importorskip("tf_keras")
+        model, *_ = trained_through(K, OPTIMIZERS["legacy_adam"](K))
+        model.save(tmp_path / "model.h5")
+        loaded = K.models.load_model(tmp_path / "model.h5")
+        for a, b in zip(state_of(model.optimizer), state_of(loaded.optimizer), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    @pytest.mark.parametrize("name", ["adam", "nadam", "scaled"])
+    def test_after_a_failure(self, keras_module, monkeypatch, name, tmp_path):
+        from keras_alds import apply_plan
+        from keras_alds.rewrite import optimizer as module
+
+        def fail(*_):
+            raise MemoryError
+
+        make, models = STATEFUL[name], []
+        for _ in range(2):
+            model = compiled(keras_module, make(keras_module))
+            fit(model, [], epochs=1)
+            models.append(model)
+        model, other = models
+        monkeypatch.setattr(module, "_carry", fail)
+        with pytest.raises(MemoryError):
+            apply_plan(model, select(model, 0.4))
+        fit(model, [], epochs=1)
+        path = saved(model).save(str(tmp_path / "checkpoint"))
+        saved(other).restore(path).assert_existing_objects_matched()
+        for a, b in zip(state_of(model.optimizer), state_of(other.optimizer), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 class TestBesideOtherCallbacks:
     def test_many_at_once(self, keras_module, tmp_path):
         K = keras_module
@@ -760,3 +860,66 @@ class TestErrors:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", module="keras_alds")
             fit(compiled(keras_module), [ALDSCompress(0.4, 1, verbose=0)], epochs=2)
+
+
+class TestWithoutCall:
+    """A `train_step` and no `call`, as in Keras's examples of autoencoders and adversarial nets."""
+
+    def make(self, K, built=True):
+        L = K.layers
+
+        class Coder(K.Model):
+            def __init__(self):
+                super().__init__()
+                first = [K.Input((48,))] if built else []
+                self.encoder = K.Sequential([*first, L.Dense(64, "relu"), L.Dense(48)])
+                self.noise = L.GaussianNoise(0.1)
+
+            def train_step(self, data):
+                x = data[0] if isinstance(data, tuple) else data
+                with tf.GradientTape() as tape:
+                    outputs = self.encoder(self.noise(x, training=True), training=True)
+                    loss = tf.reduce_mean(tf.square(x - outputs))
+                weights = self.encoder.trainable_weights
+                self.optimizer.apply_gradients(
+                    zip(tape.gradient(loss, weights), weights, strict=True)
+                )
+                return {"loss": loss}
+
+        model = Coder()
+        model.compile(K.optimizers.Adam(1e-2))
+        return model, np.random.default_rng(0).normal(size=(32, 48)).astype("float32")
+
+    @pytest.mark.parametrize("built", [True, False])
+    def test_is_compressed_and_trains_on(self, keras_module, built):
+        model, x = self.make(keras_module, built)
+        history = model.fit(x, epochs=3, callbacks=[ALDSCompress(0.4, 1, verbose=0)], verbose=0)
+        before, *after = history.history["alds_params"]
+        assert before == 48 * 64 + 64 + 64 * 48 + 48
+        assert after == [sum(w.size for w in model.encoder.get_weights())] * 2
+        assert after[0] <= 0.6 * before
+        assert factorized(model)
+
+    def test_select_and_apply_plan(self, keras_module):
+        from keras_alds import apply_plan
+
+        model, x = self.make(keras_module)
+        apply_plan(model, select(model, 0.4))
+        assert factorized(model)
+        model.fit(x, verbose=0)
+
+    def test_what_needs_a_forward_pass_is_refused_before_the_first_step(self, keras_module):
+        model, x = self.make(keras_module)
+        for options in ({"objective": "macs"}, {"calibration_data": x}, {"method": "activation"}):
+            with pytest.raises(ValueError, match="to have a `call`"):
+                model.fit(x, callbacks=[ALDSCompress(0.4, **options)], verbose=0)
+        assert int(model.optimizer.iterations) == 0
+        with pytest.raises(ValueError, match="to have a `call`"):
+            select(model, 0.4, objective="macs")
+        with pytest.raises(ValueError, match="to have a `call`"):
+            select(model, 0.4, calibration_data=x)
+
+    def test_layers_that_are_not_built(self, keras_module):
+        model, _ = self.make(keras_module, built=False)
+        with pytest.raises(ValueError, match="Received: a model without weights"):
+            select(model, 0.4)

@@ -17,6 +17,7 @@ import tensorflow as tf
 import zoo
 
 import keras_alds
+from keras_alds._backend import backend_of
 
 SYMBOLIC = [name for name in zoo.MODELS if name != "subclassed"]
 
@@ -283,6 +284,53 @@ def test_compile_state_and_training(keras_module: ModuleType):
     np.testing.assert_allclose(after, before, atol=1e-5)
     history = stock.fit(x, y, epochs=8, verbose=0).history["loss"]
     assert history[-1] < history[0]
+
+
+def test_compiled_models_with_another_number_of_weights(keras_module: ModuleType):
+    K = keras_module
+    L = K.layers
+    images = [L.Conv2D(16, 3, use_bias=False, name="conv"), L.BatchNormalization(name="norm")]
+    vectors = [L.Bidirectional(L.GRU(16), name="both")]
+    for shape, layers, options in (
+        ((8, 8, 8), [*images, L.Flatten()], {"fold_batch_norm": True}),
+        ((6, 16), [L.LSTM(16, return_sequences=True, name="first"), L.LSTM(16)], {}),
+        ((6, 16), vectors, {}),
+    ):
+        model = K.Sequential([K.Input(shape), *layers, L.Dense(8, name="last"), L.Dense(3)])
+        model.compile("adam", "mse")
+        small = keras_alds.compress(model, 0.5)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*multiplied out")
+            stock = keras_alds.expand(small, **options)
+        assert len(stock.weights) != len(small.weights)
+        x = zoo.examples(small)
+        np.testing.assert_allclose(zoo.outputs(stock, x), zoo.outputs(small, x), atol=1e-4)
+        stock.fit(x, small.predict(x, verbose=0), verbose=0)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_weights_that_are_not_decayed(keras_module: ModuleType, fold: bool):
+    K = keras_module
+    L = K.layers
+    conv = L.Conv2D(16, 3, use_bias=False, name="conv")
+    layers = [conv, L.BatchNormalization(name="norm"), L.Flatten(), L.Dense(8, name="last")]
+    model = K.Sequential([K.Input((8, 8, 8)), *layers])
+    optimizer = K.optimizers.AdamW(1e-3)
+    excluded = [model.get_layer("norm").beta, model.get_layer("last").kernel]
+    optimizer.exclude_from_weight_decay(var_list=excluded)
+    model.compile(optimizer, "mse")
+    small = keras_alds.compress(model, 0.3, exclude="conv")
+    stock = keras_alds.expand(small, fold_batch_norm=fold)
+    backend = backend_of(stock)
+    found = {
+        (layer.name, name)
+        for layer in stock.layers
+        for name in ("kernel", "bias", "gamma", "beta")
+        if getattr(layer, name, None) is not None
+        and backend.is_excluded_from_weight_decay(stock.optimizer, getattr(layer, name))
+    }
+    bias = ("conv", "bias") if fold else ("norm", "beta")
+    assert found == {bias, ("last_encoder", "kernel"), ("last", "kernel")}
 
 
 def test_custom_train_step_is_kept(keras_module: ModuleType):

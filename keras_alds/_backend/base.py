@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import importlib
 import inspect
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +22,7 @@ Model = Any
 Optimizer = Any
 Variable = Any
 Undo = Callable[[], None]
+Pairs = Iterable[tuple[Variable, Variable]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,21 @@ class Backend:
     def own_variables(self, layer: Layer) -> list[Variable]:
         """The weights that `layer` holds itself, without those of its sublayers."""
         raise NotImplementedError
+
+    def has_its_weights(self, layer: Layer) -> bool:
+        """Whether the weights of a layer are made, or it has no `build` that could make some."""
+        layers = self.keras.layers  # in tf_keras, random layers build their generator only
+        stateless = (layers.Layer.build, layers.Dropout.build)
+        return bool(layer.built or type(layer).build in stateless)
+
+    def check_call(self, model: Model) -> None:
+        """Raises a ValueError for a model that has a `train_step` and no `call`."""
+        if type(model).call is self.keras.Model.call:
+            raise ValueError(
+                f"Expected the model '{model.name}' to have a `call`, to be run on examples or "
+                f"have its multiply–accumulates counted. Received: {type(model).__name__} without "
+                'one. Write one, or use objective="params" without calibration data.'
+            )
 
     def is_compiled(self, model: Model) -> bool:
         """Whether `compile()` was called on `model`."""
@@ -142,6 +159,7 @@ class Backend:
         Returns:
             `{id(layer): [(input_shape, output_shape), ...]}`, shapes with a batch of one.
         """
+        self.check_call(model)
         calls: dict[int, list[tuple]] = {id(layer): [] for layer in layers}
         specs = self.input_specs(model)
 
@@ -196,7 +214,8 @@ class Backend:
         for old, new in zip(self._flatten(model), self._flatten(copy), strict=True):
             self._copy_layer_state(old, new)
         if self.is_compiled(model):
-            self._copy_compile_state(model, copy)
+            pairs = zip(model.weights, copy.weights, strict=True)
+            self._copy_compile_state(model, copy, pairs)
         return copy
 
     def _copy_layer_state(self, old: Layer, new: Layer) -> None:
@@ -244,7 +263,7 @@ class Backend:
     def _compile_arguments(self, model: Model) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _copy_compile_state(self, model: Model, copy: Model) -> None:
+    def _copy_compile_state(self, model: Model, copy: Model, pairs: Pairs) -> None:
         if type(model).compile is not self.keras.Model.compile:
             config = model.get_compile_config()
             try:
@@ -261,7 +280,7 @@ class Backend:
         for name in ("metrics", "weighted_metrics"):
             arguments[name] = self._copy_metrics(arguments[name])
         copy.compile(**arguments)
-        self._copy_weight_decay_exclusions(model, copy)
+        self._copy_weight_decay_exclusions(model, copy, pairs)
 
     def _copy_optimizer(self, optimizer: Optimizer) -> Optimizer:
         # A schedule has no state: the same object serves both, also if it cannot be serialized.
@@ -280,13 +299,13 @@ class Backend:
             (self.inner_optimizer(copy) or copy)._learning_rate = schedule
         return copy
 
-    def _copy_weight_decay_exclusions(self, model: Model, copy: Model) -> None:
+    def _copy_weight_decay_exclusions(self, model: Model, copy: Model, pairs: Pairs) -> None:
         # Not part of an optimizer's config: name patterns, and keys of variables.
         theirs, ours = (self.inner_optimizer(m.optimizer) or m.optimizer for m in (model, copy))
         for name in ("_exclude_from_weight_decay_pattern", "_exclude_from_weight_decay_names"):
             if getattr(theirs, name, None):
                 setattr(ours, name, getattr(theirs, name))
-        for old, new in zip(model.weights, copy.weights, strict=True):
+        for old, new in pairs:
             if self.is_excluded_from_weight_decay(theirs, old):
                 self.exclude_from_weight_decay(ours, [new])
 
@@ -295,11 +314,15 @@ class Backend:
         excluded = getattr(optimizer, "_exclude_from_weight_decay", ())
         return bool(excluded) and optimizer._var_key(variable) in excluded
 
-    def exclude_from_weight_decay(self, optimizer: Optimizer, variables: list[Variable]) -> None:
-        """Adds variables to those that are not decayed; also for an optimizer that is built."""
-        if variables:
-            known = getattr(optimizer, "_exclude_from_weight_decay", ())
-            optimizer._exclude_from_weight_decay = [*known, *map(optimizer._var_key, variables)]
+    def exclude_from_weight_decay(self, optimizer: Optimizer, variables: list[Variable]) -> Undo:
+        """Adds variables to those that are not decayed; also for an optimizer that is built.
+
+        Returns:
+            A function that puts everything back.
+        """
+        known = getattr(optimizer, "_exclude_from_weight_decay", ())
+        optimizer._exclude_from_weight_decay = [*known, *map(optimizer._var_key, variables)]
+        return lambda: setattr(optimizer, "_exclude_from_weight_decay", known)
 
     def _copy_config(self, obj: Any) -> Any:
         return type(obj).from_config(obj.get_config())
@@ -379,10 +402,17 @@ class Backend:
         """Whether the class of a symbolic model can be made from its inputs and outputs."""
         return _is_plain_constructor(self.keras, type(model))
 
-    def copy_compile_state(self, model: Model, copy: Model) -> None:
-        """Compiles `copy` as `model` is, with a new optimizer; nothing if it is not compiled."""
+    def copy_compile_state(self, model: Model, copy: Model, pairs: Pairs) -> None:
+        """Compiles `copy` as `model` is, with a new optimizer; nothing if it is not compiled.
+
+        Args:
+            model: The model that is compiled, or not.
+            copy: A model that does the same.
+            pairs: Weights of `model`, each with one of `copy` that took its place, for what an
+                optimizer was told of single weights.
+        """
         if self.is_compiled(model):
-            self._copy_compile_state(model, copy)
+            self._copy_compile_state(model, copy, pairs)
 
     def compile_arguments(self, model: Model) -> dict[str, Any]:
         """What a compiled model was given: objects, functions and names as the user wrote them."""
@@ -621,6 +651,18 @@ def become(obj: Any, cls: type, attributes: dict[str, Any]) -> None:
     object.__setattr__(obj, "__class__", cls)
     obj.__dict__.clear()
     obj.__dict__.update(attributes)
+
+
+def remember(obj: Any) -> Undo:
+    """A function that gives an object its present attributes back.
+
+    What TensorFlow tracks of it is copied: it is changed in place whenever one is assigned.
+    """
+    before = {
+        name: copy.copy(value) if name.startswith("_self_") else value
+        for name, value in vars(obj).items()
+    }
+    return lambda: become(obj, type(obj), before)
 
 
 def _is_plain_constructor(kind: ModuleType, cls: type) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import h5py
 import keras
+import tensorflow as tf
 
 from keras_alds._backend.base import (
     Backend,
@@ -18,6 +19,7 @@ from keras_alds._backend.base import (
     Optimizer,
     Undo,
     Variable,
+    remember,
     specs_from_shapes,
     specs_of,
     unknown_inputs,
@@ -155,16 +157,12 @@ class Keras3(Backend):
         new: list[Variable],
         undo_steps: list[Undo],
     ) -> None:
-        before = dict(vars(optimizer))
-        tracker, stored = optimizer._tracker, list(optimizer._variables)
+        tracker = optimizer._tracker
+        restore, config, ids = remember(optimizer), tracker.config, tracker.stored_ids
 
         def undo() -> None:
-            for variable in list(optimizer._variables):
-                tracker.untrack(variable)
-            for variable in stored:
-                tracker.add_to_store("variables", variable)
-            optimizer.__dict__.clear()
-            optimizer.__dict__.update(before)
+            restore()
+            tracker.config, tracker.stored_ids = config, ids
 
         undo_steps.append(undo)
         wrapper = self.inner_optimizer(optimizer) is not None
@@ -175,9 +173,7 @@ class Keras3(Backend):
             for name, value in vars(optimizer).items()
             if isinstance(value, keras.Variable) and tuple(value.shape) == ()
         }
-        for variable in stored:
-            if id(variable) in dropped:
-                tracker.untrack(variable)
+        _track(optimizer, [v for v in optimizer._variables if id(v) not in dropped])
         optimizer._trainable_variables_indices = {}
         if wrapper:
             # `LossScaleOptimizer.build` would make its counters anew and build the inner one.
@@ -185,11 +181,27 @@ class Keras3(Backend):
         else:
             optimizer.built = False
             optimizer.build(new)
-            for name, value in scalars.items():
-                made = getattr(optimizer, name)
-                if made is not value:
-                    made.assign(value)
-                    tracker.untrack(value)
+            made = {name: getattr(optimizer, name) for name in scalars}
+            again = [name for name, value in scalars.items() if made[name] is not value]
+            for name in again:
+                made[name].assign(scalars[name])
+            dropped = {id(scalars[name]) for name in again}
+            _track(optimizer, [v for v in optimizer._variables if id(v) not in dropped])
+
+
+def _track(optimizer: Optimizer, variables: list[Variable]) -> None:
+    """Lets an optimizer hold these variables, in a new list.
+
+    TensorFlow saves no list that something was taken out of; and Keras would make one of its own
+    of a list that is assigned.
+    """
+    stored = tf.__internal__.tracking.wrap(variables)
+    optimizer.__dict__["_variables"] = stored
+    optimizer._track_trackable(stored, "_variables", overwrite=True)
+    tracker = optimizer._tracker
+    accepts, _ = tracker.config["variables"]
+    tracker.config = {**tracker.config, "variables": (accepts, stored)}
+    tracker.stored_ids = {**tracker.stored_ids, "variables": set(map(id, variables))}
 
 
 def _datasets(path: str) -> dict[str, tuple[int, ...]]:

@@ -21,6 +21,7 @@ from keras_alds._backend.base import (
     Undo,
     Variable,
     name_of,
+    remember,
     specs_from_shapes,
     specs_of,
     unknown_inputs,
@@ -189,13 +190,9 @@ class TfKeras(Backend):
     ) -> None:
         if self._is_legacy(optimizer):
             return self._rebuild_legacy(optimizer, old, new, undo_steps)
-        before = dict(vars(optimizer))
-
-        def undo() -> None:
-            optimizer.__dict__.clear()
-            optimizer.__dict__.update(before)
-
-        undo_steps.append(undo)
+        undo_steps.append(remember(optimizer))
+        # What a checkpoint saved: tf_keras looks for it once.
+        optimizer.__dict__.pop("_coalesced_children", None)
         dropped = {id(v) for slot in self.slots(optimizer, old).values() for v in slot}
         scalars = {
             name: value
@@ -225,11 +222,9 @@ class TfKeras(Backend):
             optimizer._weights = weights
 
         undo_steps.append(undo)
-        kept = {id(v) for v in new}
         dropped: set[int] = set()
-        for variable in old:
-            if id(variable) not in kept:
-                dropped.update(map(id, optimizer._slots.pop(_legacy_key(variable), {}).values()))
+        for variable in old:  # all of them: a loaded model reads its state by their order
+            dropped.update(map(id, optimizer._slots.pop(_legacy_key(variable), {}).values()))
         optimizer._weights = [w for w in weights if id(w) not in dropped]
         optimizer._create_all_weights(new)
 

@@ -8,6 +8,7 @@ from rich.progress import Progress
 
 from keras_alds import _backend
 from keras_alds.rewrite import equalize as rewrite
+from keras_alds.rewrite import inspect
 from keras_alds.rewrite.observe import Examples, check_count
 
 
@@ -51,7 +52,7 @@ def equalize(
     ```
     """
     backend = _backend.backend_of(model)
-    if not backend.is_model(model) or not model.built or not model.weights:
+    if not backend.is_model(model) or not inspect.has_weights(model):
         raise ValueError(
             f"Expected `model` to be a built `{backend.name}.Model`. "
             f"Received: model={model!r} of type {type(model).__name__}"

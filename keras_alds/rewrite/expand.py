@@ -103,7 +103,7 @@ def expand(model: Any, *, fold_batch_norm: bool = False) -> Any:
     wrappers.check_stripped(model, "expand")
     rebuilder = _Expander(backend, model, fold_batch_norm)
     new = rebuilder.rebuild(model)
-    backend.copy_compile_state(model, new)
+    backend.copy_compile_state(model, new, rebuilder.pairs())
     return new
 
 
@@ -164,12 +164,14 @@ class _Expander(GraphRebuilder):
             )
         if id(layer) not in self._layers:
             config = layer.get_config()
-            values = layer.get_weights()
+            values, origins = layer.get_weights(), list(layer.weights)
             if id(layer) in self._folded:
                 config["use_bias"] = True
-                values = self._fold(layer, values[: len(values) - bool(layer.use_bias)])
+                kernels = len(values) - bool(layer.use_bias)
+                values = self._fold(layer, values[:kernels])
+                origins = [*origins[:kernels], self._bias(layer)]
             self._layers[id(layer)] = type(layer).from_config(config)
-            self.record(layer, self._layers[id(layer)], values)
+            self.record(layer, self._layers[id(layer)], values, origins)
         return [self._layers[id(layer)]]
 
     def _operation(self, operation: Any) -> Any:
@@ -241,7 +243,7 @@ class _Expander(GraphRebuilder):
             name=self.unique(f"{layer.name}_depthwise"),
             **window,
         )
-        self.record(layer, depthwise, [self.source.value(layer.depthwise)])
+        self.record(layer, depthwise, [self.source.value(layer.depthwise)], [layer.depthwise])
         return [
             depthwise,
             *self._keep_pair(layer, self._encoder(layer, axes, **pointwise), decoder),
@@ -256,7 +258,7 @@ class _Expander(GraphRebuilder):
         encoder = layers.Embedding(
             layer.input_dim, layer.rank, mask_zero=layer.mask_zero, **options
         )
-        self.record(layer, encoder, [self.source.value(layer.encoder)])
+        self.record(layer, encoder, [self.source.value(layer.encoder)], [layer.encoder])
         decoder = layers.Dense(
             layer.output_dim,
             use_bias=False,
@@ -286,16 +288,18 @@ class _Expander(GraphRebuilder):
                 f"{sum(inspect.kernel_weights(k) for _, k in factors):,}), because stock recurrent "
                 "layers have no place for them, but for one slice of the inputs of a single layer."
             )
-        values = []
+        values, origins = [], []
         for cell in cells:
             for kernel in recurrent.all_kernels(cell).values():
                 made = kernel.decoder if kernel is before else kernel.kernel
                 values.append(tf.convert_to_tensor(made).numpy())
+                origins.append(kernel.decoder if inspect.is_factorized(kernel) else made)
             if cell.use_bias:
                 values.append(self.source.value(cell.bias))
+                origins.append(cell.bias)
         config = recurrent.stock_config(layer)
         stock = getattr(layers, config["class_name"]).from_config(config["config"])
-        self.record(layer, stock, values)
+        self.record(layer, stock, values, origins)
         if before is None:
             return [stock]
         encoder = layers.Dense(
@@ -308,7 +312,7 @@ class _Expander(GraphRebuilder):
             dtype=policy(layer),
             name=self.unique(f"{layer.name}_encoder"),
         )
-        self.record(layer, encoder, [self.source.value(before.encoder)])
+        self.record(layer, encoder, [self.source.value(before.encoder)], [before.encoder])
         return [encoder, stock]
 
     def _einsum_layers(self, layer: Any) -> list[Piece]:
@@ -339,7 +343,7 @@ class _Expander(GraphRebuilder):
             **{k: v for k, v in self._encoder_options(layer).items() if k != "use_bias"},
         )
         sizes = [shape[axis] for axis in unfolding.channels]
-        self.record(layer, encoder, [values.reshape(*sizes, hidden)])
+        self.record(layer, encoder, [values.reshape(*sizes, hidden)], [layer.encoder])
         options = self._decoder_options(layer)
         del options["use_bias"]
         decoder = EinsumDense(
@@ -378,7 +382,7 @@ class _Expander(GraphRebuilder):
                         "a mask or several unknown sizes leave no room for a Reshape",
                     )
                 encoder = keras.layers.Dense(hidden, **self._encoder_options(layer))
-                self.record(layer, encoder, [values])
+                self.record(layer, encoder, [values], [layer.encoder])
                 self._keep_pair(layer, encoder, decoder)
             else:
                 if layer.encoder_constraint is not None:
@@ -448,7 +452,7 @@ class _Expander(GraphRebuilder):
             kind = getattr(layers, f"Conv{len(size)}D")
             encoder = kind(hidden, groups=layer.slices, **common, **options)
             shape = (*size, per_slice, hidden)
-        self.record(layer, encoder, [values.reshape(shape)])
+        self.record(layer, encoder, [values.reshape(shape)], [layer.encoder])
         return encoder
 
     def _encoder_options(self, layer: Any) -> dict[str, Any]:
@@ -492,8 +496,14 @@ class _Expander(GraphRebuilder):
             values = self._fold(layer, values)
         elif layer.use_bias:
             values.append(self.source.value(layer.bias))
-        self.record(layer, decoder, values)
+        origins = [layer.decoder, self._bias(layer)]
+        self.record(layer, decoder, values, origins[: len(values)])
         return [encoder, decoder]
+
+    def _bias(self, layer: Any) -> Any:
+        """The weight in whose place the bias of a layer is once it is written out, or None."""
+        norm = self._folded.get(id(layer))
+        return getattr(layer, "bias", None) if layer.use_bias or norm is None else norm.beta
 
     # -- BatchNormalization ------------------------------------------------------------------
 

@@ -532,9 +532,24 @@ def dense_params(model: Any) -> int:
 
 
 def count_params(model: Any) -> int:
-    """Parameters of `model`, without the masks that `strip_pruning` takes away."""
+    """Parameters of `model`, without the masks that `strip_pruning` takes away.
+
+    The weights are counted, each once: a model that was never called cannot be asked.
+    """
     masks = [mask for wrapper in wrappers.pruning(model) for mask in wrappers.masks(wrapper)]
-    return int(model.count_params()) - sum(math.prod(tuple(mask.shape)) for mask in masks)
+    counted = {id(weight): math.prod(tuple(weight.shape)) for weight in model.weights}
+    return sum(counted.values()) - sum(math.prod(tuple(mask.shape)) for mask in masks)
+
+
+def has_weights(model: Any) -> bool:
+    """Whether the weights of `model` are made: it has some, and so has every layer that will.
+
+    A model of built layers need not be built: one with a `train_step` and no `call` never is.
+    """
+    backend = _backend.backend_of(model)
+    layers = [layer for _, layer in walk(model) if not backend.children(layer)]
+    ready = model.built or (layers and all(map(backend.has_its_weights, layers)))
+    return bool(ready and model.weights)
 
 
 def kernel_weights(layer: Any) -> int:

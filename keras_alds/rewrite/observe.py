@@ -544,6 +544,7 @@ class Examples:
     def __init__(
         self, model: Any, data: Any, limit: int | None, argument: str = "calibration_data"
     ) -> None:
+        _backend.backend_of(model).check_call(model)
         self._limit, self._argument = limit, argument
         sizes = {tensor.shape[0] for tensor in getattr(model, "inputs", None) or []}
         #: Examples in a batch if the model's inputs say so.

@@ -58,6 +58,12 @@ def carry_optimizers(
         undo: Functions that put the optimizers back are appended, each before its change.
     """
     for optimizer in backend.optimizers(model):
+        if backend.inner_optimizer(optimizer) is None:
+            for target in known:
+                layer = factorized.get(id(target))
+                if layer is not None and backend.is_excluded_from_weight_decay(optimizer, target):
+                    factors = [layer.encoder, layer.decoder]
+                    undo.append(backend.exclude_from_weight_decay(optimizer, factors))
         if not backend.is_optimizer_built(optimizer):
             continue
         old = backend.optimizer_targets(optimizer, known)
@@ -76,10 +82,6 @@ def carry_optimizers(
             name: [slot[places[id(variable)]] for variable in new]
             for name, slot in backend.slots(optimizer, built).items()
         }
-        for target in old:
-            layer = factorized.get(id(target))
-            if layer is not None and backend.is_excluded_from_weight_decay(optimizer, target):
-                backend.exclude_from_weight_decay(optimizer, [layer.encoder, layer.decoder])
         for name, slot in after.items():
             if name in before:
                 _carry(backend, _meaning(optimizer, name), old, before[name], slot, factorized)

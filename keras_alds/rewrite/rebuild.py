@@ -53,6 +53,7 @@ class GraphRebuilder:
         self._models: dict[int, Any] = {}
         self._flags: list[tuple[Any, Any]] = []  # (old, new): children before their parents
         self._values: list[tuple[Any, list[np.ndarray]]] = []
+        self._origins: list[tuple[Any, list[Any]]] = []
         self._warnings: list[str] = []
 
     def pieces(self, call: _backend.GraphCall) -> list[Piece]:
@@ -103,11 +104,30 @@ class GraphRebuilder:
         """Warns the user once the model is rebuilt: of the line that asked for it."""
         self._warnings.append(text)
 
-    def record(self, old: Any, new: Any, values: list[np.ndarray] | None = None) -> None:
-        """Remembers that `new` gets the flags of `old`, and the weights, once all are built."""
+    def record(
+        self,
+        old: Any,
+        new: Any,
+        values: list[np.ndarray] | None = None,
+        origins: list[Any] | None = None,
+    ) -> None:
+        """Remembers that `new` gets the flags of `old`, and the weights, once all are built.
+
+        `origins` are the old weights, or None, in whose place the new ones are.
+        """
         self._flags.append((old, new))
         if values:
             self._values.append((new, values))
+            self._origins.append((new, origins or []))
+
+    def pairs(self) -> list[tuple[Any, Any]]:
+        """The old weights, each with one in its place, once the model is rebuilt."""
+        return [
+            (old, weight)
+            for new, origins in self._origins
+            for old, weight in zip(origins, new.weights, strict=bool(origins))
+            if old is not None
+        ]
 
     def unique(self, name: str) -> str:
         """A layer name, numbered if it is taken."""
