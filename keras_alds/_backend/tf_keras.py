@@ -191,8 +191,7 @@ class TfKeras(Backend):
         if self._is_legacy(optimizer):
             return self._rebuild_legacy(optimizer, old, new, undo_steps)
         undo_steps.append(remember(optimizer))
-        # What a checkpoint saved: tf_keras looks for it once.
-        optimizer.__dict__.pop("_coalesced_children", None)
+        _forget_children(optimizer)
         dropped = {id(v) for slot in self.slots(optimizer, old).values() for v in slot}
         scalars = {
             name: value
@@ -202,7 +201,6 @@ class TfKeras(Backend):
         optimizer._variables = [v for v in optimizer._variables if id(v) not in dropped]
         optimizer._built = False
         optimizer.build(new)
-        _forget_children(optimizer)
         for name, value in scalars.items():
             if getattr(optimizer, name) is not value:
                 getattr(optimizer, name).assign(value)
