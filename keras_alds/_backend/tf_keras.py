@@ -146,6 +146,19 @@ class TfKeras(Backend):
             return bool(optimizer._slots)
         return bool(getattr(optimizer, "_built", False))
 
+    def learning_rate(self, optimizer: Optimizer) -> float:
+        inner = self.inner_optimizer(optimizer) or optimizer
+        # For a schedule `learning_rate` is the rate of the last step that this optimizer made.
+        rate = getattr(inner, "_learning_rate", inner.learning_rate)
+        return float(rate(inner.iterations) if callable(rate) else rate)
+
+    def set_learning_rate(self, optimizer: Optimizer, rate: float) -> None:
+        inner = self.inner_optimizer(optimizer) or optimizer
+        if self._is_legacy(inner):
+            inner._hyper["learning_rate"] = rate
+        else:
+            inner._learning_rate = inner._build_learning_rate(rate)
+
     def optimizer_targets(self, optimizer: Optimizer, known: list[Variable]) -> list[Variable]:
         if self._is_legacy(optimizer):
             return [v for v in known if optimizer._slots.get(_legacy_key(v))]
