@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -108,7 +109,9 @@ def test_grouped_convolutions_train_without_xla():
     (wrapped,) = (
         w.layer for w in quantized.layers if isinstance(getattr(w, "layer", 0), type(conv))
     )
-    assert wrapped._jit_compiled_convolution_op == wrapped.convolution_op
+    # TensorFlow has their gradient on CPUs from oneDNN alone.
+    plain = os.environ.get("TF_ENABLE_ONEDNN_OPTS") != "0"
+    assert (wrapped._jit_compiled_convolution_op == wrapped.convolution_op) is plain
     assert conv._jit_compiled_convolution_op != conv.convolution_op  # that of the user's model
     (step,) = litert.read_file(content).weighted
     assert step.groups == 4

@@ -26,6 +26,19 @@ from keras_alds._backend.base import (
 )
 
 
+@functools.cache
+def _plain_convolutions_train() -> bool:
+    """Whether grouped convolutions have a gradient: on CPUs only with oneDNN, which may be off."""
+    kernel = tf.ones((1, 1, 1, 2))
+    with tf.GradientTape() as tape:
+        tape.watch(kernel)
+        try:
+            outputs = tf.nn.conv2d(tf.ones((1, 2, 2, 2)), kernel, 1, "VALID")
+            return tape.gradient(outputs, kernel) is not None
+        except tf.errors.OpError:
+            return False
+
+
 class TfKeras(Backend):
     name = "tf_keras"
     _layers_module = "keras_alds.tf_keras"
@@ -48,6 +61,8 @@ class TfKeras(Backend):
         return np.asarray(variable)
 
     def use_plain_convolutions(self, layers: Sequence[Layer]) -> None:
+        if not _plain_convolutions_train():
+            return
         for layer in layers:
             if getattr(layer, "groups", 1) > 1 and hasattr(layer, "_jit_compiled_convolution_op"):
                 layer._jit_compiled_convolution_op = layer.convolution_op
