@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -87,7 +88,8 @@ def test_single_steps_give_the_same_file():
     assert seen == [quantized]
     small = keras_alds.to_tf_keras(keras_alds.expand(keras_alds.compress(model, **options)))
     by_hand = tfmot.quantization.keras.quantize_model(small)
-    fit(compiled(by_hand, tf_keras))
+    compiled(by_hand, tf_keras).optimizer.learning_rate = 2e-4
+    fit(by_hand)
     other = litert.convert(by_hand, quantize="int8", inference_input_type="int8", verbose=0)
     assert litert.read_file(content).inputs[0].dtype == "int8"
     np.testing.assert_allclose(
@@ -109,7 +111,9 @@ def test_grouped_convolutions_train_without_xla():
     (wrapped,) = (
         w.layer for w in quantized.layers if isinstance(getattr(w, "layer", 0), type(conv))
     )
-    assert wrapped._jit_compiled_convolution_op == wrapped.convolution_op
+    # TensorFlow has their gradient on CPUs from oneDNN alone.
+    plain = os.environ.get("TF_ENABLE_ONEDNN_OPTS") != "0"
+    assert (wrapped._jit_compiled_convolution_op == wrapped.convolution_op) is plain
     assert conv._jit_compiled_convolution_op != conv.convolution_op  # that of the user's model
     (step,) = litert.read_file(content).weighted
     assert step.groups == 4
@@ -177,6 +181,110 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "tensorflow_model_optimization", None)
     with pytest.raises(ImportError, match=r'pip install "keras_alds\[tfmot\]"'):
         aware(model, x, y)
+
+
+# -- Learning rate, and comparison with quantization after training -------------------------------
+
+
+def task() -> tuple[Any, Any, Any]:
+    """A small network, and examples whose targets it does not know."""
+    L = tf_keras.layers
+    inputs = tf_keras.Input((6, 6, 4))
+    outputs = L.Dense(3)(L.Flatten()(L.Conv2D(8, 3, activation="relu")(inputs)))
+    model = tf_keras.Model(inputs, outputs)
+    model.compile(tf_keras.optimizers.SGD(0.1), "mse")
+    x = np.random.default_rng(0).standard_normal((320, 6, 6, 4)).astype("float32")
+    return model, x, x[:, :3, 0, 0] + x[:, 1:4, 1, 1]
+
+
+def loss(content: bytes, x: Any, y: Any) -> float:
+    return float(np.mean((Runner(content).predict(x) - y) ** 2))
+
+
+def warned(*arguments: Any, **options: Any) -> tuple[bytes, list[str]]:
+    """The file of quantization-aware training, and its warnings of a worse file."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, content = aware(*arguments, convert_options={"verbose": 0}, **options)
+    texts = [str(warning.message) for warning in caught if warning.filename == __file__]
+    return content, [text for text in texts if "made a worse file" in text]
+
+
+def test_a_worse_file_than_after_training_is_told_of():
+    model, x, y = task()
+    held = np.arange(0, 320, 10)  # every tenth example is left out of the training
+    after = litert.convert(model, quantize="int8", representative_data=x[held], verbose=0)
+    before = loss(after, x[held], y[held])
+    content, texts = warned(model, x, y, epochs=4, verbose=0)
+    assert loss(content, x[held], y[held]) < before  # ten seeds: 0.68 to 0.87 of it
+    assert not texts
+    unlearns = tf_keras.optimizers.SGD(10.0, clipnorm=1.0)
+    content, (text,) = warned(model, x, y, optimizer=unlearns, verbose=0)
+    worse = loss(content, x[held], y[held])
+    assert worse > 2 * before
+    assert f"on 32 examples that were held out, its loss is {worse:.4g} against" in text
+    assert float(text.split("against ")[1].split()[0].rstrip(".")) == pytest.approx(before, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["validation_data", "validation_split", "dataset", "own fit"])
+def test_what_files_are_compared_on(kind: str):
+    model, x, y = task()
+    model.compile(tf_keras.optimizers.SGD(100.0, clipnorm=1.0), "mse")  # unlearns
+    options: dict[str, Any] = {}
+    batches = importlib.import_module("tensorflow").data.Dataset.from_tensor_slices((x, y))
+    if kind != "own fit":
+        options["verbose"] = 0
+    if kind == "validation_split":
+        data, held = (x, y), 80
+        options["validation_split"] = 0.25
+    elif kind == "own fit":
+        data, held = (), 48
+        options["fit"] = lambda quantized: quantized.fit(x[48:], y[48:], verbose=0)
+        options["validation_data"] = (x[:48], y[:48], np.ones(48))
+    else:
+        data, held = ((batches.batch(32),) if kind == "dataset" else (x, y)), 48
+        options["validation_data"] = batches.take(48).batch(20)
+    _, texts = warned(model, *data, **options)
+    assert any(f"on {held} examples that were held out" in text for text in texts)
+    if kind == "dataset":  # nothing was set apart
+        del options["validation_data"]
+        assert warned(model, *data, **options)[1] == []
+
+
+def test_classes_are_compared_by_accuracy():
+    model, x, _ = task()
+    classes = model.predict(x, verbose=0).argmax(-1)
+    _, (text,) = warned(
+        model,
+        x,
+        classes,
+        optimizer=tf_keras.optimizers.SGD(10.0, clipnorm=1.0),  # unlearns
+        loss=tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        verbose=0,
+    )
+    assert "on 32 examples that were held out, its accuracy is 0." in text
+
+
+def test_learning_rate_is_a_tenth_of_the_models(keras_module: ModuleType):
+    K = keras_module
+    x, y = zoo.images(32)
+    decay = K.optimizers.schedules.ExponentialDecay(1e-2, 1, 0.5)
+    for rate, steps, expected in ((4e-3, 0, 4e-4), (decay, 3, 1e-2 / 8 / 10)):
+        model = compiled(zoo.functional(K), K)
+        model.compile(K.optimizers.Adam(rate), model.loss)
+        for _ in range(steps):
+            model.train_on_batch(x, y)
+        quantized, _ = aware(model, x, y, compress={"cr": 0.4}, verbose=0)
+        assert float(quantized.optimizer.learning_rate) == pytest.approx(expected, rel=1e-5)
+    model.compile(K.optimizers.Adam(K.optimizers.schedules.CosineDecay(1e-2, 2)), model.loss)
+    for _ in range(2):
+        model.train_on_batch(x, y)
+    with pytest.raises(ValueError, match="Expected the model's learning rate to be above 0"):
+        aware(model, x, y)
+    if K is tf_keras:
+        model.compile(K.optimizers.legacy.Adam(4e-3), model.loss)
+        quantized, _ = aware(model, x, y, verbose=0)
+        assert float(quantized.optimizer.learning_rate) == pytest.approx(4e-4)
 
 
 def annotate_convolutions(model: Any) -> Any:
@@ -284,10 +392,16 @@ def test_digits_at_half_the_parameters(monkeypatch: pytest.MonkeyPatch):
     model.set_weights(original.get_weights())
     alds = keras_alds.ALDSCompress(0.5, at_epoch=0, max_slices=4, calibration_data=x, verbose=0)
     model.fit(x, y, batch_size=64, epochs=4, callbacks=[alds], verbose=0)
-    first = litert.convert(original, quantize="int8", representative_data=x, verbose=0)
+    int8 = {"quantize": "int8", "representative_data": x, "verbose": 0}
+    first, after = litert.convert(original, **int8), litert.convert(model, **int8)
     _, second = aware(model, x, y, batch_size=64, epochs=2, verbose=0)
     assert types(second) == {("int8", "int8", "int8")}
     assert alds.plan.cr >= 0.5
     assert len(second) <= 0.7 * len(first)
-    accuracies = [np.mean(Runner(f).predict(x_test).argmax(-1) == y_test) for f in (first, second)]
-    assert accuracies[1] >= accuracies[0] - 0.015
+    accuracies = [
+        np.mean(Runner(file).predict(x_test).argmax(-1) == y_test)
+        for file in (first, after, second)
+    ]
+    # Ten seeds: at worst 0.2 points below the original, and level with `after`.
+    assert accuracies[2] >= accuracies[0] - 0.015
+    assert accuracies[2] >= accuracies[1] - 0.01

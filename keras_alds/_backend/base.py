@@ -418,6 +418,14 @@ class Backend:
         """What a compiled model was given: objects, functions and names as the user wrote them."""
         return self._compile_arguments(model)
 
+    def learning_rate(self, optimizer: Optimizer) -> float:
+        """The learning rate that the next step would have."""
+        return float((self.inner_optimizer(optimizer) or optimizer).learning_rate)
+
+    def set_learning_rate(self, optimizer: Optimizer, rate: float) -> None:
+        """Gives an optimizer that is not built a constant rate, also in place of a schedule."""
+        raise NotImplementedError
+
     # -- Changing a layer in place -----------------------------------------------------------
 
     _layers_module: str

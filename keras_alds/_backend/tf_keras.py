@@ -28,6 +28,19 @@ from keras_alds._backend.base import (
 )
 
 
+@functools.cache
+def _plain_convolutions_train() -> bool:
+    """Whether grouped convolutions have a gradient: on CPUs only with oneDNN, which may be off."""
+    kernel = tf.ones((1, 1, 1, 2))
+    with tf.GradientTape() as tape:
+        tape.watch(kernel)
+        try:
+            outputs = tf.nn.conv2d(tf.ones((1, 2, 2, 2)), kernel, 1, "VALID")
+            return tape.gradient(outputs, kernel) is not None
+        except tf.errors.OpError:
+            return False
+
+
 class TfKeras(Backend):
     name = "tf_keras"
     _layers_module = "keras_alds.tf_keras"
@@ -50,6 +63,8 @@ class TfKeras(Backend):
         return np.asarray(variable)
 
     def use_plain_convolutions(self, layers: Sequence[Layer]) -> None:
+        if not _plain_convolutions_train():
+            return
         for layer in layers:
             if getattr(layer, "groups", 1) > 1 and hasattr(layer, "_jit_compiled_convolution_op"):
                 layer._jit_compiled_convolution_op = layer.convolution_op
@@ -157,6 +172,19 @@ class TfKeras(Backend):
         if self._is_legacy(optimizer):
             return bool(optimizer._slots)
         return bool(getattr(optimizer, "_built", False))
+
+    def learning_rate(self, optimizer: Optimizer) -> float:
+        inner = self.inner_optimizer(optimizer) or optimizer
+        # For a schedule `learning_rate` is the rate of the last step that this optimizer made.
+        rate = getattr(inner, "_learning_rate", inner.learning_rate)
+        return float(rate(inner.iterations) if callable(rate) else rate)
+
+    def set_learning_rate(self, optimizer: Optimizer, rate: float) -> None:
+        inner = self.inner_optimizer(optimizer) or optimizer
+        if self._is_legacy(inner):
+            inner._hyper["learning_rate"] = rate
+        else:
+            inner._learning_rate = inner._build_learning_rate(rate)
 
     def optimizer_targets(self, optimizer: Optimizer, known: list[Variable]) -> list[Variable]:
         if self._is_legacy(optimizer):

@@ -233,7 +233,7 @@ def _metrics(metric: Any, model: Any) -> dict[str, Compute]:
 
 def _metric(metric: Any, backend: _backend.Backend | None) -> tuple[str, Compute]:
     if isinstance(metric, str) and metric in ("accuracy", "acc"):
-        return "accuracy", _accuracy
+        return "accuracy", accuracy
     if isinstance(metric, str) and backend is not None:
         metric = backend.keras.metrics.get(metric)
     if hasattr(metric, "update_state"):
@@ -255,7 +255,7 @@ def _metric(metric: Any, backend: _backend.Backend | None) -> tuple[str, Compute
     )
 
 
-def _accuracy(y: Any, outputs: Any) -> float:
+def accuracy(y: Any, outputs: Any) -> float:
     """The share of right classes: class numbers, one-hot classes, or two classes in one score."""
     if isinstance(outputs, list):
         raise ValueError(
