@@ -30,9 +30,9 @@ import keras
 import numpy as np
 
 import keras_alds
-from keras_alds.core import regression, whitening
+from keras_alds.core.calibration import regression, whitening
+from keras_alds.core.calibration.refit import factorize_outputs, output_error
 from keras_alds.core.methods import get_method
-from keras_alds.core.refit import factorize_outputs, output_error
 from keras_alds.core.solvers import min_sum
 from keras_alds.rewrite import in_place, sequential
 from keras_alds.rewrite.inspect import is_factorized, walk

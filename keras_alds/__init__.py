@@ -19,11 +19,11 @@ from keras_alds.compress import compress, select
 from keras_alds.layers import FactorizedConv1D, FactorizedConv2D, FactorizedDense
 from keras_alds.plan import CompressionPlan, LayerChoice
 from keras_alds.report import report
+from keras_alds.research.sweeping import Sweep, SweepRow, sweep
 from keras_alds.rewrite.expand import expand
 from keras_alds.rewrite.in_place import apply_plan
 from keras_alds.rewrite.inspect import count_macs
 from keras_alds.rewrite.observe import CalibrationStats
-from keras_alds.sweep import Sweep, SweepRow, sweep
 
 with contextlib.suppress(ImportError):  # tf_keras is optional; this registers its layers
     from keras_alds import tf_keras as tf_keras

@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keras_alds import _backend
+from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.choices import ChoiceTable, choice_table, join_tables
 from keras_alds.core.errors import get_error
 from keras_alds.core.methods import METHODS, Method
-from keras_alds.core.moments import SecondMoment
 from keras_alds.core.slicing import divisors, factor_weights, weights
 from keras_alds.core.solvers import Solution
 from keras_alds.core.spectra import Spectra, spectra_many
-from keras_alds.core.targets import allowed_ranks, get_target
 from keras_alds.options import LIMITS, Options
 from keras_alds.plan import LayerChoice, allowed_after, removed_fraction
 from keras_alds.rewrite import inspect
 from keras_alds.rewrite.in_place import already_compressed
 from keras_alds.rewrite.observe import CalibrationStats
 from keras_alds.rewrite.recurrent import RECURRENT
+from keras_alds.targets import allowed_ranks, get_target
 
 if TYPE_CHECKING:
     from keras_alds.litert.latency import LayerLatencies

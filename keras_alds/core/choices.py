@@ -14,7 +14,7 @@ from keras_alds.core.costs import SampledCosts
 from keras_alds.core.errors import error_curve, get_error
 from keras_alds.core.slicing import Array, factor_weights, kernel_sizes, weights
 from keras_alds.core.spectra import Float64, Spectra
-from keras_alds.core.targets import Target, allowed_ranks
+from keras_alds.targets import Target, allowed_ranks
 
 Int64 = NDArray[np.int64]
 

@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keras_alds.core.choices import ChoiceTable
-from keras_alds.core.scalars import Chain, ChainOf, hull_rates
 from keras_alds.core.solvers import InfeasibleBudget, Solution, check_budget, more_rank
+from keras_alds.research.scalars import Chain, ChainOf, hull_rates
 
 Costs = Sequence[NDArray[np.int64]]
 

@@ -13,7 +13,8 @@ import numpy as np
 from keras_alds.core.choices import ChoiceTable
 from keras_alds.core.errors import get_error
 from keras_alds.core.joint import Costs, joint_min_max, joint_min_sum, joint_scalar
-from keras_alds.core.scalars import (
+from keras_alds.core.solvers import Solution, min_max_ranks, min_sum
+from keras_alds.research.scalars import (
     ChainOf,
     energy_drops,
     errors_of_ranks,
@@ -21,7 +22,6 @@ from keras_alds.core.scalars import (
     hull_rates,
     one_scalar,
 )
-from keras_alds.core.solvers import Solution, min_max_ranks, min_sum
 
 
 def pareto_fronts(tables: Sequence[ChoiceTable]) -> list[ChoiceTable]:
@@ -41,7 +41,7 @@ class Method:
     """A way to choose: an error measure, the candidates of every layer, and a solver.
 
     A new method is a new entry of `METHODS`. A method that does not optimise, such as one ratio
-    for all layers, brings its own `candidates` and `solver` (see `keras_alds.core.scalars`).
+    for all layers, brings its own `candidates` and `solver` (see `keras_alds.research.scalars`).
 
     Attributes:
         name: Its name in `METHODS`.

@@ -19,7 +19,6 @@ from rich.progress import Progress
 from keras_alds import _backend
 from keras_alds.core.costs import SampledCosts, sum_costs
 from keras_alds.core.slicing import divisors, weights
-from keras_alds.core.targets import allowed_ranks, get_target
 from keras_alds.litert import _package
 from keras_alds.litert.convert import convert
 from keras_alds.litert.layer_files import LayerCall, empty_file, layer_calls, layer_file
@@ -29,6 +28,7 @@ from keras_alds.problem import check_model
 from keras_alds.rewrite import inspect, wrappers
 from keras_alds.rewrite.in_place import already_compressed
 from keras_alds.rewrite.observe import MIN_EXAMPLES
+from keras_alds.targets import allowed_ranks, get_target
 
 QUANTIZE = (None, "int8")
 #: Kinds of layers that are measured; others stay as they are.

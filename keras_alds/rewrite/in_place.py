@@ -12,12 +12,12 @@ import numpy as np
 from rich.progress import Progress
 
 from keras_alds import _backend
+from keras_alds.core.calibration.moments import SecondMoment
+from keras_alds.core.calibration.refit import factorize_outputs
 from keras_alds.core.methods import METHODS
-from keras_alds.core.moments import SecondMoment
-from keras_alds.core.pca import factorize_pca
-from keras_alds.core.refit import factorize_outputs
 from keras_alds.core.spectra import factorize
 from keras_alds.plan import CompressionPlan, LayerChoice
+from keras_alds.research.pca import factorize_pca
 from keras_alds.rewrite import inspect, recurrent, wrappers
 from keras_alds.rewrite.functions import forget_graphs
 from keras_alds.rewrite.kinds import (

@@ -13,7 +13,6 @@ import os
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any
 
@@ -22,13 +21,14 @@ import tensorflow as tf
 from rich.progress import Progress
 
 from keras_alds import _backend
-from keras_alds.core.accumulators import MomentAccumulator
-from keras_alds.core.moments import FewInputs, SecondMoment
-from keras_alds.core.patches import CHUNK_ROWS
-from keras_alds.core.pca import centred_spectra
+from keras_alds.core.calibration.accumulators import MomentAccumulator
+from keras_alds.core.calibration.moments import FewInputs, SecondMoment
+from keras_alds.core.calibration.patches import CHUNK_ROWS
+from keras_alds.core.calibration.whitening import output_spectra_many
+from keras_alds.core.parallel import threads
 from keras_alds.core.slicing import Array, kernel_sizes
 from keras_alds.core.spectra import Spectra
-from keras_alds.core.whitening import output_spectra_many
+from keras_alds.research.pca import centred_spectra
 from keras_alds.rewrite import inspect, recurrent
 from keras_alds.rewrite.functions import run_as_code
 from keras_alds.rewrite.kinds import known_kind, observable
@@ -212,7 +212,7 @@ class CalibrationStats:
 
         Args:
             kernels: `{path: (digest of the kernel, kernel, its moment)}`.
-            centred: Whether the outputs' means are taken off them (`core.pca`).
+            centred: Whether the outputs' means are taken off them (`research.pca`).
 
         Returns:
             One `Spectra` a layer, in order.
@@ -445,7 +445,7 @@ class _Observer:
         backend = _backend.backend_of(model)
         layers = [spec.layer for spec in self._specs.values()]
         with (
-            ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="keras_alds") as self._pool,
+            threads() as self._pool,
             backend.watching_calls(layers, self._see),
             recurrent.calling_kernels(model, layers),
         ):
@@ -518,7 +518,7 @@ def layer_inputs(layer: Any, inputs: Array) -> Array:
 
 
 def layer_patches(layer: Any, inputs: Array) -> Iterator[Array]:
-    """The unfolded inputs of a stock layer, in chunks; see `core.patches.patch_chunks`."""
+    """The unfolded inputs of a stock layer, in chunks; see `patch_chunks`."""
     return known_kind(layer).patches(layer, inputs)
 
 

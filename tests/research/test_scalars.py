@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.choices import choice_table
 from keras_alds.core.methods import METHODS, get_method
-from keras_alds.core.moments import SecondMoment
-from keras_alds.core.pca import centred_spectra
 from keras_alds.core.slicing import divisors, kernel_sizes, unfold, weights
 from keras_alds.core.solvers import InfeasibleBudget
 from keras_alds.core.spectra import spectra
+from keras_alds.research.pca import centred_spectra
 
 SHAPES = [(8, 8), (3, 4, 6), (12, 5), (3, 3, 4, 8), (2, 2, 6, 4), (16, 3), (1, 1)]
 KEEP = 0

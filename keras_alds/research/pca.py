@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from keras_alds.core.blas import single_threaded_blas
-from keras_alds.core.moments import SecondMoment, check_moment
-from keras_alds.core.refit import balance
+from keras_alds.core.calibration.moments import SecondMoment, check_moment
+from keras_alds.core.calibration.refit import balance
+from keras_alds.core.parallel import single_threaded_blas
 from keras_alds.core.slicing import Array, fold_encoder, full_rank, unfold
 from keras_alds.core.spectra import Float64, SliceSpectrum, Spectra
 

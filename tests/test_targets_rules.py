@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from keras_alds.core.choices import choice_table
 from keras_alds.core.slicing import divisors, full_rank
 from keras_alds.core.spectra import spectra
-from keras_alds.core.targets import TARGETS, allowed_ranks, get_target
+from keras_alds.targets import TARGETS, allowed_ranks, get_target
 
 SHAPES = st.tuples(
     st.sampled_from([(), (1,), (3,), (1, 1), (3, 3), (2, 3), (3, 3, 3)]),
