@@ -8,7 +8,7 @@ import tensorflow as tf
 import zoo
 
 import keras_alds
-from keras_alds.core.methods import METHODS
+from keras_alds.methods import METHODS
 from keras_alds.core.slicing import divisors
 from keras_alds.rewrite.inspect import is_factorized, walk
 

@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from keras_alds import _backend
 from keras_alds.compress import compress, select
-from keras_alds.core.methods import METHODS, get_method
+from keras_alds.methods import METHODS, get_method
 from keras_alds.options import check_cr, check_schemes
 from keras_alds.problem import check_model
 from keras_alds.rewrite.in_place import check_sequential
@@ -262,7 +262,8 @@ def sweep(
         progress.advance(task)
         for name in chosen:
             data = calibration if METHODS[name].needs_data else None
-            one_by_one = sequential if data and not METHODS[name].centred else None
+            original = METHODS[name].factorize_with_bias is not None
+            one_by_one = None if data is None or original else sequential
             options["schemes"] = folds if METHODS[name].folds else 0
             for cr in crs:
                 progress.update(task, description=f"{name}, cr={cr:g}")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from keras_alds.core.choices import choice_table
 from keras_alds.core.costs import NEVER, SampledCosts, sum_costs
-from keras_alds.core.methods import get_method
+from keras_alds.methods import get_method
 from keras_alds.core.solvers import InfeasibleBudget
 from keras_alds.core.spectra import spectra
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from keras_alds.core.choices import choice_table
 from keras_alds.core.joint import joint_min_max, joint_min_sum
-from keras_alds.core.methods import METHODS, get_method
+from keras_alds.methods import METHODS, get_method
 from keras_alds.core.solvers import InfeasibleBudget, min_max, min_sum
 from keras_alds.core.spectra import spectra
 

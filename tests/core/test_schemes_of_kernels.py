@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from keras_alds.core.choices import choice_table, join_tables
 from keras_alds.core.errors import ERRORS
-from keras_alds.core.methods import METHODS
+from keras_alds.methods import METHODS
 from keras_alds.core.slicing import (
     SCHEMES,
     convolution_unfolding,

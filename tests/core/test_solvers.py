@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_alds.core.choices import choice_table
-from keras_alds.core.methods import METHODS, get_method
+from keras_alds.methods import METHODS, get_method
 from keras_alds.core.solvers import (
     InfeasibleBudget,
     cheapest,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.choices import choice_table
-from keras_alds.core.methods import METHODS, get_method
+from keras_alds.methods import METHODS, get_method
 from keras_alds.core.slicing import divisors, kernel_sizes, unfold, weights
 from keras_alds.core.solvers import InfeasibleBudget
 from keras_alds.core.spectra import spectra
