@@ -8,8 +8,8 @@ import tensorflow as tf
 import zoo
 
 import keras_alds
-from keras_alds.methods import METHODS
 from keras_alds.core.slicing import divisors
+from keras_alds.methods import METHODS
 from keras_alds.rewrite.inspect import is_factorized, walk
 
 NAMES = [name for name, method in METHODS.items() if method.near_slices]

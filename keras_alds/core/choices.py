@@ -186,7 +186,7 @@ def offered_ranks(
 
     Example:
         >>> offered_ranks((6, 6), max_slices=2)
-        {1: range(1, 3, 1), 2: range(1, 2, 1)}
+        {1: range(1, 3), 2: range(1, 2)}
     """
     multiple = _positive("rank_multiple", rank_multiple)
     most = None if max_slices is None else _positive("max_slices", max_slices)
