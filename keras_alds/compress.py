@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keras_alds import _backend
+from keras_alds.core.choices import ChoiceTable
 from keras_alds.core.solvers import InfeasibleBudget, Solution
 from keras_alds.methods import METHODS, choose_method
 from keras_alds.options import Options, check_cr_or_plan
@@ -167,7 +168,7 @@ def select_with(
         solution = problem.solve(tables)
     except InfeasibleBudget as infeasible:
         raise problem.unreachable(infeasible.required, infeasible.resource) from None
-    output_errors = _output_errors(problem, solution) if calibration else (None, None)
+    output_errors = _output_errors(problem, tables, solution) if calibration else (None, None)
     rows = zip(tables, solution.indices, strict=True)
     choices = tuple(
         problem.choice(spec, *next(rows)) if spec.reason is None else problem.left_alone(spec)
@@ -199,12 +200,20 @@ def select_with(
     return plan, calibration
 
 
-def _output_errors(problem: Problem, solution: Solution) -> tuple[float | None, float | None]:
+def _output_errors(
+    problem: Problem, tables: list[ChoiceTable], solution: Solution
+) -> tuple[float | None, float | None]:
     """The total error of the layers' outputs with the target's constraints, and without them."""
     if problem.options.target is None or problem.latency is not None:
         return None, None  # latencies are known of the target's choices only
     free = dataclasses.replace(problem, options=dataclasses.replace(problem.options, target=None))
-    return solution.sum_error, free.solve(free.tables()).sum_error
+    free_tables = free.tables()
+    solved = (tables, solution), (free_tables, free.solve(free_tables))
+    constrained, unconstrained = (
+        sum(float(table.error[row]) for table, row in zip(tables, found.indices, strict=True))
+        for tables, found in solved
+    )
+    return constrained, unconstrained
 
 
 def compress(
