@@ -226,21 +226,11 @@ def sweep(
     crs = (float(crs),) if isinstance(crs, (int, float)) else tuple(crs)
     for cr in crs:
         check_cr(cr)
-    has_data = calibration_data is not None
-    if methods is None:
-        chosen = [name for name, method in METHODS.items() if has_data or not method.needs_data]
-    else:
-        chosen = list(dict.fromkeys([methods] if isinstance(methods, str) else methods))
+    chosen = _chosen(methods, has_data=calibration_data is not None)
     if not crs or not chosen:
         raise ValueError(
             f"Expected at least one method and one ratio. Received: methods={chosen!r}, crs={crs!r}"
         )
-    for name in chosen:
-        if get_method(name).needs_data and not has_data:
-            raise ValueError(
-                f"Expected `calibration_data` for the method {name!r}. "
-                "Received: calibration_data=None"
-            )
     options: dict[str, Any] = {
         "objective": objective,
         "exclude": exclude,
@@ -251,7 +241,7 @@ def sweep(
     # Complains of what is wrong with the model or the options.
     select(model, min(crs), schemes=folds, **options)
     calibration = None
-    if has_data:
+    if calibration_data is not None:
         keep = sequential is not False
         calibration = Calibration.of(model, calibration_data, keep=keep, verbose=verbose)
         calibration.collected(model, verbose=verbose)
@@ -271,6 +261,20 @@ def sweep(
                 rows.append(row)
                 progress.advance(task)
     return Sweep(tuple(rows), objective, model.name)
+
+
+def _chosen(methods: str | Iterable[str] | None, *, has_data: bool) -> list[str]:
+    """The names of the methods, by default of all that have what they need."""
+    if methods is None:
+        return [name for name, method in METHODS.items() if has_data or not method.needs_data]
+    names = list(dict.fromkeys([methods] if isinstance(methods, str) else methods))
+    for name in names:
+        if get_method(name).needs_data and not has_data:
+            raise ValueError(
+                f"Expected `calibration_data` for the method {name!r}. "
+                "Received: calibration_data=None"
+            )
+    return names
 
 
 def _dense_row(
