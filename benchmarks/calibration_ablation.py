@@ -30,10 +30,10 @@ import keras
 import numpy as np
 
 import keras_alds
-from keras_alds.core import regression, whitening
-from keras_alds.core.methods import get_method
-from keras_alds.core.refit import factorize_outputs, output_error
+from keras_alds.core.calibration import regression, whitening
+from keras_alds.core.calibration.refit import factorize_outputs, output_error
 from keras_alds.core.solvers import min_sum
+from keras_alds.methods import get_method
 from keras_alds.rewrite import in_place, sequential
 from keras_alds.rewrite.inspect import is_factorized, walk
 from keras_alds.rewrite.kinds import kernel_values
@@ -142,15 +142,15 @@ def weighted(bench: Bench, cr: float, power: float) -> Any:
         if spec.reason is None
     ]
 
-    def solver(tables: Any, budget: int) -> Any:
+    def solve(tables: Any, budgets: Any) -> Any:
         scaled = [
             dataclasses.replace(table, error=table.error * factor)
             for table, factor in zip(tables, scale, strict=True)
         ]
-        return min_sum(scaled, budget)
+        return min_sum(scaled, budgets)
 
-    method = dataclasses.replace(get_method("activation"), solver=solver)
-    with mock.patch("keras_alds.compress.get_method", return_value=method):
+    method = dataclasses.replace(get_method("activation"), solve=solve)
+    with mock.patch("keras_alds.problem.get_method", return_value=method):
         return bench.compress(cr)
 
 

@@ -28,10 +28,10 @@ import time
 import numpy as np
 
 from keras_alds.core.choices import choice_table
-from keras_alds.core.methods import get_method
 from keras_alds.core.slicing import divisors, unfold
 from keras_alds.core.solvers import Solution
 from keras_alds.core.spectra import Spectra, spectra_many
+from keras_alds.methods import get_method
 
 Shape = tuple[int, ...]
 
@@ -97,7 +97,7 @@ def solve(spectra: list[Spectra], cr: float) -> Solution:
     method = get_method("alds")
     tables = [choice_table(spectrum, error=method.error) for spectrum in spectra]
     dense = sum(int(table.weights.max()) for table in tables)
-    return method.solve(tables, int((1 - cr) * dense))[1]
+    return method.solve(tables, [int((1 - cr) * dense)])
 
 
 def reference(kernels: list[np.ndarray]) -> None:

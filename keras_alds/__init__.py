@@ -23,17 +23,20 @@ from keras_alds.rewrite.expand import expand
 from keras_alds.rewrite.in_place import apply_plan
 from keras_alds.rewrite.inspect import count_macs
 from keras_alds.rewrite.observe import CalibrationStats
-from keras_alds.sweep import Sweep, SweepRow, sweep
 
 with contextlib.suppress(ImportError):  # tf_keras is optional; this registers its layers
     from keras_alds import tf_keras as tf_keras
 
 if typing.TYPE_CHECKING:
     from keras_alds import litert, tfmot
+    from keras_alds.research.sweeping import Sweep, SweepRow, sweep
     from keras_alds.rewrite.to_tf_keras import to_tf_keras
 
 # What needs more than the rest is imported when it is asked for.
-_LAZY = {"to_tf_keras": "keras_alds.rewrite.to_tf_keras"}
+_LAZY = {
+    **dict.fromkeys(("Sweep", "SweepRow", "sweep"), "keras_alds.research.sweeping"),
+    "to_tf_keras": "keras_alds.rewrite.to_tf_keras",
+}
 _LAZY_MODULES = ("litert", "tfmot")
 
 __all__ = [

@@ -15,7 +15,7 @@ import numpy as np
 
 from keras_alds import _backend
 from keras_alds.compress import select_with, wants_data
-from keras_alds.core.methods import METHODS, choose_method, get_method
+from keras_alds.methods import METHODS, choose_method, get_method
 from keras_alds.options import Options, check_cr_or_plan
 from keras_alds.plan import CompressionPlan, removed_fraction
 from keras_alds.problem import Problem, check_model

@@ -18,11 +18,12 @@ import numpy as np
 from keras_alds import _backend
 from keras_alds._version import __version__
 from keras_alds.compress import select
-from keras_alds.core.methods import METHODS
-from keras_alds.core.targets import TARGETS
 from keras_alds.litert import device
+from keras_alds.methods import METHODS
 from keras_alds.options import OBJECTIVES
-from keras_alds.sweep import DEFAULT_CRS, check_plots, retrainer, sweep
+from keras_alds.research.retraining import retrainer
+from keras_alds.research.sweeping import DEFAULT_CRS, check_plots, sweep
+from keras_alds.targets import TARGETS
 
 Commands = Any  # argparse gives this class no public name
 

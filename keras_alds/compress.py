@@ -9,8 +9,8 @@ from typing import Any
 
 from keras_alds import _backend
 from keras_alds.core.choices import ChoiceTable
-from keras_alds.core.methods import METHODS, choose_method, get_method
 from keras_alds.core.solvers import InfeasibleBudget, Solution
+from keras_alds.methods import METHODS, choose_method
 from keras_alds.options import Options, check_cr_or_plan
 from keras_alds.plan import CompressionPlan
 from keras_alds.problem import Problem, check_model, kernels
@@ -163,14 +163,13 @@ def select_with(
             pass  # complains of weights that are not finite before the model is run
         calibration = Calibration.of(model, calibration_data, keep=keep, verbose=verbose)
         problem = problem.calibrated(model, calibration.collected(model, verbose=verbose))
-    method = get_method(options.method, options.error)
-    tables = problem.tables(method)
+    tables = problem.tables()
     try:
-        candidates, solution = problem.solve(method, tables)
+        solution = problem.solve(tables)
     except InfeasibleBudget as infeasible:
         raise problem.unreachable(infeasible.required, infeasible.resource) from None
-    output_errors = _output_errors(problem, candidates, solution) if calibration else (None, None)
-    rows = zip(candidates, solution.indices, strict=True)
+    output_errors = _output_errors(problem, tables, solution) if calibration else (None, None)
+    rows = zip(tables, solution.indices, strict=True)
     choices = tuple(
         problem.choice(spec, *next(rows)) if spec.reason is None else problem.left_alone(spec)
         for spec in problem.specs
@@ -183,7 +182,7 @@ def select_with(
     plan = CompressionPlan(
         requested_cr=float(options.cr),
         method=options.method,
-        error_measure=method.error,
+        error_measure=problem.method.error,
         objective=options.objective,
         params_before=problem.params,
         params_after=problem.params - saved,
@@ -202,14 +201,14 @@ def select_with(
 
 
 def _output_errors(
-    problem: Problem, candidates: list[ChoiceTable], solution: Solution
+    problem: Problem, tables: list[ChoiceTable], solution: Solution
 ) -> tuple[float | None, float | None]:
     """The total error of the layers' outputs with the target's constraints, and without them."""
     if problem.options.target is None or problem.latency is not None:
         return None, None  # latencies are known of the target's choices only
     free = dataclasses.replace(problem, options=dataclasses.replace(problem.options, target=None))
-    method = get_method(problem.options.method, problem.options.error)
-    solved = (candidates, solution), free.solve(method, free.tables(method))
+    free_tables = free.tables()
+    solved = (tables, solution), (free_tables, free.solve(free_tables))
     constrained, unconstrained = (
         sum(float(table.error[row]) for table, row in zip(tables, found.indices, strict=True))
         for tables, found in solved

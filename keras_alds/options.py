@@ -8,11 +8,11 @@ import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from keras_alds.core.methods import DEFAULT, METHODS, get_method
 from keras_alds.core.slicing import SCHEMES
-from keras_alds.core.targets import get_target
+from keras_alds.methods import DEFAULT, METHODS, get_method
 from keras_alds.rewrite import inspect
 from keras_alds.rewrite.in_place import check_plan
+from keras_alds.targets import get_target
 
 OBJECTIVES = ("params", "macs", "latency")
 #: What `cr` can limit at once.

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import decimal
+import functools
 import hashlib
 import math
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from keras_alds import _backend
-from keras_alds.core.choices import ChoiceTable, choice_table, join_tables
+from keras_alds.core.calibration.moments import SecondMoment
+from keras_alds.core.choices import ChoiceTable, choice_table, join_tables, offered_ranks
+from keras_alds.core.costs import Costs, WeightCosts
 from keras_alds.core.errors import get_error
-from keras_alds.core.methods import METHODS, Method
-from keras_alds.core.moments import SecondMoment
-from keras_alds.core.slicing import divisors, factor_weights, weights
+from keras_alds.core.methods import Method
+from keras_alds.core.slicing import weights
 from keras_alds.core.solvers import Solution
 from keras_alds.core.spectra import Spectra, spectra_many
-from keras_alds.core.targets import allowed_ranks, get_target
+from keras_alds.methods import get_method
 from keras_alds.options import LIMITS, Options
 from keras_alds.plan import LayerChoice, allowed_after, removed_fraction
 from keras_alds.rewrite import inspect
 from keras_alds.rewrite.in_place import already_compressed
 from keras_alds.rewrite.observe import CalibrationStats
 from keras_alds.rewrite.recurrent import RECURRENT
+from keras_alds.targets import get_target
 
 if TYPE_CHECKING:
     from keras_alds.litert.latency import LayerLatencies
@@ -166,38 +169,33 @@ class Problem:
             else dataclasses.replace(spec, reason="no calibration example reaches it")
             for spec in self.specs
         ]
-        specs = [self.principal(spec, moments) for spec in specs]
+        specs = [self.without_obstacle(spec, moments) for spec in specs]
         return dataclasses.replace(self, specs=specs, stats=stats, moments=moments)
 
-    def principal(
+    def without_obstacle(
         self, spec: inspect.LayerSpec, moments: dict[int, SecondMoment]
     ) -> inspect.LayerSpec:
-        """A candidate, left alone if its principal components are wanted and not known.
+        """A candidate, left alone if the method cannot make its factors.
 
         Raises:
-            ValueError: If the statistics hold no means.
+            ValueError: If the method cannot use the statistics at all.
         """
-        if spec.reason or not METHODS[self.options.method].centred:
+        if spec.reason:
             return spec
-        if not spec.known_kind.principal:
-            return dataclasses.replace(
-                spec,
-                reason=f"the method {self.options.method!r} needs a bias for every column of the "
-                f"kernel, and {spec.kind} has none",
+        reason = None
+        if self.method.factorize_with_bias is not None and not spec.known_kind.principal:
+            reason = (
+                f"the method {self.options.method!r} needs a bias for every column of the "
+                f"kernel, and {spec.kind} has none"
             )
-        moment = moments[id(spec.layer)]
-        if moment.mean is None:
-            raise ValueError(
-                f"Expected calibration statistics with means, for the method "
-                f"{self.options.method!r}. Received: older ones without. Collect them anew."
-            )
-        if (count := moment.block_count) == 1:
-            return spec
-        return dataclasses.replace(
-            spec,
-            reason=f"its second moment is kept in {count} blocks, and the method "
-            f"{self.options.method!r} needs all of it",
-        )
+        elif (moment := moments.get(id(spec.layer))) is not None:
+            reason = self.method.obstacle(moment)
+        return spec if reason is None else dataclasses.replace(spec, reason=reason)
+
+    @property
+    def method(self) -> Method:
+        """The method, with the error measure that is asked for."""
+        return get_method(self.options.method, self.options.error)
 
     @property
     def candidates(self) -> list[inspect.LayerSpec]:
@@ -222,30 +220,22 @@ class Problem:
         weights = inspect.applied_weights(spec.layer)
         return (self.macs or {}).get(id(spec.layer), 0) // max(weights, 1)
 
-    def encoder_unit(self, spec: inspect.LayerSpec, scheme: int, resource: str) -> int:
-        """What one weight of a layer's encoder costs in a fold scheme."""
-        if resource != "macs" or not scheme:
-            return self.unit(spec, resource)
-        return self.encoder_positions[id(spec.layer)][scheme]
-
-    def factor_cost(
-        self, spec: inspect.LayerSpec, scheme: int, slices: int, rank: int, resource: str
-    ) -> int:
-        """What the factors of a choice cost."""
-        encoder, decoder = factor_weights(spec.shape_in(scheme), slices, rank)
-        first = self.encoder_unit(spec, scheme, resource)
-        return encoder * first + decoder * self.unit(spec, resource)
+    def costs(self, spec: inspect.LayerSpec, resource: str) -> Costs:
+        """What the choices of a layer take of a resource."""
+        if resource == "latency" and self.latency is not None:
+            return self.latency.costs[id(spec.layer)]
+        unit = self.unit(spec, resource)
+        positions = self.encoder_positions.get(id(spec.layer), {}) if resource == "macs" else {}
+        forms = tuple(
+            (scheme, tuple(spec.shape_in(scheme)), positions.get(scheme, unit))
+            for scheme in spec.schemes
+        )
+        return WeightCosts(forms, unit, self.added_params(spec) if resource == "params" else 0)
 
     def added_params(self, spec: inspect.LayerSpec) -> int:
         """Parameters that the method adds to a factorized layer: a bias that it has not."""
-        adds = METHODS[self.options.method].centred and not getattr(spec.layer, "use_bias", True)
+        adds = self.method.factorize_with_bias and not getattr(spec.layer, "use_bias", True)
         return (spec.kernel_shape or (0,))[-1] if adds else 0
-
-    def dense_cost(self, spec: inspect.LayerSpec, resource: str) -> int:
-        """What a layer's kernel costs as it is."""
-        if resource == "latency" and self.latency is not None:
-            return self.latency.costs[id(spec.layer)].dense
-        return self.unit(spec, resource) * math.prod(spec.kernel_shape or ())
 
     def smallest_cost(self, spec: inspect.LayerSpec, resource: str) -> int:
         """What a layer's kernel costs in its cheapest allowed form.
@@ -253,37 +243,39 @@ class Problem:
         Raises:
             ValueError: If the layer's bounds allow none.
         """
-        costs = self.dense_cost(spec, resource)
-        added = self.added_params(spec) if resource == "params" else 0
-        sampled = None if self.latency is None else self.latency.costs[id(spec.layer)]
-        found = [(math.prod(spec.kernel_shape or ()), costs)]
+        costs = self.costs(spec, resource)
+        found = [(math.prod(spec.kernel_shape or ()), costs.dense)]
         for scheme in spec.schemes:
             for k, ranks in self.offered(spec, scheme).items():
                 size = weights(spec.shape_in(scheme), k, 1)
-                cost = self.factor_cost(spec, scheme, k, 1, resource)
-                times = (
-                    [j * cost + added for j in ranks] if sampled is None else sampled.of(k, ranks)
-                )
-                found += [(j * size, int(time)) for j, time in zip(ranks, times, strict=True)]
-        within = [cost for size, cost in found if cost <= costs and self.is_within(spec, size)]
+                prices = costs.of(k, ranks, scheme).tolist()
+                found += [(j * size, price) for j, price in zip(ranks, prices, strict=True)]
+        found = [(size, cost) for size, cost in found if cost <= costs.dense]
+        within = [cost for size, cost in found if self.is_within(spec, size)]
         if not within:
-            raise self.nothing_within(spec, [size for size, cost in found if cost <= costs])
+            raise self.nothing_within(spec, [size for size, _ in found])
         return min(within)
 
-    def offered(self, spec: inspect.LayerSpec, scheme: int) -> dict[int, list[int]]:
-        """The ranks that each number of slices of a layer may have, for a kernel of full rank."""
-        shape, limits = spec.shape_in(scheme), self.limits(spec, scheme)
-        added = 0 if self.resources[0] == "macs" else self.added_params(spec)
-        most, offered = math.prod(shape) - added, {}
-        for k in divisors(shape[-2]):
-            per_rank = weights(shape, k, 1)
-            if ranks := [j for j in allowed_ranks(shape, k, **limits) if j * per_rank < most]:
-                offered[k] = ranks
-        near = METHODS[self.options.method].near_slices
-        if near is None or not offered:
-            return offered
-        nearest = min(offered, key=lambda k: (abs(k - near), k))
-        return {} if near == 1 != nearest else {nearest: offered[nearest]}
+    def offered(self, spec: inspect.LayerSpec, scheme: int) -> dict[int, range]:
+        """The ranks that each number of slices of a layer may have."""
+        moment = self.moments.get(id(spec.layer))
+        blocks = 1 if moment is None else moment.block_count
+        target, most = get_target(self.options.target), self.max_slices(spec)
+        rule = None
+        if target is not None:
+            depthwise = len(set(getattr(spec.layer, "strides", ()))) <= 1
+            rule = functools.partial(target.ranks, depthwise=depthwise, blocks=blocks)
+            if scheme or spec.kind not in ("Conv1D", "Conv2D", "Dense"):
+                most = 1  # targets know the sliced forms of plain convolutions in scheme 0 only
+        return offered_ranks(
+            spec.shape_in(scheme),
+            rule=rule,
+            max_slices=most,
+            near_slices=self.method.near_slices,
+            rank_multiple=self.options.rank_multiple,
+            blocks=blocks,
+            added=0 if self.resources[0] == "macs" else self.added_params(spec),
+        )
 
     def is_within(self, spec: inspect.LayerSpec, size: int) -> bool:
         """Whether a layer whose kernel weighs so much is within its bounds."""
@@ -316,23 +308,9 @@ class Problem:
         limits = (self.options.max_slices, spec.known_kind.max_slices)
         return min((limit for limit in limits if limit is not None), default=None)
 
-    def limits(self, spec: inspect.LayerSpec, scheme: int) -> dict[str, Any]:
-        """What the options allow of a layer's slices and ranks, for `allowed_ranks`."""
-        moment = self.moments.get(id(spec.layer))
-        target, most = get_target(self.options.target), self.max_slices(spec)
-        if target and (scheme or spec.kind not in ("Conv1D", "Conv2D", "Dense")):
-            most = 1  # targets know the sliced forms of plain convolutions in scheme 0 only
-        return {
-            "max_slices": most,
-            "rank_multiple": self.options.rank_multiple,
-            "target": target,
-            "depthwise": len(set(getattr(spec.layer, "strides", ()))) <= 1,
-            "blocks": 1 if moment is None else moment.block_count,
-        }
-
     def fixed_cost(self, resource: str) -> int:
         """What everything but the candidates' kernels costs."""
-        kernels = sum(self.dense_cost(spec, resource) for spec in self.candidates)
+        kernels = sum(self.costs(spec, resource).dense for spec in self.candidates)
         return self.total_of(resource) - kernels
 
     def budget_of(self, resource: str) -> int:
@@ -342,19 +320,13 @@ class Problem:
             cr = self.options.macs_cr
         return allowed_after(self.total_of(resource), cr) - self.fixed_cost(resource)
 
-    def solve(
-        self, method: Method, tables: list[ChoiceTable]
-    ) -> tuple[list[ChoiceTable], Solution]:
+    def solve(self, tables: list[ChoiceTable]) -> Solution:
         """Picks one choice a candidate, within all budgets.
 
         Raises:
             InfeasibleBudget: If even the cheapest choices are above a budget.
         """
-        first, *second = (self.budget_of(name) for name in self.resources)
-        if not second:
-            return method.solve(tables, first)
-        units = [self.unit(spec, self.resources[1]) for spec in self.candidates]
-        return method.solve_joint(tables, units, (first, second[0]))
+        return self.method.solve(tables, [self.budget_of(name) for name in self.resources])
 
     def unreachable(self, required: int, resource: int = 0) -> ValueError:
         """The error for a `cr` that even the smallest choice everywhere does not reach."""
@@ -389,29 +361,28 @@ class Problem:
         limits += f", target={self.options.target!r}" if self.options.target else ""
         limits += f", schemes={self.options.schemes}" if self.options.schemes != (0,) else ""
         limits += ", bounds" if self.options.bounds else ""
-        one = METHODS[self.options.method].near_slices is not None
+        one = self.method.near_slices is not None
         return limits + (f", method={self.options.method!r}" if one else "")
 
-    def tables(self, method: Method) -> list[ChoiceTable]:
+    def tables(self) -> list[ChoiceTable]:
         """The choices of every candidate."""
-        error = method.error
+        method = self.method
 
-        def options(spec: inspect.LayerSpec, scheme: int = 0) -> dict[str, Any]:
-            return {
-                "cost_per_weight": self.unit(spec, self.resources[0]),
-                "encoder_cost_per_weight": self.encoder_unit(spec, scheme, self.resources[0]),
-                "added_cost": 0 if self.resources[0] == "macs" else self.added_params(spec),
-                "near_slices": method.near_slices,
-                "costs": self.latency and self.latency.costs[id(spec.layer)],
-                **self.limits(spec, scheme),
-            }
+        def arguments(
+            spec: inspect.LayerSpec, scheme: int = 0
+        ) -> tuple[dict[int, range], list[Costs]]:
+            costs = [self.costs(spec, resource) for resource in self.resources]
+            return self.offered(spec, scheme), costs
 
         candidates = self.candidates
         measured = [spec for spec in candidates if id(spec.layer) in self.moments]
         others = [spec for spec in candidates if id(spec.layer) not in self.moments]
         tables = {
             spec.path: join_tables(
-                [entry.table(error, scheme, **options(spec, scheme)) for scheme in spec.schemes]
+                [
+                    entry.table(method.error, scheme, *arguments(spec, scheme))
+                    for scheme in spec.schemes
+                ]
             )
             for spec, entry in zip(others, _entries(others), strict=True)
         }
@@ -422,10 +393,10 @@ class Problem:
                     spec.path: (digest, kernel, self.moments[id(spec.layer)])
                     for spec, (digest, kernel) in zip(group, kernels(group), strict=True)
                 }
-                spectra += self.stats.spectra(found, centred=method.centred)
+                spectra += self.stats.spectra(found, method.spectra)
                 del found  # before the next kernels are read
             for spec, values in zip(measured, spectra, strict=True):
-                tables[spec.path] = choice_table(values, error=error, **options(spec))
+                tables[spec.path] = choice_table(values, *arguments(spec), error=method.error)
         return [self.within_bounds(spec, tables[spec.path]) for spec in candidates]
 
     def within_bounds(self, spec: inspect.LayerSpec, table: ChoiceTable) -> ChoiceTable:
@@ -449,23 +420,23 @@ class Problem:
             )
             return dataclasses.replace(self.left_alone(spec), reason=reason)
         scheme = int(table.scheme[row])
-        factors = spec, scheme, slices, rank
-        saved = math.prod(spec.kernel_shape or ()) - self.factor_cost(*factors, "params")
-        added = self.added_params(spec)
-        macs = None if self.macs is None else self.macs.get(id(spec.layer), 0)
-        if macs is not None:
-            macs -= self.dense_cost(spec, "macs") - self.factor_cost(*factors, "macs")
+
+        def saved(resource: str) -> int:
+            costs = self.costs(spec, resource)
+            return costs.dense - int(costs.of(slices, [rank], scheme)[0])
+
+        macs = None if self.macs is None else self.macs.get(id(spec.layer), 0) - saved("macs")
         return dataclasses.replace(
             self.left_alone(spec),
             slices=slices,
             rank=rank,
             scheme=scheme,
-            params_after=spec.params - saved + added,
+            params_after=spec.params - saved("params"),
             macs_after=macs,
             error=float(table.error[row]),
             reason=None,
             note=self.note(spec),
-            latency_after=None if self.latency is None else int(table.cost[row]),
+            latency_after=None if self.latency is None else int(table.cost[row, 0]),
         )
 
     def note(self, spec: inspect.LayerSpec) -> str | None:
@@ -538,17 +509,20 @@ class _Entry:
     spectra: dict[int, Spectra] = dataclasses.field(default_factory=dict)
     tables: dict[tuple, ChoiceTable] = dataclasses.field(default_factory=dict)
 
-    def table(self, error: str, scheme: int, **options: Any) -> ChoiceTable:
-        key = (error, scheme, *options.values())
+    def table(
+        self, error: str, scheme: int, offered: Mapping[int, range], costs: Sequence[Costs]
+    ) -> ChoiceTable:
+        key = (error, scheme, *offered.items(), *costs)
         if key not in self.tables:
             self.tables[key] = choice_table(
                 self.spectra[scheme],
+                offered,
+                costs,
                 error=error,
                 scheme=scheme,
                 kernel=inspect.kernel_values(self.layer(), scheme)
                 if get_error(error).needs_kernel
                 else None,
-                **options,
             )
         return self.tables[key]
 

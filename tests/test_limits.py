@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import keras_alds
 from keras_alds import CompressionPlan, compress, count_macs, select
-from keras_alds.core.methods import METHODS
+from keras_alds.methods import METHODS
 from keras_alds.plan import removed_fraction
 
 WITHOUT_DATA = [name for name, method in METHODS.items() if not method.needs_data]

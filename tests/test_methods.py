@@ -8,8 +8,8 @@ import tensorflow as tf
 import zoo
 
 import keras_alds
-from keras_alds.core.methods import METHODS
 from keras_alds.core.slicing import divisors
+from keras_alds.methods import METHODS
 from keras_alds.rewrite.inspect import is_factorized, walk
 
 NAMES = [name for name, method in METHODS.items() if method.near_slices]
@@ -140,7 +140,7 @@ class TestPrincipalComponents:
             keras_alds.select(model, 0.4, method="pca", calibration_data=loaded)
 
     def test_a_layer_whose_moment_is_in_blocks_is_left_alone(self, model, monkeypatch):
-        monkeypatch.setattr("keras_alds.core.moments.MAX_SIDE", 100)
+        monkeypatch.setattr("keras_alds.core.calibration.moments.MAX_SIDE", 100)
         x, _ = zoo.images(32)
         plan = keras_alds.select(model, 0.1, method="pca", calibration_data=x)
         (reason,) = [choice.reason for choice in plan.choices if choice.layer == "down"]

@@ -23,22 +23,46 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ALLOWED = {
     "_version": set(),
     "core": {"core"},
+    "methods": {"core", "research"},
+    "targets": {"core"},
     "plan": {"core"},
     "_backend": {"_backend"},
     "layers": {"core", "_backend", "layers"},
     "tf_keras": {"core", "_backend", "layers"},
-    "rewrite": {"core", "plan", "_backend", "layers", "rewrite"},
-    "options": {"core", "plan", "rewrite", "litert"},
-    "problem": {"core", "plan", "options", "_backend", "rewrite", "litert"},
-    "compress": {"core", "plan", "options", "problem", "_backend", "rewrite"},
+    "rewrite": {"core", "methods", "plan", "_backend", "layers", "rewrite"},
+    "options": {"core", "methods", "targets", "plan", "rewrite", "litert"},
+    "problem": {"core", "methods", "targets", "plan", "options", "_backend", "rewrite", "litert"},
+    "compress": {"core", "methods", "plan", "options", "problem", "_backend", "rewrite"},
     "report": {"core", "plan", "rewrite"},
-    "sweep": {"core", "options", "problem", "_backend", "rewrite", "compress"},
-    "callbacks": {"core", "plan", "options", "problem", "_backend", "rewrite", "compress"},
-    "litert": {"core", "plan", "problem", "_backend", "rewrite", "compress", "report", "litert"},
+    "research": {"core", "research"},
+    "research/retraining": {"_backend"},
+    "research/sweeping": {"methods", "options", "problem", "_backend", "rewrite", "compress"},
+    "callbacks": {
+        "core",
+        "methods",
+        "plan",
+        "options",
+        "problem",
+        "_backend",
+        "rewrite",
+        "compress",
+    },
+    "litert": {
+        "core",
+        "targets",
+        "plan",
+        "problem",
+        "_backend",
+        "rewrite",
+        "compress",
+        "report",
+        "litert",
+    },
     "tfmot": {"core", "plan", "_backend", "rewrite", "compress", "report", "litert"},
     "cli": {
         "_version",
-        "core",
+        "methods",
+        "targets",
         "plan",
         "options",
         "_backend",
@@ -47,7 +71,7 @@ ALLOWED = {
         "report",
         "callbacks",
         "litert",
-        "sweep",
+        "research",
     },
     "__main__": {"cli"},
     "__init__": {
@@ -59,7 +83,7 @@ ALLOWED = {
         "plan",
         "report",
         "rewrite",
-        "sweep",
+        "research",
         "tf_keras",
         "tfmot",
     },
@@ -83,7 +107,8 @@ def name_of(path: Path) -> str:
 
 
 def part_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+    module = path.relative_to(PACKAGE).with_suffix("")
+    return str(module.as_posix()) if module.as_posix() in ALLOWED else module.parts[0]
 
 
 def imports(tree: ast.AST, *, lazy: bool = True) -> set[str]:

@@ -13,8 +13,8 @@ import zoo
 from test_calibration import recorded_rows
 
 from keras_alds import ALDSCompress, CalibrationStats, apply_plan, compress, select
-from keras_alds.core.moments import SecondMoment
-from keras_alds.core.refit import factorize_outputs
+from keras_alds.core.calibration.moments import SecondMoment
+from keras_alds.core.calibration.refit import factorize_outputs
 from keras_alds.core.slicing import full_rank, recompose, unfold
 from keras_alds.rewrite.in_place import match
 from keras_alds.rewrite.inspect import is_factorized, walk

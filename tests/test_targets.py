@@ -11,7 +11,7 @@ import pytest
 import zoo
 
 from keras_alds import ALDSCompress, CalibrationStats, CompressionPlan, compress, select
-from keras_alds.core.targets import TARGETS
+from keras_alds.targets import TARGETS
 
 
 def network(K):

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from keras_alds.core.costs import SampledCosts
+from keras_alds.core.costs import Costs, WeightCosts
 from keras_alds.core.errors import error_curve, get_error
-from keras_alds.core.slicing import Array, factor_weights, kernel_sizes, weights
+from keras_alds.core.slicing import Array, divisors, full_rank, weights
 from keras_alds.core.spectra import Float64, Spectra
-from keras_alds.core.targets import Target, allowed_ranks
 
 Int64 = NDArray[np.int64]
 
@@ -28,7 +28,7 @@ class Choice:
         rank: Rank j of every slice, 0 for "keep".
         scheme: Fold scheme of the kernel; 0 is `[c·κ, f]`, see `slicing.decoder_axes`.
         weights: Weights of the encoder and the decoder, of the dense kernel for "keep".
-        cost: What the choice takes of a budget.
+        cost: What the choice takes of every budget.
         error: Relative error.
     """
 
@@ -36,7 +36,7 @@ class Choice:
     rank: int
     scheme: int
     weights: int
-    cost: int
+    cost: tuple[int, ...]
     error: float
 
     @property
@@ -47,7 +47,7 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class ChoiceTable:
-    """The choices of one layer, one row each, sorted by cost, error, scheme, slices and rank.
+    """The choices of one layer, one row each.
 
     Attributes:
         slices: Array `[n]` of int64: number of channel slices k, 0 where the layer is kept.
@@ -55,11 +55,11 @@ class ChoiceTable:
         full_rank: Array `[n]` of int64: full rank of such a slice, 0 where the layer is kept.
         scheme: Array `[n]` of int64: fold scheme.
         weights: Array `[n]` of int64: weights of the kernels.
-        cost: Array `[n]` of int64: what the choice takes of a budget.
+        cost: Array `[n, r]` of int64: what the choice takes of each of r budgets.
         error: Array `[n]` of float64: relative error.
 
     Raises:
-        ValueError: If the arrays differ in length or are no vectors.
+        ValueError: If the arrays differ in length, or the costs are no integers.
     """
 
     slices: Int64
@@ -72,16 +72,22 @@ class ChoiceTable:
 
     def __post_init__(self) -> None:
         columns = [getattr(self, column.name) for column in fields(self)]
-        if len({column.shape for column in columns}) != 1 or columns[0].ndim != 1:
+        shapes = [column.shape for column in columns]
+        if (
+            {len(shape) for shape in shapes[:-2] + shapes[-1:]} != {1}
+            or len(shapes[-2]) != 2
+            or len({shape[0] for shape in shapes}) != 1
+            or self.cost.dtype.kind not in "iu"
+        ):
             raise ValueError(
-                "Expected vectors of one length. Received: shapes="
-                f"{[column.shape for column in columns]}"
+                "Expected vectors of one length, and integer costs [n, r]. Received: "
+                f"shapes={shapes}, cost.dtype={self.cost.dtype}"
             )
         for column in columns:
             column.setflags(write=False)
 
     def __len__(self) -> int:
-        return int(self.cost.size)
+        return len(self.cost)
 
     def __getitem__(self, index: int) -> Choice:
         """Returns one row as plain Python numbers."""
@@ -90,7 +96,7 @@ class ChoiceTable:
             rank=int(self.rank[index]),
             scheme=int(self.scheme[index]),
             weights=int(self.weights[index]),
-            cost=int(self.cost[index]),
+            cost=tuple(self.cost[index].tolist()),
             error=float(self.error[index]),
         )
 
@@ -111,11 +117,9 @@ class ChoiceTable:
     def front(self) -> ChoiceTable:
         """Returns the Pareto front as a new table.
 
-        A row is left out if another one is no worse in cost and in error. Of equal rows the one
-        of the smaller scheme stays, then the one with fewer slices, then with the smaller rank.
-
         Returns:
-            A table with strictly ascending costs and strictly descending errors.
+            A table with strictly ascending costs of the first budget and strictly descending
+            errors; see `front_rows`.
 
         Example:
             >>> from keras_alds.core.spectra import spectra
@@ -123,125 +127,148 @@ class ChoiceTable:
             >>> table.front()[-1].error
             0.0
         """
-        order = np.lexsort((self.rank, self.slices, self.scheme, self.error, self.cost))
+        return self.take(self.front_rows())
+
+    def front_rows(self, cost: NDArray[Any] | None = None) -> Int64:
+        """Returns the rows of the Pareto front, by cost.
+
+        A row is left out if another one is no worse in cost and in error. Of equal rows the one
+        of the smaller scheme stays, then the one with fewer slices, then with the smaller rank.
+
+        Args:
+            cost: What the choices cost, `[n]`. Defaults to their costs of the first budget.
+
+        Returns:
+            Indices.
+        """
+        cost = self.cost[:, 0] if cost is None else cost
+        order = np.lexsort((self.rank, self.slices, self.scheme, self.error, cost))
         error = self.error[order]
-        before = np.concatenate(([np.inf], np.minimum.accumulate(error)[:-1]))
-        return self.take(order[error < before])
+        before = np.append(np.inf, np.minimum.accumulate(error)[:-1])
+        return order[error < before]
 
 
-def choice_table(
-    spectra: Spectra,
+#: Which ranks a runtime allows for a kernel shape and a number of slices.
+RankRule = Callable[[tuple[int, ...], int], range]
+
+
+def offered_ranks(
+    kernel_shape: Sequence[int],
     *,
-    error: str = "slice",
-    kernel: Array | None = None,
-    scheme: int = 0,
-    cost_per_weight: int = 1,
-    encoder_cost_per_weight: int | None = None,
-    added_cost: int = 0,
-    costs: SampledCosts | None = None,
+    rule: RankRule | None = None,
     max_slices: int | None = None,
     near_slices: int | None = None,
     rank_multiple: int = 1,
-    target: Target | None = None,
-    depthwise: bool = True,
     blocks: int = 1,
-) -> ChoiceTable:
-    """Returns the choices of one layer: every (k, j) smaller than the dense kernel, and "keep".
+    added: int = 0,
+) -> dict[int, range]:
+    """Returns the choices that a layer is offered: ranks by number of slices.
+
+    They are those that are smaller than the dense kernel and within all limits.
 
     Args:
-        spectra: Spectra of the kernel.
-        error: Error measure; one of the keys of `keras_alds.core.errors.ERRORS`.
-        kernel: The kernel, `[*spatial, c, f]`; needed by the error `"spectral"` only.
-        scheme: Fold scheme in which the kernel was read, for the table's column.
-        cost_per_weight: Cost of one weight, a positive integer: 1 for parameters, the number of
-            output positions P for multiply–accumulates, which are P·j·(k·f + c·κ).
-        encoder_cost_per_weight: The same for the encoder's weights, which in some schemes work at
-            other positions than the decoder's. Choices that cost as much as the kernel, though
-            smaller, are left out. Defaults to `cost_per_weight`.
-        added_cost: What every factorized form costs beside its weights, such as a bias that the
-            dense layer has not. Choices that then cost as much as the kernel are left out.
-        costs: What the choices cost in place of that, such as measured latencies. Choices that
-            cost as much as the kernel, though smaller, are left out.
+        kernel_shape: Shape `[*spatial, c, f]` that the kernel is read as.
+        rule: `rule(kernel_shape, slices)` returns the ranks that a runtime allows. Defaults to
+            all.
         max_slices: Largest k. Defaults to no limit.
         near_slices: Only the k nearest to this number, the smaller one of two; for 1 no other
             one. Defaults to all.
         rank_multiple: Ranks are multiples of this.
-        target: Further constraints on slices and ranks. Defaults to none.
-        depthwise: Whether k = c has a depthwise form; see `Target.ranks`.
-        blocks: Diagonal blocks of the inputs' second moment; see `Target.ranks`.
+        blocks: k is a multiple of this: the diagonal blocks of the inputs' second moment.
+        added: Parameters that every factorized form has beside its weights, such as a bias that
+            the dense layer has not.
 
     Returns:
-        The `ChoiceTable`, with one row of slices = rank = 0 for the kernel as it is: error 0 and
-        full cost.
+        Ranges of ranks, none of them empty, by k in ascending order.
 
     Raises:
-        ValueError: If an option is out of its range or `error` is unknown.
+        ValueError: If an option is no positive integer.
+
+    Example:
+        >>> offered_ranks((6, 6), max_slices=2)
+        {1: range(1, 3), 2: range(1, 2)}
+    """
+    multiple = _positive("rank_multiple", rank_multiple)
+    most = None if max_slices is None else _positive("max_slices", max_slices)
+    near = None if near_slices is None else _positive("near_slices", near_slices)
+    shape = tuple(kernel_shape)
+    offered = {}
+    for k in divisors(shape[-2]):
+        if k % blocks or (most is not None and k > most) or (near == 1 != k):
+            continue
+        ranks = range(1, full_rank(shape, k) + 1) if rule is None else rule(shape, k)
+        step = math.lcm(ranks.step, multiple)
+        smaller = (math.prod(shape) - added - 1) // weights(shape, k, 1)
+        if ranks := range(step, min(ranks.stop, smaller + 1), step):
+            offered[k] = ranks
+    if near is not None and offered:
+        nearest = min(offered, key=lambda k: (abs(k - near), k))
+        return {nearest: offered[nearest]}
+    return offered
+
+
+def choice_table(
+    spectra: Spectra,
+    offered: Mapping[int, range] | None = None,
+    costs: Sequence[Costs] | None = None,
+    *,
+    error: str = "slice",
+    kernel: Array | None = None,
+    scheme: int = 0,
+) -> ChoiceTable:
+    """Returns the choices of one layer: every (k, j) that it is offered, and "keep".
+
+    Choices that cost as much of the first budget as the kernel, though smaller, are left out.
+
+    Args:
+        spectra: Spectra of the kernel.
+        offered: Ranks by number of slices, from `offered_ranks`. Defaults to all smaller choices.
+        costs: For every budget what the choices cost. Defaults to one budget of weights.
+        error: Error measure; one of the keys of `keras_alds.core.errors.ERRORS`.
+        kernel: The kernel, `[*spatial, c, f]`; needed by the error `"spectral"` only.
+        scheme: Fold scheme in which the kernel was read.
+
+    Returns:
+        The `ChoiceTable`, sorted by cost, error, scheme, slices and rank, with one row of slices
+        = rank = 0 for the kernel as it is: error 0 and full cost.
+
+    Raises:
+        ValueError: If `error` is unknown, or `offered` holds slices that the spectra do not.
 
     Example:
         >>> from keras_alds.core.spectra import spectra
-        >>> table = choice_table(spectra(np.eye(6)), max_slices=1)
+        >>> table = choice_table(spectra(np.eye(6)), offered_ranks((6, 6), max_slices=1))
         >>> [(row.slices, row.rank, row.weights) for row in table]
         [(1, 1, 12), (1, 2, 24), (0, 0, 36)]
     """
     get_error(error)
-    unit = _positive("cost_per_weight", cost_per_weight)
-    encoder_unit = (
-        unit
-        if encoder_cost_per_weight is None
-        else _positive("encoder_cost_per_weight", encoder_cost_per_weight)
-    )
-    multiple = _positive("rank_multiple", rank_multiple)
-    most = None if max_slices is None else _positive("max_slices", max_slices)
-    near = None if near_slices is None else _positive("near_slices", near_slices)
     shape = spectra.kernel_shape
-    c, kappa, f = kernel_sizes(shape)
-    dense = c * kappa * f
-    offered: dict[int, Int64] = {}
-    for k, spectrum in spectra.slices.items():
-        ranks_of_k = allowed_ranks(
-            shape,
-            k,
-            target=target,
-            max_slices=most,
-            rank_multiple=multiple,
-            depthwise=depthwise,
-            blocks=blocks,
-        )
-        last = min(spectrum.rank, (dense - added_cost // unit - 1) // weights(shape, k, 1))
-        j = np.array([rank for rank in ranks_of_k if rank <= last], dtype=np.int64)
-        if j.size and (near != 1 or k == 1):
-            offered[k] = j
-    if near is not None and offered:
-        nearest = min(offered, key=lambda k: (abs(k - near), k))
-        offered = {nearest: offered[nearest]}
-
-    slices, ranks, sizes = [np.zeros(1, np.int64)], [np.zeros(1, np.int64)], [np.array([dense])]
-    full, errors = [np.zeros(1, np.int64)], [np.zeros(1)]
-    unit_costs = [np.array([dense * unit])]
-    for k, j in offered.items():
-        encoder, decoder = factor_weights(shape, k, 1)
-        unit_costs.append((encoder * encoder_unit + decoder * unit) * j + added_cost)
-        slices.append(np.full(j.size, k, np.int64))
-        ranks.append(j)
-        full.append(np.full(j.size, spectra.slices[k].rank, np.int64))
-        sizes.append((encoder + decoder) * j)
-        errors.append(error_curve(spectra, error, k, kernel, max_rank=int(j[-1]))[j])
-    size = np.concatenate(sizes).astype(np.int64)
+    if offered is None:
+        every = offered_ranks(shape)
+        offered = {k: ranks for k, ranks in every.items() if k in spectra.slices}
+    if costs is None:
+        costs = [WeightCosts(((scheme, shape, 1),))]
+    columns = [np.array([[0, 0, 0, 0, math.prod(shape)]])]
+    prices = [np.array([[cost.dense for cost in costs]])]
+    errors = [np.zeros(1)]
+    for k, ranks in offered.items():
+        curve = error_curve(spectra, error, k, kernel, max_rank=ranks[-1])
+        j = np.array(ranks)
+        same = np.broadcast_to([k, spectra.slices[k].rank, scheme], (j.size, 3))
+        columns.append(np.column_stack([same, j, weights(shape, k, 1) * j]))
+        prices.append(np.column_stack([cost.of(k, ranks, scheme) for cost in costs]))
+        errors.append(curve[j])
+    slices, full, schemes, rank, size = np.concatenate(columns).astype(np.int64).T
     table = ChoiceTable(
-        slices=np.concatenate(slices),
-        rank=np.concatenate(ranks),
-        full_rank=np.concatenate(full),
-        scheme=np.where(np.arange(size.size) > 0, scheme, 0).astype(np.int64),
+        slices=slices,
+        rank=rank,
+        full_rank=full,
+        scheme=schemes,
         weights=size,
-        cost=np.concatenate(unit_costs).astype(np.int64)
-        if costs is None
-        else np.concatenate([[costs.dense], *(costs.of(k, j) for k, j in offered.items())]),
+        cost=np.concatenate(prices).astype(np.int64),
         error=np.concatenate(errors),
     )
-    if costs is not None or encoder_unit > unit:
-        most_cost = dense * unit if costs is None else costs.dense
-        table = table.take((table.cost < most_cost) | (table.slices == 0))
-    return _sorted(table)
+    return _sorted(table.take((table.cost[:, 0] < costs[0].dense) | (table.slices == 0)))
 
 
 def join_tables(tables: Sequence[ChoiceTable]) -> ChoiceTable:
@@ -283,7 +310,7 @@ def join_tables(tables: Sequence[ChoiceTable]) -> ChoiceTable:
 
 
 def _sorted(table: ChoiceTable) -> ChoiceTable:
-    keys = (table.rank, table.slices, table.scheme, table.error, table.cost)
+    keys = (table.rank, table.slices, table.scheme, table.error, table.cost[:, 0])
     return table.take(np.lexsort(keys))
 
 

@@ -1,17 +1,77 @@
-"""Costs of a layer's choices that were measured at some ranks, such as latencies."""
+"""What the choices of a layer cost: by their weights, or as measured at some ranks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from keras_alds.core.slicing import factor_weights
+
 Int64 = NDArray[np.int64]
 #: The cost of a choice that may not be taken.
 NEVER = int(np.iinfo(np.int64).max)
+
+
+class Costs(Protocol):
+    """What the choices of one layer take of a budget."""
+
+    @property
+    def dense(self) -> int:
+        """Cost of the layer as it is."""
+
+    def of(self, slices: int, ranks: Any, scheme: int = 0) -> Int64:
+        """Costs of choices of one number of slices and one fold scheme, `[n]`."""
+
+
+@dataclass(frozen=True)
+class WeightCosts:
+    """Costs that are proportional to weights: parameters, or multiply–accumulates.
+
+    A weight costs 1 as a parameter. As multiply–accumulates it costs as much as there are
+    positions that it works at; in some fold schemes the encoder's are not the decoder's.
+
+    Attributes:
+        forms: Tuples `(scheme, kernel_shape, encoder_unit)`: the shape that the kernel is read as
+            in a fold scheme, and what a weight of the encoder costs.
+        unit: What a weight of the decoder costs, and one of the dense kernel.
+        added: What every factorized form costs beside its weights, such as a bias that the dense
+            layer has not.
+
+    Example:
+        >>> costs = WeightCosts(((0, (3, 3, 8, 16), 10),), unit=10)
+        >>> costs.dense, costs.of(2, [1, 4]).tolist()
+        (11520, [1040, 4160])
+    """
+
+    forms: tuple[tuple[int, tuple[int, ...], int], ...]
+    unit: int = 1
+    added: int = 0
+
+    @property
+    def dense(self) -> int:
+        """Cost of the layer as it is."""
+        return self.unit * math.prod(self.forms[0][1])
+
+    def of(self, slices: int, ranks: Any, scheme: int = 0) -> Int64:
+        """Returns the costs of choices.
+
+        Args:
+            slices: Number of slices k.
+            ranks: Ranks j, a sequence of integers.
+            scheme: Fold scheme, one of the `forms`.
+
+        Returns:
+            Array `[n]` of int64.
+        """
+        shape, encoder_unit = next((s, unit) for known, s, unit in self.forms if known == scheme)
+        encoder, decoder = factor_weights(shape, slices, 1)
+        one = encoder * encoder_unit + decoder * self.unit
+        return one * np.asarray(list(ranks), np.int64) + self.added
 
 
 @dataclass(frozen=True)
@@ -84,12 +144,13 @@ class SampledCosts:
             points.update(((k, rank), cost) for rank, cost in zip(ranks, costs, strict=True))
         return points
 
-    def of(self, slices: int, ranks: Any) -> Int64:
+    def of(self, slices: int, ranks: Any, scheme: int = 0) -> Int64:
         """Returns the costs of choices, rounded up.
 
         Args:
             slices: Number of slices k.
             ranks: Ranks j, a sequence of integers.
+            scheme: Not used: only scheme 0 is measured.
 
         Returns:
             Array `[n]` of int64; `NEVER` for choices that are not to be taken.

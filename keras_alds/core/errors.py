@@ -22,7 +22,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from keras_alds.core.blas import single_threaded_blas
+from keras_alds.core.parallel import single_threaded_blas
 from keras_alds.core.slicing import Array, unfold
 from keras_alds.core.spectra import Float64, SliceSpectrum, Spectra, check_kernel, slice_vectors
 

@@ -1,46 +1,48 @@
-"""Exact and near-exact ways to pick one choice a layer under a hard budget.
+r"""One choice a layer under one or two hard budgets: exact min–max, and min–sum near its bound.
 
-Both solvers take, for every layer, a Pareto front: costs strictly ascending, errors strictly
-descending (`ChoiceTable.front`). Picking one choice a layer is the multiple-choice knapsack
-problem (Kellerer, Pferschy, Pisinger, "Knapsack Problems", chapter 11). Minimising the largest
-error is easy; minimising the sum is hard in theory and within one step of a lower bound here.
+Picking one choice a layer is the multiple-choice knapsack problem (Kellerer, Pferschy, Pisinger,
+"Knapsack Problems", chapter 11). Within a layer all budgets order the choices alike: its
+multiply–accumulates are its weights times a constant. So for a threshold t on the error the
+cheapest choice of a layer is the cheapest for every budget, all totals fall as t grows, and the
+least t within the budgets solves min–max exactly.
+
+For sums the budgets have prices λ ≥ 0. For a ratio of the prices the choices on the convex hulls
+are walked through until a step leaves a budget. With one budget that is one walk. With two a
+bisection over the ratio raises the price of the budget that stops the walk. Every pair of prices
+gives a lower bound,
+
+    Σ_l min_i (ε_{l,i} + λ · c_{l,i}) − λ · C,
+
+and the best one comes with the solution. No budget is ever exceeded.
 """
 
 from __future__ import annotations
 
-import functools
 import heapq
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from keras_alds.core.choices import ChoiceTable
 
+Int64 = NDArray[np.int64]
+Float64 = NDArray[np.float64]
+
 # Exchanges between pairs of layers: skipped above this many layers × choices (about 20 ms a
 # round), and once the sum is this close to its lower bound.
 _EXCHANGE_ROWS = 400_000
 _EXCHANGE_GAP = 1e-3
-
-
-class Front(Protocol):
-    """A Pareto front: costs strictly ascending, errors strictly descending."""
-
-    @property
-    def cost(self) -> NDArray[np.int64]:
-        """Costs, integers."""
-
-    @property
-    def error(self) -> NDArray[np.float64]:
-        """Errors."""
+# Halvings of the angle between two prices.
+_HALVINGS = 24
 
 
 class InfeasibleBudget(ValueError):  # noqa: N818 - a name of the public API
-    """The cheapest choice of every layer together is above the budget.
+    """The cheapest choices of all layers together are above a budget.
 
     Attributes:
         required: The smallest total that can be reached.
@@ -66,149 +68,165 @@ class Solution:
     """One choice a layer.
 
     Attributes:
-        indices: For every layer the row of its front.
+        indices: For every layer the row of its table.
         max_error: The largest error of the choices; 0 without layers.
         sum_error: The sum of their errors.
-        total_cost: The sum of their costs, never above the budget.
-        lower_bound: No selection within the budget has a smaller objective (the largest error
+        total_cost: For every budget the sum of their costs, never above it.
+        lower_bound: No selection within the budgets has a smaller objective (the largest error
             with `min_max`, the sum with `min_sum`).
         certificate: With `min_max`, `(threshold, required)`: the largest error in any front that
-            is below the optimum, and the smallest total cost that reaches it, which is above the
-            budget (`math.inf` if no total reaches it). `None` where no front has a smaller error.
+            is below the optimum, and for every budget the smallest total cost that reaches it,
+            one of them above its budget (all `math.inf` if none reaches it). `None` where no
+            front has a smaller error.
     """
 
     indices: tuple[int, ...]
     max_error: float
     sum_error: float
-    total_cost: int
+    total_cost: tuple[int, ...]
     lower_bound: float
-    certificate: tuple[float, float] | None = None
+    certificate: tuple[float, tuple[float, ...]] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        tables: Sequence[ChoiceTable],
+        indices: Sequence[int],
+        limits: Int64,
+        lower_bound: float,
+        certificate: tuple[float, tuple[float, ...]] | None = None,
+    ) -> Solution:
+        """Returns the solution that takes a row of every table."""
+        errors = [float(table.error[i]) for table, i in zip(tables, indices, strict=True)]
+        return cls(
+            tuple(int(i) for i in indices),
+            max(errors, default=0.0),
+            math.fsum(errors),
+            tuple(_total(tables, indices, limits).tolist()),
+            lower_bound,
+            certificate,
+        )
 
 
-def cheapest(fronts: Sequence[Front]) -> int:
-    """Returns the smallest total cost, the cheapest choice of every layer.
+def check_budgets(tables: Sequence[ChoiceTable], budgets: Sequence[int]) -> Int64:
+    """Returns the budgets as an array, or raises an error if they cannot be used.
 
     Args:
-        fronts: One Pareto front a layer.
+        tables: One table a layer.
+        budgets: The budgets.
 
     Returns:
-        The sum of the first costs.
+        Array `[r]` of int64.
 
     Raises:
-        ValueError: If a front is empty or not one.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> front = SimpleNamespace(cost=np.array([2, 5]), error=np.array([0.5, 0.0]))
-        >>> cheapest([front, front])
-        4
+        InfeasibleBudget: If the cheapest choices together are above a budget; it says which.
+        ValueError: If a budget is no integer, a table has no choice or other costs, or the
+            budgets order the choices of a layer differently.
     """
-    return sum(int(cost[0]) for cost, _ in _check(fronts))
+    try:
+        limits = np.array([operator.index(budget) for budget in budgets], np.int64)
+    except TypeError:
+        raise ValueError(f"Expected integer budgets. Received: budgets={budgets!r}") from None
+    for layer, table in enumerate(tables):
+        order = np.argsort(table.cost[:, 0], kind="stable")
+        if (
+            len(table) == 0
+            or table.cost.shape[1] != limits.size
+            or (np.diff(table.cost[order], axis=0) < 0).any()
+        ):
+            raise ValueError(
+                "Expected at least one choice, one cost a choice and budget, and budgets that "
+                f"order the choices of a layer alike. Received: others for layer {layer}"
+            )
+    required = sum((table.cost.min(axis=0) for table in tables), start=np.zeros_like(limits))
+    for resource in np.flatnonzero(required > limits):
+        raise InfeasibleBudget(int(required[resource]), int(limits[resource]), int(resource))
+    return limits
 
 
-def total_at(fronts: Sequence[Front], threshold: float) -> float:
-    """Returns the smallest total cost at which no error is above a threshold.
+def min_max(tables: Sequence[ChoiceTable], budgets: Sequence[int]) -> Solution:
+    """Minimises the largest error under the budgets, exactly, and spends what is left on ranks.
+
+    For a threshold t every layer takes its cheapest choice with an error of at most t. The totals
+    fall as t grows, so the optimum is the least error of any front whose totals are within the
+    budgets, found by bisection. What is left lowers the largest remaining error while it can; a
+    layer whose next step does not fit is settled, and the next largest is tried.
+
+    These steps take only more rank in the slices that were chosen, or keep the whole kernel: the
+    subspaces are nested, so that such a step is better in every norm, where another number of
+    slices may be better in the one measure and worse in all others. ResNet20 at 40 % of its
+    parameters: 65.7 % top-1 this way, 53.7 % with steps to any choice, 64.6 % with what is left
+    unspent.
 
     Args:
-        fronts: One Pareto front a layer.
-        threshold: Largest error allowed.
-
-    Returns:
-        The total cost, or `math.inf` if a layer has no choice with so small an error.
-
-    Raises:
-        ValueError: If a front is empty or not one.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> front = SimpleNamespace(cost=np.array([2, 5]), error=np.array([0.5, 0.0]))
-        >>> total_at([front, front], 0.4)
-        10
-    """
-    return _total_at(_check(fronts), threshold)
-
-
-def min_max(fronts: Sequence[Front], budget: int) -> Solution:
-    """Minimises the largest error under a budget, exactly.
-
-    For a threshold t every layer takes its cheapest choice with an error of at most t. The total
-    cost falls as t grows, so the optimum is the least error of any front whose total is within
-    the budget, found by bisection. What is left of the budget lowers the largest remaining error
-    while it can: a layer whose next step does not fit is settled and the next largest is tried.
-    With distinct errors this is the lexicographic optimum: the largest error is minimal, then
-    the second largest, and so on.
-
-    Args:
-        fronts: One Pareto front a layer.
-        budget: Largest total cost, an integer.
+        tables: One table of choices a layer.
+        budgets: Largest total costs, integers.
 
     Returns:
         The `Solution`; equal errors are treated in the order of the layers.
 
     Raises:
-        InfeasibleBudget: If the cheapest choices together are above the budget.
-        ValueError: If a front is empty or not one, or the budget is no integer.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> first = SimpleNamespace(cost=np.array([1, 4]), error=np.array([0.9, 0.0]))
-        >>> second = SimpleNamespace(cost=np.array([1, 3]), error=np.array([0.8, 0.1]))
-        >>> min_max([first, second], 5).indices
-        (1, 0)
-    """
-    columns = _check(fronts)
-    budget = _check_budget(columns, budget)
-    picks, optimum, certificate = _cheapest_at_optimum(columns, budget)
-    steps = [lambda row, last=cost.size - 1: min(row + 1, last) for cost, _ in columns]
-    picks = _lower_largest(columns, picks, budget, steps)
-    return _solution(columns, picks, optimum, certificate)
-
-
-def min_max_ranks(tables: Sequence[ChoiceTable], budget: int) -> Solution:
-    """Minimises the largest error under a budget, exactly, and spends what is left on ranks.
-
-    The optimum is that of `min_max`. What is left of the budget again lowers the largest
-    remaining error while it can, but only by more rank in the slices that were chosen (or by
-    keeping the whole kernel): the subspaces are nested, so that such a step is better in every
-    norm, where another number of slices may be better in the one measure and worse in all others.
-    ResNet20 at 40 % of its parameters: 65.7 % top-1 this way, 53.7 % with all of `min_max`'s
-    steps, 64.6 % with what is left unspent.
-
-    Args:
-        tables: One table of choices a layer.
-        budget: Largest total cost, an integer.
-
-    Returns:
-        The `Solution`; its indices are rows of the tables.
-
-    Raises:
-        InfeasibleBudget: If the cheapest choices together are above the budget.
+        InfeasibleBudget: As `check_budgets`.
+        ValueError: As `check_budgets`.
 
     Example:
         >>> from keras_alds.core.choices import choice_table
         >>> from keras_alds.core.spectra import spectra
         >>> table = choice_table(spectra(np.diag([4.0, 3.0, 2.0, 1.0, 0.5, 0.25])))
-        >>> table[min_max_ranks([table], 13).indices[0]].rank
+        >>> table[min_max([table], [13]).indices[0]].rank
         1
     """
-    fronts = [table.front() for table in tables]
-    columns = _check(fronts)
-    budget = _check_budget(columns, budget)
-    picks, optimum, certificate = _cheapest_at_optimum(columns, budget)
-    rows = [
-        _row_of(table, front, pick)
-        for table, front, pick in zip(tables, fronts, picks, strict=True)
+    limits = check_budgets(tables, budgets)
+    if not tables:
+        return Solution.of(tables, [], limits, 0.0)
+    fronts = [table.front_rows() for table in tables]
+    errors = [table.error[rows] for table, rows in zip(tables, fronts, strict=True)]
+
+    def total_at(threshold: float) -> tuple[list[int], tuple[float, ...]]:
+        """The cheapest rows with errors up to a threshold, and their totals."""
+        found = [int(np.searchsorted(-error, -threshold)) for error in errors]
+        if any(n == error.size for n, error in zip(found, errors, strict=True)):
+            return [], (math.inf,) * limits.size
+        picks = [int(rows[n]) for rows, n in zip(fronts, found, strict=True)]
+        return picks, tuple(_total(tables, picks, limits).tolist())
+
+    thresholds = np.unique(np.concatenate(errors))
+    # The largest threshold is feasible: every layer takes its cheapest choice there.
+    low, high = 0, thresholds.size - 1
+    while low < high:
+        middle = (low + high) // 2
+        if (total_at(thresholds[middle])[1] <= limits).all():
+            high = middle
+        else:
+            low = middle + 1
+    optimum = float(thresholds[low])
+    certificate = None
+    if low:
+        below = float(thresholds[low - 1])
+        certificate = below, total_at(below)[1]
+    picks = _lower_largest(tables, total_at(optimum)[0], limits)
+    return Solution.of(tables, picks, limits, optimum, certificate)
+
+
+def _lower_largest(tables: Sequence[ChoiceTable], picks: Sequence[int], limits: Int64) -> list[int]:
+    """Spends what is left on more rank where the remaining error is largest."""
+    picks = list(picks)
+    left = limits - _total(tables, picks, limits)
+    largest = [
+        (-float(table.error[row]), n)
+        for n, (table, row) in enumerate(zip(tables, picks, strict=True))
     ]
-    columns = [(table.cost, table.error) for table in tables]
-    steps = [functools.partial(more_rank, table) for table in tables]
-    rows = _lower_largest(columns, rows, budget, steps)
-    return _solution(columns, rows, optimum, certificate)
-
-
-def _row_of(table: ChoiceTable, front: ChoiceTable, pick: int) -> int:
-    """The row of a table that a row of its front was taken from."""
-    same = (table.slices == front.slices[pick]) & (table.rank == front.rank[pick])
-    return int(np.flatnonzero(same & (table.scheme == front.scheme[pick]))[0])
+    heapq.heapify(largest)
+    while largest:
+        _, n = heapq.heappop(largest)
+        table = tables[n]
+        following = more_rank(table, picks[n])
+        step = table.cost[following] - table.cost[picks[n]]
+        if following != picks[n] and (step <= left).all():
+            left -= step
+            picks[n] = following
+            heapq.heappush(largest, (-float(table.error[following]), n))
+    return picks
 
 
 def more_rank(table: ChoiceTable, row: int) -> int:
@@ -223,181 +241,130 @@ def more_rank(table: ChoiceTable, row: int) -> int:
     """
     same = (table.slices == table.slices[row]) & (table.scheme == table.scheme[row])
     better = np.flatnonzero((same | (table.slices == 0)) & (table.error < table.error[row]))
-    return row if better.size == 0 else int(better[np.argmin(table.cost[better])])
+    return row if better.size == 0 else int(better[np.argmin(table.cost[better, 0])])
 
 
-def _cheapest_at_optimum(
-    columns: list[_Columns], budget: int
-) -> tuple[list[int], float, tuple[float, float] | None]:
-    """The least largest error, the cheapest choices that have it, and the certificate."""
-    if not columns:
-        return [], 0.0, None
-    thresholds = np.unique(np.concatenate([error for _, error in columns]))
-    # The largest threshold is feasible: every layer takes its cheapest choice there.
-    low, high = 0, thresholds.size - 1
-    while low < high:
-        middle = (low + high) // 2
-        if _total_at(columns, thresholds[middle]) <= budget:
-            high = middle
-        else:
-            low = middle + 1
-    optimum = float(thresholds[low])
-    certificate = None
-    if low:
-        below = float(thresholds[low - 1])
-        certificate = below, _total_at(columns, below)
-
-    return [_first_at(error, optimum) for _, error in columns], optimum, certificate
-
-
-def _lower_largest(
-    columns: list[_Columns],
-    picks: Sequence[int],
-    budget: int,
-    steps: Sequence[Callable[[int], int]],
-) -> list[int]:
-    """Spends what is left where the remaining error is largest.
-
-    A layer whose next step does not fit is settled, and the next largest is tried; equal errors
-    are treated in the order of the layers.
-    """
-    picks = list(picks)
-    left = budget - sum(int(cost[i]) for (cost, _), i in zip(columns, picks, strict=True))
-    largest = [(-float(error[picks[n]]), n) for n, (_, error) in enumerate(columns)]
-    heapq.heapify(largest)
-    while largest:
-        _, layer = heapq.heappop(largest)
-        cost, error = columns[layer]
-        following = steps[layer](picks[layer])
-        if following == picks[layer]:
-            continue
-        step = int(cost[following] - cost[picks[layer]])
-        if step <= left:
-            left -= step
-            picks[layer] = following
-            heapq.heappush(largest, (-float(error[following]), layer))
-    return picks
-
-
-def min_sum(fronts: Sequence[Front], budget: int) -> Solution:
-    """Minimises the sum of the errors under a budget, to within one step of a lower bound.
+def min_sum(tables: Sequence[ChoiceTable], budgets: Sequence[int]) -> Solution:
+    """Minimises the sum of the errors under the budgets, to within a step a budget of its bound.
 
     The steps along the lower convex hulls of all fronts are taken in the order of error saved
-    per cost, which is where a Lagrange multiplier's bisection ends, as long as the budget lasts.
+    per cost, which is where a Lagrange multiplier's bisection ends, as long as the budgets last.
     What is left is spent on the step, of any front and also off the hulls, that lowers the sum
-    most, until none fits. The same is tried with the step that saves most per cost, and the
-    better of the two is taken. Where it is not close to the lower bound and the instance is
-    small, pairs of layers then exchange cost while that lowers the sum (two layers are exact).
+    most, until none fits. The same is tried with the step that saves most per cost, and the best
+    of all trials is taken. Where it is not close to the lower bound and the instance is small,
+    pairs of layers then exchange cost while that lowers the sum (two layers are exact).
 
     Args:
-        fronts: One Pareto front a layer.
-        budget: Largest total cost, an integer.
+        tables: One table of choices a layer.
+        budgets: Largest total costs, integers, one or two.
 
     Returns:
-        The `Solution`; its `lower_bound` is that of the linear relaxation.
+        The `Solution`; its `lower_bound` is the best Lagrangian bound that was met.
 
     Raises:
-        InfeasibleBudget: If the cheapest choices together are above the budget.
-        ValueError: If a front is empty or not one, or the budget is no integer.
+        InfeasibleBudget: As `check_budgets`.
+        ValueError: As `check_budgets`.
 
     Example:
-        >>> from types import SimpleNamespace
-        >>> first = SimpleNamespace(cost=np.array([1, 4]), error=np.array([0.9, 0.0]))
-        >>> second = SimpleNamespace(cost=np.array([1, 3]), error=np.array([0.8, 0.1]))
-        >>> min_sum([first, second], 5).indices
-        (1, 0)
+        >>> from keras_alds.core.choices import choice_table
+        >>> from keras_alds.core.spectra import spectra
+        >>> table = choice_table(spectra(np.diag([4.0, 3.0, 2.0, 1.0, 0.5, 0.25])))
+        >>> table[min_sum([table], [24]).indices[0]].rank
+        2
     """
-    columns = _check(fronts)
-    budget = _check_budget(columns, budget)
-    picks = [0] * len(columns)
-    left = budget - sum(int(cost[0]) for cost, _ in columns)
-    layers, targets, steps, gains = [], [], [], []
-    for n, (cost, error) in enumerate(columns):
-        hull = lower_hull(cost, error)
-        layers.append(np.full(hull.size - 1, n))
-        targets.append(hull[1:])
-        steps.append(np.diff(cost[hull]))
-        gains.append(-np.diff(error[hull]))
-    bound = float(sum(float(error[0]) for _, error in columns))
-    if columns:
-        layer, target = np.concatenate(layers), np.concatenate(targets)
-        step, gain = np.concatenate(steps), np.concatenate(gains)
-        # Stable: along one hull the rates fall, and equal ones stay in order.
-        order = np.argsort(-gain / step, kind="stable")
-        spent = np.cumsum(step[order])
-        count = int(np.searchsorted(spent, left, side="right"))
-        for row in order[:count]:
-            picks[int(layer[row])] = int(target[row])
-        bound -= float(gain[order[:count]].sum())
-        left -= int(spent[count - 1]) if count else 0
-        if count < order.size:
-            bound -= float(gain[order[count]]) * left / int(step[order[count]])
-    trials = [_spend(columns, picks, left, rate) for rate in (False, True)]
-    best = min(trials, key=lambda trial: _total_error(columns, trial))
-    bound = max(bound, 0.0)
-    best = _exchange(columns, best, budget, bound)
-    return _solution(columns, best, bound)
+    limits = check_budgets(tables, budgets)
+    rows = [table.front_rows() for table in tables]
+    fronts = [table.take(front) for table, front in zip(tables, rows, strict=True)]
+    scale = _scale(limits)
+    trials = []
+    bound = 0.0
+    for picks, prices in walks(fronts, limits, hull_chain):
+        least = [float((front.error + front.cost @ prices).min()) for front in fronts]
+        bound = max(bound, math.fsum(least) - float(limits @ prices))
+        trials += [_spend(fronts, picks, limits, each) for each in (None, scale)]
+    best = min(trials, key=lambda trial: total_error(fronts, trial))
+    best = _exchange(fronts, best, limits, bound)
+    indices = [int(front[pick]) for front, pick in zip(rows, best, strict=True)]
+    return Solution.of(tables, indices, limits, bound)
 
 
-def _spend(columns: list[_Columns], picks: Sequence[int], left: int, per_cost: bool) -> list[int]:
-    """Takes the best steps that fit into what is left until none does."""
+def total_error(tables: Sequence[ChoiceTable], picks: Sequence[int]) -> float:
+    """Returns the sum of the errors of one row of every table."""
+    return math.fsum(float(table.error[i]) for table, i in zip(tables, picks, strict=True))
+
+
+def _total(tables: Sequence[ChoiceTable], picks: Sequence[int], limits: Int64) -> Int64:
+    """What one row of every table costs of each budget."""
+    costs = (table.cost[i] for table, i in zip(tables, picks, strict=True))
+    return sum(costs, start=np.zeros_like(limits))
+
+
+def _spend(
+    fronts: Sequence[ChoiceTable], picks: Sequence[int], limits: Int64, scale: Float64 | None
+) -> list[int]:
+    """Takes the best steps that fit until none does: with a scale those that save most per cost."""
     picks = list(picks)
+    left = limits - _total(fronts, picks, limits)
 
-    def best_step(n: int, left: int) -> tuple[float, int, int] | None:
-        cost, error = columns[n]
-        now = picks[n]
-        last = int(np.searchsorted(cost, cost[now] + left, side="right"))
-        if last <= now + 1:
+    def best_step(n: int) -> tuple[float, int, int] | None:
+        cost, error, now = fronts[n].cost, fronts[n].error, picks[n]
+        last = int(_affordable(cost, cost[now] + left))
+        if last == now:
             return None
-        saved = error[now] - error[now + 1 : last]
-        if not per_cost:
-            return -float(saved[-1]), n, last - 1
-        rates = saved / (cost[now + 1 : last] - cost[now])
+        saved = error[now] - error[now + 1 : last + 1]
+        if scale is None:
+            return -float(saved[-1]), n, last
+        rates = saved / ((cost[now + 1 : last + 1] - cost[now]) * scale).max(axis=1)
         row = int(rates.argmax())
         return -float(rates[row]), n, now + 1 + row
 
     # What fits only shrinks, so a layer's best step is at most as good as when it was queued.
-    queue = [step for n in range(len(columns)) if (step := best_step(n, left))]
+    queue = [step for n in range(len(fronts)) if (step := best_step(n))]
     heapq.heapify(queue)
     while queue:
         queued = heapq.heappop(queue)
         _, n, row = queued
-        actual = best_step(n, left)
+        actual = best_step(n)
         if actual is None:
             continue
         if actual != queued:
             heapq.heappush(queue, actual)
             continue
-        cost = columns[n][0]
-        left -= int(cost[row] - cost[picks[n]])
+        left -= fronts[n].cost[row] - fronts[n].cost[picks[n]]
         picks[n] = row
-        if (following := best_step(n, left)) is not None:
+        if (following := best_step(n)) is not None:
             heapq.heappush(queue, following)
     return picks
 
 
+def _affordable(cost: Int64, limits: Int64) -> Any:
+    """The last row of a front within limits `[…, r]` that its first row is within."""
+    rows = [np.searchsorted(cost[:, r], limits[..., r], side="right") for r in range(cost.shape[1])]
+    return np.minimum.reduce(rows) - 1
+
+
 def _exchange(
-    columns: list[_Columns], picks: Sequence[int], budget: int, bound: float
+    fronts: Sequence[ChoiceTable], picks: Sequence[int], limits: Int64, bound: float
 ) -> list[int]:
     """Lets one layer give up cost to another one while that lowers the sum of the errors."""
     picks = list(picks)
-    if len(columns) * sum(cost.size for cost, _ in columns) > _EXCHANGE_ROWS:
+    if len(fronts) * sum(map(len, fronts)) > _EXCHANGE_ROWS:
         return picks
-    total = _total_error(columns, picks)
+    total = total_error(fronts, picks)
     while total - bound > _EXCHANGE_GAP * total:
-        left = budget - sum(int(cost[i]) for (cost, _), i in zip(columns, picks, strict=True))
+        left = limits - _total(fronts, picks, limits)
         best = (0.0, 0, 0, 0, 0)
-        for a, (cost_a, error_a) in enumerate(columns):
+        for a, front in enumerate(fronts):
             rows = np.arange(picks[a])
             if not rows.size:
                 continue
-            freed = cost_a[picks[a]] - cost_a[rows] + left
-            lost = error_a[rows] - error_a[picks[a]]
-            for b, (cost_b, error_b) in enumerate(columns):
+            freed = front.cost[picks[a]] - front.cost[rows] + left
+            lost = front.error[rows] - front.error[picks[a]]
+            for b, other in enumerate(fronts):
                 if a == b:
                     continue
-                up = np.searchsorted(cost_b, cost_b[picks[b]] + freed, side="right") - 1
-                change = lost - (error_b[picks[b]] - error_b[up])
+                up = _affordable(other.cost, other.cost[picks[b]] + freed)
+                change = lost - (other.error[picks[b]] - other.error[up])
                 row = int(change.argmin())
                 if change[row] < best[0]:
                     best = (float(change[row]), a, row, b, int(up[row]))
@@ -405,13 +372,58 @@ def _exchange(
         trial = list(picks)
         trial[a], trial[b] = row_a, row_b
         # Compared as sums: a change may be smaller than their rounding.
-        if a == b or (changed := _total_error(columns, trial)) >= total:
+        if a == b or (changed := total_error(fronts, trial)) >= total:
             break
         picks, total = trial, changed
     return picks
 
 
-def lower_hull(cost: NDArray[np.int64], error: NDArray[np.float64]) -> NDArray[np.int64]:
+# -- Walks: every layer goes along a chain of its choices ----------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """The choices that a layer takes one after another as a scalar gets more generous.
+
+    Attributes:
+        rows: Rows of the layer's table.
+        levels: The scalar at which each of them is taken, not descending; −∞ for the first.
+    """
+
+    rows: Int64
+    levels: Float64
+
+    @classmethod
+    def of(cls, rows: Int64, levels: Float64) -> Chain:
+        """Returns the chain of some rows and levels; a level below the one before it is raised."""
+        levels = np.maximum.accumulate(np.append(-np.inf, levels[1:]))
+        return cls(rows.astype(np.int64), levels[: rows.size])
+
+
+#: Makes a layer's chain of its table and of what its choices cost, `[n]`.
+ChainOf = Callable[[ChoiceTable, Float64], Chain]
+
+
+def hull_chain(table: ChoiceTable, cost: Float64) -> Chain:
+    """Returns the choices with the least λ·cost + error for all λ, by −λ.
+
+    They are those on the lower convex hull, each from the λ on at which the step to it saves as
+    much error as it costs.
+
+    Args:
+        table: The choices of a layer.
+        cost: What they cost, `[n]`.
+
+    Returns:
+        The chain.
+    """
+    front = table.front_rows(cost)
+    hull = front[lower_hull(cost[front], table.error[front])]
+    rates = -np.diff(table.error[hull]) / np.diff(cost[hull])
+    return Chain.of(hull, -np.append(np.inf, rates))
+
+
+def lower_hull(cost: NDArray[Any], error: Float64) -> Int64:
     """Returns the rows of a front that are on its lower convex hull (monotone chain).
 
     Args:
@@ -433,80 +445,71 @@ def lower_hull(cost: NDArray[np.int64], error: NDArray[np.float64]) -> NDArray[n
     return np.array(hull, np.int64)
 
 
-_Columns = tuple[NDArray[np.int64], NDArray[np.float64]]
+def walks(
+    tables: Sequence[ChoiceTable], limits: Int64, chain: ChainOf, *, together: bool = False
+) -> Iterator[tuple[list[int], Float64]]:
+    """Walks along the layers' chains as far as the budgets last, for several ratios of the prices.
+
+    Args:
+        tables: One table a layer.
+        limits: One or two budgets, from `check_budgets`.
+        chain: Makes a layer's chain.
+        together: Whether steps of one level are taken together or not at all.
+
+    Yields:
+        `(rows, prices)`: where the walk ended, and the budgets' prices there.
+
+    Raises:
+        InfeasibleBudget: If the first choices of all chains together are above a budget.
+    """
+    low, high = 0.0, math.pi / 2
+    # First each budget alone has a price, then both: the one that stops the walk gets dearer.
+    for step in range(2 + _HALVINGS):
+        angle = (low, high)[step] if step < 2 else (low + high) / 2
+        weight = np.array([math.cos(angle), math.sin(angle)])[: limits.size] * _scale(limits)
+        chains = [chain(table, (table.cost * weight).sum(axis=1)) for table in tables]
+        rows, stopped_by, level = _walk(tables, chains, limits, together)
+        yield rows, max(-level, 0.0) * weight
+        if stopped_by is None or step == stopped_by:
+            return  # the other budget's price is 0 at the optimum
+        if step >= 2:
+            low, high = (angle, high) if stopped_by == 1 else (low, angle)
 
 
-def _check(fronts: Sequence[Front]) -> list[_Columns]:
-    columns = []
-    for layer, front in enumerate(fronts):
-        cost, error = np.asarray(front.cost), np.asarray(front.error)
-        if cost.dtype.kind not in "iu":
-            raise ValueError(
-                f"Expected integer costs. Received: dtype={cost.dtype} for layer {layer}"
-            )
-        if (
-            cost.ndim != 1
-            or cost.shape != error.shape
-            or cost.size == 0
-            or not (np.diff(cost) > 0).all()
-            or not (np.diff(error) < 0).all()
-            or not np.isfinite(error).all()
-        ):
-            raise ValueError(
-                "Expected Pareto fronts: at least one choice, costs strictly ascending and finite "
-                f"errors strictly descending. Received: another table for layer {layer}"
-            )
-        columns.append((cost.astype(np.int64), error.astype(np.float64)))
-    return columns
+def _scale(limits: Int64) -> Float64:
+    """Makes the budgets comparable: costs of each in units of the first."""
+    comparable = np.maximum(limits, 1)
+    return comparable[0] / comparable
 
 
-def check_budget(budget: int) -> int:
-    """Returns the budget as an integer, or raises `ValueError` if it is none."""
-    try:
-        return operator.index(budget)
-    except TypeError:
-        raise ValueError(f"Expected an integer budget. Received: budget={budget!r}") from None
+def _walk(
+    tables: Sequence[ChoiceTable], chains: Sequence[Chain], limits: Int64, together: bool
+) -> tuple[list[int], int | None, float]:
+    """Walks along all chains by level.
 
-
-def _check_budget(columns: list[_Columns], budget: int) -> int:
-    number = check_budget(budget)
-    required = sum(int(cost[0]) for cost, _ in columns)
-    if required > number:
-        raise InfeasibleBudget(required, number)
-    return number
-
-
-def _first_at(error: NDArray[np.float64], threshold: float) -> int:
-    """First row with an error of at most the threshold; the length if there is none."""
-    return int(np.searchsorted(-error, -threshold, side="left"))
-
-
-def _total_at(columns: list[_Columns], threshold: float) -> float:
-    total = 0
-    for cost, error in columns:
-        row = _first_at(error, threshold)
-        if row == error.size:
-            return math.inf
-        total += int(cost[row])
-    return total
-
-
-def _total_error(columns: list[_Columns], picks: Sequence[int]) -> float:
-    return math.fsum(float(error[i]) for (_, error), i in zip(columns, picks, strict=True))
-
-
-def _solution(
-    columns: list[_Columns],
-    picks: Sequence[int],
-    lower_bound: float,
-    certificate: tuple[float, float] | None = None,
-) -> Solution:
-    chosen = [(int(c[i]), float(e[i])) for (c, e), i in zip(columns, picks, strict=True)]
-    return Solution(
-        indices=tuple(picks),
-        max_error=max((error for _, error in chosen), default=0.0),
-        sum_error=_total_error(columns, picks),
-        total_cost=sum(cost for cost, _ in chosen),
-        lower_bound=lower_bound,
-        certificate=certificate,
-    )
+    Returns:
+        The rows at the end, the budget that does not last (None if all do), and the level of the
+        first step that was not taken (0 if all were).
+    """
+    if not chains:
+        return [], None, 0.0
+    costs = [table.cost[c.rows] for table, c in zip(tables, chains, strict=True)]
+    layer = np.concatenate([np.full(c.rows.size - 1, n) for n, c in enumerate(chains)])
+    level = np.concatenate([c.levels[1:] for c in chains])
+    step = np.concatenate([np.diff(cost, axis=0) for cost in costs])
+    order = np.argsort(level, kind="stable")  # equal ones in the order of the layers
+    layer, level = layer[order], level[order]
+    start = sum((cost[0] for cost in costs), start=np.zeros_like(limits))
+    over = start + np.cumsum(step[order], axis=0) > limits
+    last = np.append(np.diff(level) > 0, True)[: level.size] if together else True
+    within = np.flatnonzero(last & ~over.any(axis=1))
+    count = int(within[-1]) + 1 if within.size else 0
+    if not count and (start > limits).any():
+        resource = int(np.argmax(start > limits))
+        raise InfeasibleBudget(int(start[resource]), int(limits[resource]), resource)
+    picks = np.bincount(layer[:count], minlength=len(chains))
+    rows = [int(c.rows[n]) for c, n in zip(chains, picks, strict=True)]
+    if count == level.size:
+        return rows, None, 0.0
+    beyond = over[count:]
+    return rows, int(np.argmax(beyond[beyond.any(axis=1).argmax()])), float(level[count])

@@ -12,17 +12,17 @@ Source: arXiv 2107.11442, section 2 (the local step); the Gram route is this lib
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from keras_alds.core.blas import single_threaded_blas
+from keras_alds.core.parallel import map_within, single_threaded_blas, threads
 from keras_alds.core.slicing import (
     Array,
     check_slices,
@@ -169,14 +169,8 @@ def spectra_many(
         works.append(_Work(array, _choose_slices(array.shape, wanted, len(kernels) == 1)))
     if not works:
         return []
-    with single_threaded_blas():
-        if executor is not None:
-            _compute(works, executor)
-        else:
-            with ThreadPoolExecutor(
-                max_workers=os.cpu_count() or 1, thread_name_prefix="keras_alds"
-            ) as pool:
-                _compute(works, pool)
+    with single_threaded_blas(), threads(executor) as executor:
+        _compute(works, executor)
         return [work.result() for work in works]
 
 
@@ -404,14 +398,14 @@ class _Work:
                 _run(
                     executor,
                     [
-                        _Item(cost, _gram_item, (part,), _Store(grams[k], i))
+                        _Item(cost, _gram_item, (part,), partial(grams[k].__setitem__, i))
                         for i, part in enumerate(_parts(self.kernel, k))
                     ],
                 )
             self.values[k] = np.empty((k, self.f))
             for i, gram in enumerate(grams[k]):
-                store = _Store(self.values[k], i)
-                items.append(_Item(_eigen_cost(self.f, 1), _eigenvalue_item, (gram,), store))
+                keep = partial(self.values[k].__setitem__, i)
+                items.append(_Item(_eigen_cost(self.f, 1), _eigenvalue_item, (gram,), keep))
             _forget(grams, self.tree, k)
         return items
 
@@ -430,9 +424,13 @@ class _Work:
             for start in range(0, root, step):
                 count = min(step, root - start)
                 part = self.kernel[..., start * width : (start + count) * width, :]
-                keep = _StorePieces(self.values, root, start, count)
+                keep = partial(self.keep_pieces, root, start)
                 items.append(_Item(count * cost, _row_item, (part, count, pieces), keep))
         return items
+
+    def keep_pieces(self, root: int, start: int, pieces: dict[int, Float64]) -> None:
+        for m, value in pieces.items():
+            self.values[root * m][start * m :][: len(value)] = value
 
     def result(self) -> Spectra:
         whole = _reduce(self.values[1], max(self.rows, self.f))
@@ -448,24 +446,6 @@ class _Work:
         )
 
 
-class _Store:
-    def __init__(self, target: Float64, index: int) -> None:
-        self.target, self.index = target, index
-
-    def __call__(self, value: Float64) -> None:
-        self.target[self.index] = value
-
-
-class _StorePieces:
-    def __init__(self, values: dict[int, Float64], root: int, start: int, count: int) -> None:
-        self.values, self.root, self.start, self.count = values, root, start, count
-
-    def __call__(self, pieces: dict[int, Float64]) -> None:
-        for m, value in pieces.items():
-            first = self.start * m
-            self.values[self.root * m][first : first + self.count * m] = value
-
-
 def _reduce(eigenvalues: Float64, side: int) -> SliceSpectrum:
     """Reduces the eigenvalues `[k, r]`, ascending, of all slices to the curves over j."""
     # What the Gram matrix cannot resolve is zero: a slice without full rank must show error 0.
@@ -479,15 +459,13 @@ def _reduce(eigenvalues: Float64, side: int) -> SliceSpectrum:
 def _run(executor: Executor, items: list[_Item]) -> None:
     """Runs the items, the most expensive ones first, and keeps their results."""
     order = sorted(items, key=lambda item: -item.cost)
-    futures: list[Future[Any]] = []
-    try:
-        futures.extend(executor.submit(item.function, *item.arguments) for item in order)
-        for item, future in zip(order, futures, strict=True):
-            item.keep(future.result())
-    except BaseException:
-        for future in futures:
-            future.cancel()
-        raise
+    calls = [(item.function, *item.arguments) for item in order]
+    for item, result in zip(order, map_within(executor, _call, calls), strict=True):
+        item.keep(result)
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 def _compute(works: list[_Work], executor: Executor) -> None:

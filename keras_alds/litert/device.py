@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.progress import track
 
-from keras_alds.core.targets import TARGETS
 from keras_alds.litert.latency import (
     COLUMNS,
     LatencyTable,
@@ -24,6 +23,7 @@ from keras_alds.litert.latency import (
     write_rows,
 )
 from keras_alds.litert.layer_files import empty_file, layer_calls, layer_file
+from keras_alds.targets import TARGETS
 
 INDEX = "candidates.csv"
 _MODEL, _EMPTY = "model.tflite", "empty.tflite"

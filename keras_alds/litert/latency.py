@@ -17,9 +17,8 @@ import tensorflow as tf
 from rich.progress import Progress
 
 from keras_alds import _backend
+from keras_alds.core.choices import offered_ranks
 from keras_alds.core.costs import SampledCosts, sum_costs
-from keras_alds.core.slicing import divisors, weights
-from keras_alds.core.targets import allowed_ranks, get_target
 from keras_alds.litert import _package
 from keras_alds.litert.convert import convert_quietly
 from keras_alds.litert.layer_files import LayerCall, empty_file, layer_calls, layer_file
@@ -29,6 +28,7 @@ from keras_alds.problem import check_model
 from keras_alds.rewrite import inspect, wrappers
 from keras_alds.rewrite.in_place import already_compressed
 from keras_alds.rewrite.observe import MIN_EXAMPLES
+from keras_alds.targets import TARGETS
 
 QUANTIZE = (None, "int8")
 #: Kinds of layers that are measured; others stay as they are.
@@ -410,23 +410,10 @@ def ranks_to_measure(
     layer: Any, call: LayerCall, target: str, max_slices: int | None
 ) -> dict[int, tuple[int, ...]]:
     """The ranks of a layer's choices that a target allows and that are smaller, by slices."""
+    rule = functools.partial(TARGETS[target].ranks, depthwise=len(set(call.strides)) <= 1)
     shape = tuple(map(int, layer.kernel.shape))
-    dense = int(np.prod(shape))
-    found = {
-        k: tuple(
-            rank
-            for rank in allowed_ranks(
-                shape,
-                k,
-                target=get_target(target),
-                max_slices=max_slices,
-                depthwise=len(set(call.strides)) <= 1,
-            )
-            if weights(shape, k, rank) < dense
-        )
-        for k in divisors(call.input[-1])
-    }
-    return {k: ranks for k, ranks in found.items() if ranks}
+    offered = offered_ranks(shape, rule=rule, max_slices=max_slices)
+    return {k: tuple(ranks) for k, ranks in offered.items()}
 
 
 def _measured(

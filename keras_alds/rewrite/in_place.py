@@ -12,11 +12,11 @@ import numpy as np
 from rich.progress import Progress
 
 from keras_alds import _backend
-from keras_alds.core.methods import METHODS
-from keras_alds.core.moments import SecondMoment
-from keras_alds.core.pca import factorize_pca
-from keras_alds.core.refit import factorize_outputs
+from keras_alds.core.calibration.moments import SecondMoment
+from keras_alds.core.calibration.refit import factorize_outputs
+from keras_alds.core.methods import FactorizeWithBias
 from keras_alds.core.spectra import factorize
+from keras_alds.methods import METHODS
 from keras_alds.plan import CompressionPlan, LayerChoice
 from keras_alds.rewrite import inspect, recurrent, wrappers
 from keras_alds.rewrite.functions import forget_graphs
@@ -203,10 +203,10 @@ def prepare(
     """
     backend = _backend.backend_of(model)
     moments = {} if stats is None else stats.match(model)
-    centred = is_centred(plan.method)
+    make = factorize_with_bias(plan.method)
     with backend.creation_scope(model):
         return [
-            replacement(spec.layer, choice, moments.get(id(spec.layer)), centred=centred)
+            replacement(spec.layer, choice, moments.get(id(spec.layer)), make=make)
             for spec, choice in match(model, plan)
             if choice.factorized
         ]
@@ -226,21 +226,22 @@ def check_sequential(sequential: Any, data: Any, method: str | None = None) -> N
             "them again, and statistics hold none. "
             f"Received: calibration_data={data!r}"
         )
-    if sequential and is_centred(method):
+    if sequential and factorize_with_bias(method):
         raise ValueError(
-            f"Expected no sequential=True with the method {method!r}: its factors are the "
-            "principal components of the original outputs. Received: sequential=True"
+            f"Expected no sequential=True with the method {method!r}: its factors are those of "
+            "the original outputs. Received: sequential=True"
         )
 
 
-def is_centred(method: str | None) -> bool:
-    """Whether a plan's method works on the principal components of centred outputs."""
-    return method is not None and method in METHODS and METHODS[method].centred
+def factorize_with_bias(method: str | None) -> FactorizeWithBias | None:
+    """What makes the factors and biases of a plan's method; None if it keeps the biases."""
+    known = METHODS.get(method or "")
+    return None if known is None else known.factorize_with_bias
 
 
 def _is_sequential(model: Any, plan: CompressionPlan, sequential: bool | None) -> bool:
     """Whether to compress layer after layer; warns where it would take too long."""
-    if is_centred(plan.method):
+    if factorize_with_bias(plan.method):
         return False
     if sequential is not None:
         return sequential
@@ -386,9 +387,9 @@ def replacement(
     moment: SecondMoment | None = None,
     target: np.ndarray | None = None,
     *,
-    centred: bool = False,
+    make: FactorizeWithBias | None = None,
 ) -> Replacement:
-    """As `factorized_layer`; `centred` asks for principal components, which need a bias."""
+    """As `factorized_layer`; `make` makes the factors and a bias, which every layer then has."""
     kind = kind_of(layer)
     if choice.slices is None or choice.rank is None or kind is None:
         raise ValueError(
@@ -411,7 +412,7 @@ def replacement(
         "dtype": layer.dtype_policy if hasattr(layer, "dtype_policy") else layer._dtype_policy,
         **kind.arguments(layer),
     }
-    if centred:
+    if make is not None:
         arguments["use_bias"] = True
     if kind.max_slices != 1:
         arguments["slices"] = choice.slices
@@ -429,9 +430,9 @@ def replacement(
             backend.copy_trainable(kind.variable(layer), factor)
     read = functools.partial(kernel_values, layer, choice.scheme or 0)
     new_bias = None
-    if centred and moment is not None:
+    if make is not None and moment is not None:
         bias = backend.value(layer.bias) if layer.use_bias else None
-        encoder, decoder, new_bias = factorize_pca(read(), moment, choice.rank, bias)
+        encoder, decoder, new_bias = make(read(), moment, choice.rank, bias)
     elif moment is None or choice.slices % moment.block_count:
         encoder, decoder = factorize(read(), choice.slices, choice.rank)
     else:

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from keras_alds import _backend
-from keras_alds.core.moments import moment_blocks
-from keras_alds.core.patches import patch_chunks
+from keras_alds.core.calibration.moments import moment_blocks
+from keras_alds.core.calibration.patches import patch_chunks
 from keras_alds.core.slicing import (
     Array,
     Unfolding,

@@ -12,8 +12,7 @@ import numbers
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -22,17 +21,19 @@ import tensorflow as tf
 from rich.progress import Progress
 
 from keras_alds import _backend
-from keras_alds.core.accumulators import MomentAccumulator
-from keras_alds.core.moments import FewInputs, SecondMoment
-from keras_alds.core.patches import CHUNK_ROWS
-from keras_alds.core.pca import centred_spectra
+from keras_alds.core.calibration.accumulators import MomentAccumulator
+from keras_alds.core.calibration.moments import FewInputs, SecondMoment
+from keras_alds.core.calibration.patches import CHUNK_ROWS
+from keras_alds.core.parallel import threads
 from keras_alds.core.slicing import Array, kernel_sizes
 from keras_alds.core.spectra import Spectra
-from keras_alds.core.whitening import output_spectra_many
 from keras_alds.rewrite import inspect, recurrent
 from keras_alds.rewrite.functions import run_as_code
 from keras_alds.rewrite.kinds import known_kind, observable
 from keras_alds.rewrite.storage import Store
+
+#: Makes the spectra of kernels and their moments.
+Decompose = Callable[[Sequence[Array], Sequence[SecondMoment]], list[Spectra]]
 
 STATS_VERSION = 1
 #: Fewer examples than this say next to nothing of what a layer sees.
@@ -94,7 +95,7 @@ class CalibrationStats:
         self.kernel_shapes = MappingProxyType(dict(kernel_shapes))
         self.examples = examples
         self.fingerprint = fingerprint
-        self._spectra: dict[tuple[str, bool], tuple[bytes, Spectra]] = {}
+        self._spectra: dict[tuple[str, Decompose], tuple[bytes, Spectra]] = {}
 
     def __repr__(self) -> str:
         return f"<CalibrationStats of {len(self.moments)} layers, {self.examples} examples>"
@@ -206,13 +207,13 @@ class CalibrationStats:
         )
 
     def spectra(
-        self, kernels: Mapping[str, tuple[bytes, Array, SecondMoment]], *, centred: bool = False
+        self, kernels: Mapping[str, tuple[bytes, Array, SecondMoment]], decompose: Decompose
     ) -> list[Spectra]:
         """The spectra of the outputs of some layers, kept for the next call.
 
         Args:
             kernels: `{path: (digest of the kernel, kernel, its moment)}`.
-            centred: Whether the outputs' means are taken off them (`core.pca`).
+            decompose: Makes the spectra of kernels and moments; see `Method.spectra`.
 
         Returns:
             One `Spectra` a layer, in order.
@@ -220,17 +221,12 @@ class CalibrationStats:
         new = {
             path: value
             for path, value in kernels.items()
-            if self._spectra.get((path, centred), (b"",))[0] != value[0]
+            if self._spectra.get((path, decompose), (b"",))[0] != value[0]
         }
-        matrices, moments = [k for _, k, _ in new.values()], [m for *_, m in new.values()]
-        found = (
-            [centred_spectra(k, m) for k, m in zip(matrices, moments, strict=True)]
-            if centred
-            else output_spectra_many(matrices, moments)
-        )
+        found = decompose([k for _, k, _ in new.values()], [m for *_, m in new.values()])
         for path, spectra in zip(new, found, strict=True):
-            self._spectra[path, centred] = (new[path][0], spectra)
-        return [self._spectra[path, centred][1] for path in kernels]
+            self._spectra[path, decompose] = (new[path][0], spectra)
+        return [self._spectra[path, decompose][1] for path in kernels]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the statistics to `path`, an .npz file."""
@@ -445,7 +441,7 @@ class _Observer:
         backend = _backend.backend_of(model)
         layers = [spec.layer for spec in self._specs.values()]
         with (
-            ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="keras_alds") as self._pool,
+            threads() as self._pool,
             backend.watching_calls(layers, self._see),
             recurrent.calling_kernels(model, layers),
         ):
@@ -518,7 +514,7 @@ def layer_inputs(layer: Any, inputs: Array) -> Array:
 
 
 def layer_patches(layer: Any, inputs: Array) -> Iterator[Array]:
-    """The unfolded inputs of a stock layer, in chunks; see `core.patches.patch_chunks`."""
+    """The unfolded inputs of a stock layer, in chunks; see `patch_chunks`."""
     return known_kind(layer).patches(layer, inputs)
 
 

@@ -3,7 +3,7 @@
 The layers are taken in an order in which the network runs. With x what a layer sees in the
 original network and x̂ what it sees in the network whose earlier layers are compressed already, the
 best dense kernel for x̂ is the regression of the original outputs xW on x̂ (see
-`core.regression.PairAccumulator`), and that one is factorized, by the second moment of x̂.
+`PairAccumulator`), and that one is factorized, by the second moment of x̂.
 
 A Functional or Sequential model is walked once, nested models included: for every tensor that is
 still needed both versions are kept, of all examples, and every layer runs once for each. Whatever
@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from keras_alds import _backend
-from keras_alds.core.moments import SecondMoment
-from keras_alds.core.regression import TARGET_RIDGES, PairAccumulator
+from keras_alds.core.calibration.moments import SecondMoment
+from keras_alds.core.calibration.regression import TARGET_RIDGES, PairAccumulator
+from keras_alds.core.parallel import threads
 from keras_alds.core.slicing import Array
 from keras_alds.rewrite import inspect, recurrent
 from keras_alds.rewrite.functions import run_as_code
@@ -341,7 +340,7 @@ class Walk:
         self._ensure([tensor for n in calls for tensor in self._steps[n].inputs])
         sums = PairAccumulator(kernel_values(layer), overwrite=True)
         held = held_out(self._chunks)
-        with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="keras_alds") as pool:
+        with threads() as pool:
 
             def parts(chunks: Iterable[int]) -> Iterator[list[tuple[Any, Any]]]:
                 for chunk in chunks:

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_alds.core.choices import ChoiceTable, choice_table
+from keras_alds.core.choices import ChoiceTable, choice_table, offered_ranks
+from keras_alds.core.costs import WeightCosts
 from keras_alds.core.errors import ERRORS, error_curve
 from keras_alds.core.slicing import divisors, full_rank, weights
 from keras_alds.core.spectra import spectra
@@ -22,7 +23,7 @@ def table_of(rows):
         full_rank=rank,
         scheme=np.zeros(len(rows), np.int64),
         weights=cost,
-        cost=cost,
+        cost=cost[:, None],
         error=error.astype(float),
     )
 
@@ -43,17 +44,18 @@ def test_table_holds_every_smaller_choice(shape, name):
     assert len(table) == len(expected)
     for row in table:
         size, error = expected[row.slices, row.rank]
-        assert row.weights == row.cost == size
+        assert (row.weights, row.cost) == (size, (size,))
         assert row.scheme == 0
         assert row.keep == (row.rank == 0)
         np.testing.assert_allclose(row.error, error, rtol=1e-9)
-    assert (np.diff(table.cost) >= 0).all()
+    assert (np.diff(table.cost[:, 0]) >= 0).all()
     assert table.cost.dtype == table.weights.dtype == np.int64
 
 
-def test_cost_per_weight_scales_the_cost_only():
+def test_the_unit_scales_the_cost_only():
     found = spectra(kernel_of((3, 3, 8, 6)))
-    params, macs = choice_table(found), choice_table(found, cost_per_weight=10**9)
+    costs = WeightCosts(((0, (3, 3, 8, 6), 10**9),), 10**9)
+    params, macs = choice_table(found), choice_table(found, costs=[costs])
     np.testing.assert_array_equal(macs.cost, params.cost * 10**9)
     np.testing.assert_array_equal(macs.weights, params.weights)
     np.testing.assert_array_equal(macs.rank, params.rank)
@@ -61,16 +63,22 @@ def test_cost_per_weight_scales_the_cost_only():
 
 def test_constraints():
     found = spectra(kernel_of((3, 3, 16, 24)))
-    few = choice_table(found, max_slices=3)
+
+    def table(**limits):
+        return choice_table(found, offered_ranks((3, 3, 16, 24), **limits))
+
+    few = table(max_slices=3)
     assert set(few.slices.tolist()) == {0, 1, 2}
-    aligned = choice_table(found, rank_multiple=4)
+    aligned = table(rank_multiple=4)
     assert len(aligned) > 1
     assert not (aligned.rank % 4).any()
     both = {(row.slices, row.rank) for row in aligned}
     every = {(r.slices, r.rank) for r in choice_table(found) if r.rank % 4 == 0}
     assert both == every
     # Nothing fits: the layer can only be kept.
-    assert [row.keep for row in choice_table(found, rank_multiple=1000)] == [True]
+    assert [row.keep for row in table(rank_multiple=1000)] == [True]
+    # Diagonal blocks of a second moment are not cut across.
+    assert set(table(blocks=4).slices.tolist()) == {0, 4, 8, 16}
 
 
 def test_a_layer_that_cannot_shrink_has_one_choice():
@@ -89,17 +97,17 @@ def test_a_layer_that_cannot_shrink_has_one_choice():
 def test_front(rows):
     table = table_of(rows)
     front = table.front()
-    assert (np.diff(front.cost) > 0).all()
+    assert (np.diff(front.cost[:, 0]) > 0).all()
     assert (np.diff(front.error) < 0).all()
     for cost, error, slices, rank in rows:
-        better = (front.cost <= cost) & (front.error <= error)
+        better = (front.cost[:, 0] <= cost) & (front.error <= error)
         assert better.any()
         for row in front:
-            if (row.cost, row.error) == (cost, error):
+            if (*row.cost, row.error) == (cost, error):
                 # Ties: fewer slices, then the smaller rank.
                 assert (row.slices, row.rank) <= (slices, rank)
     assert {
-        tuple(r) for r in zip(front.cost, front.error, front.slices, front.rank, strict=True)
+        tuple(r) for r in zip(front.cost[:, 0], front.error, front.slices, front.rank, strict=True)
     } <= {(c, float(e), k, j) for c, e, k, j in rows}
 
 
@@ -118,11 +126,11 @@ def test_tables_cannot_be_changed():
         table.cost = table.weights
 
 
-@pytest.mark.parametrize("name", ["cost_per_weight", "max_slices", "rank_multiple"])
+@pytest.mark.parametrize("name", ["near_slices", "max_slices", "rank_multiple"])
 @pytest.mark.parametrize("value", [0, -2, 1.5, "4", True])
 def test_bad_options(name, value):
     with pytest.raises(ValueError, match=f"positive integer. Received: {name}="):
-        choice_table(spectra(kernel_of((4, 4))), **{name: value})
+        offered_ranks((4, 4), **{name: value})
 
 
 def test_bad_tables_and_errors():
@@ -130,4 +138,6 @@ def test_bad_tables_and_errors():
         choice_table(spectra(kernel_of((2, 2))), error="nope")
     column = np.zeros(2, np.int64)
     with pytest.raises(ValueError, match="one length"):
-        ChoiceTable(column, column, column, column, column, column, np.zeros(3))
+        ChoiceTable(column, column, column, column, column, column[:, None], np.zeros(3))
+    with pytest.raises(ValueError, match=r"integer costs \[n, r\].*cost.dtype=float64"):
+        ChoiceTable(column, column, column, column, column, np.zeros((2, 1)), np.zeros(2))

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from keras_alds.core.choices import choice_table
 from keras_alds.core.costs import NEVER, SampledCosts, sum_costs
-from keras_alds.core.methods import get_method
 from keras_alds.core.solvers import InfeasibleBudget
 from keras_alds.core.spectra import spectra
+from keras_alds.methods import get_method
 
 RANKS = st.dictionaries(st.integers(1, 60), st.integers(0, 10**9), min_size=1, max_size=8)
 
@@ -72,7 +72,7 @@ def test_table_holds_only_what_is_faster_and_smaller():
     rng = np.random.default_rng(1)
     kernel = rng.normal(size=(6, 6))
     costs = random_costs(rng, kernel)
-    table = choice_table(spectra(kernel), costs=costs)
+    table = choice_table(spectra(kernel), costs=[costs])
     whole = choice_table(spectra(kernel))
     offered = {(row.slices, row.rank): row for row in whole}
     rows = {(row.slices, row.rank): row for row in table}
@@ -84,7 +84,7 @@ def test_table_holds_only_what_is_faster_and_smaller():
     assert set(rows) == expected
     assert 1 < len(rows) < len(offered)
     for choice, row in rows.items():
-        assert row.cost == costs.points.get(choice, row.cost)
+        assert row.cost == (costs.points.get(choice, *row.cost),)
         assert (row.error, row.weights) == (offered[choice].error, offered[choice].weights)
 
 
@@ -97,9 +97,9 @@ def test_solvers_against_brute_force(seed: int, name: str):
     for _ in range(3):
         kernel = rng.normal(size=(6, 6))
         costs = random_costs(rng, kernel)
-        tables.append(choice_table(spectra(kernel), error=method.error, costs=costs))
+        tables.append(choice_table(spectra(kernel), error=method.error, costs=[costs]))
     everything = [
-        (sum(row.cost for row in rows), [row.error for row in rows])
+        (sum(row.cost[0] for row in rows), [row.error for row in rows])
         for rows in itertools.product(*tables)
     ]
     measure = max if name == "alds" else sum
@@ -107,12 +107,12 @@ def test_solvers_against_brute_force(seed: int, name: str):
         within = [measure(errors) for cost, errors in everything if cost <= budget]
         if not within:
             with pytest.raises(InfeasibleBudget):
-                method.solve(tables, budget)
+                method.solve(tables, [budget])
             continue
-        candidates, solution = method.solve(tables, budget)
-        chosen = [t[i] for t, i in zip(candidates, solution.indices, strict=True)]
-        assert sum(row.cost for row in chosen) == solution.total_cost <= budget
-        assert all(row.keep or row.cost < 60 for row in chosen)
+        solution = method.solve(tables, [budget])
+        chosen = [t[i] for t, i in zip(tables, solution.indices, strict=True)]
+        assert sum(row.cost[0] for row in chosen) == solution.total_cost[0] <= budget
+        assert all(row.keep or row.cost < (60,) for row in chosen)
         value = measure(row.error for row in chosen)
         if name == "alds":
             assert value == min(within)

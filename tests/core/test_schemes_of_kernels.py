@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_alds.core.choices import choice_table, join_tables
+from keras_alds.core.costs import WeightCosts
 from keras_alds.core.errors import ERRORS
-from keras_alds.core.methods import METHODS
 from keras_alds.core.slicing import (
     SCHEMES,
     convolution_unfolding,
@@ -23,6 +23,7 @@ from keras_alds.core.slicing import (
     weights,
 )
 from keras_alds.core.spectra import factorize, spectra
+from keras_alds.methods import METHODS
 
 # The paper's supplement, as einsum letters: rows × columns of the matrix of one slice.
 MATRICES = {0: ("cab", "f"), 1: ("cb", "af"), 2: ("ca", "bf"), 3: ("c", "abf")}
@@ -44,17 +45,14 @@ def matrices_of(kernel, scheme, slices):
 
 
 def tables_of(kernel, schemes=SCHEMES, *, units=None, **options):
-    """One table a scheme; `units` are the costs of an encoder's weight."""
+    """One table a scheme; `units` are the costs of an encoder's weight, in scheme 0 of all."""
+    read = {scheme: convolution_unfolding(2, scheme).read(kernel) for scheme in schemes}
+    unit = {} if units is None else units
+    forms = [(scheme, each.shape, unit.get(scheme, 1)) for scheme, each in read.items()]
+    costs = WeightCosts(tuple(forms), unit.get(0, 1))
     return [
-        choice_table(
-            spectra(unfolding.read(kernel)),
-            kernel=unfolding.read(kernel),
-            scheme=scheme,
-            encoder_cost_per_weight=None if units is None else units[scheme],
-            **options,
-        )
-        for scheme in schemes
-        for unfolding in [convolution_unfolding(2, scheme)]
+        choice_table(spectra(each), costs=[costs], kernel=each, scheme=scheme, **options)
+        for scheme, each in read.items()
     ]
 
 
@@ -130,7 +128,7 @@ def test_schemes_that_coincide_count_once():
 def test_one_table_holds_the_choices_of_all_schemes(error):
     kernel = kernel_of((3, 2, 4, 6))
     units = {0: 7, 1: 9, 2: 21, 3: 40}
-    tables = tables_of(kernel, error=error, units=units, cost_per_weight=7)
+    tables = tables_of(kernel, error=error, units=units)
     table = join_tables(tables)
     rows = {(r.scheme, r.slices, r.rank): r for r in table}
     expected = {(0, 0, 0)}
@@ -148,7 +146,7 @@ def test_one_table_holds_the_choices_of_all_schemes(error):
                     continue
                 expected.add((scheme, k, j))
                 row = rows[scheme, k, j]
-                assert (row.weights, row.cost) == (encoder + decoder, cost)
+                assert (row.weights, row.cost) == (encoder + decoder, (cost,))
                 dropped = (values[:, j:] ** 2).sum()
                 top = values[:, j].max() if j < values.shape[1] else 0.0
                 residual = np.concatenate(
@@ -164,7 +162,7 @@ def test_one_table_holds_the_choices_of_all_schemes(error):
                 np.testing.assert_allclose(row.error, want, rtol=1e-5, atol=1e-7)
     assert set(rows) == expected
     assert len(table) == len(rows)
-    assert (np.diff(table.cost) >= 0).all()
+    assert (np.diff(table.cost[:, 0]) >= 0).all()
     assert join_tables(tables[:1]) is tables[0]
 
 
@@ -197,15 +195,15 @@ def test_the_best_of_all_schemes(seed, budget):
     limit = int(budget * 3 * sum(kernel.size for kernel in kernels))
     for name in ("energy", "alds"):
         method = METHODS[name]
-        options = {"error": method.error, "units": units, "cost_per_weight": 3}
+        options = {"error": method.error, "units": units}
         tables = [join_tables(tables_of(kernel, **options)) for kernel in kernels]
         total = max if name == "alds" else sum
         best = min(
             total((a.error, b.error))
             for a, b in itertools.product(*tables)
-            if a.cost + b.cost <= limit
+            if a.cost[0] + b.cost[0] <= limit
         )
-        candidates, solution = method.solve(tables, limit)
-        rows = [table[i] for table, i in zip(candidates, solution.indices, strict=True)]
-        assert sum(row.cost for row in rows) <= limit
+        solution = method.solve(tables, [limit])
+        rows = [table[i] for table, i in zip(tables, solution.indices, strict=True)]
+        assert sum(row.cost[0] for row in rows) <= limit
         np.testing.assert_allclose(total(row.error for row in rows), best, rtol=1e-9)

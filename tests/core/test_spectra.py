@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from keras_alds.core import blas
+from keras_alds.core import parallel
 from keras_alds.core import spectra as module
 from keras_alds.core.slicing import divisors, full_rank, recompose, unfold
 from keras_alds.core.spectra import factorize, spectra, spectra_many
@@ -288,12 +288,12 @@ def test_limits_of_overlapping_threads_do_not_leak():
         entered, leave = threading.Event(), threading.Event()
 
         def second():
-            with blas.single_threaded_blas():
+            with parallel.single_threaded_blas():
                 entered.set()
                 leave.wait(10)
 
         other = threading.Thread(target=second)
-        with blas.single_threaded_blas():
+        with parallel.single_threaded_blas():
             other.start()
             assert entered.wait(10)
         # The first one in has left, the second one still needs the limit.
@@ -308,7 +308,7 @@ def test_limit_holds_in_a_thread_while_another_one_has_set_its_own():
         before, seen = blas_threads(), []
 
         def work():
-            with blas.single_threaded_blas():
+            with parallel.single_threaded_blas():
                 seen.extend(blas_threads())
 
         other = threading.Thread(target=work)

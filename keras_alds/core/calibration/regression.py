@@ -22,12 +22,12 @@ from concurrent.futures import Executor
 
 import numpy as np
 
-from keras_alds.core.blas import single_threaded_blas
-from keras_alds.core.moments import FewInputs, SecondMoment, are_few, moment_blocks
-from keras_alds.core.semidefinite import solve
+from keras_alds.core.calibration.moments import FewInputs, SecondMoment, are_few, moment_blocks
+from keras_alds.core.calibration.semidefinite import solve
+from keras_alds.core.calibration.symmetric import SymmetricMatrix, strip_bounds
+from keras_alds.core.parallel import single_threaded_blas
 from keras_alds.core.slicing import Array, kernel_sizes
 from keras_alds.core.spectra import Float64
-from keras_alds.core.symmetric import SymmetricMatrix, strip_bounds
 
 #: Candidates of ρ, as a part of the mean eigenvalue of Ŝ; held-out inputs choose.
 TARGET_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)

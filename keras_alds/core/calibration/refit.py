@@ -2,7 +2,7 @@
 
 With all encoders E fixed, least squares gives the best decoder of all slices together,
 D = (Eᵀ S E)⁻¹ Eᵀ S W, and a SVD of every E_i D_i gives both factors the same scale. Before that
-every slice is fitted anew, by the SVD of `core.whitening`, to what all others leave to it.
+every slice is fitted anew, by the SVD of `whitening`, to what all others leave to it.
 
 Sources: BALF (arXiv 2509.25136) for the whitening; Zhang et al., "Accelerating Very Deep
 Convolutional Networks", TPAMI 2016 (arXiv 1505.06798), for reconstructing outputs.
@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from keras_alds.core.blas import single_threaded_blas
-from keras_alds.core.moments import SecondMoment, check_moment
-from keras_alds.core.semidefinite import solve
+from keras_alds.core.calibration.moments import SecondMoment, check_moment
+from keras_alds.core.calibration.semidefinite import solve
+from keras_alds.core.calibration.whitening import seen_spectrum, slice_spectrum
+from keras_alds.core.parallel import single_threaded_blas
 from keras_alds.core.slicing import Array, check_slices, fold_encoder, full_rank, unfold
 from keras_alds.core.spectra import Float64
-from keras_alds.core.whitening import seen_spectrum, slice_spectrum
 
 #: How often every slice's factors are fitted anew given those of all other slices.
 SWEEPS = 2

@@ -8,12 +8,12 @@ from concurrent.futures import Executor
 
 import numpy as np
 
-from keras_alds.core.blas import single_threaded_blas
-from keras_alds.core.moments import FewInputs, SecondMoment, are_few, moment_blocks
-from keras_alds.core.patches import CHUNK_ROWS
+from keras_alds.core.calibration.moments import FewInputs, SecondMoment, are_few, moment_blocks
+from keras_alds.core.calibration.patches import CHUNK_ROWS
+from keras_alds.core.calibration.symmetric import SymmetricMatrix, strip_bounds
+from keras_alds.core.parallel import single_threaded_blas
 from keras_alds.core.slicing import Array
 from keras_alds.core.spectra import Float64
-from keras_alds.core.symmetric import SymmetricMatrix, strip_bounds
 
 
 class MomentAccumulator:

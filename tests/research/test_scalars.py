@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_alds.core.choices import choice_table
-from keras_alds.core.methods import METHODS, get_method
-from keras_alds.core.moments import SecondMoment
-from keras_alds.core.pca import centred_spectra
+from keras_alds.core.calibration.moments import SecondMoment
+from keras_alds.core.choices import choice_table, offered_ranks
+from keras_alds.core.costs import WeightCosts
 from keras_alds.core.slicing import divisors, kernel_sizes, unfold, weights
 from keras_alds.core.solvers import InfeasibleBudget
 from keras_alds.core.spectra import spectra
+from keras_alds.methods import METHODS, get_method
+from keras_alds.research.pca import centred_spectra
 
 SHAPES = [(8, 8), (3, 4, 6), (12, 5), (3, 3, 4, 8), (2, 2, 6, 4), (16, 3), (1, 1)]
 KEEP = 0
@@ -73,7 +74,12 @@ def layers_and_solution(method, problem, moments=None):
         ]
     method = get_method(method)
     tables = [
-        choice_table(s, error=method.error, near_slices=method.near_slices, cost_per_weight=unit)
+        choice_table(
+            s,
+            offered_ranks(s.kernel_shape, near_slices=method.near_slices),
+            [WeightCosts(((0, s.kernel_shape, unit),), unit)],
+            error=method.error,
+        )
         for s, unit in zip(found, units, strict=True)
     ]
     layers = [
@@ -83,10 +89,10 @@ def layers_and_solution(method, problem, moments=None):
     least = sum(layer.cost[layer.ranks[0]] for layer in layers)
     most = sum(layer.cost[KEEP] for layer in layers)
     budget = least + round(share * (most - least))
-    candidates, solution = method.solve(tables, budget)
-    rows = [c[i] for c, i in zip(candidates, solution.indices, strict=True)]
+    solution = method.solve(tables, [budget])
+    rows = [table[i] for table, i in zip(tables, solution.indices, strict=True)]
     assert all(row.keep or row.slices == layer.k for row, layer in zip(rows, layers, strict=True))
-    assert solution.total_cost == sum(row.cost for row in rows) <= budget
+    assert solution.total_cost[0] == sum(row.cost[0] for row in rows) <= budget
     assert solution.max_error == max(row.error for row in rows)
     return layers, budget, [row.rank for row in rows]
 
@@ -210,20 +216,20 @@ def test_rank_multiples_and_limits_hold(name):
     tables = [
         choice_table(
             spectra(rng.standard_normal((3, 3, 12, 16))),
+            offered_ranks(
+                (3, 3, 12, 16), near_slices=method.near_slices, max_slices=2, rank_multiple=4
+            ),
             error=method.error,
-            near_slices=method.near_slices,
-            max_slices=2,
-            rank_multiple=4,
         )
         for _ in range(2)
     ]
-    candidates, solution = method.solve(tables, 2000)
-    for table, index in zip(candidates, solution.indices, strict=True):
+    solution = method.solve(tables, [2000])
+    for table, index in zip(tables, solution.indices, strict=True):
         assert table[index].keep or table[index].rank % 4 == 0
         assert table[index].slices <= min(2, method.near_slices)
     with pytest.raises(InfeasibleBudget):
-        method.solve(tables, 10)
-    assert method.solve([], 0)[1].indices == ()
+        method.solve(tables, [10])
+    assert method.solve([], [0]).indices == ()
 
 
 @pytest.mark.parametrize(
@@ -231,18 +237,22 @@ def test_rank_multiples_and_limits_hold(name):
     [(16, 3, 2), (16, 5, 4), (12, 5, 4), (15, 4, 3), (9, 1, 1), (7, 3, 1), (6, 3, 3)],
 )
 def test_the_nearest_number_of_slices(channels, near, expected):
-    table = choice_table(spectra(np.ones((3, 3, channels, 16))), near_slices=near)
-    assert set(table.slices.tolist()) == {0, expected}
+    assert set(offered_ranks((3, 3, channels, 16), near_slices=near)) == {expected}
 
 
 def test_what_a_bias_costs_is_counted():
     kernel = np.random.default_rng(0).standard_normal((6, 6))
-    plain = choice_table(spectra(kernel), near_slices=1, cost_per_weight=3)
-    more = choice_table(spectra(kernel), near_slices=1, cost_per_weight=3, added_cost=18)
+
+    def table(added, unit=1):
+        offered = offered_ranks((6, 6), near_slices=1, added=added)
+        costs = WeightCosts(((0, (6, 6), unit),), unit, added * unit)
+        return choice_table(spectra(kernel), offered, [costs])
+
+    plain, more = table(0, 3), table(6, 3)
     kept = more.slices == 0
     assert more.cost[kept] == plain.cost[plain.slices == 0]
-    np.testing.assert_array_equal(more.cost[~kept], more.weights[~kept] * 3 + 18)
+    np.testing.assert_array_equal(more.cost[~kept, 0], more.weights[~kept] * 3 + 18)
     assert more.cost[~kept].max() < more.cost[kept]
     # 24 weights and a bias of 6 are less than 36; with a bias of 12 they are not.
-    assert choice_table(spectra(kernel), near_slices=1, added_cost=6).rank.max() == 2
-    assert choice_table(spectra(kernel), near_slices=1, added_cost=12).rank.max() == 1
+    assert table(6).rank.max() == 2
+    assert table(12).rank.max() == 1

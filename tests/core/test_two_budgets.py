@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -9,23 +10,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_alds.core.choices import choice_table
-from keras_alds.core.joint import joint_min_max, joint_min_sum
-from keras_alds.core.methods import METHODS, get_method
+from keras_alds.core.choices import choice_table, offered_ranks
+from keras_alds.core.costs import WeightCosts
 from keras_alds.core.solvers import InfeasibleBudget, min_max, min_sum
 from keras_alds.core.spectra import spectra
+from keras_alds.methods import METHODS, get_method
 
 SHAPES = [(6, 6), (3, 4, 4), (8, 5), (2, 2, 4, 4), (3, 6)]
 
 
-def tables_of(shapes, seed, method="energy"):
+def tables_of(shapes, units, seed, method="energy"):
     rng = np.random.default_rng(seed)
     method = get_method(method)
     return [
         choice_table(
-            spectra(rng.standard_normal(shape)), error=method.error, near_slices=method.near_slices
+            spectra(rng.standard_normal(shape)),
+            offered_ranks(shape, near_slices=method.near_slices),
+            [WeightCosts(((0, shape, each),), each) for each in (1, unit)],
+            error=method.error,
         )
-        for shape in shapes
+        for shape, unit in zip(shapes, units, strict=True)
     ]
 
 
@@ -37,21 +41,16 @@ def problems(draw, max_layers=4):
     return shapes, draw(st.integers(0, 2**16)), units, draw(st.floats(0, 1)), draw(st.floats(0, 1))
 
 
-def costs_of(tables, units):
-    return [np.stack([t.cost, u * t.weights], axis=1) for t, u in zip(tables, units, strict=True)]
-
-
-def budgets_of(costs, *shares):
-    least = sum(cost.min(axis=0) for cost in costs)
-    most = sum(cost.max(axis=0) for cost in costs)
+def budgets_of(tables, *shares):
+    least = sum(table.cost.min(axis=0) for table in tables)
+    most = sum(table.cost.max(axis=0) for table in tables)
     return tuple(int(a + round(s * (b - a))) for a, b, s in zip(least, most, shares, strict=True))
 
 
-def every_selection(tables, costs, budgets):
+def every_selection(tables, budgets):
     """Errors of every selection of front rows within both budgets."""
-    rows = [np.flatnonzero(np.isin(t.cost, t.front().cost)) for t in tables]
-    for picks in itertools.product(*rows):
-        total = sum(cost[i] for cost, i in zip(costs, picks, strict=True))
+    for picks in itertools.product(*(table.front_rows() for table in tables)):
+        total = sum(table.cost[i] for table, i in zip(tables, picks, strict=True))
         if (total <= budgets).all():
             yield [float(t.error[i]) for t, i in zip(tables, picks, strict=True)]
 
@@ -60,13 +59,13 @@ def every_selection(tables, costs, budgets):
 @given(problems(max_layers=3))
 def test_min_max_is_exact(problem):
     shapes, seed, units, *shares = problem
-    tables = tables_of(shapes, seed)
-    costs = costs_of(tables, units)
-    budgets = budgets_of(costs, *shares)
-    solution = joint_min_max(tables, costs, budgets)
-    total = sum(cost[i] for cost, i in zip(costs, solution.indices, strict=True))
+    tables = tables_of(shapes, units, seed)
+    budgets = budgets_of(tables, *shares)
+    solution = min_max(tables, budgets)
+    total = sum(table.cost[i] for table, i in zip(tables, solution.indices, strict=True))
+    assert solution.total_cost == tuple(total)
     assert (total <= budgets).all()
-    best = min(max(errors) for errors in every_selection(tables, costs, np.array(budgets)))
+    best = min(max(errors) for errors in every_selection(tables, np.array(budgets)))
     assert solution.lower_bound == best
     assert solution.max_error <= best
 
@@ -75,13 +74,13 @@ def test_min_max_is_exact(problem):
 @given(problems(max_layers=3))
 def test_min_sum_is_between_its_bound_and_one_step_above_each_budget(problem):
     shapes, seed, units, *shares = problem
-    tables = tables_of(shapes, seed)
-    costs = costs_of(tables, units)
-    budgets = budgets_of(costs, *shares)
-    solution = joint_min_sum(tables, costs, budgets)
-    total = sum(cost[i] for cost, i in zip(costs, solution.indices, strict=True))
+    tables = tables_of(shapes, units, seed)
+    budgets = budgets_of(tables, *shares)
+    solution = min_sum(tables, budgets)
+    total = sum(table.cost[i] for table, i in zip(tables, solution.indices, strict=True))
+    assert solution.total_cost == tuple(total)
     assert (total <= budgets).all()
-    best = min(sum(errors) for errors in every_selection(tables, costs, np.array(budgets)))
+    best = min(sum(errors) for errors in every_selection(tables, np.array(budgets)))
     assert solution.lower_bound <= best + 1e-9
     assert solution.sum_error >= best - 1e-9
     # Two budgets leave at most one layer between two hull choices each.
@@ -93,10 +92,9 @@ def test_min_sum_is_between_its_bound_and_one_step_above_each_budget(problem):
 def test_min_sum_of_many_layers_is_near_its_bound(seed):
     rng = np.random.default_rng(seed)
     shapes = [SHAPES[i] for i in rng.integers(0, len(SHAPES), 40)]
-    tables = tables_of(shapes, seed)
-    costs = costs_of(tables, rng.integers(1, 200, 40).tolist())
+    tables = tables_of(shapes, rng.integers(1, 200, 40).tolist(), seed)
     for shares in itertools.product((0.2, 0.5, 0.8), repeat=2):
-        solution = joint_min_sum(tables, costs, budgets_of(costs, *shares))
+        solution = min_sum(tables, budgets_of(tables, *shares))
         assert solution.lower_bound - 1e-9 <= solution.sum_error <= 1.06 * solution.lower_bound
 
 
@@ -105,46 +103,41 @@ def test_min_sum_of_many_layers_is_near_its_bound(seed):
 def test_no_method_exceeds_either_budget(name, problem):
     shapes, seed, units, *shares = problem
     method = get_method(name)
-    tables = tables_of(shapes, seed, name)
-    costs = costs_of(tables, units)
-    budgets = budgets_of(costs, *shares)
-    candidates, solution = method.solve_joint(tables, units, budgets)
-    rows = [table[i] for table, i in zip(candidates, solution.indices, strict=True)]
-    assert sum(row.cost for row in rows) == solution.total_cost <= budgets[0]
+    tables = tables_of(shapes, units, seed, name)
+    budgets = budgets_of(tables, *shares)
+    solution = method.solve(tables, budgets)
+    rows = [table[i] for table, i in zip(tables, solution.indices, strict=True)]
     used = sum(unit * row.weights for unit, row in zip(units, rows, strict=True))
-    assert used <= budgets[1]
+    assert solution.total_cost == (sum(row.weights for row in rows), used)
+    assert (np.array(solution.total_cost) <= budgets).all()
 
 
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", METHODS)
-def test_a_loose_second_budget_changes_nothing(name):
+def test_a_loose_second_budget_changes_nothing(name, seed):
     method = get_method(name)
-    tables = tables_of(SHAPES, 3, name)
-    units = [3, 1, 4, 1, 5]
-    first, _ = budgets_of(costs_of(tables, units), 0.4, 1)
-    one, alone = method.solve(tables, first)
-    both, joint = method.solve_joint(tables, units, (first, 10**9))
-    errors = [
-        [t.error[i] for t, i in zip(c, s.indices, strict=True)]
-        for c, s in ((one, alone), (both, joint))
-    ]
-    # Sums of pairs are exchanged with one budget only.
-    assert sum(errors[1]) <= 1.02 * sum(errors[0])
-    if method.solver not in (min_sum, min_max):
-        assert errors[0] == errors[1]
+    tables = tables_of(SHAPES, [3, 1, 4, 1, 5], seed, name)
+    alone = [dataclasses.replace(table, cost=table.cost[:, :1]) for table in tables]
+    for share in (0.2, 0.4, 0.6, 0.8):
+        first, _ = budgets_of(tables, share, 1)
+        one, both = method.solve(alone, [first]), method.solve(tables, [first, 10**9])
+        assert one.indices == both.indices
 
 
 def test_errors_say_which_budget():
-    tables = tables_of(SHAPES[:2], 0)
-    costs = costs_of(tables, [2, 7])
-    least = sum(cost.min(axis=0) for cost in costs)
-    for solver in (joint_min_max, joint_min_sum):
+    tables = tables_of(SHAPES[:2], [2, 7], 0)
+    least = sum(table.cost.min(axis=0) for table in tables)
+    for solver in (min_max, min_sum):
         for index in (0, 1):
             budgets = [10**6, 10**6]
             budgets[index] = int(least[index]) - 1
             with pytest.raises(InfeasibleBudget) as info:
-                solver(tables, costs, budgets)
+                solver(tables, budgets)
             assert (info.value.resource, info.value.required) == (index, int(least[index]))
+    turned = dataclasses.replace(tables[1], cost=tables[1].cost * [1, -1])
     with pytest.raises(ValueError, match=r"order the choices of a layer alike.*layer 1"):
-        joint_min_max(tables, [costs[0], costs[1] * [1, -1]], [10**6, 10**6])
-    assert joint_min_max([], [], [1, 1]).indices == ()
-    assert joint_min_sum([], [], [1, 1]).indices == ()
+        min_max([tables[0], turned], [10**6, 10**6])
+    with pytest.raises(ValueError, match=r"one cost a choice and budget.*layer 0"):
+        min_max(tables, [10**6])
+    assert min_max([], [1, 1]).indices == ()
+    assert min_sum([], [1, 1]).indices == ()

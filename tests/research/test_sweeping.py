@@ -10,7 +10,7 @@ import zoo
 
 import keras_alds
 from keras_alds.cli import main
-from keras_alds.sweep import retrainer
+from keras_alds.research.retraining import retrainer
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_alds.core.choices import choice_table
+from keras_alds.core.choices import choice_table, offered_ranks
 from keras_alds.core.slicing import divisors, full_rank
 from keras_alds.core.spectra import spectra
-from keras_alds.core.targets import TARGETS, allowed_ranks, get_target
+from keras_alds.targets import TARGETS, get_target
 
 SHAPES = st.tuples(
     st.sampled_from([(), (1,), (3,), (1, 1), (3, 3), (2, 3), (3, 3, 3)]),
@@ -62,7 +62,9 @@ def test_a_table_is_the_free_table_less_what_is_not_allowed(name, shape, most, m
     found = spectra(np.random.default_rng(0).standard_normal(shape))
     target = get_target(name)
     free = choice_table(found)
-    table = choice_table(found, target=target, max_slices=most, rank_multiple=multiple)
+    limits = {"rule": target and target.ranks, "max_slices": most, "rank_multiple": multiple}
+    offered = offered_ranks(shape, **limits)
+    table = choice_table(found, offered)
     kept = [
         row
         for row in free
@@ -75,10 +77,8 @@ def test_a_table_is_the_free_table_less_what_is_not_allowed(name, shape, most, m
     ]
     assert list(table) == kept
     cheapest = min(kept, key=lambda row: row.cost)
-    limits = {"target": target, "max_slices": most, "rank_multiple": multiple}
-    ranks = {k: allowed_ranks(shape, k, **limits) for k in divisors(shape[-2])}
-    costs = [r[0] * (k * shape[-1] + np.prod(shape[:-1])) for k, r in ranks.items() if r]
-    assert cheapest.cost == min([*costs, np.prod(shape)])
+    costs = [r[0] * (k * shape[-1] + np.prod(shape[:-1])) for k, r in offered.items()]
+    assert cheapest.cost == (min([*costs, np.prod(shape)]),)
 
 
 def test_wide_layers_take_the_coarsest_slices_there_are():
@@ -110,11 +110,8 @@ def test_limits_of_the_user_hold_beside_those_of_a_target():
     target = TARGETS["litert"]
     shape = (3, 3, 64, 64)
     for multiple, most in itertools.product((1, 3, 16), (None, 1, 2)):
-        ranks = allowed_ranks(shape, 2, target=target, max_slices=most, rank_multiple=multiple)
-        if most == 1:
-            assert not ranks
-        else:
-            assert ranks
-            assert all(j % multiple == 0 and j % 8 == 0 for j in ranks)
-    assert not allowed_ranks(shape, 64, target=target, rank_multiple=2)
-    assert list(allowed_ranks(shape, 64, target=target)) == [1]
+        offered = offered_ranks(shape, rule=target.ranks, max_slices=most, rank_multiple=multiple)
+        assert (2 in offered) == (most != 1)
+        assert all(j % multiple == 0 and j % 8 == 0 for j in offered.get(2, ()))
+    assert 64 not in offered_ranks(shape, rule=target.ranks, rank_multiple=2)
+    assert list(offered_ranks(shape, rule=target.ranks)[64]) == [1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -198,42 +197,3 @@ def get_target(name: Any) -> Target | None:
             f"Expected `target` to be None or one of {', '.join(map(repr, TARGETS))}. "
             f"Received: target={name!r}"
         ) from None
-
-
-def allowed_ranks(
-    kernel_shape: tuple[int, ...],
-    slices: int,
-    *,
-    target: Target | None = None,
-    max_slices: int | None = None,
-    rank_multiple: int = 1,
-    depthwise: bool = True,
-    blocks: int = 1,
-) -> range:
-    """The ranks that a target and a user's own limits allow together.
-
-    Args:
-        kernel_shape: Shape `(*spatial, c, f)` of the dense kernel.
-        slices: Number of slices k, a divisor of c.
-        target: Defaults to no constraints.
-        max_slices: Largest k. Defaults to no limit.
-        rank_multiple: Ranks are multiples of this, and of the target's multiple.
-        depthwise: As for `Target.ranks`.
-        blocks: As for `Target.ranks`.
-
-    Returns:
-        A range of ranks from 1 to the full rank of a slice, empty if `slices` is not allowed.
-
-    Example:
-        >>> list(allowed_ranks((1, 1, 64, 64), 1, target=TARGETS["litert"], rank_multiple=12))
-        [24, 48]
-    """
-    if max_slices is not None and slices > max_slices:
-        return range(0)
-    if target is None:
-        return range(rank_multiple, full_rank(kernel_shape, slices) + 1, rank_multiple)
-    ranks = target.ranks(kernel_shape, slices, depthwise=depthwise, blocks=blocks)
-    if not ranks:
-        return ranks
-    step = math.lcm(ranks.step, rank_multiple)
-    return range(step, ranks.stop, step)

@@ -11,16 +11,16 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_alds.core import moments, patches
-from keras_alds.core.accumulators import MomentAccumulator
+from keras_alds.core.calibration import moments, patches
+from keras_alds.core.calibration.accumulators import MomentAccumulator
+from keras_alds.core.calibration.moments import FewInputs, SecondMoment, moment_blocks
+from keras_alds.core.calibration.patches import patch_chunks
+from keras_alds.core.calibration.refit import factorize_outputs, output_error, refit_decoder
+from keras_alds.core.calibration.whitening import output_spectra, output_spectra_many
 from keras_alds.core.choices import choice_table
-from keras_alds.core.methods import choose_method, get_method
-from keras_alds.core.moments import FewInputs, SecondMoment, moment_blocks
-from keras_alds.core.patches import patch_chunks
-from keras_alds.core.refit import factorize_outputs, output_error, refit_decoder
 from keras_alds.core.slicing import divisors, full_rank, recompose, unfold
 from keras_alds.core.spectra import factorize
-from keras_alds.core.whitening import output_spectra, output_spectra_many
+from keras_alds.methods import choose_method, get_method
 
 CHANNELS, FILTERS, SIZE = 8, 10, (3, 2)
 KAPPA = 6

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from keras_alds.core.accumulators import MomentAccumulator
-from keras_alds.core.moments import SecondMoment
-from keras_alds.core.patches import patch_chunks
-from keras_alds.core.pca import centred_spectra, factorize_pca
+from keras_alds.core.calibration.accumulators import MomentAccumulator
+from keras_alds.core.calibration.moments import SecondMoment
+from keras_alds.core.calibration.patches import patch_chunks
 from keras_alds.core.slicing import recompose, unfold
+from keras_alds.research.pca import centred_spectra, factorize_pca
 
 CHANNELS, FILTERS, SIZE = 5, 8, (3, 2)
 N = 30

@@ -10,11 +10,13 @@ Source: X. Zhang et al., "Accelerating Very Deep Convolutional Networks", TPAMI 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from keras_alds.core.blas import single_threaded_blas
-from keras_alds.core.moments import SecondMoment, check_moment
-from keras_alds.core.refit import balance
+from keras_alds.core.calibration.moments import SecondMoment, check_moment
+from keras_alds.core.calibration.refit import balance
+from keras_alds.core.parallel import single_threaded_blas
 from keras_alds.core.slicing import Array, fold_encoder, full_rank, unfold
 from keras_alds.core.spectra import Float64, SliceSpectrum, Spectra
 
@@ -50,6 +52,42 @@ def centred_spectra(kernel: Array, moment: SecondMoment) -> Spectra:
     )
     norm, energy = float(curve.residual_norm[0]), float(curve.residual_energy[0])
     return Spectra(tuple(kernel.shape), norm, energy, {1: curve})
+
+
+def centred_spectra_many(
+    kernels: Sequence[Array], moments: Sequence[SecondMoment]
+) -> list[Spectra]:
+    """Returns `centred_spectra` of several layers."""
+    return [centred_spectra(k, m) for k, m in zip(kernels, moments, strict=True)]
+
+
+def obstacle(moment: SecondMoment) -> str | None:
+    """Returns why there are no principal components for a second moment, or None.
+
+    Args:
+        moment: Second moment of a layer's unfolded inputs.
+
+    Returns:
+        The reason, or None.
+
+    Raises:
+        ValueError: If it has no mean.
+
+    Example:
+        >>> obstacle(SecondMoment(np.ones((2, 1, 1)), 10, np.zeros(2)))
+        "its second moment is kept in 2 blocks, and the method 'pca' needs all of it"
+    """
+    if moment.mean is None:
+        raise ValueError(
+            "Expected calibration statistics with means, for the method 'pca'. "
+            "Received: older ones without. Collect them anew."
+        )
+    if moment.block_count == 1:
+        return None
+    return (
+        f"its second moment is kept in {moment.block_count} blocks, and the method 'pca' needs "
+        "all of it"
+    )
 
 
 def factorize_pca(

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from keras_alds.core.calibration.symmetric import SymmetricMatrix
 from keras_alds.core.slicing import Array, divisors, kernel_sizes
 from keras_alds.core.spectra import Float64, check_kernel
-from keras_alds.core.symmetric import SymmetricMatrix
 
 #: Largest side of a block of a second moment (200 MB). A layer with more unfolded inputs keeps only
 #: diagonal blocks, and its numbers of slices are multiples of theirs.

@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_alds.core import accumulators, moments, regression, symmetric
-from keras_alds.core.accumulators import MomentAccumulator
-from keras_alds.core.moments import FewInputs, SecondMoment
-from keras_alds.core.pool import map_within
-from keras_alds.core.refit import factorize_outputs, output_error
-from keras_alds.core.regression import TARGET_RIDGES, PairAccumulator
+from keras_alds.core.calibration import accumulators, moments, regression, symmetric
+from keras_alds.core.calibration.accumulators import MomentAccumulator
+from keras_alds.core.calibration.moments import FewInputs, SecondMoment
+from keras_alds.core.calibration.refit import factorize_outputs, output_error
+from keras_alds.core.calibration.regression import TARGET_RIDGES, PairAccumulator
+from keras_alds.core.calibration.symmetric import SymmetricMatrix
+from keras_alds.core.calibration.whitening import output_spectra
+from keras_alds.core.parallel import map_within
 from keras_alds.core.slicing import recompose, unfold
-from keras_alds.core.symmetric import SymmetricMatrix
-from keras_alds.core.whitening import output_spectra
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from keras_alds import _backend
 from keras_alds.compress import compress, select
-from keras_alds.core.methods import METHODS, get_method
+from keras_alds.methods import METHODS, get_method
 from keras_alds.options import check_cr, check_schemes
 from keras_alds.problem import check_model
 from keras_alds.rewrite.in_place import check_sequential
@@ -227,21 +227,11 @@ def sweep(
     crs = (float(crs),) if isinstance(crs, (int, float)) else tuple(crs)
     for cr in crs:
         check_cr(cr)
-    has_data = calibration_data is not None
-    if methods is None:
-        chosen = [name for name, method in METHODS.items() if has_data or not method.needs_data]
-    else:
-        chosen = list(dict.fromkeys([methods] if isinstance(methods, str) else methods))
+    chosen = _chosen(methods, has_data=calibration_data is not None)
     if not crs or not chosen:
         raise ValueError(
             f"Expected at least one method and one ratio. Received: methods={chosen!r}, crs={crs!r}"
         )
-    for name in chosen:
-        if get_method(name).needs_data and not has_data:
-            raise ValueError(
-                f"Expected `calibration_data` for the method {name!r}. "
-                "Received: calibration_data=None"
-            )
     options: dict[str, Any] = {
         "objective": objective,
         "exclude": exclude,
@@ -252,7 +242,7 @@ def sweep(
     # Complains of what is wrong with the model or the options.
     select(model, min(crs), schemes=folds, **options)
     calibration = None
-    if has_data:
+    if calibration_data is not None:
         keep = sequential is not False
         calibration = Calibration.of(model, calibration_data, keep=keep, verbose=verbose)
         calibration.collected(model, verbose=verbose)
@@ -263,7 +253,8 @@ def sweep(
         progress.advance(task)
         for name in chosen:
             data = calibration if METHODS[name].needs_data else None
-            one_by_one = sequential if data and not METHODS[name].centred else None
+            original = METHODS[name].factorize_with_bias is not None
+            one_by_one = None if data is None or original else sequential
             options["schemes"] = folds if METHODS[name].folds else 0
             for cr in crs:
                 progress.update(task, description=f"{name}, cr={cr:g}")
@@ -271,6 +262,20 @@ def sweep(
                 rows.append(row)
                 progress.advance(task)
     return Sweep(tuple(rows), objective, model.name)
+
+
+def _chosen(methods: str | Iterable[str] | None, *, has_data: bool) -> list[str]:
+    """The names of the methods, by default of all that have what they need."""
+    if methods is None:
+        return [name for name, method in METHODS.items() if has_data or not method.needs_data]
+    names = list(dict.fromkeys([methods] if isinstance(methods, str) else methods))
+    for name in names:
+        if get_method(name).needs_data and not has_data:
+            raise ValueError(
+                f"Expected `calibration_data` for the method {name!r}. "
+                "Received: calibration_data=None"
+            )
+    return names
 
 
 def _dense_row(
@@ -333,61 +338,3 @@ def _text(figure: float | None, digits: int) -> str:
 def _counted(objective: str) -> str:
     names = {"params": "the parameters", "macs": "the multiply–accumulates"}
     return names.get(objective, objective)
-
-
-def retrainer(
-    x: Any,
-    y: Any,
-    *,
-    learning_rates: Sequence[float],
-    epochs: int,
-    batch_size: int = 128,
-    augment: bool = False,
-    from_logits: bool = True,
-) -> Callable[[Any], None]:
-    """Returns a `retrain` for `sweep`: SGD on images, with the learning rates rewound.
-
-    The protocol of the paper: the weights stay, the optimizer is new, and the learning rates of
-    the training's last epochs are gone through again.
-
-    Args:
-        x: Images `[n, height, width, channels]`.
-        y: Their classes, integers `[n]`.
-        learning_rates: Those of the last epochs of the training, in order; each is used for an
-            equal part of `epochs`.
-        epochs: Epochs of retraining.
-        batch_size: Images in a batch.
-        augment: Whether to pad by an eighth, crop and flip at random (4 pixels of 32).
-        from_logits: Whether the model gives scores and not probabilities.
-
-    Returns:
-        A function of a model of either Keras.
-
-    References:
-        arXiv 2107.11442, section 4; Renda et al., "Comparing Rewinding and Fine-tuning in Neural
-        Network Pruning", ICLR 2020.
-    """
-    import tensorflow as tf
-
-    def change(image: Any, label: Any) -> tuple[Any, Any]:
-        pads = [(n // 8, n // 8) for n in image.shape[:2]]
-        padded = tf.pad(image, [*pads, (0, 0)])
-        return tf.image.random_flip_left_right(tf.image.random_crop(padded, image.shape)), label
-
-    def retrain(model: Any) -> None:
-        keras = _backend.backend_of(model).keras
-        keras.utils.set_random_seed(0)
-        data = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(len(x), seed=0)
-        if augment:
-            data = data.map(change, num_parallel_calls=tf.data.AUTOTUNE)
-        data = data.batch(batch_size).prefetch(tf.data.AUTOTUNE)
-        model.compile(
-            keras.optimizers.SGD(learning_rates[0], momentum=0.9, nesterov=True),
-            keras.losses.SparseCategoricalCrossentropy(from_logits=from_logits),
-        )
-        rewound = keras.callbacks.LearningRateScheduler(
-            lambda epoch: float(learning_rates[epoch * len(learning_rates) // epochs])
-        )
-        model.fit(data, epochs=epochs, shuffle=False, callbacks=[rewound], verbose=0)
-
-    return retrain

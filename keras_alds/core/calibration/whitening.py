@@ -1,6 +1,6 @@
 """What a layer's outputs lose at every rank: spectra of its slices, whitened by what they see.
 
-With S = Cᵀ C the second moment of a layer's unfolded inputs (`core.moments`), the best
+With S = Cᵀ C the second moment of a layer's unfolded inputs (`moments`), the best
 approximation of rank j of one slice W_i follows from the SVD of C_i W_i, with C_iᵀ C_i = S_ii: with
 its leading right singular vectors V it is W_i V Vᵀ, whatever root C_i is taken, and S is never
 inverted.
@@ -11,19 +11,16 @@ library's.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 
 import numpy as np
 import scipy.linalg
 
-from keras_alds.core.blas import single_threaded_blas
-from keras_alds.core.moments import RIDGE, SecondMoment, are_few, check_moment
-from keras_alds.core.pool import map_within
-from keras_alds.core.semidefinite import square_root
+from keras_alds.core.calibration.moments import RIDGE, SecondMoment, are_few, check_moment
+from keras_alds.core.calibration.semidefinite import square_root
+from keras_alds.core.parallel import map_within, single_threaded_blas, threads
 from keras_alds.core.slicing import Array, divisors, full_rank, kernel_sizes, unfold, weights
 from keras_alds.core.spectra import Float64, SliceSpectrum, Spectra
 
@@ -85,11 +82,7 @@ def output_spectra_many(
     """
     arrays = [check_moment(kernel, moment) for kernel, moment in zip(kernels, moments, strict=True)]
     wanted = None if slices is None else tuple(slices)
-    with single_threaded_blas(), contextlib.ExitStack() as stack:
-        if executor is None:
-            executor = stack.enter_context(
-                ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="keras_alds")
-            )
+    with single_threaded_blas(), threads(executor) as executor:
         layers = list(zip(arrays, moments, strict=True))
         sizes = [_bytes_of_slice(a.shape, moment, moment.block_count) for a, moment in layers]
         weighted = map_within(executor, _weighted, layers, sizes)

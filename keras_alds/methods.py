@@ -1,0 +1,94 @@
+"""The named methods, and which one is used where none is named."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
+from keras_alds.core.errors import get_error
+from keras_alds.core.methods import ACTIVATION, ALDS, ENERGY, Method
+
+_methods = [ALDS, ENERGY, ACTIVATION]
+with contextlib.suppress(ModuleNotFoundError):  # the folder can be left out
+    from keras_alds.research.baselines import BASELINES
+
+    _methods += BASELINES
+
+METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _methods})
+
+#: What is used where no method is named, without calibration data and with some.
+DEFAULT = "energy"
+DEFAULT_WITH_DATA = "activation"
+
+
+def get_method(name: str, error: str | None = None) -> Method:
+    """Returns a method by its name, with another error measure if asked for.
+
+    Args:
+        name: One of the keys of `METHODS`.
+        error: Error measure to use in place of the method's own.
+
+    Returns:
+        The `Method`.
+
+    Raises:
+        ValueError: If the method or the error measure is unknown, or the method measures on data.
+
+    Example:
+        >>> get_method("alds", error="spectral").error
+        'spectral'
+    """
+    try:
+        method = METHODS[name]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"Expected a method, one of {sorted(METHODS)}. Received: method={name!r}"
+        ) from None
+    if error is None:
+        return method
+    if method.needs_data:
+        raise ValueError(
+            f"Expected no `error` with the method {name!r}: it measures the error of outputs. "
+            f"Received: error={error!r}"
+        )
+    return replace(method, error=get_error(error).name)
+
+
+def choose_method(name: str | None, *, has_data: bool, error: str | None = None) -> str:
+    """Returns the name of the method to use, given whether there is calibration data.
+
+    Args:
+        name: One of the keys of `METHODS`, or None: `"activation"` with data, else `"energy"`,
+            the better ones in the measured tables (docs/results.md).
+        has_data: Whether there is calibration data.
+        error: The error measure that is asked for, if any. With no name and no data the method is
+            then `"alds"`, whose measures they are.
+
+    Returns:
+        A key of `METHODS`.
+
+    Raises:
+        ValueError: If the method is unknown, needs data and there is none, or does not use any.
+
+    Example:
+        >>> choose_method(None, has_data=True)
+        'activation'
+    """
+    if name is None:
+        if has_data:
+            return DEFAULT_WITH_DATA
+        return DEFAULT if error is None else "alds"
+    method = get_method(name)
+    if method.needs_data and not has_data:
+        raise ValueError(
+            f"Expected `calibration_data` for the method {name!r}. Received: calibration_data=None"
+        )
+    if has_data and not method.needs_data:
+        users = [other.name for other in METHODS.values() if other.needs_data]
+        raise ValueError(
+            f"Expected a method that uses `calibration_data`, one of {users}, or no data. "
+            f"Received: method={name!r}"
+        )
+    return name

@@ -1,0 +1,77 @@
+"""What the paper compares ALDS with, and its ablations, as methods.
+
+What one scalar leaves of the budget is not spent: another rank in one layer alone would be another
+method.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from keras_alds.core.methods import Method
+from keras_alds.core.solvers import hull_chain, min_max
+from keras_alds.research import pca
+from keras_alds.research.scalars import (
+    energy_drops,
+    errors_of_ranks,
+    fractions_of_rank,
+    one_scalar,
+)
+
+BASELINES = (
+    Method(
+        "svd",
+        error="energy",
+        solve=partial(one_scalar, chain=fractions_of_rank),
+        near_slices=1,
+        summary="the same fraction of the full rank in every layer, one slice",
+    ),
+    Method(
+        "svd-energy",
+        error="energy",
+        solve=partial(one_scalar, chain=errors_of_ranks),
+        near_slices=1,
+        summary="the same part of the squared singular values in every layer, one slice",
+    ),
+    # Idelbayev and Carreira-Perpiñán, "Low-Rank Compression of Neural Nets: Learning the Rank of
+    # Each Layer", CVPR 2020, equation 5.
+    Method(
+        "l-rank",
+        error="residual",
+        solve=partial(one_scalar, chain=hull_chain),
+        near_slices=1,
+        summary="least λ·cost + squared error of every layer, one λ, one slice",
+    ),
+    Method(
+        "pca",
+        error="energy",
+        solve=partial(one_scalar, chain=energy_drops),
+        near_slices=1,
+        needs_data=True,
+        spectra=pca.centred_spectra_many,
+        factorize_with_bias=pca.factorize_pca,
+        obstacle=pca.obstacle,
+        summary="principal components of the layers' outputs on data, one slice",
+    ),
+    Method(
+        "alds-error",
+        error="slice",
+        solve=min_max,
+        near_slices=3,
+        summary='ranks as "alds" chooses them, for slices nearest to 3',
+    ),
+    Method(
+        "alds-simple",
+        error="slice",
+        solve=partial(one_scalar, chain=fractions_of_rank),
+        near_slices=3,
+        summary="the same fraction of the full rank in every layer, slices nearest to 3",
+    ),
+    Method(
+        "alds-simple-5",
+        error="slice",
+        solve=partial(one_scalar, chain=fractions_of_rank),
+        near_slices=5,
+        summary="the same fraction of the full rank in every layer, slices nearest to 5",
+    ),
+)
