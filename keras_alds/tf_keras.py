@@ -14,19 +14,19 @@ from __future__ import annotations
 import tensorflow as tf
 import tf_keras
 
-from keras_alds.layers._attention import FactorizedTfKerasAttentionMixin
-from keras_alds.layers._einsum import FactorizedEinsumDenseMixin
-from keras_alds.layers._embedding import FactorizedEmbeddingMixin
-from keras_alds.layers._mixin import FactorizedConvMixin, FactorizedDenseMixin
-from keras_alds.layers._recurrent import (
+from keras_alds.kinds.attention import FactorizedTfKerasAttentionMixin
+from keras_alds.kinds.einsum import FactorizedEinsumDenseMixin
+from keras_alds.kinds.embedding import FactorizedEmbeddingMixin
+from keras_alds.kinds.factorized import FactorizedConvMixin, FactorizedDenseMixin
+from keras_alds.kinds.recurrent import (
     FactorizedGRUCellMixin,
     FactorizedLSTMCellMixin,
     FactorizedSimpleRNNCellMixin,
     FactorizedTfKerasCellMixin,
     FactorizedTfKerasRecurrentMixin,
 )
-from keras_alds.layers._separable import FactorizedSeparableConvMixin
-from keras_alds.layers._transposed import FactorizedConvTransposeMixin
+from keras_alds.kinds.separable import FactorizedSeparableConvMixin
+from keras_alds.kinds.transposed import FactorizedConvTransposeMixin
 
 __all__ = [
     "FactorizedConv1D",

@@ -12,7 +12,7 @@ import zoo
 
 import keras_alds
 from keras_alds import _backend, apply_plan, compress, count_macs, select
-from keras_alds.rewrite import kinds
+from keras_alds.kinds import base as kinds
 from keras_alds.rewrite.in_place import factorized_layer
 from keras_alds.rewrite.inspect import is_factorized
 from keras_alds.rewrite.observe import layer_inputs, layer_patches

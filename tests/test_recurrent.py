@@ -16,8 +16,9 @@ import test_kinds
 
 import keras_alds
 from keras_alds import _backend, apply_plan, compress, count_macs, select
+from keras_alds.kinds import base as kinds
 from keras_alds.litert.runs import Runner
-from keras_alds.rewrite import kinds, recurrent
+from keras_alds.rewrite import recurrent
 from keras_alds.rewrite.in_place import factorized_layer
 from keras_alds.rewrite.inspect import inspect_model, is_factorized
 from keras_alds.rewrite.optimizer import LINEAR, carried

@@ -1,6 +1,6 @@
 """Factorized layers for Keras 3; `keras_alds.tf_keras` has the same layers for tf_keras."""
 
-from keras_alds.layers._forms import choose_form
+from keras_alds.kinds.forms import choose_form
 from keras_alds.layers.attention import (
     FactorizedGroupQueryAttention,
     FactorizedMultiHeadAttention,

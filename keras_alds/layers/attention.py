@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keras
 
-from keras_alds.layers._attention import FactorizedKeras3AttentionMixin
+from keras_alds.kinds.attention import FactorizedKeras3AttentionMixin
 from keras_alds.layers.einsum_dense import FactorizedEinsumDense
 
 

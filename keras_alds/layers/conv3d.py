@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keras
 
-from keras_alds.layers._mixin import FactorizedConvMixin
+from keras_alds.kinds.factorized import FactorizedConvMixin
 
 
 @keras.saving.register_keras_serializable(package="keras_alds")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keras
 
-from keras_alds.layers._transposed import FactorizedConvTransposeMixin
+from keras_alds.kinds.transposed import FactorizedConvTransposeMixin
 
 
 @keras.saving.register_keras_serializable(package="keras_alds")

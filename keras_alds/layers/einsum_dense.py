@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keras
 
-from keras_alds.layers._einsum import FactorizedEinsumDenseMixin
+from keras_alds.kinds.einsum import FactorizedEinsumDenseMixin
 
 
 @keras.saving.register_keras_serializable(package="keras_alds")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keras
 
-from keras_alds.layers._embedding import FactorizedEmbeddingMixin
+from keras_alds.kinds.embedding import FactorizedEmbeddingMixin
 
 
 @keras.saving.register_keras_serializable(package="keras_alds")

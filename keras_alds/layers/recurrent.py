@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keras
 
-from keras_alds.layers._recurrent import (
+from keras_alds.kinds.recurrent import (
     FactorizedGRUCellMixin,
     FactorizedKeras3CellMixin,
     FactorizedKeras3RecurrentMixin,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keras
 
-from keras_alds.layers._separable import FactorizedSeparableConvMixin
+from keras_alds.kinds.separable import FactorizedSeparableConvMixin
 
 
 @keras.saving.register_keras_serializable(package="keras_alds")

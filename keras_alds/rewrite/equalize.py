@@ -17,10 +17,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_alds import _backend
-from keras_alds.layers import _forms
+from keras_alds.kinds import forms as _forms
+from keras_alds.kinds.base import factorized_kind
 from keras_alds.rewrite import inspect
 from keras_alds.rewrite.functions import run_as_code
-from keras_alds.rewrite.kinds import factorized_kind
 from keras_alds.rewrite.observe import when_known
 
 Array = np.ndarray

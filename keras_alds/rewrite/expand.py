@@ -9,8 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 from keras_alds import _backend
+from keras_alds.kinds.base import factorized_kind
 from keras_alds.rewrite import inspect, recurrent, wrappers
-from keras_alds.rewrite.kinds import factorized_kind
 from keras_alds.rewrite.rebuild import (
     GraphRebuilder,
     Piece,

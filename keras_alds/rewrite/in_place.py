@@ -17,10 +17,7 @@ from keras_alds.core.moments import SecondMoment
 from keras_alds.core.pca import factorize_pca
 from keras_alds.core.refit import factorize_outputs
 from keras_alds.core.spectra import factorize
-from keras_alds.plan import CompressionPlan, LayerChoice
-from keras_alds.rewrite import inspect, recurrent, wrappers
-from keras_alds.rewrite.functions import forget_graphs
-from keras_alds.rewrite.kinds import (
+from keras_alds.kinds.base import (
     Kind,
     attention_class,
     kernel_values,
@@ -28,6 +25,9 @@ from keras_alds.rewrite.kinds import (
     observable,
     projections,
 )
+from keras_alds.plan import CompressionPlan, LayerChoice
+from keras_alds.rewrite import inspect, recurrent, wrappers
+from keras_alds.rewrite.functions import forget_graphs
 from keras_alds.rewrite.observe import Calibration, CalibrationStats, KeptExamples
 from keras_alds.rewrite.optimizer import carry_optimizers
 from keras_alds.rewrite.sequential import Walk, most_reruns

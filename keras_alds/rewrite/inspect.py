@@ -13,9 +13,7 @@ from typing import Any
 
 from keras_alds import _backend
 from keras_alds.core.slicing import divisors, weights
-from keras_alds.rewrite import recurrent, wrappers
-from keras_alds.rewrite.functions import run_as_code
-from keras_alds.rewrite.kinds import (
+from keras_alds.kinds.base import (
     KINDS,
     REASONS,
     Kind,
@@ -26,8 +24,10 @@ from keras_alds.rewrite.kinds import (
     projections,
     unfolded_shape,
 )
-from keras_alds.rewrite.kinds import kernel_values as kernel_values
-from keras_alds.rewrite.kinds import observable as observable
+from keras_alds.kinds.base import kernel_values as kernel_values
+from keras_alds.kinds.base import observable as observable
+from keras_alds.rewrite import recurrent, wrappers
+from keras_alds.rewrite.functions import run_as_code
 
 Exclude = Sequence[Any]
 

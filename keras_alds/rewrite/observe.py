@@ -29,9 +29,9 @@ from keras_alds.core.pca import centred_spectra
 from keras_alds.core.slicing import Array, kernel_sizes
 from keras_alds.core.spectra import Spectra
 from keras_alds.core.whitening import output_spectra_many
+from keras_alds.kinds.base import known_kind, observable
 from keras_alds.rewrite import inspect, recurrent
 from keras_alds.rewrite.functions import run_as_code
-from keras_alds.rewrite.kinds import known_kind, observable
 from keras_alds.rewrite.storage import Store
 
 STATS_VERSION = 1

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import tensorflow as tf
 
 from keras_alds import _backend
-from keras_alds.layers._recurrent import KERNELS
+from keras_alds.kinds.recurrent import KERNELS
 
 if TYPE_CHECKING:
     _Base = Any

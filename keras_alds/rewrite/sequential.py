@@ -27,9 +27,9 @@ from keras_alds import _backend
 from keras_alds.core.moments import SecondMoment
 from keras_alds.core.regression import TARGET_RIDGES, PairAccumulator
 from keras_alds.core.slicing import Array
+from keras_alds.kinds.base import kernel_values
 from keras_alds.rewrite import inspect, recurrent
 from keras_alds.rewrite.functions import run_as_code
-from keras_alds.rewrite.kinds import kernel_values
 from keras_alds.rewrite.observe import (
     KeptExamples,
     check_finite,

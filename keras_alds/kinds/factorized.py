@@ -15,7 +15,7 @@ from keras_alds.core.slicing import (
     decoder_axes,
     distinct_schemes,
 )
-from keras_alds.layers import _forms
+from keras_alds.kinds import forms as _forms
 
 # The real bases are the two `Layer` classes; a type checker sees neither through a mixin.
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import tensorflow as tf
 
 from keras_alds.core.slicing import Unfolding, convolution_unfolding
-from keras_alds.layers._mixin import _PARTS, FactorizedMixin, _positive_int
+from keras_alds.kinds.factorized import _PARTS, FactorizedMixin, _positive_int
 
 
 class FactorizedEmbeddingMixin(FactorizedMixin):

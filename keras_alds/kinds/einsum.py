@@ -9,8 +9,8 @@ from typing import Any
 import tensorflow as tf
 
 from keras_alds.core.slicing import Unfolding, einsum_unfolding
-from keras_alds.layers import _forms
-from keras_alds.layers._mixin import FactorizedMixin
+from keras_alds.kinds import forms as _forms
+from keras_alds.kinds.factorized import FactorizedMixin
 
 
 class FactorizedEinsumDenseMixin(FactorizedMixin):

@@ -16,7 +16,8 @@ from layer_contract import (
 )
 
 from keras_alds.core.slicing import recompose
-from keras_alds.layers import _forms, choose_form
+from keras_alds.kinds import forms as _forms
+from keras_alds.layers import choose_form
 
 OPTIONS_2D = [
     {},

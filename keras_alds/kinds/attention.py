@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from keras_alds import _backend
-from keras_alds.layers._mixin import checked_factorizations
+from keras_alds.kinds.factorized import checked_factorizations
 
 if TYPE_CHECKING:
     _Base = Any

@@ -27,7 +27,7 @@ from keras_alds.core.slicing import (
     einsum_unfolding,
     transposed_unfolding,
 )
-from keras_alds.layers._attention import PROJECTIONS
+from keras_alds.kinds.attention import PROJECTIONS
 from keras_alds.rewrite.recurrent import CellKernel
 
 Shape = tuple[int | None, ...]

@@ -7,8 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_alds.layers import _forms
-from keras_alds.layers._mixin import _PARTS, FactorizedConvMixin, _positive_int
+from keras_alds.kinds import forms as _forms
+from keras_alds.kinds.factorized import _PARTS, FactorizedConvMixin, _positive_int
 
 
 class FactorizedSeparableConvMixin(FactorizedConvMixin):

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import tensorflow as tf
 
 from keras_alds import _backend
-from keras_alds.layers import _forms
-from keras_alds.layers._mixin import checked_factorizations
+from keras_alds.kinds import forms as _forms
+from keras_alds.kinds.factorized import checked_factorizations
 
 if TYPE_CHECKING:
     _Base = Any

@@ -1,0 +1,1 @@
+"""Every kind of layer that the package knows, one file a kind."""
