@@ -22,12 +22,12 @@ from keras_alds.core.slicing import divisors, factor_weights, weights
 from keras_alds.core.solvers import Solution
 from keras_alds.core.spectra import Spectra, spectra_many
 from keras_alds.core.targets import allowed_ranks, get_target
+from keras_alds.kinds.base import factorizable_names
 from keras_alds.options import LIMITS, Options
 from keras_alds.plan import LayerChoice, allowed_after, removed_fraction
 from keras_alds.rewrite import inspect
 from keras_alds.rewrite.in_place import already_compressed
 from keras_alds.rewrite.observe import CalibrationStats
-from keras_alds.rewrite.recurrent import RECURRENT
 
 if TYPE_CHECKING:
     from keras_alds.litert.latency import LayerLatencies
@@ -79,7 +79,7 @@ class Problem:
             reasons = "; ".join(f"'{spec.path}': {spec.reason}" for spec in specs[:5])
             raise ValueError(
                 f"Expected the model '{model.name}' to hold a layer that can be factorized "
-                f"({', '.join((*inspect.FACTORIZED_KINDS, *RECURRENT))}). "
+                f"({', '.join(factorizable_names())}). "
                 f"Received: none ({reasons or 'no weights at all'})"
             )
         inspect.warn_of_unmatched(model, unmatched, stacklevel=5)
@@ -100,11 +100,11 @@ class Problem:
         if options.objective == "macs":
             called = macs
         elif options.objective == "latency":
-            from keras_alds.litert.latency import MEASURED, layer_latencies
+            from keras_alds.litert.latency import layer_latencies
 
             specs = [
                 spec
-                if spec.reason or spec.known_kind.name in MEASURED
+                if spec.reason or spec.known_kind.measured
                 else dataclasses.replace(spec, reason=f"latency is not measured of {spec.kind}")
                 for spec in specs
             ]
@@ -320,7 +320,7 @@ class Problem:
         """What the options allow of a layer's slices and ranks, for `allowed_ranks`."""
         moment = self.moments.get(id(spec.layer))
         target, most = get_target(self.options.target), self.max_slices(spec)
-        if target and (scheme or spec.kind not in ("Conv1D", "Conv2D", "Dense")):
+        if target and (scheme or not spec.known_kind.measured):
             most = 1  # targets know the sliced forms of plain convolutions in scheme 0 only
         return {
             "max_slices": most,

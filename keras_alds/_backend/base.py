@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib
 import inspect
 import tempfile
 import warnings
@@ -372,12 +371,6 @@ class Backend:
         return self._compile_arguments(model)
 
     # -- Changing a layer in place -----------------------------------------------------------
-
-    _layers_module: str
-
-    def factorized_class(self, kind: str) -> type:
-        """This Keras's class of factorized layers for a stock kind such as `"Conv2D"`."""
-        return getattr(importlib.import_module(self._layers_module), f"Factorized{kind}")
 
     def name_scope(self, layer: Layer) -> contextlib.AbstractContextManager[Any]:
         """The scope that gives a layer's new variables their names."""

@@ -28,7 +28,6 @@ from keras_alds._backend.base import (
 
 class TfKeras(Backend):
     name = "tf_keras"
-    _layers_module = "keras_alds.tf_keras"
     _identity = (
         "_inbound_nodes_value",
         "_outbound_nodes_value",

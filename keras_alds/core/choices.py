@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from keras_alds.core.checks import positive_int
 from keras_alds.core.costs import SampledCosts
 from keras_alds.core.errors import error_curve, get_error
 from keras_alds.core.slicing import Array, factor_weights, kernel_sizes, weights
@@ -184,15 +184,15 @@ def choice_table(
         [(1, 1, 12), (1, 2, 24), (0, 0, 36)]
     """
     get_error(error)
-    unit = _positive("cost_per_weight", cost_per_weight)
+    unit = positive_int(cost_per_weight, "cost_per_weight")
     encoder_unit = (
         unit
         if encoder_cost_per_weight is None
-        else _positive("encoder_cost_per_weight", encoder_cost_per_weight)
+        else positive_int(encoder_cost_per_weight, "encoder_cost_per_weight")
     )
-    multiple = _positive("rank_multiple", rank_multiple)
-    most = None if max_slices is None else _positive("max_slices", max_slices)
-    near = None if near_slices is None else _positive("near_slices", near_slices)
+    multiple = positive_int(rank_multiple, "rank_multiple")
+    most = None if max_slices is None else positive_int(max_slices, "max_slices")
+    near = None if near_slices is None else positive_int(near_slices, "near_slices")
     shape = spectra.kernel_shape
     c, kappa, f = kernel_sizes(shape)
     dense = c * kappa * f
@@ -285,13 +285,3 @@ def join_tables(tables: Sequence[ChoiceTable]) -> ChoiceTable:
 def _sorted(table: ChoiceTable) -> ChoiceTable:
     keys = (table.rank, table.slices, table.scheme, table.error, table.cost)
     return table.take(np.lexsort(keys))
-
-
-def _positive(name: str, value: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1 or isinstance(value, bool):
-        raise ValueError(f"Expected a positive integer. Received: {name}={value!r}")
-    return number

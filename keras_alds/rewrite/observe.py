@@ -29,8 +29,8 @@ from keras_alds.core.pca import centred_spectra
 from keras_alds.core.slicing import Array, kernel_sizes
 from keras_alds.core.spectra import Spectra
 from keras_alds.core.whitening import output_spectra_many
-from keras_alds.kinds.base import known_kind, observable
-from keras_alds.rewrite import inspect, recurrent
+from keras_alds.kinds.base import calling_kernels, known_kind, observable
+from keras_alds.rewrite import inspect
 from keras_alds.rewrite.functions import run_as_code
 from keras_alds.rewrite.storage import Store
 
@@ -447,7 +447,7 @@ class _Observer:
         with (
             ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="keras_alds") as self._pool,
             backend.watching_calls(layers, self._see),
-            recurrent.calling_kernels(model, layers),
+            calling_kernels(model, layers),
         ):
             yield
 
