@@ -12,6 +12,7 @@ import zoo
 
 import keras_alds
 from keras_alds import _backend, apply_plan, compress, count_macs, select
+from keras_alds.kinds import attention
 from keras_alds.kinds import base as kinds
 from keras_alds.rewrite.in_place import factorized_layer
 from keras_alds.rewrite.inspect import is_factorized
@@ -429,7 +430,7 @@ class TestAttention:
         layer = model.get_layer("attention")
         expected = zoo.outputs(model, x)
         scores = layer(x, x, return_attention_scores=True)[1]
-        for dense in kinds.projections(layer).values():
+        for dense in attention.projections(layer).values():
             factorized = factorized_layer(dense, choice_for(dense, 2))
             _backend.backend_of(layer).transplant(dense, factorized, {"bias": "bias"})
         assert_close(zoo.outputs(model, x), expected)

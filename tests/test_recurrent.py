@@ -17,8 +17,8 @@ import test_kinds
 import keras_alds
 from keras_alds import _backend, apply_plan, compress, count_macs, select
 from keras_alds.kinds import base as kinds
+from keras_alds.kinds import recurrent
 from keras_alds.litert.runs import Runner
-from keras_alds.rewrite import recurrent
 from keras_alds.rewrite.in_place import factorized_layer
 from keras_alds.rewrite.inspect import inspect_model, is_factorized
 from keras_alds.rewrite.optimizer import LINEAR, carried
@@ -77,7 +77,9 @@ def factorize(layer, slices, rank=None, names=KERNELS):
             if part in names and kinds.known_kind(kernel).refusal(kernel) is None:
                 factorized = factorized_layer(kernel, choice_for(kernel, slices, rank))
                 undo.append(backend.transplant(kernel, factorized))
-    undo += recurrent.adopt_cells(backend, [layer, *layer._flatten_layers(include_self=False)])
+    for inner in [*reversed(list(layer._flatten_layers(include_self=False))), layer]:
+        step = kinds.stock_kind(inner).adopt(backend, inner)
+        undo += [step] if step else []
 
     def undo_all():
         for step in reversed(undo):
@@ -553,8 +555,8 @@ def test_padded_texts(tmp_path):
     x = np.random.default_rng(0).integers(1, 20, (8, 5)).astype("int32")
     x[1::2, 3:] = x[2::4, :2] = x[3] = 0  # padded behind, in front, nothing but padding
     small = compress(model, 0.4, exclude=["head", "words"])
-    assert recurrent.holds_factorized(small.get_layer("both"))
-    assert recurrent.holds_factorized(small.get_layer("last"))
+    assert kinds.stock_kind(small.get_layer("both")).is_written_out(small.get_layer("both"))
+    assert kinds.stock_kind(small.get_layer("last")).is_written_out(small.get_layer("last"))
     expected = predict(small, x)
     small.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
