@@ -44,7 +44,7 @@ def _layer(cls: type, kind: Kind) -> type | None:
     own = {name: value for name, value in vars(cls).items() if not name.startswith("__")}
     names = {
         "__doc__": (inspect.getdoc(cls) or "")
-        .replace("keras_alds.layers", __name__)
+        .replace("from keras_alds.layers", f"from {__name__}")
         # An example that names Keras names the one of the layer.
         .replace(">>> import keras\n", ">>> import tf_keras as keras\n"),
         "__module__": __name__,

@@ -25,16 +25,27 @@ ALLOWED = {
     "core": {"core"},
     "plan": {"core"},
     "_backend": {"_backend"},
-    "layers": {"core", "_backend", "layers"},
-    "tf_keras": {"core", "_backend", "layers"},
-    "rewrite": {"core", "plan", "_backend", "layers", "rewrite"},
+    "kinds": {"core", "_backend", "kinds"},
+    "layers": {"kinds"},
+    "tf_keras": {"kinds"},
+    "rewrite": {"core", "plan", "_backend", "kinds", "rewrite"},
     "options": {"core", "plan", "rewrite", "litert"},
-    "problem": {"core", "plan", "options", "_backend", "rewrite", "litert"},
+    "problem": {"core", "plan", "options", "_backend", "kinds", "rewrite", "litert"},
     "compress": {"core", "plan", "options", "problem", "_backend", "rewrite"},
     "report": {"core", "plan", "rewrite"},
     "sweep": {"core", "options", "problem", "_backend", "rewrite", "compress"},
     "callbacks": {"core", "plan", "options", "problem", "_backend", "rewrite", "compress"},
-    "litert": {"core", "plan", "problem", "_backend", "rewrite", "compress", "report", "litert"},
+    "litert": {
+        "core",
+        "plan",
+        "problem",
+        "_backend",
+        "kinds",
+        "rewrite",
+        "compress",
+        "report",
+        "litert",
+    },
     "tfmot": {"core", "plan", "_backend", "rewrite", "compress", "report", "litert"},
     "cli": {
         "_version",
@@ -139,7 +150,7 @@ def test_core_is_numpy_and_scipy_only(path: Path):
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_only_the_backend_tells_the_kerases_apart(path: Path):
-    if part_of(path) in ("_backend", "layers", "tf_keras"):
+    if part_of(path) in ("_backend", "tf_keras"):
         return
     tree = parse(path)
     assert "tf_keras" not in {name.split(".")[0] for name in imports(tree)}
@@ -152,6 +163,13 @@ def test_only_the_backend_tells_the_kerases_apart(path: Path):
         and id(node) not in skip
     ]
     assert not named, f"{name_of(path)} names a Keras in lines {named}"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if part_of(p) in ("kinds", "layers")], ids=name_of
+)
+def test_layers_take_tensorflow_from_the_backend(path: Path):
+    assert "tensorflow" not in {name.split(".")[0] for name in imports(parse(path))}
 
 
 def test_import_brings_no_optional_package():

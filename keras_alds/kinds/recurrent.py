@@ -534,25 +534,20 @@ class FactorizedSimpleRNN(Keras3Recurrent, keras.layers.SimpleRNN):
 
 
 class CellKernel(_Base):
-    """A kernel of a recurrent cell; a subclass adds the `Dense` of a Keras as the last base.
+    """A kernel of a recurrent cell as a linear layer that shares the cell's variable.
 
-    It shares the cell's variable, and only `calling_kernels` calls it.
+    Only `calling_kernels` calls it. A subclass adds the `Layer` of a Keras as the last base.
 
     Args:
         cell: The built cell.
         name: The cell's attribute that is the kernel.
     """
 
-    kernel: Any = None  # a property of Keras 3's `Dense`
-    bias: Any = None
-
     def __init__(self, cell: Any, name: str) -> None:
-        variable = getattr(cell, name)
-        units = int(variable.shape[-1])
-        super().__init__(units, use_bias=False, name=name, dtype=dtype_policy(cell))
+        super().__init__(name=name, dtype=dtype_policy(cell))
         self._cell = weakref.ref(cell)
         self.part = name.partition("_")[0]
-        self.kernel = variable
+        self.kernel = getattr(cell, name)
         self.built = True
 
     @property
@@ -570,14 +565,22 @@ class CellKernel(_Base):
         """The name scope of the variable, and of the factors in its place."""
         return (getattr(self.kernel, "path", None) or self.kernel.name).partition(":")[0]
 
+    def call(self, inputs: Any) -> Any:
+        """Multiply by the kernel.
+
+        Args:
+            inputs: tensor `[..., channels]`.
+        """
+        return tensors.tensordot(inputs, tensors.cast(tensors.tensor(self.kernel), inputs.dtype), 1)
+
 
 # The kernels of a cell as layers, by name.
 _KERNELS: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
 @functools.cache
-def _kernel_class(dense: type, name: str) -> type:
-    return type(name, (CellKernel, dense), {"__doc__": CellKernel.__doc__})
+def _kernel_class(base: type, name: str) -> type:
+    return type(name, (CellKernel, base), {"__doc__": CellKernel.__doc__})
 
 
 def cell_kernels(cell: Any) -> dict[str, Any]:
@@ -596,7 +599,7 @@ def cell_kernels(cell: Any) -> dict[str, Any]:
         if isinstance(variable, layers.Layer):
             continue
         if name not in known or known[name].__dict__.get("kernel") is not variable:
-            known[name] = _kernel_class(layers.Dense, type(cell).__name__)(cell, name)
+            known[name] = _kernel_class(layers.Layer, type(cell).__name__)(cell, name)
         found[name] = known[name]
     return found
 
@@ -640,7 +643,7 @@ class CellKernelKind(Dense):
         return f"{layer.part}_{name}"
 
     def setting(self, layer: Any, name: str) -> Any:
-        return super().setting(layer.cell, name)
+        return getattr(layer.cell, self.setting_name(layer, name))
 
     def keeps_forward_pass(self, layer: Any) -> bool:
         return True
