@@ -34,9 +34,9 @@ from keras_alds.core.calibration import regression, whitening
 from keras_alds.core.calibration.refit import factorize_outputs, output_error
 from keras_alds.core.solvers import min_sum
 from keras_alds.methods import get_method
+from keras_alds.kinds.base import kernel_values
 from keras_alds.rewrite import in_place, sequential
 from keras_alds.rewrite.inspect import is_factorized, walk
-from keras_alds.rewrite.kinds import kernel_values
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -82,7 +82,7 @@ class Problem:
             reasons = "; ".join(f"'{spec.path}': {spec.reason}" for spec in specs[:5])
             raise ValueError(
                 f"Expected the model '{model.name}' to hold a layer that can be factorized "
-                f"({', '.join((*inspect.FACTORIZED_KINDS, *RECURRENT))}). "
+                f"({', '.join(factorizable_names())}). "
                 f"Received: none ({reasons or 'no weights at all'})"
             )
         inspect.warn_of_unmatched(model, unmatched, stacklevel=5)
@@ -103,11 +103,11 @@ class Problem:
         if options.objective == "macs":
             called = macs
         elif options.objective == "latency":
-            from keras_alds.litert.latency import MEASURED, layer_latencies
+            from keras_alds.litert.latency import layer_latencies
 
             specs = [
                 spec
-                if spec.reason or spec.known_kind.name in MEASURED
+                if spec.reason or spec.known_kind.measured
                 else dataclasses.replace(spec, reason=f"latency is not measured of {spec.kind}")
                 for spec in specs
             ]

@@ -259,7 +259,7 @@ def test_state_does_not_leak_from_one_example_to_the_next():
         ),
         ({"inference_input_type": "int8"}, "to be 'float32' unless quantize='int8'"),
         ({"inference_output_type": "int16"}, "Expected `inference_output_type` to be one of"),
-        ({"batch_size": 0}, "Expected `batch_size` to be an integer >= 1"),
+        ({"batch_size": 0}, "Expected `batch_size` to be a positive integer"),
         ({"runtimes": "xnnpack"}, "Expected `runtimes` to hold some of"),
         ({"runtimes": ()}, "Expected `runtimes` to hold some of"),
         ({"runtimes": None}, "Expected `runtimes` to hold some of"),

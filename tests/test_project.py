@@ -164,7 +164,7 @@ def test_core_is_numpy_and_scipy_only(path: Path):
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_only_the_backend_tells_the_kerases_apart(path: Path):
-    if part_of(path) in ("_backend", "layers", "tf_keras"):
+    if part_of(path) in ("_backend", "tf_keras"):
         return
     tree = parse(path)
     assert "tf_keras" not in {name.split(".")[0] for name in imports(tree)}
@@ -177,6 +177,13 @@ def test_only_the_backend_tells_the_kerases_apart(path: Path):
         and id(node) not in skip
     ]
     assert not named, f"{name_of(path)} names a Keras in lines {named}"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if part_of(p) in ("kinds", "layers")], ids=name_of
+)
+def test_layers_take_tensorflow_from_the_backend(path: Path):
+    assert "tensorflow" not in {name.split(".")[0] for name in imports(parse(path))}
 
 
 def test_import_brings_no_optional_package():

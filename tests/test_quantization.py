@@ -155,7 +155,7 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
             aware(model, fit=train, **wrong)
     with pytest.raises(TypeError, match=r"`fit_options` to hold options of `fit`.*'epoch', 'lr'"):
         aware(model, x, y, epoch=3, lr=0.1)
-    with pytest.raises(ValueError, match="Expected `batch_size` to be an integer >= 1"):
+    with pytest.raises(ValueError, match="Expected `batch_size` to be a positive integer"):
         aware(model, fit=train, convert_options={"batch_size": 0})
     with pytest.raises(FileNotFoundError, match="Expected `path` to lie in a folder"):
         aware(model, fit=train, path=tmp_path / "none" / "file.tflite")

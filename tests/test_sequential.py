@@ -16,9 +16,9 @@ from keras_alds import ALDSCompress, CalibrationStats, apply_plan, compress, sel
 from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.calibration.refit import factorize_outputs
 from keras_alds.core.slicing import full_rank, recompose, unfold
+from keras_alds.kinds.base import kernel_values
 from keras_alds.rewrite.in_place import match
 from keras_alds.rewrite.inspect import is_factorized, walk
-from keras_alds.rewrite.kinds import kernel_values
 from keras_alds.rewrite.observe import KeptExamples
 from keras_alds.rewrite.sequential import Walk, most_reruns
 from keras_alds.rewrite.storage import Store

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import importlib
 import inspect
 import tempfile
 import warnings
@@ -427,12 +426,6 @@ class Backend:
         raise NotImplementedError
 
     # -- Changing a layer in place -----------------------------------------------------------
-
-    _layers_module: str
-
-    def factorized_class(self, kind: str) -> type:
-        """This Keras's class of factorized layers for a stock kind such as `"Conv2D"`."""
-        return getattr(importlib.import_module(self._layers_module), f"Factorized{kind}")
 
     def name_scope(self, layer: Layer) -> contextlib.AbstractContextManager[Any]:
         """The scope that gives a layer's new variables their names."""

@@ -28,7 +28,6 @@ from keras_alds._backend.base import (
 
 class Keras3(Backend):
     name = "keras"
-    _layers_module = "keras_alds.layers"
     keras = keras
     _identity = (
         "_inbound_nodes",

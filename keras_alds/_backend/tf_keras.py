@@ -43,7 +43,6 @@ def _plain_convolutions_train() -> bool:
 
 class TfKeras(Backend):
     name = "tf_keras"
-    _layers_module = "keras_alds.tf_keras"
     _identity = (
         "_inbound_nodes_value",
         "_outbound_nodes_value",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from keras_alds.core.checks import positive_int
 from keras_alds.core.costs import Costs, WeightCosts
 from keras_alds.core.errors import error_curve, get_error
 from keras_alds.core.slicing import Array, divisors, full_rank, weights
@@ -188,9 +188,9 @@ def offered_ranks(
         >>> offered_ranks((6, 6), max_slices=2)
         {1: range(1, 3), 2: range(1, 2)}
     """
-    multiple = _positive("rank_multiple", rank_multiple)
-    most = None if max_slices is None else _positive("max_slices", max_slices)
-    near = None if near_slices is None else _positive("near_slices", near_slices)
+    multiple = positive_int(rank_multiple, "rank_multiple")
+    most = None if max_slices is None else positive_int(max_slices, "max_slices")
+    near = None if near_slices is None else positive_int(near_slices, "near_slices")
     shape = tuple(kernel_shape)
     offered = {}
     for k in divisors(shape[-2]):
@@ -312,13 +312,3 @@ def join_tables(tables: Sequence[ChoiceTable]) -> ChoiceTable:
 def _sorted(table: ChoiceTable) -> ChoiceTable:
     keys = (table.rank, table.slices, table.scheme, table.error, table.cost[:, 0])
     return table.take(np.lexsort(keys))
-
-
-def _positive(name: str, value: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1 or isinstance(value, bool):
-        raise ValueError(f"Expected a positive integer. Received: {name}={value!r}")
-    return number

@@ -9,6 +9,7 @@ Optimal Layer-wise Decomposition", NeurIPS 2021 (arXiv 2107.11442), section 2.1.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from keras_alds.core.checks import positive_int
 
 Array = NDArray[Any]
 
@@ -39,8 +42,7 @@ def divisors(n: int) -> tuple[int, ...]:
         >>> divisors(12)
         (1, 2, 3, 4, 6, 12)
     """
-    if n < 1:
-        raise ValueError(f"Expected a positive integer. Received: n={n}")
+    positive_int(n, "n")
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return tuple(small + [n // d for d in reversed(small) if d * d != n])
 
@@ -466,6 +468,24 @@ def transposed_unfolding(dimensions: int) -> Unfolding:
     return Unfolding((), (dimensions + 1,), filters, rank_axis=len(filters))
 
 
+@functools.lru_cache
+def einsum_terms(equation: str) -> tuple[str, str, str]:
+    """Returns the three terms of an einsum layer's equation.
+
+    Args:
+        equation: `"inputs,kernel->outputs"`, as for `EinsumDense`.
+
+    Raises:
+        ValueError: If it has another number of terms.
+
+    Example:
+        >>> einsum_terms("ab, bc -> ac")
+        ('ab', 'bc', 'ac')
+    """
+    inputs, kernel, outputs = re.split(",|->", re.sub(r"\s", "", equation))
+    return inputs, kernel, outputs
+
+
 def einsum_unfolding(equation: str) -> Unfolding:
     """Returns how the kernel of an einsum layer is read.
 
@@ -486,7 +506,7 @@ def einsum_unfolding(equation: str) -> Unfolding:
         >>> einsum_unfolding("abc,cde->abde").shape((16, 4, 8))
         (16, 32)
     """
-    inputs, kernel, outputs = re.split(",|->", re.sub(r"\s", "", equation))
+    inputs, kernel, outputs = einsum_terms(equation)
     for axis in kernel:
         if axis in inputs and axis in outputs:
             raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import numbers
 import os
 import re
 import struct
@@ -17,6 +16,7 @@ import tensorflow as tf
 from rich.progress import Progress
 
 from keras_alds import _backend
+from keras_alds.core.checks import positive_int
 from keras_alds.litert import _package
 from keras_alds.litert.files import read_file
 from keras_alds.litert.quantized import check_quantized, warn_of_thin_groups
@@ -203,14 +203,7 @@ def checked_options(
             f"Expected `quantize` to be one of {', '.join(map(repr, QUANTIZE))}. "
             f"Received: quantize={quantize!r}"
         )
-    if (
-        isinstance(batch_size, bool)
-        or not isinstance(batch_size, numbers.Integral)
-        or batch_size < 1
-    ):
-        raise ValueError(
-            f"Expected `batch_size` to be an integer >= 1. Received: batch_size={batch_size!r}"
-        )
+    positive_int(batch_size, "batch_size")
     if (
         not isinstance(runtimes, (list, tuple, set, frozenset))
         or not runtimes

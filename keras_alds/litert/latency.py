@@ -6,7 +6,6 @@ import collections
 import csv
 import dataclasses
 import functools
-import numbers
 import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ import tensorflow as tf
 from rich.progress import Progress
 
 from keras_alds import _backend
+from keras_alds.core.checks import positive_int
 from keras_alds.core.choices import offered_ranks
 from keras_alds.core.costs import SampledCosts, sum_costs
 from keras_alds.litert import _package
@@ -31,8 +31,6 @@ from keras_alds.rewrite.observe import MIN_EXAMPLES
 from keras_alds.targets import TARGETS
 
 QUANTIZE = (None, "int8")
-#: Kinds of layers that are measured; others stay as they are.
-MEASURED = ("Conv1D", "Conv2D", "Dense")
 #: Targets whose runtime is on this machine, and whether XNNPACK is in it.
 LOCAL = {"litert": True, "litert-reference": False}
 COLUMNS = (
@@ -241,13 +239,9 @@ def check_settings(quantize: Any, threads: Any, max_slices: Any) -> None:
             f"Expected `quantize` to be None or 'int8', to measure latency. "
             f"Received: quantize={quantize!r}"
         )
-    for name, value in (("threads", threads), ("max_slices", max_slices)):
-        if name == "max_slices" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-            raise ValueError(
-                f"Expected `{name}` to be a positive integer. Received: {name}={value!r}"
-            )
+    positive_int(threads, "threads")
+    if max_slices is not None:
+        positive_int(max_slices, "max_slices")
 
 
 def candidates(model: Any, exclude: Any = ()) -> list[inspect.LayerSpec]:
@@ -262,7 +256,7 @@ def candidates(model: Any, exclude: Any = ()) -> list[inspect.LayerSpec]:
     if factorized:
         raise ValueError(already_compressed(factorized))
     inspect.warn_of_unmatched(model, unmatched, stacklevel=4)
-    found = [spec for spec in specs if not spec.reason and spec.known_kind.name in MEASURED]
+    found = [spec for spec in specs if not spec.reason and spec.known_kind.measured]
     if not found:
         raise ValueError(
             f"Expected the model '{model.name}' to hold a layer that can be factorized, to measure "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +10,8 @@ import flatbuffers
 import numpy as np
 
 from keras_alds import _backend
+from keras_alds.kinds.base import known_kind
 from keras_alds.litert import _package
-from keras_alds.rewrite import inspect
 from keras_alds.rewrite.functions import run_as_code
 
 Array = np.ndarray
@@ -85,32 +84,7 @@ def _call(layer: Any, shape: tuple[int | None, ...]) -> LayerCall:
             f"works on the shape {shape}. Make the model anew on inputs of a fixed shape "
             "(`Input(shape)` without None) and set its weights."
         )
-    sizes = [int(size or 0) for size in shape]
-    if inspect.known_kind(layer).name == "Dense":
-        return LayerCall("dense", (math.prod(sizes[:-1]), sizes[-1]), int(layer.units))
-    kernel, strides, dilation = (
-        tuple(map(int, value)) for value in (layer.kernel_size, layer.strides, layer.dilation_rate)
-    )
-    axes = len(kernel)
-    batch, sizes = sizes[: -axes - 1], sizes[-axes - 1 :]
-    if layer.data_format == "channels_first":
-        sizes = [*sizes[1:], sizes[0]]
-    padding = layer.padding
-    if padding == "causal":
-        sizes[0] += dilation[0] * (kernel[0] - 1)
-        padding = "valid"
-    if axes == 1:  # runs as a 2D convolution of height one
-        sizes, kernel = [1, *sizes], (1, *kernel)
-        strides, dilation = (strides[0], strides[0]), (1, *dilation)
-    return LayerCall(
-        "conv",
-        (math.prod(batch), *sizes),
-        int(layer.filters),
-        kernel,
-        strides,
-        padding,
-        dilation,
-    )
+    return LayerCall(**known_kind(layer).timed_call(layer, [int(size or 0) for size in shape]))
 
 
 def layer_file(

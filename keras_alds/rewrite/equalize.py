@@ -17,10 +17,9 @@ import numpy as np
 import tensorflow as tf
 
 from keras_alds import _backend
-from keras_alds.layers import _forms
+from keras_alds.kinds.base import factorized_kind, stock_kind
 from keras_alds.rewrite import inspect
 from keras_alds.rewrite.functions import run_as_code
-from keras_alds.rewrite.kinds import factorized_kind
 from keras_alds.rewrite.observe import when_known
 
 Array = np.ndarray
@@ -28,10 +27,6 @@ Array = np.ndarray
 # XNNPACK refuses s_in·s_w/s_out >= 256; in the encoder that is |E|·|x| / (127·|h|). A rank that the
 # examples hardly excite is scaled to no more than an eighth of it.
 _LARGEST_GAIN = 127 * 256 / 8
-# Their middle channels are the encoder's last axis and the decoder's last but one.
-_FACTORIZED = ("FactorizedConv1D", "FactorizedConv2D", "FactorizedConv3D", "FactorizedDense")
-_ENCODERS = ("Conv1D", "Conv2D", "DepthwiseConv2D", "Dense")
-_DECODERS = ("Conv1D", "Conv2D", "Dense")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +188,7 @@ def find_pairs(model: Any) -> list[Pair]:
     pairs = [
         Pair(layer, layer.encoder, layer.decoder, None, stock=False)
         for layer in layers
-        if inspect.is_factorized(layer) and type(layer).__name__ in _FACTORIZED and layer.built
+        if inspect.is_factorized(layer) and factorized_kind(layer).equalized and layer.built
     ]
     backend = _backend.backend_of(model)
     symbolic = [
@@ -259,9 +254,10 @@ def _stock_pairs(backend: _backend.Backend, models: list[Any]) -> list[Pair]:
         encoder = own[0].layer
         decoder = reader(own[0])
         if (
-            _is_stock(backend, encoder, _ENCODERS)
-            and decoder is not None
-            and _is_stock(backend, decoder, _DECODERS)
+            _is_stock(backend, encoder)
+            and stock_kind(encoder).encodes
+            and _is_stock(backend, decoder)
+            and stock_kind(decoder).decodes
             and _is_linear(encoder)
             and getattr(decoder, "groups", 1) == 1
             and (_is_pointwise(decoder) or not encoder.use_bias)
@@ -269,21 +265,15 @@ def _stock_pairs(backend: _backend.Backend, models: list[Any]) -> list[Pair]:
             and all(writer(call) is encoder for call in by_layer[id(decoder)])
             and key != id(decoder)
         ):
-            kernel = getattr(encoder, "depthwise_kernel", None)
-            pairs.append(
-                Pair(
-                    encoder,
-                    encoder.kernel if kernel is None else kernel,
-                    decoder.kernel,
-                    encoder.bias if encoder.use_bias else None,
-                    stock=True,
-                )
-            )
+            first, second = (stock_kind(layer).variable(layer) for layer in (encoder, decoder))
+            bias = encoder.bias if encoder.use_bias else None
+            pairs.append(Pair(encoder, first, second, bias, stock=True))
     return pairs
 
 
-def _is_stock(backend: _backend.Backend, layer: Any, kinds: tuple[str, ...]) -> bool:
-    return type(layer) in [getattr(backend.keras.layers, kind) for kind in kinds]
+def _is_stock(backend: _backend.Backend, layer: Any) -> bool:
+    """Whether what a graph calls is a stock layer, no operation and no layer of a user's own."""
+    return isinstance(layer, backend.keras.layers.Layer) and stock_kind(layer).is_stock(layer)
 
 
 def _is_linear(layer: Any) -> bool:
@@ -320,7 +310,7 @@ def _ranges(
         def see(x: Array) -> None:
             note_input(layer, x)
             if not by_layer[id(layer)].stock:
-                note_middle(layer, encoded(layer, x))
+                note_middle(layer, factorized_kind(layer).encoded(layer, x))
 
         outputs = when_known(inputs, outputs, see)
         if by_layer[id(layer)].stock:
@@ -340,26 +330,3 @@ def _ranges(
         for key, middle in middles.items()
         if np.isfinite(middle).all() and np.isfinite(peaks[key])
     }
-
-
-def encoded(layer: Any, inputs: Array) -> Array:
-    """What the encoder of a factorized layer gives, channels last.
-
-    Args:
-        layer: A built factorized layer.
-        inputs: The layer's input.
-    """
-    x = factorized_kind(layer).batches(layer, inputs)
-    x = tf.convert_to_tensor(x)
-    encoder = tf.cast(tf.convert_to_tensor(layer.encoder), x.dtype)
-    if not hasattr(layer, "kernel_size"):
-        return _forms.encode(x, encoder, slices=layer.slices, form="grouped").numpy()
-    settings = layer.window(decoder=False)
-    del settings["kernel_size"]
-    return _forms.convolve_encoder(
-        x,
-        encoder,
-        slices=layer.slices,
-        form="grouped" if _forms.grouped_convolution_trains(x.dtype.name) else "split",
-        **{**settings, "data_format": "channels_last"},
-    ).numpy()

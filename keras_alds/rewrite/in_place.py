@@ -18,16 +18,8 @@ from keras_alds.core.methods import FactorizeWithBias
 from keras_alds.core.spectra import factorize
 from keras_alds.methods import METHODS
 from keras_alds.plan import CompressionPlan, LayerChoice
-from keras_alds.rewrite import inspect, recurrent, wrappers
+from keras_alds.rewrite import inspect, wrappers
 from keras_alds.rewrite.functions import forget_graphs
-from keras_alds.rewrite.kinds import (
-    Kind,
-    attention_class,
-    kernel_values,
-    kind_of,
-    observable,
-    projections,
-)
 from keras_alds.rewrite.observe import Calibration, CalibrationStats, KeptExamples
 from keras_alds.rewrite.optimizer import carry_optimizers
 from keras_alds.rewrite.sequential import Walk, most_reruns
@@ -43,7 +35,7 @@ class Replacement:
     layer: Any
     factorized: Any
     choice: LayerChoice
-    kind: Kind
+    kind: KernelKind
     bias: np.ndarray | None = None
 
 
@@ -132,8 +124,7 @@ def apply_calibrated(
             if r.bias is not None:
                 undo += [functools.partial(r.layer.bias.assign, backend.value(r.layer.bias))]
                 r.layer.bias.assign(r.bias)
-        undo += adopt_attentions(backend, model)
-        undo += recurrent.adopt_cells(backend, [layer for _, layer in inspect.walk(model)])
+        adopt(backend, model, undo)
         undo += [forget_graphs(model)]
         factorized = {
             id(kernel): replacement.layer
@@ -177,20 +168,15 @@ def _warn_of_code(model: Any, layers: set[int]) -> None:
 def adopt_attentions(backend: _backend.Backend, model: Any) -> list[Callable[[], None]]:
     """Makes attention layers with factorized projections such as save and load them.
 
-    Returns:
-        Functions that put everything back.
+    Args:
+        backend: The model's backend.
+        model: The model.
+        undo: Functions that put everything back are added here.
     """
-    undo = []
-    for _, layer in inspect.walk(model):
-        found = {
-            name: {"slices": dense.slices, "rank": dense.rank}
-            for name, dense in projections(layer).items()
-            if inspect.is_factorized(dense)
-        }
-        cls = attention_class(layer)
-        if found and cls is not None:
-            undo.append(backend.adopt(layer, cls, {"projections": found}))
-    return undo
+    for _, layer in reversed(list(inspect.walk(model))):  # cells before the layers that run them
+        step = stock_kind(layer).adopt(backend, layer)
+        if step is not None:
+            undo.append(step)
 
 
 def prepare(
@@ -409,7 +395,7 @@ def replacement(
         "activity_regularizer": layer.activity_regularizer,
         "name": layer.name,
         "trainable": layer.trainable,
-        "dtype": layer.dtype_policy if hasattr(layer, "dtype_policy") else layer._dtype_policy,
+        "dtype": dtype_policy(layer),
         **kind.arguments(layer),
     }
     if make is not None:
@@ -418,7 +404,7 @@ def replacement(
         arguments["slices"] = choice.slices
     if choice.scheme:
         arguments["scheme"] = choice.scheme
-    factorized = backend.factorized_class(kind.form)(**arguments)
+    factorized = kind.layer_class(backend)(**arguments)
     with backend.name_scope(layer):
         factorized.build(kind.input_shape(layer))
     initializer = kind.setting(layer, "initializer")

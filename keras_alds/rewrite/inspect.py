@@ -12,28 +12,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from keras_alds import _backend
-from keras_alds.core.slicing import divisors, weights
-from keras_alds.rewrite import recurrent, wrappers
+from keras_alds.kinds import base as kinds
+from keras_alds.kinds.base import KernelKind, kind_of, known_kind, stock_kind, unfolded_shape
+from keras_alds.kinds.base import is_factorized as is_factorized
+from keras_alds.kinds.base import kernel_values as kernel_values
+from keras_alds.kinds.base import observable as observable
+from keras_alds.rewrite import wrappers
 from keras_alds.rewrite.functions import run_as_code
-from keras_alds.rewrite.kinds import (
-    KINDS,
-    REASONS,
-    Kind,
-    attention_class,
-    factorized_kind,
-    kind_of,
-    known_kind,
-    projections,
-    unfolded_shape,
-)
-from keras_alds.rewrite.kinds import kernel_values as kernel_values
-from keras_alds.rewrite.kinds import observable as observable
 
 Exclude = Sequence[Any]
-
-#: Stock layer classes that have a factorized form, `Factorized` + the name.
-FACTORIZED_KINDS = tuple(KINDS)
-_CONVOLUTIONS = tuple(f"Conv{n}D{t}" for n in (1, 2, 3) for t in ("", "Transpose"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +56,7 @@ class LayerSpec:
         return type(self.layer).__name__
 
     @property
-    def known_kind(self) -> Kind:
+    def known_kind(self) -> KernelKind:
         """What its class is as a stock layer that can be factorized."""
         return known_kind(self.layer)
 
@@ -96,7 +83,7 @@ class LayerSpec:
         found = tuple(sorted({known[scheme] for scheme in asked if scheme in known}))
         if not found:
             reason = f"its kernel {self.kernel_shape} cannot be unfolded in schemes={asked}"
-        elif not _can_shrink(self.layer, found):
+        elif not self.known_kind.can_shrink(self.layer, found):
             reason = f"no factorization of its kernel {self.kernel_shape} is smaller"
         else:
             return dataclasses.replace(self, schemes=found)
@@ -107,17 +94,6 @@ def schemes(layer: Any) -> set[int]:
     """The fold schemes of a layer's kernel that differ; none of a layer without a form."""
     kind = kind_of(layer)
     return set() if kind is None else set(kind.schemes(layer).values())
-
-
-def _can_shrink(layer: Any, schemes: Iterable[int]) -> bool:
-    """Whether a layer has a factorization that is smaller, in some fold schemes."""
-    most = known_kind(layer).max_slices
-    for scheme in schemes:
-        shape = unfolded_shape(layer, scheme)
-        slices = [k for k in divisors(shape[-2]) if most is None or k <= most]
-        if any(weights(shape, k, 1) < math.prod(shape) for k in slices):
-            return True
-    return False
 
 
 def inspect_model(model: Any, exclude: Exclude = ()) -> tuple[list[LayerSpec], list[Any]]:
@@ -138,7 +114,6 @@ def inspect_model(model: Any, exclude: Exclude = ()) -> tuple[list[LayerSpec], l
     specs = []
     layers = list(walk(model))
     holders: dict[int, list[str]] = {}
-    owners = {id(dense): owner for _, owner in layers for dense in projections(owner).values()}
     refused: dict[int, Any] = {}
     for _, layer in layers:
         if wrappers.is_refused(layer):
@@ -153,19 +128,15 @@ def inspect_model(model: Any, exclude: Exclude = ()) -> tuple[list[LayerSpec], l
         inside = tuple((name, at[name]) for name in above if name in at)
         within = [layer, *(holder for _, holder in inside)]
         wrapper = next((refused[id(item)] for item in within[::-1] if id(item) in refused), None)
-        reason = _reason(backend, layer) if wrapper is None else wrappers.reason(wrapper)
-        owner = owners.get(id(layer))
-        if reason is None and owner is not None and attention_class(owner) is None:
-            reason = f"{type(owner).__name__} makes it in code of its own, as it is, when loaded"
-        held = [path]
-        if isinstance(layer, recurrent.CellKernel):
-            held = [name for name, holder in inside if holder is layer.cell]
-            reason = reason or recurrent.obstacle(layer, within[1:])
-            if reason is None and any(id(item) in pruned for item in within):
-                reason = "TF-MOT prunes its cell; `strip_pruning` first, or compress before pruning"
+        reason = wrappers.reason(wrapper) if wrapper is not None else _reason(layer, within[1:])
+        # A kernel that counts as a layer is a variable of the layer that it is part of.
+        part_of = [name for name, holder in inside if _is_part(layer, holder)]
+        if part_of and reason is None and any(id(item) in pruned for item in within):
+            reason = "TF-MOT prunes its cell; `strip_pruning` first, or compress before pruning"
         kind = kind_of(layer)
         if reason is None and kind is not None:
-            others = [name for name in holders[id(kind.variable(layer))] if name not in held]
+            held = holders[id(kind.variable(layer))]
+            others = [name for name in held if name not in (part_of or [path])]
             if others:
                 reason = f"its kernel is held by '{others[0]}' too"
         shape = None
@@ -190,7 +161,7 @@ def _holders_of_weights(
     for path, layer in layers:
         if id(layer) in seen:
             continue
-        kernels = recurrent.all_kernels(layer)
+        kernels = stock_kind(layer).kernels(layer)
         apart = {id(v) for kernel in kernels.values() for v in backend.own_variables(kernel)}
         own = [v for v in backend.own_variables(layer) if id(v) not in apart]
         if own:
@@ -255,63 +226,18 @@ def contains_factorized(layer: Any) -> bool:
     return is_factorized(layer) or any(is_factorized(inner) for _, inner in walk(layer))
 
 
-def _own_code(backend: _backend.Backend, layer: Any, kind: Kind) -> list[str]:
-    """What a user's subclass of a stock layer adds, that a factorized layer would not have."""
-    stock = getattr(backend.keras.layers, kind.name, type(layer))
-    if type(layer) is stock:
-        return []
-    classes = type(layer).__mro__[: type(layer).__mro__.index(stock)]
-    harmless = {"get_config", "from_config"}
-    methods = {
-        name
-        for cls in classes
-        for name in vars(cls)
-        if not name.startswith("_") and name not in harmless
-    }
-    plain = stock(*kind.sample)
-    attributes = {name for name in vars(layer) if not name.startswith("_")}
-    built = {"built", "full_output_shape", kind.kernel, "bias", *kind.kept}
-    return sorted(methods | (attributes - set(vars(plain)) - built))
+def _reason(layer: Any, holders: Sequence[Any]) -> str | None:
+    """Why `layer` cannot be factorized, or None; `holders` are the layers around it."""
+    for holder in holders:
+        found = stock_kind(holder).obstacle(holder, layer, holders)
+        if found is not None:
+            return found
+    return kinds.reason(layer)
 
 
-def _reason(backend: _backend.Backend, layer: Any) -> str | None:
-    """Why `layer` cannot be factorized, or None."""
-    kind = type(layer).__name__
-    if is_factorized(layer):
-        return "already factorized"
-    if recurrent.is_cell(layer):
-        return "its kernels have lines of their own"
-    stock = kind_of(layer)
-    if stock is None:
-        if all(len(variable.shape) <= 1 for variable in backend.own_variables(layer)):
-            return f"{kind} has no kernel to factorize"
-        # Not all stock cells are public.
-        if kind in REASONS and type(layer) is getattr(backend.keras.layers, kind, type(layer)):
-            return REASONS[kind]
-        for known in FACTORIZED_KINDS:
-            if isinstance(layer, getattr(backend.keras.layers, known)):
-                return f"{kind} changes the forward pass of {known}"
-        return f"{kind} has no factorized form"
-    own = _own_code(backend, layer, stock)
-    if own:
-        return f"{kind} adds {', '.join(own[:3])} to {stock.name}, which would be lost"
-    if getattr(layer, "lora_enabled", False):
-        return "LoRA is enabled on it; merge the adapter first"
-    if getattr(layer, "quantization_mode", None):
-        return f"it is quantized ({layer.quantization_mode})"
-    refusal = stock.refusal(layer)
-    if refusal is not None:
-        return refusal
-    constraint = stock.setting(layer, "constraint")
-    if constraint is not None:
-        name = f"{stock.part}_constraint"
-        return (
-            f"its {name} {type(constraint).__name__} cannot be kept by two factors; set "
-            f"`layer.{name} = None` to have it factorized"
-        )
-    if not _can_shrink(layer, set(stock.schemes(layer).values())):
-        return f"no factorization of its kernel {unfolded_shape(layer)} is smaller"
-    return None
+def _is_part(layer: Any, holder: Any) -> bool:
+    """Whether a layer is a kernel of another one."""
+    return any(layer is kernel for kernel in stock_kind(holder).kernels(holder).values())
 
 
 def warn_of_unmatched(model: Any, unmatched: list[Any], *, stacklevel: int) -> None:
@@ -381,7 +307,7 @@ def layer_macs(model: Any) -> dict[int, int]:
     """Multiply–accumulates of every layer in one forward pass of one example.
 
     Counted are convolutions of every kind, Dense and EinsumDense layers, the kernels of LSTM, GRU
-    and SimpleRNN layers, once for every time step, and their factorized forms; all other layers
+    and SimpleRNN layers, once for every time step, and their factorized forms. All other layers
     count as zero. A shared layer counts once for every call.
 
     Args:
@@ -394,7 +320,7 @@ def layer_macs(model: Any) -> dict[int, int]:
         ValueError: If an input or feature map has an unknown size.
     """
     return {
-        id(layer): sum(_macs_of_call(layer, *shapes) for shapes in calls)
+        id(layer): sum(kinds.macs_of_call(layer, *shapes) for shapes in calls)
         for layer, calls in _calls(model)
     }
 
@@ -413,11 +339,12 @@ def encoder_positions(model: Any) -> dict[int, dict[int, int]]:
     """
     found = {}
     for layer, calls in _calls(model):
-        kind = None if is_factorized(layer) else kind_of(layer)
+        kind = kind_of(layer)
         if kind is not None and kind.refusal(layer) is None:
             found[id(layer)] = {
                 scheme: sum(
-                    _size(layer, kind.encoder_positions(layer, scheme, *shapes)) for shapes in calls
+                    kinds.size_of(layer, kind.encoder_positions(layer, scheme, *shapes))
+                    for shapes in calls
                 )
                 for scheme in set(kind.schemes(layer).values())
                 if scheme
@@ -431,7 +358,7 @@ def _calls(model: Any) -> list[tuple[Any, Calls]]:
     layers = [layer for _, layer, _ in _holders_of_weights(backend, walk(model))]
     known = _CALLS.get(model, [])
     if [(ref(), kind) for ref, kind, _ in known] != [(layer, type(layer)) for layer in layers]:
-        with run_as_code(model), recurrent.calling_kernels(model, layers, values=False):
+        with run_as_code(model), kinds.calling_kernels(model, layers, values=False):
             traced = backend.trace_shapes(model, layers)
         known = [(weakref.ref(layer), type(layer), list(traced[id(layer)])) for layer in layers]
         _CALLS[model] = known
@@ -459,17 +386,6 @@ def count_macs(model: Any) -> int:
     return sum(layer_macs(model).values())
 
 
-def positions(layer: Any, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> int:
-    """How often one call applies the layer's kernel: MACs = positions × kernel weights."""
-    kind = factorized_kind(layer) if is_factorized(layer) else kind_of(layer)
-    if kind is not None:
-        return _size(layer, kind.positions(layer, inputs, outputs))
-    shape = inputs if "Transpose" in type(layer).__name__ else outputs
-    if getattr(layer, "data_format", None) == "channels_first":
-        return _size(layer, (shape[0], *shape[2:]))
-    return _size(layer, shape[:-1])
-
-
 def without_macs(spec: LayerSpec) -> str:
     """Why a layer that could be factorized has no multiply–accumulates."""
     if spec.known_kind.lookup:
@@ -480,48 +396,6 @@ def without_macs(spec: LayerSpec) -> str:
 def applied_weights(layer: Any) -> int:
     """Weights that a layer that can be factorized multiplies by at every position of a call."""
     return known_kind(layer).applied(layer)
-
-
-def _size(layer: Any, shape: tuple[int | None, ...]) -> int:
-    if None in shape:
-        raise ValueError(
-            "Expected a known input size, to count multiply–accumulates. Received: layer "
-            f"'{layer.name}' works on the shape {shape}. Make the model anew on inputs of a fixed "
-            'shape (`Input(shape)` without None) and set its weights, or use objective="params".'
-        )
-    return math.prod(int(n or 0) for n in shape)
-
-
-def _macs_of_call(layer: Any, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> int:
-    kind = type(layer).__name__
-    if is_factorized(layer):
-        factorized = factorized_kind(layer)
-        applied, scheme = factorized.applied_factors(layer), getattr(layer, "scheme", 0)
-        everywhere = positions(layer, inputs, outputs)
-        if not scheme:
-            return everywhere * applied
-        first = _size(layer, factorized.encoder_positions(layer, scheme, inputs, outputs))
-        encoder = math.prod(layer.encoder.shape)
-        return everywhere * (applied - encoder) + first * encoder
-    if hasattr(layer, "depthwise_kernel") and hasattr(layer, "pointwise_kernel"):
-        return positions(layer, inputs, outputs) * (
-            math.prod(layer.depthwise_kernel.shape) + math.prod(layer.pointwise_kernel.shape)
-        )
-    if "Depthwise" in kind:
-        kernel = getattr(layer, "depthwise_kernel", None)
-        kernel = layer.kernel if kernel is None else kernel
-        return positions(layer, inputs, outputs) * math.prod(kernel.shape)
-    if hasattr(layer, "equation") and hasattr(layer, "kernel"):
-        terms, result = re.sub(r"\s", "", layer.equation).replace("...", "").split("->")
-        contracted = set(terms.split(",")[1]) - set(result)
-        sizes = dict(zip(terms.split(",")[1], layer.kernel.shape, strict=True))
-        return _size(layer, outputs) * math.prod(int(sizes[axis]) for axis in contracted)
-    stock = _backend.backend_of(layer).keras.layers
-    dense = (getattr(stock, name) for name in (*_CONVOLUTIONS, "Dense"))
-    counted: Any = (*dense, recurrent.CellKernel)
-    if isinstance(layer, counted):
-        return positions(layer, inputs, outputs) * math.prod(layer.kernel.shape)
-    return 0
 
 
 def dense_params(model: Any) -> int:

@@ -29,7 +29,6 @@ from keras_alds.core.slicing import Array, kernel_sizes
 from keras_alds.core.spectra import Spectra
 from keras_alds.rewrite import inspect, recurrent
 from keras_alds.rewrite.functions import run_as_code
-from keras_alds.rewrite.kinds import known_kind, observable
 from keras_alds.rewrite.storage import Store
 
 #: Makes the spectra of kernels and their moments.
@@ -443,7 +442,7 @@ class _Observer:
         with (
             threads() as self._pool,
             backend.watching_calls(layers, self._see),
-            recurrent.calling_kernels(model, layers),
+            calling_kernels(model, layers),
         ):
             yield
 

@@ -70,6 +70,12 @@ class GraphRebuilder:
         """What the only piece of a call is called on, given the new tensors."""
         return args, kwargs
 
+    def last_call(
+        self, call: _backend.GraphCall, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the last of several pieces is called on, given what those before it have made."""
+        return (value,), {}
+
     def calls(self, model: Any) -> list[_backend.GraphCall]:
         """The calls of a model's graph that are to be made anew."""
         return self.source.graph(model)
@@ -180,16 +186,13 @@ class GraphRebuilder:
         if len(pieces) == 1:
             args, kwargs = self.arguments(call, tuple(args), kwargs)
             return pieces[0](*args, **kwargs)
-        value = args[0] if args else next(iter(kwargs.values()))
-        recurrent = self.target.keras.layers.RNN
-        if args and pieces and isinstance(pieces[-1], recurrent):  # states and masks are its own
-            first, *states = value if isinstance(value, (list, tuple)) else [value]
-            for piece in pieces[:-1]:
-                first = piece(first)
-            return pieces[-1]([first, *states] if states else first, *args[1:], **kwargs)
-        for piece in pieces:
+        value = tf.nest.flatten((args, list(kwargs.values())))[0]
+        for piece in pieces[:-1]:
             value = piece(value)
-        return value
+        if not pieces:
+            return value
+        args, kwargs = self.last_call(call, value, tuple(args), kwargs)
+        return pieces[-1](*args, **kwargs)
 
     def _finish(self) -> None:
         # Flags first: in tf_keras the order of a wrapper's weights depends on them. Parents come
@@ -232,8 +235,3 @@ def _renewed(structure: Any, tensors: dict[int, Any]) -> Any:
 def first_tensor(call: _backend.GraphCall) -> Any:
     """The first symbolic tensor that a call is given."""
     return tf.nest.flatten((call.args, list(call.kwargs.values())))[0]
-
-
-def policy(layer: Any) -> Any:
-    """A layer's dtype policy."""
-    return layer.dtype_policy if hasattr(layer, "dtype_policy") else layer._dtype_policy

@@ -26,9 +26,9 @@ from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.calibration.regression import TARGET_RIDGES, PairAccumulator
 from keras_alds.core.parallel import threads
 from keras_alds.core.slicing import Array
-from keras_alds.rewrite import inspect, recurrent
+from keras_alds.kinds.base import calling_kernels, kernel_values, known_kind, stock_kind
+from keras_alds.rewrite import inspect
 from keras_alds.rewrite.functions import run_as_code
-from keras_alds.rewrite.kinds import kernel_values
 from keras_alds.rewrite.observe import (
     KeptExamples,
     check_finite,
@@ -161,7 +161,7 @@ class _Program:
             return frozenset()
         if id(layer) not in self._inside:
             below = [layer, *(inner for _, inner in inspect.walk(layer))]
-            kernels = [k for inner in below for k in recurrent.cell_kernels(inner).values()]
+            kernels = [k for inner in below for k in stock_kind(inner).kernels(inner).values()]
             ids = map(id, [*below, *kernels])
             self._inside[id(layer)] = frozenset(self._ids.intersection(ids))
         return self._inside[id(layer)]
@@ -242,7 +242,7 @@ class Walk:
         with (
             run_as_code(model),
             self._backend.watching_calls(layers, watch),
-            recurrent.calling_kernels(model, layers),
+            calling_kernels(model, layers),
         ):
             model(batch, training=False)
         program = _Program(model, list(self._places.values()))
@@ -378,7 +378,7 @@ class Walk:
 
             with (
                 self._backend.watching_calls([layer], watch),
-                recurrent.calling_kernels(self._program.model, [layer]),
+                calling_kernels(self._program.model, [layer]),
             ):
                 self._call(step, version, chunk)
             seen.append(found)
@@ -472,12 +472,13 @@ def _parts(layer: Any, x_hat: Array, x: Array, parts: int) -> list[tuple[Any, An
 @contextlib.contextmanager
 def _in_place_of(pairs: Sequence[tuple[Any, Any]]) -> Iterator[None]:
     """Lets layers compute what others do while inside; nothing else of them changes."""
-    kernels = [pair for pair in pairs if isinstance(pair[0], recurrent.CellKernel)]
     before = [(layer, layer.__dict__.get("call")) for layer, _ in pairs]
     try:
         for layer, other in pairs:
             layer.__dict__["call"] = other.call
-        with recurrent.holding(kernels):
+        with contextlib.ExitStack() as stack:
+            for layer, other in pairs:
+                stack.enter_context(known_kind(layer).standing_for(layer, other))
             yield
     finally:
         for layer, call in before:

@@ -13,13 +13,14 @@ import numpy as np
 import tensorflow as tf
 
 from keras_alds import _backend
+from keras_alds._backend.layers import dtype_policy
+from keras_alds.kinds.base import is_own, stock_kind
 from keras_alds.rewrite import inspect
 from keras_alds.rewrite.rebuild import (
     GraphRebuilder,
     Piece,
     check_symbolic,
     first_tensor,
-    policy,
 )
 
 
@@ -196,13 +197,10 @@ class _Translator(GraphRebuilder):
         kind, layers = type(layer).__name__, self.target.keras.layers
         module = type(layer).__module__
         cls: Any
-        if inspect.is_factorized(layer):
-            cls = self.target.factorized_class(kind.removeprefix("Factorized"))
-        elif kind.startswith("Factorized") and inspect.contains_factorized(layer):
-            cls = getattr(self.target.keras.layers, kind.removeprefix("Factorized"), None)
+        if is_own(layer):
+            cls = stock_kind(layer).layer_class(self.target)
             if cls is None:
                 raise UnsupportedError("tf_keras has no such layer")
-            cls = self.target.factorized_class(kind.removeprefix("Factorized"))
         elif module.partition(".")[0] != self.source.keras.__name__:
             raise UnsupportedError(f"a class of {module}, not of Keras")
         elif kind in _APPLICATIONS:
@@ -245,7 +243,7 @@ class _Translator(GraphRebuilder):
         )
         if not all(isinstance(piece, self.target.keras.layers.Layer) for piece in pieces):
             raise UnsupportedError(f"'{inner.name}' inside it becomes several layers with branches")
-        config = {"dtype": policy(wrapper).name, "trainable": wrapper.trainable}
+        config = {"dtype": dtype_policy(wrapper).name, "trainable": wrapper.trainable}
         return [
             self.target.keras.layers.TimeDistributed(
                 piece,
@@ -275,10 +273,9 @@ class _Translator(GraphRebuilder):
 
     def _class_like(self, layer: Any) -> Any:
         """The class in tf_keras for that of a recurrent layer or cell, or None."""
-        name = type(layer).__name__
-        if name.startswith("Factorized"):
-            return self.target.factorized_class(name.removeprefix("Factorized"))
-        return getattr(self.target.keras.layers, name, None)
+        if is_own(layer):
+            return stock_kind(layer).layer_class(self.target)
+        return getattr(self.target.keras.layers, type(layer).__name__, None)
 
     def _config(
         self, layer: Any, cls: Any
@@ -295,7 +292,7 @@ class _Translator(GraphRebuilder):
         for key, value in given.items():
             new_key = _RENAMED.get((kind, key), key)
             if key == "dtype":
-                config[key] = policy(layer).name
+                config[key] = dtype_policy(layer).name
             elif key == "activation" and not any(word in kind for word in _RECURRENT):
                 config[key], tail = self._activation(layer)
             elif key.endswith("activation"):
@@ -356,7 +353,9 @@ class _Translator(GraphRebuilder):
         if isinstance(name, str) and name in _SAME_ACTIVATIONS:
             return name, None
         if name in ("hard_sigmoid", "hard_silu", "hard_swish"):
-            return "linear", functools.partial(self._hard, name != "hard_sigmoid", policy(layer))
+            return "linear", functools.partial(
+                self._hard, name != "hard_sigmoid", dtype_policy(layer)
+            )
         shown = name if isinstance(name, str) else _class_name(name)
         raise UnsupportedError(f"its {key} {shown} is not in tf_keras")
 
@@ -388,7 +387,11 @@ class _Translator(GraphRebuilder):
 
     def _of_applications(self, layer: Any, kind: str, axes: int) -> list[Piece]:
         layers = self.target.keras.layers
-        common = {"name": layer.name, "dtype": policy(layer).name, "trainable": layer.trainable}
+        common = {
+            "name": layer.name,
+            "dtype": dtype_policy(layer).name,
+            "trainable": layer.trainable,
+        }
         if kind == "StochasticDepth":
             shape = (None, *(1,) * (axes - 1))
             return [layers.Dropout(layer.drop_path_rate, noise_shape=shape, **common)]
@@ -399,7 +402,7 @@ class _Translator(GraphRebuilder):
             self.record(layer, new, [self.source.value(layer.gamma).reshape(1, 1, -1, 1)])
             return [new]
         scale = layers.Rescaling(
-            layer.scale, name=self.unique(f"{layer.name}_scale"), dtype=policy(layer).name
+            layer.scale, name=self.unique(f"{layer.name}_scale"), dtype=dtype_policy(layer).name
         )
         add = layers.Add(**common)
         return [lambda inputs: add([inputs[0], scale(inputs[1])])]

@@ -1,10 +1,8 @@
-"""LSTM, GRU and SimpleRNN layers whose kernels are factorized, in both Kerases."""
+"""LSTM, GRU and SimpleRNN layers whose kernels are factorized."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import warnings
 from contextlib import nullcontext
 
@@ -12,12 +10,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import test_kinds
 
 import keras_alds
 from keras_alds import _backend, apply_plan, compress, count_macs, select
+from keras_alds.kinds import base as kinds
+from keras_alds.kinds import recurrent
 from keras_alds.litert.runs import Runner
-from keras_alds.rewrite import kinds, recurrent
 from keras_alds.rewrite.in_place import factorized_layer
 from keras_alds.rewrite.inspect import inspect_model, is_factorized
 from keras_alds.rewrite.optimizer import LINEAR, carried
@@ -76,7 +74,9 @@ def factorize(layer, slices, rank=None, names=KERNELS):
             if part in names and kinds.known_kind(kernel).refusal(kernel) is None:
                 factorized = factorized_layer(kernel, choice_for(kernel, slices, rank))
                 undo.append(backend.transplant(kernel, factorized))
-    undo += recurrent.adopt_cells(backend, [layer, *layer._flatten_layers(include_self=False)])
+    for inner in [*reversed(list(layer._flatten_layers(include_self=False))), layer]:
+        step = kinds.stock_kind(inner).adopt(backend, inner)
+        undo += [step] if step else []
 
     def undo_all():
         for step in reversed(undo):
@@ -552,8 +552,8 @@ def test_padded_texts(tmp_path):
     x = np.random.default_rng(0).integers(1, 20, (8, 5)).astype("int32")
     x[1::2, 3:] = x[2::4, :2] = x[3] = 0  # padded behind, in front, nothing but padding
     small = compress(model, 0.4, exclude=["head", "words"])
-    assert recurrent.holds_factorized(small.get_layer("both"))
-    assert recurrent.holds_factorized(small.get_layer("last"))
+    assert kinds.stock_kind(small.get_layer("both")).is_written_out(small.get_layer("both"))
+    assert kinds.stock_kind(small.get_layer("last")).is_written_out(small.get_layer("last"))
     expected = predict(small, x)
     small.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
@@ -669,46 +669,3 @@ def test_in_a_litert_file(keras_module):
 
 
 # -- In another process ----------------------------------------------------------------------------
-
-_LOADER = """
-import importlib, json, sys
-import numpy as np
-import keras_alds
-K = importlib.import_module(sys.argv[1])
-for file, x, y in json.loads(sys.argv[2]):
-    model = K.models.load_model(file)
-    expected = np.load(y)
-    difference = np.abs(np.asarray(model.predict(np.load(x), verbose=0)) - expected).max()
-    assert difference <= 1e-5 * max(np.abs(expected).max(), 1.0), (file, difference)
-print("loaded", len(json.loads(sys.argv[2])))
-"""
-
-
-def models_of_every_kind(K):
-    L = K.layers
-    for kind, arguments, shape in test_kinds.MODELS:
-        yield kind, test_kinds.model_of(K, (kind, arguments, shape))
-    for kind in ("MultiHeadAttention", "GroupQueryAttention"):
-        if hasattr(L, kind):
-            yield kind, test_kinds.attention_model(K, kind)
-    for kind, where in PLACES:
-        yield kind, model_of(K, kind, where)
-
-
-@pytest.mark.slow
-def test_every_kind_loads_in_a_fresh_process(keras_module, tmp_path):
-    K, files = keras_module, []
-    rng = np.random.default_rng(0)
-    for n, (kind, model) in enumerate(models_of_every_kind(K)):
-        small = compress(model, 0.2, exclude=["head", "dense"])
-        shape = (4, *tuple(model.inputs[0].shape)[1:])
-        x = rng.integers(0, 50, shape) if kind == "Embedding" else rng.standard_normal(shape)
-        x = x.astype("int32" if kind == "Embedding" else "float32")
-        paths = [str(tmp_path / f"{n}{end}") for end in (".keras", "_x.npy", "_y.npy")]
-        small.save(paths[0])
-        np.save(paths[1], x)
-        np.save(paths[2], predict(small, x))
-        files.append(paths)
-    command = [sys.executable, "-c", _LOADER, K.__name__, json.dumps(files)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.stdout.strip() == f"loaded {len(files)}", done.stderr[-2000:]

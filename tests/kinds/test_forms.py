@@ -15,8 +15,10 @@ from layer_contract import (
     tf_variable,
 )
 
+from keras_alds._backend import tensors
 from keras_alds.core.slicing import recompose
-from keras_alds.layers import _forms, choose_form
+from keras_alds.kinds import forms as _forms
+from keras_alds.layers import choose_form
 
 OPTIONS_2D = [
     {},
@@ -46,7 +48,7 @@ def side(request):
     return KERASES[request.param]
 
 
-CPU = [form for form in FORMS if form != "grouped" or _forms.grouped_convolution_trains("float32")]
+CPU = [form for form in FORMS if form != "grouped" or tensors.grouped_convolution_trains("float32")]
 
 
 def values_and_gradients(layer, x, training=True):
@@ -285,7 +287,7 @@ def choose(**change):
 
 
 def test_choice_of_the_form(monkeypatch):
-    monkeypatch.setattr(_forms, "grouped_convolution_trains", lambda dtype: dtype == "float32")
+    monkeypatch.setattr(tensors, "grouped_convolution_trains", lambda dtype: dtype == "float32")
     assert choose(cpu=False) == "grouped"
     assert choose(cpu=False, training=False, dtype="float16") == "grouped"
     assert choose(training=False) == "grouped"
@@ -321,23 +323,23 @@ def test_xla_traces_are_recognized():
 
     @tf.function
     def inner(x):
-        seen["inner"] = _forms.in_xla_trace()
+        seen["inner"] = tensors.in_xla_trace()
         return x
 
     @tf.function(jit_compile=True)
     def compiled(x):
-        seen["compiled"] = _forms.in_xla_trace()
+        seen["compiled"] = tensors.in_xla_trace()
         return inner(x)
 
     @tf.function
     def plain(x):
-        seen["plain"] = _forms.in_xla_trace()
+        seen["plain"] = tensors.in_xla_trace()
         return x
 
     compiled(tf.ones([2]))
     plain(tf.ones([2]))
     assert seen == {"compiled": True, "inner": True, "plain": False}
-    assert not _forms.in_xla_trace()
+    assert not tensors.in_xla_trace()
 
 
 def test_the_probe_of_grouped_gradients_tells_the_truth():
@@ -350,8 +352,8 @@ def test_the_probe_of_grouped_gradients_tells_the_truth():
             trains = True
         except tf.errors.InvalidArgumentError:
             trains = False
-        _forms.grouped_convolution_trains.cache_clear()
-        assert tf.function(lambda d=dtype: _forms.grouped_convolution_trains(d))() == trains
+        tensors.grouped_convolution_trains.cache_clear()
+        assert tf.function(lambda d=dtype: tensors.grouped_convolution_trains(d))() == trains
 
 
 @pytest.mark.parametrize("limit", [0, 10**9])

@@ -1,22 +1,15 @@
 """Factorized layers for Keras 3; `keras_alds.tf_keras` has the same layers for tf_keras."""
 
-from keras_alds.layers._forms import choose_form
-from keras_alds.layers.attention import (
+from keras_alds.kinds.attention import (
     FactorizedGroupQueryAttention,
     FactorizedMultiHeadAttention,
 )
-from keras_alds.layers.conv1d import FactorizedConv1D
-from keras_alds.layers.conv2d import FactorizedConv2D
-from keras_alds.layers.conv3d import FactorizedConv3D
-from keras_alds.layers.conv_transpose import (
-    FactorizedConv1DTranspose,
-    FactorizedConv2DTranspose,
-    FactorizedConv3DTranspose,
-)
-from keras_alds.layers.dense import FactorizedDense
-from keras_alds.layers.einsum_dense import FactorizedEinsumDense
-from keras_alds.layers.embedding import FactorizedEmbedding
-from keras_alds.layers.recurrent import (
+from keras_alds.kinds.convolution import FactorizedConv1D, FactorizedConv2D, FactorizedConv3D
+from keras_alds.kinds.dense import FactorizedDense
+from keras_alds.kinds.einsum import FactorizedEinsumDense
+from keras_alds.kinds.embedding import FactorizedEmbedding
+from keras_alds.kinds.forms import choose_form
+from keras_alds.kinds.recurrent import (
     FactorizedGRU,
     FactorizedGRUCell,
     FactorizedLSTM,
@@ -24,9 +17,11 @@ from keras_alds.layers.recurrent import (
     FactorizedSimpleRNN,
     FactorizedSimpleRNNCell,
 )
-from keras_alds.layers.separable_conv import (
-    FactorizedSeparableConv1D,
-    FactorizedSeparableConv2D,
+from keras_alds.kinds.separable import FactorizedSeparableConv1D, FactorizedSeparableConv2D
+from keras_alds.kinds.transposed import (
+    FactorizedConv1DTranspose,
+    FactorizedConv2DTranspose,
+    FactorizedConv3DTranspose,
 )
 
 __all__ = [

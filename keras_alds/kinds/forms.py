@@ -11,7 +11,7 @@ speed:
 - `"recomposed"`: encoder times decoder is multiplied out first, inside the step, and one dense
   kernel is applied. Gradients flow to both factors.
 
-Everything here is plain TensorFlow and knows nothing of either Keras.
+Everything here works on plain tensors and knows nothing of Keras.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import tensorflow as tf
-
+from keras_alds._backend import tensors
 from keras_alds.core.slicing import Unfolding, convolution_unfolding, decoder_axes
 
 FORMS = ("grouped", "split", "merged", "recomposed")
@@ -32,66 +31,6 @@ _ASSUMED_BATCH = 32  # Keras's own default, for a batch size that the trace does
 # batched product over slices with its two transpositions: 0.04 ms against 0.18 for 16 channels,
 # even at about this size (64 channels, 2 to 8 slices), forward and gradients on two CPU cores.
 _SMALL_PRODUCT = 2_500_000
-_DATA_FORMATS = {
-    "channels_last": {1: "NWC", 2: "NHWC", 3: "NDHWC"},
-    "channels_first": {1: "NCW", 2: "NCHW", 3: "NCDHW"},
-}
-
-
-def on_cpu() -> bool:
-    """Tell whether TensorFlow sees nothing but CPUs.
-
-    Returns:
-        `True` if no GPU or TPU is visible to this process.
-    """
-    return all(device.device_type == "CPU" for device in tf.config.get_visible_devices())
-
-
-def in_xla_trace() -> bool:
-    """Tell whether the code that runs now is being traced for XLA (`jit_compile=True`).
-
-    `tf.function(jit_compile=True)` opens an XLA control-flow context for its trace, and inner
-    functions find it through their outer graphs. There is no public way to ask; where TensorFlow
-    moves it, the answer is `False` and a slower form is taken.
-
-    Returns:
-        `True` inside such a trace, `False` in eager execution and in ordinary graphs.
-    """
-    if tf.executing_eagerly():
-        return False
-    try:
-        from tensorflow.python.ops import control_flow_util
-    except ImportError:
-        return False
-    ask = getattr(control_flow_util, "GraphOrParentsInXlaContext", None)
-    return bool(ask(tf.compat.v1.get_default_graph())) if ask else False
-
-
-@functools.cache
-def grouped_convolution_trains(dtype: str) -> bool:
-    """Tell whether this machine's CPU kernels can differentiate a grouped convolution.
-
-    TensorFlow's own CPU kernels cannot ("Gradients for grouped convolutions are not supported on
-    CPU"); oneDNN's can, for float32 and bfloat16 and where oneDNN is switched on. A tiny gradient
-    is tried once per dtype.
-
-    Args:
-        dtype: str, the layer's compute dtype.
-
-    Returns:
-        `True` if the gradient of a grouped 2D convolution runs.
-    """
-    with tf.init_scope():
-        if not tf.executing_eagerly():  # a TF1 graph: nothing can be tried
-            return False
-        image, kernel = tf.ones([1, 3, 3, 4], dtype), tf.ones([3, 3, 2, 4], dtype)
-        options = {"out_backprop": image, "strides": [1, 1, 1, 1], "padding": "SAME"}
-        try:  # the operations themselves: gradient tapes do not record in this scope
-            tf.raw_ops.Conv2DBackpropInput(input_sizes=image.shape, filter=kernel, **options)
-            tf.raw_ops.Conv2DBackpropFilter(input=image, filter_sizes=kernel.shape, **options)
-        except (tf.errors.OpError, TypeError, ValueError):
-            return False
-    return True
 
 
 def choose_form(
@@ -149,7 +88,7 @@ def choose_form(
     unsafe = (
         convolution
         and slices > 1
-        and (xla or len(kernel_size) > 2 or not grouped_convolution_trains(dtype))
+        and (xla or len(kernel_size) > 2 or not tensors.grouped_convolution_trains(dtype))
     )
     if not training and not xla:
         return "split" if unsafe else "grouped"
@@ -188,18 +127,23 @@ def recompose(encoder: Any, decoder: Any, slices: int) -> Any:
     filters = decoder.shape[-1]
     area, rank = math.prod(spatial), width // slices
     dtype = encoder.dtype
-    if dtype in (tf.float16, tf.bfloat16):
-        encoder, decoder = tf.cast(encoder, tf.float32), tf.cast(decoder, tf.float32)
+    if dtype in (tensors.float16, tensors.bfloat16):
+        encoder, decoder = (
+            tensors.cast(encoder, tensors.float32),
+            tensors.cast(decoder, tensors.float32),
+        )
     channels = slices * per_slice
     if slices == 1 or area * channels * width * filters <= _SMALL_PRODUCT:
-        merged = tf.reshape(merge(encoder, slices), [area * channels, width])
-        product = tf.matmul(merged, tf.reshape(decoder, [width, filters]))
+        merged = tensors.reshape(merge(encoder, slices), [area * channels, width])
+        product = tensors.matmul(merged, tensors.reshape(decoder, [width, filters]))
     else:
-        left = tf.transpose(tf.reshape(encoder, [area * per_slice, slices, rank]), [1, 0, 2])
-        product = tf.matmul(left, tf.reshape(decoder, [slices, rank, filters]))
-        product = tf.reshape(product, [slices, area, per_slice, filters])
-        product = tf.transpose(product, [1, 0, 2, 3])
-    return tf.cast(tf.reshape(product, [*spatial, channels, filters]), dtype)
+        left = tensors.transpose(
+            tensors.reshape(encoder, [area * per_slice, slices, rank]), [1, 0, 2]
+        )
+        product = tensors.matmul(left, tensors.reshape(decoder, [slices, rank, filters]))
+        product = tensors.reshape(product, [slices, area, per_slice, filters])
+        product = tensors.transpose(product, [1, 0, 2, 3])
+    return tensors.cast(tensors.reshape(product, [*spatial, channels, filters]), dtype)
 
 
 def dense_kernel(
@@ -223,15 +167,15 @@ def dense_kernel(
         sizes = [kernel_shape[axis] for axis in unfolding.filters]
         sizes.insert(unfolding.rank_axis, hidden)
         others = [axis for axis in range(len(sizes)) if axis != unfolding.rank_axis]
-        decoder = tf.transpose(tf.reshape(decoder, sizes), [unfolding.rank_axis, *others])
+        decoder = tensors.transpose(tensors.reshape(decoder, sizes), [unfolding.rank_axis, *others])
     kernel = recompose(
-        tf.reshape(encoder, [*spatial, channels // slices, hidden]),
-        tf.reshape(decoder, [*[1] * len(spatial), hidden, filters]),
+        tensors.reshape(encoder, [*spatial, channels // slices, hidden]),
+        tensors.reshape(decoder, [*[1] * len(spatial), hidden, filters]),
         slices,
     )
-    kernel = tf.reshape(kernel, [kernel_shape[axis] for axis in unfolding.axes])
+    kernel = tensors.reshape(kernel, [kernel_shape[axis] for axis in unfolding.axes])
     order = sorted(range(len(unfolding.axes)), key=lambda n: unfolding.axes[n])
-    return kernel if order == list(range(len(order))) else tf.transpose(kernel, order)
+    return kernel if order == list(range(len(order))) else tensors.transpose(kernel, order)
 
 
 def merge(encoder: Any, slices: int) -> Any:
@@ -247,9 +191,9 @@ def merge(encoder: Any, slices: int) -> Any:
     if slices == 1:
         return encoder
     *spatial, per_slice, width = encoder.shape
-    blocks = tf.reshape(encoder, [*spatial, 1, per_slice, slices, width // slices])
-    blocks *= tf.reshape(tf.eye(slices, dtype=encoder.dtype), [slices, 1, slices, 1])
-    return tf.reshape(blocks, [*spatial, slices * per_slice, width])
+    blocks = tensors.reshape(encoder, [*spatial, 1, per_slice, slices, width // slices])
+    blocks *= tensors.reshape(tensors.eye(slices, dtype=encoder.dtype), [slices, 1, slices, 1])
+    return tensors.reshape(blocks, [*spatial, slices * per_slice, width])
 
 
 def factorized_convolution(
@@ -298,11 +242,11 @@ def factorized_convolution(
         shape = (*sizes, slices * encoder.shape[-2], decoder.shape[-1])
         unfolding = convolution_unfolding(dimensions, scheme)
         kernel = dense_kernel(encoder, decoder, slices, unfolding, shape)
-        return _convolve(x, kernel, **settings)
+        return tensors.convolution(x, kernel, **settings)
     axes = decoder_axes(scheme, dimensions)
     first, second = (owned(settings, axes, decoder=part) for part in (False, True))
     hidden = convolve_encoder(x, encoder, slices=slices, form=form, **first)
-    return _convolve(hidden, decoder, **second)
+    return tensors.convolution(hidden, decoder, **second)
 
 
 def owned(settings: dict[str, Any], axes: Sequence[int], *, decoder: bool) -> dict[str, Any]:
@@ -355,9 +299,9 @@ def convolve_encoder(
         Tensor of the same layout as `x` with `slices * rank` channels.
     """
     dimensions = len(strides)
-    x, padding = padded(x, encoder, padding, dilation_rate, data_format)
+    x, padding = tensors.padded(x, encoder, padding, dilation_rate, data_format)
     convolve = functools.partial(
-        _convolve,
+        tensors.convolution,
         strides=strides,
         padding=padding,
         dilation_rate=dilation_rate,
@@ -369,12 +313,16 @@ def convolve_encoder(
         return convolve(x, merge(encoder, slices))
     if form == "split" or dimensions > 2:  # no grouped 3D convolution in TensorFlow
         axis = -1 if data_format == "channels_last" else 1
-        parts = zip(tf.split(x, slices, axis=axis), tf.split(encoder, slices, axis=-1), strict=True)
-        return tf.concat([convolve(part, kernel) for part, kernel in parts], axis=axis)
+        parts = zip(
+            tensors.split(x, slices, axis=axis),
+            tensors.split(encoder, slices, axis=-1),
+            strict=True,
+        )
+        return tensors.concat([convolve(part, kernel) for part, kernel in parts], axis=axis)
     if dimensions == 2 and encoder.shape[-2] == 1 and len(set(strides)) == 1:
         *spatial, _, width = encoder.shape
-        kernel = tf.reshape(encoder, [*spatial, slices, width // slices])
-        return depthwise(
+        kernel = tensors.reshape(encoder, [*spatial, slices, width // slices])
+        return tensors.depthwise_convolution(
             x,
             kernel,
             strides=strides,
@@ -383,84 +331,6 @@ def convolve_encoder(
             data_format=data_format,
         )
     return convolve(x, encoder)
-
-
-def depthwise(
-    x: Any,
-    kernel: Any,
-    *,
-    strides: Sequence[int],
-    padding: str,
-    dilation_rate: Sequence[int],
-    data_format: str,
-) -> Any:
-    """Apply a depthwise convolution over one or two spatial axes, with equal strides.
-
-    Args:
-        x: tensor `[batch, *spatial, channels]`, or `[batch, channels, *spatial]`.
-        kernel: tensor `[*kernel_size, channels, multiplier]`.
-        strides: sequence of int.
-        padding: `"valid"`, `"same"` or `"causal"`.
-        dilation_rate: sequence of int.
-        data_format: `"channels_last"` or `"channels_first"`.
-
-    Returns:
-        Tensor of the same layout with `channels * multiplier` channels.
-    """
-    x, padding = padded(x, kernel, padding, dilation_rate, data_format)
-    last = data_format == "channels_last"
-    one = len(strides) == 1  # TensorFlow has it for images only
-    if one:
-        x = tf.expand_dims(x, 1 if last else 2)
-        kernel = tf.expand_dims(kernel, 0)
-        strides, dilation_rate = (strides[0], strides[0]), (1, dilation_rate[0])
-    y = tf.nn.depthwise_conv2d(
-        x,
-        kernel,
-        strides=[1, *strides, 1] if last else [1, 1, *strides],
-        padding=padding.upper(),
-        data_format=tf_data_format(data_format, 2),
-        dilations=list(dilation_rate),
-    )
-    return tf.squeeze(y, [1 if last else 2]) if one else y
-
-
-def padded(
-    x: Any, kernel: Any, padding: str, dilation_rate: Sequence[int], data_format: str
-) -> tuple[Any, str]:
-    """The input with causal padding, if it is asked for, and the padding that is left to do."""
-    if padding != "causal":
-        return x, padding
-    left = [dilation_rate[0] * (kernel.shape[0] - 1), 0]
-    if left[0]:
-        last = data_format == "channels_last"
-        x = tf.pad(x, [[0, 0], left, [0, 0]] if last else [[0, 0], [0, 0], left])
-    return x, "valid"
-
-
-def tf_data_format(data_format: str, dimensions: int) -> str:
-    """TensorFlow's name of a data format, such as `"NHWC"`."""
-    return _DATA_FORMATS[data_format][dimensions]
-
-
-def _convolve(
-    x: Any,
-    kernel: Any,
-    *,
-    strides: Sequence[int],
-    padding: str,
-    dilation_rate: Sequence[int],
-    data_format: str,
-) -> Any:
-    x, padding = padded(x, kernel, padding, dilation_rate, data_format)
-    return tf.nn.convolution(
-        x,
-        kernel,
-        strides=list(strides),
-        padding=padding.upper(),
-        dilations=list(dilation_rate),
-        data_format=tf_data_format(data_format, len(strides)),
-    )
 
 
 def factorized_matmul(x: Any, encoder: Any, decoder: Any, *, slices: int, form: str) -> Any:
@@ -477,8 +347,8 @@ def factorized_matmul(x: Any, encoder: Any, decoder: Any, *, slices: int, form: 
         Tensor `[rows, units]`.
     """
     if form == "recomposed":
-        return tf.matmul(x, recompose(encoder, decoder, slices))
-    return tf.matmul(encode(x, encoder, slices=slices, form=form), decoder)
+        return tensors.matmul(x, recompose(encoder, decoder, slices))
+    return tensors.matmul(encode(x, encoder, slices=slices, form=form), decoder)
 
 
 def encode(x: Any, encoder: Any, *, slices: int, form: str) -> Any:
@@ -495,18 +365,20 @@ def encode(x: Any, encoder: Any, *, slices: int, form: str) -> Any:
     """
     per_slice, width = encoder.shape
     if slices == 1:
-        return tf.matmul(x, encoder)
+        return tensors.matmul(x, encoder)
     if form == "merged":
-        return tf.matmul(x, merge(encoder, slices))
+        return tensors.matmul(x, merge(encoder, slices))
     if form == "split":
-        parts = zip(tf.split(x, slices, axis=-1), tf.split(encoder, slices, axis=-1), strict=True)
-        return tf.concat([tf.matmul(part, kernel) for part, kernel in parts], axis=-1)
-    hidden = tf.einsum(
+        parts = zip(
+            tensors.split(x, slices, axis=-1), tensors.split(encoder, slices, axis=-1), strict=True
+        )
+        return tensors.concat([tensors.matmul(part, kernel) for part, kernel in parts], axis=-1)
+    hidden = tensors.einsum(
         "nks,skj->nkj",
-        tf.reshape(x, [-1, slices, per_slice]),
-        tf.reshape(encoder, [per_slice, slices, width // slices]),
+        tensors.reshape(x, [-1, slices, per_slice]),
+        tensors.reshape(encoder, [per_slice, slices, width // slices]),
     )
-    return tf.reshape(hidden, [-1, width])
+    return tensors.reshape(hidden, [-1, width])
 
 
 def count_positions(shape: Sequence[int | None], strides: Sequence[int] = ()) -> int:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
 
+import kind_contract
 import numpy as np
 import pytest
 import tensorflow as tf
+import test_attention
+import test_convolution
+import test_einsum
+import test_embedding
+import test_recurrent
+import test_separable
+import test_transposed
 from layer_contract import KERASES, randomize
+
+from keras_alds import compress
 
 ROOT = pathlib.Path(__file__).parents[2]
 LOAD = """
@@ -152,3 +163,48 @@ def test_a_converted_file_keeps_the_factors(name, slices):
     interpreter.invoke()
     y = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+_LOADER = """
+import importlib, json, sys
+import numpy as np
+import keras_alds
+K = importlib.import_module(sys.argv[1])
+for file, x, y in json.loads(sys.argv[2]):
+    model = K.models.load_model(file)
+    expected = np.load(y)
+    difference = np.abs(np.asarray(model.predict(np.load(x), verbose=0)) - expected).max()
+    assert difference <= 1e-5 * max(np.abs(expected).max(), 1.0), (file, difference)
+print("loaded", len(json.loads(sys.argv[2])))
+"""
+
+
+def models_of_every_kind(K):
+    L = K.layers
+    for module in (test_convolution, test_transposed, test_separable, test_einsum, test_embedding):
+        for case in module.MODELS:
+            yield case[0], kind_contract.model_of(K, case)
+    for kind in ("MultiHeadAttention", "GroupQueryAttention"):
+        if hasattr(L, kind):
+            yield kind, test_attention.attention_model(K, kind)
+    for kind, where in test_recurrent.PLACES:
+        yield kind, test_recurrent.model_of(K, kind, where)
+
+
+@pytest.mark.slow
+def test_every_kind_loads_in_a_fresh_process(keras_module, tmp_path):
+    K, files = keras_module, []
+    rng = np.random.default_rng(0)
+    for n, (kind, model) in enumerate(models_of_every_kind(K)):
+        small = compress(model, 0.2, exclude=["head", "dense"])
+        shape = (4, *tuple(model.inputs[0].shape)[1:])
+        x = rng.integers(0, 50, shape) if kind == "Embedding" else rng.standard_normal(shape)
+        x = x.astype("int32" if kind == "Embedding" else "float32")
+        paths = [str(tmp_path / f"{n}{end}") for end in (".keras", "_x.npy", "_y.npy")]
+        small.save(paths[0])
+        np.save(paths[1], x)
+        np.save(paths[2], test_recurrent.predict(small, x))
+        files.append(paths)
+    command = [sys.executable, "-c", _LOADER, K.__name__, json.dumps(files)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == f"loaded {len(files)}", done.stderr[-2000:]

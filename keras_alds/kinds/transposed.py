@@ -1,14 +1,139 @@
-"""Factorized transposed convolutions for Keras 3."""
+"""Transposed convolutions: a pointwise encoder and a decoder that is a transposed convolution."""
 
 from __future__ import annotations
 
-import keras
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
-from keras_alds.layers._transposed import FactorizedConvTransposeMixin
+import keras
+import numpy as np
+
+from keras_alds._backend import tensors
+from keras_alds.core.patches import patch_chunks
+from keras_alds.core.slicing import Array, Unfolding, transposed_unfolding
+from keras_alds.kinds import forms
+from keras_alds.kinds.base import Shape, Writer, register, without_channels
+from keras_alds.kinds.convolution import (
+    BaseConvolution,
+    BaseFactorizedConv,
+    encoder_convolution,
+    pointwise,
+)
+
+
+class BaseFactorizedConvTranspose(BaseFactorizedConv):
+    """A factorized transposed convolution over `_dimensions` spatial axes.
+
+    The encoder is pointwise and the decoder is the transposed convolution, so that both work at the
+    input's positions: per weight this takes the fewest multiply–accumulates, since an upsampled map
+    has more positions.
+    """
+
+    _folds: ClassVar[bool] = False
+    # Whether the stock layer heeds its `dilation_rate`.
+    _dilates: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        filters: int,
+        kernel_size: int | Sequence[int],
+        slices: int,
+        rank: int,
+        strides: int | Sequence[int] = 1,
+        padding: str = "valid",
+        output_padding: int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            filters, kernel_size, slices, rank, strides=strides, padding=padding, **kwargs
+        )
+        self.output_padding = self._checked_output_padding(output_padding)
+        if not self._dilates:
+            self.dilation_rate = (1,) * self._dimensions
+
+    def _checked_output_padding(self, value: Any) -> tuple[int, ...] | None:
+        if value is None:
+            return None
+        items = tuple(value) if isinstance(value, Sequence) else (value,) * self._dimensions
+        if (
+            len(items) != self._dimensions
+            or not all(isinstance(item, int) and item >= 0 for item in items)
+            or any(item >= stride for item, stride in zip(items, self.strides, strict=True))
+        ):
+            raise ValueError(
+                "Expected `output_padding` to be None, or along every axis an integer from 0 to "
+                f"the stride less 1. Received: output_padding={value!r}, strides={self.strides}"
+            )
+        return items
+
+    @property
+    def unfolding(self) -> Unfolding:
+        """How the dense kernel `[*kernel_size, filters, channels]` is read; see `core.slicing`."""
+        return transposed_unfolding(self._dimensions)
+
+    def _dense_shape(self, channels: int) -> tuple[int, ...]:
+        return (*self.kernel_size, self.filters, channels)
+
+    def _factor_shapes(
+        self, per_slice: int, hidden: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        ones = (1,) * self._dimensions
+        return (*ones, per_slice, hidden), (*self.kernel_size, self.filters, hidden)
+
+    def _convolve(self, x: Any, data_format: str, training: Any) -> Any:
+        dimensions = self._dimensions
+        last = data_format == "channels_last"
+        spatial = x.shape[1:-1] if last else x.shape[2:]
+        form = self._form(
+            channels=x.shape[-1] if last else x.shape[1],
+            filters=math.prod(self.kernel_size) * self.filters,
+            kernel_size=(1,) * dimensions,
+            positions=forms.count_positions([x.shape[0], *spatial]),
+            training=training,
+        )
+        encoder, decoder = self._factors(x.dtype)
+        if form == "recomposed":
+            kernel = self._recomposed(encoder, decoder)
+        else:
+            x = forms.convolve_encoder(
+                x,
+                encoder,
+                slices=self.slices,
+                form=form,
+                strides=(1,) * dimensions,
+                padding="valid",
+                dilation_rate=(1,) * dimensions,
+                data_format=data_format,
+            )
+            kernel = decoder
+        sizes = tensors.known_shape(x, dimensions + 1)
+        lengths = sizes[:-1] if last else sizes[1:]
+        return tensors.transposed_convolution(
+            x,
+            kernel,
+            [self._output_length(length, axis) for axis, length in enumerate(lengths)],
+            strides=self.strides,
+            padding=self.padding,
+            dilation_rate=self.dilation_rate,
+            data_format=data_format,
+        )
+
+    def _output_length(self, length: Any, axis: int) -> Any:
+        size = self.dilation_rate[axis] * (self.kernel_size[axis] - 1) + 1
+        stride = self.strides[axis]
+        if self.output_padding is not None:
+            cut = 2 * (size // 2) if self.padding == "same" else 0
+            return (length - 1) * stride + size - cut + self.output_padding[axis]
+        return length * stride + (max(size - stride, 0) if self.padding == "valid" else 0)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return every constructor argument."""
+        return {**super().get_config(), "output_padding": self.output_padding}
 
 
 @keras.saving.register_keras_serializable(package="keras_alds")
-class FactorizedConv1DTranspose(FactorizedConvTransposeMixin, keras.layers.Layer):
+class FactorizedConv1DTranspose(BaseFactorizedConvTranspose, keras.layers.Layer):
     """A one-dimensional transposed convolution held as a pointwise encoder and a decoder.
 
     The layer computes `activation(decoder(encoder(x)) + bias)`. The encoder is a pointwise
@@ -66,22 +191,20 @@ class FactorizedConv1DTranspose(FactorizedConvTransposeMixin, keras.layers.Layer
         Decomposition", NeurIPS 2021 (arXiv 2107.11442), section 2.
 
     Example:
-        >>> import keras
+        >>> import numpy as np
         >>> from keras_alds.layers import FactorizedConv1DTranspose
         >>> layer = FactorizedConv1DTranspose(8, 2, slices=2, rank=2, strides=2)
-        >>> layer(keras.ops.ones((1, 5, 4))).shape
+        >>> layer(np.ones((1, 5, 4), "float32")).shape
         TensorShape([1, 10, 8])
         >>> [tuple(weight.shape) for weight in layer.weights]
         [(1, 2, 4), (2, 8, 4), (8,)]
     """
 
-    _keras = keras
     _dimensions = 1
-    _add = staticmethod(keras.ops.add)
 
 
 @keras.saving.register_keras_serializable(package="keras_alds")
-class FactorizedConv2DTranspose(FactorizedConvTransposeMixin, keras.layers.Layer):
+class FactorizedConv2DTranspose(BaseFactorizedConvTranspose, keras.layers.Layer):
     """A two-dimensional transposed convolution held as a pointwise encoder and a decoder.
 
     The layer computes `activation(decoder(encoder(x)) + bias)`. The encoder is a pointwise
@@ -139,22 +262,20 @@ class FactorizedConv2DTranspose(FactorizedConvTransposeMixin, keras.layers.Layer
         Decomposition", NeurIPS 2021 (arXiv 2107.11442), section 2.
 
     Example:
-        >>> import keras
+        >>> import numpy as np
         >>> from keras_alds.layers import FactorizedConv2DTranspose
         >>> layer = FactorizedConv2DTranspose(8, 2, slices=2, rank=2, strides=2)
-        >>> layer(keras.ops.ones((1, 5, 5, 4))).shape
+        >>> layer(np.ones((1, 5, 5, 4), "float32")).shape
         TensorShape([1, 10, 10, 8])
         >>> [tuple(weight.shape) for weight in layer.weights]
         [(1, 1, 2, 4), (2, 2, 8, 4), (8,)]
     """
 
-    _keras = keras
     _dimensions = 2
-    _add = staticmethod(keras.ops.add)
 
 
 @keras.saving.register_keras_serializable(package="keras_alds")
-class FactorizedConv3DTranspose(FactorizedConvTransposeMixin, keras.layers.Layer):
+class FactorizedConv3DTranspose(BaseFactorizedConvTranspose, keras.layers.Layer):
     """A three-dimensional transposed convolution held as a pointwise encoder and a decoder.
 
     The layer computes `activation(decoder(encoder(x)) + bias)`. The encoder is a pointwise
@@ -212,15 +333,54 @@ class FactorizedConv3DTranspose(FactorizedConvTransposeMixin, keras.layers.Layer
         Decomposition", NeurIPS 2021 (arXiv 2107.11442), section 2.
 
     Example:
-        >>> import keras
+        >>> import numpy as np
         >>> from keras_alds.layers import FactorizedConv3DTranspose
         >>> layer = FactorizedConv3DTranspose(8, 2, slices=2, rank=2, strides=2)
-        >>> layer(keras.ops.ones((1, 5, 5, 5, 4))).shape
+        >>> layer(np.ones((1, 5, 5, 5, 4), "float32")).shape
         TensorShape([1, 10, 10, 10, 8])
         >>> [tuple(weight.shape) for weight in layer.weights]
         [(1, 1, 1, 2, 4), (2, 2, 2, 8, 4), (8,)]
     """
 
-    _keras = keras
     _dimensions = 3
-    _add = staticmethod(keras.ops.add)
+
+
+class Transposed(BaseConvolution):
+    """`Conv1DTranspose`, `Conv2DTranspose` and `Conv3DTranspose`."""
+
+    copied: ClassVar[tuple[str, ...]] = (*BaseConvolution.copied, "output_padding")
+    principal = False
+    output_axes = (-2,)
+
+    def unfolding(self, layer: Any) -> Unfolding:
+        return transposed_unfolding(len(layer.kernel_size))
+
+    def channels(self, layer: Any) -> int:
+        return self.shape(layer)[-1]
+
+    def patches(self, layer: Any, inputs: Array) -> Iterator[Array]:
+        return patch_chunks(np.reshape(inputs, (-1, inputs.shape[-1])))
+
+    def positions(self, layer: Any, inputs: Shape, outputs: Shape) -> Shape:
+        return without_channels(layer, inputs)
+
+    def written_out(self, writer: Writer, layer: Any, axes: int) -> list[Any]:
+        encoder = encoder_convolution(writer, layer, axes, **pointwise(layer))
+        decoder = getattr(writer.layers, self.name)(
+            layer.filters,
+            kernel_size=layer.kernel_size,
+            strides=layer.strides,
+            padding=layer.padding,
+            output_padding=layer.output_padding,
+            dilation_rate=layer.dilation_rate,
+            data_format=layer.data_format,
+            **writer.decoder_options(layer),
+        )
+        return writer.pair(layer, encoder, decoder)
+
+
+register(
+    Transposed("Conv1DTranspose", FactorizedConv1DTranspose),
+    Transposed("Conv2DTranspose", FactorizedConv2DTranspose),
+    Transposed("Conv3DTranspose", FactorizedConv3DTranspose, in_tf_keras={"_dilates": False}),
+)

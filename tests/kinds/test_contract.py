@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from layer_contract import FORMS, KERASES, as_array, check_layer, randomize, tf_variable
 
-from keras_alds.layers._forms import grouped_convolution_trains
+from keras_alds._backend.tensors import grouped_convolution_trains
 
 
 @pytest.fixture(params=list(KERASES))

@@ -1,0 +1,245 @@
+"""The TensorFlow functions that layers and models use, and what they ask of TensorFlow."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+bfloat16, float16, float32 = tf.bfloat16, tf.float16, tf.float32
+boolean, int32, int64 = tf.bool, tf.int32, tf.int64
+
+boolean_mask = tf.boolean_mask
+cast = tf.cast
+concat = tf.concat
+cumsum = tf.cumsum
+einsum = tf.einsum
+executing_eagerly = tf.executing_eagerly
+expand_dims = tf.expand_dims
+eye = tf.eye
+flatten = tf.nest.flatten
+gather = tf.gather
+identity = tf.identity
+is_tensor = tf.is_tensor
+matmul = tf.matmul
+reshape = tf.reshape
+reverse = tf.reverse
+shape = tf.shape
+slice_ = tf.slice
+split = tf.split
+stack = tf.stack
+tensor = tf.convert_to_tensor
+tensordot = tf.tensordot
+transpose = tf.transpose
+unstack = tf.unstack
+where = tf.where
+zeros = tf.zeros
+zeros_like = tf.zeros_like
+
+_DATA_FORMATS = {
+    "channels_last": {1: "NWC", 2: "NHWC", 3: "NDHWC"},
+    "channels_first": {1: "NCW", 2: "NCHW", 3: "NCDHW"},
+}
+
+
+def dtype_name(dtype: Any) -> str:
+    """The name of a dtype, such as `"float32"`."""
+    return str(tf.as_dtype(dtype).name)
+
+
+def known_shape(x: Any, count: int) -> list[Any]:
+    """The last `count` axes of a tensor's shape: ints where known, else scalar tensors."""
+    dynamic = None
+    sizes: list[Any] = list(x.shape[x.shape.rank - count :])
+    for axis, size in enumerate(sizes):
+        if size is None:
+            dynamic = tf.shape(x) if dynamic is None else dynamic
+            sizes[axis] = dynamic[x.shape.rank - count + axis]
+    return sizes
+
+
+# -- Convolutions --------------------------------------------------------------------------------
+
+
+def convolution(
+    x: Any,
+    kernel: Any,
+    *,
+    strides: Sequence[int],
+    padding: str,
+    dilation_rate: Sequence[int],
+    data_format: str,
+) -> Any:
+    """Apply a convolution over one to three spatial axes, grouped if the kernel is narrower.
+
+    Args:
+        x: tensor `[batch, *spatial, channels]`, or `[batch, channels, *spatial]`.
+        kernel: tensor `[*kernel_size, channels / groups, filters]`.
+        strides: sequence of int.
+        padding: `"valid"`, `"same"` or `"causal"`.
+        dilation_rate: sequence of int.
+        data_format: `"channels_last"` or `"channels_first"`.
+
+    Returns:
+        Tensor of the same layout as `x` with `filters` channels.
+    """
+    x, padding = padded(x, kernel, padding, dilation_rate, data_format)
+    return tf.nn.convolution(
+        x,
+        kernel,
+        strides=list(strides),
+        padding=padding.upper(),
+        dilations=list(dilation_rate),
+        data_format=_DATA_FORMATS[data_format][len(strides)],
+    )
+
+
+def depthwise_convolution(
+    x: Any,
+    kernel: Any,
+    *,
+    strides: Sequence[int],
+    padding: str,
+    dilation_rate: Sequence[int],
+    data_format: str,
+) -> Any:
+    """Apply a depthwise convolution over one or two spatial axes, with equal strides.
+
+    Args:
+        x: tensor `[batch, *spatial, channels]`, or `[batch, channels, *spatial]`.
+        kernel: tensor `[*kernel_size, channels, multiplier]`.
+        strides: sequence of int.
+        padding: `"valid"`, `"same"` or `"causal"`.
+        dilation_rate: sequence of int.
+        data_format: `"channels_last"` or `"channels_first"`.
+
+    Returns:
+        Tensor of the same layout with `channels * multiplier` channels.
+    """
+    x, padding = padded(x, kernel, padding, dilation_rate, data_format)
+    last = data_format == "channels_last"
+    one = len(strides) == 1  # TensorFlow has it for images only
+    if one:
+        x = tf.expand_dims(x, 1 if last else 2)
+        kernel = tf.expand_dims(kernel, 0)
+        strides, dilation_rate = (strides[0], strides[0]), (1, dilation_rate[0])
+    y = tf.nn.depthwise_conv2d(
+        x,
+        kernel,
+        strides=[1, *strides, 1] if last else [1, 1, *strides],
+        padding=padding.upper(),
+        data_format=_DATA_FORMATS[data_format][2],
+        dilations=list(dilation_rate),
+    )
+    return tf.squeeze(y, [1 if last else 2]) if one else y
+
+
+def transposed_convolution(
+    x: Any,
+    kernel: Any,
+    lengths: Sequence[Any],
+    *,
+    strides: Sequence[int],
+    padding: str,
+    dilation_rate: Sequence[int],
+    data_format: str,
+) -> Any:
+    """Apply a transposed convolution over one to three spatial axes.
+
+    Args:
+        x: tensor `[batch, *spatial, channels]`, or `[batch, channels, *spatial]`.
+        kernel: tensor `[*kernel_size, filters, channels]`.
+        lengths: the output's spatial lengths, ints or scalar tensors.
+        strides: sequence of int.
+        padding: `"valid"` or `"same"`.
+        dilation_rate: sequence of int.
+        data_format: `"channels_last"` or `"channels_first"`.
+
+    Returns:
+        Tensor of the same layout as `x` with `filters` channels.
+    """
+    batch, filters = tf.shape(x)[0], kernel.shape[-2]
+    last = data_format == "channels_last"
+    return tf.nn.conv_transpose(
+        x,
+        kernel,
+        [batch, *lengths, filters] if last else [batch, filters, *lengths],
+        strides=list(strides),
+        padding=padding.upper(),
+        data_format=_DATA_FORMATS[data_format][len(strides)],
+        dilations=list(dilation_rate),
+    )
+
+
+def padded(
+    x: Any, kernel: Any, padding: str, dilation_rate: Sequence[int], data_format: str
+) -> tuple[Any, str]:
+    """The input with causal padding, if it is asked for, and the padding that is left to do."""
+    if padding != "causal":
+        return x, padding
+    left = [dilation_rate[0] * (kernel.shape[0] - 1), 0]
+    if left[0]:
+        last = data_format == "channels_last"
+        x = tf.pad(x, [[0, 0], left, [0, 0]] if last else [[0, 0], [0, 0], left])
+    return x, "valid"
+
+
+# -- Where the code runs -------------------------------------------------------------------------
+
+
+def on_cpu() -> bool:
+    """Tell whether TensorFlow sees nothing but CPUs.
+
+    Returns:
+        `True` if no GPU or TPU is visible to this process.
+    """
+    return all(device.device_type == "CPU" for device in tf.config.get_visible_devices())
+
+
+def in_xla_trace() -> bool:
+    """Tell whether the code that runs now is being traced for XLA (`jit_compile=True`).
+
+    `tf.function(jit_compile=True)` opens an XLA control-flow context for its trace, and inner
+    functions find it through their outer graphs. There is no public way to ask. Where TensorFlow
+    moves it, the answer is `False` and a slower form is taken.
+
+    Returns:
+        `True` inside such a trace, `False` in eager execution and in ordinary graphs.
+    """
+    if tf.executing_eagerly():
+        return False
+    try:
+        from tensorflow.python.ops import control_flow_util
+    except ImportError:
+        return False
+    ask = getattr(control_flow_util, "GraphOrParentsInXlaContext", None)
+    return bool(ask(tf.compat.v1.get_default_graph())) if ask else False
+
+
+@functools.cache
+def grouped_convolution_trains(dtype: str) -> bool:
+    """Tell whether this machine's CPU kernels can differentiate a grouped convolution.
+
+    TensorFlow's own CPU kernels cannot ("Gradients for grouped convolutions are not supported on
+    CPU"). oneDNN's can, for float32 and bfloat16 and where oneDNN is switched on. A tiny gradient
+    is tried once per dtype.
+
+    Args:
+        dtype: str, the layer's compute dtype.
+
+    Returns:
+        `True` if the gradient of a grouped 2D convolution runs.
+    """
+    with tf.init_scope():
+        if not tf.executing_eagerly():  # a TF1 graph: nothing can be tried
+            return False
+        image, kernel = tf.ones([1, 3, 3, 4], dtype), tf.ones([3, 3, 2, 4], dtype)
+        options = {"out_backprop": image, "strides": [1, 1, 1, 1], "padding": "SAME"}
+        try:  # the operations themselves: gradient tapes do not record in this scope
+            tf.raw_ops.Conv2DBackpropInput(input_sizes=image.shape, filter=kernel, **options)
+            tf.raw_ops.Conv2DBackpropFilter(input=image, filter_sizes=kernel.shape, **options)
+        except (tf.errors.OpError, TypeError, ValueError):
+            return False
+    return True

@@ -1,0 +1,186 @@
+"""Attention layers: each of their projections can be an einsum layer of two factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import keras
+
+from keras_alds import _backend
+from keras_alds._backend.layers import dtype_policy
+from keras_alds.kinds.base import Kind, Undo, is_factorized, known_kind, register
+from keras_alds.kinds.factorized import checked_factorizations
+
+if TYPE_CHECKING:
+    _Base = Any
+else:
+    _Base = object
+
+#: The projections that an attention layer may have; it holds them as `_<name>_dense`.
+PROJECTIONS = ("query", "key", "value", "gate", "output")
+
+
+def projections(layer: Any) -> dict[str, Any]:
+    """The projections that an attention layer has, by their names."""
+    found = {name: getattr(layer, f"_{name}_dense", None) for name in PROJECTIONS}
+    return {name: dense for name, dense in found.items() if dense is not None}
+
+
+class BaseFactorizedAttention(_Base):
+    """A stock attention layer in which some projections are `FactorizedEinsumDense` layers.
+
+    A subclass adds the stock layer as the last base.
+    """
+
+    def __init__(self, *args: Any, projections: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.projections = checked_factorizations("projections", projections, PROJECTIONS)
+
+    def _factorize_projections(self) -> None:
+        """Turns the new stock projections into factorized ones, in place."""
+        backend, known = _backend.backend_of(self), projections(self)
+        for name, choice in self.projections.items():
+            if name not in known:
+                raise ValueError(
+                    f"Expected `projections` that layer {self.name!r} has. "
+                    f"Received: projections={self.projections}, and it has no {name!r}"
+                )
+            dense = known[name]
+            kind = known_kind(dense)
+            settings = {
+                f"{part}_{setting}": kind.setting(dense, setting)
+                for part in ("encoder", "decoder")
+                for setting in ("initializer", "regularizer", "constraint")
+            }
+            factorized = kind.layer_class(backend)(
+                **choice,
+                **settings,
+                **kind.arguments(dense),
+                activity_regularizer=dense.activity_regularizer,
+                trainable=dense.trainable,
+                name=dense.name,
+                dtype=dtype_policy(dense),
+            )
+            if dense.built:  # tf_keras builds them in the first call
+                given, kernel, _ = factorized.terms
+                sizes = dict(zip(kernel, dense.kernel.shape, strict=True))
+                factorized.build(tuple(sizes.get(letter) for letter in given))
+            # The same object: the order of the layer's weights goes by its projections.
+            backend.transplant(dense, factorized, kind.kept)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return every constructor argument."""
+        return {**super().get_config(), "projections": dict(self.projections)}
+
+
+class Keras3Attention(BaseFactorizedAttention):
+    """Factorizes the projections where a layer of Keras 3 makes them."""
+
+    def build(self, query_shape: Any, value_shape: Any, key_shape: Any = None) -> None:
+        """Create the stock layer's projections and factorize those that are to be."""
+        super().build(query_shape, value_shape, key_shape)
+        self._factorize_projections()
+
+
+class TfKerasAttention(BaseFactorizedAttention):
+    """Factorizes the projections where a layer of tf_keras makes them."""
+
+    def _build_from_signature(self, query: Any, value: Any, key: Any = None) -> None:
+        super()._build_from_signature(query, value, key)
+        self._factorize_projections()
+
+
+@keras.saving.register_keras_serializable(package="keras_alds")
+class FactorizedGroupQueryAttention(Keras3Attention, keras.layers.GroupQueryAttention):
+    """A stock `GroupQueryAttention` in which some projections are `FactorizedEinsumDense` layers.
+
+    Everything else, call, masks and arguments, is that of the stock layer. `compress` and
+    `ALDSCompress` make stock layers to such ones where they factorize a projection.
+
+    Args:
+        *args: The stock layer's arguments.
+        projections: dict or None, slices and rank of every projection that is factorized, such as
+            `{"query": {"slices": 1, "rank": 8}}`. Names are `"query"`, `"key"`, `"value"`,
+            `"output"` and, where there is one, `"gate"`.
+        **kwargs: The stock layer's keyword arguments.
+
+    Raises:
+        ValueError: If `projections` is no such dict, or names one that the layer has not.
+
+    Source:
+        Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
+        Decomposition", NeurIPS 2021 (arXiv 2107.11442), section 2.
+
+    Example:
+        >>> import numpy as np
+        >>> from keras_alds.layers import FactorizedGroupQueryAttention
+        >>> choice = {"slices": 1, "rank": 4}
+        >>> layer = FactorizedGroupQueryAttention(8, 2, 1, projections={"query": choice})
+        >>> x = np.ones((1, 5, 16), "float32")
+        >>> layer(x, x).shape
+        TensorShape([1, 5, 16])
+        >>> type(layer._query_dense).__name__
+        'FactorizedEinsumDense'
+    """
+
+
+@keras.saving.register_keras_serializable(package="keras_alds")
+class FactorizedMultiHeadAttention(Keras3Attention, keras.layers.MultiHeadAttention):
+    """A stock `MultiHeadAttention` in which some projections are `FactorizedEinsumDense` layers.
+
+    Everything else, call, masks and arguments, is that of the stock layer. `compress` and
+    `ALDSCompress` make stock layers to such ones where they factorize a projection.
+
+    Args:
+        *args: The stock layer's arguments.
+        projections: dict or None, slices and rank of every projection that is factorized, such as
+            `{"query": {"slices": 1, "rank": 8}}`. Names are `"query"`, `"key"`, `"value"`,
+            `"output"` and, where there is one, `"gate"`.
+        **kwargs: The stock layer's keyword arguments.
+
+    Raises:
+        ValueError: If `projections` is no such dict, or names one that the layer has not.
+
+    Source:
+        Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
+        Decomposition", NeurIPS 2021 (arXiv 2107.11442), section 2.
+
+    Example:
+        >>> import numpy as np
+        >>> from keras_alds.layers import FactorizedMultiHeadAttention
+        >>> choice = {"slices": 1, "rank": 4}
+        >>> layer = FactorizedMultiHeadAttention(2, 8, projections={"query": choice})
+        >>> x = np.ones((1, 5, 16), "float32")
+        >>> layer(x, x).shape
+        TensorShape([1, 5, 16])
+        >>> type(layer._query_dense).__name__
+        'FactorizedEinsumDense'
+    """
+
+
+class Attention(Kind):
+    """`MultiHeadAttention` and `GroupQueryAttention`."""
+
+    bases_in_tf_keras: ClassVar[Mapping[type, type]] = {Keras3Attention: TfKerasAttention}
+
+    def obstacle(self, layer: Any, inner: Any, holders: Sequence[Any]) -> str | None:
+        if self.is_stock(layer) or all(inner is not dense for dense in projections(layer).values()):
+            return None
+        return f"{type(layer).__name__} makes it in code of its own, as it is, when loaded"
+
+    def adopt(self, backend: _backend.Backend, layer: Any) -> Undo | None:
+        found = {
+            name: {"slices": dense.slices, "rank": dense.rank}
+            for name, dense in projections(layer).items()
+            if is_factorized(dense)
+        }
+        if not found or not self.is_stock(layer):
+            return None
+        return backend.adopt(layer, self.layer_class(backend), {"projections": found})
+
+
+register(
+    Attention("GroupQueryAttention", FactorizedGroupQueryAttention),
+    Attention("MultiHeadAttention", FactorizedMultiHeadAttention),
+)

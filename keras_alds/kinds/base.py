@@ -1,0 +1,609 @@
+"""What the package asks of a kind of layer, with defaults, and the register of all kinds.
+
+A `Kind` describes a class of stock layers: where its kernel is, how the kernel is read as a matrix
+for every slice, what its factorized layer is made with, what a call costs. Inspection,
+factorization, calibration, counting, `expand` and the rest ask it. They know no kind by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, cast
+
+import keras
+import numpy as np
+
+from keras_alds import _backend
+from keras_alds.core.moments import moment_blocks
+from keras_alds.core.patches import patch_chunks
+from keras_alds.core.slicing import Array, Unfolding, distinct_schemes, divisors, weights
+from keras_alds.kinds.factorized import FactorizedLayer
+
+Shape = tuple[int | None, ...]
+Undo = Callable[[], None]
+
+#: The kinds by the names of their stock classes.
+KINDS: dict[str, Kind] = {}
+# The kinds by the classes that this package adds: factorized ones, and kernels as layers.
+_OWN: dict[type, Kind] = {}
+
+# What a forward pass consists of: a subclass that keeps all of it counts as its stock layer.
+_FORWARD = ("call", "convolution_op", "build", "kernel", "embeddings", "compute_mask")
+
+
+class Writer(Protocol):
+    """What `expand` offers to a kind that writes a layer out as stock layers."""
+
+    @property
+    def layers(self) -> Any:
+        """The module of stock layers."""
+
+    def once(self, layer: Any, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make()` gives, made once for a layer and a key."""
+
+    def value(self, variable: Any) -> np.ndarray:
+        """The values of a variable."""
+
+    def record(
+        self,
+        old: Any,
+        new: Any,
+        values: list[np.ndarray] | None = None,
+        origins: list[Any] | None = None,
+    ) -> None:
+        """Remembers that `new` gets the flags of `old`, and these weights, once all are built.
+
+        `origins` are the old weights, or None, in whose place the new ones are.
+        """
+
+    def unique(self, name: str) -> str:
+        """A layer name, numbered if it is taken."""
+
+    def warn(self, text: str) -> None:
+        """Warns the user once the model is rebuilt."""
+
+    def encoder_options(self, layer: Any) -> dict[str, Any]:
+        """The arguments of a stock layer that an encoder becomes, its sizes aside."""
+
+    def decoder_options(self, layer: Any) -> dict[str, Any]:
+        """The arguments of a stock layer that a decoder becomes, its sizes aside."""
+
+    def copied(self, initializer: Any) -> Any:
+        """A new initializer like another."""
+
+    def pair(
+        self, layer: Any, encoder: Any, decoder: Any, kernel: np.ndarray | None = None
+    ) -> list[Any]:
+        """Both stock layers, the decoder with its weights and the bias."""
+
+
+class Kind:
+    """A class of stock layers. The defaults are those of a layer that cannot be factorized.
+
+    Attributes:
+        name: Name of the stock class.
+        layers: The factorized classes, by the name of their Keras.
+        in_tf_keras: What the factorized class of tf_keras has in place of attributes of that of
+            Keras 3.
+        bases_in_tf_keras: The same for its bases.
+        output_axes: The axes of its kernel that are the output channels, if a BatchNormalization
+            after it can be multiplied into the kernel.
+        encodes: Whether, without activation, it may be the first of two stock layers whose middle
+            channels can be scaled.
+        decodes: Whether it may be the second.
+    """
+
+    bases_in_tf_keras: ClassVar[Mapping[type, type]] = {}
+    output_axes: tuple[int, ...] | None = None
+    encodes: bool = False
+    decodes: bool = False
+
+    def __init__(
+        self, name: str, layer: type | None = None, in_tf_keras: Mapping[str, Any] | None = None
+    ) -> None:
+        self.name = name
+        self.layers: dict[str, type] = {}
+        self.in_tf_keras = in_tf_keras or {}
+        if layer is not None:
+            self.add_layer(keras.__name__, layer)
+
+    def add_layer(self, keras: str, layer: type) -> None:
+        """Registers the factorized class for a Keras."""
+        self.layers[keras] = layer
+        _OWN[layer] = self
+
+    def layer_class(self, backend: _backend.Backend) -> Any:
+        """The factorized class for a Keras, or None if it has no such layer."""
+        return self.layers.get(backend.name)
+
+    def stock_class(self, backend: _backend.Backend) -> Any:
+        """The stock class of a Keras, or None if it has no such layer."""
+        return getattr(backend.keras.layers, self.name, None)
+
+    def is_stock(self, layer: Any) -> bool:
+        """Whether a layer is of the stock class itself."""
+        return type(layer) is self.stock_class(_backend.backend_of(layer))
+
+    def reason(self, layer: Any) -> str | None:
+        """Why the layer cannot be factorized, or None."""
+        return no_kernel(layer) or f"{type(layer).__name__} has no factorized form"
+
+    def variable(self, layer: Any) -> Any:
+        """The kernel's variable."""
+        return layer.kernel
+
+    # -- Counting ----------------------------------------------------------------------------
+
+    def macs(self, layer: Any, inputs: Shape, outputs: Shape) -> int:
+        """Multiply–accumulates of one call of the stock layer."""
+        return 0
+
+    # -- Layers that hold others -------------------------------------------------------------
+
+    def kernels(self, layer: Any) -> dict[str, Any]:
+        """Kernels of the layer that count as layers of their own, by name."""
+        return {}
+
+    def obstacle(self, layer: Any, inner: Any, holders: Sequence[Any]) -> str | None:
+        """Why the layer keeps `inner` from being factorized, or None.
+
+        Args:
+            layer: A layer of this kind.
+            inner: A layer at any depth of it.
+            holders: All layers around `inner`, the outermost first.
+        """
+        return None
+
+    def adopt(self, backend: _backend.Backend, layer: Any) -> Undo | None:
+        """Makes a layer save and load what was factorized in it.
+
+        Returns:
+            A function that puts everything back, or None if there is nothing to do.
+        """
+        return None
+
+    def calling_kernels(
+        self, layer: Any, wanted: Collection[int], values: bool
+    ) -> contextlib.AbstractContextManager[None]:
+        """Lets the layer call its `kernels` as layers while inside; see `calling_kernels`."""
+        return contextlib.nullcontext()
+
+    # -- Writing out as stock layers ---------------------------------------------------------
+
+    def is_written_out(self, layer: Any) -> bool:
+        """Whether `expand` makes other layers of a layer, with `pieces`."""
+        return False
+
+    def pieces(self, writer: Writer, layer: Any, shape: Shape, masked: bool) -> list[Any]:
+        """The stock layers for a layer, one after the other.
+
+        Args:
+            writer: What offers help, and keeps weights and warnings.
+            layer: The layer.
+            shape: The shape of the input of one call.
+            masked: Whether that input carries a Keras mask.
+        """
+        raise NotImplementedError
+
+    def last_call(
+        self, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the last of several `pieces` is called on.
+
+        Args:
+            value: What the pieces before it have made of the first tensor.
+            args: The arguments of the layer's own call.
+            kwargs: Its keyword arguments.
+        """
+        return (value,), {}
+
+
+class KernelKind(Kind):
+    """A class of stock layers that has a factorized form.
+
+    Attributes:
+        kernel: The layer's attribute that is its kernel.
+        part: What initializer, regularizer and constraint of the kernel are named after.
+        kept: Weights that the factorized layer takes over: `{stock attribute: its attribute}`.
+        copied: Constructor arguments that are attributes of the stock layer of the same name.
+        sample: Positional arguments that any layer of the class can be made with.
+        max_slices: Largest number of slices, or None.
+        principal: Whether the bias has one number for every column of the kernel as it is read,
+            as the method `"pca"` needs.
+        lookup: Whether the kernel is a table that a call reads from and does not multiply by.
+        measured: Whether LiteRT's latency of it is measured, and targets know its sliced forms.
+        equalized: Whether its middle channels are the encoder's last axis and the decoder's last
+            but one, so that they can be scaled.
+    """
+
+    kernel: ClassVar[str] = "kernel"
+    part: ClassVar[str] = "kernel"
+    kept: ClassVar[dict[str, str]] = {"bias": "bias"}
+    copied: ClassVar[tuple[str, ...]] = ()
+    sample: ClassVar[tuple[Any, ...]] = (1, 1)
+    max_slices: ClassVar[int | None] = None
+    principal: ClassVar[bool] = True
+    lookup: ClassVar[bool] = False
+    measured: bool = False
+    equalized: bool = False
+
+    # -- The kernel --------------------------------------------------------------------------
+
+    def variable(self, layer: Any) -> Any:
+        return getattr(layer, self.kernel)
+
+    def shape(self, layer: Any) -> tuple[int, ...]:
+        """The kernel's shape in the layer's own layout."""
+        return tuple(int(size) for size in self.variable(layer).shape)
+
+    def setting_name(self, layer: Any, name: str) -> str:
+        """What the layer calls the kernel's `"initializer"`, `"regularizer"` or `"constraint"`."""
+        return f"{self.part}_{name}"
+
+    def setting(self, layer: Any, name: str) -> Any:
+        """The kernel's `"initializer"`, `"regularizer"` or `"constraint"`."""
+        return getattr(layer, self.setting_name(layer, name))
+
+    def unfolding(self, layer: Any) -> Unfolding:
+        """How the kernel is read as `[*spatial, c, f]` in fold scheme 0."""
+        raise NotImplementedError
+
+    def schemes(self, layer: Any) -> dict[int, int]:
+        """The fold schemes of a layer's kernel; see `distinct_schemes`."""
+        return distinct_schemes(())
+
+    def folded(self, layer: Any, scheme: int) -> Unfolding:
+        """How the kernel is read in a fold scheme, one of the values of `schemes`."""
+        return self.unfolding(layer)
+
+    def can_shrink(self, layer: Any, schemes: Iterable[int]) -> bool:
+        """Whether a layer has a factorization that is smaller, in some fold schemes."""
+        for scheme in schemes:
+            shape = self.folded(layer, scheme).shape(self.shape(layer))
+            slices = [k for k in divisors(shape[-2]) if k <= (self.max_slices or k)]
+            if any(weights(shape, k, 1) < math.prod(shape) for k in slices):
+                return True
+        return False
+
+    # -- Whether a layer can be factorized ---------------------------------------------------
+
+    def keeps_forward_pass(self, layer: Any) -> bool:
+        """Whether a layer has the forward pass of the stock class."""
+        stock = self.stock_class(_backend.backend_of(layer))
+        return all(
+            getattr(type(layer), name, None) is getattr(stock, name, None) for name in _FORWARD
+        )
+
+    def own_code(self, layer: Any) -> list[str]:
+        """What a user's subclass adds, that a factorized layer would not have."""
+        stock = self.stock_class(_backend.backend_of(layer))
+        if type(layer) is stock:
+            return []
+        classes = type(layer).__mro__[: type(layer).__mro__.index(stock)]
+        harmless = {"get_config", "from_config"}
+        methods = {
+            name
+            for cls in classes
+            for name in vars(cls)
+            if not name.startswith("_") and name not in harmless
+        }
+        plain = stock(*self.sample)
+        attributes = {name for name in vars(layer) if not name.startswith("_")}
+        built = {"built", "full_output_shape", self.kernel, "bias", *self.kept}
+        return sorted(methods | (attributes - set(vars(plain)) - built))
+
+    def refusal(self, layer: Any) -> str | None:
+        """Why a layer of this kind cannot be factorized because of its settings, or None."""
+        return None
+
+    def reason(self, layer: Any) -> str | None:
+        name = type(layer).__name__
+        if not self.keeps_forward_pass(layer):
+            return no_kernel(layer) or f"{name} changes the forward pass of {self.name}"
+        if own := self.own_code(layer):
+            return f"{name} adds {', '.join(own[:3])} to {self.name}, which would be lost"
+        if getattr(layer, "lora_enabled", False):
+            return "LoRA is enabled on it; merge the adapter first"
+        if getattr(layer, "quantization_mode", None):
+            return f"it is quantized ({layer.quantization_mode})"
+        if (refusal := self.refusal(layer)) is not None:
+            return refusal
+        if (constraint := self.setting(layer, "constraint")) is not None:
+            setting = self.setting_name(layer, "constraint")
+            return (
+                f"its {setting} {type(constraint).__name__} cannot be kept by two factors; set "
+                f"`layer.{setting} = None` to have it factorized"
+            )
+        if not self.can_shrink(layer, set(self.schemes(layer).values())):
+            return f"no factorization of its kernel {unfolded_shape(layer)} is smaller"
+        return None
+
+    # -- The factorized layer ----------------------------------------------------------------
+
+    def arguments(self, layer: Any) -> dict[str, Any]:
+        """What the factorized layer is made with, beside slices, rank and what every layer has."""
+        return {
+            **{name: getattr(layer, name) for name in self.copied},
+            "activation": layer.activation,
+            "use_bias": layer.use_bias,
+            **bias_settings(layer),
+        }
+
+    def input_shape(self, layer: Any) -> Shape:
+        """A shape that the factorized layer can be built on."""
+        raise NotImplementedError
+
+    def standing_for(self, layer: Any, factorized: Any) -> contextlib.AbstractContextManager[None]:
+        """Lets the stock layer compute what a factorized one does while inside, by `call`."""
+        return contextlib.nullcontext()
+
+    # -- What calls see ----------------------------------------------------------------------
+
+    def observable(self, layer: Any) -> bool:
+        """Whether the second moment of the layer's inputs can be collected."""
+        return True
+
+    def patches(self, layer: Any, inputs: Array) -> Iterator[Array]:
+        """The unfolded inputs of `[batch, *spatial, channels]`, in chunks."""
+        return patch_chunks(inputs)
+
+    def batches(self, layer: Any, inputs: Array) -> Array:
+        """The inputs of one call as `[batch, *spatial, channels]`, or `[batch, channels]`."""
+        return np.reshape(inputs, (-1, inputs.shape[-1]))
+
+    def encoded(self, layer: Any, inputs: Array) -> Array:
+        """What the encoder of a factorized layer makes of a call's inputs, channels last."""
+        raise NotImplementedError
+
+    def timed_call(self, layer: Any, shape: Sequence[int]) -> dict[str, Any]:
+        """One call on inputs of a shape, as far as its time in LiteRT depends on it.
+
+        Returns:
+            The fields of a `litert.layer_files.LayerCall`.
+        """
+        raise NotImplementedError
+
+    # -- Counting ----------------------------------------------------------------------------
+
+    def positions(self, layer: Any, inputs: Shape, outputs: Shape) -> Shape:
+        """The axes of a call's inputs or outputs over which the kernel is applied."""
+        return outputs[:-1]
+
+    def encoder_positions(self, layer: Any, scheme: int, inputs: Shape, outputs: Shape) -> Shape:
+        """The axes over which the encoder of a fold scheme is applied."""
+        return self.positions(layer, inputs, outputs)
+
+    def applied(self, layer: Any) -> int:
+        """How many weights one position of a call multiplies by, biases aside."""
+        return math.prod(self.shape(layer))
+
+    def applied_factors(self, layer: Any) -> tuple[int, int]:
+        """The same for the encoder of a factorized layer, and for the rest of it."""
+        return math.prod(layer.encoder.shape), math.prod(layer.decoder.shape)
+
+    def macs(self, layer: Any, inputs: Shape, outputs: Shape) -> int:
+        return size_of(layer, self.positions(layer, inputs, outputs)) * self.applied(layer)
+
+    def factorized_macs(self, layer: Any, inputs: Shape, outputs: Shape) -> int:
+        """Multiply–accumulates of one call of a factorized layer."""
+        encoder, rest = self.applied_factors(layer)
+        everywhere = size_of(layer, self.positions(layer, inputs, outputs))
+        first = self.encoder_positions(layer, scheme_of(layer), inputs, outputs)
+        return size_of(layer, first) * encoder + everywhere * rest
+
+    # -- Writing out as stock layers ---------------------------------------------------------
+
+    def is_written_out(self, layer: Any) -> bool:
+        return is_factorized(layer)
+
+    def pieces(self, writer: Writer, layer: Any, shape: Shape, masked: bool) -> list[Any]:
+        return writer.once(layer, "pieces", lambda: self.written_out(writer, layer, len(shape)))
+
+    def written_out(self, writer: Writer, layer: Any, axes: int) -> list[Any]:
+        """The stock layers for a factorized layer, the same ones for all of its calls.
+
+        Args:
+            writer: What offers help, and keeps weights and warnings.
+            layer: The layer.
+            axes: Number of axes of its input.
+        """
+        raise NotImplementedError
+
+
+_NOTHING = Kind("")
+
+
+# -- The register --------------------------------------------------------------------------------
+
+
+def register(*kinds: Kind) -> None:
+    """Makes kinds known, by the names of their stock classes."""
+    KINDS.update((kind.name, kind) for kind in kinds)
+    _stock_kinds.cache_clear()
+
+
+def register_own(cls: type, kind: Kind) -> None:
+    """Makes a kind known for a layer class of this package that is no stock one."""
+    _OWN[cls] = kind
+
+
+def factorizable_names() -> tuple[str, ...]:
+    """The names of the stock classes that have a factorized form."""
+    return tuple(name for name, kind in KINDS.items() if kind.layers)
+
+
+def stock_kind(layer: Any) -> Kind:
+    """The kind of the nearest stock class that a layer is of or is the factorized form of."""
+    stock = _stock_kinds(_backend.backend_of(layer))
+    for cls in type(layer).__mro__:
+        kind = _OWN.get(cls) or stock.get(cls)
+        if kind is not None:
+            return kind
+    return _NOTHING
+
+
+@functools.cache
+def _stock_kinds(backend: _backend.Backend) -> dict[type, Kind]:
+    """The kinds by the stock classes of a Keras."""
+    return {kind.stock_class(backend): kind for kind in KINDS.values()}
+
+
+def kind_of(layer: Any) -> KernelKind | None:
+    """The kind of a stock layer with a kernel, or of a layer that inherits its forward pass."""
+    kind = stock_kind(layer)
+    if isinstance(kind, KernelKind) and not is_factorized(layer) and kind.keeps_forward_pass(layer):
+        return kind
+    return None
+
+
+def known_kind(layer: Any) -> KernelKind:
+    """The kind of a layer that can be factorized.
+
+    Raises:
+        ValueError: If it is of no such kind.
+    """
+    kind = kind_of(layer)
+    if kind is None:
+        raise ValueError(f"Expected a layer that can be factorized. Received: layer={layer!r}")
+    return kind
+
+
+def factorized_kind(layer: Any) -> KernelKind:
+    """The kind of stock layer that a factorized layer stands for."""
+    return cast(KernelKind, stock_kind(layer))
+
+
+def is_own(layer: Any) -> bool:
+    """Whether `layer` is of a class of this package: factorized, or made to hold such layers."""
+    return any(cls in _OWN for cls in type(layer).__mro__)
+
+
+def is_factorized(layer: Any) -> bool:
+    """Whether `layer` is one of this package's factorized layers, of Keras 3 or tf_keras."""
+    return isinstance(layer, FactorizedLayer)
+
+
+# -- What is asked of any layer ------------------------------------------------------------------
+
+
+def reason(layer: Any) -> str | None:
+    """Why a layer cannot be factorized, or None; what holds it aside."""
+    return "already factorized" if is_factorized(layer) else stock_kind(layer).reason(layer)
+
+
+def macs_of_call(layer: Any, inputs: Shape, outputs: Shape) -> int:
+    """Multiply–accumulates of one call of a layer.
+
+    Raises:
+        ValueError: If an axis that matters has an unknown length.
+    """
+    if is_factorized(layer):
+        return factorized_kind(layer).factorized_macs(layer, inputs, outputs)
+    return stock_kind(layer).macs(layer, inputs, outputs)
+
+
+def unfolded_shape(layer: Any, scheme: int = 0) -> tuple[int, ...]:
+    """The shape `(*spatial, c, f)` that a stock layer's kernel is read as in a fold scheme."""
+    kind = known_kind(layer)
+    return kind.folded(layer, scheme).shape(kind.shape(layer))
+
+
+def kernel_values(layer: Any, scheme: int = 0) -> Array:
+    """The kernel of a stock layer as it is read, `[*spatial, c, f]` in float32 or float64."""
+    kind = known_kind(layer)
+    kernel = _backend.backend_of(layer).value(kind.variable(layer))
+    if kernel.dtype not in (np.float32, np.float64):
+        kernel = kernel.astype(np.float32)
+    return kind.folded(layer, scheme).read(kernel)
+
+
+def observable(layer: Any) -> bool:
+    """Whether a layer's choices can be measured on calibration data."""
+    kind = known_kind(layer)
+    *spatial, c, _ = unfolded_shape(layer)
+    blocks = moment_blocks(c, math.prod(spatial))
+    return kind.observable(layer) and (kind.max_slices is None or blocks <= kind.max_slices)
+
+
+@contextlib.contextmanager
+def calling_kernels(model: Any, layers: Iterable[Any], *, values: bool = True) -> Iterator[None]:
+    """Lets layers whose kernels count as layers of their own call these while inside.
+
+    So whoever watches the calls of layers sees what the kernels are multiplied by.
+
+    Args:
+        model: The model that holds the layers.
+        layers: The kernels to be called. Others that are no such kernels may be among them.
+        values: Whether the values matter, and not only the shapes. Defaults to True.
+    """
+    wanted = {id(layer) for layer in layers}
+    with contextlib.ExitStack() as stack:
+        for layer in {id(layer): layer for layer in below(model)}.values():
+            stack.enter_context(stock_kind(layer).calling_kernels(layer, wanted, values))
+        yield
+
+
+def below(layer: Any) -> Iterator[Any]:
+    """Every layer inside a layer, at any depth; one that is held twice comes twice."""
+    for child in _backend.backend_of(layer).children(layer):
+        yield child
+        yield from below(child)
+
+
+# -- What kinds share ----------------------------------------------------------------------------
+
+
+def no_kernel(layer: Any) -> str | None:
+    """The reason of a layer that has no kernel, None of another one."""
+    variables = _backend.backend_of(layer).own_variables(layer)
+    if all(len(variable.shape) <= 1 for variable in variables):
+        return f"{type(layer).__name__} has no kernel to factorize"
+    return None
+
+
+def bias_settings(layer: Any) -> dict[str, Any]:
+    """Initializer, regularizer and constraint of a layer's bias, as arguments."""
+    names = ("bias_initializer", "bias_regularizer", "bias_constraint")
+    return {name: getattr(layer, name) for name in names}
+
+
+def scheme_of(layer: Any) -> int:
+    """The fold scheme of a factorized layer."""
+    return int(getattr(layer, "scheme", 0))
+
+
+def without_channels(layer: Any, shape: Shape) -> Shape:
+    """A shape without the axis of channels, by the layer's `data_format`."""
+    if layer.data_format == "channels_first":
+        channels = len(shape) - 1 - len(layer.kernel_size)
+        return (*shape[:channels], *shape[channels + 1 :])
+    return shape[:-1]
+
+
+def size_of(layer: Any, shape: Shape) -> int:
+    """The number of positions of a shape.
+
+    Raises:
+        ValueError: If an axis has an unknown length.
+    """
+    if None in shape:
+        raise ValueError(
+            "Expected a known input size, to count multiply–accumulates. Received: layer "
+            f"'{layer.name}' works on the shape {shape}. Make the model anew on inputs of a fixed "
+            'shape (`Input(shape)` without None) and set its weights, or use objective="params".'
+        )
+    return math.prod(int(n or 0) for n in shape)
+
+
+def block_diagonal(encoder: np.ndarray, slices: int) -> np.ndarray:
+    """A dense encoder `[c / k, k·j]` as one kernel `[c, k·j]`, zero off the blocks."""
+    per_slice, hidden = encoder.shape
+    rank = hidden // slices
+    kernel = np.zeros((slices * per_slice, hidden), encoder.dtype)
+    for i in range(slices):
+        columns = slice(i * rank, (i + 1) * rank)
+        kernel[i * per_slice : (i + 1) * per_slice, columns] = encoder[:, columns]
+    return kernel

@@ -1,0 +1,34 @@
+"""Depthwise convolutions: they have no factorized form."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from keras_alds import _backend
+from keras_alds.kinds.base import Kind, Shape, register, size_of, without_channels
+
+
+class Depthwise(Kind):
+    """`DepthwiseConv1D` and `DepthwiseConv2D`."""
+
+    output_axes = (-2, -1)  # channels and multiplier
+
+    def reason(self, layer: Any) -> str | None:
+        return "its kernel filters every channel by itself: there is no matrix to cut the rank of"
+
+    def variable(self, layer: Any) -> Any:
+        return _backend.backend_of(layer).own_variables(layer)[0]
+
+    def macs(self, layer: Any, inputs: Shape, outputs: Shape) -> int:
+        positions = size_of(layer, without_channels(layer, outputs))
+        return positions * math.prod(self.variable(layer).shape)
+
+
+class Depthwise2D(Depthwise):
+    """`DepthwiseConv2D`, which is what LiteRT has."""
+
+    encodes = True
+
+
+register(Depthwise("DepthwiseConv1D"), Depthwise2D("DepthwiseConv2D"))
