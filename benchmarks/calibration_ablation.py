@@ -35,8 +35,8 @@ from keras_alds.core.calibration.refit import factorize_outputs, output_error
 from keras_alds.core.solvers import min_sum
 from keras_alds.methods import get_method
 from keras_alds.kinds.base import kernel_values
-from keras_alds.rewrite import in_place, sequential
-from keras_alds.rewrite.inspect import is_factorized, walk
+from keras_alds.models import in_place, sequential
+from keras_alds.models.inspect import is_factorized, walk
 
 
 def parse_arguments() -> argparse.Namespace:

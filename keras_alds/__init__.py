@@ -18,11 +18,11 @@ from keras_alds.callbacks import ALDSCompress
 from keras_alds.compress import compress, select
 from keras_alds.layers import FactorizedConv1D, FactorizedConv2D, FactorizedDense
 from keras_alds.plan import CompressionPlan, LayerChoice
-from keras_alds.report import report
-from keras_alds.rewrite.expand import expand
-from keras_alds.rewrite.in_place import apply_plan
-from keras_alds.rewrite.inspect import count_macs
-from keras_alds.rewrite.observe import CalibrationStats
+from keras_alds.tables import report
+from keras_alds.models.expansion import expand
+from keras_alds.models.in_place import apply_plan
+from keras_alds.models.inspect import count_macs
+from keras_alds.models.observe import CalibrationStats
 
 with contextlib.suppress(ImportError):  # tf_keras is optional; this registers its layers
     from keras_alds import tf_keras as tf_keras
@@ -30,12 +30,12 @@ with contextlib.suppress(ImportError):  # tf_keras is optional; this registers i
 if typing.TYPE_CHECKING:
     from keras_alds import litert, tfmot
     from keras_alds.research.sweeping import Sweep, SweepRow, sweep
-    from keras_alds.rewrite.to_tf_keras import to_tf_keras
+    from keras_alds.tfmot.conversion import to_tf_keras
 
 # What needs more than the rest is imported when it is asked for.
 _LAZY = {
     **dict.fromkeys(("Sweep", "SweepRow", "sweep"), "keras_alds.research.sweeping"),
-    "to_tf_keras": "keras_alds.rewrite.to_tf_keras",
+    "to_tf_keras": "keras_alds.tfmot.conversion",
 }
 _LAZY_MODULES = ("litert", "tfmot")
 

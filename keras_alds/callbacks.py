@@ -19,14 +19,14 @@ from keras_alds.methods import METHODS, choose_method, get_method
 from keras_alds.options import Options, check_cr_or_plan
 from keras_alds.plan import CompressionPlan, removed_fraction
 from keras_alds.problem import Problem, check_model
-from keras_alds.rewrite import inspect
-from keras_alds.rewrite.in_place import (
+from keras_alds.models import inspect
+from keras_alds.models.in_place import (
     apply_calibrated,
     check_folded,
     check_sequential,
     match,
 )
-from keras_alds.rewrite.observe import check_data
+from keras_alds.models.observe import check_data
 
 
 class ALDSCompress(keras.callbacks.Callback):

@@ -14,14 +14,14 @@ from keras_alds.methods import METHODS, choose_method
 from keras_alds.options import Options, check_cr_or_plan
 from keras_alds.plan import CompressionPlan
 from keras_alds.problem import Problem, check_model, kernels
-from keras_alds.rewrite import wrappers
-from keras_alds.rewrite.in_place import (
+from keras_alds.models import wrappers
+from keras_alds.models.in_place import (
     apply_calibrated,
     check_folded,
     check_sequential,
     match,
 )
-from keras_alds.rewrite.observe import Calibration
+from keras_alds.models.observe import Calibration
 
 
 def select(

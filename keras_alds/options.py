@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from keras_alds.core.slicing import SCHEMES
 from keras_alds.methods import DEFAULT, METHODS, get_method
-from keras_alds.rewrite import inspect
-from keras_alds.rewrite.in_place import check_plan
+from keras_alds.models import inspect
+from keras_alds.models.in_place import check_plan
 from keras_alds.targets import get_target
 
 OBJECTIVES = ("params", "macs", "latency")

@@ -237,7 +237,7 @@ class CompressionPlan:
             print_fn: Called with the text; default: standard output, in colour on a terminal.
             line_length: Width of the table in characters; default: the terminal's.
         """
-        from keras_alds.report import print_plan
+        from keras_alds.tables import print_plan
 
         print_plan(self, print_fn=print_fn, line_length=line_length)
 

@@ -26,10 +26,10 @@ from keras_alds.core.spectra import Spectra, spectra_many
 from keras_alds.methods import get_method
 from keras_alds.options import LIMITS, Options
 from keras_alds.plan import LayerChoice, allowed_after, removed_fraction
-from keras_alds.rewrite import inspect
-from keras_alds.rewrite.in_place import already_compressed
-from keras_alds.rewrite.observe import CalibrationStats
-from keras_alds.rewrite.recurrent import RECURRENT
+from keras_alds.models import inspect
+from keras_alds.models.in_place import already_compressed
+from keras_alds.models.observe import CalibrationStats
+from keras_alds.models.recurrent import RECURRENT
 from keras_alds.targets import get_target
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import zoo
 from keras_alds import ALDSCompress, CompressionPlan, apply_plan, compress, select
 from keras_alds.core.calibration import moments
 from keras_alds.core.calibration.refit import output_error
-from keras_alds.rewrite.inspect import is_factorized, kernel_values, walk
-from keras_alds.rewrite.observe import CalibrationStats, layer_inputs, layer_patches
+from keras_alds.models.inspect import is_factorized, kernel_values, walk
+from keras_alds.models.observe import CalibrationStats, layer_inputs, layer_patches
 
 
 @pytest.fixture(params=list(zoo.MODELS))

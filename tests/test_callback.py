@@ -25,8 +25,8 @@ from keras_alds import (
 )
 from keras_alds._backend import backend_of
 from keras_alds.core.slicing import recompose
-from keras_alds.rewrite.inspect import is_factorized, walk
-from keras_alds.rewrite.optimizer import carried
+from keras_alds.models.inspect import is_factorized, walk
+from keras_alds.models.optimizer import carried
 
 
 def value(tensor):
@@ -563,7 +563,7 @@ class TestSavedAfterwards:
     @pytest.mark.parametrize("name", ["adam", "nadam", "scaled"])
     def test_after_a_failure(self, keras_module, monkeypatch, name, tmp_path):
         from keras_alds import apply_plan
-        from keras_alds.rewrite import optimizer as module
+        from keras_alds.models import optimizer as module
 
         def fail(*_):
             raise MemoryError
@@ -825,7 +825,7 @@ class TestErrors:
     @pytest.mark.parametrize("name", ["adam", "legacy_adam", "sgd"])
     def test_a_failure_amid_the_optimizer_leaves_it_whole(self, keras_module, monkeypatch, name):
         from keras_alds import apply_plan
-        from keras_alds.rewrite import optimizer as module
+        from keras_alds.models import optimizer as module
 
         model = compiled(keras_module, make_optimizer(keras_module, name))
         fit(model, [], epochs=1)

@@ -15,8 +15,8 @@ import zoo
 import keras_alds
 from keras_alds import CompressionPlan, apply_plan, compress, count_macs, select
 from keras_alds.plan import allowed_after, removed_fraction
-from keras_alds.rewrite.in_place import factorized_layer, match
-from keras_alds.rewrite.inspect import inspect_model, is_factorized, walk
+from keras_alds.models.in_place import factorized_layer, match
+from keras_alds.models.inspect import inspect_model, is_factorized, walk
 
 
 @pytest.fixture(params=list(zoo.MODELS))
@@ -580,7 +580,7 @@ class TestInPlace:
         assert [w.shape[-1] for w in layer.trainable_weights] == [layer.slices * layer.rank, 24, 24]
 
     def test_a_failure_leaves_everything_as_it_was(self, small, monkeypatch):
-        from keras_alds.rewrite import in_place
+        from keras_alds.models import in_place
 
         inputs = zoo.examples(small)
         expected, weights = zoo.outputs(small, inputs), small.get_weights()

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from keras_alds import ALDSCompress, CalibrationStats, apply_plan, compress, count_macs, select
-from keras_alds.rewrite.inspect import walk
+from keras_alds.models.inspect import walk
 
 X = np.random.default_rng(0).standard_normal((40, 8)).astype("float32")
 
@@ -66,7 +66,7 @@ class TestFunctions:
             raise RuntimeError("late")
 
         with monkeypatch.context() as patch:
-            patch.setattr("keras_alds.rewrite.in_place.carry_optimizers", fail)
+            patch.setattr("keras_alds.models.in_place.carry_optimizers", fail)
             with pytest.raises(RuntimeError, match="late"):
                 apply_plan(model, plan)
         np.testing.assert_array_equal(model.predict(X, verbose=0), before)

@@ -10,7 +10,7 @@ import zoo
 import keras_alds
 from keras_alds.core.slicing import divisors
 from keras_alds.methods import METHODS
-from keras_alds.rewrite.inspect import is_factorized, walk
+from keras_alds.models.inspect import is_factorized, walk
 
 NAMES = [name for name, method in METHODS.items() if method.near_slices]
 
@@ -106,7 +106,7 @@ class TestPrincipalComponents:
         def fail(*arguments):
             raise RuntimeError("no")
 
-        monkeypatch.setattr("keras_alds.rewrite.in_place.carry_optimizers", fail)
+        monkeypatch.setattr("keras_alds.models.in_place.carry_optimizers", fail)
         with pytest.raises(RuntimeError):
             keras_alds.apply_plan(model, plan, calibration_data=x)
         for old, new in zip(before, model.get_weights(), strict=True):

@@ -22,10 +22,10 @@ from keras_alds.cli import main
 from keras_alds.core.slicing import convolution_unfolding, distinct_schemes, divisors, full_rank
 from keras_alds.kinds.base import kernel_values
 from keras_alds.plan import LayerChoice
-from keras_alds.rewrite.equalize import equalize, find_pairs
-from keras_alds.rewrite.in_place import factorized_layer
-from keras_alds.rewrite.inspect import is_factorized, layer_macs, walk
-from keras_alds.rewrite.optimizer import LINEAR, SQUARED, carried
+from keras_alds.models.ranges import equalize, find_pairs
+from keras_alds.models.in_place import factorized_layer
+from keras_alds.models.inspect import is_factorized, layer_macs, walk
+from keras_alds.models.optimizer import LINEAR, SQUARED, carried
 
 tf_keras = pytest.importorskip("tf_keras")
 KERASES = {"keras": keras, "tf_keras": tf_keras}

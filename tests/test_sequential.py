@@ -17,11 +17,11 @@ from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.calibration.refit import factorize_outputs
 from keras_alds.core.slicing import full_rank, recompose, unfold
 from keras_alds.kinds.base import kernel_values
-from keras_alds.rewrite.in_place import match
-from keras_alds.rewrite.inspect import is_factorized, walk
-from keras_alds.rewrite.observe import KeptExamples
-from keras_alds.rewrite.sequential import Walk, most_reruns
-from keras_alds.rewrite.storage import Store
+from keras_alds.models.in_place import match
+from keras_alds.models.inspect import is_factorized, walk
+from keras_alds.models.observe import KeptExamples
+from keras_alds.models.sequential import Walk, most_reruns
+from keras_alds.models.storage import Store
 
 
 def branches(K):
@@ -303,7 +303,7 @@ class TestOptions:
         layers = [layer for _, layer in walk(model) if hasattr(layer, "kernel")]
         assert most_reruns(model, layers) == 5
         quick = compress(model, 0.4, calibration_data=x)
-        monkeypatch.setattr("keras_alds.rewrite.in_place.MOST_RERUNS", 0)
+        monkeypatch.setattr("keras_alds.models.in_place.MOST_RERUNS", 0)
         with pytest.warns(UserWarning, match="called in Python code, which would be run anew"):
             at_once = compress(model, 0.4, calibration_data=x)
         asked = compress(model, 0.4, calibration_data=x, sequential=True)

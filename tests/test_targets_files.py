@@ -16,7 +16,7 @@ import zoo
 import keras_alds
 from keras_alds.core.slicing import convolution_unfolding, distinct_schemes, divisors, weights
 from keras_alds.plan import CompressionPlan
-from keras_alds.rewrite.equalize import (
+from keras_alds.models.ranges import (
     encoded,
     equalized,
     find_pairs,

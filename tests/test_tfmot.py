@@ -10,8 +10,8 @@ import pytest
 import zoo
 
 import keras_alds
-from keras_alds.rewrite import wrappers
-from keras_alds.rewrite.inspect import count_params, is_factorized, walk
+from keras_alds.models import wrappers
+from keras_alds.models.inspect import count_params, is_factorized, walk
 from keras_alds.tfmot import cluster_weights, prune_low_magnitude
 
 K = pytest.importorskip("tf_keras")
@@ -188,7 +188,7 @@ class TestCompressWhilePruning:
         def fail(*_):
             raise RuntimeError("while the optimizer is built anew")
 
-        monkeypatch.setattr("keras_alds.rewrite.in_place.carry_optimizers", fail)
+        monkeypatch.setattr("keras_alds.models.in_place.carry_optimizers", fail)
         with pytest.raises(RuntimeError, match="anew"):
             fit(model, [S.UpdatePruningStep(), keras_alds.ALDSCompress(plan=plan)], epochs=1)
         monkeypatch.undo()

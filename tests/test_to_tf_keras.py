@@ -359,7 +359,7 @@ except ImportError as error:
 def test_is_imported_when_it_is_used():
     code = """
 import sys, keras_alds
-print("keras_alds.rewrite.to_tf_keras" in sys.modules, keras_alds.to_tf_keras.__name__)
+print("keras_alds.tfmot.conversion" in sys.modules, keras_alds.to_tf_keras.__name__)
 """
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT

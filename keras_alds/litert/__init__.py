@@ -3,10 +3,10 @@
 Needs `pip install "keras_alds[litert]"`. Imported when it is used: `keras_alds.litert`.
 """
 
-from keras_alds.litert.compare import FileComparison, FileFigures, compare
-from keras_alds.litert.convert import convert
+from keras_alds.litert.comparison import FileComparison, FileFigures, compare
+from keras_alds.litert.conversion import convert
 from keras_alds.litert.device import read_latency_log, write_latency_files
-from keras_alds.litert.equalize import equalize
+from keras_alds.litert.equalization import equalize
 from keras_alds.litert.files import LiteRTFile, Operator, Tensor, read_file
 from keras_alds.litert.latency import LatencyTable, measure_latency
 from keras_alds.litert.measure import Latency, OperatorTime, benchmark

@@ -20,14 +20,14 @@ from keras_alds.core.checks import positive_int
 from keras_alds.core.choices import offered_ranks
 from keras_alds.core.costs import SampledCosts, sum_costs
 from keras_alds.litert import _package
-from keras_alds.litert.convert import convert_quietly
+from keras_alds.litert.conversion import convert_quietly
 from keras_alds.litert.layer_files import LayerCall, empty_file, layer_calls, layer_file
 from keras_alds.litert.sampling import sample_costs
 from keras_alds.litert.timing import MOST_SWEPT, time_files
 from keras_alds.problem import check_model
-from keras_alds.rewrite import inspect, wrappers
-from keras_alds.rewrite.in_place import already_compressed
-from keras_alds.rewrite.observe import MIN_EXAMPLES
+from keras_alds.models import inspect, wrappers
+from keras_alds.models.in_place import already_compressed
+from keras_alds.models.observe import MIN_EXAMPLES
 from keras_alds.targets import TARGETS
 
 QUANTIZE = (None, "int8")

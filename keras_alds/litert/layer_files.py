@@ -12,7 +12,7 @@ import numpy as np
 from keras_alds import _backend
 from keras_alds.kinds.base import known_kind
 from keras_alds.litert import _package
-from keras_alds.rewrite.functions import run_as_code
+from keras_alds.models.functions import run_as_code
 
 Array = np.ndarray
 _ACTIVATION_SCALE = 0.05  # of int8 files; it does not change the time

@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from keras_alds.litert.files import File, Operator, contents, extract, read_file
 from keras_alds.litert.runs import Runner, check_runs
-from keras_alds.report import print_table
+from keras_alds.tables import print_table
 
 PrintFn = Callable[[str], object]
 

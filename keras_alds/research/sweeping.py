@@ -17,9 +17,9 @@ from keras_alds.compress import compress, select
 from keras_alds.methods import METHODS, get_method
 from keras_alds.options import check_cr, check_schemes
 from keras_alds.problem import check_model
-from keras_alds.rewrite.in_place import check_sequential
-from keras_alds.rewrite.inspect import count_params
-from keras_alds.rewrite.observe import Calibration
+from keras_alds.models.in_place import check_sequential
+from keras_alds.models.inspect import count_params
+from keras_alds.models.observe import Calibration
 
 DEFAULT_CRS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 DENSE = "dense"

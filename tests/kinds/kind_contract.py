@@ -17,10 +17,10 @@ import zoo
 import keras_alds
 from keras_alds import _backend, apply_plan, compress, count_macs, select
 from keras_alds.kinds import base as kinds
-from keras_alds.rewrite.in_place import factorized_layer
-from keras_alds.rewrite.inspect import is_factorized
-from keras_alds.rewrite.observe import layer_inputs, layer_patches
-from keras_alds.rewrite.optimizer import AVERAGE, LINEAR, carried
+from keras_alds.models.in_place import factorized_layer
+from keras_alds.models.inspect import is_factorized
+from keras_alds.models.observe import layer_inputs, layer_patches
+from keras_alds.models.optimizer import AVERAGE, LINEAR, carried
 
 
 def name(case):

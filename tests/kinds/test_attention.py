@@ -11,7 +11,7 @@ from kind_contract import assert_close, choice_for
 import keras_alds
 from keras_alds import _backend, apply_plan, compress, count_macs, select
 from keras_alds.kinds import attention
-from keras_alds.rewrite.in_place import factorized_layer
+from keras_alds.models.in_place import factorized_layer
 
 
 def attention_model(K, name="MultiHeadAttention"):
@@ -103,7 +103,7 @@ def test_a_failure_puts_the_class_back(keras_module, monkeypatch):
     expected = zoo.outputs(model, x)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "keras_alds.rewrite.in_place.carry_optimizers",
+            "keras_alds.models.in_place.carry_optimizers",
             lambda *_: (_ for _ in ()).throw(RuntimeError("stop")),
         )
         with pytest.raises(RuntimeError, match="stop"):

@@ -16,9 +16,9 @@ from keras_alds import _backend, apply_plan, compress, count_macs, select
 from keras_alds.kinds import base as kinds
 from keras_alds.kinds import recurrent
 from keras_alds.litert.runs import Runner
-from keras_alds.rewrite.in_place import factorized_layer
-from keras_alds.rewrite.inspect import inspect_model, is_factorized
-from keras_alds.rewrite.optimizer import LINEAR, carried
+from keras_alds.models.in_place import factorized_layer
+from keras_alds.models.inspect import inspect_model, is_factorized
+from keras_alds.models.optimizer import LINEAR, carried
 
 KERNELS = ("kernel", "recurrent_kernel")
 BATCH, STEPS, CHANNELS, UNITS = 3, 3, 8, 6
@@ -323,7 +323,7 @@ class TestInAModel:
 
 
 def walked(model):
-    return list(keras_alds.rewrite.inspect.walk(model))
+    return list(keras_alds.models.inspect.walk(model))
 
 
 def slots(model):
@@ -476,7 +476,7 @@ def test_a_failure_puts_everything_back(keras_module, monkeypatch):
     expected = predict(model, x)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "keras_alds.rewrite.in_place.carry_optimizers",
+            "keras_alds.models.in_place.carry_optimizers",
             lambda *_: (_ for _ in ()).throw(RuntimeError("stop")),
         )
         with pytest.raises(RuntimeError, match="stop"):

@@ -13,12 +13,12 @@ import numpy as np
 from rich.progress import Progress
 
 from keras_alds import _backend
-from keras_alds.litert.convert import convert_quietly
+from keras_alds.litert.conversion import convert_quietly
 from keras_alds.litert.files import contents, read_file
 from keras_alds.litert.measure import Latency, check_counts, time_together
 from keras_alds.litert.quantized import warn_of_thin_groups
 from keras_alds.litert.runs import Runner, check_runs
-from keras_alds.report import print_table
+from keras_alds.tables import print_table
 
 PrintFn = Callable[[str], object]
 

@@ -7,9 +7,9 @@ from typing import Any
 from rich.progress import Progress
 
 from keras_alds import _backend
-from keras_alds.rewrite import equalize as rewrite
-from keras_alds.rewrite import inspect
-from keras_alds.rewrite.observe import Examples, check_count
+from keras_alds.models import ranges as rewrite
+from keras_alds.models import inspect
+from keras_alds.models.observe import Examples, check_count
 
 
 def equalize(

@@ -18,11 +18,11 @@ from keras_alds.core.methods import FactorizeWithBias
 from keras_alds.core.spectra import factorize
 from keras_alds.methods import METHODS
 from keras_alds.plan import CompressionPlan, LayerChoice
-from keras_alds.rewrite import inspect, wrappers
-from keras_alds.rewrite.functions import forget_graphs
-from keras_alds.rewrite.observe import Calibration, CalibrationStats, KeptExamples
-from keras_alds.rewrite.optimizer import carry_optimizers
-from keras_alds.rewrite.sequential import Walk, most_reruns
+from keras_alds.models import inspect, wrappers
+from keras_alds.models.functions import forget_graphs
+from keras_alds.models.observe import Calibration, CalibrationStats, KeptExamples
+from keras_alds.models.optimizer import carry_optimizers
+from keras_alds.models.sequential import Walk, most_reruns
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,15 +18,15 @@ import tensorflow as tf
 from keras_alds import _backend
 from keras_alds.compress import compress as compress_model
 from keras_alds.litert import _package
-from keras_alds.litert.compare import accuracy
-from keras_alds.litert.convert import check_folder, checked_options, convert, convert_quietly
-from keras_alds.litert.equalize import equalize
+from keras_alds.litert.comparison import accuracy
+from keras_alds.litert.conversion import check_folder, checked_options, convert, convert_quietly
+from keras_alds.litert.equalization import equalize
 from keras_alds.litert.quantized import warn_of_thin_groups
 from keras_alds.litert.runs import Runner
-from keras_alds.rewrite.expand import expand
-from keras_alds.rewrite.inspect import walk
-from keras_alds.rewrite.observe import MIN_EXAMPLES
-from keras_alds.rewrite.to_tf_keras import to_tf_keras
+from keras_alds.models.expansion import expand
+from keras_alds.models.inspect import walk
+from keras_alds.models.observe import MIN_EXAMPLES
+from keras_alds.tfmot.conversion import to_tf_keras
 
 # What the functions that are called get from the others' results.
 _GIVEN = ("self", "model", "x", "y", "path", "quantize")

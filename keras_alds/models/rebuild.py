@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_alds import _backend
-from keras_alds.rewrite import inspect
+from keras_alds.models import inspect
 
 #: What takes the place of a layer: layers, or functions of symbolic tensors, one after the other.
 Piece = Any

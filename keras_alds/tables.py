@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keras_alds.plan import CompressionPlan, removed_fraction
-from keras_alds.rewrite.inspect import count_macs, count_params
+from keras_alds.models.inspect import count_macs, count_params
 
 PrintFn = Callable[[str], object]
 

@@ -18,9 +18,9 @@ import tensorflow as tf
 
 from keras_alds import _backend
 from keras_alds.kinds.base import factorized_kind, stock_kind
-from keras_alds.rewrite import inspect
-from keras_alds.rewrite.functions import run_as_code
-from keras_alds.rewrite.observe import when_known
+from keras_alds.models import inspect
+from keras_alds.models.functions import run_as_code
+from keras_alds.models.observe import when_known
 
 Array = np.ndarray
 

@@ -21,9 +21,9 @@ from keras_alds.litert import _package
 from keras_alds.litert.files import read_file
 from keras_alds.litert.quantized import check_quantized, warn_of_thin_groups
 from keras_alds.litert.runs import check_runs
-from keras_alds.rewrite import inspect, wrappers
-from keras_alds.rewrite.equalize import equalized
-from keras_alds.rewrite.observe import Examples, check_count
+from keras_alds.models import inspect, wrappers
+from keras_alds.models.ranges import equalized
+from keras_alds.models.observe import Examples, check_count
 
 QUANTIZE = (None, "float16", "dynamic", "int8")
 #: Runtimes in which a file can be tried, and whether XNNPACK is in them.

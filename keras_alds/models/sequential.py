@@ -27,16 +27,16 @@ from keras_alds.core.calibration.regression import TARGET_RIDGES, PairAccumulato
 from keras_alds.core.parallel import threads
 from keras_alds.core.slicing import Array
 from keras_alds.kinds.base import calling_kernels, kernel_values, known_kind, stock_kind
-from keras_alds.rewrite import inspect
-from keras_alds.rewrite.functions import run_as_code
-from keras_alds.rewrite.observe import (
+from keras_alds.models import inspect
+from keras_alds.models.functions import run_as_code
+from keras_alds.models.observe import (
     KeptExamples,
     check_finite,
     layer_inputs,
     layer_patches,
     when_known,
 )
-from keras_alds.rewrite.storage import Store
+from keras_alds.models.storage import Store
 
 # Parts of one call of one layer that threads work on side by side.
 _PARTS = 4

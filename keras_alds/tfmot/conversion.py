@@ -15,8 +15,8 @@ import tensorflow as tf
 from keras_alds import _backend
 from keras_alds._backend.layers import dtype_policy
 from keras_alds.kinds.base import is_own, stock_kind
-from keras_alds.rewrite import inspect
-from keras_alds.rewrite.rebuild import (
+from keras_alds.models import inspect
+from keras_alds.models.rebuild import (
     GraphRebuilder,
     Piece,
     check_symbolic,

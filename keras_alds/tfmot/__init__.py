@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from keras_alds import _backend
-from keras_alds.litert.aware import quantize_aware_training, tfmot_package
-from keras_alds.rewrite import inspect, wrappers
-from keras_alds.rewrite.rebuild import check_symbolic
+from keras_alds.tfmot.aware import quantize_aware_training, tfmot_package
+from keras_alds.models import inspect, wrappers
+from keras_alds.models.rebuild import check_symbolic
 
 __all__ = ["cluster_weights", "prune_low_magnitude", "quantize_aware_training"]
 

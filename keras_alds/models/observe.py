@@ -27,9 +27,9 @@ from keras_alds.core.calibration.patches import CHUNK_ROWS
 from keras_alds.core.parallel import threads
 from keras_alds.core.slicing import Array, kernel_sizes
 from keras_alds.core.spectra import Spectra
-from keras_alds.rewrite import inspect, recurrent
-from keras_alds.rewrite.functions import run_as_code
-from keras_alds.rewrite.storage import Store
+from keras_alds.models import inspect, recurrent
+from keras_alds.models.functions import run_as_code
+from keras_alds.models.storage import Store
 
 #: Makes the spectra of kernels and their moments.
 Decompose = Callable[[Sequence[Array], Sequence[SecondMoment]], list[Spectra]]

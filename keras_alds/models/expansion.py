@@ -11,8 +11,8 @@ import tensorflow as tf
 from keras_alds import _backend
 from keras_alds._backend.layers import dtype_policy
 from keras_alds.kinds.base import is_factorized, stock_kind
-from keras_alds.rewrite import inspect, wrappers
-from keras_alds.rewrite.rebuild import GraphRebuilder, Piece, check_symbolic, first_tensor
+from keras_alds.models import inspect, wrappers
+from keras_alds.models.rebuild import GraphRebuilder, Piece, check_symbolic, first_tensor
 
 
 def expand(model: Any, *, fold_batch_norm: bool = False) -> Any:

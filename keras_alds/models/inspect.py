@@ -17,8 +17,8 @@ from keras_alds.kinds.base import KernelKind, kind_of, known_kind, stock_kind, u
 from keras_alds.kinds.base import is_factorized as is_factorized
 from keras_alds.kinds.base import kernel_values as kernel_values
 from keras_alds.kinds.base import observable as observable
-from keras_alds.rewrite import wrappers
-from keras_alds.rewrite.functions import run_as_code
+from keras_alds.models import wrappers
+from keras_alds.models.functions import run_as_code
 
 Exclude = Sequence[Any]
 
