@@ -5,39 +5,51 @@ small = keras_alds.compress(model, cr=0.5)  # a new model with half the paramete
 model.fit(x, y, callbacks=[keras_alds.ALDSCompress(cr=0.5, at_epoch=80)])  # the same model
 ```
 
-The layers here are those of Keras 3; for tf_keras they are in `keras_alds.tf_keras`. Everything
+The layers here are those of Keras 3. Those of tf_keras are in `keras_alds.tf_keras`. Everything
 else works with models of both.
 """
 
-import contextlib
 import importlib
-import typing
+from typing import TYPE_CHECKING, Any
+
+import wrapt
 
 from keras_alds._version import __version__
-from keras_alds.callbacks import ALDSCompress
-from keras_alds.compress import compress, select
-from keras_alds.layers import FactorizedConv1D, FactorizedConv2D, FactorizedDense
-from keras_alds.plan import CompressionPlan, LayerChoice
-from keras_alds.tables import report
-from keras_alds.models.expansion import expand
-from keras_alds.models.in_place import apply_plan
-from keras_alds.models.inspect import count_macs
-from keras_alds.models.observe import CalibrationStats
 
-with contextlib.suppress(ImportError):  # tf_keras is optional; this registers its layers
-    from keras_alds import tf_keras as tf_keras
-
-if typing.TYPE_CHECKING:
+if TYPE_CHECKING:
     from keras_alds import litert, tfmot
+    from keras_alds.api import apply_plan, compress, select
+    from keras_alds.callbacks import ALDSCompress
+    from keras_alds.layers import FactorizedConv1D, FactorizedConv2D, FactorizedDense
+    from keras_alds.models.calibration import CalibrationStats
+    from keras_alds.models.expansion import expand
+    from keras_alds.models.resources import count_macs
+    from keras_alds.plan import CompressionPlan, LayerChoice
     from keras_alds.research.sweeping import Sweep, SweepRow, sweep
+    from keras_alds.tables import report
     from keras_alds.tfmot.conversion import to_tf_keras
 
-# What needs more than the rest is imported when it is asked for.
-_LAZY = {
-    **dict.fromkeys(("Sweep", "SweepRow", "sweep"), "keras_alds.research.sweeping"),
-    "to_tf_keras": "keras_alds.tfmot.conversion",
+#: Where the public names are. A name is imported when it is used: TensorFlow takes seconds to load.
+_HOMES = {
+    "ALDSCompress": "callbacks",
+    "CalibrationStats": "models.calibration",
+    "CompressionPlan": "plan",
+    "FactorizedConv1D": "layers",
+    "FactorizedConv2D": "layers",
+    "FactorizedDense": "layers",
+    "LayerChoice": "plan",
+    "Sweep": "research.sweeping",
+    "SweepRow": "research.sweeping",
+    "apply_plan": "api",
+    "compress": "api",
+    "count_macs": "models.resources",
+    "expand": "models.expansion",
+    "report": "tables",
+    "select": "api",
+    "sweep": "research.sweeping",
+    "to_tf_keras": "tfmot.conversion",
 }
-_LAZY_MODULES = ("litert", "tfmot")
+_MODULES = ("layers", "litert", "tf_keras", "tfmot")
 
 __all__ = [
     "ALDSCompress",
@@ -63,13 +75,24 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> typing.Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    if name in _LAZY_MODULES:
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"keras_alds.{_HOMES[name]}"), name)
+    if name in _MODULES:
         return importlib.import_module(f"keras_alds.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY, *_LAZY_MODULES})
+    return sorted({*globals(), *_HOMES, *_MODULES})
+
+
+def _register_layers(keras: Any) -> None:
+    """Imports the factorized layers for a Keras, so that it finds them when it loads a model."""
+    home = {"keras": "layers", "tf_keras": "tf_keras"}[keras.__name__]
+    importlib.import_module(f"keras_alds.{home}")
+
+
+# Called at once for what is imported already, else when it is.
+wrapt.register_post_import_hook(_register_layers, "keras")
+wrapt.register_post_import_hook(_register_layers, "tf_keras")

@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import numbers
 import os
-import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 
 from keras_alds import _backend
-from keras_alds.compress import select_with, wants_data
-from keras_alds.methods import METHODS, choose_method, get_method
-from keras_alds.options import Options, check_cr_or_plan
-from keras_alds.plan import CompressionPlan, removed_fraction
-from keras_alds.problem import Problem, check_model
-from keras_alds.models import inspect
-from keras_alds.models.in_place import (
-    apply_calibrated,
-    check_folded,
-    check_sequential,
-    match,
+from keras_alds._backend.training import calling_fit
+from keras_alds.api import Chosen, checked_options, choose, selection_of, wants_data
+from keras_alds.kinds.base import is_factorized
+from keras_alds.methods import METHODS
+from keras_alds.models.calibration import Calibration, check_data
+from keras_alds.models.in_place import apply, check_folded, check_sequential
+from keras_alds.models.inventory import (
+    Inventory,
+    check_model,
+    count_params,
+    dense_params,
+    has_weights,
+    walk,
 )
-from keras_alds.models.observe import check_data
+from keras_alds.models.matching import match
+from keras_alds.options import (
+    Options,
+    SelectOptions,
+    check_cr_or_plan,
+    documented,
+    takes_options,
+)
+from keras_alds.plan import CompressionPlan, removed_fraction
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class ALDSCompress(keras.callbacks.Callback):
@@ -40,9 +52,9 @@ class ALDSCompress(keras.callbacks.Callback):
     schedule, the loss scale, and all state of the variables that stay (biases and
     BatchNormalization included). For a factorized kernel W ≈ E D, state that is linear in past
     gradients G (momentum, first moments, accumulated gradients) becomes that of the factors by
-    the chain rule, G Dᵀ and Eᵀ G; second moments by the squared factors, their expectation for
-    uncorrelated gradients; averages of weights (EMA) start at the factors. This is done for SGD,
-    Adam, AdamW, Adamax, Nadam, Lion, RMSprop, Adagrad and Adadelta; whatever else an optimizer
+    the chain rule, G Dᵀ and Eᵀ G. Second moments follow by the squared factors, their expectation
+    for uncorrelated gradients; averages of weights (EMA) start at the factors. This is done for
+    SGD, Adam, AdamW, Adamax, Nadam, Lion, RMSprop, Adagrad and Adadelta. Whatever else an optimizer
     keeps for a factor (RMSprop's momentum, Adamax's norm, the state of other optimizers) starts
     at its initial value.
 
@@ -57,37 +69,31 @@ class ALDSCompress(keras.callbacks.Callback):
     far, and `alds_params`, the number of parameters.
 
     If training starts after `at_epoch` (`initial_epoch`), a model that is not compressed yet is
-    compressed before its first epoch; one that is, is trained on as it is.
+    compressed before its first epoch. One that is compressed is trained on as it is.
 
     Args:
         cr: Float, 0 < cr < 1, or a dict of two. The fraction to remove; see `select`.
         at_epoch: Integer >= 0. Index of the epoch before which to compress, as in
-            `initial_epoch`.
-        method: As for `select`. Defaults to None: `"activation"` with `calibration_data`, else
-            `"energy"`.
-        objective: As for `select`.
-        error: As for `select`.
+            `initial_epoch`. 0 compresses the weights that `fit` starts with: right for a trained
+            model, wrong for a new one.
+        plan: A `CompressionPlan` to apply instead of selecting one; then `cr` is to be None.
         calibration_data: As for `select`; it is run through the model at `at_epoch`, with the
             weights of that moment. Defaults to None: with `method="activation"`, or a plan that
             was chosen by it, up to 1024 examples of the `x` that `fit` was given are taken (of
             arrays evenly spaced ones; a data set or PyDataset is begun once more). A generator in
             `fit` cannot be begun again and is refused: pass examples here then.
-        exclude: As for `select`.
-        max_slices: As for `select`.
-        rank_multiple: As for `select`.
-        target: As for `select`.
-        bounds: As for `select`.
-        latency: As for `select`; what is not given is measured when training starts.
-        schemes: As for `select`.
-        plan: A `CompressionPlan` to apply instead of selecting one; then `cr` is to be None.
         sequential: As for `compress`.
+        callbacks: The callbacks that run beside this one. Defaults to None: they are looked for in
+            the `fit` that is running.
         verbose: 0 for silence, else one line is printed at the compression. Defaults to 1.
+        {options}
 
     Attributes:
         plan: The `CompressionPlan`, once the model is compressed.
 
     Raises:
-        ValueError: From the constructor for a bad argument; from `fit`, before anything is
+        TypeError: From the constructor, without `at_epoch` or for an option of another name.
+        ValueError: From the constructor for a bad argument. From `fit`, before anything is
             changed, for a model that cannot be compressed (see `select`): when training starts,
             for what does not depend on the weights, else at `at_epoch`; and when training starts,
             for a backup of `BackupAndRestore` that does not fit the model.
@@ -104,87 +110,54 @@ class ALDSCompress(keras.callbacks.Callback):
     plan: CompressionPlan | None
     at_epoch: int
     verbose: int
+    _source: Options | CompressionPlan
     _calibration_data: Any
     _sequential: bool | None
-    _source: Options | CompressionPlan
-    _done: bool
-    _started: bool
-    _params_before: int | None
-    _watched: list[tuple[Any, np.ndarray]]
+    _callbacks: Sequence[Any] | None
 
+    @takes_options()
     def __init__(
         self,
         cr: float | Mapping[str, float] | None = None,
-        at_epoch: int = 0,
         *,
-        method: str | None = None,
-        objective: str = "params",
-        error: str | None = None,
-        calibration_data: Any = None,
-        exclude: Any = (),
-        max_slices: int | None = None,
-        rank_multiple: int = 1,
-        target: str | None = None,
-        bounds: Mapping[Any, tuple[float | None, float | None]] | None = None,
-        latency: Any = None,
-        schemes: int | str | Sequence[int] = 0,
+        at_epoch: int,
         plan: CompressionPlan | None = None,
+        calibration_data: Any = None,
         sequential: bool | None = None,
+        callbacks: Sequence[Any] | None = None,
         verbose: int = 1,
+        **options: Unpack[SelectOptions],
     ) -> None:
         super().__init__()
-        check_cr_or_plan(
-            cr,
-            plan,
-            method=method,
-            objective=objective,
-            error=error,
-            exclude=exclude,
-            max_slices=max_slices,
-            rank_multiple=rank_multiple,
-            target=target,
-            bounds=bounds,
-            latency=latency,
-            schemes=schemes,
-        )
+        check_cr_or_plan(cr, plan, options, "ALDSCompress")
         if isinstance(at_epoch, bool) or not isinstance(at_epoch, numbers.Integral) or at_epoch < 0:
             raise ValueError(
                 "Expected `at_epoch`, the index of an epoch, to be an integer >= 0. "
                 f"Received: at_epoch={at_epoch!r}"
             )
-        if calibration_data is not None or method not in METHODS or not METHODS[method].needs_data:
-            method = choose_method(method, has_data=calibration_data is not None, error=error)
-        self._source = (
-            Options(
-                cr,
-                method,
-                objective,
-                error,
-                exclude,
-                max_slices,
-                rank_multiple,
-                target,
-                bounds,
-                latency=latency,
-                schemes=schemes,
-            )
-            if plan is None
-            else plan
-        )
-        if plan is not None:
+        if plan is None:
+            # Without data here those of `fit` come, if the method uses some.
+            named = METHODS.get(str(options.get("method")))
+            has_data = calibration_data is not None or (named is not None and named.needs_data)
+            self._source = checked_options(cr, options, has_data=has_data, caller="ALDSCompress")
+        else:
             check_folded(plan, calibration_data)
-        # Without data here those of `fit` come, if the method uses some.
+            self._source = plan
         data = () if calibration_data is None and self._needs_data else calibration_data
         check_sequential(sequential, data, self._source.method)
         self._calibration_data = calibration_data
         self._sequential = sequential
+        self._callbacks = callbacks
         self.at_epoch = int(at_epoch)
         self.verbose = verbose
         self.plan = None
+        self._start_training()
+
+    def _start_training(self) -> None:
         self._done = False
         self._started = False
-        self._params_before = None
-        self._watched = []
+        self._params_before: int | None = None
+        self._watched: list[tuple[Any, np.ndarray]] = []
 
     # tf_keras asks every callback whether it implements hooks for batches.
     def _implements_train_batch_hooks(self) -> bool:
@@ -192,6 +165,8 @@ class ALDSCompress(keras.callbacks.Callback):
 
     _implements_test_batch_hooks = _implements_train_batch_hooks
     _implements_predict_batch_hooks = _implements_train_batch_hooks
+
+    # -- What Keras calls --------------------------------------------------------------------
 
     def set_model(self, model: Any) -> None:
         """Refuses a backup of the other structure, before any callback restores it."""
@@ -201,42 +176,19 @@ class ALDSCompress(keras.callbacks.Callback):
             if missing is not None:
                 raise ValueError(self._other_backup(callback, missing))
 
-    def _other_backup(self, callback: Any, missing: str) -> str:
-        state = "not compressed"
-        remedy = (
-            "factorize the model with `apply_plan(model, plan)` before `fit`; that takes the plan, "
-            "saved in the first run with `callback.plan.save(path)`"
-        )
-        if self._factorized_layers():
-            state, remedy = "compressed", "start with the model as it was before its compression"
-        return (
-            f"Expected the backup that `BackupAndRestore` would restore to fit the model "
-            f"'{self.model.name}', which is {state}. Received: backup_dir="
-            f"{os.fspath(callback.backup_dir)!r}, without {missing}. To resume, {remedy}. To begin "
-            "anew, delete the folder."
-        )
-
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Raises what can be known to be wrong before the first epoch."""
-        self._done = False
-        self._started = False
-        self._watched = []
+        self._start_training()
         if self._calibration_data is not None or self._needs_forward:
             _backend.backend_of(self.model).check_call(self.model)
-        ready = inspect.has_weights(self.model)
-        self._params_before = inspect.dense_params(self.model) if ready else None
-        if ready and not self._factorized_layers():
-            self._check()
-            if self._calibration_data is not None:
-                check_data(self.model, self._calibration_data)
+        if has_weights(self.model):
+            self._params_before = dense_params(self.model)
+            if not self._factorized_layers():
+                inventory = self._check()
+                if self._calibration_data is not None:
+                    check_data(inventory, self._calibration_data)
         if self._needs_data and self._calibration_data is None:
             self._training_inputs()
-
-    def _check(self) -> None:
-        if isinstance(self._source, CompressionPlan):
-            match(self.model, self._source)
-        else:
-            Problem.of(self.model, self._source, verbose=self.verbose)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Compresses the model if it is time."""
@@ -252,38 +204,11 @@ class ALDSCompress(keras.callbacks.Callback):
             return
         self._compress(epoch)
 
-    def _compress(self, epoch: int) -> None:
-        start = time.perf_counter()
-        model = self.model
-        check_model(model)
-        data = self._calibration_data
-        if data is None and self._needs_data:
-            data = self._training_inputs()
-        if isinstance(self._source, CompressionPlan):
-            plan = self._source
-            match(model, plan)
-        else:
-            keep = self._sequential is not False
-            plan, data = select_with(model, self._source, data, keep=keep, verbose=self.verbose)
-        self._params_before = inspect.dense_params(model)
-        apply_calibrated(model, plan, data, self._sequential, last=True, verbose=self.verbose)
-        self.plan, self._done = plan, True
-        backend = _backend.backend_of(model)
-        for callback in self._siblings():
-            backend.forget_best(callback)
-        layers = [layer for layer in self._factorized_layers() if layer.trainable]
-        self._watched = [(layer.decoder, backend.value(layer.decoder)) for layer in layers]
-        self._say(
-            f"epoch {epoch}: {self._params_before:,} → {inspect.count_params(model):,} parameters "
-            f"(cr={self._cr():.4f}), {len(plan.factorized)} layers factorized in "
-            f"{time.perf_counter() - start:.1f} s"
-        )
-
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Adds `alds_cr` and `alds_params` to the logs."""
         if logs is not None:
             logs["alds_cr"] = self._cr()
-            logs["alds_params"] = inspect.count_params(self.model)
+            logs["alds_params"] = count_params(self.model)
         if self._watched:
             value = _backend.backend_of(self.model).value
             if all(np.array_equal(value(variable), old) for variable, old in self._watched):
@@ -306,38 +231,84 @@ class ALDSCompress(keras.callbacks.Callback):
                 stacklevel=2,
             )
 
+    # -- The compression ---------------------------------------------------------------------
+
+    def _compress(self, epoch: int) -> None:
+        start = time.perf_counter()
+        check_model(self.model)
+        self._params_before = dense_params(self.model)
+        chosen = self._choose()
+        apply(
+            chosen.inventory,
+            chosen.plan,
+            chosen.calibration,
+            self._sequential,
+            last=True,
+            verbose=self.verbose,
+        )
+        self.plan, self._done = chosen.plan, True
+        backend = chosen.inventory.backend
+        for callback in self._siblings():
+            backend.forget_best(callback)
+        layers = [layer for layer in self._factorized_layers() if layer.trainable]
+        self._watched = [(layer.decoder, backend.value(layer.decoder)) for layer in layers]
+        self._say(
+            f"epoch {epoch}: {self._params_before:,} → {count_params(self.model):,} parameters "
+            f"(cr={self._cr():.4f}), {len(chosen.plan.factorized)} layers factorized in "
+            f"{time.perf_counter() - start:.1f} s"
+        )
+
+    def _choose(self) -> Chosen:
+        """The plan for the weights of this moment, and what is known of the model."""
+        data = self._calibration_data
+        if data is None and self._needs_data:
+            data = self._training_inputs()
+        keep = self._sequential is not False
+        if isinstance(self._source, Options):
+            return choose(self.model, self._source, data, keep=keep, verbose=self.verbose)
+        inventory = Inventory.of(self.model)
+        match(inventory, self._source)
+        calibration = None
+        if data is not None:
+            calibration = Calibration.of(inventory, data, keep=keep, verbose=self.verbose)
+        return Chosen(self._source, inventory, calibration)
+
+    def _check(self) -> Inventory:
+        """Raises what is wrong with model and options, as far as it does not depend on weights."""
+        if isinstance(self._source, Options):
+            return selection_of(self.model, self._source, verbose=self.verbose).inventory
+        inventory = Inventory.of(self.model)
+        match(inventory, self._source)
+        return inventory
+
     def _cr(self) -> float:
         before = self._params_before
-        return removed_fraction(before, inspect.count_params(self.model)) if before else 0.0
+        return removed_fraction(before, count_params(self.model)) if before else 0.0
 
     def _factorized_layers(self) -> list[Any]:
-        return [layer for _, layer in inspect.walk(self.model) if inspect.is_factorized(layer)]
+        return [layer for _, layer in walk(self.model) if is_factorized(layer)]
 
     def _say(self, line: str) -> None:
         if self.verbose:
             print(f"ALDSCompress: {line}")
 
+    # -- What it needs of the training -------------------------------------------------------
+
     @property
     def _needs_data(self) -> bool:
         if isinstance(self._source, CompressionPlan):
             return wants_data(self._source)
-        return get_method(self._source.method).needs_data
+        return METHODS[self._source.method].needs_data
 
     @property
     def _needs_forward(self) -> bool:
-        if isinstance(self._source, CompressionPlan):
-            return self._needs_data
-        counted = self._source.objective != "params" or self._source.macs_cr is not None
-        return self._needs_data or counted
+        """Whether the model has to be run, or its calls traced."""
+        limits_calls = isinstance(self._source, Options) and self._source.resources != ("params",)
+        return self._needs_data or limits_calls
 
     def _training_inputs(self) -> Any:
-        """The `x` of the `fit` that is calling; Keras hands a callback no data."""
-        frame = sys._getframe()
-        x = None
-        while frame.f_back is not None and x is None:
-            frame = frame.f_back
-            if frame.f_code.co_name == "fit" and frame.f_locals.get("self") is self.model:
-                x = frame.f_locals.get("x")
+        """The `x` of the `fit` that is running; Keras hands a callback no data."""
+        x = calling_fit(self.model, self).x
         if x is None or hasattr(x, "__next__"):
             raise ValueError(
                 "Expected `calibration_data`, or training data that can be read twice (arrays, a "
@@ -347,14 +318,26 @@ class ALDSCompress(keras.callbacks.Callback):
         return x
 
     def _siblings(self) -> list[Any]:
-        """The callbacks that run beside this one.
+        """The callbacks that run beside this one."""
+        found = self._callbacks
+        if found is None:
+            found = calling_fit(self.model, self).callbacks
+        return [callback for callback in found if callback is not self]
 
-        Keras hands a callback its model, not its list; but the list is what is calling.
-        """
-        frame = sys._getframe()
-        while frame.f_back is not None:
-            frame = frame.f_back
-            callbacks = getattr(frame.f_locals.get("self"), "callbacks", None)
-            if isinstance(callbacks, list) and any(callback is self for callback in callbacks):
-                return [callback for callback in callbacks if callback is not self]
-        return []
+    def _other_backup(self, callback: Any, missing: str) -> str:
+        state = "not compressed"
+        remedy = (
+            "factorize the model with `apply_plan(model, plan)` before `fit`; that takes the plan, "
+            "saved in the first run with `callback.plan.save(path)`"
+        )
+        if self._factorized_layers():
+            state, remedy = "compressed", "start with the model as it was before its compression"
+        return (
+            f"Expected the backup that `BackupAndRestore` would restore to fit the model "
+            f"'{self.model.name}', which is {state}. Received: backup_dir="
+            f"{os.fspath(callback.backup_dir)!r}, without {missing}. To resume, {remedy}. To begin "
+            "anew, delete the folder."
+        )
+
+
+ALDSCompress.__doc__ = documented(ALDSCompress.__doc__)

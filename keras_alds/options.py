@@ -1,84 +1,289 @@
-"""The options of a compression, checked before anything is done."""
+"""Every option of a compression, written once: name, type, default, documentation, check.
 
-from __future__ import annotations
+`SelectOptions` declares them. `select`, `compress`, `ALDSCompress`, `sweep` and the command line
+take them from there: `takes_options` puts them into a function's signature and docstring, `Options`
+checks their values, and `add_flags` adds them to a parser.
+"""
+
+# No `from __future__ import annotations`: the annotations of `SelectOptions` are read.
 
 import dataclasses
-import math
+import difflib
+import inspect
 import numbers
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, TypedDict, TypeVar
 
+from keras_alds.core.checks import positive_int
 from keras_alds.core.slicing import SCHEMES
-from keras_alds.methods import DEFAULT, METHODS, get_method
-from keras_alds.models import inspect
-from keras_alds.models.in_place import check_plan
-from keras_alds.targets import get_target
+from keras_alds.methods import METHODS, choose_method, get_method
+from keras_alds.naming import Bound, check_bounds, check_exclude
+from keras_alds.plan import CompressionPlan, check_plan
+from keras_alds.targets import TARGETS, get_target
 
 OBJECTIVES = ("params", "macs", "latency")
-#: What `cr` can limit at once.
+#: The resources that `cr` can limit at once.
 LIMITS = ("params", "macs")
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """What is known of one option.
+
+    Attributes:
+        default: Its default.
+        doc: Its paragraph in a docstring's `Args`.
+        flag: Arguments for `ArgumentParser.add_argument`; None for an option that the command line
+            does not have.
+    """
+
+    default: Any
+    doc: str
+    flag: Mapping[str, Any] | None = None
+
+    def paragraph(self, name: str, indent: str) -> list[str]:
+        """The lines of its entry in a docstring's `Args`."""
+        text = " ".join(self.doc.split())
+        return textwrap.wrap(
+            f"{name}: {text}",
+            100,
+            initial_indent=indent,
+            subsequent_indent=f"{indent}    ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+
+
+def _schemes_of(text: str) -> str | list[int]:
+    return text if text == "all" else [int(part) for part in text.split(",")]
+
+
+class SelectOptions(TypedDict, total=False):
+    """The options that `select`, `compress`, `ALDSCompress`, `sweep` and the commands share."""
+
+    method: Annotated[
+        str | None,
+        Option(
+            None,
+            """String or None. `"energy"` minimises the sum of the layers' relative squared errors.
+            `"alds"` is the paper's method: it minimises the largest relative error of any
+            layer, exactly. `"activation"` minimises the sum of the relative squared errors of
+            the layers' outputs on `calibration_data`. The others are those that the paper
+            compares with: `"svd"`, `"svd-energy"`, `"l-rank"`, `"pca"` (needs data),
+            `"alds-error"`, `"alds-simple"`, `"alds-simple-5"`. Defaults to None: `"activation"`
+            with calibration data, `"alds"` with an `error`, else `"energy"`.""",
+            flag={"help": "default: that of `select`"},
+        ),
+    ]
+    objective: Annotated[
+        str,
+        Option(
+            "params",
+            """String, what `cr` counts: `"params"`, `"macs"` or `"latency"`. With `"latency"` no
+            choice is taken that is slower than the dense layer. Defaults to `"params"`.""",
+            flag={"choices": OBJECTIVES, "help": "what the fraction counts (default: params)"},
+        ),
+    ]
+    error: Annotated[
+        str | None,
+        Option(
+            None,
+            """String or None. Another error measure for the method: `"slice"`, `"bound"`,
+            `"spectral"`, `"energy"` or `"residual"`. Defaults to None: the method's own
+            (`"slice"` for `"alds"`).""",
+        ),
+    ]
+    exclude: Annotated[
+        Any,
+        Option(
+            (),
+            """Layers that stay as they are: a name, a path (`"encoder/conv1"`), a regular
+            expression that matches one of these as a whole, a compiled pattern (searched), a
+            layer class, or a list of these. The name of a nested model, a wrapper or an
+            attention layer stands for all layers inside it. Defaults to none.""",
+            flag={"nargs": "*", "help": "layers that stay as they are"},
+        ),
+    ]
+    max_slices: Annotated[
+        int | None,
+        Option(
+            None,
+            """Integer or None. Largest number of slices k. Many slices keep more accuracy and run
+            slower. Defaults to None: no limit.""",
+            flag={"type": int, "help": "largest number of slices (default: no limit)"},
+        ),
+    ]
+    rank_multiple: Annotated[
+        int,
+        Option(
+            1,
+            """Integer. Ranks j are multiples of it; 4 or 8 fill vector lanes. Defaults to 1.""",
+            flag={"type": int, "help": "ranks are multiples of this (default: 1)"},
+        ),
+    ]
+    target: Annotated[
+        str | None,
+        Option(
+            None,
+            """String or None. The runtime that the model is for: `"litert"` (LiteRT on a CPU with
+            XNNPACK), `"litert-reference"` (its built-in kernels, microcontrollers) or
+            `"gpu-delegate"`. Only slices and ranks that run there, and are not slow there, are
+            chosen. With calibration data the plan says what this costs, unless the objective is
+            `"latency"`. Defaults to None: no constraints, or `"litert"` with
+            `objective="latency"`.""",
+            flag={"choices": list(TARGETS), "help": "the runtime that the model is for"},
+        ),
+    ]
+    bounds: Annotated[
+        Mapping[Any, tuple[float | None, float | None]] | None,
+        Option(
+            None,
+            """Dict from layers, named as in `exclude`, to `(least, greatest)`: fractions of the
+            layer's own parameters to remove, None for no bound, as in `{"stem": (None, 0.3),
+            r"block3/.*": (0.4, 0.8)}`. Where several entries name a layer, all hold. Defaults
+            to None: no bounds.""",
+        ),
+    ]
+    latency: Annotated[
+        Any,
+        Option(
+            None,
+            """With `objective="latency"`: a `keras_alds.litert.LatencyTable`, or the path of a CSV
+            file that holds one, measured here or on a device. Defaults to None: measured here
+            with LiteRT, in float32 on one thread, once a process.""",
+            flag={"help": "CSV file of a latency table (default: measured here)"},
+        ),
+    ]
+    schemes: Annotated[
+        int | str | Sequence[int],
+        Option(
+            0,
+            """Integer, sequence of integers, or `"all"`. The fold schemes in which a convolution's
+            kernel may be unfolded: 0 leaves its window to the encoder, 1 gives the height to
+            the decoder, 2 the width, and 3 both; Conv1D and Conv3D have 0 and 3. The solver
+            picks one for every layer, together with slices and rank. A convolution that has
+            none of them stays as it is. Dense layers, kernels of one position and all other
+            layers have scheme 0. The methods `"energy"` and `"alds"` choose schemes, but not on
+            calibration data, with measured latency or two limits, and with a target only for
+            one slice. Defaults to 0.""",
+            flag={
+                "type": _schemes_of,
+                "help": "fold schemes to choose from: all, or numbers as in 0,3 (default: 0)",
+            },
+        ),
+    ]
+
+
+def declared(name: str) -> Option:
+    """What is known of the option `name`."""
+    (option,) = SelectOptions.__annotations__[name].__metadata__
+    return option
+
+
+OPTION_NAMES = tuple(SelectOptions.__annotations__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The options that `select`, `compress` and `ALDSCompress` share, checked."""
+    """Checked options; every field has the type that the code works with.
 
-    cr: Any
-    method: str = DEFAULT
-    objective: str = "params"
-    error: str | None = None
-    exclude: Any = ()
-    max_slices: int | None = None
-    rank_multiple: int = 1
-    target: str | None = None
-    bounds: Any = None
-    #: With a limit on parameters and on MACs: the fraction of MACs; `cr` is that of parameters.
+    Attributes:
+        cr: The fraction to remove of the objective.
+        macs_cr: With limits on parameters and on MACs the fraction of MACs; `cr` is that of
+            parameters then. None otherwise.
+
+    The other fields are the options of `SelectOptions`.
+    """
+
+    cr: float
+    method: str
+    objective: str
+    error: str | None
+    exclude: tuple[Any, ...]
+    max_slices: int | None
+    rank_multiple: int
+    target: str | None
+    bounds: tuple[Bound, ...]
+    latency: Any
+    schemes: tuple[int, ...]
     macs_cr: float | None = None
-    latency: Any = None
-    schemes: Any = 0
 
-    def __post_init__(self) -> None:
-        if isinstance(self.cr, Mapping):
-            self._set_limits(self.cr)
-        check_cr(self.cr)
-        get_method(self.method, self.error)
-        get_target(self.target)
-        if self.objective not in OBJECTIVES:
+    @property
+    def resources(self) -> tuple[str, ...]:
+        """What is limited: the objective, or both parameters and MACs."""
+        return (self.objective,) if self.macs_cr is None else LIMITS
+
+    def cr_of(self, resource: str) -> float:
+        """The fraction to remove of a resource."""
+        return self.macs_cr if self.macs_cr is not None and resource == "macs" else self.cr
+
+    @classmethod
+    def checked(
+        cls, cr: Any, given: Mapping[str, Any], *, has_data: bool, caller: str = "select"
+    ) -> "Options":
+        """Checks `cr` and all options, alone and together.
+
+        Args:
+            cr: The fraction to remove, or a dict of two.
+            given: Options by their names.
+            has_data: Whether there is calibration data.
+            caller: The function that was given them, for the error.
+
+        Raises:
+            TypeError: If there is no option of such a name.
+            ValueError: If a value is not as `SelectOptions` says, or options do not go together.
+        """
+        check_names(given, caller)
+        values = {name: given.get(name, declared(name).default) for name in OPTION_NAMES}
+        if isinstance(cr, Mapping):
+            cr, values["objective"], macs_cr = _limits(cr, values["objective"])
+        else:
+            macs_cr = None
+        check_cr(cr)
+        if values["objective"] not in OBJECTIVES:
             raise ValueError(
                 f"Expected `objective` to be one of {', '.join(map(repr, OBJECTIVES))}. "
-                f"Received: objective={self.objective!r}"
+                f"Received: objective={values['objective']!r}"
             )
-        if self.objective == "latency":
-            from keras_alds.litert.latency import check_table
-
-            object.__setattr__(self, "target", self.target or "litert")
-            object.__setattr__(self, "latency", check_table(self.latency, self.target))
-        elif self.latency is not None:
+        method = choose_method(values["method"], has_data=has_data, error=values["error"])
+        get_method(method, values["error"])
+        get_target(values["target"])
+        if values["objective"] == "latency":
+            values["target"] = values["target"] or "litert"
+        elif values["latency"] is not None:
             raise ValueError(
                 "Expected `latency` only with objective='latency'. "
-                f"Received: latency={self.latency!r}, objective={self.objective!r}"
+                f"Received: latency={values['latency']!r}, objective={values['objective']!r}"
             )
-        object.__setattr__(self, "schemes", check_schemes(self.schemes))
-        if self.schemes != (0,):
-            self._check_folding()
-        object.__setattr__(self, "exclude", tuple(inspect.check_exclude(self.exclude)))
-        object.__setattr__(self, "bounds", check_bounds(self.bounds))
-        for name in ("max_slices", "rank_multiple"):
-            value = getattr(self, name)
-            if name == "max_slices" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-                raise ValueError(
-                    f"Expected `{name}` to be a positive integer. Received: {name}={value!r}"
-                )
+        if values["max_slices"] is not None:
+            values["max_slices"] = positive_int(values["max_slices"], "max_slices")
+        options = cls(
+            **{
+                **values,
+                "cr": float(cr),
+                "macs_cr": macs_cr,
+                "method": method,
+                "rank_multiple": positive_int(values["rank_multiple"], "rank_multiple"),
+                "exclude": check_exclude(values["exclude"]),
+                "bounds": check_bounds(values["bounds"]),
+                "schemes": check_schemes(values["schemes"]),
+            }
+        )
+        options._check_schemes()
+        return options
 
-    def _check_folding(self) -> None:
-        """Raises a ValueError where only fold scheme 0 can be had."""
+    def _check_schemes(self) -> None:
+        """Raises a ValueError if only fold scheme 0 can be had with the other options."""
+        if self.schemes == (0,):
+            return
         remedy = "Leave `schemes` out, or "
         if not get_method(self.method).folds:
             able = ", ".join(repr(name) for name, method in METHODS.items() if method.folds)
-            received, remedy = f"method={self.method!r}", f"{remedy}take a method of {able}"
-            remedy += " without calibration data"
+            received = f"method={self.method!r}"
+            remedy += f"take a method of {able} without calibration data"
         elif self.objective == "latency":
             received, remedy = f"objective={self.objective!r}", f"{remedy}take another objective"
         elif self.macs_cr is not None:
@@ -91,69 +296,46 @@ class Options:
             f"Received: schemes={self.schemes}, {received}. {remedy}."
         )
 
-    def _set_limits(self, limits: Mapping[Any, Any]) -> None:
-        if not limits or not set(limits) <= set(LIMITS) or self.objective != "params":
-            raise ValueError(
-                "Expected the limits in `cr` to be of 'params', 'macs' or both, and no `objective` "
-                f"beside them. Received: cr={dict(limits)!r}, objective={self.objective!r}"
-            )
-        for fraction in limits.values():
-            check_cr(fraction)
-        if len(limits) == 1:
-            ((name, fraction),) = limits.items()
-            object.__setattr__(self, "objective", name)
-        else:
-            fraction = limits["params"]
-            object.__setattr__(self, "macs_cr", float(limits["macs"]))
-        object.__setattr__(self, "cr", fraction)
 
+def check_names(
+    given: Iterable[str], caller: str, more: Iterable[str] = (), leave_out: Iterable[str] = ()
+) -> None:
+    """Raises a TypeError for names that are no options.
 
-class Bound(NamedTuple):
-    """One entry of `bounds`: what names layers, and the fractions of their parameters."""
-
-    item: Any
-    least: float
-    greatest: float
-
-
-def check_bounds(bounds: Any) -> tuple[Bound, ...]:
-    """Returns `bounds` as entries; those of options that were checked before as they are.
-
-    Raises:
-        ValueError: If they are no mapping from layers to pairs of fractions.
+    Args:
+        given: The names.
+        caller: The function that was given them.
+        more: Further names that it knows.
+        leave_out: Options that it does not take.
     """
-    if bounds is None:
-        return ()
-    if isinstance(bounds, tuple) and all(isinstance(entry, Bound) for entry in bounds):
-        return bounds
-    if not isinstance(bounds, Mapping):
+    known = [name for name in OPTION_NAMES if name not in set(leave_out)]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, [*known, *more], n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}.{hint}")
+
+
+def _limits(limits: Mapping[Any, Any], objective: Any) -> tuple[float, str, float | None]:
+    """The fraction to remove, what it counts, and the fraction of MACs as a second limit."""
+    if not limits or not set(limits) <= set(LIMITS) or objective != "params":
         raise ValueError(
-            "Expected `bounds` to be a dict from layers to (least, greatest), fractions of their "
-            f"parameters to remove. Received: bounds={bounds!r}"
+            "Expected the limits in `cr` to be of 'params', 'macs' or both, and no `objective` "
+            f"beside them. Received: cr={dict(limits)!r}, objective={objective!r}"
         )
-    inspect.check_exclude(list(bounds), "bounds")
-    entries = []
-    for item, pair in bounds.items():
-        try:
-            least, greatest = pair
-            least = 0.0 if least is None else float(least)
-            greatest = 1.0 if greatest is None else float(greatest)
-        except (TypeError, ValueError):
-            least = greatest = math.nan
-        if not 0 <= least <= greatest <= 1:
-            raise ValueError(
-                "Expected the bounds of a layer to be (least, greatest) with 0 <= least <= "
-                f"greatest <= 1, or None in place of one. Received: {item!r}: {pair!r}"
-            )
-        entries.append(Bound(item, least, greatest))
-    return tuple(entries)
+    for fraction in limits.values():
+        check_cr(fraction)
+    if len(limits) == 1:
+        ((name, fraction),) = limits.items()
+        return fraction, name, None
+    return limits["params"], "params", float(limits["macs"])
 
 
 def check_schemes(schemes: Any) -> tuple[int, ...]:
     """Returns fold schemes as a tuple, ascending.
 
     Raises:
-        ValueError: If they are none of 0 to 3, a sequence of them, or `"all"`.
+        ValueError: If they are not 0 to 3, a sequence of them, or `"all"`.
     """
     if isinstance(schemes, str) and schemes == "all":
         return SCHEMES
@@ -182,15 +364,15 @@ def check_cr(cr: Any) -> None:
         )
 
 
-def check_cr_or_plan(cr: Any, plan: Any, *, schemes: Any = 0, **options: Any) -> None:
-    """Raises a ValueError unless there is either a `cr`, or a plan with no option of `select`.
+def check_cr_or_plan(
+    cr: Any, plan: CompressionPlan | None, given: Mapping[str, Any], caller: str
+) -> None:
+    """Raises a ValueError unless there is either a `cr`, or a plan with no option beside it.
 
-    Args:
-        cr: The fraction to remove, or None.
-        plan: A `CompressionPlan`, or None.
-        schemes: Fold schemes; 0 is their default.
-        **options: Options of `select` by name; their defaults and what is empty are none.
+    Raises:
+        TypeError: If there is no option of such a name.
     """
+    check_names(given, caller, ("plan", "sequential", "calibration_data"))
     if (cr is None) == (plan is None):
         raise ValueError(
             f"Expected either `cr` or `plan`. Received: cr={cr!r}, "
@@ -199,17 +381,76 @@ def check_cr_or_plan(cr: Any, plan: Any, *, schemes: Any = 0, **options: Any) ->
     if plan is None:
         return
     check_plan(plan)
-    defaults = {"exclude": (), "rank_multiple": 1, "objective": "params"}
-    given = {
-        name: value
-        for name, value in options.items()
-        if value is not None
-        and not (value == defaults.get(name) or (isinstance(value, (list, dict)) and not value))
-    }
-    if check_schemes(schemes) != (0,):
-        given["schemes"] = schemes
-    if given:
+    changed = {name: value for name, value in given.items() if not _is_default(name, value)}
+    if changed:
         raise ValueError(
             "Expected no options beside `plan`: it holds the choices that were made with them. "
-            f"Received: {', '.join(f'{name}={value!r}' for name, value in given.items())}"
+            f"Received: {', '.join(f'{name}={value!r}' for name, value in changed.items())}"
         )
+
+
+def _is_default(name: str, value: Any) -> bool:
+    if name == "schemes":
+        return check_schemes(value) == (0,)
+    empty = isinstance(value, (list, tuple, dict)) and not value
+    return empty or value is None or value == declared(name).default
+
+
+# -- Signatures, docstrings and flags --------------------------------------------------------------
+
+
+def takes_options(*, leave_out: Sequence[str] = ()) -> Callable[[Function], Function]:
+    """Puts the options into the signature and the docstring of a function with `**options`.
+
+    `help()` and IDEs then show them as if they were written there. In the docstring they take the
+    place of the line `{options}`.
+
+    Args:
+        leave_out: Options that the function does not take.
+    """
+    names = [name for name in OPTION_NAMES if name not in leave_out]
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        added = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=declared(name).default,
+                annotation=SelectOptions.__annotations__[name].__origin__,
+            )
+            for name in names
+        ]
+        vars(function)["__signature__"] = signature.replace(parameters=[*kept, *added])
+        function.__doc__ = documented(function.__doc__, names)
+        return function
+
+    return decorate
+
+
+def documented(docstring: str | None, names: Sequence[str] = OPTION_NAMES) -> str:
+    """A docstring with the options' paragraphs in place of its line `{options}`."""
+    lines = []
+    for line in (docstring or "").splitlines():
+        if line.strip() != "{options}":
+            lines.append(line)
+            continue
+        indent = line[: len(line) - len(line.lstrip())]
+        for name in names:
+            lines += declared(name).paragraph(name, indent)
+    return "\n".join(lines)
+
+
+def add_flags(parser: Any, names: Sequence[str]) -> None:
+    """Adds options to an `argparse` parser: `max_slices` as `--max-slices`."""
+    for name in names:
+        option = declared(name)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", default=option.default, **(option.flag or {})
+        )
+
+
+def flags(arguments: Any, names: Sequence[str]) -> dict[str, Any]:
+    """What the flags of `add_flags` were given, by option."""
+    return {name: getattr(arguments, name) for name in names}

@@ -3,14 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from keras_alds.core.slicing import SCHEMES
 
 PLAN_VERSION = 1
+
+
+class Skip(str, enum.Enum):
+    """Why a layer stays as it is, in one word."""
+
+    NO_KERNEL = "no_kernel"  # it holds vectors only
+    NO_FORM = "no_form"  # its class has no factorized form
+    FACTORIZED = "factorized"  # it is factorized already
+    OWN_CODE = "own_code"  # a subclass adds what a factorized layer would not have
+    LORA = "lora"
+    QUANTIZED = "quantized"
+    SETTINGS = "settings"  # its arguments allow no factorized form
+    CONSTRAINT = "constraint"
+    TOO_SMALL = "too_small"  # no factorization is smaller
+    HOLDER = "holder"  # the layer around it keeps it from being factorized
+    WRAPPED = "wrapped"  # by TF-MOT
+    SHARED = "shared"  # another layer holds its kernel too
+    EXCLUDED = "excluded"
+    NOT_COUNTED = "not_counted"  # it takes none of what is limited, or that is not measured
+    NO_DATA = "no_data"  # no calibration example reaches it, or too little is known of its inputs
+    METHOD = "method"  # the method cannot factorize it
+    NO_CHOICE = "no_choice"  # no allowed choice is smaller
+    BUDGET = "budget"  # the budget leaves it whole
+
+
+class Skipped(NamedTuple):
+    """Why a layer stays as it is: a code for programs, and a detail for people."""
+
+    code: Skip
+    detail: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +63,12 @@ class LayerChoice:
             a shared layer together; None unless the plan was made for MACs.
         macs_after: The same afterwards.
         error: The error measure of the choice (0 for a layer that is left alone).
-        reason: Why the layer is left alone, or None if it is factorized.
+        reason: Why the layer stays as it is, or None if it is factorized.
         note: What else is to be known of the choice, or None.
         latency_before: Measured latency of the layer, in nanoseconds, all calls of a shared layer
             together; None unless the plan was made for latency and the layer was measured.
         latency_after: Latency of the choice by the same measurements, in nanoseconds.
+        reason_code: The reason in one word, one of `Skip`, or None if the layer is factorized.
     """
 
     layer: str
@@ -54,6 +86,7 @@ class LayerChoice:
     note: str | None = None
     latency_before: int | None = None
     latency_after: int | None = None
+    reason_code: str | None = None
 
     @property
     def factorized(self) -> bool:
@@ -255,3 +288,12 @@ def allowed_after(before: int, cr: float) -> int:
     while removed_fraction(before, after + 1) >= cr:
         after += 1
     return after
+
+
+def check_plan(plan: Any) -> None:
+    """Raises a ValueError unless `plan` is a `CompressionPlan`."""
+    if not isinstance(plan, CompressionPlan):
+        raise ValueError(
+            "Expected `plan` to be a CompressionPlan (see `select` and `CompressionPlan.load`). "
+            f"Received: plan={plan!r} of type {type(plan).__name__}"
+        )

@@ -11,8 +11,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from keras_alds.plan import CompressionPlan, removed_fraction
-from keras_alds.models.inspect import count_macs, count_params
+from keras_alds.models.inventory import count_params
+from keras_alds.models.resources import count_macs
+from keras_alds.plan import CompressionPlan, Skip, removed_fraction
 
 PrintFn = Callable[[str], object]
 
@@ -29,7 +30,7 @@ def print_plan(
     columns += (["MACs"] if macs else []) + (["Latency, µs"] if latency else []) + ["Error"]
     rows, without_kernel = [], []
     for choice in plan.choices:
-        if choice.kernel_shape is None and not choice.factorized and _is_vector_only(choice.reason):
+        if choice.reason_code == Skip.NO_KERNEL.value:
             without_kernel.append(choice)
             continue
         row = [
@@ -99,10 +100,6 @@ def _second(plan: CompressionPlan) -> str:
     if plan.requested_macs_cr is None:
         return ""
     return f"{plan.requested_macs_cr:g} of macs requested, {plan.reduction('macs'):.4f} achieved; "
-
-
-def _is_vector_only(reason: str | None) -> bool:
-    return reason is not None and reason.endswith("has no kernel to factorize")
 
 
 def _microseconds(before: int | None, after: int | None) -> str:

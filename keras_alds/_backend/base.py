@@ -75,6 +75,10 @@ class Backend:
         """The weights that `layer` holds itself, without those of its sublayers."""
         raise NotImplementedError
 
+    def weights(self, model: Model) -> list[Variable]:
+        """The weights of a model; tf_keras lists vocabularies among them, which are none."""
+        return [weight for weight in model.weights if hasattr(weight, "shape")]
+
     def has_its_weights(self, layer: Layer) -> bool:
         """Whether the weights of a layer are made, or it has no `build` that could make some."""
         layers = self.keras.layers  # in tf_keras, random layers build their generator only
@@ -146,7 +150,7 @@ class Backend:
                 if call is not None:
                     layer.__dict__["call"] = call
 
-    def trace_shapes(self, model: Model, layers: Sequence[Layer]) -> dict[int, list[tuple]]:
+    def trace_shapes(self, model: Model, layers: Sequence[Layer]) -> dict[Layer, list[tuple]]:
         """Input and output shapes of every call of `layers` in one forward pass of `model`.
 
         The pass is traced, not run: nothing is computed and no state changes.
@@ -156,14 +160,14 @@ class Backend:
             layers: The layers to watch, at any depth.
 
         Returns:
-            `{id(layer): [(input_shape, output_shape), ...]}`, shapes with a batch of one.
+            `{layer: [(input_shape, output_shape), ...]}`, shapes with a batch of one.
         """
         self.check_call(model)
-        calls: dict[int, list[tuple]] = {id(layer): [] for layer in layers}
+        calls: dict[Layer, list[tuple]] = {layer: [] for layer in layers}
         specs = self.input_specs(model)
 
         def watch(layer: Layer, inputs: Any, outputs: Any) -> Any:
-            calls[id(layer)].append((_static_shape(inputs), _static_shape(outputs)))
+            calls[layer].append((_static_shape(inputs), _static_shape(outputs)))
             return outputs
 
         try:

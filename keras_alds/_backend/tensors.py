@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
-bfloat16, float16, float32 = tf.bfloat16, tf.float16, tf.float32
+bfloat16, float16, float32, float64 = tf.bfloat16, tf.float16, tf.float32, tf.float64
 boolean, int32, int64 = tf.bool, tf.int32, tf.int64
 
 boolean_mask = tf.boolean_mask
@@ -22,8 +23,11 @@ eye = tf.eye
 flatten = tf.nest.flatten
 gather = tf.gather
 identity = tf.identity
+is_nested = tf.nest.is_nested
 is_tensor = tf.is_tensor
+map_structure = tf.nest.map_structure
 matmul = tf.matmul
+pack_sequence_as = tf.nest.pack_sequence_as
 reshape = tf.reshape
 reverse = tf.reverse
 shape = tf.shape
@@ -47,6 +51,49 @@ _DATA_FORMATS = {
 def dtype_name(dtype: Any) -> str:
     """The name of a dtype, such as `"float32"`."""
     return str(tf.as_dtype(dtype).name)
+
+
+def numpy_dtype(dtype: Any) -> Any:
+    """The NumPy dtype of a TensorFlow dtype."""
+    return tf.as_dtype(dtype).as_numpy_dtype
+
+
+def is_text(spec: Any) -> bool:
+    """Whether a tensor or its spec holds strings."""
+    return bool(spec.dtype == tf.string)
+
+
+def is_dataset(value: Any) -> bool:
+    """Whether a value is a `tf.data.Dataset`."""
+    return isinstance(value, tf.data.Dataset)
+
+
+def to_numpy(value: Any) -> np.ndarray:
+    """A value as a NumPy array; bfloat16, which NumPy does not have, as float32."""
+    if isinstance(value, tf.Tensor) and value.dtype == tf.bfloat16:
+        value = tf.cast(value, tf.float32)
+    return np.asarray(value)
+
+
+def has_values(x: Any) -> bool:
+    """Whether a tensor has values now, and is not part of a graph that is being traced."""
+    return hasattr(x, "numpy")
+
+
+def after_running(use: Callable[[np.ndarray], None], x: Any, outputs: Any) -> Any:
+    """Lets the graph that is being traced call `use` with the values of `x` whenever it runs.
+
+    Returns:
+        What is to be handed on as `outputs`, so that the call takes place.
+    """
+
+    def run(values: np.ndarray) -> np.bool_:
+        use(values)
+        return np.bool_(True)
+
+    done = tf.numpy_function(run, [x], tf.bool, stateful=True)
+    with tf.control_dependencies([done]):
+        return tf.nest.map_structure(tf.identity, outputs)
 
 
 def known_shape(x: Any, count: int) -> list[Any]:

@@ -17,10 +17,11 @@ import keras
 import numpy as np
 
 from keras_alds import _backend
-from keras_alds.core.moments import moment_blocks
-from keras_alds.core.patches import patch_chunks
+from keras_alds.core.calibration.moments import moment_blocks
+from keras_alds.core.calibration.patches import patch_chunks
 from keras_alds.core.slicing import Array, Unfolding, distinct_schemes, divisors, weights
 from keras_alds.kinds.factorized import FactorizedLayer
+from keras_alds.plan import Skip, Skipped
 
 Shape = tuple[int | None, ...]
 Undo = Callable[[], None]
@@ -127,9 +128,10 @@ class Kind:
         """Whether a layer is of the stock class itself."""
         return type(layer) is self.stock_class(_backend.backend_of(layer))
 
-    def reason(self, layer: Any) -> str | None:
+    def skipped(self, layer: Any) -> Skipped | None:
         """Why the layer cannot be factorized, or None."""
-        return no_kernel(layer) or f"{type(layer).__name__} has no factorized form"
+        detail = f"{type(layer).__name__} has no factorized form"
+        return no_kernel(layer) or Skipped(Skip.NO_FORM, detail)
 
     def variable(self, layer: Any) -> Any:
         """The kernel's variable."""
@@ -299,26 +301,30 @@ class KernelKind(Kind):
         """Why a layer of this kind cannot be factorized because of its settings, or None."""
         return None
 
-    def reason(self, layer: Any) -> str | None:
+    def skipped(self, layer: Any) -> Skipped | None:
         name = type(layer).__name__
         if not self.keeps_forward_pass(layer):
-            return no_kernel(layer) or f"{name} changes the forward pass of {self.name}"
+            detail = f"{name} changes the forward pass of {self.name}"
+            return no_kernel(layer) or Skipped(Skip.OWN_CODE, detail)
         if own := self.own_code(layer):
-            return f"{name} adds {', '.join(own[:3])} to {self.name}, which would be lost"
+            detail = f"{name} adds {', '.join(own[:3])} to {self.name}, which would be lost"
+            return Skipped(Skip.OWN_CODE, detail)
         if getattr(layer, "lora_enabled", False):
-            return "LoRA is enabled on it; merge the adapter first"
+            return Skipped(Skip.LORA, "LoRA is enabled on it; merge the adapter first")
         if getattr(layer, "quantization_mode", None):
-            return f"it is quantized ({layer.quantization_mode})"
+            return Skipped(Skip.QUANTIZED, f"it is quantized ({layer.quantization_mode})")
         if (refusal := self.refusal(layer)) is not None:
-            return refusal
+            return Skipped(Skip.SETTINGS, refusal)
         if (constraint := self.setting(layer, "constraint")) is not None:
             setting = self.setting_name(layer, "constraint")
-            return (
+            return Skipped(
+                Skip.CONSTRAINT,
                 f"its {setting} {type(constraint).__name__} cannot be kept by two factors; set "
-                f"`layer.{setting} = None` to have it factorized"
+                f"`layer.{setting} = None` to have it factorized",
             )
         if not self.can_shrink(layer, set(self.schemes(layer).values())):
-            return f"no factorization of its kernel {unfolded_shape(layer)} is smaller"
+            detail = f"no factorization of its kernel {unfolded_shape(layer)} is smaller"
+            return Skipped(Skip.TOO_SMALL, detail)
         return None
 
     # -- The factorized layer ----------------------------------------------------------------
@@ -489,9 +495,11 @@ def is_factorized(layer: Any) -> bool:
 # -- What is asked of any layer ------------------------------------------------------------------
 
 
-def reason(layer: Any) -> str | None:
+def skipped_by_kind(layer: Any) -> Skipped | None:
     """Why a layer cannot be factorized, or None; what holds it aside."""
-    return "already factorized" if is_factorized(layer) else stock_kind(layer).reason(layer)
+    if is_factorized(layer):
+        return Skipped(Skip.FACTORIZED, "already factorized")
+    return stock_kind(layer).skipped(layer)
 
 
 def macs_of_call(layer: Any, inputs: Shape, outputs: Shape) -> int:
@@ -556,11 +564,11 @@ def below(layer: Any) -> Iterator[Any]:
 # -- What kinds share ----------------------------------------------------------------------------
 
 
-def no_kernel(layer: Any) -> str | None:
-    """The reason of a layer that has no kernel, None of another one."""
+def no_kernel(layer: Any) -> Skipped | None:
+    """Why a layer without a kernel cannot be factorized; None for another one."""
     variables = _backend.backend_of(layer).own_variables(layer)
     if all(len(variable.shape) <= 1 for variable in variables):
-        return f"{type(layer).__name__} has no kernel to factorize"
+        return Skipped(Skip.NO_KERNEL, f"{type(layer).__name__} has no kernel to factorize")
     return None
 
 

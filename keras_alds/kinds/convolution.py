@@ -10,8 +10,8 @@ import keras
 import numpy as np
 
 from keras_alds._backend import tensors
+from keras_alds.core.calibration.patches import patch_chunks
 from keras_alds.core.checks import positive_int
-from keras_alds.core.patches import patch_chunks
 from keras_alds.core.slicing import (
     Array,
     Unfolding,

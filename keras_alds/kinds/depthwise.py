@@ -7,6 +7,7 @@ from typing import Any
 
 from keras_alds import _backend
 from keras_alds.kinds.base import Kind, Shape, register, size_of, without_channels
+from keras_alds.plan import Skip, Skipped
 
 
 class Depthwise(Kind):
@@ -14,8 +15,11 @@ class Depthwise(Kind):
 
     output_axes = (-2, -1)  # channels and multiplier
 
-    def reason(self, layer: Any) -> str | None:
-        return "its kernel filters every channel by itself: there is no matrix to cut the rank of"
+    def skipped(self, layer: Any) -> Skipped | None:
+        return Skipped(
+            Skip.NO_FORM,
+            "its kernel filters every channel by itself: there is no matrix to cut the rank of",
+        )
 
     def variable(self, layer: Any) -> Any:
         return _backend.backend_of(layer).own_variables(layer)[0]

@@ -13,6 +13,7 @@ from keras_alds.core.checks import positive_int
 from keras_alds.core.slicing import Unfolding, convolution_unfolding
 from keras_alds.kinds.base import KernelKind, Kind, Shape, Writer, register
 from keras_alds.kinds.factorized import PARTS, FactorizedLayer
+from keras_alds.plan import Skip, Skipped
 
 
 class BaseFactorizedEmbedding(FactorizedLayer):
@@ -220,10 +221,11 @@ class Embedding(KernelKind):
 class ReversibleEmbedding(Kind):
     """`ReversibleEmbedding` of Keras 3."""
 
-    def reason(self, layer: Any) -> str | None:
-        return (
+    def skipped(self, layer: Any) -> Skipped | None:
+        return Skipped(
+            Skip.NO_FORM,
             "it reads its table in both directions, and a table of two factors has no inverse "
-            "look-up"
+            "look-up",
         )
 
 

@@ -34,6 +34,7 @@ from keras_alds.kinds.base import (
 )
 from keras_alds.kinds.dense import DENSE, Dense
 from keras_alds.kinds.factorized import checked_factorizations
+from keras_alds.plan import Skip, Skipped
 
 if TYPE_CHECKING:
     _Base = Any
@@ -678,8 +679,10 @@ class Cell(Kind):
 
     bases_in_tf_keras: ClassVar[Mapping[type, type]] = {Keras3Cell: TfKerasCell}
 
-    def reason(self, layer: Any) -> str | None:
-        return "its kernels have lines of their own" if is_cell(layer) else super().reason(layer)
+    def skipped(self, layer: Any) -> Skipped | None:
+        if is_cell(layer):
+            return Skipped(Skip.NO_KERNEL, "its kernels have lines of their own")
+        return super().skipped(layer)
 
     def kernels(self, layer: Any) -> dict[str, Any]:
         return all_kernels(layer)

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from keras_alds._backend import tensors
-from keras_alds.core.patches import patch_chunks
+from keras_alds.core.calibration.patches import patch_chunks
 from keras_alds.core.slicing import Array, Unfolding, transposed_unfolding
 from keras_alds.kinds import forms
 from keras_alds.kinds.base import Shape, Writer, register, without_channels

@@ -21,9 +21,10 @@ from keras_alds.litert import _package
 from keras_alds.litert.files import read_file
 from keras_alds.litert.quantized import check_quantized, warn_of_thin_groups
 from keras_alds.litert.runs import check_runs
-from keras_alds.models import inspect, wrappers
+from keras_alds.models import wrappers
+from keras_alds.models.data import Examples, check_count
+from keras_alds.models.inventory import walk
 from keras_alds.models.ranges import equalized
-from keras_alds.models.observe import Examples, check_count
 
 QUANTIZE = (None, "float16", "dynamic", "int8")
 #: Runtimes in which a file can be tried, and whether XNNPACK is in them.
@@ -145,7 +146,7 @@ def convert_quietly(
     wrappers.check_stripped(model, "litert.convert", quantized=True)
     _check_float(model)
     specs = _input_specs(backend, model, batch_size)
-    aware = any(wrappers.is_quantized(layer) for _, layer in inspect.walk(model))
+    aware = any(wrappers.is_quantized(layer) for _, layer in walk(model))
     _check_data(model, quantize, representative_data, aware)
     with Progress(transient=True, disable=not verbose) as progress:
         examples = None
@@ -248,7 +249,7 @@ def check_folder(path: str | os.PathLike[str] | None) -> None:
 def _check_float(model: Any) -> None:
     policies = {
         f"'{path}' ({layer.compute_dtype})"
-        for path, layer in inspect.walk(model)
+        for path, layer in walk(model)
         if getattr(layer, "compute_dtype", None) in ("float16", "bfloat16", "float64")
     }
     if policies:
@@ -259,7 +260,7 @@ def _check_float(model: Any) -> None:
         )
     quantized = [
         f"'{path}' ({layer.quantization_mode})"
-        for path, layer in inspect.walk(model)
+        for path, layer in walk(model)
         if getattr(layer, "quantization_mode", None)
     ]
     if quantized:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 from collections.abc import Mapping
@@ -14,10 +13,10 @@ from rich.progress import track
 from keras_alds.litert.latency import (
     COLUMNS,
     LatencyTable,
-    candidates,
     check_settings,
     converted,
-    measure_latency,
+    measurable,
+    measured_records,
     ranks_to_measure,
     read_rows,
     write_rows,
@@ -82,9 +81,10 @@ def write_latency_files(
             f"Expected `target` to be one of {', '.join(map(repr, TARGETS))}. "
             f"Received: target={target!r}"
         )
-    specs = candidates(model, exclude)
-    calls = layer_calls(model, [spec.layer for spec in specs])
-    layers = {call: spec.layer for spec in specs for call in calls[id(spec.layer)]}
+    inventory = measurable(model, exclude, stacklevel=2)
+    records = measured_records(inventory)
+    calls = layer_calls(inventory, records)
+    layers = {call: record.layer for record in records for call in calls[record.layer]}
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     (path / _MODEL).write_bytes(converted(model, quantize, representative_data, verbose))
@@ -195,40 +195,3 @@ def _spread(ranks: tuple[int, ...]) -> list[int]:
         top = max(around, key=lambda i: (ranks[i] & -ranks[i], -i))
         near |= {top, min(top + 1, last)}
     return [ranks[i] for i in sorted(near)]
-
-
-# -- Command line --------------------------------------------------------------------------------
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that measuring and writing files share."""
-    parser.add_argument("--quantize", choices=["int8"], help="default: float32")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--target", choices=list(TARGETS), default="litert")
-    parser.add_argument("--exclude", nargs="*", default=[], help="layers to leave out")
-
-
-def options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `add_options` and `--max-slices` gave, as keyword arguments."""
-    names = ("quantize", "threads", "target", "exclude", "max_slices")
-    return {name: getattr(arguments, name) for name in names}
-
-
-def run_measure(model: Any, arguments: argparse.Namespace) -> None:
-    """Runs the command `latency`."""
-    table = measure_latency(model, **options(arguments))
-    table.save(arguments.output)
-    print(f"{table.total / 1000:,.1f} µs; {len(table.layers)} layers in {arguments.output}")
-
-
-def run_write(model: Any, arguments: argparse.Namespace) -> None:
-    """Runs the command `latency-files`."""
-    count = write_latency_files(model, arguments.folder, **options(arguments))
-    print(f"{count} files in {arguments.folder}")
-
-
-def run_read(arguments: argparse.Namespace) -> None:
-    """Runs the command `latency-read`."""
-    table = read_latency_log(arguments.folder, arguments.log)
-    table.save(arguments.output)
-    print(f"{table.total / 1000:,.1f} µs; {len(table.layers)} layers in {arguments.output}")

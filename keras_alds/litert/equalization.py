@@ -7,9 +7,9 @@ from typing import Any
 from rich.progress import Progress
 
 from keras_alds import _backend
-from keras_alds.models import ranges as rewrite
-from keras_alds.models import inspect
-from keras_alds.models.observe import Examples, check_count
+from keras_alds.models import ranges
+from keras_alds.models.data import Examples, check_count
+from keras_alds.models.inventory import has_weights
 
 
 def equalize(
@@ -52,13 +52,13 @@ def equalize(
     ```
     """
     backend = _backend.backend_of(model)
-    if not backend.is_model(model) or not inspect.has_weights(model):
+    if not backend.is_model(model) or not has_weights(model):
         raise ValueError(
             f"Expected `model` to be a built `{backend.name}.Model`. "
             f"Received: model={model!r} of type {type(model).__name__}"
         )
     if representative_data is None:
-        rewrite.equalize(model)
+        ranges.equalize(model)
         return
     examples = Examples(model, representative_data, max_examples, "representative_data")
     seen = 0
@@ -73,4 +73,4 @@ def equalize(
                 progress.update(task, completed=seen)
         check_count(seen, "representative_data")
 
-    rewrite.equalize(model, batches())
+    ranges.equalize(model, batches())

@@ -18,16 +18,17 @@ from rich.progress import Progress
 from keras_alds import _backend
 from keras_alds.core.checks import positive_int
 from keras_alds.core.choices import offered_ranks
-from keras_alds.core.costs import SampledCosts, sum_costs
+from keras_alds.core.costs import Costs, SampledCosts, sum_costs
 from keras_alds.litert import _package
 from keras_alds.litert.conversion import convert_quietly
-from keras_alds.litert.layer_files import LayerCall, empty_file, layer_calls, layer_file
+from keras_alds.litert.layer_files import Calls, LayerCall, empty_file, layer_calls, layer_file
 from keras_alds.litert.sampling import sample_costs
 from keras_alds.litert.timing import MOST_SWEPT, time_files
-from keras_alds.problem import check_model
-from keras_alds.models import inspect, wrappers
-from keras_alds.models.in_place import already_compressed
-from keras_alds.models.observe import MIN_EXAMPLES
+from keras_alds.models import wrappers
+from keras_alds.models.data import MIN_EXAMPLES
+from keras_alds.models.inventory import Inventory, LayerRecord, already_compressed
+from keras_alds.naming import check_exclude
+from keras_alds.plan import Skip, Skipped
 from keras_alds.targets import TARGETS
 
 QUANTIZE = (None, "int8")
@@ -161,20 +162,53 @@ class LatencyTable:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerLatencies:
-    """Latencies as `select` uses them.
+class MeasuredLatency:
+    """Measured latency, in nanoseconds, as `select` limits it: a `models.resources.Resource`.
+
+    Args:
+        inventory: The model.
+        table: The latencies of its layers.
 
     Attributes:
-        total: Latency of the whole original, in nanoseconds, at least that of its layers together.
-        costs: What the choices of every layer that is called cost, all its calls together, by the
-            layer's id.
+        total: Latency of the whole original, at least that of its layers together.
         runtime: What was measured: `"float32, 1 thread"`.
+
+    Raises:
+        ValueError: If the table lacks a layer, or is of another model.
     """
 
-    total: int
-    costs: dict[int, SampledCosts]
-    runtime: str
+    name = "latency"
+
+    def __init__(self, inventory: Inventory, table: LatencyTable) -> None:
+        records = measured_records(inventory)
+        calls = layer_calls(inventory, records)
+        _check_of_model(inventory, records, calls, table)
+        self._costs = {
+            record.layer: sum_costs(
+                [
+                    (count, table.layers[call])
+                    for call, count in collections.Counter(calls[record.layer]).items()
+                ]
+            )
+            for record in records
+            if calls[record.layer]
+        }
+        self.total = max(table.total, sum(cost.dense for cost in self._costs.values()))
+        threads = f"{table.threads} thread{'s' if table.threads > 1 else ''}"
+        self.runtime = f"{table.quantize or 'float32'}, {threads}"
+
+    def costs(self, record: LayerRecord) -> Costs:
+        """What the choices of a layer cost, all its calls together."""
+        return self._costs[record.layer]
+
+    def skipped(self, record: LayerRecord) -> Skipped | None:
+        """Layers of other kinds, and those that are not called, have no measured latency."""
+        if not record.kind.measured:
+            detail = f"latency is not measured of {record.class_name}"
+            return Skipped(Skip.NOT_COUNTED, detail)
+        if record.layer not in self._costs:
+            return Skipped(Skip.NOT_COUNTED, "the forward pass does not call it")
+        return None
 
 
 def measure_latency(
@@ -227,9 +261,8 @@ def measure_latency(
     check_settings(quantize, threads, max_slices)
     _check_local(target)
     runtime = _Runtime(quantize, threads, target)
-    return _measured(
-        model, candidates(model, exclude), runtime, max_slices, representative_data, verbose
-    )
+    inventory = measurable(model, exclude, stacklevel=2)
+    return _measured(inventory, runtime, max_slices, representative_data, verbose)
 
 
 def check_settings(quantize: Any, threads: Any, max_slices: Any) -> None:
@@ -244,25 +277,29 @@ def check_settings(quantize: Any, threads: Any, max_slices: Any) -> None:
         positive_int(max_slices, "max_slices")
 
 
-def candidates(model: Any, exclude: Any = ()) -> list[inspect.LayerSpec]:
-    """The layers of a model that can be factorized; warns of what `exclude` names in vain.
+def measurable(model: Any, exclude: Any = (), *, stacklevel: int = 1) -> Inventory:
+    """A model, inspected, of which some layers' latency can be measured.
+
+    Warns of what `exclude` names in vain.
 
     Raises:
-        ValueError: If there is none, or if the model is not built or compressed already.
+        ValueError: If there is no such layer, or if the model is not built or compressed already.
     """
-    check_model(model)
-    specs, unmatched = inspect.inspect_model(model, inspect.check_exclude(exclude))
-    factorized = [s for s in specs if inspect.is_factorized(s.layer) and not s.excluded]
-    if factorized:
-        raise ValueError(already_compressed(factorized))
-    inspect.warn_of_unmatched(model, unmatched, stacklevel=4)
-    found = [spec for spec in specs if not spec.reason and spec.known_kind.measured]
-    if not found:
+    inventory = Inventory.of(model, check_exclude(exclude))
+    if factorized := [record for record in inventory.factorized if not record.excluded]:
+        raise already_compressed(factorized)
+    inventory.warn_of_unmatched(stacklevel=stacklevel + 1)
+    if not measured_records(inventory):
         raise ValueError(
             f"Expected the model '{model.name}' to hold a layer that can be factorized, to measure "
             "its latency. Received: none"
         )
-    return found
+    return inventory
+
+
+def measured_records(inventory: Inventory) -> list[LayerRecord]:
+    """The layers that can be factorized and whose latency is measured."""
+    return [record for record in inventory.candidates if record.kind.measured]
 
 
 def check_table(latency: Any, target: str | None) -> LatencyTable | None:
@@ -289,71 +326,55 @@ def check_table(latency: Any, target: str | None) -> LatencyTable | None:
     return latency
 
 
-def layer_latencies(
-    model: Any,
-    specs: Sequence[inspect.LayerSpec],
+def measured_latency(
+    inventory: Inventory,
     table: LatencyTable | None,
     *,
     target: str,
     max_slices: int | None = None,
-    complete: bool = False,
     verbose: int = 1,
-) -> LayerLatencies:
-    """The latencies of a model's layers, from a table or measured now.
+) -> MeasuredLatency:
+    """The latency of a model's layers, from a table or measured now.
 
     Args:
-        model: The model.
-        specs: Layers of it that can be factorized.
+        inventory: The model.
         table: A table of this model, or None to measure: in float32, on one thread.
         target: The runtime.
         max_slices: Largest number of slices to measure.
-        complete: Whether these are all layers that can be factorized, none excluded. A table
-            with others is then known to be of another model.
         verbose: As for `measure_latency`.
-
-    Returns:
-        The `LayerLatencies`; layers that are not called are not in it.
 
     Raises:
         ValueError: If the table lacks a layer, or is of another model.
     """
     if table is None:
-        table = _measured(model, specs, _Runtime(None, 1, target), max_slices, verbose=verbose)
-    calls = layer_calls(model, [spec.layer for spec in specs])
-    for spec in specs:
-        for call in calls[id(spec.layer)]:
+        table = _measured(inventory, _Runtime(None, 1, target), max_slices, verbose=verbose)
+    return MeasuredLatency(inventory, table)
+
+
+def _check_of_model(
+    inventory: Inventory, records: Sequence[LayerRecord], calls: Calls, table: LatencyTable
+) -> None:
+    """Raises a ValueError if a table lacks a layer of a model, or is of another model."""
+    expected = f"Expected a latency table of the model '{inventory.model.name}'. Received: "
+    for record in records:
+        for call in calls[record.layer]:
             if call not in table.layers:
                 raise ValueError(
-                    f"Expected a latency table of the model '{model.name}'. Received: one without "
-                    f"its layer '{spec.path}' ({call}). Measure the model: "
+                    f"{expected}one without its layer '{record.path}' ({call}). Measure the model: "
                     "`keras_alds.litert.measure_latency`, or on a device "
                     "`python -m keras_alds latency-files`."
                 )
+    # A table with layers that were not asked for may be of a model with other ones.
+    complete = not any(record.excluded for record in inventory.records)
     counts = _counts(calls)
     for call in sorted(table.calls):
         there, here = table.calls[call], counts[call]
         if here > there or (complete and here < there):
             raise ValueError(
-                f"Expected a latency table of the model '{model.name}'. Received: one of another "
-                f"model, whose time as a whole is not known of this one: {there} calls of {call}, "
-                f"where '{model.name}' has {here}. Measure this model."
+                f"{expected}one of another model, whose time as a whole is not known of this one: "
+                f"{there} calls of {call}, where '{inventory.model.name}' has {here}. Measure this "
+                "model."
             )
-    costs = {
-        id(spec.layer): sum_costs(
-            [
-                (count, table.layers[call])
-                for call, count in collections.Counter(calls[id(spec.layer)]).items()
-            ]
-        )
-        for spec in specs
-        if calls[id(spec.layer)]
-    }
-    threads = f"{table.threads} thread{'s' if table.threads > 1 else ''}"
-    return LayerLatencies(
-        total=max(table.total, sum(cost.dense for cost in costs.values())),
-        costs=costs,
-        runtime=f"{table.quantize or 'float32'}, {threads}",
-    )
 
 
 def write_rows(
@@ -411,17 +432,17 @@ def ranks_to_measure(
 
 
 def _measured(
-    model: Any,
-    specs: Sequence[inspect.LayerSpec],
+    inventory: Inventory,
     runtime: _Runtime,
     max_slices: int | None,
     representative_data: Any = None,
     verbose: int = 1,
 ) -> LatencyTable:
     _package.interpreter()  # complains before the work is done
-    calls = layer_calls(model, [spec.layer for spec in specs])
-    layers = {call: spec.layer for spec in specs for call in calls[id(spec.layer)]}
-    total, size = _model_latency(model, runtime, calls, representative_data, verbose)
+    records = measured_records(inventory)
+    calls = layer_calls(inventory, records)
+    layers = {call: record.layer for record in records for call in calls[record.layer]}
+    total, size = _model_latency(inventory.model, runtime, calls, representative_data, verbose)
     # The size that decides what stays in the caches, by powers of two: models share measurements.
     swept = min(1 << (size - 1).bit_length(), MOST_SWEPT)
     costs: dict[LayerCall, SampledCosts] = {}
@@ -440,7 +461,7 @@ def _measured(
     )
 
 
-def _counts(calls: Mapping[int, Sequence[LayerCall]]) -> collections.Counter[LayerCall]:
+def _counts(calls: Calls) -> collections.Counter[LayerCall]:
     return collections.Counter(call for found in calls.values() for call in found)
 
 
@@ -464,7 +485,7 @@ def _layer_costs(
 def _model_latency(
     model: Any,
     runtime: _Runtime,
-    calls: Mapping[int, list[LayerCall]],
+    calls: Calls,
     data: Any,
     verbose: int,
 ) -> tuple[int, int]:

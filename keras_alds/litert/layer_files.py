@@ -9,10 +9,8 @@ from typing import Any
 import flatbuffers
 import numpy as np
 
-from keras_alds import _backend
-from keras_alds.kinds.base import known_kind
 from keras_alds.litert import _package
-from keras_alds.models.functions import run_as_code
+from keras_alds.models.inventory import Inventory, LayerRecord
 
 Array = np.ndarray
 _ACTIVATION_SCALE = 0.05  # of int8 files; it does not change the time
@@ -59,32 +57,38 @@ class LayerCall:
         return cls(kind=row["kind"], filters=int(row["filters"]), padding=row["padding"], **sizes)
 
 
-def layer_calls(model: Any, layers: Sequence[Any]) -> dict[int, list[LayerCall]]:
+#: Calls by layer.
+Calls = dict[Any, list[LayerCall]]
+
+
+def layer_calls(inventory: Inventory, records: Sequence[LayerRecord]) -> Calls:
     """Every call of some layers in one forward pass of one example.
 
     Args:
-        model: A built model whose input sizes are known.
-        layers: Stock layers of kinds that can be factorized.
+        inventory: A model whose input sizes are known.
+        records: Layers of it whose latency is measured.
 
     Returns:
-        `{id(layer): calls}`.
+        `{layer: calls}`.
 
     Raises:
         ValueError: If an input or feature map has an unknown size.
     """
-    with run_as_code(model):
-        shapes = _backend.backend_of(model).trace_shapes(model, layers)
-    return {id(layer): [_call(layer, shape) for shape, _ in shapes[id(layer)]] for layer in layers}
+    return {
+        record.layer: [_call(record, shape) for shape, _ in inventory.calls[record.layer]]
+        for record in records
+    }
 
 
-def _call(layer: Any, shape: tuple[int | None, ...]) -> LayerCall:
+def _call(record: LayerRecord, shape: tuple[int | None, ...]) -> LayerCall:
     if any(size is None for size in shape):
         raise ValueError(
-            f"Expected a known input size, to measure latency. Received: layer '{layer.name}' "
+            f"Expected a known input size, to measure latency. Received: layer '{record.path}' "
             f"works on the shape {shape}. Make the model anew on inputs of a fixed shape "
             "(`Input(shape)` without None) and set its weights."
         )
-    return LayerCall(**known_kind(layer).timed_call(layer, [int(size or 0) for size in shape]))
+    sizes = [int(size or 0) for size in shape]
+    return LayerCall(**record.kind.timed_call(record.layer, sizes))
 
 
 def layer_file(

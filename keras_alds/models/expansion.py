@@ -11,7 +11,8 @@ import tensorflow as tf
 from keras_alds import _backend
 from keras_alds._backend.layers import dtype_policy
 from keras_alds.kinds.base import is_factorized, stock_kind
-from keras_alds.models import inspect, wrappers
+from keras_alds.models import wrappers
+from keras_alds.models.inventory import contains_factorized, walk
 from keras_alds.models.rebuild import GraphRebuilder, Piece, check_symbolic, first_tensor
 
 
@@ -129,11 +130,11 @@ class _Expander(GraphRebuilder):
             shape = tuple(None if size is None else int(size) for size in shape)
             return kind.pieces(self, layer, shape, masked)
         if isinstance(layer, self.layers.TimeDistributed) and (
-            inspect.contains_factorized(layer.layer) or self.source.is_symbolic(layer.layer)
+            contains_factorized(layer.layer) or self.source.is_symbolic(layer.layer)
         ):
             inner = self._pieces(layer.layer, (shape[0], *tuple(shape)[2:]), masked)
             return [self._wrapped(layer, piece, piece is inner[-1]) for piece in inner]
-        if inspect.contains_factorized(layer):
+        if contains_factorized(layer):
             raise ValueError(
                 "Expected factorized layers in Functional or Sequential models and in "
                 f"TimeDistributed only, to write them out. Received: '{layer.name}' of type "
@@ -234,7 +235,7 @@ class _Expander(GraphRebuilder):
 
     def _plan_folding(self, model: Any) -> None:
         """Finds the pairs to fold; warns of the BatchNormalization layers that stay."""
-        graphs = [model, *(m for _, m in inspect.walk(model) if self.source.is_symbolic(m))]
+        graphs = [model, *(m for _, m in walk(model) if self.source.is_symbolic(m))]
         calls = [(graph, call) for graph in graphs for call in self.source.graph(graph)]
         count: dict[int, int] = {}
         for _, call in calls:
@@ -257,7 +258,7 @@ class _Expander(GraphRebuilder):
                     self._dropped.add(id(call.layer))
                 else:
                     stay[call.layer.name] = reason
-        for path, layer in inspect.walk(model):
+        for path, layer in walk(model):
             if (
                 isinstance(layer, self.source.keras.layers.BatchNormalization)
                 and id(layer) not in seen

@@ -17,9 +17,9 @@ import numpy as np
 import tensorflow as tf
 
 from keras_alds import _backend
-from keras_alds.kinds.base import factorized_kind, stock_kind
-from keras_alds.models import inspect
+from keras_alds.kinds.base import factorized_kind, is_factorized, stock_kind
 from keras_alds.models.functions import run_as_code
+from keras_alds.models.inventory import walk
 from keras_alds.models.observe import when_known
 
 Array = np.ndarray
@@ -184,11 +184,11 @@ def _sane(scale: Array) -> Array:
 
 def find_pairs(model: Any) -> list[Pair]:
     """The encoder–decoder pairs of a model: factorized layers, and pairs of stock layers."""
-    layers = [layer for _, layer in inspect.walk(model)]
+    layers = [layer for _, layer in walk(model)]
     pairs = [
         Pair(layer, layer.encoder, layer.decoder, None, stock=False)
         for layer in layers
-        if inspect.is_factorized(layer) and factorized_kind(layer).equalized and layer.built
+        if is_factorized(layer) and factorized_kind(layer).equalized and layer.built
     ]
     backend = _backend.backend_of(model)
     symbolic = [

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_alds import _backend
-from keras_alds.models import inspect
+from keras_alds.models.inventory import walk
 
 #: What takes the place of a layer: layers, or functions of symbolic tensors, one after the other.
 Piece = Any
@@ -99,7 +99,7 @@ class GraphRebuilder:
 
     def rebuild(self, model: Any) -> Any:
         """The new model, with weights and trainable flags; for the function that users call."""
-        self.names |= {layer.name for _, layer in inspect.walk(model)}
+        self.names |= {layer.name for _, layer in walk(model)}
         new = self.model(model)
         self._finish()
         for text in self._warnings:

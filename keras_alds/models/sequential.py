@@ -26,20 +26,11 @@ from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.calibration.regression import TARGET_RIDGES, PairAccumulator
 from keras_alds.core.parallel import threads
 from keras_alds.core.slicing import Array
-from keras_alds.kinds.base import calling_kernels, kernel_values, known_kind, stock_kind
-from keras_alds.models import inspect
+from keras_alds.kinds.base import below, calling_kernels, kernel_values, known_kind, stock_kind
+from keras_alds.models.data import KeptExamples
 from keras_alds.models.functions import run_as_code
-from keras_alds.models.observe import (
-    KeptExamples,
-    check_finite,
-    layer_inputs,
-    layer_patches,
-    when_known,
-)
+from keras_alds.models.observe import PARTS, check_finite, when_known
 from keras_alds.models.storage import Store
-
-# Parts of one call of one layer that threads work on side by side.
-_PARTS = 4
 
 Decide = Callable[[Any, SecondMoment, Array], Any]
 
@@ -160,9 +151,9 @@ class _Program:
         if not isinstance(layer, self._backend.keras.layers.Layer):
             return frozenset()
         if id(layer) not in self._inside:
-            below = [layer, *(inner for _, inner in inspect.walk(layer))]
-            kernels = [k for inner in below for k in stock_kind(inner).kernels(inner).values()]
-            ids = map(id, [*below, *kernels])
+            inside = [layer, *below(layer)]
+            kernels = [k for inner in inside for k in stock_kind(inner).kernels(inner).values()]
+            ids = map(id, [*inside, *kernels])
             self._inside[id(layer)] = frozenset(self._ids.intersection(ids))
         return self._inside[id(layer)]
 
@@ -346,7 +337,7 @@ class Walk:
                 for chunk in chunks:
                     for n in calls:
                         for x, x_hat in self._seen(layer, self._steps[n], chunk):
-                            yield _parts(layer, x_hat, x, _PARTS if sums.side <= 2048 else 2)
+                            yield _parts(layer, x_hat, x, PARTS if sums.side <= 2048 else 2)
 
             for some in parts(chunk for chunk in range(self._chunks) if chunk not in held):
                 sums.add_parts(some, pool)
@@ -461,9 +452,10 @@ def held_out(chunks: int) -> list[int]:
 
 def _parts(layer: Any, x_hat: Array, x: Array, parts: int) -> list[tuple[Any, Any]]:
     """The unfolded inputs of one call for several threads, as `PairAccumulator` takes them."""
-    pairs = [np.array_split(layer_inputs(layer, values), parts) for values in (x_hat, x)]
+    kind = known_kind(layer)
+    pairs = [np.array_split(kind.batches(layer, values), parts) for values in (x_hat, x)]
     return [
-        (layer_patches(layer, now), None if x is x_hat else layer_patches(layer, before))
+        (kind.patches(layer, now), None if x is x_hat else kind.patches(layer, before))
         for now, before in zip(*pairs, strict=True)
         if now.size
     ]

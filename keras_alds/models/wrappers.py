@@ -6,7 +6,7 @@ Nothing here imports TF-MOT: the wrappers that a model holds bring all that is n
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -69,15 +69,10 @@ def check_stripped(model: Any, user: str, *, quantized: bool = False) -> None:
     visit(model)
 
 
-def is_refused(layer: Any) -> bool:
-    """Whether `layer` is a wrapper of TF-MOT's whose layer cannot be factorized."""
-    return kind(layer) in REFUSED
-
-
-def reason(wrapper: Any) -> str:
-    """Why the layer inside a refused wrapper is left alone."""
-    found = kind(wrapper)
-    return f"it is wrapped by TF-MOT's {found}; {REFUSED[found or '']}"
+def refusal(layer: Any) -> str | None:
+    """Why a wrapper of TF-MOT's keeps the layer inside from being factorized, or None."""
+    found = kind(layer)
+    return f"it is wrapped by TF-MOT's {found}; {REFUSED[found]}" if found in REFUSED else None
 
 
 def pruning(model: Any) -> list[Any]:
@@ -101,9 +96,9 @@ def masks(wrapper: Any) -> list[Any]:
     return [*added, wrapper.pruning_step]
 
 
-def apply_masks(model: Any) -> None:
-    """Multiplies all pruned weights by their masks, as every call of `model` does first."""
-    for wrapper in pruning(model):
+def apply_masks(pruning: Iterable[Any]) -> None:
+    """Multiplies all pruned weights by their masks, as every call of the model does first."""
+    for wrapper in pruning:
         wrapper.pruning_obj.weight_mask_op()
 
 

@@ -7,19 +7,21 @@ import dataclasses
 import importlib
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import Progress
 
 from keras_alds import _backend
-from keras_alds.compress import compress, select
+from keras_alds.api import compress, select
 from keras_alds.methods import METHODS, get_method
-from keras_alds.options import check_cr, check_schemes
-from keras_alds.problem import check_model
+from keras_alds.models.calibration import Calibration
 from keras_alds.models.in_place import check_sequential
-from keras_alds.models.inspect import count_params
-from keras_alds.models.observe import Calibration
+from keras_alds.models.inventory import Inventory, count_params
+from keras_alds.options import SelectOptions, check_cr, check_names, takes_options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 DEFAULT_CRS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 DENSE = "dense"
@@ -158,27 +160,25 @@ class Sweep:
         figure.savefig(path, dpi=110)
 
 
+@takes_options(leave_out=("method", "error"))
 def sweep(
     model: Any,
     evaluate: Callable[[Any], float],
     *,
     methods: str | Iterable[str] | None = None,
     crs: float | Iterable[float] = DEFAULT_CRS,
-    objective: str = "params",
     calibration_data: Any = None,
     retrain: Callable[[Any], object] | None = None,
-    exclude: Any = (),
-    max_slices: int | None = None,
-    latency: Any = None,
     sequential: bool | None = None,
-    schemes: int | str | Sequence[int] = 0,
     verbose: int = 1,
+    **options: Unpack[SelectOptions],
 ) -> Sweep:
     """Compresses a model by every method to every ratio, and evaluates each result.
 
     All methods get the same budget, size model and cloning, as `compress` has them; `model` is
-    untouched. The dense model is evaluated too, and a copy of it is retrained like the others, to
-    tell what the retraining itself does.
+    untouched. Methods that do not choose among fold schemes take scheme 0. The dense model is
+    evaluated too, and a copy of it is retrained like the others, to tell what the retraining
+    itself does.
 
     Args:
         model: A built Keras 3 or tf_keras model.
@@ -186,18 +186,13 @@ def sweep(
         methods: Names of methods. Defaults to all of them, with those that need
             `calibration_data` only if there are some.
         crs: Fractions to remove. Defaults to 0.2, 0.3 … 0.7.
-        objective: As for `select`.
         calibration_data: As for `select`, for the methods that use some; the statistics are
             collected once.
         retrain: `retrain(model)` trains a compressed model on, in place; it should seed itself, so
             that all models see the same batches. Defaults to None: no retraining.
-        exclude: As for `select`.
-        max_slices: As for `select`.
-        latency: As for `select`.
         sequential: As for `compress`, for the methods that can.
-        schemes: As for `select`, for the methods that choose among fold schemes; the others take
-            scheme 0.
         verbose: 0 for silence, else a progress bar is shown on a terminal. Defaults to 1.
+        {options}
 
     Returns:
         A `Sweep`: rows, Markdown, CSV and a plot. A ratio that a method cannot reach is a row with
@@ -222,7 +217,7 @@ def sweep(
     References:
         Figure 1 of arXiv 2107.11442.
     """
-    check_model(model)
+    check_names(options, "sweep", leave_out=("method", "error"))
     check_sequential(sequential, calibration_data)
     crs = (float(crs),) if isinstance(crs, (int, float)) else tuple(crs)
     for cr in crs:
@@ -232,20 +227,14 @@ def sweep(
         raise ValueError(
             f"Expected at least one method and one ratio. Received: methods={chosen!r}, crs={crs!r}"
         )
-    options: dict[str, Any] = {
-        "objective": objective,
-        "exclude": exclude,
-        "max_slices": max_slices,
-        "latency": latency,
-    }
-    folds = check_schemes(schemes)
     # Complains of what is wrong with the model or the options.
-    select(model, min(crs), schemes=folds, **options)
+    select(model, min(crs), **options)
     calibration = None
     if calibration_data is not None:
+        inventory = Inventory.of(model)
         keep = sequential is not False
-        calibration = Calibration.of(model, calibration_data, keep=keep, verbose=verbose)
-        calibration.collected(model, verbose=verbose)
+        calibration = Calibration.of(inventory, calibration_data, keep=keep, verbose=verbose)
+        calibration.collected(inventory, verbose=verbose)
     rows = []
     with Progress(transient=True, disable=not verbose) as progress:
         task = progress.add_task("dense", total=1 + len(chosen) * len(crs))
@@ -255,13 +244,14 @@ def sweep(
             data = calibration if METHODS[name].needs_data else None
             original = METHODS[name].factorize_with_bias is not None
             one_by_one = None if data is None or original else sequential
-            options["schemes"] = folds if METHODS[name].folds else 0
+            mine = {**options, "method": name}
+            if not METHODS[name].folds:
+                mine["schemes"] = 0
             for cr in crs:
                 progress.update(task, description=f"{name}, cr={cr:g}")
-                row = _row(model, name, cr, data, options, one_by_one, evaluate, retrain)
-                rows.append(row)
+                rows.append(_row(model, cr, data, mine, one_by_one, evaluate, retrain))
                 progress.advance(task)
-    return Sweep(tuple(rows), objective, model.name)
+    return Sweep(tuple(rows), options.get("objective", "params"), model.name)
 
 
 def _chosen(methods: str | Iterable[str] | None, *, has_data: bool) -> list[str]:
@@ -293,7 +283,6 @@ def _dense_row(
 
 def _row(
     model: Any,
-    method: str,
     cr: float,
     calibration: Calibration | None,
     options: dict[str, Any],
@@ -301,10 +290,10 @@ def _row(
     evaluate: Callable[[Any], float],
     retrain: Callable[[Any], object] | None,
 ) -> SweepRow:
-    start = time.perf_counter()
+    start, method = time.perf_counter(), options["method"]
     try:
         stats = None if calibration is None else calibration.stats
-        plan = select(model, cr, method=method, calibration_data=stats, **options)
+        plan = select(model, cr, calibration_data=stats, **options)
     except ValueError as error:
         return SweepRow(method, cr, None, None, None, None, None, str(error))
     small = compress(model, plan=plan, calibration_data=calibration, sequential=sequential)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
 import os
 import re
@@ -16,17 +15,18 @@ import numpy as np
 import tensorflow as tf
 
 from keras_alds import _backend
-from keras_alds.compress import compress as compress_model
+from keras_alds.api import compress as compress_model
 from keras_alds.litert import _package
 from keras_alds.litert.comparison import accuracy
 from keras_alds.litert.conversion import check_folder, checked_options, convert, convert_quietly
 from keras_alds.litert.equalization import equalize
 from keras_alds.litert.quantized import warn_of_thin_groups
 from keras_alds.litert.runs import Runner
+from keras_alds.models.data import MIN_EXAMPLES
 from keras_alds.models.expansion import expand
-from keras_alds.models.inspect import walk
-from keras_alds.models.observe import MIN_EXAMPLES
+from keras_alds.models.inventory import walk
 from keras_alds.tfmot.conversion import to_tf_keras
+from keras_alds.tfmot.package import tfmot_package
 
 # What the functions that are called get from the others' results.
 _GIVEN = ("self", "model", "x", "y", "path", "quantize")
@@ -203,20 +203,6 @@ def _check_fit_options(backend: _backend.Backend, options: Mapping[str, Any]) ->
             "Expected callbacks of tf_keras, in which the training runs. "
             f"Received: {', '.join(wrong)} of Keras 3"
         )
-
-
-def tfmot_package() -> Any:
-    """`tensorflow_model_optimization`.
-
-    Raises:
-        ImportError: If TF-MOT is not installed.
-    """
-    try:
-        return importlib.import_module("tensorflow_model_optimization")
-    except ImportError as error:
-        raise ImportError(
-            'TF-MOT is needed here and is not installed. Remedy: pip install "keras_alds[tfmot]"'
-        ) from error
 
 
 def _compile_arguments(

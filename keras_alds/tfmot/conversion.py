@@ -15,7 +15,7 @@ import tensorflow as tf
 from keras_alds import _backend
 from keras_alds._backend.layers import dtype_policy
 from keras_alds.kinds.base import is_own, stock_kind
-from keras_alds.models import inspect
+from keras_alds.models.inventory import walk
 from keras_alds.models.rebuild import (
     GraphRebuilder,
     Piece,
@@ -128,9 +128,9 @@ class _Translator(GraphRebuilder):
 
     def check(self, model: Any) -> None:
         """Translates every layer, and raises one ValueError for all that cannot be."""
-        self.names |= {layer.name for _, layer in inspect.walk(model)}
+        self.names |= {layer.name for _, layer in walk(model)}
         problems: dict[int, str] = {}
-        graphs = [model, *(m for _, m in inspect.walk(model) if self.source.is_symbolic(m))]
+        graphs = [model, *(m for _, m in walk(model) if self.source.is_symbolic(m))]
         for call in (call for graph in graphs for call in self.calls(graph)):
             layer = call.layer
             if self.source.is_symbolic(layer):

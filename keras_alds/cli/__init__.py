@@ -1,0 +1,68 @@
+"""The command line: `keras_alds <command>`, or `python -m keras_alds <command>`.
+
+A command is a module here with two functions: `add_arguments(parser)` and `run(arguments)`, and a
+line in `COMMANDS`. The module is imported when its command is used, and TensorFlow when it runs.
+Bad input ends with one line on standard error and exit status 2, like argparse's own complaints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from keras_alds._version import __version__
+
+#: The commands: what each does, and its module.
+COMMANDS = {
+    "plan": ("choose slices and ranks for a model and print them", "plan"),
+    "sweep": ("compare methods: accuracy against size, as tables and a plot", "sweep"),
+    "latency": ("measure a model's layers with LiteRT, here", "latency"),
+    "latency-files": ("write files that benchmark_model measures on a device", "latency_files"),
+    "latency-read": ("make a latency table of what benchmark_model printed", "latency_read"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command of the command line.
+
+    Args:
+        argv: The arguments after the program's name. Defaults to those of the process.
+
+    Returns:
+        The exit status 0.
+
+    Raises:
+        SystemExit: With status 2 for arguments or input that cannot be used, with 0 after
+            `--help` and `--version`.
+
+    Example:
+        >>> main(["--version"])  # doctest: +SKIP
+        keras_alds 0.1.0
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(
+        prog="keras_alds", description="Low-rank compression of trained Keras models."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="command")
+    for name, (text, module) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+        if name in argv:
+            home = importlib.import_module(f"keras_alds.cli.{module}")
+            home.add_arguments(command)
+            command.set_defaults(run=home.run)
+    arguments = parser.parse_args(argv)
+    quiet_tensorflow()
+    try:
+        arguments.run(arguments)
+    except (ValueError, ImportError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    return 0
+
+
+def quiet_tensorflow() -> None:
+    """Keeps TensorFlow's log out of a command's output, unless the user asks for it."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -1,0 +1,22 @@
+"""`keras_alds latency-read`: make a latency table of the benchmark tool's log."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from keras_alds.cli import latency
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.add_argument("folder", type=Path, help="the folder of latency-files")
+    parser.add_argument("log", type=Path, help="what benchmark_model printed")
+    latency.add_output(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command."""
+    from keras_alds.litert import read_latency_log
+
+    latency.write(read_latency_log(arguments.folder, arguments.log), arguments.output)

@@ -1,0 +1,161 @@
+"""`keras_alds sweep`: methods × ratios as tables and a plot, for an image classifier."""
+
+from __future__ import annotations
+
+import argparse
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keras_alds.cli.models import add_model, read_model
+from keras_alds.methods import METHODS
+from keras_alds.options import add_flags, flags
+
+OPTIONS = ("objective", "exclude", "max_slices", "latency", "schemes")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    parser.description = (
+        "Compresses an image classifier by every method to every ratio, and prints the top-1 "
+        "accuracy in % as Markdown. The .npz file holds x_test and y_test, for calibration "
+        "x_train, for retraining y_train too. The model gets the pixels as they are."
+    )
+    add_model(parser)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help=".npz file of images and labels")
+    add("--scale", type=float, default=1.0, help="multiply the pixels by this (default: 1)")
+    add("--methods", nargs="+", help="default: all")
+    add("--crs", type=float, nargs="+", help="fractions to remove (default: 0.2 to 0.7)")
+    add_flags(parser, OPTIONS)
+    add("--calibration", type=int, default=512, help="unlabelled x_train (default: 512; 0: none)")
+    add("--test", type=int, help="images to test with (default: all)")
+    add("--epochs", type=int, default=0, help="epochs of retraining (default: 0, none)")
+    add("--train", type=int, help="images to retrain with (default: all)")
+    add(
+        "--learning-rates",
+        type=float,
+        nargs="+",
+        default=(0.01, 0.001),
+        help="those of the training's last epochs, in order. They are gone through again "
+        "(learning-rate rewinding), each for an equal part of --epochs (default: 0.01 0.001)",
+    )
+    add("--batch-size", type=int, default=128, help="images in a batch of retraining")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="crops and flips")
+    add("--csv", type=Path, help="write all figures to this file")
+    add("--markdown", type=Path, help="write the tables to this file")
+    add("--plot", type=Path, help="write the plot to this picture")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command."""
+    from keras_alds.research.sweeping import DEFAULT_CRS, check_plots, sweep
+
+    if arguments.epochs < 0 or arguments.calibration < 0:
+        raise ValueError(
+            "Expected --epochs and --calibration to be 0 or more. "
+            f"Received: {arguments.epochs} and {arguments.calibration}"
+        )
+    if arguments.plot is not None:
+        check_plots()
+    model = read_model(arguments)
+    x_test, y_test = read_images(arguments, "test", arguments.test)
+    logits = scores(model, x_test[:64])
+    from_logits = bool((logits < 0).any() or not np.allclose(logits.sum(-1), 1, atol=1e-3))
+    calibration = retrain = None
+    if arguments.calibration and _wants_data(arguments.methods):
+        calibration, _ = read_images(arguments, "train", arguments.calibration, labels=False)
+    if arguments.epochs:
+        retrain = _retrainer(arguments, from_logits)
+    result = sweep(
+        model,
+        lambda candidate: 100 * float(np.mean(scores(candidate, x_test).argmax(-1) == y_test)),
+        methods=arguments.methods,
+        crs=arguments.crs or DEFAULT_CRS,
+        calibration_data=calibration,
+        retrain=retrain,
+        **flags(arguments, OPTIONS),
+    )
+    _write(result, arguments, len(x_test))
+
+
+def _wants_data(methods: Sequence[str] | None) -> bool:
+    known = METHODS if methods is None else [name for name in methods if name in METHODS]
+    return any(METHODS[name].needs_data for name in known)
+
+
+def _write(result: Any, arguments: argparse.Namespace, images: int) -> None:
+    text = f"No retraining, top-1 in %, {images:,} images:\n\n{result.to_markdown()}\n"
+    if arguments.epochs:
+        text += (
+            f"\nAfter {arguments.epochs} epoch{'s' * (arguments.epochs > 1)} of retraining:\n\n"
+            f"{result.to_markdown(retrained=True)}\n"
+        )
+    print(text, end="")
+    if arguments.csv:
+        result.to_csv(arguments.csv)
+    if arguments.markdown:
+        arguments.markdown.write_text(text, encoding="utf-8")
+    if arguments.plot:
+        result.plot(arguments.plot, label="top-1 accuracy, %")
+
+
+def _retrainer(arguments: argparse.Namespace, from_logits: bool) -> Callable[[Any], None]:
+    from keras_alds.research.retraining import retrainer
+
+    x, y = read_images(arguments, "train", arguments.train)
+    return retrainer(
+        x,
+        y,
+        learning_rates=arguments.learning_rates,
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        augment=arguments.augment,
+        from_logits=from_logits,
+    )
+
+
+def read_images(
+    arguments: argparse.Namespace, part: str, limit: int | None, *, labels: bool = True
+) -> tuple[Any, Any]:
+    """Images in float32 and their classes, None without `labels`, from a command's .npz file."""
+    images, classes = f"x_{part}", f"y_{part}"
+    names = (images, classes) if labels else (images,)
+    try:
+        with np.load(arguments.data) as file:
+            arrays = {name: file[name] for name in names if name in file}
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"Expected {arguments.data} to be an .npz file of arrays. "
+            f"Received: one that cannot be read as such ({error})"
+        ) from error
+    if missing := [name for name in names if name not in arrays]:
+        raise ValueError(
+            f"Expected {arguments.data} to hold {' and '.join(names)}. Received: no "
+            + " and no ".join(missing)
+        )
+    x = arrays[images][:limit].astype("float32") * arguments.scale
+    if not labels:
+        return x, None
+    y = arrays[classes]
+    if y.size != len(arrays[images]):
+        raise ValueError(
+            f"Expected one class, a number, for each image in {images}. "
+            f"Received: {classes} of shape {y.shape} for {len(arrays[images])} images"
+        )
+    return x, y.reshape(-1)[:limit]
+
+
+def scores(model: Any, x: Any) -> Any:
+    """The class scores of a classifier, `[n, classes]`."""
+    outputs = model.predict(x, batch_size=250, verbose=0)
+    if not isinstance(outputs, np.ndarray) or outputs.ndim != 2 or outputs.shape[1] < 2:
+        raise ValueError(
+            "Expected a classifier with one score for each class. Received: outputs of shape "
+            f"{getattr(outputs, 'shape', type(outputs).__name__)}. Use `keras_alds.sweep` with an "
+            "`evaluate` of your own."
+        )
+    return outputs

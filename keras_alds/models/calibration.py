@@ -1,0 +1,373 @@
+"""`CalibrationStats`: the second moments of what a model's layers see, and where they come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import numbers
+import os
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from rich.progress import Progress
+
+from keras_alds._backend import tensors
+from keras_alds.core.calibration.moments import FewInputs, SecondMoment
+from keras_alds.core.slicing import Array
+from keras_alds.core.spectra import Spectra
+from keras_alds.models.data import (
+    DEFAULT_EXAMPLES,
+    MIN_EXAMPLES,
+    Examples,
+    KeptExamples,
+    check_count,
+)
+from keras_alds.models.functions import run_as_code
+from keras_alds.models.inventory import Inventory
+from keras_alds.models.observe import Observer
+
+STATS_VERSION = 1
+# Entries of a weight that are copied at once for its fingerprint.
+_FINGERPRINT_ENTRIES = 1 << 22
+
+#: Makes the spectra of kernels and their moments.
+Decompose = Callable[[Sequence[Array], Sequence[SecondMoment]], list[Spectra]]
+
+
+class CalibrationStats:
+    """Second moments of every layer's unfolded inputs, from a model and unlabelled examples.
+
+    They are collected in one pass and can be used for any `cr`, and saved. Layers with more than
+    5120 unfolded inputs (a dense layer behind a large `Flatten`) keep diagonal blocks of S only,
+    so that their number of slices is a multiple of the number of blocks; `blocks` tells.
+
+    Args:
+        moments: `{path: SecondMoment}`, None for a layer that no example reached.
+        kernel_shapes: `{path: kernel shape}` of the same layers, in the model's order.
+        examples: Number of examples seen.
+        fingerprint: SHA-256 of the weights of the model that was run.
+
+    Raises:
+        ValueError: If the layers of `moments` and `kernel_shapes` differ.
+
+    Example:
+    ```python
+    stats = keras_alds.CalibrationStats.collect(model, x, verbose=0)
+    for cr in (0.3, 0.5):
+        small = keras_alds.compress(model, cr, calibration_data=stats)
+    stats.save("stats.npz")
+    ```
+
+    References:
+        BALF, arXiv:2509.25136: factorization of a layer by the second moment of its inputs.
+    """
+
+    def __init__(
+        self,
+        moments: Mapping[str, SecondMoment | None],
+        kernel_shapes: Mapping[str, tuple[int, ...]],
+        *,
+        examples: int,
+        fingerprint: str,
+    ) -> None:
+        if list(moments) != list(kernel_shapes):
+            raise ValueError(
+                "Expected moments and kernel shapes of the same layers. "
+                f"Received: moments of {list(moments)}, kernel shapes of {list(kernel_shapes)}"
+            )
+        self.moments = MappingProxyType(dict(moments))
+        self.kernel_shapes = MappingProxyType(dict(kernel_shapes))
+        self.examples = examples
+        self.fingerprint = fingerprint
+        self._spectra: dict[tuple[str, Decompose], tuple[bytes, Spectra]] = {}
+
+    def __repr__(self) -> str:
+        return f"<CalibrationStats of {len(self.moments)} layers, {self.examples} examples>"
+
+    @classmethod
+    def collect(
+        cls,
+        model: Any,
+        data: Any,
+        *,
+        max_examples: int | None = DEFAULT_EXAMPLES,
+        verbose: int = 1,
+    ) -> CalibrationStats:
+        """Runs `model` on `data` and collects the second moments of its layers' inputs.
+
+        The model runs as in inference, at most 32 examples at a time (or as many as its inputs
+        have where their batch size is fixed), and is not changed. Memory does not grow with the
+        number of examples: beside the sums only the patches of one layer and one chunk are held,
+        and of wide dense layers a bounded number of inputs.
+
+        Args:
+            model: A built Keras 3 or tf_keras model of any kind.
+            data: Examples without labels, or with labels that are ignored (`(x, y)`): an array;
+                a list or dict of arrays for several inputs; a batched `tf.data.Dataset`; a
+                `keras.utils.PyDataset`; or any generator or iterable of batches.
+            max_examples: Use at most so many; of arrays evenly spaced rows, of everything else
+                the first ones. None for all. Defaults to 1024.
+            verbose: 0 for silence, else a progress bar is shown on a terminal. Defaults to 1.
+
+        Returns:
+            The `CalibrationStats`.
+
+        Raises:
+            ValueError: If `data` is none of these, has another shape than the model's inputs, is
+                not numeric, holds NaN or infinity, or has fewer than 8 examples; or if a layer
+                gets NaN or infinity from the layers before it.
+
+        Example:
+        ```python
+        stats = keras_alds.CalibrationStats.collect(model, x, max_examples=512, verbose=0)
+        ```
+        """
+        if max_examples is not None and (
+            not isinstance(max_examples, numbers.Integral) or max_examples < MIN_EXAMPLES
+        ):
+            raise ValueError(
+                f"Expected `max_examples` to be an integer of at least {MIN_EXAMPLES}, or None. "
+                f"Received: max_examples={max_examples!r}"
+            )
+        source = Examples(model, data, max_examples)
+        return cls._observed(Inventory.of(model), source, source.total, verbose)
+
+    @classmethod
+    def _observed(
+        cls,
+        inventory: Inventory,
+        source: Iterable[tuple[Any, int]],
+        total: int | None,
+        verbose: int,
+    ) -> CalibrationStats:
+        model, records = inventory.model, inventory.factorizable
+        observer = Observer(records)
+        examples = 0
+        with (
+            Progress(transient=True, disable=not verbose) as progress,
+            run_as_code(model),
+            observer.watching(model),
+        ):
+            task = progress.add_task("calibration", total=total)
+            for batch, count in source:
+                model(batch, training=False)
+                examples += count
+                progress.update(task, completed=examples)
+        check_count(examples)
+        found = observer.moments()
+        return cls(
+            {record.path: found.get(record.path) for record in records},
+            {record.path: tuple(record.kernel_shape or ()) for record in records},
+            examples=examples,
+            fingerprint=fingerprint(model),
+        )
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """Layers that keep only diagonal blocks of their second moment, and how many."""
+        return {
+            path: moment.block_count
+            for path, moment in self.moments.items()
+            if moment is not None and moment.block_count > 1
+        }
+
+    def match(self, inventory: Inventory) -> Inventory:
+        """The inventory with the moments of its layers, found by name or else by order.
+
+        Raises:
+            ValueError: If the model has other layers than the one that was run.
+        """
+        records = inventory.factorizable
+        shapes = [tuple(record.kernel_shape or ()) for record in records]
+        paths = [record.path for record in records]
+        if dict(zip(paths, shapes, strict=True)) == dict(self.kernel_shapes):
+            moments = dict(self.moments)
+        elif list(self.kernel_shapes.values()) == shapes:
+            moments = dict(zip(paths, self.moments.values(), strict=True))
+        else:
+            raise ValueError(
+                f"Expected calibration statistics of the model '{inventory.model.name}', or of one "
+                "of the same architecture. Received: statistics of "
+                f"{len(self.moments)} layers, where the model has {len(records)} that can be "
+                "factorized, or other kernels. Collect them anew."
+            )
+        return inventory.map(
+            lambda record: dataclasses.replace(record, moment=moments.get(record.path))
+        )
+
+    def spectra(
+        self, kernels: Mapping[str, tuple[bytes, Array, SecondMoment]], decompose: Decompose
+    ) -> list[Spectra]:
+        """The spectra of the outputs of some layers, kept for the next call.
+
+        Args:
+            kernels: `{path: (digest of the kernel, kernel, its moment)}`.
+            decompose: Makes the spectra of kernels and moments; see `Method.spectra`.
+
+        Returns:
+            One `Spectra` a layer, in order.
+        """
+        new = {
+            path: value
+            for path, value in kernels.items()
+            if self._spectra.get((path, decompose), (b"",))[0] != value[0]
+        }
+        found = decompose([k for _, k, _ in new.values()], [m for *_, m in new.values()])
+        for path, spectra in zip(new, found, strict=True):
+            self._spectra[path, decompose] = (new[path][0], spectra)
+        return [self._spectra[path, decompose][1] for path in kernels]
+
+    def warn_of_other_weights(self, model: Any, *, stacklevel: int) -> None:
+        """Warns if they were collected with other weights than a model has now."""
+        if self.fingerprint != fingerprint(model):
+            warnings.warn(
+                f"The calibration statistics were collected with other weights than the model "
+                f"'{model.name}' has now. Collect them anew if it was trained much since.",
+                stacklevel=stacklevel + 1,
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the statistics to `path`, an .npz file."""
+        reached = [(name, moment) for name, moment in self.moments.items() if moment is not None]
+        meta = {
+            "format": "keras_alds.CalibrationStats",
+            "version": STATS_VERSION,
+            "examples": self.examples,
+            "fingerprint": self.fingerprint,
+            "layers": [[name, shape] for name, shape in self.kernel_shapes.items()],
+            "counts": {name: moment.count for name, moment in reached},
+        }
+        with zipfile.ZipFile(path, "w") as file:
+            _write(file, "meta", np.array(json.dumps(meta)))
+            for n, (_, moment) in enumerate(reached):  # one at a time: they are large
+                if isinstance(moment, FewInputs):
+                    _write(file, f"rows_{n}", moment.rows)
+                    _write(file, f"parts_{n}", np.array(moment.block_count))
+                else:
+                    _write(file, f"blocks_{n}", moment.blocks)
+                if moment.mean is not None:
+                    _write(file, f"mean_{n}", moment.mean)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CalibrationStats:
+        """Reads statistics that `save` wrote.
+
+        Raises:
+            ValueError: If the file holds no such statistics, or those of another version.
+        """
+        where = f"Expected the calibration statistics of keras_alds in {os.fspath(path)!r}. "
+        try:
+            with np.load(path) as file:
+                meta = json.loads(str(file["meta"]))
+                if meta["format"] != "keras_alds.CalibrationStats":
+                    raise ValueError(f"format {meta['format']!r}")
+                if meta["version"] == STATS_VERSION:
+                    return cls._read(meta, file)
+        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{where}Received: a file that holds none ({error})") from error
+        raise ValueError(
+            f"Expected calibration statistics of version {STATS_VERSION}. "
+            f"Received: version={meta['version']!r}. Collect them anew."
+        )
+
+    @classmethod
+    def _read(cls, meta: Mapping[str, Any], file: Mapping[str, Array]) -> CalibrationStats:
+        moments: dict[str, SecondMoment | None] = {name: None for name, _ in meta["layers"]}
+        for n, (name, count) in enumerate(meta["counts"].items()):
+            mean = file.get(f"mean_{n}")  # older files have none
+            if f"rows_{n}" in file:
+                rows, blocks = file[f"rows_{n}"], int(file[f"parts_{n}"])
+                moments[name] = FewInputs(rows, blocks, mean=mean is not None)
+            else:
+                moments[name] = SecondMoment(file[f"blocks_{n}"], int(count), mean)
+        return cls(
+            moments,
+            {name: tuple(shape) for name, shape in meta["layers"]},
+            examples=int(meta["examples"]),
+            fingerprint=meta["fingerprint"],
+        )
+
+
+def _write(file: zipfile.ZipFile, name: str, array: Array) -> None:
+    with file.open(f"{name}.npy", "w", force_zip64=True) as member:
+        np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def check_data(inventory: Inventory, data: Any) -> None:
+    """Raises a ValueError if `calibration_data` are seen to be wrong without using them up."""
+    if isinstance(data, CalibrationStats):
+        data.match(inventory)
+        return
+    examples = Examples(inventory.model, data, DEFAULT_EXAMPLES)
+    if hasattr(data, "__next__"):
+        return  # it cannot be begun again
+    seen = 0
+    for _, count in examples:
+        seen += count
+        if seen >= MIN_EXAMPLES:
+            return
+    check_count(seen)
+
+
+@dataclasses.dataclass
+class Calibration:
+    """What is known of a model's layers: statistics, examples to run again, or both.
+
+    Attributes:
+        stats: The statistics, None if they are not collected yet.
+        examples: The examples, None if there are none or they are not wanted again.
+    """
+
+    stats: CalibrationStats | None = None
+    examples: KeptExamples | None = None
+
+    @classmethod
+    def of(cls, inventory: Inventory, data: Any, *, keep: bool, verbose: int = 1) -> Calibration:
+        """What `calibration_data` give.
+
+        Args:
+            inventory: The model.
+            data: What a user gives, or a `Calibration`.
+            keep: Whether the examples are wanted again; else the statistics are collected.
+            verbose: As for `CalibrationStats.collect`.
+
+        Raises:
+            ValueError: As `CalibrationStats.collect` and `CalibrationStats.match`.
+        """
+        if isinstance(data, Calibration):
+            return data
+        if isinstance(data, CalibrationStats):
+            data.match(inventory)
+            data.warn_of_other_weights(inventory.model, stacklevel=2)
+            return cls(stats=data)
+        if keep:
+            return cls(examples=KeptExamples(inventory.model, data))
+        source = Examples(inventory.model, data, DEFAULT_EXAMPLES)
+        return cls(stats=CalibrationStats._observed(inventory, source, source.total, verbose))
+
+    def collected(self, inventory: Inventory, *, verbose: int = 1) -> CalibrationStats:
+        """The statistics, collected now if they were not yet."""
+        if self.stats is None and self.examples is not None:
+            examples = self.examples
+            self.stats = CalibrationStats._observed(inventory, examples, examples.count, verbose)
+        if self.stats is None:
+            raise ValueError("Expected statistics or examples. Received: neither")
+        return self.stats
+
+
+def fingerprint(model: Any) -> str:
+    """SHA-256 of all weights of a model, in order."""
+    digest = hashlib.sha256()
+    for variable in model.weights:  # in parts: a copy of a wide kernel is half a gigabyte
+        if not hasattr(variable, "shape"):
+            continue  # the vocabulary of an adapted layer
+        tensor = tensors.reshape(tensors.tensor(variable), [-1])
+        for start in range(0, tensor.shape[0], _FINGERPRINT_ENTRIES):
+            values = tensor[start : start + _FINGERPRINT_ENTRIES].numpy()
+            digest.update(values.view(np.uint8).data)
+    return digest.hexdigest()

@@ -1,0 +1,280 @@
+"""Calibration data of any kind, as checked batches of a model's inputs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from keras_alds import _backend
+from keras_alds._backend import tensors
+from keras_alds.core.slicing import Array
+from keras_alds.models.storage import Store
+
+#: Fewer examples than this say next to nothing of what a layer sees.
+MIN_EXAMPLES = 8
+DEFAULT_EXAMPLES = 1024
+# Examples that go through the model at once, and entries of theirs: large images go in fewer.
+_BATCH = 32
+_BATCH_ENTRIES = 1 << 21
+
+
+class Examples:
+    """Calibration data of any kind as checked batches of a model's inputs, without labels.
+
+    Iterating yields `(inputs, number of examples)` with at most 32 examples at a time. Where the
+    model's inputs have a fixed batch size it is that one, and what is left over is left out.
+
+    Args:
+        model: The model.
+        data: What a user gives as `calibration_data` or `representative_data`.
+        limit: Largest number of examples, or None.
+        argument: What the user's argument is called, for errors.
+
+    Raises:
+        ValueError: If `data` cannot be calibration data; while iterating, for bad batches.
+    """
+
+    def __init__(
+        self, model: Any, data: Any, limit: int | None, argument: str = "calibration_data"
+    ) -> None:
+        self._limit, self._argument = limit, argument
+        sizes = {tensor.shape[0] for tensor in getattr(model, "inputs", None) or []}
+        #: Examples in a batch if the model's inputs say so.
+        self._fixed: int | None = sizes.pop() if len(sizes) == 1 else None
+        self._names: list[str] = [
+            tensor._keras_history[0].name for tensor in getattr(model, "inputs", None) or []
+        ]
+        structure = self._input_specs(model)
+        self._single = structure is not None and not tensors.is_nested(structure)
+        self._specs: list[Any] = [] if structure is None else tensors.flatten(structure)
+        data = self._without_labels(data)
+        arrays = self._as_arrays(data)
+        self.total: int | None = None
+        self._batches: Iterable[Any]
+        if arrays is not None:
+            rows = self._rows(arrays)
+            self.total = rows if limit is None else min(rows, limit)
+            chosen = np.linspace(0, rows, self.total, endpoint=False).astype(int)
+            self._batches = (
+                tensors.map_structure(lambda a, c=chosen[i : i + _BATCH]: a[c], arrays)
+                for i in range(0, self.total, _BATCH)
+            )
+        elif tensors.is_dataset(data):
+            self._batches = data
+            self.total = limit
+        elif hasattr(data, "__getitem__") and not isinstance(data, (list, tuple, str, bytes)):
+            count = len(data) if hasattr(data, "__len__") else None
+            indices = itertools.count() if count is None else range(count)
+            self._batches = (data[i] for i in indices)
+        elif isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
+            self._batches = data
+        else:
+            raise ValueError(
+                f"Expected `{argument}` to be an array, a list or dict of arrays for several "
+                "inputs, a tf.data.Dataset, a PyDataset or an iterable of batches. "
+                f"Received: {type(data).__name__}"
+            )
+
+    @staticmethod
+    def _input_specs(model: Any) -> Any:
+        try:
+            return _backend.backend_of(model).input_specs(model)
+        except ValueError:
+            return None  # a subclassed model that tells nothing of its inputs
+
+    @property
+    def _inputs(self) -> int:
+        return max(len(self._specs), 1)
+
+    def _without_labels(self, data: Any) -> Any:
+        """The inputs of `(x, y)` or `(x, y, weights)`; a tuple may also be several inputs."""
+        if not isinstance(data, tuple) or not data:
+            return data
+        first = data[0]
+        if self._inputs > 1 and len(data) == self._inputs and not isinstance(first, (list, dict)):
+            return first if isinstance(first, tuple) else list(data)
+        return first
+
+    def _as_arrays(self, data: Any) -> Any:
+        """The structure of arrays that `data` is, or None."""
+        if isinstance(data, dict):
+            return {key: self._array(value) for key, value in data.items()}
+        if isinstance(data, list) and data:
+            items = [self._array(item) for item in data if _is_array(item)]
+            if len(items) < len(data):
+                nested = any(isinstance(item, (tuple, list, dict)) for item in data)
+                return None if nested else self._array(data)
+            if self._inputs > 1 and len(items) == self._inputs:
+                return items
+            one_less = self._specs and items[0].ndim == len(self._specs[0].shape) - 1
+            return np.stack(items) if one_less else None
+        return self._array(data) if _is_array(data) else None
+
+    def _rows(self, arrays: Any) -> int:
+        rows = {len(array) if array.ndim else 0 for array in tensors.flatten(arrays)}
+        if len(rows) != 1:
+            raise ValueError(
+                f"Expected all inputs in `{self._argument}` to have as many examples. "
+                f"Received: {sorted(rows)}"
+            )
+        return rows.pop()
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        left = self._limit
+        waiting: Any = None
+        seen = False
+        for element in self._batches:
+            inputs = self._checked(self._without_labels(element))
+            self._rows(inputs)
+            if waiting is not None and _sizes(waiting) != _sizes(inputs):
+                rows = self._rows(waiting)
+                if rows and not self._fixed:
+                    yield _tensors(waiting), rows
+                left = None if left is None else left - rows
+                waiting = None  # examples of another size follow
+            if waiting is not None:
+                inputs = tensors.map_structure(lambda a, b: np.concatenate([a, b]), waiting, inputs)
+            if left is not None:
+                inputs = _part(inputs, 0, left)
+            rows = self._rows(inputs)
+            # Always as many together: how the data were batched changes no bit of the result.
+            size = self._fixed or _examples_at_once(inputs)
+            whole = rows - rows % size
+            for start in range(0, whole, size):
+                yield _tensors(_part(inputs, start, start + size)), size
+                seen = True
+            waiting = _part(inputs, whole, rows)
+            if left is not None:
+                left -= whole
+                if left == rows - whole:
+                    break
+        if waiting is not None and (rows := self._rows(waiting)) and not (self._fixed and seen):
+            yield _tensors(waiting), rows
+
+    def _checked(self, inputs: Any) -> Any:
+        if self._single and isinstance(inputs, (list, dict)) and len(inputs) == 1:
+            (inputs,) = inputs.values() if isinstance(inputs, dict) else inputs
+        flat = [self._array(item) for item in tensors.flatten(inputs)]
+        names = [f"input {n}" for n in range(len(flat))]
+        specs = self._specs
+        if isinstance(inputs, dict):
+            names = sorted(inputs)  # as `tensors.flatten` does
+            if set(names) == set(self._names):
+                specs = [self._specs[self._names.index(name)] for name in names]
+        if specs and len(flat) != len(specs):
+            raise ValueError(
+                f"Expected `{self._argument}` for {len(specs)} inputs. Received: {len(flat)}"
+                + (" in a list; labels go into a tuple, (x, y)" if isinstance(inputs, list) else "")
+                + (f", {names}, where the model has {self._names}" * isinstance(inputs, dict))
+            )
+        cast = [
+            self._checked_array(array, name, spec)
+            for array, name, spec in itertools.zip_longest(flat, names, specs)
+        ]
+        return tensors.pack_sequence_as(inputs, cast)
+
+    def _array(self, value: Any) -> Array:
+        try:
+            array = tensors.to_numpy(value)
+        except ValueError as error:
+            raise ValueError(
+                f"Expected `{self._argument}` of one shape. Received: data that make no array "
+                f"({error})"
+            ) from error
+        texts = array.dtype.kind in "OSU" and any(tensors.is_text(spec) for spec in self._specs)
+        if array.dtype.kind not in "biuf" and not texts:
+            raise ValueError(
+                f"Expected `{self._argument}` of numbers. Received: dtype={array.dtype} of "
+                f"type {type(value).__name__}"
+            )
+        return array
+
+    def _checked_array(self, array: Array, name: str, spec: Any) -> Array:
+        if spec is not None:
+            wanted = tuple(spec.shape)[1:]
+            fits = array.ndim == len(wanted) + 1 and all(
+                n is None or n == m for n, m in zip(wanted, array.shape[1:], strict=True)
+            )
+            if not fits:
+                raise ValueError(
+                    f"Expected batches in `{self._argument}` of shape (batch, "
+                    f"{', '.join(str(n) for n in wanted)}) for {name}. "
+                    f"Received: shape={array.shape}"
+                    + (" of one example: batch the data" if array.ndim == len(wanted) else "")
+                )
+            array = array.astype(tensors.numpy_dtype(spec.dtype), copy=False)
+        elif array.dtype.kind != "f":
+            array = array.astype(np.float32)
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(
+                f"Expected finite `{self._argument}`. Received: NaN or infinity in {name}"
+            )
+        return array
+
+
+def _sizes(inputs: Any) -> list[tuple[int, ...]]:
+    return [array.shape[1:] for array in tensors.flatten(inputs)]
+
+
+def _examples_at_once(inputs: Any) -> int:
+    """How many examples such as these go through a model together, a power of two."""
+    entries = sum(math.prod(size) for size in _sizes(inputs))
+    return min(_BATCH, 1 << max(_BATCH_ENTRIES // max(entries, 1), 1).bit_length() - 1)
+
+
+def _part(inputs: Any, start: int, stop: int) -> Any:
+    return tensors.map_structure(lambda array: array[start:stop], inputs)
+
+
+def _tensors(inputs: Any) -> Any:
+    return tensors.map_structure(tensors.tensor, inputs)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray) or (
+        hasattr(value, "__array__") and not tensors.is_dataset(value)
+    )
+
+
+def check_count(examples: int, argument: str = "calibration_data") -> None:
+    """Raises a ValueError if there are too few examples."""
+    if examples < MIN_EXAMPLES:
+        raise ValueError(
+            f"Expected at least {MIN_EXAMPLES} examples in `{argument}`; some hundreds are good. "
+            f"Received: {examples}" + (" (was a generator used up before?)" if not examples else "")
+        )
+
+
+class KeptExamples:
+    """Checked calibration data that were read once and can be run again, in bounded memory.
+
+    Args:
+        model: The model that they are for.
+        data: What a user gives as `calibration_data`.
+
+    Raises:
+        ValueError: As `CalibrationStats.collect`.
+    """
+
+    def __init__(self, model: Any, data: Any) -> None:
+        self._store = Store()
+        self._batches: list[tuple[Any, int]] = []
+        for batch, count in Examples(model, data, DEFAULT_EXAMPLES):
+            self._batches.append((tensors.map_structure(self._store.keep, batch), count))
+        check_count(self.count)
+
+    @property
+    def count(self) -> int:
+        """The number of examples."""
+        return sum(count for _, count in self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        for batch, count in self._batches:
+            yield tensors.map_structure(self._store.load, batch), count

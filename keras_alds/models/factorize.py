@@ -1,0 +1,122 @@
+"""Makes the factorized layer of a layer, with the factors of its kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+
+from keras_alds import _backend
+from keras_alds._backend.layers import dtype_policy
+from keras_alds.core.calibration.moments import SecondMoment
+from keras_alds.core.calibration.refit import factorize_outputs
+from keras_alds.core.methods import FactorizeWithBias
+from keras_alds.core.spectra import factorize
+from keras_alds.kinds.base import KernelKind, kernel_values
+from keras_alds.models.inventory import LayerRecord
+from keras_alds.plan import LayerChoice
+
+
+@dataclasses.dataclass(frozen=True)
+class Replacement:
+    """A layer, and the factorized layer that it is to become.
+
+    Attributes:
+        layer: The layer.
+        factorized: A built layer with its factors. Nothing else holds it.
+        kind: The layer's kind.
+        bias: New values for the layer's bias, which stays the same variable; None keeps them.
+    """
+
+    layer: Any
+    factorized: Any
+    kind: KernelKind
+    bias: np.ndarray | None = None
+
+
+def replacement(
+    record: LayerRecord,
+    choice: LayerChoice,
+    *,
+    moment: SecondMoment | None = None,
+    target: np.ndarray | None = None,
+    make: FactorizeWithBias | None = None,
+) -> Replacement:
+    """Makes the factorized layer of a choice; the layer itself is not changed.
+
+    Settings carry over: regularizers apply to each factor. With the second moment of the layer's
+    inputs the factors keep the outputs of its kernel best, or those of `target` in its place.
+    Without it they are nearest to its kernel.
+
+    Args:
+        record: The layer.
+        choice: Slices, rank and fold scheme.
+        moment: The second moment of its unfolded inputs.
+        target: Another kernel whose outputs the factors are to keep.
+        make: What makes the factors and a bias instead, which every layer then has.
+    """
+    layer, kind = record.layer, record.kind
+    slices, rank, scheme = choice.slices or 1, choice.rank or 1, choice.scheme or 0
+    backend = _backend.backend_of(layer)
+    factorized = _built(record, slices, rank, scheme, with_bias=make is not None)
+    read = functools.partial(kernel_values, layer, scheme)
+    bias = None
+    if make is not None and moment is not None:
+        old = backend.value(layer.bias) if layer.use_bias else None
+        encoder, decoder, bias = make(read(), moment, rank, old)
+    elif moment is None or slices % moment.block_count:
+        encoder, decoder = factorize(read(), slices, rank)
+    else:
+        kernel = read() if target is None else target
+        encoder, decoder = factorize_outputs(kernel, moment, slices, rank)
+    decoder = factorized.unfolding.write_decoder(decoder, kind.shape(layer))
+    factorized.encoder.assign(np.reshape(encoder, tuple(factorized.encoder.shape)))
+    factorized.decoder.assign(np.reshape(decoder, tuple(factorized.decoder.shape)))
+    for theirs, ours in kind.kept.items():
+        if getattr(layer, theirs) is not None:
+            getattr(factorized, ours).assign(backend.value(getattr(layer, theirs)))
+    if bias is not None:
+        factorized.bias.assign(bias)
+    return Replacement(
+        layer, factorized, kind, bias if bias is not None and layer.use_bias else None
+    )
+
+
+def _built(record: LayerRecord, slices: int, rank: int, scheme: int, *, with_bias: bool) -> Any:
+    """A new factorized layer with the layer's settings, built; its weights are zeros."""
+    layer, kind = record.layer, record.kind
+    backend = _backend.backend_of(layer)
+    regularizer = kind.setting(layer, "regularizer")
+    arguments: dict[str, Any] = {
+        "rank": rank,
+        # The values are assigned later; an initializer of the kernel may know its shape.
+        "encoder_initializer": "zeros",
+        "decoder_initializer": "zeros",
+        "encoder_regularizer": regularizer,
+        "decoder_regularizer": regularizer,
+        "activity_regularizer": layer.activity_regularizer,
+        "name": layer.name,
+        "trainable": layer.trainable,
+        "dtype": dtype_policy(layer),
+        **kind.arguments(layer),
+    }
+    if with_bias:
+        arguments["use_bias"] = True
+    if kind.max_slices != 1:
+        arguments["slices"] = slices
+    if scheme:
+        arguments["scheme"] = scheme
+    factorized = kind.layer_class(backend)(**arguments)
+    with backend.name_scope(layer):
+        factorized.build(kind.input_shape(layer))
+    initializers = backend.keras.initializers
+    initializer = kind.setting(layer, "initializer")
+    if not isinstance(initializer, initializers.VarianceScaling):
+        initializer = initializers.get("glorot_uniform")
+    factorized.encoder_initializer = factorized.decoder_initializer = initializer
+    if layer.trainable:
+        for factor in (factorized.encoder, factorized.decoder):
+            backend.copy_trainable(kind.variable(layer), factor)
+    return factorized

@@ -1,0 +1,436 @@
+"""`Inventory`: a model, inspected once.
+
+It is made in one walk through the model. It holds a record of every layer with weights: what the
+layer is, and why it cannot be factorized if it cannot. Whatever works on the model afterwards takes
+the inventory and does not walk again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from keras_alds import _backend
+from keras_alds.core.calibration.moments import SecondMoment
+from keras_alds.kinds.base import (
+    KernelKind,
+    below,
+    calling_kernels,
+    is_factorized,
+    kind_of,
+    known_kind,
+    skipped_by_kind,
+    stock_kind,
+    unfolded_shape,
+)
+from keras_alds.models import wrappers
+from keras_alds.models.functions import run_as_code
+from keras_alds.naming import Bound, described, matches
+from keras_alds.plan import Skip, Skipped
+
+#: The shapes of the inputs and the outputs of every call of a layer.
+Calls = list[tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerRecord:
+    """One layer that holds weights.
+
+    Attributes:
+        path: Names from the model to the layer, joined by `/`; unique in the model.
+        layer: The layer itself.
+        params: Number of parameters that the layer holds itself.
+        kernel_shape: The shape `(*spatial, channels, filters)` that its kernel is read as; None if
+            its class has no factorized form.
+        skipped: Why it stays as it is; None if it can be factorized.
+        factorizable: Whether it can be factorized, whatever the user's options say.
+        excluded: Whether the user's `exclude` names it.
+        inside: The layers and models that hold it, with their paths, the outermost first.
+        schemes: The fold schemes that its kernel may be unfolded in.
+        bounds: The least and the greatest fraction of its parameters that may go.
+        moment: The second moment of its unfolded inputs; None unless calibration data were seen.
+    """
+
+    path: str
+    layer: Any
+    params: int
+    kernel_shape: tuple[int, ...] | None
+    skipped: Skipped | None
+    factorizable: bool = False
+    excluded: bool = False
+    inside: tuple[tuple[str, Any], ...] = ()
+    schemes: tuple[int, ...] = (0,)
+    bounds: tuple[float, float] = (0.0, 1.0)
+    moment: SecondMoment | None = None
+
+    @property
+    def class_name(self) -> str:
+        """The layer's class name."""
+        return type(self.layer).__name__
+
+    @functools.cached_property
+    def kind(self) -> KernelKind:
+        """The kind of a layer that can be factorized."""
+        return known_kind(self.layer)
+
+    @property
+    def dense_weights(self) -> int:
+        """Number of weights of the kernel; 0 if it has none that could be factorized."""
+        return math.prod(self.kernel_shape) if self.kernel_shape else 0
+
+    def is_named_by(self, item: Any) -> bool:
+        """Whether an item of `exclude` or `bounds` names the layer, or one that holds it."""
+        return any(
+            matches(item, path, layer) for path, layer in ((self.path, self.layer), *self.inside)
+        )
+
+    def shape_in(self, scheme: int) -> tuple[int, ...]:
+        """The shape `(*spatial, c, f)` that its kernel is read as in a fold scheme."""
+        return unfolded_shape(self.layer, scheme) if scheme else (self.kernel_shape or ())
+
+    def skip(self, code: Skip, detail: str) -> LayerRecord:
+        """The same record of a layer that stays as it is."""
+        return dataclasses.replace(self, skipped=Skipped(code, detail))
+
+    def folded(self, schemes: Sequence[int]) -> LayerRecord:
+        """The same record with those of some fold schemes that the kernel has."""
+        if self.skipped is not None or schemes == (0,):
+            return self
+        known = self.kind.schemes(self.layer)
+        # Schemes that are the same for this kernel count once.
+        found = tuple(sorted({known[scheme] for scheme in schemes if scheme in known}))
+        if not found:
+            detail = f"its kernel {self.kernel_shape} cannot be unfolded in schemes={schemes}"
+            return self.skip(Skip.SETTINGS, detail)
+        if not self.kind.can_shrink(self.layer, found):
+            detail = f"no factorization of its kernel {self.kernel_shape} is smaller"
+            return self.skip(Skip.TOO_SMALL, detail)
+        return dataclasses.replace(self, schemes=found)
+
+    def bounded(self, bounds: Iterable[Bound]) -> LayerRecord:
+        """The same record within all bounds that name the layer."""
+        if self.skipped is not None:
+            return self
+        least, greatest = self.bounds
+        for bound in bounds:
+            if self.is_named_by(bound.item):
+                least, greatest = max(least, bound.least), min(greatest, bound.greatest)
+        return dataclasses.replace(self, bounds=(least, greatest))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inventory:
+    """What is known of a model.
+
+    Attributes:
+        model: The model.
+        layers: Every layer at any depth with its path, in the order of a depth-first walk. TF-MOT's
+            pruning wrappers are passed over: the layers inside have the paths they would have
+            without them.
+        pruning: The built pruning wrappers.
+        records: A record of every layer that holds weights.
+        unmatched: The items of `exclude` that name no layer with weights.
+    """
+
+    model: Any
+    layers: tuple[tuple[str, Any], ...]
+    pruning: tuple[Any, ...]
+    records: tuple[LayerRecord, ...]
+    unmatched: tuple[Any, ...] = ()
+
+    @classmethod
+    def of(cls, model: Any, exclude: Sequence[Any] = ()) -> Inventory:
+        """Inspects a model.
+
+        Args:
+            model: A model that has its weights.
+            exclude: Items that name layers to leave as they are, with all that is inside them.
+
+        Raises:
+            ValueError: If `model` is no Keras model, or has no weights yet.
+        """
+        check_model(model)
+        layers, pruning = scan(model)
+        unmatched = dict(enumerate(exclude))
+        records = []
+        for record in _records(model, layers, pruning):
+            naming = [index for index, item in enumerate(exclude) if record.is_named_by(item)]
+            for index in naming:
+                unmatched.pop(index, None)
+            if naming and record.skipped is None:
+                detail = f"excluded by exclude={described(exclude[naming[0]])}"
+                record = record.skip(Skip.EXCLUDED, detail)
+            records.append(dataclasses.replace(record, excluded=bool(naming)))
+        return cls(model, layers, pruning, tuple(records), tuple(unmatched.values()))
+
+    @property
+    def backend(self) -> _backend.Backend:
+        """The backend of the model's Keras."""
+        return _backend.backend_of(self.model)
+
+    @property
+    def candidates(self) -> tuple[LayerRecord, ...]:
+        """The records of the layers that can be factorized."""
+        return tuple(record for record in self.records if record.skipped is None)
+
+    @property
+    def factorizable(self) -> tuple[LayerRecord, ...]:
+        """The records of the layers that could be factorized if no option kept them from it."""
+        return tuple(record for record in self.records if record.factorizable)
+
+    @functools.cached_property
+    def params(self) -> int:
+        """All parameters of the model, without the masks of pruning."""
+        return count_params(self.model, self.pruning)
+
+    @property
+    def factorized(self) -> list[LayerRecord]:
+        """The records of the layers that are factorized already."""
+        return [record for record in self.records if is_factorized(record.layer)]
+
+    @functools.cached_property
+    def calls(self) -> dict[Any, Calls]:
+        """The shapes of every call in one forward pass of one example, by layer.
+
+        Raises:
+            ValueError: If the model does not know the shapes of its inputs.
+        """
+        layers = [record.layer for record in self.records]
+        known = _CALLS.get(self.model, [])
+        if [(ref(), cls) for ref, cls, _ in known] != [(layer, type(layer)) for layer in layers]:
+            with run_as_code(self.model), calling_kernels(self.model, layers, values=False):
+                traced = self.backend.trace_shapes(self.model, layers)
+            known = [(weakref.ref(layer), type(layer), traced[layer]) for layer in layers]
+            _CALLS[self.model] = known
+        return {layer: calls for layer, (_, _, calls) in zip(layers, known, strict=True)}
+
+    def map(self, change: Callable[[LayerRecord], LayerRecord]) -> Inventory:
+        """The same inventory with changed records."""
+        return dataclasses.replace(self, records=tuple(map(change, self.records)))
+
+    def of_copy(self, copy: Any) -> Inventory:
+        """The inventory of a copy of the model: the same records of its own layers."""
+        layers, pruning = scan(copy)
+        pairs = zip(self.layers, layers, strict=True)
+        ours = {layer: other for (_, layer), (_, other) in pairs}
+        for layer, other in list(ours.items()):
+            ours.update(zip(_kernels(layer).values(), _kernels(other).values(), strict=True))
+        records = [dataclasses.replace(r, layer=ours[r.layer]) for r in self.records]
+        return dataclasses.replace(
+            self, model=copy, layers=layers, pruning=pruning, records=tuple(records)
+        )
+
+    def warn_of_unmatched(self, *, stacklevel: int) -> None:
+        """Warns of the items of `exclude` that name nothing."""
+        for item in self.unmatched:
+            warnings.warn(
+                f"`exclude` entry {item!r} matches no layer with weights of the model "
+                f"'{self.model.name}'.",
+                stacklevel=stacklevel + 1,
+            )
+
+
+# The calls of a model's layers, as (layer, its class, its calls). The trace takes a second for a
+# large network.
+_CALLS: weakref.WeakKeyDictionary[Any, list[tuple[weakref.ref[Any], type, Calls]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def check_model(model: Any) -> None:
+    """Raises a ValueError unless `model` is a Keras model whose weights are made.
+
+    A model that trains in a `train_step` of its own need not be built, nor have a `call`.
+    """
+    backend = _backend.backend_of(model)
+    if not backend.is_model(model):
+        raise ValueError(
+            f"Expected `model` to be a `{backend.name}.Model`. "
+            f"Received: model={model!r} of type {type(model).__name__}"
+        )
+    if not has_weights(model):
+        raise ValueError(
+            f"Expected the model '{model.name}' to be built. Received: a model without weights. "
+            "Call it once on a batch, or `model.build(input_shape)`."
+        )
+
+
+def has_weights(model: Any) -> bool:
+    """Whether the weights of a model are made: it has some, and so has every layer that will.
+
+    A model of built layers need not be built: one with a `train_step` and no `call` never is.
+    """
+    backend = _backend.backend_of(model)
+    layers = [layer for layer in below(model) if not backend.children(layer)]
+    ready = model.built or (layers and all(map(backend.has_its_weights, layers)))
+    return bool(ready and model.weights)
+
+
+def already_compressed(records: Sequence[LayerRecord]) -> ValueError:
+    """The error for a model that holds factorized layers."""
+    shown = ", ".join(record.path for record in records[:3]) + (", …" if len(records) > 3 else "")
+    return ValueError(
+        "Expected a model that is not compressed yet. Received: a model with "
+        f"{len(records)} factorized layers ({shown}). Compress the original model with a larger "
+        "`cr` instead. If these layers are part of its design, leave them as they are with "
+        "`exclude=[type(layer), …]`."
+    )
+
+
+def count_params(model: Any, pruning: Sequence[Any] | None = None) -> int:
+    """Parameters of a model, without the masks that TF-MOT's `strip_pruning` takes away.
+
+    The weights are counted, each once: a model that was never called cannot be asked.
+    """
+    wrapped = scan(model)[1] if pruning is None else pruning
+    masks = {id(mask) for wrapper in wrapped for mask in wrappers.masks(wrapper)}
+    counted = {id(w): math.prod(tuple(w.shape)) for w in _backend.backend_of(model).weights(model)}
+    return sum(size for key, size in counted.items() if key not in masks)
+
+
+def dense_params(model: Any) -> int:
+    """Parameters of a model if every factorized kernel were multiplied out."""
+    layers, pruning = scan(model)
+    factorized = [layer for _, layer in layers if is_factorized(layer)]
+    more = sum(math.prod(layer.kernel_shape) - factor_weights(layer) for layer in factorized)
+    return count_params(model, pruning) + more
+
+
+def contains_factorized(layer: Any) -> bool:
+    """Whether a layer is factorized or holds a factorized layer at any depth."""
+    return any(is_factorized(inner) for inner in (layer, *below(layer)))
+
+
+def factor_weights(layer: Any) -> int:
+    """Weights of both factors of a factorized layer."""
+    return math.prod(layer.encoder.shape) + math.prod(layer.decoder.shape)
+
+
+def walk(model: Any) -> tuple[tuple[str, Any], ...]:
+    """Every layer below `model` once with its path, depth first.
+
+    TF-MOT's pruning wrappers are passed over.
+    """
+    return scan(model)[0]
+
+
+def scan(model: Any) -> tuple[tuple[tuple[str, Any], ...], tuple[Any, ...]]:
+    """The layers as `walk` gives them, and the built pruning wrappers."""
+    backend = _backend.backend_of(model)
+    seen, paths = {model}, set()
+    layers: list[tuple[str, Any]] = []
+    pruning: list[Any] = []
+
+    def visit(parent: Any, prefix: str) -> None:
+        for layer in backend.children(parent):
+            if layer in seen:
+                continue
+            seen.add(layer)
+            if wrappers.is_pruning(layer):
+                pruning.append(layer)
+                visit(layer, prefix)
+                continue
+            path = prefix + layer.name
+            names = itertools.chain([path], (f"{path}#{count}" for count in itertools.count(2)))
+            unique = next(name for name in names if name not in paths)
+            paths.add(unique)
+            layers.append((unique, layer))
+            visit(layer, unique + "/")
+
+    visit(model, "")
+    return tuple(layers), tuple(wrapper for wrapper in pruning if wrapper.built)
+
+
+def made_by_code(inventory: Inventory, records: Sequence[LayerRecord]) -> list[Any]:
+    """The outermost holders of some layers that make them in code when the model is loaded."""
+    chains = [
+        [inventory.model, *(holder for _, holder in record.inside), record.layer]
+        for record in records
+    ]
+    held: dict[Any, dict[Any, None]] = {}
+    for chain in chains:
+        for holder, layer in itertools.pairwise(chain):
+            held.setdefault(holder, {})[layer] = None
+    code = {
+        holder for holder, layers in held.items() if not inventory.backend.saves(holder, layers)
+    }
+    outermost = [next((item for item in chain if item in code), None) for chain in chains]
+    return list(dict.fromkeys(item for item in outermost if item is not None))
+
+
+def _kernels(layer: Any) -> dict[str, Any]:
+    """Kernels of a layer that count as layers of their own."""
+    return stock_kind(layer).kernels(layer)
+
+
+def _records(
+    model: Any, layers: Sequence[tuple[str, Any]], pruning: Sequence[Any]
+) -> Iterator[LayerRecord]:
+    """A record of every layer that holds weights, whatever a user excludes."""
+    backend = _backend.backend_of(model)
+    at = dict(layers)
+    holders: dict[int, list[str]] = {}
+    for path, layer in layers:
+        for variable in backend.own_variables(layer):
+            holders.setdefault(id(variable), []).append(path)
+    for path, layer, own, apart in _holders_of_weights(backend, layers):
+        above = itertools.accumulate(path.split("/")[:-1], "{}/{}".format)
+        inside = tuple((name, at[name]) for name in above if name in at)
+        kind = kind_of(layer)
+        shape = None
+        if kind is not None and kind.refusal(layer) is None:
+            shape = unfolded_shape(layer)
+        around = [holder for _, holder in reversed(inside)]
+        skipped = _skipped(layer, around)
+        if skipped is None and apart and any(wrapper.layer in around for wrapper in pruning):
+            detail = "TF-MOT prunes its cell; `strip_pruning` first, or compress before pruning"
+            skipped = Skipped(Skip.WRAPPED, detail)
+        if skipped is None and kind is not None:
+            own_path = path.rpartition("/")[0] if apart else path
+            others = [name for name in holders[id(kind.variable(layer))] if name != own_path]
+            if others:
+                skipped = Skipped(Skip.SHARED, f"its kernel is held by '{others[0]}' too")
+        params = sum(math.prod(tuple(variable.shape)) for variable in own)
+        able = skipped is None
+        yield LayerRecord(path, layer, int(params), shape, skipped, able, inside=inside)
+
+
+def _skipped(layer: Any, around: Sequence[Any]) -> Skipped | None:
+    """Why a layer cannot be factorized where it is, or None."""
+    for holder in (layer, *around):
+        if (refusal := wrappers.refusal(holder)) is not None:
+            return Skipped(Skip.WRAPPED, refusal)
+    if (found := skipped_by_kind(layer)) is not None:
+        return found
+    for holder in around:
+        obstacle = stock_kind(holder).obstacle(holder, layer, around)
+        if obstacle is not None:
+            return Skipped(Skip.HOLDER, obstacle)
+    return None
+
+
+def _holders_of_weights(
+    backend: _backend.Backend, layers: Iterable[tuple[str, Any]]
+) -> Iterator[tuple[str, Any, list[Any], bool]]:
+    """The layers that hold weights: path, layer, weights, and whether it is a kernel of another.
+
+    Some layers have kernels that count as layers of their own, such as recurrent cells.
+    """
+    seen = set()
+    for path, layer in layers:
+        if layer in seen:
+            continue
+        kernels = _kernels(layer)
+        apart = {id(v) for kernel in kernels.values() for v in backend.own_variables(kernel)}
+        own = [v for v in backend.own_variables(layer) if id(v) not in apart]
+        if own:
+            yield path, layer, own, False
+        for name, kernel in kernels.items():
+            seen.add(kernel)
+            yield f"{path}/{name}", kernel, backend.own_variables(kernel), True

@@ -1,0 +1,52 @@
+"""Pairs the layers of a model with the choices of a plan."""
+
+from __future__ import annotations
+
+from keras_alds.models.inventory import Inventory, LayerRecord, already_compressed
+from keras_alds.plan import CompressionPlan, LayerChoice
+
+Pairs = list[tuple[LayerRecord, LayerChoice]]
+
+
+def match(inventory: Inventory, plan: CompressionPlan) -> Pairs:
+    """Pairs the layers of a model with the choices of a plan.
+
+    Layers are found by name. Keras numbers some names by itself, and two models that the same code
+    makes then differ in them. If the names do not fit, order and shapes decide.
+
+    Raises:
+        ValueError: If neither fits.
+    """
+    records = inventory.records
+    by_path = {record.path: record for record in records}
+    if len(records) == len(plan.choices):
+        for found in ([by_path.get(choice.layer) for choice in plan.choices], records):
+            pairs = list(zip(found, plan.choices, strict=True))
+            if all(_fits(*pair) for pair in pairs):
+                return [(record, choice) for record, choice in pairs if record is not None]
+    if factorized := inventory.factorized:
+        raise already_compressed(factorized)
+    wrong = f"{len(plan.choices)} layers, where the model has {len(records)}"
+    padded = [*records, *[None] * len(plan.choices)]
+    for record, choice in zip(padded, plan.choices, strict=False):
+        if not _fits(record, choice):
+            scheme = f" in fold scheme {choice.scheme}" if choice.scheme else ""
+            other = "none"
+            if record is not None:
+                other = f"{record.params} and {record.kernel_shape} in '{record.path}'"
+            wrong = (
+                f"layer '{choice.layer}' with {choice.params_before} parameters and kernel "
+                f"{choice.kernel_shape}{scheme}, where the model has {other}"
+            )
+            break
+    raise ValueError(
+        f"Expected a plan made for the model '{inventory.model.name}', or for one of the same "
+        f"architecture. Received: a plan for {wrong}. Make a plan for this model with `select`."
+    )
+
+
+def _fits(record: LayerRecord | None, choice: LayerChoice) -> bool:
+    if record is None or record.kernel_shape != choice.kernel_shape:
+        return False
+    known = not choice.scheme or choice.scheme in record.kind.schemes(record.layer).values()
+    return known and record.params == choice.params_before

@@ -1,0 +1,426 @@
+"""`Selection`: which choices the layers have, what all may take together, and what is chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import decimal
+import functools
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from keras_alds.core.choices import ChoiceTable, offered_ranks
+from keras_alds.core.costs import Costs
+from keras_alds.core.methods import Method
+from keras_alds.core.slicing import weights
+from keras_alds.core.solvers import InfeasibleBudget, Solution
+from keras_alds.kinds.base import factorizable_names, observable
+from keras_alds.methods import get_method
+from keras_alds.models.calibration import CalibrationStats
+from keras_alds.models.choices import choice_tables
+from keras_alds.models.inventory import Inventory, LayerRecord, already_compressed
+from keras_alds.models.resources import Macs, Params, Resource
+from keras_alds.options import Options
+from keras_alds.plan import (
+    CompressionPlan,
+    LayerChoice,
+    Skip,
+    Skipped,
+    allowed_after,
+    removed_fraction,
+)
+from keras_alds.targets import get_target
+
+
+def candidates_of(inventory: Inventory, options: Options, *, stacklevel: int) -> Inventory:
+    """The inventory with the layers that options leave to be factorized.
+
+    Raises:
+        ValueError: If the model is compressed already, or no layer can be factorized.
+    """
+    if factorized := [record for record in inventory.factorized if not record.excluded]:
+        raise already_compressed(factorized)
+    inventory = inventory.map(lambda record: record.folded(options.schemes))
+    if not inventory.candidates:
+        reasons = "; ".join(
+            f"'{record.path}': {record.skipped.detail}"
+            for record in inventory.records[:5]
+            if record.skipped
+        )
+        raise ValueError(
+            f"Expected the model '{inventory.model.name}' to hold a layer that can be factorized "
+            f"({', '.join(factorizable_names())}). "
+            f"Received: none ({reasons or 'no weights at all'})"
+        )
+    inventory.warn_of_unmatched(stacklevel=stacklevel + 1)
+    return inventory
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Selection:
+    """A model's layers, what limits them, and how one choice a layer is made.
+
+    Attributes:
+        inventory: The model, with bounds, and with second moments if there is calibration data.
+        resources: What is limited; the first one is what `cr` counts.
+        options: The options.
+        stats: Calibration statistics, or None.
+    """
+
+    inventory: Inventory
+    resources: tuple[Resource, ...]
+    options: Options
+    stats: CalibrationStats | None = None
+
+    @classmethod
+    def of(cls, inventory: Inventory, resources: Sequence[Resource], options: Options) -> Selection:
+        """Leaves out the layers that the resources skip, and checks that `cr` can be reached.
+
+        Raises:
+            ValueError: If no choice of a layer is within its bounds, or `cr` is not reachable
+                whatever the weights are.
+        """
+
+        def skipped(record: LayerRecord) -> LayerRecord:
+            found = (resource.skipped(record) for resource in resources if not record.skipped)
+            reason = next(filter(None, found), None)
+            return record if reason is None else dataclasses.replace(record, skipped=reason)
+
+        inventory = inventory.map(skipped).map(lambda record: record.bounded(options.bounds))
+        selection = cls(inventory, tuple(resources), options)
+        for index, resource in enumerate(resources):
+            required = sum(selection.smallest_cost(r, resource) for r in inventory.candidates)
+            if required > selection.budget_of(resource):
+                raise selection.unreachable(required, index)
+        return selection
+
+    def warn_of_bounds(self, *, stacklevel: int) -> None:
+        """Warns of bounds that name no layer that can be factorized."""
+        for bound in self.options.bounds:
+            if not any(record.is_named_by(bound.item) for record in self.inventory.candidates):
+                warnings.warn(
+                    f"`bounds` entry {bound.item!r} matches no layer of the model "
+                    f"'{self.inventory.model.name}' that can be factorized.",
+                    stacklevel=stacklevel + 1,
+                )
+
+    def calibrated(self, stats: CalibrationStats) -> Selection:
+        """The same selection on calibration data.
+
+        Layers that no example reached, and those that the method cannot factorize, stay as they
+        are.
+        """
+        inventory = stats.match(self.inventory).map(self._measured)
+        return dataclasses.replace(self, inventory=inventory, stats=stats)
+
+    def _measured(self, record: LayerRecord) -> LayerRecord:
+        if record.skipped:
+            return record
+        if self.method.factorize_with_bias is not None and not record.kind.principal:
+            return record.skip(
+                Skip.METHOD,
+                f"the method {self.options.method!r} needs a bias for every column of the kernel, "
+                f"and {record.class_name} has none",
+            )
+        if record.moment is not None:
+            obstacle = self.method.obstacle(record.moment)
+            return record if obstacle is None else record.skip(Skip.METHOD, obstacle)
+        if observable(record.layer):
+            return record.skip(Skip.NO_DATA, "no calibration example reaches it")
+        return record
+
+    @functools.cached_property
+    def method(self) -> Method:
+        """The method, with the error measure that is asked for."""
+        return get_method(self.options.method, self.options.error)
+
+    @functools.cached_property
+    def params(self) -> Params:
+        """Parameters, which every plan tells of."""
+        return Params(self.inventory, self.method)
+
+    # -- What a layer is offered -------------------------------------------------------------
+
+    def offered(self, record: LayerRecord, scheme: int) -> dict[int, range]:
+        """The ranks that each number of slices of a layer may have."""
+        blocks = 1 if record.moment is None else record.moment.block_count
+        target = get_target(self.options.target)
+        limits = [self.options.max_slices, record.kind.max_slices]
+        rule = None
+        if target is not None:
+            depthwise = len(set(getattr(record.layer, "strides", ()))) <= 1
+            rule = functools.partial(target.ranks, depthwise=depthwise, blocks=blocks)
+            # Targets know the sliced forms of plain convolutions in scheme 0 only.
+            limits += [1] if scheme or not record.kind.measured else []
+        counts_bias = self.resources[0].name == self.params.name
+        return offered_ranks(
+            record.shape_in(scheme),
+            rule=rule,
+            max_slices=min((limit for limit in limits if limit is not None), default=None),
+            near_slices=self.method.near_slices,
+            rank_multiple=self.options.rank_multiple,
+            blocks=blocks,
+            added=self.params.added(record) if counts_bias else 0,
+        )
+
+    def smallest_cost(self, record: LayerRecord, resource: Resource) -> int:
+        """What a layer's kernel costs in its cheapest allowed form.
+
+        Raises:
+            ValueError: If the layer's bounds allow none.
+        """
+        costs = resource.costs(record)
+        found = [(record.dense_weights, costs.dense)]
+        for scheme in record.schemes:
+            for k, ranks in self.offered(record, scheme).items():
+                size = weights(record.shape_in(scheme), k, 1)
+                prices = costs.of(k, ranks, scheme).tolist()
+                found += [(j * size, price) for j, price in zip(ranks, prices, strict=True)]
+        found = [(size, cost) for size, cost in found if cost <= costs.dense]
+        within = [cost for size, cost in found if self.is_within(record, size)]
+        if not within:
+            raise self.nothing_within(record, [size for size, _ in found])
+        return min(within)
+
+    def is_within(self, record: LayerRecord, size: int) -> bool:
+        """Whether a layer whose kernel has so many weights is within its bounds."""
+        least, greatest = record.bounds
+        return least <= self.removed(record, size) <= greatest
+
+    def removed(self, record: LayerRecord, size: int) -> float:
+        """The fraction of a layer's own parameters that is gone if its kernel has so many."""
+        added = self.params.added(record) if size < record.dense_weights else 0
+        after = record.params - record.dense_weights + size + added
+        return removed_fraction(record.params, after)
+
+    def nothing_within(self, record: LayerRecord, sizes: Iterable[int]) -> ValueError:
+        """The error for a layer that has no choice within its bounds."""
+        least, greatest = record.bounds
+        fractions = sorted(self.removed(record, size) for size in sizes)
+        nearest = [
+            *[fraction for fraction in fractions if fraction < least][-1:],
+            *[fraction for fraction in fractions if fraction > greatest][:1],
+        ]
+        return ValueError(
+            f"Expected the `bounds` of layer '{record.path}' to hold one of its choices. Received: "
+            f"({least:g}, {greatest:g}), where the nearest fractions of its parameters that the "
+            f"method {self.options.method!r} can remove are "
+            + " and ".join(f"{fraction:.4f}" for fraction in nearest)
+        )
+
+    # -- Budgets -----------------------------------------------------------------------------
+
+    def fixed_cost(self, resource: Resource) -> int:
+        """What everything but the candidates' kernels costs."""
+        kernels = sum(resource.costs(record).dense for record in self.inventory.candidates)
+        return resource.total - kernels
+
+    def budget_of(self, resource: Resource) -> int:
+        """What the candidates' kernels may cost together."""
+        cr = self.options.cr_of(resource.name)
+        return allowed_after(resource.total, cr) - self.fixed_cost(resource)
+
+    def unreachable(self, required: int, index: int = 0) -> ValueError:
+        """The error for a `cr` that even the smallest choice everywhere does not reach."""
+        resource = self.resources[index]
+        total, fixed = resource.total, self.fixed_cost(resource)
+        cr = self.options.cr_of(resource.name)
+        start = (
+            f"cr={cr} is not reachable for the model '{self.inventory.model.name}' with "
+            f"objective={resource.name!r}: "
+        )
+        best = removed_fraction(total, required + fixed)
+        if best <= 0:
+            return ValueError(
+                f"{start}expected an allowed choice that is {self._better} than its layer "
+                f"({self._limits}). Received: none ({len(self.inventory.candidates)} layers can be "
+                "factorized)"
+            )
+        return ValueError(
+            f"{start}expected 0 < cr <= {_rounded_down(best)}, with the smallest allowed choice "
+            f"everywhere ({self._limits}). Received: cr={cr}. Of "
+            f"{total:,}{' ns' if resource.name == 'latency' else ''} there remain then "
+            f"{required:,} in the layers that can be factorized and {fixed:,} in what no choice "
+            "changes: biases, and layers that stay as they are (see `select(…).summary()`)."
+        )
+
+    @property
+    def _better(self) -> str:
+        """What a choice has to be to be of use, for texts."""
+        return "smaller and faster" if self.resources[0].name == "latency" else "smaller"
+
+    @property
+    def _limits(self) -> str:
+        """The options that allow no more choices, for texts."""
+        options = self.options
+        limits = f"max_slices={options.max_slices}, rank_multiple={options.rank_multiple}"
+        limits += f", target={options.target!r}" if options.target else ""
+        limits += f", schemes={options.schemes}" if options.schemes != (0,) else ""
+        limits += ", bounds" if options.bounds else ""
+        one = self.method.near_slices is not None
+        return limits + (f", method={options.method!r}" if one else "")
+
+    # -- The solution ------------------------------------------------------------------------
+
+    def tables(self) -> list[ChoiceTable]:
+        """The choices of every candidate that are within its bounds.
+
+        Raises:
+            ValueError: If a layer has none, or a kernel is not finite.
+        """
+
+        def offer(record: LayerRecord, scheme: int) -> tuple[Mapping[int, range], list[Costs]]:
+            costs = [resource.costs(record) for resource in self.resources]
+            return self.offered(record, scheme), costs
+
+        records = self.inventory.candidates
+        tables = choice_tables(records, self.method, offer, self.stats)
+        return [self._within(record, t) for record, t in zip(records, tables, strict=True)]
+
+    def _within(self, record: LayerRecord, table: ChoiceTable) -> ChoiceTable:
+        if record.bounds == (0.0, 1.0):
+            return table
+        sizes = table.weights.tolist()
+        rows = [row for row, size in enumerate(sizes) if self.is_within(record, size)]
+        if not rows:
+            raise self.nothing_within(record, sizes)
+        return table.take(np.array(rows))
+
+    def solve(self, tables: Sequence[ChoiceTable]) -> Solution:
+        """Picks one choice a candidate, within all budgets.
+
+        Raises:
+            ValueError: If even the cheapest choices are above a budget.
+        """
+        budgets = [self.budget_of(resource) for resource in self.resources]
+        try:
+            return self.method.solve(tables, budgets)
+        except InfeasibleBudget as infeasible:
+            raise self.unreachable(infeasible.required, infeasible.resource) from None
+
+    def plan(self) -> CompressionPlan:
+        """Solves, and says what was chosen.
+
+        Raises:
+            ValueError: If `cr` is not reachable, or a kernel is not finite.
+        """
+        tables = self.tables()
+        solution = self.solve(tables)
+        rows = zip(tables, solution.indices, strict=True)
+        choices = tuple(
+            self.left(record) if record.skipped else self.choice(record, *next(rows))
+            for record in self.inventory.records
+        )
+        errors: tuple[float | None, float | None] = (None, None)
+        if self.stats is not None and self.options.target and not self._resource("latency"):
+            errors = _total_error(tables, solution), self._error_without_target()
+        macs, latency = self._resource("macs"), self._resource("latency")
+
+        def saved(resource: str) -> int:
+            pairs = [
+                (getattr(c, f"{resource}_before"), getattr(c, f"{resource}_after")) for c in choices
+            ]
+            return sum((before or 0) - (after or 0) for before, after in pairs)
+
+        return CompressionPlan(
+            requested_cr=self.options.cr,
+            method=self.options.method,
+            error_measure=self.method.error,
+            objective=self.options.objective,
+            params_before=self.inventory.params,
+            params_after=self.inventory.params - saved("params"),
+            macs_before=None if macs is None else macs.total,
+            macs_after=None if macs is None else macs.total - saved("macs"),
+            choices=choices,
+            target=self.options.target,
+            output_error=errors[0],
+            output_error_without_target=errors[1],
+            requested_macs_cr=self.options.macs_cr,
+            latency_before=None if latency is None else latency.total,
+            latency_after=None if latency is None else latency.total - saved("latency"),
+            latency_runtime=getattr(latency, "runtime", None),
+        )
+
+    def _resource(self, name: str) -> Resource | None:
+        return next((resource for resource in self.resources if resource.name == name), None)
+
+    def _error_without_target(self) -> float:
+        """The total error of the layers' outputs without the target's constraints."""
+        free = dataclasses.replace(self, options=dataclasses.replace(self.options, target=None))
+        tables = free.tables()
+        return _total_error(tables, free.solve(tables))
+
+    def left(self, record: LayerRecord, skipped: Skipped | None = None) -> LayerChoice:
+        """What a plan says of a layer that stays as it is."""
+        skipped = skipped or record.skipped
+        macs, latency = self._resource("macs"), self._resource("latency")
+        counted = macs.of(record) if isinstance(macs, Macs) else None
+        time = latency.costs(record).dense if latency and not record.skipped else None
+        return LayerChoice(
+            layer=record.path,
+            kind=record.class_name,
+            kernel_shape=record.kernel_shape,
+            slices=None,
+            rank=None,
+            scheme=None,
+            params_before=record.params,
+            params_after=record.params,
+            macs_before=counted,
+            macs_after=counted,
+            error=0.0,
+            reason=skipped and skipped.detail,
+            latency_before=time,
+            latency_after=time,
+            reason_code=skipped and skipped.code.value,
+        )
+
+    def choice(self, record: LayerRecord, table: ChoiceTable, row: int) -> LayerChoice:
+        """What a plan says of a candidate for which the solver took a row of its table."""
+        chosen = table[row]
+        if chosen.keep:
+            if len(table) > 1:
+                return self.left(record, Skipped(Skip.BUDGET, "the budget leaves it whole"))
+            detail = f"no allowed choice is {self._better} ({self._limits})"
+            return self.left(record, Skipped(Skip.NO_CHOICE, detail))
+
+        def saved(resource: Resource) -> int:
+            costs = resource.costs(record)
+            after = costs.of(chosen.slices, [chosen.rank], chosen.scheme)
+            return costs.dense - int(after[0])
+
+        left, macs, latency = self.left(record), self._resource("macs"), self._resource("latency")
+        return dataclasses.replace(
+            left,
+            slices=chosen.slices,
+            rank=chosen.rank,
+            scheme=chosen.scheme,
+            params_after=record.params - saved(self.params),
+            macs_after=None if macs is None else (left.macs_before or 0) - saved(macs),
+            error=chosen.error,
+            note=self.note(record),
+            latency_after=None if latency is None else (left.latency_before or 0) - saved(latency),
+        )
+
+    def note(self, record: LayerRecord) -> str | None:
+        """What a user has to know of a choice."""
+        if record.moment is None and self.stats is not None:
+            return "its inputs are not measured: chosen as if they were uncorrelated and alike"
+        if record.moment is None or record.moment.block_count == 1:
+            return None
+        return (
+            f"chosen with {record.moment.block_count} diagonal blocks of its inputs' second "
+            f"moment, which has {record.moment.side} rows; slices are a multiple of them"
+        )
+
+
+def _total_error(tables: Sequence[ChoiceTable], solution: Solution) -> float:
+    return sum(float(t.error[row]) for t, row in zip(tables, solution.indices, strict=True))
+
+
+def _rounded_down(fraction: float) -> str:
+    """A fraction > 0 as a decimal number that is > 0 too and not larger."""
+    exact, digits = decimal.Decimal(fraction), 4
+    while not (rounded := exact.quantize(decimal.Decimal(1).scaleb(-digits), decimal.ROUND_FLOOR)):
+        digits += 1
+    return f"{rounded:f}"
