@@ -26,7 +26,7 @@ import numpy as np
 from rich.progress import Progress
 
 import keras_alds
-from keras_alds.models.observe import CalibrationStats
+from keras_alds.models.calibration import CalibrationStats
 
 
 def parse_arguments() -> argparse.Namespace:

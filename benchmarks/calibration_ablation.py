@@ -33,10 +33,10 @@ import keras_alds
 from keras_alds.core.calibration import regression, whitening
 from keras_alds.core.calibration.refit import factorize_outputs, output_error
 from keras_alds.core.solvers import min_sum
+from keras_alds.kinds.base import is_factorized, kernel_values
 from keras_alds.methods import get_method
-from keras_alds.kinds.base import kernel_values
 from keras_alds.models import in_place, sequential
-from keras_alds.models.inspect import is_factorized, walk
+from keras_alds.models.inventory import walk
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -136,7 +136,7 @@ def run(task: Task, technique: str, cr: float, sparsity: float, seed: int, optio
         callbacks.append(tfmot.sparsity.keras.UpdatePruningStep())
     if cr:
         callbacks.append(
-            keras_alds.ALDSCompress(cr, options.at_epoch, method=options.method, verbose=0)
+            keras_alds.ALDSCompress(cr, at_epoch=options.at_epoch, method=options.method, verbose=0)
         )
     model.compile(task.optimizer(), loss, metrics=["accuracy"])
     images = cifar10.batches(x_train, y_train, 64, task.augment)

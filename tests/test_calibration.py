@@ -14,8 +14,9 @@ import zoo
 from keras_alds import ALDSCompress, CompressionPlan, apply_plan, compress, select
 from keras_alds.core.calibration import moments
 from keras_alds.core.calibration.refit import output_error
-from keras_alds.models.inspect import is_factorized, kernel_values, walk
-from keras_alds.models.observe import CalibrationStats, layer_inputs, layer_patches
+from keras_alds.kinds.base import is_factorized, kernel_values, known_kind
+from keras_alds.models.calibration import CalibrationStats
+from keras_alds.models.inventory import walk
 
 
 @pytest.fixture(params=list(zoo.MODELS))
@@ -142,7 +143,9 @@ class TestMoments:
         model = keras.Sequential([keras.Input((8, 7, 6)), layer])
         expected = collect(model, np.moveaxis(x, 1, -1)).moments["conv"]
         layer.data_format = "channels_first"
-        rows = np.concatenate(list(layer_patches(layer, layer_inputs(layer, x))))
+        rows = np.concatenate(
+            list(known_kind(layer).patches(layer, known_kind(layer).batches(layer, x)))
+        )
         rows = rows.transpose(0, 2, 1).reshape(len(rows), -1).astype("float64")
         np.testing.assert_allclose(expected.blocks[0], rows.T @ rows / len(rows), atol=1e-5)
 
@@ -598,7 +601,7 @@ class TestInTraining:
                 steps_per_epoch=1,
                 epochs=2,
                 verbose=0,
-                callbacks=[ALDSCompress(0.4, 1, method="activation")],
+                callbacks=[ALDSCompress(0.4, at_epoch=1, method="activation")],
             )
         for old, new in zip(before, model.get_weights(), strict=True):
             np.testing.assert_array_equal(old, new)
@@ -606,7 +609,9 @@ class TestInTraining:
     def test_bad_data_stop_before_anything_changed(self, keras_module):
         model = self.model(keras_module)
         x, y = zoo.images(32)
-        callback = ALDSCompress(0.4, calibration_data=np.full_like(x, np.nan), verbose=0)
+        callback = ALDSCompress(
+            0.4, calibration_data=np.full_like(x, np.nan), verbose=0, at_epoch=0
+        )
         before = model.get_weights()
         with pytest.raises(ValueError, match="finite `calibration_data`"):
             model.fit(x, y, verbose=0, callbacks=[callback])
@@ -615,7 +620,7 @@ class TestInTraining:
 
     def test_methods_and_data_belong_together(self):
         with pytest.raises(ValueError, match="Received: method='energy'"):
-            ALDSCompress(0.4, method="energy", calibration_data=np.ones((8, 4)))
+            ALDSCompress(0.4, method="energy", calibration_data=np.ones((8, 4)), at_epoch=0)
 
 
 @pytest.mark.slow

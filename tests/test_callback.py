@@ -25,7 +25,8 @@ from keras_alds import (
 )
 from keras_alds._backend import backend_of
 from keras_alds.core.slicing import recompose
-from keras_alds.models.inspect import is_factorized, walk
+from keras_alds.kinds.base import is_factorized
+from keras_alds.models.inventory import walk
 from keras_alds.models.optimizer import carried
 
 
@@ -127,7 +128,13 @@ class TestTraining:
         moved = Spy(K, lambda m: [value(la.decoder) for la in factorized(m)])
         in_code = pytest.warns(UserWarning, match="made in code")
         with in_code if kind == "subclassed" else contextlib.nullcontext():
-            model.fit(x, y, epochs=2, verbose=0, callbacks=[ALDSCompress(0.3, 1, verbose=0), moved])
+            model.fit(
+                x,
+                y,
+                epochs=2,
+                verbose=0,
+                callbacks=[ALDSCompress(0.3, at_epoch=1, verbose=0), moved],
+            )
         assert moved.seen[2]
         for before, after in zip(moved.seen[2], moved.seen[3], strict=True):
             assert np.abs(after - before).max() > 0
@@ -157,7 +164,7 @@ class TestWaysToTrain:
     def test_compile_options(self, keras_module, options):
         model = compiled(keras_module, **options)
         moved = Spy(keras_module, lambda m: [value(la.encoder) for la in factorized(m)])
-        history = fit(model, [ALDSCompress(0.4, 1, verbose=0), moved], epochs=2)
+        history = fit(model, [ALDSCompress(0.4, at_epoch=1, verbose=0), moved], epochs=2)
         assert np.isfinite(history.history["loss"]).all()
         assert all(
             np.abs(b - a).max() > 0 for a, b in zip(moved.seen[2], moved.seen[3], strict=True)
@@ -204,7 +211,7 @@ class TestWaysToTrain:
         base = zoo.functional(K)
         model = compiled(K, model=Custom(base.input, base.output), metrics=None)
         moved = Spy(K, lambda m: [value(la.encoder) for la in factorized(m)])
-        fit(model, [ALDSCompress(0.4, 1, verbose=0), moved])
+        fit(model, [ALDSCompress(0.4, at_epoch=1, verbose=0), moved])
         for before, after in zip(moved.seen[2], moved.seen[3], strict=True):
             assert np.abs(after - before).max() > 0
 
@@ -235,7 +242,7 @@ class TestWaysToTrain:
         model = compiled(K, model=Two(base.input, base.output), metrics=None)
         moved = Spy(K, lambda m: [value(la.encoder) for la in factorized(m)])
         # The head has the largest error when it is factorized: ask for enough.
-        fit(model, [ALDSCompress(0.75, 1, method="alds", verbose=0), moved])
+        fit(model, [ALDSCompress(0.75, at_epoch=1, method="alds", verbose=0), moved])
         assert is_factorized(model.get_layer("head"))
         for before, after in zip(moved.seen[2], moved.seen[3], strict=True):
             assert np.abs(after - before).max() > 0
@@ -267,12 +274,12 @@ class TestWaysToTrain:
         model = compiled(K, model=model, run_eagerly=True, metrics=None)
         moved = Spy(K, lambda m: [value(la.encoder) for la in factorized(m)])
         if method:
-            fit(model, [ALDSCompress(0.4, 1, verbose=0), moved], epochs=2)
+            fit(model, [ALDSCompress(0.4, at_epoch=1, verbose=0), moved], epochs=2)
             for before, after in zip(moved.seen[2], moved.seen[3], strict=True):
                 assert np.abs(after - before).max() > 0
             return
         with pytest.warns(UserWarning, match="No factor has moved"):
-            fit(model, [ALDSCompress(0.4, 1, verbose=0)], epochs=2)
+            fit(model, [ALDSCompress(0.4, at_epoch=1, verbose=0)], epochs=2)
 
 
 OPTIMIZERS = {
@@ -423,7 +430,7 @@ class TestOptimizers:
         K = keras_module
         schedule = K.optimizers.schedules.PiecewiseConstantDecay([2], [0.1, 0.001])
         model = compiled(K, K.optimizers.SGD(schedule))
-        fit(model, [ALDSCompress(0.4, 1, verbose=0)], epochs=2)
+        fit(model, [ALDSCompress(0.4, at_epoch=1, verbose=0)], epochs=2)
         assert int(model.optimizer.iterations) == 4
         assert float(value(model.optimizer.learning_rate)) == pytest.approx(0.001)
 
@@ -439,7 +446,7 @@ class TestOptimizers:
             )
         model = compiled(K, wrapped)
         moved = Spy(K, lambda m: [value(la.encoder) for la in factorized(m)])
-        fit(model, [ALDSCompress(0.4, 1, verbose=0), moved], epochs=2)
+        fit(model, [ALDSCompress(0.4, at_epoch=1, verbose=0), moved], epochs=2)
         scale = wrapped.dynamic_scale if K.__name__ == "keras" else wrapped.loss_scale
         assert float(value(scale)) == 64.0
         assert int(value(wrapped.inner_optimizer.iterations)) == 4
@@ -473,7 +480,7 @@ class TestOptimizers:
         with strategy.scope():
             model = compiled(keras_module)
         moved = Spy(keras_module, lambda m: [value(la.encoder) for la in factorized(m)])
-        fit(model, [ALDSCompress(0.4, 1, verbose=0), moved], epochs=2)
+        fit(model, [ALDSCompress(0.4, at_epoch=1, verbose=0), moved], epochs=2)
         assert moved.seen[2]
         for before, after in zip(moved.seen[2], moved.seen[3], strict=True):
             assert np.abs(after - before).max() > 0
@@ -483,7 +490,7 @@ class TestOptimizers:
 
         model = compiled(keras, keras.optimizers.SGD(0.01, gradient_accumulation_steps=2))
         moved = Spy(keras, lambda m: [value(la.encoder) for la in factorized(m)])
-        fit(model, [ALDSCompress(0.4, 1, verbose=0), moved], epochs=3)
+        fit(model, [ALDSCompress(0.4, at_epoch=1, verbose=0), moved], epochs=3)
         assert np.abs(moved.seen[5][0] - moved.seen[2][0]).max() > 0
 
 
@@ -498,7 +505,7 @@ def trained_through(K, optimizer, plan=None):
         model.fit(x, x[:, :3], verbose=0)
         with tempfile.TemporaryDirectory() as folder:
             saved(model).write(f"{folder}/dense")  # tf_keras remembers what a checkpoint held
-    callback = ALDSCompress(0.4 if plan is None else None, plan=plan, verbose=0)
+    callback = ALDSCompress(0.4 if plan is None else None, plan=plan, verbose=0, at_epoch=0)
     model.fit(x, x[:, :3], epochs=2, callbacks=[callback], verbose=0)
     return model, callback.plan, x
 
@@ -589,7 +596,7 @@ class TestBesideOtherCallbacks:
         K = keras_module
         model = compiled(K)
         x, y = zoo.images(32)
-        callback = ALDSCompress(0.4, 2, verbose=0)
+        callback = ALDSCompress(0.4, at_epoch=2, verbose=0)
         history = fit(
             model,
             [
@@ -623,7 +630,7 @@ class TestBesideOtherCallbacks:
         # A rate at which the first epochs are the best.
         stopping = K.callbacks.EarlyStopping("loss", patience=1, restore_best_weights=True)
         blow_up = K.callbacks.LearningRateScheduler(lambda epoch: 0.01 if epoch < 2 else 50.0)
-        compress = ALDSCompress(0.4, 1, verbose=0)
+        compress = ALDSCompress(0.4, at_epoch=1, verbose=0)
         callbacks = [compress, stopping] if first else [stopping, compress]
         history = fit(model, [*callbacks, blow_up], epochs=9, validation_data=(x, y))
         assert len(history.history["loss"]) < 9
@@ -653,7 +660,7 @@ def run(K, folder, *, first=True, killed_at=None, model=None, at_epoch=2, **opti
             raise KilledError
         begun.append(epoch)
 
-    compress = ALDSCompress(0.4, at_epoch, verbose=0)
+    compress = ALDSCompress(0.4, at_epoch=at_epoch, verbose=0)
     callbacks = [compress, K.callbacks.BackupAndRestore(str(folder), **options)]
     callbacks = callbacks if first else callbacks[::-1]
     try:
@@ -802,13 +809,13 @@ class TestErrors:
             "data set": (tf.data.Dataset.from_tensor_slices(x), "batch the data"),
         }[data]
         with pytest.raises(ValueError, match=message):
-            fit(model, [ALDSCompress(0.4, 2, calibration_data=data)], epochs=3)
+            fit(model, [ALDSCompress(0.4, at_epoch=2, calibration_data=data)], epochs=3)
         assert int(model.optimizer.iterations) == 0
 
     def test_what_pca_cannot_do_is_told_at_once(self):
         message = "Expected no sequential=True with the method 'pca'"
         with pytest.raises(ValueError, match=message):
-            ALDSCompress(0.4, method="pca", sequential=True)
+            ALDSCompress(0.4, method="pca", sequential=True, at_epoch=0)
         with pytest.raises(ValueError, match=message):
             compress(None, 0.4, method="pca", calibration_data=[], sequential=True)
 
@@ -820,7 +827,7 @@ class TestErrors:
         with pytest.raises(ValueError, match="Expected no options beside `plan`"):
             ALDSCompress(plan=plan, **options)
         with pytest.raises(ValueError, match="to be a CompressionPlan"):
-            ALDSCompress(plan="plan.json")
+            ALDSCompress(plan="plan.json", at_epoch=0)
 
     @pytest.mark.parametrize("name", ["adam", "legacy_adam", "sgd"])
     def test_a_failure_amid_the_optimizer_leaves_it_whole(self, keras_module, monkeypatch, name):
@@ -859,7 +866,7 @@ class TestErrors:
     def test_a_good_run_warns_of_nothing(self, keras_module):
         with warnings.catch_warnings():
             warnings.filterwarnings("error", module="keras_alds")
-            fit(compiled(keras_module), [ALDSCompress(0.4, 1, verbose=0)], epochs=2)
+            fit(compiled(keras_module), [ALDSCompress(0.4, at_epoch=1, verbose=0)], epochs=2)
 
 
 class TestWithoutCall:
@@ -893,7 +900,9 @@ class TestWithoutCall:
     @pytest.mark.parametrize("built", [True, False])
     def test_is_compressed_and_trains_on(self, keras_module, built):
         model, x = self.make(keras_module, built)
-        history = model.fit(x, epochs=3, callbacks=[ALDSCompress(0.4, 1, verbose=0)], verbose=0)
+        history = model.fit(
+            x, epochs=3, callbacks=[ALDSCompress(0.4, at_epoch=1, verbose=0)], verbose=0
+        )
         before, *after = history.history["alds_params"]
         assert before == 48 * 64 + 64 + 64 * 48 + 48
         assert after == [sum(w.size for w in model.encoder.get_weights())] * 2

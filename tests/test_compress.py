@@ -14,9 +14,10 @@ import zoo
 
 import keras_alds
 from keras_alds import CompressionPlan, apply_plan, compress, count_macs, select
+from keras_alds.kinds.base import is_factorized
+from keras_alds.models.inventory import Inventory, walk
+from keras_alds.models.matching import match
 from keras_alds.plan import allowed_after, removed_fraction
-from keras_alds.models.in_place import factorized_layer, match
-from keras_alds.models.inspect import inspect_model, is_factorized, walk
 
 
 @pytest.fixture(params=list(zoo.MODELS))
@@ -81,7 +82,7 @@ class TestEveryKindOfModel:
         compressed = compress(model, 0.4)
         reference = compress(model, plan=nothing(select(model, 0.4)))
         assert not factorized_layers(reference)
-        kernels = {spec.path: spec.layer for spec in inspect_model(reference)[0]}
+        kernels = {spec.path: spec.layer for spec in Inventory.of(reference).records}
         matched = 0
         for (path, layer), choice in pairs(compressed, select(model, 0.4)):
             if choice.factorized:
@@ -131,7 +132,7 @@ class TestEveryKindOfModel:
         kind = request.node.callspec.params["model"]
         other = zoo.MODELS[kind](keras_module)
         plan = select(model, 0.4)
-        assert [spec.params for spec, _ in match(other, plan)] == [
+        assert [spec.params for spec, _ in match(Inventory.of(other), plan)] == [
             choice.params_before for choice in plan.choices
         ]
         compressed = compress(other, plan=plan)
@@ -168,7 +169,7 @@ def other_scheme(plan):
 
 
 def pairs(model, plan):
-    layers = [(spec.path, spec.layer) for spec in inspect_model(model)[0]]
+    layers = [(spec.path, spec.layer) for spec in Inventory.of(model).records]
     return list(zip(layers, plan.choices, strict=True))
 
 
@@ -214,7 +215,7 @@ class TestFullRank:
         choice = keras_alds.LayerChoice(
             layer.name, kind, kernel, slices, rank, 0, 0, 0, None, None, 0.0, None
         )
-        result = value(factorized_layer(layer, choice)(x))
+        result = value(zoo.factorized_layer(layer, choice)(x))
         assert np.abs(result - expected).max() <= 1e-4 * np.abs(expected).max()
 
 

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from keras_alds import ALDSCompress, CalibrationStats, apply_plan, compress, count_macs, select
-from keras_alds.models.inspect import walk
+from keras_alds.models.inventory import walk
 
 X = np.random.default_rng(0).standard_normal((40, 8)).astype("float32")
 
@@ -89,7 +89,7 @@ def test_training_follows(keras_module):
     inputs = keras_module.Input((8,))
     model = keras_module.Model(inputs, keras_module.layers.Dense(4, name="head")(layer(inputs)))
     model.compile(keras_module.optimizers.SGD(0.01), "mse")
-    callback = ALDSCompress(0.3, 1, verbose=0)
+    callback = ALDSCompress(0.3, at_epoch=1, verbose=0)
     with pytest.warns(UserWarning, match="made in code"):
         model.fit(X, np.ones((40, 4)), epochs=3, verbose=0, callbacks=[callback])
     np.testing.assert_allclose(model.predict(X, verbose=0), outputs(model), atol=1e-5)

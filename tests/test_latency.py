@@ -27,8 +27,8 @@ from keras_alds.litert.latency import LatencyTable, measure_latency
 from keras_alds.litert.layer_files import LayerCall, layer_calls, layer_file
 from keras_alds.litert.sampling import sample_costs
 from keras_alds.litert.timing import clock, time_files
-from keras_alds.plan import CompressionPlan
 from keras_alds.models.wrappers import without_pruning
+from keras_alds.plan import CompressionPlan
 
 pytest.importorskip("ai_edge_litert")
 
@@ -396,7 +396,7 @@ def test_in_training_and_by_path(
     assert alds.plan.reduction("latency") >= 0.05
     # Nothing given: measured here, and as silently as was asked for.
     monkeypatch.setattr(latency, "Progress", recording)
-    silent = keras_alds.ALDSCompress(0.05, objective="latency", max_slices=2, verbose=0)
+    silent = keras_alds.ALDSCompress(0.05, objective="latency", max_slices=2, verbose=0, at_epoch=0)
     fresh = wide(keras_module)
     fresh.compile("sgd", "mse")
     fresh.fit(x, y, verbose=0, callbacks=[silent])

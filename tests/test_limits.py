@@ -68,7 +68,7 @@ class TestTwoLimits:
         loss = keras_module.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(optimizer="sgd", loss=loss)
         params, macs = model.count_params(), count_macs(model)
-        callback = keras_alds.ALDSCompress(cr={"params": 0.4, "macs": 0.4}, verbose=0)
+        callback = keras_alds.ALDSCompress(cr={"params": 0.4, "macs": 0.4}, verbose=0, at_epoch=0)
         model.fit(x, y, epochs=1, callbacks=[callback], verbose=0)
         assert removed_fraction(params, model.count_params()) >= 0.4
         assert removed_fraction(macs, count_macs(model)) >= 0.4
@@ -137,7 +137,7 @@ class TestBounds:
         x, y = zoo.images(32)
         loss = keras_module.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(optimizer="sgd", loss=loss)
-        callback = keras_alds.ALDSCompress(cr=0.2, bounds=bounds, verbose=0)
+        callback = keras_alds.ALDSCompress(cr=0.2, bounds=bounds, verbose=0, at_epoch=0)
         model.fit(x, y, epochs=1, callbacks=[callback], verbose=0)
         assert model.count_params() == small.count_params()
         plan = callback.plan

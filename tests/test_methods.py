@@ -9,8 +9,9 @@ import zoo
 
 import keras_alds
 from keras_alds.core.slicing import divisors
+from keras_alds.kinds.base import is_factorized
 from keras_alds.methods import METHODS
-from keras_alds.models.inspect import is_factorized, walk
+from keras_alds.models.inventory import walk
 
 NAMES = [name for name, method in METHODS.items() if method.near_slices]
 

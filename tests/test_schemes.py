@@ -20,12 +20,11 @@ from keras_alds import CompressionPlan, compress, count_macs, expand, select
 from keras_alds._backend import backend_of
 from keras_alds.cli import main
 from keras_alds.core.slicing import convolution_unfolding, distinct_schemes, divisors, full_rank
-from keras_alds.kinds.base import kernel_values
-from keras_alds.plan import LayerChoice
-from keras_alds.models.ranges import equalize, find_pairs
-from keras_alds.models.in_place import factorized_layer
-from keras_alds.models.inspect import is_factorized, layer_macs, walk
+from keras_alds.kinds.base import is_factorized, kernel_values
+from keras_alds.models.inventory import walk
 from keras_alds.models.optimizer import LINEAR, SQUARED, carried
+from keras_alds.models.ranges import equalize, find_pairs
+from keras_alds.plan import LayerChoice
 
 tf_keras = pytest.importorskip("tf_keras")
 KERASES = {"keras": keras, "tf_keras": tf_keras}
@@ -49,7 +48,7 @@ def folded(layer, window, scheme, slices, rank=None):
     """The factorized layer of a stock one, by default at full rank."""
     shape = convolution_unfolding(len(window), scheme).shape((*window, 4, 5))
     rank = full_rank(shape, slices) if rank is None else rank
-    return factorized_layer(layer, choice_of(shape, scheme, slices, rank))
+    return zoo.factorized_layer(layer, choice_of(shape, scheme, slices, rank))
 
 
 def factorized(model):
@@ -329,14 +328,14 @@ class TestPlans:
             with pytest.raises(ValueError, match=f"no other fold scheme than 0.*{received}"):
                 select(model, **{"cr": 0.3, "schemes": "all", **options})
         with pytest.raises(ValueError, match="no other fold scheme than 0"):
-            keras_alds.ALDSCompress(cr=0.5, method="activation", schemes=3)
+            keras_alds.ALDSCompress(cr=0.5, method="activation", schemes=3, at_epoch=0)
         plan = in_every_scheme(model)
         with pytest.raises(ValueError, match=r"no options beside `plan`.*schemes='all'"):
             compress(model, plan=plan, schemes="all")
         for use in (
             lambda: compress(model, plan=plan, calibration_data=x),
             lambda: keras_alds.apply_plan(model, plan, calibration_data=x),
-            lambda: keras_alds.ALDSCompress(plan=plan, calibration_data=x),
+            lambda: keras_alds.ALDSCompress(plan=plan, calibration_data=x, at_epoch=0),
         ):
             with pytest.raises(ValueError, match="no `calibration_data` with a plan of other fold"):
                 use()

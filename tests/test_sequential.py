@@ -16,10 +16,10 @@ from keras_alds import ALDSCompress, CalibrationStats, apply_plan, compress, sel
 from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.calibration.refit import factorize_outputs
 from keras_alds.core.slicing import full_rank, recompose, unfold
-from keras_alds.kinds.base import kernel_values
-from keras_alds.models.in_place import match
-from keras_alds.models.inspect import is_factorized, walk
-from keras_alds.models.observe import KeptExamples
+from keras_alds.kinds.base import is_factorized, kernel_values
+from keras_alds.models.data import KeptExamples
+from keras_alds.models.inventory import walk
+from keras_alds.models.matching import match
 from keras_alds.models.sequential import Walk, most_reruns
 from keras_alds.models.storage import Store
 
@@ -95,7 +95,7 @@ def factorizing_all(model, x, cr=0.3):
         warnings.simplefilter("ignore")
         plan = select(model, cr)
     choices = []
-    for spec, choice in match(model, plan):
+    for spec, choice in match(Inventory.of(model), plan):
         if spec.reason is None:
             k = 2 if spec.kernel_shape[-2] % 2 == 0 else 1
             rank = max(1, full_rank(spec.kernel_shape, k) // 2)
@@ -284,7 +284,7 @@ class TestOptions:
         for call in (
             lambda: compress(net, 0.4, calibration_data=data, sequential=sequential),
             lambda: apply_plan(net, plan, calibration_data=data, sequential=sequential),
-            lambda: ALDSCompress(0.4, calibration_data=data, sequential=sequential),
+            lambda: ALDSCompress(0.4, calibration_data=data, sequential=sequential, at_epoch=0),
         ):
             with pytest.raises(ValueError, match=message):
                 call()
@@ -316,7 +316,7 @@ class TestOptions:
         expected = compress(net, 0.4, calibration_data=self.X).get_weights()
         plan = select(net, 0.4, calibration_data=self.X)
         net.compile(keras_module.optimizers.SGD(0.0), "mse")
-        callback = ALDSCompress(0.4, calibration_data=self.X, verbose=0)
+        callback = ALDSCompress(0.4, calibration_data=self.X, verbose=0, at_epoch=0)
         found = []
 
         class Spy(keras_module.callbacks.Callback):

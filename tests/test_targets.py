@@ -143,14 +143,14 @@ def test_bad_targets_are_refused_before_anything_else(model):
     for call in (
         lambda: select(model, 0.5, target="phone"),
         lambda: compress(model, 0.5, target="phone"),
-        lambda: ALDSCompress(0.5, target="phone"),
+        lambda: ALDSCompress(0.5, target="phone", at_epoch=0),
     ):
         with pytest.raises(ValueError, match=f"Expected `target` to be None or one of {names}"):
             call()
     plan = select(model, 0.5)
     for call in (
         lambda: compress(model, plan=plan, target="litert"),
-        lambda: ALDSCompress(plan=plan, target="litert"),
+        lambda: ALDSCompress(plan=plan, target="litert", at_epoch=0),
     ):
         with pytest.raises(ValueError, match=r"no options beside `plan`.*target='litert'"):
             call()

@@ -15,7 +15,6 @@ import zoo
 
 import keras_alds
 from keras_alds.core.slicing import convolution_unfolding, distinct_schemes, divisors, weights
-from keras_alds.plan import CompressionPlan
 from keras_alds.models.ranges import (
     encoded,
     equalized,
@@ -23,6 +22,7 @@ from keras_alds.models.ranges import (
     scales_for_norms,
     scales_for_ranges,
 )
+from keras_alds.plan import CompressionPlan
 from keras_alds.targets import TARGETS
 
 pytest.importorskip("ai_edge_litert")

@@ -10,8 +10,9 @@ import pytest
 import zoo
 
 import keras_alds
+from keras_alds.kinds.base import is_factorized
 from keras_alds.models import wrappers
-from keras_alds.models.inspect import count_params, is_factorized, walk
+from keras_alds.models.inventory import count_params, walk
 from keras_alds.tfmot import cluster_weights, prune_low_magnitude
 
 K = pytest.importorskip("tf_keras")
@@ -153,7 +154,11 @@ class TestCompressWhilePruning:
 
     def test_two_of_four_zeros_stay(self):
         model = pruned(zoo.sequential(K), S.ConstantSparsity(0.5, 0), sparsity_m_by_n=(2, 4))
-        fit(model, [S.UpdatePruningStep(), keras_alds.ALDSCompress(0.3, 1, verbose=0)], epochs=2)
+        fit(
+            model,
+            [S.UpdatePruningStep(), keras_alds.ALDSCompress(0.3, at_epoch=1, verbose=0)],
+            epochs=2,
+        )
         for factor in factors(S.strip_pruning(model)):
             rows = np.asarray(factor).T
             fours = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 4))).reshape(-1, 4)
@@ -190,13 +195,21 @@ class TestCompressWhilePruning:
 
         monkeypatch.setattr("keras_alds.models.in_place.carry_optimizers", fail)
         with pytest.raises(RuntimeError, match="anew"):
-            fit(model, [S.UpdatePruningStep(), keras_alds.ALDSCompress(plan=plan)], epochs=1)
+            fit(
+                model,
+                [S.UpdatePruningStep(), keras_alds.ALDSCompress(plan=plan, at_epoch=0)],
+                epochs=1,
+            )
         monkeypatch.undo()
         assert not factorized(model)
         assert state()[0] == objects
         for old, new in zip(values, state()[1], strict=True):
             np.testing.assert_array_equal(old, new)
-        fit(model, [S.UpdatePruningStep(), keras_alds.ALDSCompress(plan=plan, verbose=0)], epochs=1)
+        fit(
+            model,
+            [S.UpdatePruningStep(), keras_alds.ALDSCompress(plan=plan, verbose=0, at_epoch=0)],
+            epochs=1,
+        )
         assert len(factorized(model)) == 1
 
 

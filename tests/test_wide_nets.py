@@ -9,7 +9,8 @@ import pytest
 import keras_alds
 from keras_alds import problem
 from keras_alds.core.calibration.moments import FewInputs
-from keras_alds.models.observe import CalibrationStats, Examples
+from keras_alds.models.calibration import CalibrationStats
+from keras_alds.models.data import Examples
 
 
 @pytest.fixture

@@ -10,6 +10,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_alds.models.factorize import replacement
+from keras_alds.models.inventory import LayerRecord
+
 IMAGE = (12, 12, 3)
 
 
@@ -165,3 +168,9 @@ def images(count: int = 64) -> tuple[np.ndarray, np.ndarray]:
     patterns = np.random.default_rng(2).standard_normal((10, *IMAGE))
     noise = 0.3 * rng.standard_normal((count, *IMAGE))
     return (patterns[labels] + noise).astype("float32"), labels
+
+
+def factorized_layer(layer: Any, choice: Any, **options: Any) -> Any:
+    """The factorized layer of a choice, for a layer that is in no model."""
+    record = LayerRecord(layer.name, layer, 0, None, None)
+    return replacement(record, choice, **options).factorized

@@ -17,9 +17,7 @@ import zoo
 import keras_alds
 from keras_alds import _backend, apply_plan, compress, count_macs, select
 from keras_alds.kinds import base as kinds
-from keras_alds.models.in_place import factorized_layer
-from keras_alds.models.inspect import is_factorized
-from keras_alds.models.observe import layer_inputs, layer_patches
+from keras_alds.kinds.base import is_factorized, known_kind
 from keras_alds.models.optimizer import AVERAGE, LINEAR, carried
 
 
@@ -80,7 +78,7 @@ class EveryKind:
         layer, x = made(keras_module, case)
         expected = tf.convert_to_tensor(layer(x)).numpy()
         for slices in slices_for(case):
-            factorized = factorized_layer(layer, choice_for(layer, slices))
+            factorized = zoo.factorized_layer(layer, choice_for(layer, slices))
             assert type(factorized).__name__ == f"Factorized{case[0]}"
             for form in ("auto", "grouped", "split", "merged", "recomposed"):
                 factorized.encoder_form = form
@@ -98,7 +96,7 @@ class EveryKind:
         layer, x = made(keras_module, case)
         backend, kind = _backend.backend_of(layer), kinds.kind_of(layer)
         slices = slices_for(case)[-1]
-        factorized = factorized_layer(layer, choice_for(layer, slices, rank=1))
+        factorized = zoo.factorized_layer(layer, choice_for(layer, slices, rank=1))
         kind.variable(layer).assign(factorized.kernel)
         expected, of_stock = value_and_gradients(layer, x)
         index = [id(v) for v in layer.trainable_weights].index(id(kind.variable(layer)))
@@ -115,7 +113,7 @@ class EveryKind:
 
     def test_config_round_trip(self, keras_module, case):
         layer, x = made(keras_module, case)
-        factorized = factorized_layer(layer, choice_for(layer, slices_for(case)[-1], rank=1))
+        factorized = zoo.factorized_layer(layer, choice_for(layer, slices_for(case)[-1], rank=1))
         config = factorized.get_config()
         twin = type(factorized).from_config(config)
         assert twin.get_config() == config
@@ -131,7 +129,9 @@ class EveryKind:
         if case[0] == "Embedding":
             assert not kinds.observable(layer)
             return
-        rows = np.concatenate(list(layer_patches(layer, layer_inputs(layer, x))))
+        rows = np.concatenate(
+            list(known_kind(layer).patches(layer, known_kind(layer).batches(layer, x)))
+        )
         rows = rows.transpose(0, 2, 1).reshape(len(rows), -1)  # channel-major, as `unfold` has it
         kernel = kinds.kernel_values(layer)
         f = kernel.shape[-1]
@@ -281,6 +281,6 @@ class InAModel:
 
 
 def factorize_in_place(layer, slices):
-    factorized = factorized_layer(layer, choice_for(layer, slices, rank=2))
+    factorized = zoo.factorized_layer(layer, choice_for(layer, slices, rank=2))
     backend, kind = _backend.backend_of(layer), kinds.kind_of(layer)
     backend.transplant(layer, factorized, kind.kept)

@@ -11,7 +11,6 @@ from kind_contract import assert_close, choice_for
 import keras_alds
 from keras_alds import _backend, apply_plan, compress, count_macs, select
 from keras_alds.kinds import attention
-from keras_alds.models.in_place import factorized_layer
 
 
 def attention_model(K, name="MultiHeadAttention"):
@@ -77,7 +76,7 @@ def test_equals_the_stock_layer_at_full_rank(keras_module):
     expected = zoo.outputs(model, x)
     scores = layer(x, x, return_attention_scores=True)[1]
     for dense in attention.projections(layer).values():
-        factorized = factorized_layer(dense, choice_for(dense, 2))
+        factorized = zoo.factorized_layer(dense, choice_for(dense, 2))
         _backend.backend_of(layer).transplant(dense, factorized, {"bias": "bias"})
     assert_close(zoo.outputs(model, x), expected)
     again = layer(x, x, return_attention_scores=True)[1]

@@ -15,9 +15,9 @@ import keras_alds
 from keras_alds import _backend, apply_plan, compress, count_macs, select
 from keras_alds.kinds import base as kinds
 from keras_alds.kinds import recurrent
+from keras_alds.kinds.base import is_factorized
 from keras_alds.litert.runs import Runner
-from keras_alds.models.in_place import factorized_layer
-from keras_alds.models.inspect import inspect_model, is_factorized
+from keras_alds.models.inventory import Inventory
 from keras_alds.models.optimizer import LINEAR, carried
 
 KERNELS = ("kernel", "recurrent_kernel")
@@ -72,7 +72,7 @@ def factorize(layer, slices, rank=None, names=KERNELS):
     for cell in recurrent.cells(layer):
         for part, kernel in recurrent.cell_kernels(cell).items():
             if part in names and kinds.known_kind(kernel).refusal(kernel) is None:
-                factorized = factorized_layer(kernel, choice_for(kernel, slices, rank))
+                factorized = zoo.factorized_layer(kernel, choice_for(kernel, slices, rank))
                 undo.append(backend.transplant(kernel, factorized))
     for inner in [*reversed(list(layer._flatten_layers(include_self=False))), layer]:
         step = kinds.stock_kind(inner).adopt(backend, inner)
@@ -165,7 +165,7 @@ class TestEverySetting:
         for part, pair in states.items():
             g = of_stock[stock.index(id(getattr(layer.cell, part)))]
             kernel = recurrent.cell_kernels(layer.cell)[part]
-            factorized = factorized_layer(kernel, choice_for(kernel, 2, rank=1))
+            factorized = zoo.factorized_layer(kernel, choice_for(kernel, 2, rank=1))
             for own, variable in zip((factorized.encoder, factorized.decoder), pair, strict=True):
                 own.assign(variable)
             for variable, wanted in zip(pair, carried(backend, LINEAR, g, factorized), strict=True):
@@ -323,7 +323,7 @@ class TestInAModel:
 
 
 def walked(model):
-    return list(keras_alds.models.inspect.walk(model))
+    return list(walk(model))
 
 
 def slots(model):
@@ -344,7 +344,9 @@ def test_one_kernel_only(keras_module):
     cell = small.get_layer("rec").cell
     assert type(cell.kernel).__name__ == "FactorizedDense"
     assert tuple(cell.recurrent_kernel.shape) == (16, 64)
-    reasons = {spec.path: spec.reason for spec in inspect_model(small)[0]}
+    reasons = {
+        spec.path: spec.skipped and spec.skipped.detail for spec in Inventory.of(small).records
+    }
     assert reasons[left] == "its cell is factorized already"
     for everything in ("rec", keras_module.layers.LSTM, keras_module.layers.LSTMCell):
         with pytest.raises(ValueError, match="that can be factorized"):
