@@ -47,7 +47,7 @@ def factorize_outputs(
             is out of its range, or the kernel holds NaN or infinity.
 
     Example:
-        >>> moment = SecondMoment(np.diag([4.0, 1.0, 1.0, 0.0])[None], 10)
+        >>> moment = SecondMoment(np.diag([4.0, 1.0, 1.0, 0.0])[None], 100)
         >>> encoder, decoder = factorize_outputs(np.eye(4), moment, 2, 1)
         >>> encoder.shape, decoder.shape
         ((2, 2), (2, 4))
@@ -133,7 +133,7 @@ def refit_decoder(encoders: Float64, matrices: Float64, moment: SecondMoment) ->
         Array `[k, j, f]`.
 
     Example:
-        >>> moment = SecondMoment(np.eye(4)[None], 10)
+        >>> moment = SecondMoment(np.eye(4)[None], 100)
         >>> basis = np.eye(4)[:, :2].reshape(1, 4, 2)
         >>> refit_decoder(basis, np.eye(4)[None], moment)[0].round(6).tolist()
         [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
@@ -192,7 +192,7 @@ def output_error(kernel: Array, approximation: Array, moment: SecondMoment) -> f
         ValueError: If the shapes do not fit together.
 
     Example:
-        >>> moment = SecondMoment(np.diag([3.0, 1.0])[None], 10)
+        >>> moment = SecondMoment(np.diag([3.0, 1.0])[None], 100)
         >>> round(output_error(np.eye(2), np.diag([1.0, 0.0]), moment), 4)
         0.25
     """
