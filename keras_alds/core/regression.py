@@ -35,8 +35,7 @@ from keras_alds.core.slicing import Array, kernel_sizes
 from keras_alds.core.spectra import Float64
 from keras_alds.core.symmetric import SymmetricMatrix, strip_bounds
 
-#: Candidates of ρ, as a part of the mean eigenvalue of Ŝ; held-out inputs choose. None counts as
-#: less than the ρ of the second moment Ŝ.
+#: Candidates of ρ, as a part of the mean eigenvalue of Ŝ; held-out inputs choose.
 TARGET_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
 
 # A mean square below which float32 does not resolve the inputs' products: as if they were zeros.
@@ -52,9 +51,9 @@ _Rows = tuple[Array, Array]
 class PairAccumulator:
     """Adds up what is needed to fit a layer's original outputs to its inputs of now.
 
-    ρ, as a part of tr(Ŝ)/n, is one of `TARGET_RIDGES`, or that of Ŝ where it is more; ρ = ∞ leaves
-    W. E[x̂ xᵀ] W = E[x̂ yᵀ] with y = Wᵀx is added up, which has f columns instead of n. Where Ŝ is
-    kept in diagonal blocks so is E[x̂ xᵀ]. Precision and order are those of `MomentAccumulator`.
+    ρ, as a part of tr(Ŝ)/n, is one of `TARGET_RIDGES`; ρ = ∞ leaves W. E[x̂ xᵀ] W = E[x̂ yᵀ] with
+    y = Wᵀx is added up, which has f columns instead of n. Where Ŝ is kept in diagonal blocks so is
+    E[x̂ xᵀ]. Precision and order are those of `MomentAccumulator`.
 
     Args:
         kernel: The original kernel W, `[*spatial, c, f]`.
@@ -198,19 +197,16 @@ class PairAccumulator:
     def _fit(self, block: int) -> _Target:
         columns = self._columns[block]
         if not self._sums:
-            return _FewTarget(columns, *self._few_rows(block), self._mean(), self._least())
-        sums = self._sums[block], self._cross[block], self._count
-        return _SummedTarget(columns, *sums, self._mean(), self._least())
+            return _FewTarget(columns, *self._few_rows(block), self._mean())
+        return _SummedTarget(
+            columns, self._sums[block], self._cross[block], self._count, self._mean()
+        )
 
     def _few_rows(self, block: int) -> _Rows:
         x_hat, y = zip(*self._few[block], strict=True)
         if len(x_hat) > 1:
             self._few[block] = [(np.concatenate(x_hat), np.concatenate(y))]
         return self._few[block][0]
-
-    def _least(self) -> float:
-        """The least that ρ is, as a part of the mean eigenvalue: that of the second moment."""
-        return default_ridge(self.side, self._count)
 
     def _mean(self) -> float:
         """The mean eigenvalue of Ŝ, 0 if it is too small to say anything."""
@@ -226,7 +222,8 @@ class PairAccumulator:
         """Ŝ and the target kernel W* in the kernel's dtype; ends the adding.
 
         Args:
-            ridge: ρ as a part of the mean eigenvalue of Ŝ, `math.inf` for W* = W.
+            ridge: ρ as a part of the mean eigenvalue of Ŝ, `math.inf` for W* = W. That of Ŝ
+                counts where it is more.
 
         Raises:
             ValueError: If nothing was added.
@@ -234,6 +231,7 @@ class PairAccumulator:
         if self._count == 0:
             raise ValueError("Expected at least one unfolded input. Received: none")
         self._fits = []
+        ridge = max(ridge, default_ridge(self.side, self._count))
         target = self.kernel
         if self._differ and ridge != math.inf and self._mean() > 0:
             found = self._columns if self._overwrite else np.empty_like(self._columns)
@@ -279,16 +277,10 @@ class _SummedTarget(_Target):
     """W* from the normal equations of the sums."""
 
     def __init__(
-        self,
-        columns: Array,
-        sums: SymmetricMatrix,
-        cross: Float64,
-        count: int,
-        mean: float,
-        least: float,
+        self, columns: Array, sums: SymmetricMatrix, cross: Float64, count: int, mean: float
     ) -> None:
         self._columns, self._sums, self._cross = columns, sums, cross
-        self._count, self._mean, self._least = count, mean, least
+        self._count, self._mean = count, mean
         self._kernels: list[Array] = []
 
     def prepare(self) -> None:
@@ -297,7 +289,6 @@ class _SummedTarget(_Target):
     def kernel(self, ridge: float) -> Array:
         if self._mean == 0 or ridge == math.inf:
             return self._columns
-        ridge = max(ridge, self._least)
         block = self._sums.part(0, self._sums.side)
         block /= self._count
         block[np.diag_indices(len(block))] += ridge * self._mean
@@ -312,8 +303,8 @@ class _SummedTarget(_Target):
 class _FewTarget(_Target):
     """W* from as many equations as there are inputs."""
 
-    def __init__(self, columns: Array, x_hat: Array, y: Array, mean: float, least: float) -> None:
-        self._columns, self._x_hat, self._least = columns, x_hat, least
+    def __init__(self, columns: Array, x_hat: Array, y: Array, mean: float) -> None:
+        self._columns, self._x_hat = columns, x_hat
         rows = x_hat.astype(np.float64)
         self._values, self._vectors = np.linalg.eigh(rows @ rows.T)
         self._added = len(rows) * mean
@@ -324,7 +315,7 @@ class _FewTarget(_Target):
         """What (X̂ X̂ᵀ + mρI)⁻¹ is on its eigenvectors."""
         if self._added == 0 or ridge == math.inf:
             return np.zeros_like(self._values)
-        return 1 / (np.maximum(self._values, 0.0) + max(ridge, self._least) * self._added)
+        return 1 / (np.maximum(self._values, 0.0) + ridge * self._added)
 
     def kernel(self, ridge: float) -> Array:
         solution = (self._vectors * self._damped(ridge)).astype(self._columns.dtype) @ self._rest
