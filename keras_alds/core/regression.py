@@ -62,7 +62,7 @@ class PairAccumulator:
     Example:
         >>> from concurrent.futures import ThreadPoolExecutor
         >>> pairs = PairAccumulator(np.eye(2))
-        >>> x = np.array([[1.0, 2.0], [3.0, 1.0]])
+        >>> x = np.repeat([[1.0, 2.0], [3.0, 1.0]], 10, axis=0)
         >>> pairs.add_parts([([2 * x], [x])], ThreadPoolExecutor(1))
         >>> np.abs(pairs.result(1e-4)[1]).round(3).tolist()
         [[0.5, 0.0], [0.0, 0.5]]
