@@ -17,7 +17,7 @@ from keras_alds.core.moments import SecondMoment, check_moment
 from keras_alds.core.semidefinite import solve
 from keras_alds.core.slicing import Array, check_slices, fold_encoder, full_rank, unfold
 from keras_alds.core.spectra import Float64
-from keras_alds.core.whitening import seen_spectrum, slice_spectrum
+from keras_alds.core.whitening import seen_basis, slice_spectrum
 
 #: How often every slice's factors are fitted anew given those of all other slices.
 SWEEPS = 2
@@ -75,9 +75,7 @@ def factorize_outputs(
         for first in range(0, slices, each):
             part = slice(first, first + each)
             W = matrices[part].astype(np.float64)
-            E = np.stack(
-                [seen_spectrum(w, moment, slices, first + i, rank)[1] for i, w in enumerate(W)]
-            )
+            E = np.stack([seen_basis(w, moment, slices, first + i, rank) for i, w in enumerate(W)])
             if each > 1:
                 E = _refined(E, W, moment, first, sweeps)
             encoder[part], decoder[part] = balance(E, _refitted(E, W, moment, first))

@@ -265,6 +265,19 @@ def seen_spectrum(
     return _spectrum(matrix, *_gram_of_few(matrix, root, moment.ridge), rank)
 
 
+def seen_basis(
+    matrix: Float64, moment: SecondMoment, slices: int, index: int, rank: int
+) -> Float64:
+    """The encoders of `seen_spectrum` alone: of a wide slice no other vectors are computed."""
+    root = moment.thin_root(slices, index)
+    if root is None:
+        return seen_spectrum(matrix, moment, slices, index, rank)[1]
+    gram, whitened = _gram_of_few(matrix, root, moment.ridge)
+    leading = [len(gram) - rank, len(gram) - 1]
+    vectors = scipy.linalg.eigh(gram, subset_by_index=leading, check_finite=False)[1]
+    return _basis(matrix, whitened, vectors[:, ::-1])
+
+
 def slice_spectrum(matrix: Float64, block: Float64, rank: int) -> tuple[Float64, Float64]:
     """Squared singular values of C_i W_i, ascending, and encoders for all ranks up to one.
 
@@ -287,11 +300,15 @@ def _spectrum(
         found = gram[0] if gram.size == 1 else np.asarray(np.linalg.eigvalsh(gram), np.float64)
         return found, np.empty((matrix.shape[0], 0))
     values, vectors = np.linalg.eigh(gram)
-    vectors = vectors[:, : -rank - 1 : -1]
+    return values, _basis(matrix, whitened, vectors[:, : -rank - 1 : -1])
+
+
+def _basis(matrix: Float64, whitened: Float64 | None, vectors: Float64) -> Float64:
+    """The orthonormal encoders for the leading eigenvectors of the Gram matrix."""
     if whitened is not None:
         vectors = whitened.T @ vectors
         vectors /= np.maximum(np.linalg.norm(vectors, axis=0), np.finfo(np.float64).tiny)
-    return values, np.linalg.qr(matrix @ vectors)[0]
+    return np.linalg.qr(matrix @ vectors)[0]
 
 
 def _gram(matrix: Float64, block: Float64) -> tuple[Float64, Float64 | None]:
