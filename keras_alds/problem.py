@@ -17,7 +17,7 @@ from keras_alds import _backend
 from keras_alds.core.choices import ChoiceTable, choice_table, join_tables
 from keras_alds.core.errors import get_error
 from keras_alds.core.methods import METHODS, Method
-from keras_alds.core.moments import SecondMoment
+from keras_alds.core.moments import RIDGE, SecondMoment
 from keras_alds.core.slicing import divisors, factor_weights, weights
 from keras_alds.core.solvers import Solution
 from keras_alds.core.spectra import Spectra, spectra_many
@@ -473,12 +473,20 @@ class Problem:
         moment = self.moments.get(id(spec.layer))
         if moment is None and self.stats is not None:
             return "its inputs are not measured: chosen as if they were uncorrelated and alike"
-        if moment is None or moment.block_count == 1:
+        if moment is None:
             return None
-        return (
-            f"chosen with {moment.block_count} diagonal blocks of its inputs' second moment, "
-            f"which has {moment.side} rows; slices are a multiple of them"
-        )
+        notes = []
+        if moment.block_count > 1:
+            notes.append(
+                f"chosen with {moment.block_count} diagonal blocks of its inputs' second moment, "
+                f"which has {moment.side} rows; slices are a multiple of them"
+            )
+        if moment.relative_ridge > RIDGE and not METHODS[self.options.method].centred:
+            notes.append(
+                f"regularized, as only {moment.count} unfolded inputs were seen for the "
+                f"{moment.side} rows of their second moment: more examples tell more"
+            )
+        return "; ".join(notes) or None
 
     def left_alone(self, spec: inspect.LayerSpec) -> LayerChoice:
         """The record of a layer that stays as it is."""
