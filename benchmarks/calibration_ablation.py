@@ -108,6 +108,7 @@ def one_ridge(value: float) -> Iterator[None]:
     """The regression on x̂ with one ρ for all layers."""
     with (
         mock.patch.object(regression, "TARGET_RIDGES", (value, np.inf)),
+        mock.patch.object(regression, "default_ridge", return_value=value),
         mock.patch.object(sequential, "TARGET_RIDGES", (value,) * 2),
         mock.patch.object(sequential.np, "argmin", return_value=0),
     ):

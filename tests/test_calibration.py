@@ -525,6 +525,22 @@ class TestStats:
             compress(model, plan=plan, calibration_data=stats).count_params() == plan.params_after
         )
 
+    def test_layers_that_saw_few_inputs_are_noted(self, small):
+        x, _ = zoo.images(40)
+        stats = collect(small, x)
+        plan = select(small, 0.6, calibration_data=stats)
+        counts = {path: m.count / m.side for path, m in stats.moments.items()}
+        noted = {choice.layer for choice in plan.factorized if choice.note}
+        assert noted == {c.layer for c in plan.factorized if counts[c.layer] < moments.MANY}
+        assert 0 < len(noted) < len(plan.factorized)
+        found = next(choice for choice in plan.factorized if choice.note)
+        assert found.note.startswith(f"regularized, as only {stats.moments[found.layer].count} ")
+        lines = []
+        plan.summary(print_fn=lines.append)
+        assert f"{found.layer}: regularized" in "\n".join(lines)
+        pca = select(small, 0.1, calibration_data=stats, method="pca")
+        assert not any(choice.note for choice in pca.choices)
+
 
 class TestPlans:
     def test_chosen_with_data_and_applied_without_warns(self, small):

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from keras_alds.core.calibration.moments import RIDGE
 from keras_alds.core.choices import ChoiceTable, offered_ranks
 from keras_alds.core.costs import Costs
 from keras_alds.core.methods import Method
@@ -406,12 +407,20 @@ class Selection:
         """What a user has to know of a choice."""
         if record.moment is None and self.stats is not None:
             return "its inputs are not measured: chosen as if they were uncorrelated and alike"
-        if record.moment is None or record.moment.block_count == 1:
+        if record.moment is None:
             return None
-        return (
-            f"chosen with {record.moment.block_count} diagonal blocks of its inputs' second "
-            f"moment, which has {record.moment.side} rows; slices are a multiple of them"
-        )
+        notes, moment = [], record.moment
+        if moment.block_count > 1:
+            notes.append(
+                f"chosen with {moment.block_count} diagonal blocks of its inputs' second moment, "
+                f"which has {moment.side} rows; slices are a multiple of them"
+            )
+        if moment.relative_ridge > RIDGE and self.method.factorize_with_bias is None:
+            notes.append(
+                f"regularized, as only {moment.count} unfolded inputs were seen for the "
+                f"{moment.side} rows of their second moment: more examples tell more"
+            )
+        return "; ".join(notes) or None
 
 
 def _total_error(tables: Sequence[ChoiceTable], solution: Solution) -> float:

@@ -5,8 +5,10 @@ S says what an error of the kernel costs at the layer's output:
 
     E‖x W − x Ŵ‖² = tr((W − Ŵ)ᵀ S (W − Ŵ)) = ‖C (W − Ŵ)‖²_F,  S = Cᵀ C.
 
-Inputs after a ReLU, dead channels and few images make S singular. Then ρI is added to it, ρ being
-a small part of its mean eigenvalue: directions that the data do not show count as little as that.
+Inputs after a ReLU, dead channels and few images make S singular. So ρI is added to it, and S + ρI
+stands for S wherever errors, factors or targets are computed. Of many inputs ρ is a tiny part of
+the mean eigenvalue. Of few it is a large one (`default_ridge`): a direction that few inputs do not
+show may still be used by others.
 
 A wide dense layer sees one input an example, fewer than S has rows: then the inputs themselves are
 kept (`FewInputs`), which are less to keep and to compute with, and S is never formed.
@@ -27,8 +29,13 @@ from keras_alds.core.spectra import Float64, check_kernel
 MAX_SIDE = 5120
 #: From this side on a second moment of low rank is treated as such.
 WIDE_SIDE = 1024
-#: ρ as a part of the mean eigenvalue of S.
+#: ρ as a part of the mean eigenvalue of S, where S is the mean of many inputs.
 RIDGE = 1e-5
+#: The same of few inputs, times the rows of S per input. Errors agreed with those on other inputs
+#: at 1 to 3 of the mean eigenvalue where S had 5 rows per input, at 0.1 to 0.2 where it had 1.
+RIDGE_OF_FEW = 0.2
+#: Inputs per row of S below which they are few, and from which on they are many.
+FEW, MANY = 5.0, 7.5
 
 
 class SecondMoment:
@@ -39,6 +46,10 @@ class SecondMoment:
             `SymmetricMatrix`. Rows are channel-major as those of `keras_alds.core.slicing.unfold`.
         count: Number of inputs x that were averaged.
         mean: E[x], array `[n]` of float64 in the same order, or None if it is not known.
+
+    Attributes:
+        relative_ridge: ρ as a part of the mean eigenvalue of S.
+        ridge: ρ itself.
 
     Raises:
         ValueError: If `blocks` are no square matrices, or `mean` has another length.
@@ -58,7 +69,8 @@ class SecondMoment:
         self.count = count
         self.mean = mean
         self.block_count, self.block_side = len(blocks), blocks[0].side
-        self.ridge = RIDGE * sum(matrix.trace() for matrix in blocks) / self.side
+        self.relative_ridge = default_ridge(self.side, count)
+        self.ridge = self.relative_ridge * sum(matrix.trace() for matrix in blocks) / self.side
         self._check_mean()
 
     def _check_mean(self) -> None:
@@ -224,7 +236,8 @@ class FewInputs(SecondMoment):
         self.block_count, self.block_side = blocks, rows.shape[1] // blocks
         self.mean = rows.mean(axis=0, dtype=np.float64) if mean else None
         squares = np.square(rows, dtype=np.float64).sum()
-        self.ridge = RIDGE * float(squares) / (self.count * self.side)
+        self.relative_ridge = default_ridge(self.side, self.count)
+        self.ridge = self.relative_ridge * float(squares) / (self.count * self.side)
 
     # What is seen of every slice is computed once: `columns` of every slice by itself would take
     # all inputs again each time.
@@ -313,8 +326,26 @@ class _ProductOfFew(Product):
         self._matrices[index] -= matrix
 
 
+def default_ridge(side: int, count: int) -> float:
+    """Returns ρ as a part of the mean eigenvalue of S, where nothing better is known.
+
+    Of fewer than 5 inputs per row of S it is 0.2 · side / count: ρ = 0.2 · tr(S) / count. There it
+    would fall from 0.04 to 10⁻⁵ at once, so it fades out linearly from 5 to 7.5.
+
+    Args:
+        side: Number n of unfolded inputs, the rows of S.
+        count: Number of inputs x that were averaged.
+
+    Example:
+        >>> default_ridge(1280, 256), default_ridge(64, 512)
+        (1.0, 1e-05)
+    """
+    faded = (MANY - count / side) / (MANY - FEW)
+    return max(RIDGE, RIDGE_OF_FEW * side / count * min(max(faded, 0.0), 1.0))
+
+
 def are_few(count: int, side: int) -> bool:
-    """Whether so many inputs are few for a second moment of so many rows."""
+    """Whether so many inputs are fewer to keep than a second moment of so many rows."""
     return side >= WIDE_SIDE and 2 * count <= side
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from keras_alds.core.calibration.moments import SecondMoment, check_moment
 from keras_alds.core.calibration.semidefinite import solve
-from keras_alds.core.calibration.whitening import seen_spectrum, slice_spectrum
+from keras_alds.core.calibration.whitening import seen_basis, slice_spectrum
 from keras_alds.core.parallel import single_threaded_blas
 from keras_alds.core.slicing import Array, check_slices, fold_encoder, full_rank, unfold
 from keras_alds.core.spectra import Float64
@@ -47,7 +47,7 @@ def factorize_outputs(
             is out of its range, or the kernel holds NaN or infinity.
 
     Example:
-        >>> moment = SecondMoment(np.diag([4.0, 1.0, 1.0, 0.0])[None], 10)
+        >>> moment = SecondMoment(np.diag([4.0, 1.0, 1.0, 0.0])[None], 100)
         >>> encoder, decoder = factorize_outputs(np.eye(4), moment, 2, 1)
         >>> encoder.shape, decoder.shape
         ((2, 2), (2, 4))
@@ -75,9 +75,7 @@ def factorize_outputs(
         for first in range(0, slices, each):
             part = slice(first, first + each)
             W = matrices[part].astype(np.float64)
-            E = np.stack(
-                [seen_spectrum(w, moment, slices, first + i, rank)[1] for i, w in enumerate(W)]
-            )
+            E = np.stack([seen_basis(w, moment, slices, first + i, rank) for i, w in enumerate(W)])
             if each > 1:
                 E = _refined(E, W, moment, first, sweeps)
             encoder[part], decoder[part] = balance(E, _refitted(E, W, moment, first))
@@ -133,7 +131,7 @@ def refit_decoder(encoders: Float64, matrices: Float64, moment: SecondMoment) ->
         Array `[k, j, f]`.
 
     Example:
-        >>> moment = SecondMoment(np.eye(4)[None], 10)
+        >>> moment = SecondMoment(np.eye(4)[None], 100)
         >>> basis = np.eye(4)[:, :2].reshape(1, 4, 2)
         >>> refit_decoder(basis, np.eye(4)[None], moment)[0].round(6).tolist()
         [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
@@ -192,7 +190,7 @@ def output_error(kernel: Array, approximation: Array, moment: SecondMoment) -> f
         ValueError: If the shapes do not fit together.
 
     Example:
-        >>> moment = SecondMoment(np.diag([3.0, 1.0])[None], 10)
+        >>> moment = SecondMoment(np.diag([3.0, 1.0])[None], 100)
         >>> round(output_error(np.eye(2), np.diag([1.0, 0.0]), moment), 4)
         0.25
     """

@@ -22,7 +22,13 @@ from concurrent.futures import Executor
 
 import numpy as np
 
-from keras_alds.core.calibration.moments import FewInputs, SecondMoment, are_few, moment_blocks
+from keras_alds.core.calibration.moments import (
+    FewInputs,
+    SecondMoment,
+    are_few,
+    default_ridge,
+    moment_blocks,
+)
 from keras_alds.core.calibration.semidefinite import solve
 from keras_alds.core.calibration.symmetric import SymmetricMatrix, strip_bounds
 from keras_alds.core.parallel import single_threaded_blas
@@ -56,7 +62,7 @@ class PairAccumulator:
     Example:
         >>> from concurrent.futures import ThreadPoolExecutor
         >>> pairs = PairAccumulator(np.eye(2))
-        >>> x = np.array([[1.0, 2.0], [3.0, 1.0]])
+        >>> x = np.repeat([[1.0, 2.0], [3.0, 1.0]], 10, axis=0)
         >>> pairs.add_parts([([2 * x], [x])], ThreadPoolExecutor(1))
         >>> np.abs(pairs.result(1e-4)[1]).round(3).tolist()
         [[0.5, 0.0], [0.0, 0.5]]
@@ -216,7 +222,8 @@ class PairAccumulator:
         """Ŝ and the target kernel W* in the kernel's dtype; ends the adding.
 
         Args:
-            ridge: ρ as a part of the mean eigenvalue of Ŝ, `math.inf` for W* = W.
+            ridge: ρ as a part of the mean eigenvalue of Ŝ, `math.inf` for W* = W. That of Ŝ
+                counts where it is more.
 
         Raises:
             ValueError: If nothing was added.
@@ -224,6 +231,7 @@ class PairAccumulator:
         if self._count == 0:
             raise ValueError("Expected at least one unfolded input. Received: none")
         self._fits = []
+        ridge = max(ridge, default_ridge(self.side, self._count))
         target = self.kernel
         if self._differ and ridge != math.inf and self._mean() > 0:
             found = self._columns if self._overwrite else np.empty_like(self._columns)

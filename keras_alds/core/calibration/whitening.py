@@ -51,7 +51,7 @@ def output_spectra(
         ValueError: If kernel and moment do not fit together, or the kernel is not finite.
 
     Example:
-        >>> moment = SecondMoment(np.diag([4.0, 1.0, 0.0])[None], 10)
+        >>> moment = SecondMoment(np.diag([4.0, 1.0, 0.0])[None], 100)
         >>> round(output_spectra(np.eye(3), moment).norm, 4)
         2.0
     """
@@ -144,7 +144,7 @@ def _bytes_of_slice(shape: Sequence[int], moment: SecondMoment, slices: int) -> 
     c, kappa, f = kernel_sizes(shape)
     width = c // slices * kappa
     seen = moment.count if are_few(moment.count, width) else width
-    return 8 * (width * (2 * f + seen) + seen * f + 3 * min(seen, f) ** 2)
+    return 8 * (width * (2 * f + seen) + seen * f + 3 * min(width, f) ** 2)
 
 
 def _bytes_of_slices(shape: Sequence[int], moment: SecondMoment, slices: int) -> int:
@@ -160,13 +160,11 @@ def _bytes_of_slices(shape: Sequence[int], moment: SecondMoment, slices: int) ->
 def _joint_ranks(shape: Sequence[int], moment: SecondMoment, slices: int) -> int:
     """The largest rank whose error after the joint refit is wanted; 0 where slices are not joined.
 
-    Larger ones are no smaller than the dense kernel, or lose nothing of what was seen.
+    Larger ones are no smaller than the dense kernel.
     """
     if slices == 1 or moment.block_count > 1:
         return 0
-    most = min(full_rank(shape, slices), (math.prod(shape) - 1) // weights(shape, slices, 1))
-    few = are_few(moment.count, moment.side // slices)
-    return min(most, moment.count) if few else most
+    return min(full_rank(shape, slices), (math.prod(shape) - 1) // weights(shape, slices, 1))
 
 
 def _slice_values(
@@ -255,9 +253,22 @@ def seen_spectrum(
         As `slice_spectrum`.
     """
     root = moment.thin_root(slices, index)
-    if root is None or rank > root.shape[0]:
+    if root is None:
         return slice_spectrum(matrix, moment.slice_block(slices, index), rank)
-    return _spectrum(matrix, *_gram_of(root @ matrix), rank)
+    return _spectrum(matrix, *_gram_of_few(matrix, root, moment.ridge), rank)
+
+
+def seen_basis(
+    matrix: Float64, moment: SecondMoment, slices: int, index: int, rank: int
+) -> Float64:
+    """The encoders of `seen_spectrum` alone: of a wide slice no other vectors are computed."""
+    root = moment.thin_root(slices, index)
+    if root is None:
+        return seen_spectrum(matrix, moment, slices, index, rank)[1]
+    gram, whitened = _gram_of_few(matrix, root, moment.ridge)
+    leading = [len(gram) - rank, len(gram) - 1]
+    vectors = scipy.linalg.eigh(gram, subset_by_index=leading, check_finite=False)[1]
+    return _basis(matrix, whitened, vectors[:, ::-1])
 
 
 def slice_spectrum(matrix: Float64, block: Float64, rank: int) -> tuple[Float64, Float64]:
@@ -282,11 +293,15 @@ def _spectrum(
         found = gram[0] if gram.size == 1 else np.asarray(np.linalg.eigvalsh(gram), np.float64)
         return found, np.empty((matrix.shape[0], 0))
     values, vectors = np.linalg.eigh(gram)
-    vectors = vectors[:, : -rank - 1 : -1]
+    return values, _basis(matrix, whitened, vectors[:, : -rank - 1 : -1])
+
+
+def _basis(matrix: Float64, whitened: Float64 | None, vectors: Float64) -> Float64:
+    """The orthonormal encoders for the leading eigenvectors of the Gram matrix."""
     if whitened is not None:
         vectors = whitened.T @ vectors
         vectors /= np.maximum(np.linalg.norm(vectors, axis=0), np.finfo(np.float64).tiny)
-    return values, np.linalg.qr(matrix @ vectors)[0]
+    return np.linalg.qr(matrix @ vectors)[0]
 
 
 def _gram(matrix: Float64, block: Float64) -> tuple[Float64, Float64 | None]:
@@ -294,10 +309,18 @@ def _gram(matrix: Float64, block: Float64) -> tuple[Float64, Float64 | None]:
     if matrix.shape[0] >= matrix.shape[1]:
         gram = matrix.T @ (block @ matrix)
         return (gram + gram.T) / 2, None
-    return _gram_of(square_root(block, RIDGE) @ matrix)
+    whitened = square_root(block, RIDGE) @ matrix
+    return whitened @ whitened.T, whitened
 
 
-def _gram_of(whitened: Float64) -> tuple[Float64, Float64 | None]:
-    if whitened.shape[0] > whitened.shape[1]:
-        return whitened.T @ whitened, None
+def _gram_of_few(matrix: Float64, root: Float64, ridge: float) -> tuple[Float64, Float64 | None]:
+    """The same where S_ii = Aᵀ A has a root A of few rows."""
+    seen = root @ matrix
+    if matrix.shape[0] >= matrix.shape[1]:
+        return seen.T @ seen + ridge * (matrix.T @ matrix), None
+    # With A Aᵀ = P Λ Pᵀ, √ρ I + Aᵀ P (√(Λ + ρI) + √ρ I)⁻¹ Pᵀ A is a root of S_ii + ρI.
+    values, vectors = np.linalg.eigh(root @ root.T)
+    scale = 1 / (np.sqrt(np.maximum(values, 0.0) + ridge) + np.sqrt(ridge))
+    whitened = root.T @ ((vectors * scale) @ (vectors.T @ seen))
+    whitened += np.sqrt(ridge) * matrix
     return whitened @ whitened.T, whitened

@@ -175,7 +175,7 @@ class TestMoment:
 class TestSpectra:
     def test_of_white_inputs_are_those_of_the_kernel(self, rng):
         kernel = kernel_of(rng)
-        found = output_spectra(kernel, SecondMoment(np.eye(N)[None], 1))
+        found = output_spectra(kernel, SecondMoment(np.eye(N)[None], 100 * N))
         for k in divisors(CHANNELS):
             singular = np.linalg.svd(unfold(kernel, k), compute_uv=False)
             expected = np.append(np.square(singular).sum(0)[::-1].cumsum()[::-1], 0)

