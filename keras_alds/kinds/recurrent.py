@@ -743,6 +743,8 @@ class Running(Kind):
         self, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # Masks and initial states are those of the stock layer.
+        if not args:
+            return (value,), {}
         _, *states = _as_list(args[0])
         return ([value, *states] if states else value, *args[1:]), kwargs
 

@@ -158,7 +158,7 @@ class EveryKind:
                 np.sort(products.ravel()), np.sort(outputs.ravel()), 1e-4, 1e-4
             )
             return
-        if layer.data_format == "channels_first":
+        if getattr(layer, "data_format", None) == "channels_first":
             outputs = np.moveaxis(outputs, 1, -1)
         assert_close(products, outputs.reshape(-1, f))
 

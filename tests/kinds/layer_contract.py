@@ -1,4 +1,4 @@
-"""Both Kerases, NumPy references and the layer contract, for the tests of the factorized layers."""
+"""Keras 3 and tf_keras, NumPy references and the layer contract, for the tests of the layers."""
 
 from __future__ import annotations
 
