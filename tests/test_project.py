@@ -253,9 +253,7 @@ def test_supported_pythons_agree():
     assert f"Python {named[0]} to {named[-1]}" in readme
 
 
-SUBMODULES = {
-    name: importlib.import_module(f"keras_alds.{name}") for name in keras_alds._LAZY_MODULES
-}
+SUBMODULES = {name: importlib.import_module(f"keras_alds.{name}") for name in keras_alds._MODULES}
 PUBLIC = [n for n in keras_alds.__all__ if not n.startswith("_") and n not in SUBMODULES]
 # Public names of the whole package, those of its public submodules with the module before them.
 DOCUMENTED = [
