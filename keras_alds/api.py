@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from keras_alds._backend import wrappers
 from keras_alds.methods import METHODS
-from keras_alds.models import wrappers
 from keras_alds.models.calibration import Calibration
 from keras_alds.models.choices import kernels
 from keras_alds.models.in_place import apply, check_folded, check_sequential

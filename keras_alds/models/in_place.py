@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
+from keras_alds._backend import wrappers
+from keras_alds._backend.functions import forget_graphs
 from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.methods import FactorizeWithBias
 from keras_alds.kinds.base import observable, stock_kind
 from keras_alds.methods import METHODS
-from keras_alds.models import wrappers
 from keras_alds.models.calibration import Calibration, CalibrationStats
 from keras_alds.models.data import KeptExamples
 from keras_alds.models.factorize import Replacement, replacement
-from keras_alds.models.functions import forget_graphs
 from keras_alds.models.inventory import Inventory, made_by_code
 from keras_alds.models.matching import Pairs, match
 from keras_alds.models.optimizer import carry_optimizers
