@@ -37,7 +37,7 @@ def apply(
     *,
     last: bool = False,
     verbose: int = 1,
-    stacklevel: int = 2,
+    stacklevel: int = 1,
 ) -> None:
     """Factorizes the layers of a model in place, as a plan says.
 
@@ -52,7 +52,7 @@ def apply(
         last: Whether nobody asks for the statistics any more. They are dropped where examples
             serve.
         verbose: 0 for silence, else a progress bar is shown on a terminal.
-        stacklevel: The frame that warnings name, as for `warnings.warn`.
+        stacklevel: The frame that warnings name; 1 is the caller of this function.
 
     Raises:
         ValueError: If the plan was made for another model, or a kernel is not finite.
