@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from keras_alds._backend import wrappers
 from keras_alds.methods import METHODS
-from keras_alds.models import wrappers
 from keras_alds.models.calibration import Calibration
 from keras_alds.models.choices import kernels
 from keras_alds.models.in_place import apply, check_folded, check_sequential
@@ -168,7 +168,7 @@ def compress(
         sequential,
         # Nobody sees statistics again that were collected here.
         last=chosen.calibration is not calibration_data,
-        stacklevel=3,
+        stacklevel=2,
     )
     return copy
 
@@ -218,7 +218,7 @@ def apply_plan(
     calibration = None
     if calibration_data is not None:
         calibration = Calibration.of(inventory, calibration_data, keep=sequential is not False)
-    apply(inventory, plan, calibration, sequential, stacklevel=3)
+    apply(inventory, plan, calibration, sequential, stacklevel=2)
 
 
 # -- What the callback and `sweep` use too ---------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from keras_alds import _backend
+from keras_alds._backend import tensors
 from keras_alds.models.inventory import count_params
 from keras_alds.models.resources import count_macs
 from keras_alds.plan import CompressionPlan, Skip, removed_fraction
@@ -222,25 +225,12 @@ def sizes(model: Any) -> dict[str, int | None]:
         if not hasattr(model, "weights"):
             raise
         macs = None
+    backend = _backend.backend_of(model)
     size = sum(
-        int(weight.dtype.size if hasattr(weight.dtype, "size") else _itemsize(weight.dtype))
-        * int(_count(weight.shape))
-        for weight in model.weights
+        math.prod(tuple(weight.shape)) * tensors.dtype_size(weight.dtype)
+        for weight in backend.weights(model)
     )
     return {"parameters": count_params(model), "MACs": macs, "bytes of weights": size}
-
-
-def _itemsize(dtype: str) -> int:
-    import tensorflow as tf
-
-    return tf.as_dtype(dtype).size
-
-
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for n in shape:
-        count *= int(n)
-    return count
 
 
 def _figure(value: Any) -> str:

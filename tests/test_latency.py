@@ -27,7 +27,7 @@ from keras_alds.litert.latency import LatencyTable, measure_latency
 from keras_alds.litert.layer_files import LayerCall, layer_calls, layer_file
 from keras_alds.litert.sampling import sample_costs
 from keras_alds.litert.timing import clock, time_files
-from keras_alds.models.wrappers import without_pruning
+from keras_alds._backend.wrappers import without_pruning
 from keras_alds.plan import CompressionPlan
 
 pytest.importorskip("ai_edge_litert")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,6 +54,11 @@ def dtype_name(dtype: Any) -> str:
     return str(tf.as_dtype(dtype).name)
 
 
+def dtype_size(dtype: Any) -> int:
+    """The bytes of one value of a dtype."""
+    return int(tf.as_dtype(dtype).size)
+
+
 def numpy_dtype(dtype: Any) -> Any:
     """The NumPy dtype of a TensorFlow dtype."""
     return tf.as_dtype(dtype).as_numpy_dtype
@@ -73,6 +79,30 @@ def to_numpy(value: Any) -> np.ndarray:
     if isinstance(value, tf.Tensor) and value.dtype == tf.bfloat16:
         value = tf.cast(value, tf.float32)
     return np.asarray(value)
+
+
+def is_dense(value: Any) -> bool:
+    """Whether a value is a tensor, and neither sparse nor ragged."""
+    return isinstance(value, tf.Tensor)
+
+
+def bytes_of(value: Any) -> int:
+    """The bytes of a dense tensor's values; 0 of anything else."""
+    if not is_dense(value) or value.dtype in (tf.string, tf.variant, tf.resource):
+        return 0
+    return math.prod(value.shape) * value.dtype.size
+
+
+def mask_of(value: Any) -> Any:
+    """The Keras mask that a tensor carries, or None."""
+    return getattr(value, "_keras_mask", None)
+
+
+def with_mask(value: Any, mask: Any) -> Any:
+    """The tensor, carrying a Keras mask."""
+    if mask is not None:
+        value._keras_mask = mask
+    return value
 
 
 def has_values(x: Any) -> bool:

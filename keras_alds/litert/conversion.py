@@ -16,12 +16,12 @@ import tensorflow as tf
 from rich.progress import Progress
 
 from keras_alds import _backend
+from keras_alds._backend import wrappers
 from keras_alds.core.checks import positive_int
 from keras_alds.litert import _package
 from keras_alds.litert.files import read_file
 from keras_alds.litert.quantized import check_quantized, warn_of_thin_groups
 from keras_alds.litert.runs import check_runs
-from keras_alds.models import wrappers
 from keras_alds.models.data import Examples, check_count
 from keras_alds.models.inventory import walk
 from keras_alds.models.ranges import equalized

@@ -16,6 +16,7 @@ import tensorflow as tf
 from rich.progress import Progress
 
 from keras_alds import _backend
+from keras_alds._backend import wrappers
 from keras_alds.core.checks import positive_int
 from keras_alds.core.choices import offered_ranks
 from keras_alds.core.costs import Costs, SampledCosts, sum_costs
@@ -24,7 +25,6 @@ from keras_alds.litert.conversion import convert_quietly
 from keras_alds.litert.layer_files import Calls, LayerCall, empty_file, layer_calls, layer_file
 from keras_alds.litert.sampling import sample_costs
 from keras_alds.litert.timing import MOST_SWEPT, time_files
-from keras_alds.models import wrappers
 from keras_alds.models.data import MIN_EXAMPLES
 from keras_alds.models.inventory import Inventory, LayerRecord, already_compressed
 from keras_alds.naming import check_exclude

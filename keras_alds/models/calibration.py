@@ -17,6 +17,7 @@ import numpy as np
 from rich.progress import Progress
 
 from keras_alds._backend import tensors
+from keras_alds._backend.functions import run_as_code
 from keras_alds.core.calibration.moments import FewInputs, SecondMoment
 from keras_alds.core.slicing import Array
 from keras_alds.core.spectra import Spectra
@@ -27,7 +28,6 @@ from keras_alds.models.data import (
     KeptExamples,
     check_count,
 )
-from keras_alds.models.functions import run_as_code
 from keras_alds.models.inventory import Inventory
 from keras_alds.models.observe import Observer
 

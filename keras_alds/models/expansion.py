@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from keras_alds import _backend
+from keras_alds._backend import tensors as nest
+from keras_alds._backend import wrappers
 from keras_alds._backend.layers import dtype_policy
 from keras_alds.kinds.base import is_factorized, stock_kind
-from keras_alds.models import wrappers
 from keras_alds.models.inventory import contains_factorized, walk
 from keras_alds.models.rebuild import GraphRebuilder, Piece, check_symbolic, first_tensor
 
@@ -250,7 +250,7 @@ class _Expander(GraphRebuilder):
                 seen.add(id(call.layer))
                 before, reason = self._foldable(graph, call, inner, count)
                 if reason is None and graph is model:
-                    outputs = tf.nest.flatten(self.source.graph_ends(model)[1])
+                    outputs = nest.flatten(self.source.graph_ends(model)[1])
                     if any(output is call.outputs[0] for output in outputs):
                         reason = "the model returns its output"
                 if reason is None:
@@ -289,9 +289,9 @@ class _Expander(GraphRebuilder):
         uses = sum(
             leaf is tensor
             for c in calls
-            for leaf in tf.nest.flatten((c.args, list(c.kwargs.values())))
+            for leaf in nest.flatten((c.args, list(c.kwargs.values())))
         )
-        ends = tf.nest.flatten(self.source.graph_ends(graph)[1])
+        ends = nest.flatten(self.source.graph_ends(graph)[1])
         if uses + sum(end is tensor for end in ends) > 1:
             return None, f"the output of '{layer.name}' before it is used elsewhere too"
         axes = len(tensor.shape)

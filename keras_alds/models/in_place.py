@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
+from keras_alds._backend import wrappers
+from keras_alds._backend.functions import forget_graphs
 from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.methods import FactorizeWithBias
 from keras_alds.kinds.base import observable, stock_kind
 from keras_alds.methods import METHODS
-from keras_alds.models import wrappers
 from keras_alds.models.calibration import Calibration, CalibrationStats
 from keras_alds.models.data import KeptExamples
 from keras_alds.models.factorize import Replacement, replacement
-from keras_alds.models.functions import forget_graphs
 from keras_alds.models.inventory import Inventory, made_by_code
 from keras_alds.models.matching import Pairs, match
 from keras_alds.models.optimizer import carry_optimizers
@@ -37,7 +37,7 @@ def apply(
     *,
     last: bool = False,
     verbose: int = 1,
-    stacklevel: int = 2,
+    stacklevel: int = 1,
 ) -> None:
     """Factorizes the layers of a model in place, as a plan says.
 
@@ -52,7 +52,7 @@ def apply(
         last: Whether nobody asks for the statistics any more. They are dropped where examples
             serve.
         verbose: 0 for silence, else a progress bar is shown on a terminal.
-        stacklevel: The frame that warnings name, as for `warnings.warn`.
+        stacklevel: The frame that warnings name; 1 is the caller of this function.
 
     Raises:
         ValueError: If the plan was made for another model, or a kernel is not finite.

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from keras_alds import _backend
+from keras_alds._backend import wrappers
+from keras_alds._backend.functions import run_as_code
 from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.kinds.base import (
     KernelKind,
@@ -29,8 +31,6 @@ from keras_alds.kinds.base import (
     stock_kind,
     unfolded_shape,
 )
-from keras_alds.models import wrappers
-from keras_alds.models.functions import run_as_code
 from keras_alds.naming import Bound, described, matches
 from keras_alds.plan import Skip, Skipped
 

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from keras_alds import _backend
+from keras_alds._backend import tensors as nest
+from keras_alds._backend.functions import run_as_code
 from keras_alds.kinds.base import factorized_kind, is_factorized, stock_kind
-from keras_alds.models.functions import run_as_code
 from keras_alds.models.inventory import walk
 from keras_alds.models.observe import when_known
 
@@ -212,14 +212,12 @@ def find_pairs(model: Any) -> list[Pair]:
 def _stock_pairs(backend: _backend.Backend, models: list[Any]) -> list[Pair]:
     """Linear stock layers whose output goes to one layer that decodes it and nowhere else."""
     calls = [call for model in models for call in backend.graph(model)]
-    ends = {
-        id(tensor) for model in models for tensor in tf.nest.flatten(backend.graph_ends(model)[1])
-    }
+    ends = {id(tensor) for model in models for tensor in nest.flatten(backend.graph_ends(model)[1])}
     readers: dict[int, list[_backend.GraphCall]] = {}
     writers: dict[int, _backend.GraphCall] = {}
     for call in calls:
         writers.update((id(tensor), call) for tensor in call.outputs)
-        for tensor in {id(t): t for t in tf.nest.flatten((call.args, call.kwargs))}.values():
+        for tensor in {id(t): t for t in nest.flatten((call.args, call.kwargs))}.values():
             readers.setdefault(id(tensor), []).append(call)
     by_layer: dict[int, list[_backend.GraphCall]] = {}
     for call in calls:
@@ -241,12 +239,12 @@ def _stock_pairs(backend: _backend.Backend, models: list[Any]) -> list[Pair]:
         return None
 
     def writer(call: _backend.GraphCall) -> Any:
-        tensors = [t for t in tf.nest.flatten((call.args, call.kwargs)) if id(t) in writers]
+        tensors = [t for t in nest.flatten((call.args, call.kwargs)) if id(t) in writers]
         while len(tensors) == 1:
             found = writers[id(tensors[0])]
             if type(found.layer).__name__ != "Reshape":
                 return found.layer
-            tensors = [t for t in tf.nest.flatten((found.args, found.kwargs)) if id(t) in writers]
+            tensors = [t for t in nest.flatten((found.args, found.kwargs)) if id(t) in writers]
         return None
 
     pairs = []

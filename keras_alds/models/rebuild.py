@@ -6,9 +6,9 @@ import warnings
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from keras_alds import _backend
+from keras_alds._backend import tensors as nest
 from keras_alds.models.inventory import walk
 
 #: What takes the place of a layer: layers, or functions of symbolic tensors, one after the other.
@@ -172,8 +172,7 @@ class GraphRebuilder:
         for call, pieces in steps:
             outputs = self._run(call, pieces, tensors)
             tensors.update(
-                (id(old), new)
-                for old, new in zip(call.outputs, tf.nest.flatten(outputs), strict=True)
+                (id(old), new) for old, new in zip(call.outputs, nest.flatten(outputs), strict=True)
             )
         return self.construct(
             model, *(_renewed(ends, tensors) for ends in self.source.graph_ends(model))
@@ -186,7 +185,7 @@ class GraphRebuilder:
         if len(pieces) == 1:
             args, kwargs = self.arguments(call, tuple(args), kwargs)
             return pieces[0](*args, **kwargs)
-        value = tf.nest.flatten((args, list(kwargs.values())))[0]
+        value = nest.flatten((args, list(kwargs.values())))[0]
         for piece in pieces[:-1]:
             value = piece(value)
         if not pieces:
@@ -229,9 +228,9 @@ def _below(layer: Any, backend: _backend.Backend) -> list[Any]:
 
 
 def _renewed(structure: Any, tensors: dict[int, Any]) -> Any:
-    return tf.nest.map_structure(lambda leaf: tensors.get(id(leaf), leaf), structure)
+    return nest.map_structure(lambda leaf: tensors.get(id(leaf), leaf), structure)
 
 
 def first_tensor(call: _backend.GraphCall) -> Any:
     """The first symbolic tensor that a call is given."""
-    return tf.nest.flatten((call.args, list(call.kwargs.values())))[0]
+    return nest.flatten((call.args, list(call.kwargs.values())))[0]

@@ -19,16 +19,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from keras_alds import _backend
+from keras_alds._backend import tensors as nest
+from keras_alds._backend.functions import run_as_code
 from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.calibration.regression import TARGET_RIDGES, PairAccumulator
 from keras_alds.core.parallel import threads
 from keras_alds.core.slicing import Array
 from keras_alds.kinds.base import below, calling_kernels, kernel_values, known_kind, stock_kind
 from keras_alds.models.data import KeptExamples
-from keras_alds.models.functions import run_as_code
 from keras_alds.models.observe import PARTS, check_finite, when_known
 from keras_alds.models.storage import Store
 
@@ -81,13 +81,13 @@ class _Program:
 
     def from_graph(self) -> None:
         """Reads the graph of a symbolic model."""
-        self.inputs = self._new(len(tf.nest.flatten(self._backend.graph_ends(self.model)[0])))
+        self.inputs = self._new(len(nest.flatten(self._backend.graph_ends(self.model)[0])))
         self.outputs = self._read(self.model, self.inputs)
 
     def from_code(self, structure: Any) -> None:
         """Takes the whole model as one step, called on a structure of inputs."""
-        self.inputs = self._new(len(tf.nest.flatten(structure)))
-        slots = tf.nest.pack_sequence_as(structure, [_Slot(tensor) for tensor in self.inputs])
+        self.inputs = self._new(len(nest.flatten(structure)))
+        slots = nest.pack_sequence_as(structure, [_Slot(tensor) for tensor in self.inputs])
         self.steps = [_Step(self.model, (slots,), {}, tuple(self.inputs), (), frozenset(self._ids))]
 
     def _new(self, count: int) -> list[int]:
@@ -96,7 +96,7 @@ class _Program:
 
     def _read(self, model: Any, inputs: Sequence[int]) -> list[int]:
         backend = self._backend
-        starts, ends = map(tf.nest.flatten, backend.graph_ends(model))
+        starts, ends = map(nest.flatten, backend.graph_ends(model))
         known = {
             id(tensor): self._cast(index, tensor)
             for tensor, index in zip(starts, inputs, strict=True)
@@ -104,17 +104,17 @@ class _Program:
         for call in backend.graph(model):
             if isinstance(call.layer, backend.keras.layers.InputLayer):
                 continue
-            args, kwargs = tf.nest.map_structure(
+            args, kwargs = nest.map_structure(
                 lambda leaf: _Slot(known[id(leaf)]) if id(leaf) in known else leaf,
                 (call.args, call.kwargs),
             )
-            used = [leaf.tensor for leaf in tf.nest.flatten((args, kwargs)) if _is_slot(leaf)]
-            first = tf.nest.flatten(args[0]) if args else []
+            used = [leaf.tensor for leaf in nest.flatten((args, kwargs)) if _is_slot(leaf)]
+            first = nest.flatten(args[0]) if args else []
             if (
                 backend.runs_graph(call.layer)
                 and not kwargs.get("training")
-                and not any(map(_is_slot, tf.nest.flatten((args[1:], kwargs))))
-                and len(first) == len(tf.nest.flatten(backend.graph_ends(call.layer)[0]))
+                and not any(map(_is_slot, nest.flatten((args[1:], kwargs))))
+                and len(first) == len(nest.flatten(backend.graph_ends(call.layer)[0]))
                 and all(map(_is_slot, first))
             ):
                 outputs = self._read(call.layer, used)
@@ -135,13 +135,10 @@ class _Program:
 
     def _cast(self, index: int, tensor: Any) -> int:
         """Models cast what they are called on to the dtype of their inputs."""
-        dtype = tf.as_dtype(tensor.dtype)
         (output,) = self._new(1)
 
         def cast(value: Any) -> Any:
-            if not isinstance(value, tf.Tensor) or value.dtype == dtype:
-                return value
-            return tf.cast(value, dtype)
+            return nest.cast(value, tensor.dtype) if nest.is_dense(value) else value
 
         step = _Step(cast, (_Slot(index),), {}, (index,), (output,), frozenset())
         self.steps.append(step)
@@ -247,7 +244,7 @@ class Walk:
         model = self._program.model
         if self._backend.runs_graph(model):
             return self._backend.graph_inputs(model, batch)
-        return tf.nest.flatten(batch)
+        return nest.flatten(batch)
 
     def _order(self, first_calls: dict[int, int]) -> list[int]:
         """The candidates so that each comes after all that its inputs depend on.
@@ -427,11 +424,11 @@ class Walk:
                 return leaf
             return self._store.load(self._pair(leaf.tensor)[version][chunk])
 
-        args, kwargs = tf.nest.map_structure(value, (step.args, step.kwargs))
+        args, kwargs = nest.map_structure(value, (step.args, step.kwargs))
         inside = self._compressed.keys() & step.inside if version else ()
         with _in_place_of([(self._places[key], self._compressed[key]) for key in sorted(inside)]):
             outputs = self._backend.infer(step.layer, args, kwargs)
-        return tf.nest.flatten(outputs)
+        return nest.flatten(outputs)
 
     def _release(self, tensors: Iterable[int]) -> None:
         for tensor in tensors:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
+
+from keras_alds._backend import tensors
 
 #: Bytes of tensors that are kept in memory; what is more goes to files in a temporary folder.
 MEMORY_LIMIT = 1 << 28
@@ -36,8 +36,8 @@ class Store:
 
     def keep(self, value: Any) -> Any:
         """Keeps `value`; returns what `load` and `drop` want."""
-        size = _size(value)
-        if not isinstance(value, tf.Tensor) or self.bytes + size <= self.limit:
+        size = tensors.bytes_of(value)
+        if not tensors.is_dense(value) or self.bytes + size <= self.limit:
             self.bytes += size
             self.peak = max(self.peak, self.bytes)
             return value
@@ -46,7 +46,7 @@ class Store:
         self._files += 1
         path = Path(self._folder.name) / str(self._files)
         value.numpy().tofile(path)
-        return _File(path, value.dtype, tuple(value.shape), getattr(value, "_keras_mask", None))
+        return _File(path, value.numpy().dtype, tuple(value.shape), tensors.mask_of(value))
 
     def load(self, kept: Any) -> Any:
         """The value again."""
@@ -57,25 +57,16 @@ class Store:
         if isinstance(kept, _File):
             kept.path.unlink()
         else:
-            self.bytes -= _size(kept)
+            self.bytes -= tensors.bytes_of(kept)
 
 
 @dataclasses.dataclass(frozen=True)
 class _File:
     path: Path
-    dtype: tf.DType
+    dtype: np.dtype[Any]
     shape: tuple[int, ...]
     mask: Any
 
-    def load(self) -> tf.Tensor:
-        values = np.fromfile(self.path, self.dtype.as_numpy_dtype).reshape(self.shape)
-        tensor = tf.convert_to_tensor(values)
-        if self.mask is not None:
-            tensor._keras_mask = self.mask
-        return tensor
-
-
-def _size(value: Any) -> int:
-    if not isinstance(value, tf.Tensor) or value.dtype in (tf.string, tf.variant, tf.resource):
-        return 0
-    return math.prod(value.shape) * value.dtype.size
+    def load(self) -> Any:
+        values = np.fromfile(self.path, self.dtype).reshape(self.shape)
+        return tensors.with_mask(tensors.tensor(values), self.mask)

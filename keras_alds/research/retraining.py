@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from keras_alds import _backend
+from keras_alds._backend.images import shuffled_images
 
 
 def retrainer(
@@ -40,20 +41,11 @@ def retrainer(
         arXiv 2107.11442, section 4; Renda et al., "Comparing Rewinding and Fine-tuning in Neural
         Network Pruning", ICLR 2020.
     """
-    import tensorflow as tf
-
-    def change(image: Any, label: Any) -> tuple[Any, Any]:
-        pads = [(n // 8, n // 8) for n in image.shape[:2]]
-        padded = tf.pad(image, [*pads, (0, 0)])
-        return tf.image.random_flip_left_right(tf.image.random_crop(padded, image.shape)), label
 
     def retrain(model: Any) -> None:
         keras = _backend.backend_of(model).keras
         keras.utils.set_random_seed(0)
-        data = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(len(x), seed=0)
-        if augment:
-            data = data.map(change, num_parallel_calls=tf.data.AUTOTUNE)
-        data = data.batch(batch_size).prefetch(tf.data.AUTOTUNE)
+        data = shuffled_images(x, y, batch_size=batch_size, augment=augment)
         model.compile(
             keras.optimizers.SGD(learning_rates[0], momentum=0.9, nesterov=True),
             keras.losses.SparseCategoricalCrossentropy(from_logits=from_logits),

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from keras_alds import _backend
+from keras_alds._backend import wrappers
 from keras_alds.kinds.base import is_factorized
-from keras_alds.models import wrappers
 from keras_alds.models.inventory import Inventory
 from keras_alds.models.rebuild import check_symbolic
 from keras_alds.naming import check_exclude
