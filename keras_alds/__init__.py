@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from keras_alds.models.expansion import expand
     from keras_alds.models.resources import count_macs
     from keras_alds.plan import CompressionPlan, LayerChoice
+    from keras_alds.reports import report
     from keras_alds.research.sweeping import Sweep, SweepRow, sweep
-    from keras_alds.tables import report
     from keras_alds.tfmot.conversion import to_tf_keras
 
 #: Where the public names are. A name is imported when it is used: TensorFlow takes seconds to load.
@@ -44,7 +44,7 @@ _HOMES = {
     "compress": "api",
     "count_macs": "models.resources",
     "expand": "models.expansion",
-    "report": "tables",
+    "report": "reports",
     "select": "api",
     "sweep": "research.sweeping",
     "to_tf_keras": "tfmot.conversion",

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from keras_alds.core.slicing import SCHEMES
+from keras_alds.tables import print_plan
 
 PLAN_VERSION = 1
 
@@ -92,6 +93,11 @@ class LayerChoice:
     def factorized(self) -> bool:
         """Whether the plan factorizes this layer."""
         return self.reason is None
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the layer holds anything that could be factorized, and not only vectors."""
+        return self.reason_code != Skip.NO_KERNEL.value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,8 +276,6 @@ class CompressionPlan:
             print_fn: Called with the text; default: standard output, in colour on a terminal.
             line_length: Width of the table in characters; default: the terminal's.
         """
-        from keras_alds.tables import print_plan
-
         print_plan(self, print_fn=print_fn, line_length=line_length)
 
 

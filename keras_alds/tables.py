@@ -1,22 +1,17 @@
-"""Printed reports: the table of a plan, and before against after."""
+"""Printed tables, and that of a plan."""
 
 from __future__ import annotations
 
-import dataclasses
 import io
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from keras_alds import _backend
-from keras_alds._backend import tensors
-from keras_alds.models.inventory import count_params
-from keras_alds.models.resources import count_macs
-from keras_alds.plan import CompressionPlan, Skip, removed_fraction
+if TYPE_CHECKING:
+    from keras_alds.plan import CompressionPlan
 
 PrintFn = Callable[[str], object]
 
@@ -33,7 +28,7 @@ def print_plan(
     columns += (["MACs"] if macs else []) + (["Latency, µs"] if latency else []) + ["Error"]
     rows, without_kernel = [], []
     for choice in plan.choices:
-        if choice.reason_code == Skip.NO_KERNEL.value:
+        if not choice.has_kernel:
             without_kernel.append(choice)
             continue
         row = [
@@ -152,96 +147,3 @@ def print_table(
     if plain:
         text = "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
         (print_fn or print)(text)
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Figures of a model before and after compression; made by `report`.
-
-    Attributes:
-        rows: Name of the figure to `(before, after)`; None where a figure is not known.
-    """
-
-    rows: Mapping[str, tuple[Any, Any]]
-
-    def summary(self, print_fn: PrintFn | None = None, line_length: int | None = None) -> None:
-        """Prints the figures as a table.
-
-        Args:
-            print_fn: Called with the text; default: standard output, in colour on a terminal.
-            line_length: Width of the table in characters; default: the terminal's.
-        """
-        rows = [
-            [name, _figure(before), _figure(after), _ratio(before, after)]
-            for name, (before, after) in self.rows.items()
-        ]
-        print_table(
-            "Before and after compression",
-            ["", "before", "after", "after / before"],
-            rows,
-            print_fn=print_fn,
-            line_length=line_length,
-        )
-
-
-def report(
-    model: Any, compressed: Any, figures: Mapping[str, tuple[Any, Any]] | None = None
-) -> Comparison:
-    """Puts the sizes of two models side by side.
-
-    Args:
-        model: The original model.
-        compressed: The compressed model.
-        figures: Further rows, name to `(before, after)`, such as accuracies or file sizes.
-
-    Returns:
-        A `Comparison` with parameters, the fraction of them that was removed, MACs of one
-        forward pass (None if the input shape is unknown), bytes of the weights, and `figures`.
-        `Comparison.summary()` prints it.
-
-    Raises:
-        ValueError: If an argument is not a model.
-
-    Example:
-    ```python
-    small = keras_alds.compress(model, cr=0.5)
-    keras_alds.report(model, small).summary()
-    ```
-    """
-    before, after = sizes(model), sizes(compressed)
-    rows: dict[str, tuple[Any, Any]] = {key: (before[key], after[key]) for key in before}
-    rows["cr (parameters removed)"] = (
-        0.0,
-        removed_fraction(count_params(model), count_params(compressed)),
-    )
-    return Comparison({**rows, **(figures or {})})
-
-
-def sizes(model: Any) -> dict[str, int | None]:
-    """Parameters, MACs and bytes of the weights of one model."""
-    try:
-        macs: int | None = count_macs(model)
-    except ValueError:
-        if not hasattr(model, "weights"):
-            raise
-        macs = None
-    backend = _backend.backend_of(model)
-    size = sum(
-        math.prod(tuple(weight.shape)) * tensors.dtype_size(weight.dtype)
-        for weight in backend.weights(model)
-    )
-    return {"parameters": count_params(model), "MACs": macs, "bytes of weights": size}
-
-
-def _figure(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, str):
-        return value
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-
-
-def _ratio(before: Any, after: Any) -> str:
-    if isinstance(before, (int, float)) and isinstance(after, (int, float)) and before:
-        return f"{after / before:.3f}"
-    return ""
