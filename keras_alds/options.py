@@ -75,7 +75,10 @@ class SelectOptions(TypedDict, total=False):
             compares with: `"svd"`, `"svd-energy"`, `"l-rank"`, `"pca"` (needs data),
             `"alds-error"`, `"alds-simple"`, `"alds-simple-5"`. Defaults to None: `"activation"`
             with calibration data, `"alds"` with an `error`, else `"energy"`.""",
-            flag={"help": "default: that of `select`"},
+            flag={
+                "choices": [name for name, known in METHODS.items() if not known.needs_data],
+                "help": "default: that of `select`",
+            },
         ),
     ]
     objective: Annotated[
