@@ -1,8 +1,15 @@
-"""The one package that knows there are two Kerases, Keras 3 (`keras`) and `tf_keras`.
+"""All that Keras 3 (`keras`) and `tf_keras` do differently, and every private name of theirs.
 
 Everything else asks `backend_of(model)` for a `Backend` and works through it, so a process may hold
-models of both kinds. The choice follows the class of the object that was given, never an
-environment variable. tf_keras is optional.
+models of both. The choice follows the class of the object that was given, never an environment
+variable. tf_keras is optional.
+
+Each module asks one kind of question, and answers it for Keras 3 and for tf_keras:
+
+- `layers.py`: what a layer holds, and how it becomes another one in place;
+- `graphs.py`: the graph of a symbolic model, and what a model is called on;
+- `training.py`: optimizers, step functions, callbacks;
+- `cloning.py`: copies of models.
 """
 
 from __future__ import annotations
@@ -13,11 +20,33 @@ import sys
 
 import keras
 
-from keras_alds._backend.base import Backend, GraphCall, Model
-from keras_alds._backend.keras3 import Keras3
-from keras_alds._backend.tf_keras import TfKeras
+from keras_alds._backend.cloning import Cloning, Keras3Cloning, TfKerasCloning
+from keras_alds._backend.graphs import GraphCall, Keras3Graphs, TfKerasGraphs
+from keras_alds._backend.layers import Keras3Layers, Model, TfKerasLayers
+from keras_alds._backend.training import Keras3Training, TfKerasTraining
 
 __all__ = ["KERASES", "Backend", "GraphCall", "backend_of", "load_model", "tf_keras_backend"]
+
+
+class Backend(Cloning):
+    """All that this package asks of Keras 3 or tf_keras."""
+
+
+class Keras3(Keras3Layers, Keras3Graphs, Keras3Training, Keras3Cloning, Backend):
+    """Keras 3."""
+
+    name = "keras"
+    keras = keras
+
+
+class TfKeras(TfKerasLayers, TfKerasGraphs, TfKerasTraining, TfKerasCloning, Backend):
+    """tf_keras, that is Keras 2 on TensorFlow."""
+
+    name = "tf_keras"
+
+    def __init__(self) -> None:
+        self.keras = sys.modules["tf_keras"]
+
 
 #: The Kerases by the names of their modules.
 KERASES = ("keras", "tf_keras")
