@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import numbers
 import os
-import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 
 from keras_alds import _backend
@@ -29,7 +27,7 @@ from keras_alds.rewrite.in_place import (
 from keras_alds.rewrite.observe import check_data
 
 
-class ALDSCompress(keras.callbacks.Callback):
+class ALDSCompress(_backend.Callback):
     """Compresses the model that is being trained, and lets its training go on.
 
     Before epoch index `at_epoch` (counted from 0) starts, slices and ranks are chosen for the
@@ -186,13 +184,6 @@ class ALDSCompress(keras.callbacks.Callback):
         self._params_before = None
         self._watched = []
 
-    # tf_keras asks every callback whether it implements hooks for batches.
-    def _implements_train_batch_hooks(self) -> bool:
-        return False
-
-    _implements_test_batch_hooks = _implements_train_batch_hooks
-    _implements_predict_batch_hooks = _implements_train_batch_hooks
-
     def set_model(self, model: Any) -> None:
         """Refuses a backup of the other structure, before any callback restores it."""
         super().set_model(model)
@@ -331,13 +322,8 @@ class ALDSCompress(keras.callbacks.Callback):
         return self._needs_data or counted
 
     def _training_inputs(self) -> Any:
-        """The `x` of the `fit` that is calling; Keras hands a callback no data."""
-        frame = sys._getframe()
-        x = None
-        while frame.f_back is not None and x is None:
-            frame = frame.f_back
-            if frame.f_code.co_name == "fit" and frame.f_locals.get("self") is self.model:
-                x = frame.f_locals.get("x")
+        """The `x` of the `fit` that is calling."""
+        x, _ = _backend.backend_of(self.model).calling_fit(self.model)
         if x is None or hasattr(x, "__next__"):
             raise ValueError(
                 "Expected `calibration_data`, or training data that can be read twice (arrays, a "
@@ -347,14 +333,6 @@ class ALDSCompress(keras.callbacks.Callback):
         return x
 
     def _siblings(self) -> list[Any]:
-        """The callbacks that run beside this one.
-
-        Keras hands a callback its model, not its list; but the list is what is calling.
-        """
-        frame = sys._getframe()
-        while frame.f_back is not None:
-            frame = frame.f_back
-            callbacks = getattr(frame.f_locals.get("self"), "callbacks", None)
-            if isinstance(callbacks, list) and any(callback is self for callback in callbacks):
-                return [callback for callback in callbacks if callback is not self]
-        return []
+        """The callbacks that run beside this one."""
+        _, callbacks = _backend.backend_of(self.model).calling_fit(self.model)
+        return [callback for callback in callbacks if callback is not self]

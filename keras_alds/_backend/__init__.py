@@ -23,9 +23,17 @@ import keras
 from keras_alds._backend.cloning import Cloning, Keras3Cloning, TfKerasCloning
 from keras_alds._backend.graphs import GraphCall, Keras3Graphs, TfKerasGraphs
 from keras_alds._backend.layers import Keras3Layers, Model, TfKerasLayers
-from keras_alds._backend.training import Keras3Training, TfKerasTraining
+from keras_alds._backend.training import Callback, Keras3Training, TfKerasTraining
 
-__all__ = ["KERASES", "Backend", "GraphCall", "backend_of", "load_model", "tf_keras_backend"]
+__all__ = [
+    "KERASES",
+    "Backend",
+    "Callback",
+    "GraphCall",
+    "backend_of",
+    "load_model",
+    "tf_keras_backend",
+]
 
 
 class Backend(Cloning):
@@ -48,7 +56,7 @@ class TfKeras(TfKerasLayers, TfKerasGraphs, TfKerasTraining, TfKerasCloning, Bac
         self.keras = sys.modules["tf_keras"]
 
 
-#: The Kerases by the names of their modules.
+#: Keras 3 and tf_keras by the names of their modules.
 KERASES = ("keras", "tf_keras")
 
 _BACKENDS: dict[str, Backend] = {}
@@ -71,10 +79,10 @@ def tf_keras_backend() -> Backend:
 
 
 def load_model(path: str | os.PathLike[str], name: str = KERASES[0]) -> Model:
-    """Loads a saved model with one of the Kerases, without its compile state.
+    """Loads a saved model with Keras 3 or tf_keras, without its compile state.
 
     Raises:
-        ValueError: If there is no such file, or this Keras cannot load it.
+        ValueError: If there is no such file, or it cannot be loaded.
         ImportError: If tf_keras is asked for and is not installed.
     """
     file = os.fspath(path)
@@ -93,10 +101,10 @@ def load_model(path: str | os.PathLike[str], name: str = KERASES[0]) -> Model:
 
 
 def backend_of(model: object) -> Backend:
-    """The backend of the Keras that `model` (a model or layer) belongs to.
+    """The backend of Keras 3 or of tf_keras, whichever `model`, a model or layer, belongs to.
 
     Raises:
-        ValueError: If it belongs to neither Keras.
+        ValueError: If it belongs to neither.
     """
     for name, kind in (("keras", Keras3), ("tf_keras", TfKeras)):
         module = sys.modules.get(name)

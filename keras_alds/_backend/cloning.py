@@ -12,13 +12,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_alds._backend.graphs import Graphs, _static_shape
-from keras_alds._backend.layers import Layer, Model, Optimizer, Pairs
+from keras_alds._backend.graphs import Graphs
+from keras_alds._backend.layers import Layer, Model, Optimizer, Pairs, static_shape
 from keras_alds._backend.training import Training
 
 
 class Cloning(Graphs, Training):
-    """What is asked of a model that is copied."""
+    """Copies of models, as far as they are made alike in Keras 3 and tf_keras."""
 
     def copy_model(self, model: Model) -> Model:
         """A new model of the same class, architecture, weights and compile state.
@@ -52,18 +52,16 @@ class Cloning(Graphs, Training):
                 f"{type(model).__name__} and of its layers return every constructor argument."
             )
         copy.set_weights(model.get_weights())
-        for old, new in zip(self._flatten(model), self._flatten(copy), strict=True):
+        layers = zip(self._flatten(model), self._flatten(copy), strict=True)
+        # Whoever sets `trainable` sets it for all layers inside: these come later.
+        for old, new in sorted(layers, key=lambda pair: -len(self._flatten(pair[0]))):
             self._copy_layer_state(old, new)
-        if self.is_compiled(model):
-            pairs = zip(model.weights, copy.weights, strict=True)
-            self._copy_compile_state(model, copy, pairs)
+        self.copy_compile_state(model, copy, zip(model.weights, copy.weights, strict=True))
         return copy
 
     def _copy_layer_state(self, old: Layer, new: Layer) -> None:
         """Copies what a layer holds besides its config and the values of its weights."""
-        if self.children(old):
-            new._trainable = old._trainable  # the setter would reach the layers inside
-        elif new.trainable != old.trainable:
+        if new.trainable != old.trainable:
             new.trainable = old.trainable
         if hasattr(new, "finalize_state") and new.weights:
             new.finalize_state()  # adapted layers compute with constants made of the weights
@@ -110,17 +108,8 @@ class Cloning(Graphs, Training):
             pairs: Weights of `model`, each with one of `copy` that took its place, for what an
                 optimizer was told of single weights.
         """
-        if self.is_compiled(model):
-            self._copy_compile_state(model, copy, pairs)
-
-    def compile_arguments(self, model: Model) -> dict[str, Any]:
-        """What a compiled model was given: objects, functions and names as the user wrote them."""
-        return self._compile_arguments(model)
-
-    def _compile_arguments(self, model: Model) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def _copy_compile_state(self, model: Model, copy: Model, pairs: Pairs) -> None:
+        if not self.is_compiled(model):
+            return
         if type(model).compile is not self.keras.Model.compile:
             config = model.get_compile_config()
             try:
@@ -132,28 +121,30 @@ class Cloning(Graphs, Training):
                     stacklevel=4,
                 )
             return
-        arguments = self._compile_arguments(model)
+        arguments = self.compile_arguments(model)
         arguments["optimizer"] = self._copy_optimizer(arguments["optimizer"])
         for name in ("metrics", "weighted_metrics"):
             arguments[name] = self._copy_metrics(arguments[name])
         copy.compile(**arguments)
         self._copy_weight_decay_exclusions(model, copy, pairs)
 
+    def compile_arguments(self, model: Model) -> dict[str, Any]:
+        """What a compiled model was given: objects, functions and names as the user wrote them."""
+        return {**model._compile_config.config, "optimizer": model.optimizer}
+
     def _copy_optimizer(self, optimizer: Optimizer) -> Optimizer:
         # A schedule has no state: the same object serves both, also if it cannot be serialized.
         inner = self.inner_optimizer(optimizer) or optimizer
         schedule = getattr(inner, "_learning_rate", None)
         if not isinstance(schedule, self.keras.optimizers.schedules.LearningRateSchedule):
-            copy = self._copy_config(optimizer)
-        else:
-            inner.__dict__["_learning_rate"] = self.keras.optimizers.schedules.ExponentialDecay(
-                1.0, 1, 1.0
-            )
-            try:
-                copy = self._copy_config(optimizer)
-            finally:
-                inner.__dict__["_learning_rate"] = schedule
-            (self.inner_optimizer(copy) or copy)._learning_rate = schedule
+            return _copy_config(optimizer)
+        any_schedule = self.keras.optimizers.schedules.ExponentialDecay(1.0, 1, 1.0)
+        inner.__dict__["_learning_rate"] = any_schedule
+        try:
+            copy = _copy_config(optimizer)
+        finally:
+            inner.__dict__["_learning_rate"] = schedule
+        (self.inner_optimizer(copy) or copy)._learning_rate = schedule
         return copy
 
     def _copy_weight_decay_exclusions(self, model: Model, copy: Model, pairs: Pairs) -> None:
@@ -166,13 +157,10 @@ class Cloning(Graphs, Training):
             if self.is_excluded_from_weight_decay(theirs, old):
                 self.exclude_from_weight_decay(ours, [new])
 
-    def _copy_config(self, obj: Any) -> Any:
-        return type(obj).from_config(obj.get_config())
-
     def _copy_metrics(self, metrics: Any) -> Any:
         # Metric objects hold state; names and functions do not.
         if isinstance(metrics, self.keras.metrics.Metric):
-            return self._copy_config(metrics)
+            return _copy_config(metrics)
         if isinstance(metrics, dict):
             return {key: self._copy_metrics(value) for key, value in metrics.items()}
         if isinstance(metrics, (list, tuple)):
@@ -182,7 +170,7 @@ class Cloning(Graphs, Training):
     def saves(self, holder: Layer, layers: Collection[Layer]) -> bool:
         """Whether a saved `holder` holds `layers` as they are.
 
-        What Keras and this package make do, and what has their configs in its own; anything else
+        What Keras and this package make does, and what has their configs in its own. Anything else
         makes them again in its code.
         """
         cls = type(holder)
@@ -202,6 +190,8 @@ class Cloning(Graphs, Training):
 
 
 class Keras3Cloning(Cloning):
+    """The answers of Keras 3."""
+
     def _copy_layer_state(self, old: Layer, new: Layer) -> None:
         super()._copy_layer_state(old, new)
         if old.trainable:  # single variables can be frozen too
@@ -211,7 +201,7 @@ class Keras3Cloning(Cloning):
 
     def _clone(self, model: Model) -> Model:
         with warnings.catch_warnings():
-            # Keras tries to copy the compile state; `_copy_compile_state` does it.
+            # Keras tries to copy the compile state; `copy_compile_state` does it.
             warnings.simplefilter("ignore")
             compiled, model.compiled = model.compiled, False
             try:
@@ -219,25 +209,25 @@ class Keras3Cloning(Cloning):
             finally:
                 model.compiled = compiled
 
-    def _compile_arguments(self, model: Model) -> dict[str, Any]:
-        return {**model._compile_config.config, "optimizer": model.optimizer}
-
 
 class TfKerasCloning(Cloning):
+    """The answers of tf_keras."""
+
     def _clone(self, model: Model) -> Model:
         return self.keras.models.clone_model(model)
 
-    def _compile_arguments(self, model: Model) -> dict[str, Any]:
-        return {
-            **model._get_compile_args(),
-            "run_eagerly": model._run_eagerly,
-            "steps_per_execution": int(model._steps_per_execution.numpy()),
-            "jit_compile": model._jit_compile,
-        }
+    def compile_arguments(self, model: Model) -> dict[str, Any]:
+        arguments = super().compile_arguments(model)
+        # Both may be set after `compile`.
+        return {**arguments, "run_eagerly": model.run_eagerly, "jit_compile": model.jit_compile}
 
 
-def _shapes(model: Model) -> list[tuple[int, ...] | None]:
-    return [_static_shape(weight) for weight in model.weights]
+def _copy_config(obj: Any) -> Any:
+    return type(obj).from_config(obj.get_config())
+
+
+def _shapes(model: Model) -> list[tuple[int | None, ...] | None]:
+    return [static_shape(weight) for weight in model.weights]
 
 
 def _holds_config(config: Any, layer: Layer) -> bool:

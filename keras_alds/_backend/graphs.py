@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_alds._backend.layers import Layer, Layers, Model
+from keras_alds._backend.layers import Layer, Layers, Model, static_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +34,15 @@ class GraphCall:
 
 
 class Graphs(Layers):
-    """What is asked of a model's graph."""
+    """Questions about models as graphs, with the answers that hold for Keras 3 and tf_keras."""
 
     def is_symbolic(self, model: Model) -> bool:
         """Whether `model` is Functional or Sequential, that is, holds its graph of layers."""
-        return isinstance(model, (self.keras.Sequential, self._functional))
+        return isinstance(model, (self.keras.Sequential, self._functional_class))
 
     @functools.cached_property
-    def _functional(self) -> type:
-        # Neither Keras names the class publicly; a model of one tensor is an instance of it.
+    def _functional_class(self) -> type:
+        # Its name is not public; a model of one tensor is an instance of it.
         tensor = self.keras.Input((1,))
         return type(self.keras.Model(tensor, self.keras.layers.Activation("linear")(tensor)))
 
@@ -59,7 +61,16 @@ class Graphs(Layers):
         Raises:
             ValueError: If the shapes are not known.
         """
-        raise NotImplementedError
+        if self.is_symbolic(model) and getattr(model, "inputs", None):
+            return specs_of(self.graph_ends(model)[0])
+        config = model.get_build_config() or {}
+        shapes = config.get("input_shape") or config.get("shapes_dict")
+        if shapes is None:
+            raise ValueError(
+                f"Expected the model '{model.name}' to know the shape of its inputs. Received: a "
+                f"{type(model).__name__} that does not. Call it once on a batch, or `build()` it."
+            )
+        return specs_from_shapes(shapes, model)
 
     @contextlib.contextmanager
     def watching_calls(
@@ -93,7 +104,7 @@ class Graphs(Layers):
                 if call is not None:
                     layer.__dict__["call"] = call
 
-    def trace_shapes(self, model: Model, layers: Sequence[Layer]) -> dict[int, list[tuple]]:
+    def trace_shapes(self, model: Model, layers: Sequence[Layer]) -> dict[Layer, list[tuple]]:
         """Input and output shapes of every call of `layers` in one forward pass of `model`.
 
         The pass is traced, not run: nothing is computed and no state changes.
@@ -103,14 +114,14 @@ class Graphs(Layers):
             layers: The layers to watch, at any depth.
 
         Returns:
-            `{id(layer): [(input_shape, output_shape), ...]}`, shapes with a batch of one.
+            `{layer: [(input_shape, output_shape), ...]}`, shapes with a batch of one.
         """
         self.check_call(model)
-        calls: dict[int, list[tuple]] = {id(layer): [] for layer in layers}
+        calls: dict[Layer, list[tuple]] = {layer: [] for layer in layers}
         specs = self.input_specs(model)
 
         def watch(layer: Layer, inputs: Any, outputs: Any) -> Any:
-            calls[id(layer)].append((_static_shape(inputs), _static_shape(outputs)))
+            calls[layer].append((static_shape(inputs), static_shape(outputs)))
             return outputs
 
         try:
@@ -119,8 +130,7 @@ class Graphs(Layers):
                     lambda inputs: model(inputs, training=False), autograph=False
                 ).get_concrete_function(specs)
         finally:
-            if hasattr(model, "_clear_losses"):
-                model._clear_losses()
+            model._clear_losses()  # those of activity regularizers are of the graph traced here
         return calls
 
     def graph(self, model: Model) -> list[GraphCall]:
@@ -134,7 +144,19 @@ class Graphs(Layers):
 
     def graph_ends(self, model: Model) -> tuple[Any, Any]:
         """The structures of input and output tensors of a built symbolic model."""
-        raise NotImplementedError
+        graph = self._functional_of(model)
+        return graph.input, graph.output
+
+    def input_names(self, model: Model) -> list[str]:
+        """The names of a symbolic model's input layers; none for another model."""
+        if not (self.is_symbolic(model) and getattr(model, "inputs", None)):
+            return []
+        names = {
+            id(call.outputs[0]): call.layer.name
+            for call in self.graph(model)
+            if isinstance(call.layer, self.keras.layers.InputLayer)
+        }
+        return [names[id(tensor)] for tensor in model.inputs]
 
     def runs_graph(self, layer: Layer) -> bool:
         """Whether calling `layer` does what its graph says: a symbolic model without own code."""
@@ -143,21 +165,36 @@ class Graphs(Layers):
             and self.is_symbolic(layer)
             and bool(layer.built and getattr(layer, "inputs", None))
             and getattr(type(layer), "call", None)
-            in [getattr(kind, "call", None) for kind in (self.keras.Sequential, self._functional)]
+            in [
+                getattr(kind, "call", None)
+                for kind in (self.keras.Sequential, self._functional_class)
+            ]
         )
 
     def graph_inputs(self, model: Model, inputs: Any) -> list[Any]:
         """What a symbolic model is called on as a flat list in the order of its graph's inputs."""
-        raise NotImplementedError
+        starts, _ = self.graph_ends(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Keras 3 told the user when `model` was made
+            # A model that does nothing takes its inputs as `model` does.
+            return tf.nest.flatten(self.keras.Model(starts, model.inputs, name=model.name)(inputs))
 
     def infer(self, layer: Layer, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Calls a layer or operation of a graph, as inference does."""
-        if getattr(layer, self._takes_training, False) and kwargs.get("training") is None:
-            kwargs = {**kwargs, "training": False}
+        """Calls a layer, an operation of a graph or a function, as inference does."""
+        call = getattr(layer, "call", None)  # a function of the user's has none
+        if call is not None and kwargs.get("training") is None:
+            if "training" in inspect.signature(call).parameters:
+                kwargs = {**kwargs, "training": False}
         return layer(*args, **kwargs)
 
-    # The attribute of a layer that says whether its `call` has an argument `training`.
-    _takes_training: str
+    def producer(self, tensor: Any) -> tuple[GraphCall, int]:
+        """The call that gave a symbolic tensor, and which of its outputs the tensor is."""
+        layer, node, index = tensor._keras_history
+        return self._graph_call(self._nodes(layer)[node]), index
+
+    def _nodes(self, layer: Layer) -> list[Any]:
+        """The calls of a layer in graphs, as Keras keeps them."""
+        raise NotImplementedError
 
     def _functional_of(self, model: Model) -> Model:
         return model
@@ -167,25 +204,10 @@ class Graphs(Layers):
 
 
 class Keras3Graphs(Graphs):
-    def input_specs(self, model: Model) -> Any:
-        if isinstance(model, keras.Sequential):
-            return specs_of(model.inputs[0])
-        if self.is_symbolic(model):
-            return specs_of(model.input)
-        config = model.get_build_config() if hasattr(model, "get_build_config") else None
-        shapes = (config or {}).get("input_shape") or (config or {}).get("shapes_dict")
-        if shapes is None:
-            raise ValueError(unknown_inputs(model))
-        return specs_from_shapes(shapes, model)
+    """The answers of Keras 3."""
 
-    def graph_ends(self, model: Model) -> tuple[Any, Any]:
-        graph = self._functional_of(model)
-        return graph._inputs_struct, graph._outputs_struct
-
-    _takes_training = "_call_has_training_arg"
-
-    def graph_inputs(self, model: Model, inputs: Any) -> list[Any]:
-        return list(self._functional_of(model)._standardize_inputs(inputs))
+    def _nodes(self, layer: Layer) -> list[Any]:
+        return layer._inbound_nodes
 
     def _functional_of(self, model: Model) -> Model:
         return model._functional if isinstance(model, keras.Sequential) else model
@@ -198,41 +220,37 @@ class Keras3Graphs(Graphs):
 
 
 class TfKerasGraphs(Graphs):
+    """The answers of tf_keras."""
+
     def input_specs(self, model: Model) -> Any:
-        if self.is_symbolic(model) and model.inputs:
-            return specs_of(model.input)
-        spec = model.save_spec() if hasattr(model, "save_spec") else None
-        if spec is not None:
-            (inputs,), _ = spec
-            return specs_of(inputs)
-        shapes = getattr(model, "_build_input_shape", None)
-        if shapes is None:
-            raise ValueError(unknown_inputs(model))
-        return specs_from_shapes(shapes, model)
+        # A subclassed model that was called on a batch knows it from there.
+        spec = None if self.is_symbolic(model) else model.save_spec()
+        if spec is None:
+            return super().input_specs(model)
+        (inputs,), _ = spec
+        return specs_of(inputs)
 
-    _takes_training = "_expects_training_arg"
-
-    def graph_ends(self, model: Model) -> tuple[Any, Any]:
-        return model._nested_inputs, model._nested_outputs
-
-    def graph_inputs(self, model: Model, inputs: Any) -> list[Any]:
-        flat = model._flatten_to_reference_inputs(inputs)
-        return [
-            model._conform_to_reference_input(tensor, ref_input=reference)
-            for tensor, reference in zip(flat, model.inputs, strict=True)
-        ]
+    def _nodes(self, layer: Layer) -> list[Any]:
+        return layer.inbound_nodes
 
     def _graph_call(self, node: Any) -> GraphCall:
         outputs = tf.nest.flatten(node.outputs)
         return GraphCall(node.layer, tuple(node.call_args), dict(node.call_kwargs), outputs)
 
 
-def _static_shape(value: Any) -> tuple[int, ...] | None:
-    shape = getattr(value, "shape", None)
-    return None if shape is None else tuple(shape)
+def mask_of(tensor: Any) -> Any:
+    """The mask that a layer left on a tensor, or None."""
+    return getattr(tensor, "_keras_mask", None)
+
+
+def set_mask(tensor: Any, mask: Any) -> None:
+    """Lets the layers that are called on a tensor find its mask."""
+    tensor._keras_mask = mask
 
 
 def specs_of(inputs: Any) -> Any:
+    """`tf.TensorSpec` of tensors in any structure, with a batch of one."""
+
     def spec(tensor: Any) -> tf.TensorSpec:
         return tf.TensorSpec((1, *tuple(tensor.shape)[1:]), tensor.dtype)
 
@@ -240,6 +258,7 @@ def specs_of(inputs: Any) -> Any:
 
 
 def specs_from_shapes(shapes: Any, model: Model) -> Any:
+    """`tf.TensorSpec` of the shapes that `model` was built on, with a batch of one."""
     dtype = getattr(model, "input_dtype", None) or tf.float32
 
     def build(shape: Any) -> Any:
@@ -252,10 +271,3 @@ def specs_from_shapes(shapes: Any, model: Model) -> Any:
         return tf.TensorSpec((1, *tuple(shape)[1:]), dtype)
 
     return build(shapes)
-
-
-def unknown_inputs(model: Model) -> str:
-    return (
-        f"Expected the model '{model.name}' to know the shape of its inputs. Received: a "
-        f"{type(model).__name__} that does not. Call it once on a batch, or `build()` it."
-    )

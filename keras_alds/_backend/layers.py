@@ -1,4 +1,4 @@
-"""Layers: what they hold, and how one becomes another in place."""
+"""Layers: what they hold, and how one becomes another one in place."""
 
 from __future__ import annotations
 
@@ -21,18 +21,36 @@ Undo = Callable[[], None]
 Pairs = Iterable[tuple[Variable, Variable]]
 
 
+def dtype_policy(layer: Layer) -> Any:
+    """A layer's dtype policy."""
+    return layer.dtype_policy
+
+
+def projections(layer: Layer, names: Iterable[str]) -> dict[str, Layer | None]:
+    """The projections of an attention layer, such as `query`; None for one that it has not."""
+    return {name: getattr(layer, f"_{name}_dense", None) for name in names}
+
+
+def pruning_mask(wrapper: Layer, weight: Variable) -> tuple[Any, Any]:
+    """The threshold and the mask that TF-MOT's pruning `wrapper` would give a weight now.
+
+    `conditional_mask_update` assigns the same, but waits for the schedule's next turn.
+    """
+    return wrapper.pruning_obj._maybe_update_block_mask(weight)
+
+
 class Layers:
-    """What is asked of layers."""
+    """Questions about layers, with the answers that hold for Keras 3 and tf_keras."""
 
     name: str
     keras: ModuleType
-    # Attributes of a layer that belong to its place in the graph, not to its kind.
-    _identity: tuple[str, ...]
-    # Attributes that bind methods of the object they were made for.
+    # Attributes of a layer that belong to its place in the model, and stay when it changes.
+    _place: tuple[str, ...]
+    # Attributes that bind methods of the object that they were made for.
     _bound: tuple[str, ...] = ()
 
     def is_model(self, obj: object) -> bool:
-        """Whether `obj` is a model of this Keras."""
+        """Whether `obj` is a model."""
         return isinstance(obj, self.keras.Model)
 
     def children(self, layer: Layer) -> list[Layer]:
@@ -40,8 +58,9 @@ class Layers:
         return list(layer._flatten_layers(include_self=False, recursive=False))
 
     def own_variables(self, layer: Layer) -> list[Variable]:
-        """The weights that `layer` holds itself, without those of its sublayers."""
-        raise NotImplementedError
+        """The weights that `layer` holds itself, without those of the layers inside it."""
+        inside = {id(v) for child in self.children(layer) for v in child.weights}
+        return [v for v in layer.weights if id(v) not in inside]
 
     def has_its_weights(self, layer: Layer) -> bool:
         """Whether the weights of a layer are made, or it has no `build` that could make some."""
@@ -62,7 +81,7 @@ class Layers:
     _layers_module: str
 
     def factorized_class(self, kind: str) -> type:
-        """This Keras's class of factorized layers for a stock kind such as `"Conv2D"`."""
+        """The class of factorized layers for a stock kind such as `"Conv2D"`."""
         return getattr(importlib.import_module(self._layers_module), f"Factorized{kind}")
 
     def name_scope(self, layer: Layer) -> contextlib.AbstractContextManager[Any]:
@@ -97,7 +116,7 @@ class Layers:
                 self._share(getattr(old, theirs), new, ours)
         before, before_class = dict(old.__dict__), type(old)
         state = {key: value for key, value in new.__dict__.items() if key not in self._bound}
-        state.update({key: before[key] for key in self._identity if key in before})
+        state.update({key: before[key] for key in self._place if key in before})
         state.update(self._losses_of(old, new))
 
         become(old, type(new), state)
@@ -137,19 +156,14 @@ class Layers:
 
 
 class Keras3Layers(Layers):
+    """The answers of Keras 3."""
+
     _layers_module = "keras_alds.layers"
-    _identity = (
+    _place = (
         "_inbound_nodes",
-        "_outbound_nodes",
-        "_name",
         "name",
         "_path",
-        "_parent_path",
-        "_called",
         "_build_shapes_dict",
-        "_losses",
-        "_loss_ids",
-        "_losses_override",
     )
     _bound = ("build", "quantize")
 
@@ -158,9 +172,6 @@ class Keras3Layers(Layers):
         for name in getattr(layer, "scope", "").split("/")[:-1]:  # the last is the layer's own
             scopes.enter_context(keras.name_scope(name))
         return scopes
-
-    def own_variables(self, layer: Layer) -> list[Variable]:
-        return [*layer._trainable_variables, *layer._non_trainable_variables]
 
     def copy_trainable(self, old: Variable, new: Variable) -> None:
         if new.trainable != old.trainable:
@@ -180,16 +191,14 @@ class Keras3Layers(Layers):
 
 
 class TfKerasLayers(Layers):
+    """The answers of tf_keras."""
+
     _layers_module = "keras_alds.tf_keras"
-    _identity = (
+    _place = (
         "_inbound_nodes_value",
         "_outbound_nodes_value",
         "_name",
-        "_callable_losses",
-        "_losses",
         "_build_input_shape",
-        "_saved_model_inputs_spec",
-        "_saved_model_arg_spec",
     )
 
     def value(self, variable: Variable) -> np.ndarray:
@@ -212,8 +221,8 @@ class TfKerasLayers(Layers):
         return self.adopt(layer, type(layer), {"layer": given, "_backward_layer_config": config})
 
     def own_variables(self, layer: Layer) -> list[Variable]:
-        own = [*layer._trainable_weights, *layer._non_trainable_weights]
-        return [v for v in own if hasattr(v, "shape")]  # vocabularies are listed there too
+        # Vocabularies are listed there too.
+        return [v for v in super().own_variables(layer) if hasattr(v, "shape")]
 
     def _share(self, variable: Variable, new: Layer, name: str) -> None:
         delattr(new, name)
@@ -238,8 +247,10 @@ def become(obj: Any, cls: type, attributes: dict[str, Any]) -> None:
     obj.__dict__.update(attributes)
 
 
-def name_of(obj: Any) -> str:
-    return getattr(obj, "name", None) or getattr(obj, "_name", None) or type(obj).__name__
+def static_shape(value: Any) -> tuple[int | None, ...] | None:
+    """The shape of a tensor or variable, or None of what has none."""
+    shape = getattr(value, "shape", None)
+    return None if shape is None else tuple(shape)
 
 
 def _regularized(loss: Callable[..., Any]) -> Variable | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import os
 import tempfile
 from typing import Any
@@ -20,12 +21,57 @@ from keras_alds._backend.layers import (
     Undo,
     Variable,
     become,
-    name_of,
 )
+
+#: What a slot of an optimizer holds: what is linear in past gradients, squared gradients, or an
+#: average of the weight.
+LINEAR, SQUARED, AVERAGE = "linear", "squared", "average"
+
+#: The same by the optimizer's class and the slot's name in Keras 3, in tf_keras, and in tf_keras's
+#: legacy optimizers. RMSprop's momentum sums rescaled gradients, so it is not here; nor is what
+#: follows a maximum.
+_SLOTS: dict[str, dict[str, str]] = {
+    "SGD": dict.fromkeys(("momentums", "momentum"), LINEAR),
+    "Adam": {
+        **dict.fromkeys(("_momentums", "m"), LINEAR),
+        **dict.fromkeys(("_velocities", "_velocity_hats", "v", "vhat"), SQUARED),
+    },
+    "Adamax": dict.fromkeys(("_m", "m"), LINEAR),
+    "Lion": {"_momentums": LINEAR, "momentums": LINEAR},
+    "RMSprop": {
+        **dict.fromkeys(("_velocities", "rms"), SQUARED),
+        **dict.fromkeys(("_average_gradients", "mg"), LINEAR),
+    },
+    "Adagrad": dict.fromkeys(("_accumulators", "accumulator"), SQUARED),
+    "Adadelta": dict.fromkeys(("_accumulated_grads", "accum_grad"), SQUARED),
+}
+_SLOTS["Nadam"] = _SLOTS["Adam"]
+_ANY = {"_accumulated_gradients": LINEAR, "_model_variables_moving_average": AVERAGE}
+
+
+def slot_meaning(optimizer: Optimizer, slot: str) -> str | None:
+    """What a slot of an optimizer holds: `LINEAR`, `SQUARED`, `AVERAGE`, or None for the rest."""
+    if slot in _ANY:
+        return _ANY[slot]
+    for cls in type(optimizer).__mro__:
+        if cls.__name__ in _SLOTS:
+            return _SLOTS[cls.__name__].get(slot)
+    return None
+
+
+class Callback(keras.callbacks.Callback):
+    """A callback without hooks for batches, for `fit` of Keras 3 and of tf_keras."""
+
+    # tf_keras asks every callback.
+    def _implements_train_batch_hooks(self) -> bool:
+        return False
+
+    _implements_test_batch_hooks = _implements_train_batch_hooks
+    _implements_predict_batch_hooks = _implements_train_batch_hooks
 
 
 class Training(Layers):
-    """What is asked of a model in training."""
+    """Questions about training, with the answers that hold for Keras 3 and tf_keras."""
 
     def is_compiled(self, model: Model) -> bool:
         """Whether `compile()` was called on `model`."""
@@ -34,14 +80,14 @@ class Training(Layers):
     def optimizers(self, model: Model) -> list[Optimizer]:
         """Every optimizer that `model` holds: its own and those of a custom `train_step`."""
         base = self._optimizer_classes()
-        found: dict[int, Optimizer] = {}
+        found: dict[Optimizer, None] = {}
 
         def visit(value: Any, depth: int = 0) -> None:
             if isinstance(value, base):
-                found.setdefault(id(value), value)
+                found.setdefault(value)
                 inner = self.inner_optimizer(value)
                 if inner is not None:
-                    found.setdefault(id(inner), inner)
+                    found.setdefault(inner)
             elif depth < 2 and isinstance(value, dict):
                 for item in value.values():
                     visit(item, depth + 1)
@@ -52,7 +98,7 @@ class Training(Layers):
         visit(getattr(model, "optimizer", None))
         for value in list(vars(model).values()):
             visit(value)
-        return list(found.values())
+        return list(found)
 
     def _optimizer_classes(self) -> tuple[type, ...]:
         raise NotImplementedError
@@ -78,17 +124,15 @@ class Training(Layers):
         self, optimizer: Optimizer, targets: list[Variable]
     ) -> dict[str, list[Variable | None]]:
         """The optimizer's per-variable state: slot name to one variable per target."""
-        count = len(targets)
+        # `iterations` is in the list of all variables, and in no slot.
+        state = {id(v) for v in optimizer.variables if v is not optimizer.iterations}
         return {
             name: list(value)
             for name, value in vars(optimizer).items()
-            if name not in self._not_slots
-            and isinstance(value, list)
-            and len(value) == count
-            and all(item is None or hasattr(item, "assign") for item in value)
+            if isinstance(value, list)
+            and len(value) == len(targets)
+            and all(item is None or id(item) in state for item in value)
         }
-
-    _not_slots: tuple[str, ...] = ()
 
     def rebuild_optimizer(
         self,
@@ -134,6 +178,25 @@ class Training(Layers):
         if training:
             model.make_train_function(force=True)
 
+    def calling_fit(self, model: Model) -> tuple[Any, list[Any]]:
+        """The data and the callbacks of the `fit` of `model` from which this call comes.
+
+        Keras hands a callback its model, but neither the data nor the callbacks beside it.
+
+        Returns:
+            `x`, or None if no `fit` is calling, and the list of all its callbacks.
+        """
+        x, callbacks = None, None
+        frame = inspect.currentframe()
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if x is None and owner is model and frame.f_code.co_name == "fit":
+                x = frame.f_locals.get("x")
+            if callbacks is None and isinstance(owner, self.keras.callbacks.CallbackList):
+                callbacks = owner.callbacks
+            frame = frame.f_back
+        return x, list(callbacks or [])
+
     def forget_best(self, callback: Any) -> None:
         """Makes a stock callback forget the best value and weights that it remembers."""
         callbacks = self.keras.callbacks
@@ -178,7 +241,7 @@ class Training(Layers):
 
 
 class Keras3Training(Training):
-    _not_slots = ("_variables", "_trainable_variables", "_tracked")
+    """The answers of Keras 3."""
 
     def is_compiled(self, model: Model) -> bool:
         return bool(model.compiled)
@@ -250,10 +313,10 @@ class Keras3Training(Training):
 
 
 class TfKerasTraining(Training):
-    _not_slots = ("_variables", "_weights")
+    """The answers of tf_keras, which has its optimizers of before 2.11 as `legacy` ones too."""
 
     def is_compiled(self, model: Model) -> bool:
-        return bool(model._is_compiled)
+        return model.compiled_loss is not None
 
     def _optimizer_classes(self) -> tuple[type, ...]:
         optimizers = self.keras.optimizers
@@ -271,17 +334,20 @@ class TfKerasTraining(Training):
         if self.inner_optimizer(optimizer) is not None:
             return False  # a wrapper holds no per-variable state: its inner optimizer does
         if self._is_legacy(optimizer):
-            return bool(optimizer._slots)
+            return len(optimizer.weights) > 1  # the first is `iterations`
         return bool(getattr(optimizer, "_built", False))
 
     def optimizer_targets(self, optimizer: Optimizer, known: list[Variable]) -> list[Variable]:
         if self._is_legacy(optimizer):
-            return [v for v in known if optimizer._slots.get(_legacy_key(v))]
+            names = optimizer.get_slot_names()
+            return [
+                v for v in known if any(_legacy_slot(optimizer, v, n) is not None for n in names)
+            ]
         by_key = {optimizer._var_key(v): v for v in known}
         keys = sorted(optimizer._index_dict, key=optimizer._index_dict.get)
         if not all(key in by_key for key in keys):
             raise ValueError(
-                f"Expected the optimizer '{name_of(optimizer)}' to update only variables that the "
+                f"Expected the optimizer '{optimizer.name}' to update only variables that the "
                 f"model holds. Received: one that was also built on {len(set(keys) - set(by_key))} "
                 "others, and tf_keras does not keep them. Give each its own optimizer."
             )
@@ -293,7 +359,7 @@ class TfKerasTraining(Training):
         if not self._is_legacy(optimizer):
             return super().slots(optimizer, targets)
         return {
-            name: [optimizer._slots.get(_legacy_key(v), {}).get(name) for v in targets]
+            name: [_legacy_slot(optimizer, v, name) for v in targets]
             for name in optimizer.get_slot_names()
         }
 
@@ -328,18 +394,20 @@ class TfKerasTraining(Training):
         new: list[Variable],
         undo_steps: list[Undo],
     ) -> None:
-        slots, weights = dict(optimizer._slots), list(optimizer._weights)
+        slots, weights = dict(optimizer._slots), list(optimizer.weights)
 
         def undo() -> None:
             optimizer._slots.clear()
             optimizer._slots.update(slots)
-            optimizer._weights = weights
+            optimizer.weights[:] = weights
 
         undo_steps.append(undo)
-        dropped: set[int] = set()
-        for variable in old:  # all of them: a loaded model reads its state by their order
-            dropped.update(map(id, optimizer._slots.pop(_legacy_key(variable), {}).values()))
-        optimizer._weights = [w for w in weights if id(w) not in dropped]
+        # All of them: a loaded model reads its state by their order.
+        dropped = {id(v) for slot in self.slots(optimizer, old).values() for v in slot}
+        for key, by_name in slots.items():
+            if any(id(v) in dropped for v in by_name.values()):
+                del optimizer._slots[key]
+        optimizer.weights[:] = [w for w in weights if id(w) not in dropped]
         optimizer._create_all_weights(new)
 
     def _forget_checkpoint(self, callback: Any) -> None:
@@ -404,5 +472,8 @@ def _forget_children(optimizer: Optimizer) -> None:
     optimizer.__dict__.pop("_coalesced_children", None)
 
 
-def _legacy_key(variable: Variable) -> str:
-    return getattr(variable, "_unique_id", None) or variable.name
+def _legacy_slot(optimizer: Optimizer, variable: Variable, name: str) -> Variable | None:
+    try:
+        return optimizer.get_slot(variable, name)
+    except KeyError:
+        return None

@@ -84,7 +84,7 @@ def write_latency_files(
         )
     specs = candidates(model, exclude)
     calls = layer_calls(model, [spec.layer for spec in specs])
-    layers = {call: spec.layer for spec in specs for call in calls[id(spec.layer)]}
+    layers = {call: spec.layer for spec in specs for call in calls[spec.layer]}
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     (path / _MODEL).write_bytes(converted(model, quantize, representative_data, verbose))

@@ -327,7 +327,7 @@ def layer_latencies(
         table = _measured(model, specs, _Runtime(None, 1, target), max_slices, verbose=verbose)
     calls = layer_calls(model, [spec.layer for spec in specs])
     for spec in specs:
-        for call in calls[id(spec.layer)]:
+        for call in calls[spec.layer]:
             if call not in table.layers:
                 raise ValueError(
                     f"Expected a latency table of the model '{model.name}'. Received: one without "
@@ -348,11 +348,11 @@ def layer_latencies(
         id(spec.layer): sum_costs(
             [
                 (count, table.layers[call])
-                for call, count in collections.Counter(calls[id(spec.layer)]).items()
+                for call, count in collections.Counter(calls[spec.layer]).items()
             ]
         )
         for spec in specs
-        if calls[id(spec.layer)]
+        if calls[spec.layer]
     }
     threads = f"{table.threads} thread{'s' if table.threads > 1 else ''}"
     return LayerLatencies(
@@ -439,7 +439,7 @@ def _measured(
 ) -> LatencyTable:
     _package.interpreter()  # complains before the work is done
     calls = layer_calls(model, [spec.layer for spec in specs])
-    layers = {call: spec.layer for spec in specs for call in calls[id(spec.layer)]}
+    layers = {call: spec.layer for spec in specs for call in calls[spec.layer]}
     total, size = _model_latency(model, runtime, calls, representative_data, verbose)
     # The size that decides what stays in the caches, by powers of two: models share measurements.
     swept = min(1 << (size - 1).bit_length(), MOST_SWEPT)

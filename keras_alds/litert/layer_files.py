@@ -60,7 +60,7 @@ class LayerCall:
         return cls(kind=row["kind"], filters=int(row["filters"]), padding=row["padding"], **sizes)
 
 
-def layer_calls(model: Any, layers: Sequence[Any]) -> dict[int, list[LayerCall]]:
+def layer_calls(model: Any, layers: Sequence[Any]) -> dict[Any, list[LayerCall]]:
     """Every call of some layers in one forward pass of one example.
 
     Args:
@@ -68,14 +68,14 @@ def layer_calls(model: Any, layers: Sequence[Any]) -> dict[int, list[LayerCall]]
         layers: Stock layers of kinds that can be factorized.
 
     Returns:
-        `{id(layer): calls}`.
+        `{layer: calls}`.
 
     Raises:
         ValueError: If an input or feature map has an unknown size.
     """
     with run_as_code(model):
         shapes = _backend.backend_of(model).trace_shapes(model, layers)
-    return {id(layer): [_call(layer, shape) for shape, _ in shapes[id(layer)]] for layer in layers}
+    return {layer: [_call(layer, shape) for shape, _ in shapes[layer]] for layer in layers}
 
 
 def _call(layer: Any, shape: tuple[int | None, ...]) -> LayerCall:

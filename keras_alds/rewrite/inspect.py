@@ -433,7 +433,7 @@ def _calls(model: Any) -> list[tuple[Any, Calls]]:
     if [(ref(), kind) for ref, kind, _ in known] != [(layer, type(layer)) for layer in layers]:
         with run_as_code(model), recurrent.calling_kernels(model, layers, values=False):
             traced = backend.trace_shapes(model, layers)
-        known = [(weakref.ref(layer), type(layer), list(traced[id(layer)])) for layer in layers]
+        known = [(weakref.ref(layer), type(layer), list(traced[layer])) for layer in layers]
         _CALLS[model] = known
     return [(layer, calls) for layer, (_, _, calls) in zip(layers, known, strict=True)]
 
