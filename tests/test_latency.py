@@ -174,9 +174,7 @@ def test_calls_of_every_kind_of_layer(keras_module: ModuleType):
     outputs = layers.Dense(5, name="dense")(x)
     model = keras_module.Model(inputs, outputs)
     found = {
-        layer.name: layer_calls(model, [layer])[layer]
-        for layer in model.layers
-        if layer.weights
+        layer.name: layer_calls(model, [layer])[layer] for layer in model.layers if layer.weights
     }
     assert found == {
         "causal": [LayerCall("conv", (1, 1, 24, 6), 8, (1, 3), (1, 1), "valid", (1, 2))],

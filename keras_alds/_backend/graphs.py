@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_alds._backend.layers import Layer, Layers, Model, static_shape
+from keras_alds._backend.layers import Layer, Layers, Model, Undo, become, static_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,9 +182,9 @@ class Graphs(Layers):
     def infer(self, layer: Layer, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Calls a layer, an operation of a graph or a function, as inference does."""
         call = getattr(layer, "call", None)  # a function of the user's has none
-        if call is not None and kwargs.get("training") is None:
-            if "training" in inspect.signature(call).parameters:
-                kwargs = {**kwargs, "training": False}
+        takes = () if call is None else inspect.signature(call).parameters
+        if "training" in takes and kwargs.get("training") is None:
+            kwargs = {**kwargs, "training": False}
         return layer(*args, **kwargs)
 
     def producer(self, tensor: Any) -> tuple[GraphCall, int]:
@@ -236,6 +236,17 @@ class TfKerasGraphs(Graphs):
     def _graph_call(self, node: Any) -> GraphCall:
         outputs = tf.nest.flatten(node.outputs)
         return GraphCall(node.layer, tuple(node.call_args), dict(node.call_kwargs), outputs)
+
+
+def forget_graph(function: Any) -> Undo:
+    """Lets a `tf.function` be traced anew when it is called next; the object stays the same.
+
+    Returns:
+        A function that brings its graphs back.
+    """
+    before = dict(vars(function))
+    become(function, type(function), vars(function._clone(None)))
+    return lambda: become(function, type(function), before)
 
 
 def mask_of(tensor: Any) -> Any:

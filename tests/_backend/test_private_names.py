@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras_alds import _backend
 from keras_alds._backend import layers as backend_layers
 from keras_alds._backend import training
-from keras_alds._backend.graphs import mask_of, set_mask
+from keras_alds._backend.graphs import forget_graph, mask_of, set_mask
 
 tf_keras = pytest.importorskip("tf_keras")
 
@@ -281,6 +281,25 @@ def test_keras_mask(keras_module):
     np.testing.assert_array_equal(np.asarray(mean), [[1]])
 
 
+def test_clone():
+    """Makes a `tf.function` without its graphs. Without it one goes on running the dense model."""
+    traced = []
+
+    @tf.function
+    def function(x):
+        traced.append(x)
+        return x
+
+    function(tf.zeros(2))
+    undo = forget_graph(function)
+    for _ in range(2):
+        function(tf.zeros(2))
+    assert len(traced) == 2
+    undo()
+    function(tf.zeros(2))
+    assert len(traced) == 2
+
+
 # -- training.py: what slots hold ------------------------------------------------------------------
 
 
@@ -431,7 +450,7 @@ def test_internal():
     assert type(wrapped) is type(optimizer.__dict__["_variables"])
 
 
-def test_self_(keras_module, tmp_path):
+def test_self(keras_module, tmp_path):
     """The prefix of what TensorFlow tracks of an object. Without it an undo is not whole."""
     _, optimizer = rebuilt(keras_module, undo=True)
     path = tf.train.Checkpoint(optimizer=optimizer).write(str(tmp_path / "checkpoint"))
