@@ -148,18 +148,10 @@ def compare(
     ```
     """
     check_counts(threads=threads, warmup=warmup, **({"runs": runs} if runs != 0 else {}))
-    if data is not None and not (isinstance(data, (tuple, list)) and len(data) == 2):
-        raise ValueError(
-            "Expected `data` to be a pair (x, y) of inputs and targets. "
-            f"Received: {type(data).__name__}"
-        )
+    _check_data(data)
     metrics = _metrics(metric, original) if data is not None else {}
-    models = [item for item in (original, compressed) if _is_model(item)]
-    if not models and (quantize is not None or representative_data is not None):
-        raise ValueError(
-            "Expected `quantize` and `representative_data` only where a model is to be converted. "
-            "Received: two files"
-        )
+    if not (_is_model(original) or _is_model(compressed)):
+        _check_files(quantize, representative_data)
     if hasattr(representative_data, "__next__"):
         representative_data = list(representative_data)  # both models are to see it
     with Progress(transient=True, disable=not verbose) as progress:
@@ -200,6 +192,22 @@ def compare(
     ]
     warn_of_thin_groups(*files, stacklevel=3)
     return FileComparison(figures[0], figures[1], ratio)
+
+
+def _check_data(data: Any) -> None:
+    if data is not None and not (isinstance(data, (tuple, list)) and len(data) == 2):
+        raise ValueError(
+            "Expected `data` to be a pair (x, y) of inputs and targets. "
+            f"Received: {type(data).__name__}"
+        )
+
+
+def _check_files(quantize: Any, representative_data: Any) -> None:
+    if quantize is not None or representative_data is not None:
+        raise ValueError(
+            "Expected `quantize` and `representative_data` only where a model is to be converted. "
+            "Received: two files"
+        )
 
 
 def _row(name: str, before: int, after: int) -> list[str]:
