@@ -9,11 +9,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import keras
 import numpy as np
 
 from keras_alds import _backend
-from keras_alds._backend.training import calling_fit
 from keras_alds.api import Chosen, checked_options, choose, selection_of, wants_data
 from keras_alds.kinds.base import is_factorized
 from keras_alds.methods import METHODS
@@ -41,7 +39,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class ALDSCompress(keras.callbacks.Callback):
+class ALDSCompress(_backend.Callback):
     """Compresses the model that is being trained, and lets its training go on.
 
     Before epoch index `at_epoch` (counted from 0) starts, slices and ranks are chosen for the
@@ -158,13 +156,6 @@ class ALDSCompress(keras.callbacks.Callback):
         self._started = False
         self._params_before: int | None = None
         self._watched: list[tuple[Any, np.ndarray]] = []
-
-    # tf_keras asks every callback whether it implements hooks for batches.
-    def _implements_train_batch_hooks(self) -> bool:
-        return False
-
-    _implements_test_batch_hooks = _implements_train_batch_hooks
-    _implements_predict_batch_hooks = _implements_train_batch_hooks
 
     # -- What Keras calls --------------------------------------------------------------------
 
@@ -308,7 +299,7 @@ class ALDSCompress(keras.callbacks.Callback):
 
     def _training_inputs(self) -> Any:
         """The `x` of the `fit` that is running; Keras hands a callback no data."""
-        x = calling_fit(self.model, self).x
+        x, _ = _backend.backend_of(self.model).calling_fit(self.model)
         if x is None or hasattr(x, "__next__"):
             raise ValueError(
                 "Expected `calibration_data`, or training data that can be read twice (arrays, a "
@@ -321,7 +312,7 @@ class ALDSCompress(keras.callbacks.Callback):
         """The callbacks that run beside this one."""
         found = self._callbacks
         if found is None:
-            found = calling_fit(self.model, self).callbacks
+            _, found = _backend.backend_of(self.model).calling_fit(self.model)
         return [callback for callback in found if callback is not self]
 
     def _other_backup(self, callback: Any, missing: str) -> str:

@@ -160,7 +160,7 @@ def test_files_have_the_operators_of_the_converter(keras_module: ModuleType):
     assert len(plan.factorized) >= 2
     for choice in plan.factorized:
         layer = layers[choice.layer]
-        for call in layer_calls(model, [layer])[id(layer)]:
+        for call in layer_calls(model, [layer])[layer]:
             content = layer_file(call, choice.slices, choice.rank)
             for op in keras_alds.litert.read_file(content).weighted:
                 assert (op.name, op.data.shape, op.weights.shape, op.outputs[0].shape) in there
@@ -174,9 +174,7 @@ def test_calls_of_every_kind_of_layer(keras_module: ModuleType):
     outputs = layers.Dense(5, name="dense")(x)
     model = keras_module.Model(inputs, outputs)
     found = {
-        layer.name: layer_calls(model, [layer])[id(layer)]
-        for layer in model.layers
-        if layer.weights
+        layer.name: layer_calls(model, [layer])[layer] for layer in model.layers if layer.weights
     }
     assert found == {
         "causal": [LayerCall("conv", (1, 1, 24, 6), 8, (1, 3), (1, 1), "valid", (1, 2))],
@@ -191,7 +189,7 @@ def test_calls_of_every_kind_of_layer(keras_module: ModuleType):
             layers.Conv2D(4, 3, data_format="channels_first", name="first"),
         ]
     )
-    with_channels = layer_calls(first, first.layers)[id(first.layers[0])]
+    with_channels = layer_calls(first, first.layers)[first.layers[0]]
     assert with_channels[0].input == (1, 8, 9, 3)
 
 
@@ -300,8 +298,8 @@ def test_shared_layers_and_exclusion(runtime: list[Any]):
     table = measure_latency(model, verbose=0, exclude="down")
     names = {layer.name: layer for layer in model.layers}
     calls = layer_calls(model, [names["shared"], names["down"]])
-    assert all(call not in table.layers for call in calls[id(names["down"])])
-    first, second = calls[id(names["shared"])]
+    assert all(call not in table.layers for call in calls[names["down"]])
+    first, second = calls[names["shared"]]
     plan = keras_alds.select(
         model, 0.05, objective="latency", latency=table, exclude="down", method="energy"
     )
@@ -332,7 +330,7 @@ def test_the_budget_is_kept(method: str, keras_module: ModuleType, runtime: list
         saved = 0
         for choice in plan.factorized:
             assert choice.latency_after < choice.latency_before
-            found = calls[id(layers[choice.layer])]
+            found = calls[layers[choice.layer]]
             truth = sum(made_up(call, choice.slices, choice.rank) for call in found)
             assert abs(choice.latency_after - truth) <= 0.05 * choice.latency_before
             saved += choice.latency_before - choice.latency_after

@@ -1,8 +1,15 @@
-"""The one package that knows there are two Kerases, Keras 3 (`keras`) and `tf_keras`.
+"""All that Keras 3 (`keras`) and `tf_keras` do differently, and every private name of theirs.
 
 Everything else asks `backend_of(model)` for a `Backend` and works through it, so a process may hold
-models of both kinds. The choice follows the class of the object that was given, never an
-environment variable. tf_keras is optional.
+models of both. The choice follows the class of the object that was given, never an environment
+variable. tf_keras is optional.
+
+Each module asks one kind of question, and answers it for Keras 3 and for tf_keras:
+
+- `layers.py`: what a layer holds, and how it becomes another one in place;
+- `graphs.py`: the graph of a symbolic model, and what a model is called on;
+- `training.py`: optimizers, step functions, callbacks;
+- `cloning.py`: copies of models.
 """
 
 from __future__ import annotations
@@ -13,13 +20,43 @@ import sys
 
 import keras
 
-from keras_alds._backend.base import Backend, GraphCall, Model
-from keras_alds._backend.keras3 import Keras3
-from keras_alds._backend.tf_keras import TfKeras
+from keras_alds._backend.cloning import Cloning, Keras3Cloning, TfKerasCloning
+from keras_alds._backend.graphs import GraphCall, Keras3Graphs, TfKerasGraphs
+from keras_alds._backend.layers import Keras3Layers, Model, TfKerasLayers
+from keras_alds._backend.training import Callback, Keras3Training, TfKerasTraining
 
-__all__ = ["KERASES", "Backend", "GraphCall", "backend_of", "load_model", "tf_keras_backend"]
+__all__ = [
+    "KERASES",
+    "Backend",
+    "Callback",
+    "GraphCall",
+    "backend_of",
+    "load_model",
+    "tf_keras_backend",
+]
 
-#: The Kerases by the names of their modules.
+
+class Backend(Cloning):
+    """All that this package asks of Keras 3 or tf_keras."""
+
+
+class Keras3(Keras3Layers, Keras3Graphs, Keras3Training, Keras3Cloning, Backend):
+    """Keras 3."""
+
+    name = "keras"
+    keras = keras
+
+
+class TfKeras(TfKerasLayers, TfKerasGraphs, TfKerasTraining, TfKerasCloning, Backend):
+    """tf_keras, that is Keras 2 on TensorFlow."""
+
+    name = "tf_keras"
+
+    def __init__(self) -> None:
+        self.keras = sys.modules["tf_keras"]
+
+
+#: Keras 3 and tf_keras by the names of their modules.
 KERASES = ("keras", "tf_keras")
 
 _BACKENDS: dict[str, Backend] = {}
@@ -42,10 +79,10 @@ def tf_keras_backend() -> Backend:
 
 
 def load_model(path: str | os.PathLike[str], name: str = KERASES[0]) -> Model:
-    """Loads a saved model with one of the Kerases, without its compile state.
+    """Loads a saved model with Keras 3 or tf_keras, without its compile state.
 
     Raises:
-        ValueError: If there is no such file, or this Keras cannot load it.
+        ValueError: If there is no such file, or it cannot be loaded.
         ImportError: If tf_keras is asked for and is not installed.
     """
     file = os.fspath(path)
@@ -64,10 +101,10 @@ def load_model(path: str | os.PathLike[str], name: str = KERASES[0]) -> Model:
 
 
 def backend_of(model: object) -> Backend:
-    """The backend of the Keras that `model` (a model or layer) belongs to.
+    """The backend of Keras 3 or of tf_keras, whichever `model`, a model or layer, belongs to.
 
     Raises:
-        ValueError: If it belongs to neither Keras.
+        ValueError: If it belongs to neither.
     """
     for name, kind in (("keras", Keras3), ("tf_keras", TfKeras)):
         module = sys.modules.get(name)

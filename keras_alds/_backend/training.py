@@ -1,42 +1,500 @@
-"""What training hands to nobody: the `fit` that is running."""
+"""Training: optimizers and what they keep, step functions, callbacks and backups."""
 
 from __future__ import annotations
 
-import sys
-from typing import Any, NamedTuple
+import contextlib
+import copy
+import inspect
+import os
+import tempfile
+from typing import Any
+
+import h5py
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_alds._backend.layers import (
+    Layers,
+    Model,
+    Optimizer,
+    Undo,
+    Variable,
+    become,
+)
+
+#: What a slot of an optimizer holds: what is linear in past gradients, squared gradients, or an
+#: average of the weight.
+LINEAR, SQUARED, AVERAGE = "linear", "squared", "average"
+
+#: The same by the optimizer's class and the slot's name in Keras 3, in tf_keras, and in tf_keras's
+#: legacy optimizers. RMSprop's momentum sums rescaled gradients, so it is not here; nor is what
+#: follows a maximum.
+_SLOTS: dict[str, dict[str, str]] = {
+    "SGD": dict.fromkeys(("momentums", "momentum"), LINEAR),
+    "Adam": {
+        **dict.fromkeys(("_momentums", "m"), LINEAR),
+        **dict.fromkeys(("_velocities", "_velocity_hats", "v", "vhat"), SQUARED),
+    },
+    "Adamax": dict.fromkeys(("_m", "m"), LINEAR),
+    "Lion": {"_momentums": LINEAR, "momentums": LINEAR},
+    "RMSprop": {
+        **dict.fromkeys(("_velocities", "rms"), SQUARED),
+        **dict.fromkeys(("_average_gradients", "mg"), LINEAR),
+    },
+    "Adagrad": dict.fromkeys(("_accumulators", "accumulator"), SQUARED),
+    "Adadelta": dict.fromkeys(("_accumulated_grads", "accum_grad"), SQUARED),
+}
+_SLOTS["Nadam"] = _SLOTS["Adam"]
+_ANY = {"_accumulated_gradients": LINEAR, "_model_variables_moving_average": AVERAGE}
 
 
-class RunningFit(NamedTuple):
-    """The `fit` of a model that is running.
+def slot_meaning(optimizer: Optimizer, slot: str) -> str | None:
+    """What a slot of an optimizer holds: `LINEAR`, `SQUARED`, `AVERAGE`, or None for the rest."""
+    if slot in _ANY:
+        return _ANY[slot]
+    for cls in type(optimizer).__mro__:
+        if cls.__name__ in _SLOTS:
+            return _SLOTS[cls.__name__].get(slot)
+    return None
 
-    Attributes:
-        x: Its data, or None.
-        callbacks: The callbacks that run in it.
+
+class Callback(keras.callbacks.Callback):
+    """A callback without hooks for batches, for `fit` of Keras 3 and of tf_keras."""
+
+    # tf_keras asks every callback.
+    def _implements_train_batch_hooks(self) -> bool:
+        return False
+
+    _implements_test_batch_hooks = _implements_train_batch_hooks
+    _implements_predict_batch_hooks = _implements_train_batch_hooks
+
+
+class Training(Layers):
+    """Questions about training, with the answers that hold for Keras 3 and tf_keras."""
+
+    def is_compiled(self, model: Model) -> bool:
+        """Whether `compile()` was called on `model`."""
+        raise NotImplementedError
+
+    def optimizers(self, model: Model) -> list[Optimizer]:
+        """Every optimizer that `model` holds: its own and those of a custom `train_step`."""
+        base = self._optimizer_classes()
+        found: dict[Optimizer, None] = {}
+
+        def visit(value: Any, depth: int = 0) -> None:
+            if isinstance(value, base):
+                found.setdefault(value)
+                inner = self.inner_optimizer(value)
+                if inner is not None:
+                    found.setdefault(inner)
+            elif depth < 2 and isinstance(value, dict):
+                for item in value.values():
+                    visit(item, depth + 1)
+            elif depth < 2 and isinstance(value, (list, tuple)):
+                for item in value:
+                    visit(item, depth + 1)
+
+        visit(getattr(model, "optimizer", None))
+        for value in list(vars(model).values()):
+            visit(value)
+        return list(found)
+
+    def _optimizer_classes(self) -> tuple[type, ...]:
+        raise NotImplementedError
+
+    def inner_optimizer(self, optimizer: Optimizer) -> Optimizer | None:
+        """The optimizer that a `LossScaleOptimizer` wraps, or None."""
+        raise NotImplementedError
+
+    def is_optimizer_built(self, optimizer: Optimizer) -> bool:
+        """Whether `optimizer` has its variables."""
+        raise NotImplementedError
+
+    def optimizer_targets(self, optimizer: Optimizer, known: list[Variable]) -> list[Variable]:
+        """The model variables that a built optimizer was built on, in order.
+
+        Args:
+            optimizer: A built optimizer.
+            known: The model's variables: tf_keras keeps no references, only keys.
+        """
+        raise NotImplementedError
+
+    def slots(
+        self, optimizer: Optimizer, targets: list[Variable]
+    ) -> dict[str, list[Variable | None]]:
+        """The optimizer's per-variable state: slot name to one variable per target."""
+        # `iterations` is in the list of all variables, and in no slot.
+        state = {id(v) for v in optimizer.variables if v is not optimizer.iterations}
+        return {
+            name: list(value)
+            for name, value in vars(optimizer).items()
+            if isinstance(value, list)
+            and len(value) == len(targets)
+            and all(item is None or id(item) in state for item in value)
+        }
+
+    def rebuild_optimizer(
+        self,
+        optimizer: Optimizer,
+        old: list[Variable],
+        new: list[Variable],
+        undo_steps: list[Undo],
+    ) -> None:
+        """Builds `optimizer` again, in place, on other model variables.
+
+        Its per-variable state starts at its initial values; iterations, learning rate, schedule
+        and every scalar (loss scale, …) keep theirs.
+
+        Args:
+            optimizer: A built optimizer.
+            old: The model variables that it was built on.
+            new: Those that it is to update from now on.
+            undo_steps: A function that puts everything back is appended before anything changes.
+        """
+        raise NotImplementedError
+
+    def learning_rate(self, optimizer: Optimizer) -> float:
+        """The learning rate that the next step would have."""
+        return float((self.inner_optimizer(optimizer) or optimizer).learning_rate)
+
+    def set_learning_rate(self, optimizer: Optimizer, rate: float) -> None:
+        """Gives an optimizer that is not built a constant rate, also in place of a schedule."""
+        raise NotImplementedError
+
+    def is_excluded_from_weight_decay(self, optimizer: Optimizer, variable: Variable) -> bool:
+        """Whether `exclude_from_weight_decay(var_list=…)` was given this variable."""
+        excluded = getattr(optimizer, "_exclude_from_weight_decay", ())
+        return bool(excluded) and optimizer._var_key(variable) in excluded
+
+    def exclude_from_weight_decay(self, optimizer: Optimizer, variables: list[Variable]) -> Undo:
+        """Adds variables to those that are not decayed; also for an optimizer that is built.
+
+        Returns:
+            A function that puts everything back.
+        """
+        known = getattr(optimizer, "_exclude_from_weight_decay", ())
+        optimizer._exclude_from_weight_decay = [*known, *map(optimizer._var_key, variables)]
+        return lambda: setattr(optimizer, "_exclude_from_weight_decay", known)
+
+    def reset_functions(self, model: Model) -> None:
+        """Forgets the compiled step functions, and makes the train function anew if in `fit`."""
+        training = model.train_function is not None
+        model.train_function = None
+        model.test_function = None
+        model.predict_function = None
+        if training:
+            model.make_train_function(force=True)
+
+    def calling_fit(self, model: Model) -> tuple[Any, list[Any]]:
+        """The data and the callbacks of the `fit` of `model` from which this call comes.
+
+        Keras hands a callback its model, but neither the data nor the callbacks beside it.
+
+        Returns:
+            `x`, or None if no `fit` is calling, and the list of all its callbacks.
+        """
+        x, callbacks = None, None
+        frame = inspect.currentframe()
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if x is None and owner is model and frame.f_code.co_name == "fit":
+                x = frame.f_locals.get("x")
+            if callbacks is None and isinstance(owner, self.keras.callbacks.CallbackList):
+                callbacks = owner.callbacks
+            frame = frame.f_back
+        return x, list(callbacks or [])
+
+    def forget_best(self, callback: Any) -> None:
+        """Makes a stock callback forget the best value and weights that it remembers."""
+        callbacks = self.keras.callbacks
+        if isinstance(callback, (callbacks.EarlyStopping, callbacks.ReduceLROnPlateau)):
+            callback.on_train_begin()
+        elif isinstance(callback, callbacks.ModelCheckpoint) and callback.save_best_only:
+            self._forget_checkpoint(callback)
+
+    def _forget_checkpoint(self, callback: Any) -> None:
+        raise NotImplementedError
+
+    def missing_in_backup(self, callback: Any, model: Model) -> str | None:
+        """The first weight of `model` that the backup of a `BackupAndRestore` lacks.
+
+        The backup is compared with what `model` would save now, by the names that Keras restores
+        by, and by shapes.
+
+        Returns:
+            Its name and shape, or None: it has all of them, there is no backup, or `callback` is
+            another callback.
+        """
+        if not isinstance(callback, self.keras.callbacks.BackupAndRestore) or not model.built:
+            return None
+        backup = self._backup(callback)
+        if backup is None:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            saved = self._saved(model, folder)
+        for name, shape in saved.items():
+            # An optimizer may not be built yet, or may be another one.
+            if backup.get(name) != shape and "optimizer" not in name:
+                return f"'{name}' of shape {shape}"
+        return None
+
+    def _backup(self, callback: Any) -> dict[str, tuple[int, ...]] | None:
+        """Names and shapes in the backup that `callback` would restore, or None."""
+        raise NotImplementedError
+
+    def _saved(self, model: Model, folder: str) -> dict[str, tuple[int, ...]]:
+        """The same of what `model` saves, for which there is a `folder`."""
+        raise NotImplementedError
+
+
+class Keras3Training(Training):
+    """The answers of Keras 3."""
+
+    def is_compiled(self, model: Model) -> bool:
+        return bool(model.compiled)
+
+    def _optimizer_classes(self) -> tuple[type, ...]:
+        return (keras.optimizers.Optimizer,)
+
+    def inner_optimizer(self, optimizer: Optimizer) -> Optimizer | None:
+        return getattr(optimizer, "inner_optimizer", None)
+
+    def is_optimizer_built(self, optimizer: Optimizer) -> bool:
+        return bool(optimizer.built)
+
+    def optimizer_targets(self, optimizer: Optimizer, known: list[Variable]) -> list[Variable]:
+        return list(optimizer._trainable_variables)
+
+    def rebuild_optimizer(
+        self,
+        optimizer: Optimizer,
+        old: list[Variable],
+        new: list[Variable],
+        undo_steps: list[Undo],
+    ) -> None:
+        tracker = optimizer._tracker
+        restore, config, ids = remember(optimizer), tracker.config, tracker.stored_ids
+
+        def undo() -> None:
+            restore()
+            tracker.config, tracker.stored_ids = config, ids
+
+        undo_steps.append(undo)
+        wrapper = self.inner_optimizer(optimizer) is not None
+        dropped = {id(v) for slot in self.slots(optimizer, old).values() for v in slot}
+        # Scalars that `build` makes (loss scale, step counters, …) keep their value by attribute.
+        scalars = {
+            name: value
+            for name, value in vars(optimizer).items()
+            if isinstance(value, keras.Variable) and tuple(value.shape) == ()
+        }
+        _track(optimizer, [v for v in optimizer._variables if id(v) not in dropped])
+        optimizer._trainable_variables_indices = {}
+        if wrapper:
+            # `LossScaleOptimizer.build` would make its counters anew and build the inner one.
+            keras.optimizers.Optimizer.build(optimizer, new)
+        else:
+            optimizer.built = False
+            optimizer.build(new)
+            made = {name: getattr(optimizer, name) for name in scalars}
+            again = [name for name, value in scalars.items() if made[name] is not value]
+            for name in again:
+                made[name].assign(scalars[name])
+            dropped = {id(scalars[name]) for name in again}
+            _track(optimizer, [v for v in optimizer._variables if id(v) not in dropped])
+
+    def _forget_checkpoint(self, callback: Any) -> None:
+        callback.best = None
+
+    def _backup(self, callback: Any) -> dict[str, tuple[int, ...]] | None:
+        latest = os.path.join(callback.backup_dir, "latest.weights.h5")
+        for path in (latest, f"{latest}.bkp"):  # the second in place of a broken first
+            with contextlib.suppress(OSError):
+                return _datasets(path)
+        return None
+
+    def _saved(self, model: Model, folder: str) -> dict[str, tuple[int, ...]]:
+        path = os.path.join(folder, "model.weights.h5")
+        model.save_weights(path)
+        return _datasets(path)
+
+
+class TfKerasTraining(Training):
+    """The answers of tf_keras, which has its optimizers of before 2.11 as `legacy` ones too."""
+
+    def is_compiled(self, model: Model) -> bool:
+        return model.compiled_loss is not None
+
+    def _optimizer_classes(self) -> tuple[type, ...]:
+        optimizers = self.keras.optimizers
+        return (optimizers.Optimizer, optimizers.legacy.Optimizer)
+
+    def _is_legacy(self, optimizer: Optimizer) -> bool:
+        return isinstance(optimizer, self.keras.optimizers.legacy.Optimizer)
+
+    def inner_optimizer(self, optimizer: Optimizer) -> Optimizer | None:
+        if hasattr(type(optimizer), "inner_optimizer"):
+            return optimizer.inner_optimizer
+        return None
+
+    def is_optimizer_built(self, optimizer: Optimizer) -> bool:
+        if self.inner_optimizer(optimizer) is not None:
+            return False  # a wrapper holds no per-variable state: its inner optimizer does
+        if self._is_legacy(optimizer):
+            return len(optimizer.weights) > 1  # the first is `iterations`
+        return bool(getattr(optimizer, "_built", False))
+
+    def optimizer_targets(self, optimizer: Optimizer, known: list[Variable]) -> list[Variable]:
+        if self._is_legacy(optimizer):
+            names = optimizer.get_slot_names()
+            return [
+                v for v in known if any(_legacy_slot(optimizer, v, n) is not None for n in names)
+            ]
+        by_key = {optimizer._var_key(v): v for v in known}
+        keys = sorted(optimizer._index_dict, key=optimizer._index_dict.get)
+        if not all(key in by_key for key in keys):
+            raise ValueError(
+                f"Expected the optimizer '{optimizer.name}' to update only variables that the "
+                f"model holds. Received: one that was also built on {len(set(keys) - set(by_key))} "
+                "others, and tf_keras does not keep them. Give each its own optimizer."
+            )
+        return [by_key[key] for key in keys]
+
+    def slots(
+        self, optimizer: Optimizer, targets: list[Variable]
+    ) -> dict[str, list[Variable | None]]:
+        if not self._is_legacy(optimizer):
+            return super().slots(optimizer, targets)
+        return {
+            name: [_legacy_slot(optimizer, v, name) for v in targets]
+            for name in optimizer.get_slot_names()
+        }
+
+    def learning_rate(self, optimizer: Optimizer) -> float:
+        inner = self.inner_optimizer(optimizer) or optimizer
+        # For a schedule `learning_rate` is the rate of the last step that this optimizer made.
+        rate = getattr(inner, "_learning_rate", inner.learning_rate)
+        return float(rate(inner.iterations) if callable(rate) else rate)
+
+    def set_learning_rate(self, optimizer: Optimizer, rate: float) -> None:
+        inner = self.inner_optimizer(optimizer) or optimizer
+        if self._is_legacy(inner):
+            inner._hyper["learning_rate"] = rate
+        else:
+            inner._learning_rate = inner._build_learning_rate(rate)
+
+    def rebuild_optimizer(
+        self,
+        optimizer: Optimizer,
+        old: list[Variable],
+        new: list[Variable],
+        undo_steps: list[Undo],
+    ) -> None:
+        if self._is_legacy(optimizer):
+            return self._rebuild_legacy(optimizer, old, new, undo_steps)
+        undo_steps.append(remember(optimizer))
+        _forget_children(optimizer)
+        dropped = {id(v) for slot in self.slots(optimizer, old).values() for v in slot}
+        scalars = {
+            name: value
+            for name, value in vars(optimizer).items()
+            if isinstance(value, tf.Variable) and value.shape.rank == 0
+        }
+        optimizer._variables = [v for v in optimizer._variables if id(v) not in dropped]
+        optimizer._built = False
+        optimizer.build(new)
+        for name, value in scalars.items():
+            if getattr(optimizer, name) is not value:
+                getattr(optimizer, name).assign(value)
+
+    def _rebuild_legacy(
+        self,
+        optimizer: Optimizer,
+        old: list[Variable],
+        new: list[Variable],
+        undo_steps: list[Undo],
+    ) -> None:
+        slots, weights = dict(optimizer._slots), list(optimizer.weights)
+
+        def undo() -> None:
+            optimizer._slots.clear()
+            optimizer._slots.update(slots)
+            optimizer.weights[:] = weights
+
+        undo_steps.append(undo)
+        # All of them: a loaded model reads its state by their order.
+        dropped = {id(v) for slot in self.slots(optimizer, old).values() for v in slot}
+        for key, by_name in slots.items():
+            if any(id(v) in dropped for v in by_name.values()):
+                del optimizer._slots[key]
+        optimizer.weights[:] = [w for w in weights if id(w) not in dropped]
+        optimizer._create_all_weights(new)
+
+    def _forget_checkpoint(self, callback: Any) -> None:
+        callback.best = np.inf if callback.monitor_op is np.less else -np.inf
+
+    def _backup(self, callback: Any) -> dict[str, tuple[int, ...]] | None:
+        latest = tf.train.latest_checkpoint(os.path.join(callback.backup_dir, "chief"))
+        return None if latest is None else _variables(latest)
+
+    def _saved(self, model: Model, folder: str) -> dict[str, tuple[int, ...]]:
+        path = tf.train.Checkpoint(model=model).write(os.path.join(folder, "model"))
+        for optimizer in self.optimizers(model):
+            _forget_children(optimizer)
+        return _variables(path)
+
+
+def remember(obj: Any) -> Undo:
+    """A function that gives an object its present attributes back.
+
+    What TensorFlow tracks of it is copied: it is changed in place whenever one is assigned.
     """
+    before = {
+        name: copy.copy(value) if name.startswith("_self_") else value
+        for name, value in vars(obj).items()
+    }
+    return lambda: become(obj, type(obj), before)
 
-    x: Any
-    callbacks: list[Any]
 
+def _track(optimizer: Optimizer, variables: list[Variable]) -> None:
+    """Lets an optimizer hold these variables, in a new list.
 
-def calling_fit(model: Any, callback: Any) -> RunningFit:
-    """Looks for the `fit` that is calling a callback; Keras hands it neither data nor callbacks.
-
-    Args:
-        model: The model that is being trained.
-        callback: A callback of that training.
-
-    Returns:
-        What was found; None and no callbacks outside of `fit`.
+    TensorFlow saves no list that something was taken out of; and Keras would make one of its own
+    of a list that is assigned.
     """
-    x: Any = None
-    callbacks: list[Any] = []
-    frame = sys._getframe()
-    while frame.f_back is not None and (x is None or not callbacks):
-        frame = frame.f_back
-        owner = frame.f_locals.get("self")
-        if x is None and frame.f_code.co_name == "fit" and owner is model:
-            x = frame.f_locals.get("x")
-        held = getattr(owner, "callbacks", None)
-        if not callbacks and isinstance(held, list) and any(item is callback for item in held):
-            callbacks = held
-    return RunningFit(x, callbacks)
+    stored = tf.__internal__.tracking.wrap(variables)
+    optimizer.__dict__["_variables"] = stored
+    optimizer._track_trackable(stored, "_variables", overwrite=True)
+    tracker = optimizer._tracker
+    accepts, _ = tracker.config["variables"]
+    tracker.config = {**tracker.config, "variables": (accepts, stored)}
+    tracker.stored_ids = {**tracker.stored_ids, "variables": set(map(id, variables))}
+
+
+def _datasets(path: str) -> dict[str, tuple[int, ...]]:
+    found = {}
+
+    def visit(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            found[name] = tuple(item.shape)
+
+    with h5py.File(path) as file:
+        file.visititems(visit)
+    return found
+
+
+def _variables(checkpoint: str) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(shape) for name, shape in tf.train.list_variables(checkpoint)}
+
+
+def _forget_children(optimizer: Optimizer) -> None:
+    # What an optimizer saved in its first checkpoint it goes on saving.
+    optimizer.__dict__.pop("_coalesced_children", None)
+
+
+def _legacy_slot(optimizer: Optimizer, variable: Variable, name: str) -> Variable | None:
+    try:
+        return optimizer.get_slot(variable, name)
+    except KeyError:
+        return None

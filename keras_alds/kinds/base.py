@@ -168,7 +168,7 @@ class Kind:
         return None
 
     def calling_kernels(
-        self, layer: Any, wanted: Collection[int], values: bool
+        self, layer: Any, wanted: Collection[Any], values: bool
     ) -> contextlib.AbstractContextManager[None]:
         """Lets the layer call its `kernels` as layers while inside; see `calling_kernels`."""
         return contextlib.nullcontext()
@@ -547,9 +547,9 @@ def calling_kernels(model: Any, layers: Iterable[Any], *, values: bool = True) -
         layers: The kernels to be called. Others that are no such kernels may be among them.
         values: Whether the values matter, and not only the shapes. Defaults to True.
     """
-    wanted = {id(layer) for layer in layers}
+    wanted = set(layers)
     with contextlib.ExitStack() as stack:
-        for layer in {id(layer): layer for layer in below(model)}.values():
+        for layer in dict.fromkeys(below(model)):
             stack.enter_context(stock_kind(layer).calling_kernels(layer, wanted, values))
         yield
 

@@ -749,12 +749,12 @@ class Running(Kind):
         return ([value, *states] if states else value, *args[1:]), kwargs
 
     @contextlib.contextmanager
-    def calling_kernels(self, layer: Any, wanted: Collection[int], values: bool) -> Iterator[None]:
+    def calling_kernels(self, layer: Any, wanted: Collection[Any], values: bool) -> Iterator[None]:
         # On all time steps at once. Steps that a mask takes out are left out. Stateful layers have
         # their states back afterwards.
         cell = getattr(layer, "cell", None)
         kernels = {} if cell is None else all_kernels(cell)
-        kernels = {name: kernel for name, kernel in kernels.items() if id(kernel) in wanted}
+        kernels = {name: kernel for name, kernel in kernels.items() if kernel in wanted}
         if not kernels:
             yield
             return

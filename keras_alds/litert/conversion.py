@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import struct
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -315,7 +314,7 @@ class _Calibration:
         self, model: Any, data: Any, limit: int | None, batch_size: int, progress: Progress
     ) -> None:
         examples = Examples(model, data, limit, "representative_data")
-        names = _input_layers(model)
+        names = _backend.backend_of(model).input_names(model)
         task = progress.add_task("representative data", total=examples.total)
         rows: list[list[np.ndarray]] = []
         count = 0
@@ -354,7 +353,7 @@ class _Signature:
 
     def __init__(self, backend: _backend.Backend, model: Any, specs: Any) -> None:
         flat = tf.nest.flatten(specs)
-        keys = sorted(specs) if isinstance(specs, dict) else _input_layers(model)
+        keys = sorted(specs) if isinstance(specs, dict) else backend.input_names(model)
         self.input_names = _names(keys, "input", len(flat))
         self.output_names: list[str] = []
 
@@ -394,27 +393,20 @@ class _Signature:
     def in_order(self, content: bytes) -> bytes:
         """The file with inputs and outputs in the model's order: the converter shuffles them."""
         schema = _package.schema()
-        model = schema.Model.GetRootAs(content, 0)
+        changed = bytearray(content)
+        model = schema.Model.GetRootAs(changed, 0)
         signature = schema.ModelT.InitFromObj(model).signatureDefs[0]
-        graph, changed = model.Subgraphs(0), bytearray(content)
+        graph = model.Subgraphs(0)
         ends = (
-            (graph.InputsAsNumpy(), 6, signature.inputs, self.input_names),
-            (graph.OutputsAsNumpy(), 8, signature.outputs, self.output_names),
+            (graph.InputsAsNumpy(), signature.inputs, self.input_names),
+            (graph.OutputsAsNumpy(), signature.outputs, self.output_names),
         )
-        for found, field, entries, names in ends:
+        for found, entries, names in ends:
             index = {entry.name.decode(): int(entry.tensorIndex) for entry in entries}
             wanted = [index[name] for name in names if name in index]
-            if sorted(wanted) != sorted(map(int, found)):
-                continue  # an output that is given twice
-            start = graph._tab.Vector(graph._tab.Offset(field))
-            struct.pack_into(f"<{len(wanted)}i", changed, start, *wanted)
+            if sorted(wanted) == sorted(map(int, found)):  # not if an output is given twice
+                found[:] = wanted  # a view of `changed`
         return bytes(changed)
-
-
-def _input_layers(model: Any) -> list[str]:
-    """The names of a symbolic model's input layers."""
-    tensors = getattr(model, "inputs", None) or []
-    return [tensor._keras_history[0].name for tensor in tensors]
 
 
 def _names(names: Sequence[str], default: str, count: int) -> list[str]:

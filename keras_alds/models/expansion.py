@@ -10,13 +10,14 @@ import numpy as np
 from keras_alds import _backend
 from keras_alds._backend import tensors as nest
 from keras_alds._backend import wrappers
-from keras_alds._backend.layers import dtype_policy
+from keras_alds._backend.graphs import mask_of
+from keras_alds._backend.layers import KerasModel, dtype_policy
 from keras_alds.kinds.base import is_factorized, stock_kind
 from keras_alds.models.inventory import contains_factorized, walk
 from keras_alds.models.rebuild import GraphRebuilder, Piece, check_symbolic, first_tensor
 
 
-def expand(model: Any, *, fold_batch_norm: bool = False) -> Any:
+def expand(model: KerasModel, *, fold_batch_norm: bool = False) -> KerasModel:
     """Returns a new model in which every factorized layer is written out as stock layers.
 
     The new model needs nothing of this package: it loads where `keras_alds` is not installed, and
@@ -99,19 +100,19 @@ class _Expander(GraphRebuilder):
 
     def __init__(self, backend: _backend.Backend, model: Any, fold_batch_norm: bool) -> None:
         super().__init__(backend, backend)
-        self._made: dict[tuple[int, Any], Any] = {}
-        self._folded: dict[int, Any] = {}
-        self._dropped: set[int] = set()
+        self._made: dict[tuple[Any, Any], Any] = {}
+        self._folded: dict[Any, Any] = {}
+        self._dropped: set[Any] = set()
         if fold_batch_norm:
             self._plan_folding(model)
 
     # -- What takes a layer's place ----------------------------------------------------------
 
     def pieces(self, call: _backend.GraphCall) -> list[Piece]:
-        if id(call.layer) in self._dropped:
+        if call.layer in self._dropped:
             return []
         tensor = first_tensor(call)
-        masked = getattr(tensor, "_keras_mask", None) is not None
+        masked = mask_of(tensor) is not None
         return self._pieces(call.layer, getattr(tensor, "shape", ()), masked)
 
     def last_call(
@@ -148,7 +149,7 @@ class _Expander(GraphRebuilder):
         """A new layer like one that is not written out."""
         config = layer.get_config()
         values, origins = layer.get_weights(), list(layer.weights)
-        if id(layer) in self._folded:
+        if layer in self._folded:
             config["use_bias"] = True
             kernels = len(values) - bool(layer.use_bias)
             values = self._fold(layer, values[:kernels])
@@ -166,7 +167,7 @@ class _Expander(GraphRebuilder):
                 config["name"] = self.unique(wrapper.name + suffix)
             return type(wrapper)(piece, **config)
 
-        return self.once(wrapper, id(piece), make)
+        return self.once(wrapper, piece, make)
 
     # -- What kinds are offered: `kinds.base.Writer` -----------------------------------------
 
@@ -175,9 +176,9 @@ class _Expander(GraphRebuilder):
         return self.source.keras.layers
 
     def once(self, layer: Any, key: Any, make: Callable[[], Any]) -> Any:
-        if (id(layer), key) not in self._made:
-            self._made[id(layer), key] = make()
-        return self._made[id(layer), key]
+        if (layer, key) not in self._made:
+            self._made[layer, key] = make()
+        return self._made[layer, key]
 
     def value(self, variable: Any) -> np.ndarray:
         return self.source.value(variable)
@@ -196,7 +197,7 @@ class _Expander(GraphRebuilder):
     def decoder_options(self, layer: Any) -> dict[str, Any]:
         return {
             "name": layer.name,
-            "use_bias": layer.use_bias or id(layer) in self._folded,
+            "use_bias": layer.use_bias or layer in self._folded,
             "activation": layer.activation,
             "kernel_initializer": self.copied(layer.decoder_initializer),
             "bias_initializer": self.copied(layer.bias_initializer),
@@ -218,7 +219,7 @@ class _Expander(GraphRebuilder):
         self, layer: Any, encoder: Any, decoder: Any, kernel: np.ndarray | None = None
     ) -> list[Piece]:
         values = [self.value(layer.decoder) if kernel is None else kernel]
-        if id(layer) in self._folded:
+        if layer in self._folded:
             values = self._fold(layer, values)
         elif layer.use_bias:
             values.append(self.value(layer.bias))
@@ -228,7 +229,7 @@ class _Expander(GraphRebuilder):
 
     def _bias(self, layer: Any) -> Any:
         """The weight in whose place the bias of a layer is once it is written out, or None."""
-        norm = self._folded.get(id(layer))
+        norm = self._folded.get(layer)
         return getattr(layer, "bias", None) if layer.use_bias or norm is None else norm.beta
 
     # -- BatchNormalization ------------------------------------------------------------------
@@ -237,9 +238,9 @@ class _Expander(GraphRebuilder):
         """Finds the pairs to fold; warns of the BatchNormalization layers that stay."""
         graphs = [model, *(m for _, m in walk(model) if self.source.is_symbolic(m))]
         calls = [(graph, call) for graph in graphs for call in self.source.graph(graph)]
-        count: dict[int, int] = {}
+        count: dict[Any, int] = {}
         for _, call in calls:
-            count[id(call.layer)] = count.get(id(call.layer), 0) + 1
+            count[call.layer] = count.get(call.layer, 0) + 1
         stay = {}
         seen = set()
         for graph in graphs:
@@ -247,22 +248,19 @@ class _Expander(GraphRebuilder):
             for call in inner:
                 if not isinstance(call.layer, self.source.keras.layers.BatchNormalization):
                     continue
-                seen.add(id(call.layer))
+                seen.add(call.layer)
                 before, reason = self._foldable(graph, call, inner, count)
                 if reason is None and graph is model:
                     outputs = nest.flatten(self.source.graph_ends(model)[1])
                     if any(output is call.outputs[0] for output in outputs):
                         reason = "the model returns its output"
                 if reason is None:
-                    self._folded[id(before)] = call.layer
-                    self._dropped.add(id(call.layer))
+                    self._folded[before] = call.layer
+                    self._dropped.add(call.layer)
                 else:
                     stay[call.layer.name] = reason
         for path, layer in walk(model):
-            if (
-                isinstance(layer, self.source.keras.layers.BatchNormalization)
-                and id(layer) not in seen
-            ):
+            if isinstance(layer, self.source.keras.layers.BatchNormalization) and layer not in seen:
                 stay[path] = "it is inside a wrapper or custom layer"
         if stay:
             listed = "; ".join(f"'{name}': {reason}" for name, reason in stay.items())
@@ -272,7 +270,7 @@ class _Expander(GraphRebuilder):
             )
 
     def _foldable(
-        self, graph: Any, call: Any, calls: list[Any], count: dict[int, int]
+        self, graph: Any, call: Any, calls: list[Any], count: dict[Any, int]
     ) -> tuple[Any, str | None]:
         """The layer that a BatchNormalization can be folded into, or why it cannot."""
         tensor = first_tensor(call)
@@ -284,7 +282,7 @@ class _Expander(GraphRebuilder):
             return None, f"'{layer.name}' before it has an activation"
         if layer.activity_regularizer is not None:
             return None, f"'{layer.name}' before it has an activity regularizer"
-        if count[id(layer)] > 1 or count[id(call.layer)] > 1:
+        if count[layer] > 1 or count[call.layer] > 1:
             return None, f"it or '{layer.name}' before it is called several times"
         uses = sum(
             leaf is tensor
@@ -308,7 +306,7 @@ class _Expander(GraphRebuilder):
 
     def _fold(self, layer: Any, kernels: list[np.ndarray]) -> list[np.ndarray]:
         """The weights of `layer`, given those but the bias, with its normalization folded in."""
-        norm = self._folded[id(layer)]
+        norm = self._folded[layer]
 
         def value(variable: Any, default: float) -> np.ndarray:
             given = default if variable is None else self.source.value(variable)

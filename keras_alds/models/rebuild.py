@@ -50,7 +50,7 @@ class GraphRebuilder:
         self.source = source
         self.target = target
         self.names: set[str] = set()
-        self._models: dict[int, Any] = {}
+        self._models: dict[Any, Any] = {}
         self._flags: list[tuple[Any, Any]] = []  # (old, new): children before their parents
         self._values: list[tuple[Any, list[np.ndarray]]] = []
         self._origins: list[tuple[Any, list[Any]]] = []
@@ -146,10 +146,10 @@ class GraphRebuilder:
 
     def model(self, model: Any) -> Any:
         """The new model for a symbolic model; the same one every time it is asked for."""
-        if id(model) not in self._models:
-            self._models[id(model)] = self._rebuilt(model)
-            self.record(model, self._models[id(model)])
-        return self._models[id(model)]
+        if model not in self._models:
+            self._models[model] = self._rebuilt(model)
+            self.record(model, self._models[model])
+        return self._models[model]
 
     def _rebuilt(self, model: Any) -> Any:
         steps = []

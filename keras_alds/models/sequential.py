@@ -55,7 +55,7 @@ class _Step:
         kwargs: Its keyword arguments, likewise.
         inputs: The tensors among them.
         outputs: The tensors that come out.
-        inside: Ids of the candidates that it runs.
+        inside: The candidates that it runs.
     """
 
     layer: Any
@@ -63,7 +63,7 @@ class _Step:
     kwargs: dict[str, Any]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    inside: frozenset[int]
+    inside: frozenset[Any]
 
 
 class _Program:
@@ -71,8 +71,8 @@ class _Program:
 
     def __init__(self, model: Any, layers: Sequence[Any]) -> None:
         self._backend = _backend.backend_of(model)
-        self._ids = {id(layer) for layer in layers}
-        self._inside: dict[int, frozenset[int]] = {}
+        self._wanted = frozenset(layers)
+        self._inside: dict[Any, frozenset[Any]] = {}
         self._tensors = 0
         self.model = model
         self.steps: list[_Step] = []
@@ -88,7 +88,7 @@ class _Program:
         """Takes the whole model as one step, called on a structure of inputs."""
         self.inputs = self._new(len(nest.flatten(structure)))
         slots = nest.pack_sequence_as(structure, [_Slot(tensor) for tensor in self.inputs])
-        self.steps = [_Step(self.model, (slots,), {}, tuple(self.inputs), (), frozenset(self._ids))]
+        self.steps = [_Step(self.model, (slots,), {}, tuple(self.inputs), (), self._wanted)]
 
     def _new(self, count: int) -> list[int]:
         self._tensors += count
@@ -144,15 +144,14 @@ class _Program:
         self.steps.append(step)
         return output
 
-    def _candidates_in(self, layer: Any) -> frozenset[int]:
+    def _candidates_in(self, layer: Any) -> frozenset[Any]:
         if not isinstance(layer, self._backend.keras.layers.Layer):
             return frozenset()
-        if id(layer) not in self._inside:
+        if layer not in self._inside:
             inside = [layer, *below(layer)]
             kernels = [k for inner in inside for k in stock_kind(inner).kernels(inner).values()]
-            ids = map(id, [*inside, *kernels])
-            self._inside[id(layer)] = frozenset(self._ids.intersection(ids))
-        return self._inside[id(layer)]
+            self._inside[layer] = self._wanted.intersection([*inside, *kernels])
+        return self._inside[layer]
 
 
 def _is_slot(leaf: Any) -> bool:
@@ -190,9 +189,9 @@ class Walk:
         self._backend = _backend.backend_of(model)
         self._store = Store() if store is None else store
         self._chunks = len(examples)
-        self._layers = {id(layer): layer for layer in layers}
-        self._places = {**self._layers, **{id(layer): layer for layer, _ in given}}
-        self._compressed = {id(layer): compressed for layer, compressed in given}
+        self._layers = list(layers)
+        self._places = [*layers, *(layer for layer, _ in given)]
+        self._compressed = dict(given)
         self._values: dict[int, _Pair] = {}
         self._provisional: dict[int, _Pair] = {}
         self._done = set(self._compressed)
@@ -206,34 +205,34 @@ class Walk:
         ):
             self._values[tensor] = kept, kept
         self._steps = self._program.steps
-        self._calls: dict[int, list[int]] = {key: [] for key in self._layers}
+        self._calls: dict[Any, list[int]] = {layer: [] for layer in layers}
         for number, step in enumerate(self._steps):
-            for key in step.inside & self._calls.keys():
-                self._calls[key].append(number)
+            for layer in step.inside & self._calls.keys():
+                self._calls[layer].append(number)
         self._makers = {t: n for n, step in enumerate(self._steps) for t in step.outputs}
-        self.order = [self._layers[key] for key in self._order(first_calls)]
-        self._done |= self._layers.keys() - first_calls.keys()  # no example reaches these
+        self.order = self._order(first_calls)
+        self._done |= set(layers) - first_calls.keys()  # no example reaches these
         self._ran: set[int] = set()
         self._uses = self._count_uses()
 
     # -- Preparation -------------------------------------------------------------------------
 
-    def _read(self, model: Any, batch: Any) -> tuple[_Program, dict[int, int]]:
+    def _read(self, model: Any, batch: Any) -> tuple[_Program, dict[Any, int]]:
         """The program, and the candidates in the order of their first calls."""
-        first_calls: dict[int, int] = {}
+        first_calls: dict[Any, int] = {}
 
         def watch(layer: Any, inputs: Any, outputs: Any) -> Any:
-            first_calls.setdefault(id(layer), len(first_calls))
+            first_calls.setdefault(layer, len(first_calls))
             return outputs
 
-        layers = list(self._layers.values())
+        layers = self._layers
         with (
             run_as_code(model),
             self._backend.watching_calls(layers, watch),
             calling_kernels(model, layers),
         ):
             model(batch, training=False)
-        program = _Program(model, list(self._places.values()))
+        program = _Program(model, self._places)
         if self._backend.runs_graph(model):
             program.from_graph()
         else:
@@ -246,35 +245,35 @@ class Walk:
             return self._backend.graph_inputs(model, batch)
         return nest.flatten(batch)
 
-    def _order(self, first_calls: dict[int, int]) -> list[int]:
+    def _order(self, first_calls: dict[Any, int]) -> list[Any]:
         """The candidates so that each comes after all that its inputs depend on.
 
         Where layers depend on each other through shared calls, the one that is called first goes
         first.
         """
-        above: dict[int, frozenset[int]] = {tensor: frozenset() for tensor in self._program.inputs}
-        needs: dict[int, set[int]] = {key: set() for key in first_calls}
+        above: dict[int, frozenset[Any]] = {tensor: frozenset() for tensor in self._program.inputs}
+        needs: dict[Any, set[Any]] = {layer: set() for layer in first_calls}
         for step in self._steps:
             before = frozenset().union(*(above[tensor] for tensor in step.inputs))
-            for key in step.inside & needs.keys():
-                needs[key] |= (before & needs.keys()) - {key}
+            for layer in step.inside & needs.keys():
+                needs[layer] |= (before & needs.keys()) - {layer}
                 inside = step.inside & needs.keys()
-                needs[key] |= {k for k in inside if first_calls[k] < first_calls[key]}
+                needs[layer] |= {k for k in inside if first_calls[k] < first_calls[layer]}
             above.update(dict.fromkeys(step.outputs, before | step.inside))
-        order: list[int] = []
-        left = sorted(needs, key=lambda key: first_calls[key])
+        order: list[Any] = []
+        left = sorted(needs, key=lambda layer: first_calls[layer])
         while left:
-            free = (key for key in left if needs[key].issubset(order))
+            free = (layer for layer in left if needs[layer].issubset(order))
             order.append(next(free, left[0]))
             left.remove(order[-1])
         return order
 
     def _count_uses(self) -> dict[int, int]:
         """How often every tensor will be read until the last candidate is compressed."""
-        recorded = [(n, key) for key, calls in self._calls.items() for n in calls]
-        needed = self._pending([t for n, _ in recorded for t in self._steps[n].inputs])
+        recorded = [n for calls in self._calls.values() for n in calls]
+        needed = self._pending([t for n in recorded for t in self._steps[n].inputs])
         uses = dict.fromkeys(self._program.inputs, 0)
-        for n in [*needed, *(n for n, _ in recorded)]:
+        for n in [*needed, *recorded]:
             for tensor in self._steps[n].inputs:
                 uses[tensor] = uses.get(tensor, 0) + 1
         return uses
@@ -310,21 +309,20 @@ class Walk:
                 progress()
 
     def _compress(self, layer: Any, decide: Decide) -> None:
-        key = id(layer)
         moment, target = self._observe(layer)
         compressed = decide(layer, moment, target)
-        self._done.add(key)
+        self._done.add(layer)
         if compressed is not None:
-            self._compressed[key] = compressed
+            self._compressed[layer] = compressed
         for pair in self._provisional.values():
             self._drop(pair)
         self._provisional.clear()
-        for number in self._calls[key]:
+        for number in self._calls[layer]:
             self._release(self._steps[number].inputs)
 
     def _observe(self, layer: Any) -> tuple[SecondMoment, Array]:
         """The second moment of what a layer sees now, and the kernel that is best for it."""
-        calls = self._calls[id(layer)]
+        calls = self._calls[layer]
         self._ensure([tensor for n in calls for tensor in self._steps[n].inputs])
         sums = PairAccumulator(kernel_values(layer), overwrite=True)
         held = held_out(self._chunks)
@@ -425,8 +423,8 @@ class Walk:
             return self._store.load(self._pair(leaf.tensor)[version][chunk])
 
         args, kwargs = nest.map_structure(value, (step.args, step.kwargs))
-        inside = self._compressed.keys() & step.inside if version else ()
-        with _in_place_of([(self._places[key], self._compressed[key]) for key in sorted(inside)]):
+        inside = [pair for pair in self._compressed.items() if version and pair[0] in step.inside]
+        with _in_place_of(inside):
             outputs = self._backend.infer(step.layer, args, kwargs)
         return nest.flatten(outputs)
 

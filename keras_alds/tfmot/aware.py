@@ -192,12 +192,11 @@ def _check_fit_options(backend: _backend.Backend, options: Mapping[str, Any]) ->
     _check_names("fit_options", options, backend.keras.Model.fit)
     given = options.get("callbacks")
     callbacks = given if isinstance(given, (list, tuple)) else [given]
-    # `ALDSCompress` is of both: tf_keras asks every callback for this.
     if wrong := [
         type(callback).__name__
         for callback in callbacks
         if isinstance(callback, keras.callbacks.Callback)
-        and not hasattr(callback, "_implements_train_batch_hooks")
+        and not isinstance(callback, _backend.Callback)
     ]:
         raise ValueError(
             "Expected callbacks of tf_keras, in which the training runs. "

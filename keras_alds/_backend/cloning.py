@@ -1,0 +1,265 @@
+"""Copies of models, with their weights and their compile state."""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+import warnings
+from collections.abc import Collection
+from types import ModuleType
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_alds._backend.graphs import Graphs
+from keras_alds._backend.layers import Layer, Model, Optimizer, Pairs, static_shape
+from keras_alds._backend.training import Training
+
+
+class Cloning(Graphs, Training):
+    """Copies of models, as far as they are made alike in Keras 3 and tf_keras."""
+
+    def copy_model(self, model: Model) -> Model:
+        """A new model of the same class, architecture, weights and compile state.
+
+        Functional and Sequential models are cloned layer by layer, nested models included;
+        subclassed ones are made again by `from_config(get_config())`.
+
+        Raises:
+            ValueError: If a subclassed model cannot be made again from its config.
+        """
+        if self.is_symbolic(model) and _is_plain_constructor(self.keras, type(model)):
+            try:
+                copy = self._clone(model)
+            except Exception as error:
+                raise ValueError(
+                    f"A copy of the model '{model.name}' could not be made from the configs of its "
+                    f"layers ({type(error).__name__}: {error}). Expected every layer, function and "
+                    "initializer to be one that can be made again. Remedy: register your own with "
+                    f"`{self.name}.saving.register_keras_serializable`, or compress in training "
+                    "with `ALDSCompress`, or in place with `apply_plan`."
+                ) from error
+            if type(copy) is not type(model):
+                copy = type(model)(copy.inputs, copy.outputs, name=model.name)
+        else:
+            copy = self._copy_subclassed(model)
+        if _shapes(copy) != _shapes(model):
+            raise ValueError(
+                f"Expected a copy of the model '{model.name}', made from its config, to have the "
+                f"same weights. Received: {len(copy.weights)} weights in the copy, "
+                f"{len(model.weights)} in the model, or other shapes. Make `get_config()` of "
+                f"{type(model).__name__} and of its layers return every constructor argument."
+            )
+        copy.set_weights(model.get_weights())
+        layers = zip(self._flatten(model), self._flatten(copy), strict=True)
+        # Whoever sets `trainable` sets it for all layers inside: these come later.
+        for old, new in sorted(layers, key=lambda pair: -len(self._flatten(pair[0]))):
+            self._copy_layer_state(old, new)
+        self.copy_compile_state(model, copy, zip(model.weights, copy.weights, strict=True))
+        return copy
+
+    def _copy_layer_state(self, old: Layer, new: Layer) -> None:
+        """Copies what a layer holds besides its config and the values of its weights."""
+        if new.trainable != old.trainable:
+            new.trainable = old.trainable
+        if hasattr(new, "finalize_state") and new.weights:
+            new.finalize_state()  # adapted layers compute with constants made of the weights
+        keeps_assets = getattr(type(old), "load_assets", None) is not getattr(
+            self.keras.layers.Layer, "load_assets", None
+        )
+        if keeps_assets:
+            with tempfile.TemporaryDirectory() as folder:  # vocabularies are not weights
+                old.save_assets(folder)
+                new.load_assets(folder)
+
+    def _flatten(self, layer: Layer) -> list[Layer]:
+        return list(layer._flatten_layers(include_self=False))
+
+    def _clone(self, model: Model) -> Model:
+        raise NotImplementedError
+
+    def _copy_subclassed(self, model: Model) -> Model:
+        try:
+            copy = type(model).from_config(model.get_config())
+            if copy.built and len(copy.weights) == len(model.weights):
+                return copy
+            specs = self.input_specs(model)
+            tf.function(
+                lambda inputs: copy(inputs, training=False), autograph=False
+            ).get_concrete_function(specs)
+        except Exception as error:
+            raise ValueError(
+                f"A copy of the subclassed model '{model.name}' could not be made from its config "
+                f"({type(error).__name__}: {error}). Expected `get_config()` of "
+                f"{type(model).__name__} to return every constructor argument, and `from_config` "
+                "to build the model from them. Remedy: implement both, or compress your own "
+                "second instance with `apply_plan(instance, plan)`, or compress in training with "
+                "`ALDSCompress`, which works on the model object itself."
+            ) from error
+        return copy
+
+    def copy_compile_state(self, model: Model, copy: Model, pairs: Pairs) -> None:
+        """Compiles `copy` as `model` is, with a new optimizer; nothing if it is not compiled.
+
+        Args:
+            model: The model that is compiled, or not.
+            copy: A model that does the same.
+            pairs: Weights of `model`, each with one of `copy` that took its place, for what an
+                optimizer was told of single weights.
+        """
+        if not self.is_compiled(model):
+            return
+        if type(model).compile is not self.keras.Model.compile:
+            config = model.get_compile_config()
+            try:
+                copy.compile_from_config(config)
+            except Exception as error:
+                warnings.warn(
+                    f"{type(model).__name__} overrides `compile()`, and its compile state could "
+                    f"not be copied ({error}): call `compile()` on the new model.",
+                    stacklevel=4,
+                )
+            return
+        arguments = self.compile_arguments(model)
+        arguments["optimizer"] = self._copy_optimizer(arguments["optimizer"])
+        for name in ("metrics", "weighted_metrics"):
+            arguments[name] = self._copy_metrics(arguments[name])
+        copy.compile(**arguments)
+        self._copy_weight_decay_exclusions(model, copy, pairs)
+
+    def compile_arguments(self, model: Model) -> dict[str, Any]:
+        """What a compiled model was given: objects, functions and names as the user wrote them."""
+        return {**model._compile_config.config, "optimizer": model.optimizer}
+
+    def _copy_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        # A schedule has no state: the same object serves both, also if it cannot be serialized.
+        inner = self.inner_optimizer(optimizer) or optimizer
+        schedule = getattr(inner, "_learning_rate", None)
+        if not isinstance(schedule, self.keras.optimizers.schedules.LearningRateSchedule):
+            return _copy_config(optimizer)
+        any_schedule = self.keras.optimizers.schedules.ExponentialDecay(1.0, 1, 1.0)
+        inner.__dict__["_learning_rate"] = any_schedule
+        try:
+            copy = _copy_config(optimizer)
+        finally:
+            inner.__dict__["_learning_rate"] = schedule
+        (self.inner_optimizer(copy) or copy)._learning_rate = schedule
+        return copy
+
+    def _copy_weight_decay_exclusions(self, model: Model, copy: Model, pairs: Pairs) -> None:
+        # Not part of an optimizer's config: name patterns, and keys of variables.
+        theirs, ours = (self.inner_optimizer(m.optimizer) or m.optimizer for m in (model, copy))
+        for name in ("_exclude_from_weight_decay_pattern", "_exclude_from_weight_decay_names"):
+            if getattr(theirs, name, None):
+                setattr(ours, name, getattr(theirs, name))
+        for old, new in pairs:
+            if self.is_excluded_from_weight_decay(theirs, old):
+                self.exclude_from_weight_decay(ours, [new])
+
+    def _copy_metrics(self, metrics: Any) -> Any:
+        # Metric objects hold state; names and functions do not.
+        if isinstance(metrics, self.keras.metrics.Metric):
+            return _copy_config(metrics)
+        if isinstance(metrics, dict):
+            return {key: self._copy_metrics(value) for key, value in metrics.items()}
+        if isinstance(metrics, (list, tuple)):
+            return [self._copy_metrics(value) for value in metrics]
+        return metrics
+
+    def saves(self, holder: Layer, layers: Collection[Layer]) -> bool:
+        """Whether a saved `holder` holds `layers` as they are.
+
+        What Keras and this package make does, and what has their configs in its own. Anything else
+        makes them again in its code.
+        """
+        cls = type(holder)
+        if cls.__module__.startswith((f"{self.keras.__name__}.", "keras_alds.")):
+            return True
+        if cls.get_config in (self.keras.Model.get_config, self.keras.layers.Layer.get_config):
+            return False  # the arguments of its constructor, at most
+        try:
+            config = holder.get_config()
+        except Exception:  # a user's own code
+            return False
+        return all(_holds_config(config, layer) for layer in layers)
+
+    def can_construct(self, model: Model) -> bool:
+        """Whether the class of a symbolic model can be made from its inputs and outputs."""
+        return _is_plain_constructor(self.keras, type(model))
+
+
+class Keras3Cloning(Cloning):
+    """The answers of Keras 3."""
+
+    def _copy_layer_state(self, old: Layer, new: Layer) -> None:
+        super()._copy_layer_state(old, new)
+        if old.trainable:  # single variables can be frozen too
+            pairs = zip(self.own_variables(old), self.own_variables(new), strict=True)
+            for theirs, ours in pairs:
+                self.copy_trainable(theirs, ours)
+
+    def _clone(self, model: Model) -> Model:
+        with warnings.catch_warnings():
+            # Keras tries to copy the compile state; `copy_compile_state` does it.
+            warnings.simplefilter("ignore")
+            compiled, model.compiled = model.compiled, False
+            try:
+                return keras.models.clone_model(model, recursive=True, clone_function=_clone_layer)
+            finally:
+                model.compiled = compiled
+
+
+class TfKerasCloning(Cloning):
+    """The answers of tf_keras."""
+
+    def _clone(self, model: Model) -> Model:
+        return self.keras.models.clone_model(model)
+
+    def compile_arguments(self, model: Model) -> dict[str, Any]:
+        arguments = super().compile_arguments(model)
+        # Both may be set after `compile`.
+        return {**arguments, "run_eagerly": model.run_eagerly, "jit_compile": model.jit_compile}
+
+
+def _copy_config(obj: Any) -> Any:
+    return type(obj).from_config(obj.get_config())
+
+
+def _shapes(model: Model) -> list[tuple[int | None, ...] | None]:
+    return [static_shape(weight) for weight in model.weights]
+
+
+def _holds_config(config: Any, layer: Layer) -> bool:
+    """Whether `layer` or its config is anywhere in the config of what holds it."""
+    if isinstance(config, (list, tuple)):
+        return any(_holds_config(item, layer) for item in config)
+    if not isinstance(config, dict):
+        return config is layer
+    inner, kind = config.get("config"), str(config.get("class_name")).split(">")[-1]
+    named = isinstance(inner, dict) and inner.get("name") == layer.name
+    if named and kind == type(layer).__name__:
+        return True
+    return any(_holds_config(item, layer) for item in config.values())
+
+
+def _is_plain_constructor(kind: ModuleType, cls: type) -> bool:
+    """Whether `cls` can be made from inputs and outputs, or from a list of layers."""
+    constructor = inspect.getattr_static(cls, "__init__")
+    return constructor.__module__.startswith(f"{kind.__name__}.")
+
+
+def _clone_layer(layer: Layer) -> Layer:
+    # Functions and objects that Keras can write but not read back (lambdas, what is not
+    # registered) have no state that a copy must own: both layers hold the same.
+    config = layer.get_config()
+    if isinstance(layer, keras.layers.Lambda):
+        arguments = {key: config[key] for key in ("name", "trainable", "dtype")}
+        return type(layer)(
+            layer.function, layer._output_shape, layer.mask, layer.arguments, **arguments
+        )
+    for name in config:
+        value = vars(layer).get(name)
+        if callable(value) and not isinstance(value, (keras.layers.Layer, type)):
+            config[name] = value
+    return type(layer).from_config(config)

@@ -1,0 +1,284 @@
+"""Graphs of symbolic models, and what a model is called on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_alds._backend.layers import Layer, Layers, Model, Undo, become, static_shape
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphCall:
+    """One call in the graph of a symbolic model: `layer(*args, **kwargs)` gave `outputs`.
+
+    Attributes:
+        layer: The layer, or in Keras 3 the operation.
+        args: The arguments, with the symbolic tensors of the graph.
+        kwargs: The keyword arguments.
+        outputs: The symbolic tensors that came out, flattened.
+    """
+
+    layer: Layer
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outputs: list[Any]
+
+
+class Graphs(Layers):
+    """Questions about models as graphs, with the answers that hold for Keras 3 and tf_keras."""
+
+    def is_symbolic(self, model: Model) -> bool:
+        """Whether `model` is Functional or Sequential, that is, holds its graph of layers."""
+        return isinstance(model, (self.keras.Sequential, self._functional_class))
+
+    @functools.cached_property
+    def _functional_class(self) -> type:
+        # Its name is not public; a model of one tensor is an instance of it.
+        tensor = self.keras.Input((1,))
+        return type(self.keras.Model(tensor, self.keras.layers.Activation("linear")(tensor)))
+
+    def check_call(self, model: Model) -> None:
+        """Raises a ValueError for a model that has a `train_step` and no `call`."""
+        if type(model).call is self.keras.Model.call:
+            raise ValueError(
+                f"Expected the model '{model.name}' to have a `call`, to be run on examples or "
+                f"have its multiply–accumulates counted. Received: {type(model).__name__} without "
+                'one. Write one, or use objective="params" without calibration data.'
+            )
+
+    def input_specs(self, model: Model) -> Any:
+        """The structure of `tf.TensorSpec` that `model` is called on (batch of one).
+
+        Raises:
+            ValueError: If the shapes are not known.
+        """
+        if self.is_symbolic(model) and getattr(model, "inputs", None):
+            return specs_of(self.graph_ends(model)[0])
+        config = model.get_build_config() or {}
+        shapes = config.get("input_shape") or config.get("shapes_dict")
+        if shapes is None:
+            raise ValueError(
+                f"Expected the model '{model.name}' to know the shape of its inputs. Received: a "
+                f"{type(model).__name__} that does not. Call it once on a batch, or `build()` it."
+            )
+        return specs_from_shapes(shapes, model)
+
+    @contextlib.contextmanager
+    def watching_calls(
+        self, layers: Sequence[Layer], watch: Callable[[Layer, Any, Any], Any]
+    ) -> Iterator[None]:
+        """Watches every call of `layers` while inside.
+
+        Args:
+            layers: The layers, at any depth of a model.
+            watch: `watch(layer, inputs, outputs)` is called after every call with its first
+                argument and its result, and returns what is handed on in place of the result.
+        """
+
+        def watched(layer: Layer, call: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(call)
+            def inner(*args: Any, **kwargs: Any) -> Any:
+                outputs = call(*args, **kwargs)
+                inputs = args[0] if args else next(iter(kwargs.values()))
+                return watch(layer, inputs, outputs)
+
+            return inner
+
+        before = [(layer, layer.__dict__.get("call")) for layer in layers]
+        try:
+            for layer in layers:
+                layer.__dict__["call"] = watched(layer, layer.call)
+            yield
+        finally:
+            for layer, call in before:
+                layer.__dict__.pop("call", None)
+                if call is not None:
+                    layer.__dict__["call"] = call
+
+    def trace_shapes(self, model: Model, layers: Sequence[Layer]) -> dict[Layer, list[tuple]]:
+        """Input and output shapes of every call of `layers` in one forward pass of `model`.
+
+        The pass is traced, not run: nothing is computed and no state changes.
+
+        Args:
+            model: The model.
+            layers: The layers to watch, at any depth.
+
+        Returns:
+            `{layer: [(input_shape, output_shape), ...]}`, shapes with a batch of one.
+        """
+        self.check_call(model)
+        calls: dict[Layer, list[tuple]] = {layer: [] for layer in layers}
+        specs = self.input_specs(model)
+
+        def watch(layer: Layer, inputs: Any, outputs: Any) -> Any:
+            calls[layer].append((static_shape(inputs), static_shape(outputs)))
+            return outputs
+
+        try:
+            with self.watching_calls(layers, watch):
+                tf.function(
+                    lambda inputs: model(inputs, training=False), autograph=False
+                ).get_concrete_function(specs)
+        finally:
+            model._clear_losses()  # those of activity regularizers are of the graph traced here
+        return calls
+
+    def graph(self, model: Model) -> list[GraphCall]:
+        """The calls that a built symbolic model makes, inputs first, in an order that runs."""
+        graph = self._functional_of(model)
+        return [
+            self._graph_call(node)
+            for depth in sorted(graph._nodes_by_depth, reverse=True)
+            for node in graph._nodes_by_depth[depth]
+        ]
+
+    def graph_ends(self, model: Model) -> tuple[Any, Any]:
+        """The structures of input and output tensors of a built symbolic model."""
+        graph = self._functional_of(model)
+        return graph.input, graph.output
+
+    def input_names(self, model: Model) -> list[str]:
+        """The names of a symbolic model's input layers; none for another model."""
+        if not (self.is_symbolic(model) and getattr(model, "inputs", None)):
+            return []
+        names = {
+            id(call.outputs[0]): call.layer.name
+            for call in self.graph(model)
+            if isinstance(call.layer, self.keras.layers.InputLayer)
+        }
+        return [names[id(tensor)] for tensor in model.inputs]
+
+    def runs_graph(self, layer: Layer) -> bool:
+        """Whether calling `layer` does what its graph says: a symbolic model without own code."""
+        return (
+            isinstance(layer, self.keras.layers.Layer)
+            and self.is_symbolic(layer)
+            and bool(layer.built and getattr(layer, "inputs", None))
+            and getattr(type(layer), "call", None)
+            in [
+                getattr(kind, "call", None)
+                for kind in (self.keras.Sequential, self._functional_class)
+            ]
+        )
+
+    def graph_inputs(self, model: Model, inputs: Any) -> list[Any]:
+        """What a symbolic model is called on as a flat list in the order of its graph's inputs."""
+        starts, _ = self.graph_ends(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Keras 3 told the user when `model` was made
+            # A model that does nothing takes its inputs as `model` does.
+            return tf.nest.flatten(self.keras.Model(starts, model.inputs, name=model.name)(inputs))
+
+    def infer(self, layer: Layer, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Calls a layer, an operation of a graph or a function, as inference does."""
+        call = getattr(layer, "call", None)  # a function of the user's has none
+        takes = () if call is None else inspect.signature(call).parameters
+        if "training" in takes and kwargs.get("training") is None:
+            kwargs = {**kwargs, "training": False}
+        return layer(*args, **kwargs)
+
+    def producer(self, tensor: Any) -> tuple[GraphCall, int]:
+        """The call that gave a symbolic tensor, and which of its outputs the tensor is."""
+        layer, node, index = tensor._keras_history
+        return self._graph_call(self._nodes(layer)[node]), index
+
+    def _nodes(self, layer: Layer) -> list[Any]:
+        """The calls of a layer in graphs, as Keras keeps them."""
+        raise NotImplementedError
+
+    def _functional_of(self, model: Model) -> Model:
+        return model
+
+    def _graph_call(self, node: Any) -> GraphCall:
+        raise NotImplementedError
+
+
+class Keras3Graphs(Graphs):
+    """The answers of Keras 3."""
+
+    def _nodes(self, layer: Layer) -> list[Any]:
+        return layer._inbound_nodes
+
+    def _functional_of(self, model: Model) -> Model:
+        return model._functional if isinstance(model, keras.Sequential) else model
+
+    def _graph_call(self, node: Any) -> GraphCall:
+        arguments = node.arguments
+        return GraphCall(
+            node.operation, tuple(arguments.args), dict(arguments.kwargs), list(node.outputs)
+        )
+
+
+class TfKerasGraphs(Graphs):
+    """The answers of tf_keras."""
+
+    def input_specs(self, model: Model) -> Any:
+        # A subclassed model that was called on a batch knows it from there.
+        spec = None if self.is_symbolic(model) else model.save_spec()
+        if spec is None:
+            return super().input_specs(model)
+        (inputs,), _ = spec
+        return specs_of(inputs)
+
+    def _nodes(self, layer: Layer) -> list[Any]:
+        return layer.inbound_nodes
+
+    def _graph_call(self, node: Any) -> GraphCall:
+        outputs = tf.nest.flatten(node.outputs)
+        return GraphCall(node.layer, tuple(node.call_args), dict(node.call_kwargs), outputs)
+
+
+def forget_graph(function: Any) -> Undo:
+    """Lets a `tf.function` be traced anew when it is called next; the object stays the same.
+
+    Returns:
+        A function that brings its graphs back.
+    """
+    before = dict(vars(function))
+    become(function, type(function), vars(function._clone(None)))
+    return lambda: become(function, type(function), before)
+
+
+def mask_of(tensor: Any) -> Any:
+    """The mask that a layer left on a tensor, or None."""
+    return getattr(tensor, "_keras_mask", None)
+
+
+def set_mask(tensor: Any, mask: Any) -> None:
+    """Lets the layers that are called on a tensor find its mask."""
+    tensor._keras_mask = mask
+
+
+def specs_of(inputs: Any) -> Any:
+    """`tf.TensorSpec` of tensors in any structure, with a batch of one."""
+
+    def spec(tensor: Any) -> tf.TensorSpec:
+        return tf.TensorSpec((1, *tuple(tensor.shape)[1:]), tensor.dtype)
+
+    return tf.nest.map_structure(spec, inputs)
+
+
+def specs_from_shapes(shapes: Any, model: Model) -> Any:
+    """`tf.TensorSpec` of the shapes that `model` was built on, with a batch of one."""
+    dtype = getattr(model, "input_dtype", None) or tf.float32
+
+    def build(shape: Any) -> Any:
+        if isinstance(shape, dict):
+            return {key: build(value) for key, value in shape.items()}
+        if isinstance(shape, (list, tuple)) and any(
+            isinstance(s, (list, tuple, dict)) for s in shape
+        ):
+            return [build(s) for s in shape]
+        return tf.TensorSpec((1, *tuple(shape)[1:]), dtype)
+
+    return build(shapes)

@@ -1,0 +1,49 @@
+"""Copies of models, in Keras 3 and tf_keras."""
+
+from __future__ import annotations
+
+import pytest
+
+from keras_alds._backend import backend_of
+
+
+def block(K, inner, name):
+    inputs = K.Input((4,))
+    return K.Model(inputs, inner(inputs), name=name)
+
+
+@pytest.mark.parametrize("frozen", ["first", "second"])
+def test_what_is_frozen_stays_so_in_shared_layers(keras_module, frozen):
+    K = keras_module
+    inner = block(K, K.layers.Dense(4, name="dense"), "inner")
+    shares = K.__name__ == "keras"  # clones of tf_keras do not, and are refused
+    second = block(K, inner if shares else K.layers.Dense(4), "second")
+    first = block(K, inner, "first")
+    inputs = K.Input((4,))
+    model = K.Model(inputs, K.layers.Add()([first(inputs), second(inputs)]))
+    model.get_layer(frozen).trainable = False
+    inner.trainable = True
+    copy = backend_of(model).copy_model(model)
+
+    def states(model):
+        inner = model.get_layer("first").layers[-1]
+        layers = (model, model.get_layer("first"), model.get_layer("second"), inner)
+        return [layer.trainable for layer in (*layers, inner.layers[-1])]
+
+    assert states(copy) == states(model)
+    assert states(copy) == [True, frozen != "first", frozen != "second", True, True]
+
+
+def test_settings_after_compile_are_copied(keras_module):
+    K = keras_module
+    model = K.Sequential([K.Input((4,)), K.layers.Dense(2)])
+    model.compile("sgd", "mse", jit_compile=True, steps_per_execution=3)
+    copy = backend_of(model).copy_model(model)
+    assert copy.jit_compile is True
+    arguments = backend_of(model).compile_arguments(copy)
+    assert arguments["steps_per_execution"] == 3
+    if K.__name__ == "tf_keras":
+        model.run_eagerly, model.jit_compile = True, False
+        copy = backend_of(model).copy_model(model)
+        assert copy.run_eagerly
+        assert not copy.jit_compile
