@@ -96,7 +96,6 @@ RECORDS = {
     "LayerChoice",
     "LiteRTFile",
     "Operator",
-    "OperatorTime",
     "SweepRow",
     "Tensor",
 }

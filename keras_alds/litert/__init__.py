@@ -9,7 +9,7 @@ from keras_alds.litert.device import read_latency_log, write_latency_files
 from keras_alds.litert.equalization import equalize
 from keras_alds.litert.files import LiteRTFile, Operator, Tensor, read_file
 from keras_alds.litert.latency import LatencyTable, measure_latency
-from keras_alds.litert.measure import Latency, OperatorTime, benchmark
+from keras_alds.litert.measure import Latency, benchmark
 from keras_alds.litert.runs import check_runs
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "LatencyTable",
     "LiteRTFile",
     "Operator",
-    "OperatorTime",
     "Tensor",
     "benchmark",
     "check_runs",

@@ -21,7 +21,7 @@ from keras_alds.core.checks import positive_int
 from keras_alds.core.choices import offered_ranks
 from keras_alds.core.costs import Costs, SampledCosts, sum_costs
 from keras_alds.litert import _package
-from keras_alds.litert.conversion import convert_quietly
+from keras_alds.litert.conversion import ConvertOptions, convert_quietly
 from keras_alds.litert.layer_files import Calls, LayerCall, empty_file, layer_calls, layer_file
 from keras_alds.litert.sampling import sample_costs
 from keras_alds.litert.timing import MOST_SWEPT, time_files
@@ -509,4 +509,5 @@ def converted(model: Any, quantize: str | None, data: Any = None, verbose: int =
             for spec in tf.nest.flatten(_backend.backend_of(model).input_specs(model))
         ]
         data = arrays if len(arrays) > 1 else arrays[0]
-    return convert_quietly(model, quantize=quantize, representative_data=data, verbose=verbose)
+    options = ConvertOptions(quantize=quantize, representative_data=data, verbose=verbose)
+    return convert_quietly(model, options)
