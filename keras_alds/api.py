@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from keras_alds._backend import wrappers
+from keras_alds._backend.layers import KerasModel
 from keras_alds.methods import METHODS
 from keras_alds.models.calibration import Calibration
 from keras_alds.models.choices import kernels
@@ -22,12 +23,12 @@ from keras_alds.plan import CompressionPlan, check_plan
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Model = TypeVar("Model")
+Model = TypeVar("Model", bound=KerasModel)
 
 
 @takes_options()
 def select(
-    model: Any,
+    model: KerasModel,
     cr: float | Mapping[str, float],
     *,
     calibration_data: Any = None,
@@ -174,7 +175,7 @@ def compress(
 
 
 def apply_plan(
-    model: Any,
+    model: KerasModel,
     plan: CompressionPlan,
     *,
     calibration_data: Any = None,
@@ -234,7 +235,7 @@ class Chosen:
 
 
 def choose(
-    model: Any,
+    model: KerasModel,
     options: Options,
     calibration_data: Any = None,
     *,
@@ -256,7 +257,7 @@ def choose(
 
 
 def selection_of(
-    model: Any, options: Options, *, verbose: int = 1, stacklevel: int = 1
+    model: KerasModel, options: Options, *, verbose: int = 1, stacklevel: int = 1
 ) -> Selection:
     """Inspects a model and states what is to be solved; nothing is decomposed yet.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from keras_alds import _backend
 from keras_alds._backend import tensors
+from keras_alds._backend.layers import KerasModel
 from keras_alds.models.inventory import count_params
 from keras_alds.models.resources import count_macs
 from keras_alds.plan import removed_fraction
@@ -46,7 +47,7 @@ class Comparison:
 
 
 def report(
-    model: Any, compressed: Any, figures: Mapping[str, tuple[Any, Any]] | None = None
+    model: KerasModel, compressed: KerasModel, figures: Mapping[str, tuple[Any, Any]] | None = None
 ) -> Comparison:
     """Puts the sizes of two models side by side.
 

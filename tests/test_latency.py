@@ -20,6 +20,7 @@ import zoo
 from rich.progress import Progress
 
 import keras_alds
+from keras_alds._backend.wrappers import without_pruning
 from keras_alds.cli import main
 from keras_alds.core.costs import SampledCosts
 from keras_alds.litert import device, latency
@@ -28,7 +29,6 @@ from keras_alds.litert.layer_files import LayerCall, layer_calls, layer_file
 from keras_alds.litert.sampling import sample_costs
 from keras_alds.litert.table import COLUMNS, LatencyTable, Settings
 from keras_alds.litert.timing import clock, time_files
-from keras_alds._backend.wrappers import without_pruning
 from keras_alds.plan import CompressionPlan
 
 pytest.importorskip("ai_edge_litert")

@@ -1,15 +1,17 @@
-"""The project's own rules: imports, the two README commands, documented public names."""
+"""The project's own rules: imports, sizes, the two README commands, documented public names."""
 
 from __future__ import annotations
 
 import ast
 import configparser
 import functools
+import graphlib
 import importlib
 import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,75 +21,28 @@ import keras_alds
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "keras_alds"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-# No module of the package may import what is not listed for its first part.
-ALLOWED = {
-    "_version": set(),
-    "core": {"core"},
-    "methods": {"core", "research"},
-    "targets": {"core"},
-    "plan": {"core"},
-    "_backend": {"_backend"},
-    "layers": {"core", "_backend", "layers"},
-    "tf_keras": {"core", "_backend", "layers"},
-    "rewrite": {"core", "methods", "plan", "_backend", "layers", "rewrite"},
-    "options": {"core", "methods", "targets", "plan", "rewrite", "litert"},
-    "problem": {"core", "methods", "targets", "plan", "options", "_backend", "rewrite", "litert"},
-    "compress": {"core", "methods", "plan", "options", "problem", "_backend", "rewrite"},
-    "report": {"core", "plan", "rewrite"},
-    "research": {"core", "research"},
-    "research/retraining": {"_backend"},
-    "research/sweeping": {"methods", "options", "problem", "_backend", "rewrite", "compress"},
-    "callbacks": {
-        "core",
-        "methods",
-        "plan",
-        "options",
-        "problem",
-        "_backend",
-        "rewrite",
-        "compress",
-    },
-    "litert": {
-        "core",
-        "targets",
-        "plan",
-        "problem",
-        "_backend",
-        "rewrite",
-        "compress",
-        "report",
-        "litert",
-    },
-    "tfmot": {"core", "plan", "_backend", "rewrite", "compress", "report", "litert"},
-    "cli": {
-        "_version",
-        "methods",
-        "targets",
-        "plan",
-        "options",
-        "_backend",
-        "rewrite",
-        "compress",
-        "report",
-        "callbacks",
-        "litert",
-        "research",
-    },
-    "__main__": {"cli"},
-    "__init__": {
-        "_version",
-        "callbacks",
-        "compress",
-        "litert",
-        "layers",
-        "plan",
-        "report",
-        "rewrite",
-        "research",
-        "tf_keras",
-        "tfmot",
-    },
-}
+# The parts of the package, from the bottom up. A module imports its own part and those of rows
+# above its own.
+ROWS = (
+    ("_version", "core", "_backend", "naming", "tables"),
+    ("targets", "plan", "research"),
+    ("methods", "kinds"),
+    ("options",),
+    ("models",),
+    ("litert", "reports"),
+    ("api",),
+    ("callbacks", "tfmot", "research/sweeping"),
+    ("layers", "tf_keras", "cli"),
+    ("__main__",),
+    ("__init__",),
+)
+ROW = {part: row for row, parts in enumerate(ROWS) for part in parts}
+#: Where TensorFlow may be imported.
+TENSORFLOW = ("_backend", "litert", "tfmot", "tf_keras")
+#: Where the names of Keras 3 and tf_keras are written: what tells them apart, what registers the
+#: layers for both, and what a user types.
+NAMED = ("_backend", "tf_keras", "__init__", "cli")
+LONGEST_FUNCTION = 60
 # Records that the package makes and hands out: nobody constructs them.
 RECORDS = {
     "FileComparison",
@@ -102,39 +57,84 @@ RECORDS = {
 
 
 def name_of(path: Path) -> str:
-    return str(path.relative_to(PACKAGE))
+    return path.relative_to(PACKAGE).as_posix()
 
 
 def part_of(path: Path) -> str:
     module = path.relative_to(PACKAGE).with_suffix("")
-    return str(module.as_posix()) if module.as_posix() in ALLOWED else module.parts[0]
+    return module.as_posix() if module.as_posix() in ROW else module.parts[0]
 
 
-def imports(tree: ast.AST, *, lazy: bool = True) -> set[str]:
-    """Full names of the modules that a module imports; without `lazy` only at its top level."""
-    found: set[str] = set()
-    for node in ast.walk(tree) if lazy else ast.iter_child_nodes(tree):
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: relative import"
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return found
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def own(names: set[str]) -> set[str]:
-    """The first part of every module of this package among `names`."""
-    return {name.split(".")[1] for name in names if name.startswith("keras_alds.")}
+PATHS = {module_name(path): path for path in MODULES}
 
 
+@functools.cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
-def docstrings(tree: ast.AST) -> set[int]:
-    """Ids of the constants that are docstrings."""
+def statements(node: ast.AST, *, lazy: bool) -> Iterator[ast.AST]:
+    """All nodes below `node` that run, without `lazy` only those that run at the import.
+
+    What stands under `if TYPE_CHECKING` never runs.
+    """
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            yield from (inner for other in child.orelse for inner in ast.walk(other))
+        elif lazy or not isinstance(child, (ast.FunctionDef, ast.Lambda)):
+            yield child
+            yield from statements(child, lazy=lazy)
+
+
+def imports(path: Path, *, lazy: bool = True) -> set[str]:
+    """Full names of what a module imports, those in `importlib.import_module` too."""
+    found: set[str] = set()
+    for node in statements(parse(path), lazy=lazy):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}:{node.lineno}: relative import"
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found |= computed(node.args[0])
+    return found
+
+
+def computed(name: ast.expr) -> set[str]:
+    """The names that a string or f-string may stand for: any module of ours that fits it."""
+    parts = name.values if isinstance(name, ast.JoinedStr) else [name]
+    texts = [part.value if isinstance(part, ast.Constant) else None for part in parts]
+    if None not in texts:
+        return {"".join(texts)}
+    pattern = "".join(".+" if text is None else re.escape(text) for text in texts)
+    return {module for module in PATHS if texts[0] and re.fullmatch(pattern, module)}
+
+
+def outside(path: Path, *, lazy: bool = True) -> set[str]:
+    """The packages that a module imports, the standard library and its own left out."""
+    names = {name.split(".")[0] for name in imports(path, lazy=lazy)}
+    return names - {"keras_alds", *sys.stdlib_module_names}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The modules of this package that a module imports, at its top or lazily."""
+    found = set()
+    for name in imports(path):
+        while name and name not in PATHS:
+            name = name.rpartition(".")[0]
+        found.add(name)
+    return found - {"", module_name(path)}
+
+
+def docstrings(tree: ast.AST) -> set[ast.AST]:
+    """The constants that are docstrings."""
     return {
-        id(node.body[0].value)
+        node.body[0].value
         for node in ast.walk(tree)
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
         and node.body
@@ -142,63 +142,92 @@ def docstrings(tree: ast.AST) -> set[int]:
     }
 
 
-def test_every_module_has_an_import_rule():
-    assert {part_of(path) for path in MODULES} <= set(ALLOWED)
+def test_every_module_has_a_row():
+    assert {part_of(path) for path in MODULES} <= set(ROW)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_imports_point_downwards(path: Path):
     part = part_of(path)
-    tree = parse(path)
-    # A plan prints itself, and only then needs the report.
-    found = own(imports(tree, lazy=part != "plan"))
-    assert found <= ALLOWED[part], f"{name_of(path)} imports {sorted(found - ALLOWED[part])}"
+    found = {part_of(PATHS[module]) for module in imported_modules(path)} - {part}
+    upwards = {other for other in found if ROW[other] >= ROW[part]}
+    assert not upwards, f"{name_of(path)} imports {sorted(upwards)}"
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if part_of(p) == "core"], ids=name_of)
-def test_core_is_numpy_and_scipy_only(path: Path):
-    outside = {name.split(".")[0] for name in imports(parse(path))} - {"keras_alds"}
-    assert outside <= {*sys.stdlib_module_names, "numpy", "scipy", "threadpoolctl"}
+def test_no_modules_import_each_other():
+    graph = {module_name(path): imported_modules(path) for path in MODULES}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_only_the_backend_tells_the_kerases_apart(path: Path):
-    if part_of(path) in ("_backend", "tf_keras"):
-        return
-    tree = parse(path)
-    assert "tf_keras" not in {name.split(".")[0] for name in imports(tree)}
-    skip = docstrings(tree)
-    named = [
-        node.lineno
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Constant)
-        and node.value in ("keras", "tf_keras")
-        and id(node) not in skip
-    ]
-    assert not named, f"{name_of(path)} names a Keras in lines {named}"
+def test_core_is_numpy_and_scipy_only():
+    found = {path for path in MODULES if part_of(path) == "core"}
+    assert set().union(*map(outside, found)) <= {"numpy", "scipy", "threadpoolctl"}
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in MODULES if part_of(p) in ("kinds", "layers")], ids=name_of
-)
-def test_layers_take_tensorflow_from_the_backend(path: Path):
-    assert "tensorflow" not in {name.split(".")[0] for name in imports(parse(path))}
+def test_tensorflow_is_imported_where_it_belongs():
+    elsewhere = [path for path in MODULES if part_of(path) not in TENSORFLOW]
+    assert [name_of(path) for path in elsewhere if "tensorflow" in outside(path)] == []
 
 
-def test_import_brings_no_optional_package():
-    optional = ("matplotlib", "sklearn", "tensorflow_model_optimization", "ai_edge_litert")
-    # TensorFlow and Keras import some of them by themselves where they are installed.
-    code = f"""
-import sys
-import tensorflow, keras
-before = set(sys.modules)
-import keras_alds
-print([name for name in {optional} if name in set(sys.modules) - before], keras_alds.__version__)
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert run.stdout.strip() == f"[] {keras_alds.__version__}"
+def test_what_is_imported_at_once_is_required():
+    """Optional packages are imported where they are used, tf_keras in the module of its name."""
+    config = configparser.ConfigParser(interpolation=None)
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    required = re.findall(r"^\w+", config["options"]["install_requires"], flags=re.M)
+    known = {*required, "h5py", "flatbuffers"}  # Keras and TensorFlow require these
+    found = {name_of(path): more for path in MODULES if (more := outside(path, lazy=False) - known)}
+    assert found == {"tf_keras.py": {"tf_keras"}}
+
+
+def test_only_the_backend_tells_keras_3_and_tf_keras_apart():
+    found = []
+    for path in MODULES:
+        if part_of(path) in NAMED:
+            continue
+        assert "tf_keras" not in outside(path), name_of(path)
+        tree = parse(path)
+        skip = docstrings(tree)
+        found += [
+            f"{name_of(path)}:{node.lineno}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant)
+            and node.value in ("keras", "tf_keras")
+            and node not in skip
+        ]
+    assert not found
+
+
+def test_no_function_has_the_name_of_a_module_beside_it():
+    """`from keras_alds.litert import convert` must not depend on what was imported before."""
+    found = []
+    for path in MODULES:
+        if path.name != "__init__.py":
+            continue
+        package = module_name(path)
+        names = set(keras_alds._HOMES) if package == "keras_alds" else set()
+        for node in ast.iter_child_nodes(parse(path)):
+            if isinstance(node, ast.FunctionDef):
+                names.add(node.name)
+            elif isinstance(node, ast.ImportFrom) and node.module != package:
+                names.update(alias.asname or alias.name for alias in node.names)
+        found += [f"{package}.{name}" for name in names if f"{package}.{name}" in PATHS]
+    assert not found
+
+
+def test_no_function_is_long():
+    long = {}
+    for path in MODULES:
+        for node in ast.walk(parse(path)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = node.end_lineno - node.lineno + 1
+                if ast.get_docstring(node) is not None:
+                    lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+                if lines > LONGEST_FUNCTION:
+                    long[f"{name_of(path)}:{node.name}"] = lines
+    assert not long
 
 
 def readme_commands() -> list[str]:
@@ -253,13 +282,18 @@ def test_supported_pythons_agree():
 
 
 SUBMODULES = {
-    name: importlib.import_module(f"keras_alds.{name}") for name in keras_alds._LAZY_MODULES
+    name: importlib.import_module(f"keras_alds.{name}") for name in ("layers", "litert", "tfmot")
 }
 PUBLIC = [n for n in keras_alds.__all__ if not n.startswith("_") and n not in SUBMODULES]
 # Public names of the whole package, those of its public submodules with the module before them.
 DOCUMENTED = [
     *PUBLIC,
-    *(f"{name}.{thing}" for name, module in SUBMODULES.items() for thing in module.__all__),
+    *(
+        f"{name}.{thing}"
+        for name, module in SUBMODULES.items()
+        for thing in module.__all__
+        if thing != "choose_form"  # the arguments are what a layer knows of itself
+    ),
 ]
 
 
@@ -269,17 +303,25 @@ def public(name: str) -> object:
 
 def test_all_is_sorted_and_complete():
     assert keras_alds.__all__ == sorted(keras_alds.__all__)
-    visible = {
-        name
-        for name, value in vars(keras_alds).items()
-        if not name.startswith("_") and not inspect.ismodule(value)
-    }
-    assert visible - set(keras_alds._LAZY) == set(PUBLIC) - set(keras_alds._LAZY)
-    assert set(keras_alds._LAZY) <= set(PUBLIC)
+    lazy = set(keras_alds._HOMES)
+    assert {*lazy, "__version__"} <= set(keras_alds.__all__)
+    assert set(keras_alds.__all__) <= {*lazy, *SUBMODULES, "__version__"}
+    assert set(keras_alds._MODULES) == {*SUBMODULES, "tf_keras"}
     assert {*PUBLIC, *SUBMODULES} <= set(dir(keras_alds))
     for name, module in SUBMODULES.items():
         assert module.__all__ == sorted(module.__all__), name
         assert inspect.getdoc(module), name
+
+
+def test_type_checkers_see_the_names_where_they_are():
+    (block,) = [node for node in parse(PACKAGE / "__init__.py").body if isinstance(node, ast.If)]
+    seen = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom) and node.module != "keras_alds"
+        for alias in node.names
+    }
+    assert seen == {name: f"keras_alds.{home}" for name, home in keras_alds._HOMES.items()}
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)

@@ -21,9 +21,10 @@ from keras_alds._backend import backend_of
 from keras_alds.cli import main
 from keras_alds.core.slicing import convolution_unfolding, distinct_schemes, divisors, full_rank
 from keras_alds.kinds.base import is_factorized, kernel_values
-from keras_alds.models.inventory import walk
+from keras_alds.models.inventory import Inventory, walk
 from keras_alds.models.optimizer import LINEAR, SQUARED, carried
 from keras_alds.models.ranges import equalize, find_pairs
+from keras_alds.models.resources import Macs
 from keras_alds.plan import LayerChoice
 
 tf_keras = pytest.importorskip("tf_keras")
@@ -213,10 +214,11 @@ class TestPlans:
             if objective == "macs":
                 assert any(schemes_of(plan).values())
                 assert (plan.macs_before, plan.macs_after) == (before[1], after[1])
-                own = layer_macs(small)
-                for (path, layer), choice in itertools.product(walk(small), plan.choices):
-                    if path == choice.layer:
-                        assert own.get(id(layer), 0) == choice.macs_after
+                inventory = Inventory.of(small)
+                own = {record.path: Macs(inventory).of(record) for record in inventory.records}
+                assert [own[choice.layer] for choice in plan.choices] == [
+                    choice.macs_after for choice in plan.choices
+                ]
 
     @pytest.mark.parametrize("padding", ["same", "valid"])
     def test_macs_of_the_two_factors(self, keras_module, padding):

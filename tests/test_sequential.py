@@ -18,7 +18,7 @@ from keras_alds.core.calibration.refit import factorize_outputs
 from keras_alds.core.slicing import full_rank, recompose, unfold
 from keras_alds.kinds.base import is_factorized, kernel_values
 from keras_alds.models.data import KeptExamples
-from keras_alds.models.inventory import walk
+from keras_alds.models.inventory import Inventory, walk
 from keras_alds.models.matching import match
 from keras_alds.models.sequential import Walk, most_reruns
 from keras_alds.models.storage import Store
@@ -95,10 +95,10 @@ def factorizing_all(model, x, cr=0.3):
         warnings.simplefilter("ignore")
         plan = select(model, cr)
     choices = []
-    for spec, choice in match(Inventory.of(model), plan):
-        if spec.reason is None:
-            k = 2 if spec.kernel_shape[-2] % 2 == 0 else 1
-            rank = max(1, full_rank(spec.kernel_shape, k) // 2)
+    for record, choice in match(Inventory.of(model), plan):
+        if record.skipped is None:
+            k = 2 if record.kernel_shape[-2] % 2 == 0 else 1
+            rank = max(1, full_rank(record.kernel_shape, k) // 2)
             choice = dataclasses.replace(choice, slices=k, rank=rank, scheme=0, reason=None)
         choices.append(choice)
     return dataclasses.replace(plan, choices=tuple(choices))

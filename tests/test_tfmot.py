@@ -10,8 +10,8 @@ import pytest
 import zoo
 
 import keras_alds
-from keras_alds.kinds.base import is_factorized
 from keras_alds._backend import wrappers
+from keras_alds.kinds.base import is_factorized
 from keras_alds.models.inventory import count_params, walk
 from keras_alds.tfmot import cluster_weights, prune_low_magnitude
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import keras_alds
-from keras_alds import problem
 from keras_alds.core.calibration.moments import FewInputs
+from keras_alds.models import choices
 from keras_alds.models.calibration import CalibrationStats
 from keras_alds.models.data import Examples
 
@@ -50,7 +50,7 @@ def test_a_layer_that_few_inputs_were_seen_of_keeps_its_outputs(model, x):
 
 def test_kernels_that_are_decomposed_in_turn_give_the_same_plan(model, x, monkeypatch):
     plan = keras_alds.select(model, 0.5, calibration_data=x)
-    monkeypatch.setattr(problem, "KERNELS_AT_ONCE", 0)
+    monkeypatch.setattr(choices, "KERNELS_AT_ONCE", 0)
     assert keras_alds.select(model, 0.5, calibration_data=x) == plan
 
 

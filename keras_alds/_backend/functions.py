@@ -13,6 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_alds import _backend
+from keras_alds._backend.graphs import forget_graph
 
 # Classes and functions of these are not a user's own code. The graphs that the Kerases make for a
 # model are made anew by `Backend.reset_functions`.
@@ -43,21 +44,13 @@ def forget_graphs(model: Any) -> Callable[[], None]:
     Returns:
         A function that brings the graphs back.
     """
-    before = [(function, dict(vars(function))) for function in _own_functions(model)]
-    for function, _ in before:
-        # TensorFlow has no public way to forget a graph; the object may be held anywhere.
-        _become(function, vars(function._clone(None)))
+    undo = [forget_graph(function) for function in _own_functions(model)]
 
-    def undo() -> None:
-        for function, attributes in before:
-            _become(function, attributes)
+    def bring_back() -> None:
+        for step in undo:
+            step()
 
-    return undo
-
-
-def _become(function: Any, attributes: dict[str, Any]) -> None:
-    vars(function).clear()
-    vars(function).update(attributes)
+    return bring_back
 
 
 def _own_functions(model: Any) -> list[Any]:

@@ -6,11 +6,24 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 import numpy as np
 import tensorflow as tf
+
+
+class KerasModel(Protocol):
+    """A `keras.Model` or a `tf_keras.Model`, as far as this package's functions are typed by it."""
+
+    name: Any
+    built: Any
+    weights: Any
+    inputs: Any
+
+    def count_params(self) -> Any:
+        """The number of parameters."""
+
 
 Layer = Any  # a keras.layers.Layer or a tf_keras.layers.Layer
 Model = Any

@@ -93,18 +93,6 @@ def bytes_of(value: Any) -> int:
     return math.prod(value.shape) * value.dtype.size
 
 
-def mask_of(value: Any) -> Any:
-    """The Keras mask that a tensor carries, or None."""
-    return getattr(value, "_keras_mask", None)
-
-
-def with_mask(value: Any, mask: Any) -> Any:
-    """The tensor, carrying a Keras mask."""
-    if mask is not None:
-        value._keras_mask = mask
-    return value
-
-
 def has_values(x: Any) -> bool:
     """Whether a tensor has values now, and is not part of a graph that is being traced."""
     return hasattr(x, "numpy")

@@ -12,6 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_alds import _backend
+from keras_alds._backend.layers import dtype_policy, pruning_mask
 
 PRUNING = "PruneLowMagnitude"
 QUANTIZED = "QuantizeWrapper"
@@ -140,16 +141,14 @@ def renew_masks(backend: _backend.Backend, wrapper: Any) -> Callable[[], None]:
         block_size=wrapper.block_size,
         block_pooling_type=wrapper.block_pooling_type,
         sparsity_m_by_n=wrapper.sparsity_m_by_n,
-        dtype=wrapper._dtype_policy,
+        dtype=dtype_policy(wrapper),
     )
     with backend.name_scope(wrapper), _names_apart(renewed):
         renewed.build(wrapper._build_input_shape)
     renewed.pruning_step.assign(wrapper.pruning_step)
     if begun:
         for weight, mask, threshold in renewed.pruning_vars:
-            # What `conditional_mask_update` assigns; it would wait for the schedule's next turn,
-            # and there may be none.
-            new_threshold, new_mask = renewed.pruning_obj._maybe_update_block_mask(weight)
+            new_threshold, new_mask = pruning_mask(renewed, weight)
             threshold.assign(new_threshold)
             mask.assign(new_mask)
     undo = backend.transplant(wrapper, renewed)

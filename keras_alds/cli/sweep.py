@@ -68,8 +68,11 @@ def run(arguments: argparse.Namespace) -> None:
     calibration = retrain = None
     if arguments.calibration and _wants_data(arguments.methods):
         calibration, _ = read_images(arguments, "train", arguments.calibration, labels=False)
+    trained = 0
     if arguments.epochs:
-        retrain = _retrainer(arguments, from_logits)
+        x_train, y_train = read_images(arguments, "train", arguments.train)
+        trained = len(x_train)
+        retrain = _retrainer(arguments, x_train, y_train, from_logits)
     result = sweep(
         model,
         lambda candidate: 100 * float(np.mean(scores(candidate, x_test).argmax(-1) == y_test)),
@@ -79,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
         retrain=retrain,
         **flags(arguments, OPTIONS),
     )
-    _write(result, arguments, len(x_test))
+    _write(result, arguments, len(x_test), trained)
 
 
 def _wants_data(methods: Sequence[str] | None) -> bool:
@@ -87,12 +90,12 @@ def _wants_data(methods: Sequence[str] | None) -> bool:
     return any(METHODS[name].needs_data for name in known)
 
 
-def _write(result: Any, arguments: argparse.Namespace, images: int) -> None:
+def _write(result: Any, arguments: argparse.Namespace, images: int, trained: int) -> None:
     text = f"No retraining, top-1 in %, {images:,} images:\n\n{result.to_markdown()}\n"
     if arguments.epochs:
         text += (
-            f"\nAfter {arguments.epochs} epoch{'s' * (arguments.epochs > 1)} of retraining:\n\n"
-            f"{result.to_markdown(retrained=True)}\n"
+            f"\nAfter {arguments.epochs} epoch{'s' * (arguments.epochs > 1)} of {trained:,} images:"
+            f"\n\n{result.to_markdown(retrained=True)}\n"
         )
     print(text, end="")
     if arguments.csv:
@@ -103,10 +106,11 @@ def _write(result: Any, arguments: argparse.Namespace, images: int) -> None:
         result.plot(arguments.plot, label="top-1 accuracy, %")
 
 
-def _retrainer(arguments: argparse.Namespace, from_logits: bool) -> Callable[[Any], None]:
+def _retrainer(
+    arguments: argparse.Namespace, x: Any, y: Any, from_logits: bool
+) -> Callable[[Any], None]:
     from keras_alds.research.retraining import retrainer
 
-    x, y = read_images(arguments, "train", arguments.train)
     return retrainer(
         x,
         y,

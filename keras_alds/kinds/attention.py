@@ -9,6 +9,7 @@ import keras
 
 from keras_alds import _backend
 from keras_alds._backend.layers import dtype_policy
+from keras_alds._backend.layers import projections as held_projections
 from keras_alds.kinds.base import Kind, Undo, is_factorized, known_kind, register
 from keras_alds.kinds.factorized import checked_factorizations
 
@@ -17,13 +18,13 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-#: The projections that an attention layer may have; it holds them as `_<name>_dense`.
+#: The projections that an attention layer may have.
 PROJECTIONS = ("query", "key", "value", "gate", "output")
 
 
 def projections(layer: Any) -> dict[str, Any]:
     """The projections that an attention layer has, by their names."""
-    found = {name: getattr(layer, f"_{name}_dense", None) for name in PROJECTIONS}
+    found = held_projections(layer, PROJECTIONS)
     return {name: dense for name, dense in found.items() if dense is not None}
 
 

@@ -11,6 +11,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -200,8 +201,7 @@ def convert_quietly(
             text = f"Left in float32 by the converter: {'; '.join(left)}"
             progress.console.print(text, soft_wrap=True, highlight=False)
     if path is not None:
-        with open(path, "wb") as file:
-            file.write(content)
+        Path(path).write_bytes(content)
     return content
 
 

@@ -272,28 +272,14 @@ def read_file(file: File) -> LiteRTFile:
         found = buffers[number]
         return 0 if found is None else found.size
 
-    def tensor(subgraph: int, index: int, raw: Any) -> Tensor:
-        scheme = raw.quantization
-        scales = () if scheme is None or scheme.scale is None else tuple(map(float, scheme.scale))
-        zeros = () if not scales or scheme.zeroPoint is None else tuple(map(int, scheme.zeroPoint))
-        return Tensor(
-            index=index,
-            subgraph=subgraph,
-            name=(raw.name or b"").decode(),
-            shape=() if raw.shape is None else tuple(map(int, raw.shape)),
-            dtype=types[raw.type].lower(),
-            scales=scales,
-            zero_points=zeros or (0,) * len(scales),
-            axis=int(scheme.quantizedDimension) if len(scales) > 1 else None,
-            size=size(raw.buffer),
-            buffer=int(raw.buffer),
-        )
-
     tensors: list[Tensor] = []
     operators: list[Operator] = []
     ends: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
     for number, graph in enumerate(model.subgraphs):
-        own = [tensor(number, index, raw) for index, raw in enumerate(graph.tensors)]
+        own = [
+            _tensor(raw, number, index, types[raw.type].lower(), size(raw.buffer))
+            for index, raw in enumerate(graph.tensors)
+        ]
         tensors += own
         ends.append((tuple(own[i] for i in graph.inputs), tuple(own[i] for i in graph.outputs)))
         for index, raw in enumerate(graph.operators or []):
@@ -319,6 +305,25 @@ def read_file(file: File) -> LiteRTFile:
         outputs=ends[0][1],
         metadata=MappingProxyType(metadata),
         buffers=buffers,
+    )
+
+
+def _tensor(raw: Any, subgraph: int, index: int, dtype: str, size: int) -> Tensor:
+    """The record of a tensor of the schema."""
+    scheme = raw.quantization
+    scales = () if scheme is None or scheme.scale is None else tuple(map(float, scheme.scale))
+    zeros = () if not scales or scheme.zeroPoint is None else tuple(map(int, scheme.zeroPoint))
+    return Tensor(
+        index=index,
+        subgraph=subgraph,
+        name=(raw.name or b"").decode(),
+        shape=() if raw.shape is None else tuple(map(int, raw.shape)),
+        dtype=dtype,
+        scales=scales,
+        zero_points=zeros or (0,) * len(scales),
+        axis=int(scheme.quantizedDimension) if len(scales) > 1 else None,
+        size=size,
+        buffer=int(raw.buffer),
     )
 
 

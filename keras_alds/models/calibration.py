@@ -17,6 +17,7 @@ from rich.progress import Progress
 
 from keras_alds._backend import tensors
 from keras_alds._backend.functions import run_as_code
+from keras_alds._backend.layers import KerasModel
 from keras_alds.core.calibration.moments import FewInputs, SecondMoment
 from keras_alds.core.slicing import Array
 from keras_alds.core.spectra import Spectra
@@ -91,7 +92,7 @@ class CalibrationStats:
     @classmethod
     def collect(
         cls,
-        model: Any,
+        model: KerasModel,
         data: Any,
         *,
         max_examples: int | None = DEFAULT_EXAMPLES,

@@ -53,9 +53,7 @@ class Examples:
         sizes = {tensor.shape[0] for tensor in getattr(model, "inputs", None) or []}
         #: Examples in a batch if the model's inputs say so.
         self._fixed: int | None = sizes.pop() if len(sizes) == 1 else None
-        self._names: list[str] = [
-            tensor._keras_history[0].name for tensor in getattr(model, "inputs", None) or []
-        ]
+        self._names: list[str] = _backend.backend_of(model).input_names(model)
         structure = self._input_specs(model)
         self._single = structure is not None and not tensors.is_nested(structure)
         self._specs: list[Any] = [] if structure is None else tensors.flatten(structure)

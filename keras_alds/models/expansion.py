@@ -10,13 +10,14 @@ import numpy as np
 from keras_alds import _backend
 from keras_alds._backend import tensors as nest
 from keras_alds._backend import wrappers
-from keras_alds._backend.layers import dtype_policy
+from keras_alds._backend.graphs import mask_of
+from keras_alds._backend.layers import KerasModel, dtype_policy
 from keras_alds.kinds.base import is_factorized, stock_kind
 from keras_alds.models.inventory import contains_factorized, walk
 from keras_alds.models.rebuild import GraphRebuilder, Piece, check_symbolic, first_tensor
 
 
-def expand(model: Any, *, fold_batch_norm: bool = False) -> Any:
+def expand(model: KerasModel, *, fold_batch_norm: bool = False) -> KerasModel:
     """Returns a new model in which every factorized layer is written out as stock layers.
 
     The new model needs nothing of this package: it loads where `keras_alds` is not installed, and
@@ -111,7 +112,7 @@ class _Expander(GraphRebuilder):
         if call.layer in self._dropped:
             return []
         tensor = first_tensor(call)
-        masked = getattr(tensor, "_keras_mask", None) is not None
+        masked = mask_of(tensor) is not None
         return self._pieces(call.layer, getattr(tensor, "shape", ()), masked)
 
     def last_call(

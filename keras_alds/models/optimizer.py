@@ -15,30 +15,8 @@ from typing import Any
 import numpy as np
 
 from keras_alds import _backend
+from keras_alds._backend.training import AVERAGE, SQUARED, slot_meaning
 from keras_alds.core.slicing import fold_encoder, unfold, unfold_encoder
-
-LINEAR, SQUARED, AVERAGE = "linear", "squared", "average"
-
-#: What a slot of an optimizer holds, by the optimizer's class and the slot's name in Keras 3, in
-#: tf_keras, and in tf_keras's legacy optimizers. RMSprop's momentum sums rescaled gradients, so it
-#: is not here; nor is what follows a maximum.
-_SLOTS: dict[str, dict[str, str]] = {
-    "SGD": dict.fromkeys(("momentums", "momentum"), LINEAR),
-    "Adam": {
-        **dict.fromkeys(("_momentums", "m"), LINEAR),
-        **dict.fromkeys(("_velocities", "_velocity_hats", "v", "vhat"), SQUARED),
-    },
-    "Adamax": dict.fromkeys(("_m", "m"), LINEAR),
-    "Lion": {"_momentums": LINEAR, "momentums": LINEAR},
-    "RMSprop": {
-        **dict.fromkeys(("_velocities", "rms"), SQUARED),
-        **dict.fromkeys(("_average_gradients", "mg"), LINEAR),
-    },
-    "Adagrad": dict.fromkeys(("_accumulators", "accumulator"), SQUARED),
-    "Adadelta": dict.fromkeys(("_accumulated_grads", "accum_grad"), SQUARED),
-}
-_SLOTS["Nadam"] = _SLOTS["Adam"]
-_ANY = {"_accumulated_gradients": LINEAR, "_model_variables_moving_average": AVERAGE}
 
 
 def carry_optimizers(
@@ -84,7 +62,7 @@ def carry_optimizers(
         }
         for name, slot in after.items():
             if name in before:
-                _carry(backend, _meaning(optimizer, name), old, before[name], slot, factorized)
+                _carry(backend, slot_meaning(optimizer, name), old, before[name], slot, factorized)
 
 
 def _in_order(targets: list[Any], variables: list[Any]) -> list[Any]:
@@ -94,15 +72,6 @@ def _in_order(targets: list[Any], variables: list[Any]) -> list[Any]:
     """
     places = {id(variable): place for place, variable in enumerate(variables)}
     return sorted(targets, key=lambda variable: places.get(id(variable), len(places)))
-
-
-def _meaning(optimizer: Any, slot: str) -> str | None:
-    if slot in _ANY:
-        return _ANY[slot]
-    for cls in type(optimizer).__mro__:
-        if cls.__name__ in _SLOTS:
-            return _SLOTS[cls.__name__].get(slot)
-    return None
 
 
 def _carry(

@@ -7,8 +7,9 @@ a class with the four members of `Resource`, handed to `models.selection`.
 from __future__ import annotations
 
 import functools
-from typing import Any, Protocol
+from typing import Protocol
 
+from keras_alds._backend.layers import KerasModel
 from keras_alds.core.costs import Costs, WeightCosts
 from keras_alds.core.methods import Method
 from keras_alds.kinds.base import macs_of_call, size_of
@@ -124,7 +125,7 @@ class Macs:
         return None
 
 
-def count_macs(model: Any) -> int:
+def count_macs(model: KerasModel) -> int:
     """Multiply–accumulates of one forward pass of `model` on one example.
 
     Counted are convolutions of every kind, Dense and EinsumDense layers, the kernels of LSTM, GRU

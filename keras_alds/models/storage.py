@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from keras_alds._backend import tensors
+from keras_alds._backend.graphs import mask_of, set_mask
 
 #: Bytes of tensors that are kept in memory; what is more goes to files in a temporary folder.
 MEMORY_LIMIT = 1 << 28
@@ -46,7 +47,7 @@ class Store:
         self._files += 1
         path = Path(self._folder.name) / str(self._files)
         value.numpy().tofile(path)
-        return _File(path, value.numpy().dtype, tuple(value.shape), tensors.mask_of(value))
+        return _File(path, value.numpy().dtype, tuple(value.shape), mask_of(value))
 
     def load(self, kept: Any) -> Any:
         """The value again."""
@@ -69,4 +70,7 @@ class _File:
 
     def load(self) -> Any:
         values = np.fromfile(self.path, self.dtype).reshape(self.shape)
-        return tensors.with_mask(tensors.tensor(values), self.mask)
+        tensor = tensors.tensor(values)
+        if self.mask is not None:
+            set_mask(tensor, self.mask)
+        return tensor

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import Progress
 
 from keras_alds import _backend
+from keras_alds._backend.layers import KerasModel
 from keras_alds.api import compress, select
 from keras_alds.methods import METHODS, get_method
 from keras_alds.models.calibration import Calibration
@@ -162,7 +163,7 @@ class Sweep:
 
 @takes_options(leave_out=("method", "error"))
 def sweep(
-    model: Any,
+    model: KerasModel,
     evaluate: Callable[[Any], float],
     *,
     methods: str | Iterable[str] | None = None,

@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from keras_alds.core import moments, regression
+from keras_alds.core.calibration import moments, regression
 from keras_alds.core.calibration.accumulators import MomentAccumulator
 from keras_alds.core.calibration.moments import FEW, MANY, RIDGE, FewInputs, default_ridge
 from keras_alds.core.calibration.refit import factorize_outputs, output_error, refit_decoder
 from keras_alds.core.calibration.regression import TARGET_RIDGES, PairAccumulator
-from keras_alds.core.slicing import recompose, unfold
 from keras_alds.core.calibration.whitening import output_spectra
+from keras_alds.core.slicing import recompose, unfold
 
 N, FILTERS = 48, 20
 
