@@ -24,9 +24,10 @@ from keras_alds._backend.wrappers import without_pruning
 from keras_alds.cli import main
 from keras_alds.core.costs import SampledCosts
 from keras_alds.litert import device, latency
-from keras_alds.litert.latency import LatencyTable, measure_latency
+from keras_alds.litert.latency import measure_latency
 from keras_alds.litert.layer_files import LayerCall, layer_calls, layer_file
 from keras_alds.litert.sampling import sample_costs
+from keras_alds.litert.table import COLUMNS, LatencyTable, Settings
 from keras_alds.litert.timing import clock, time_files
 from keras_alds.plan import CompressionPlan
 
@@ -284,7 +285,7 @@ def test_measure_latency_and_csv_round_trip(
     assert LatencyTable.load(path) == table
     with open(path, encoding="utf-8") as file:
         header = next(csv.reader(file))
-    assert tuple(header) == latency.COLUMNS
+    assert tuple(header) == COLUMNS
     int8 = measure_latency(model, quantize="int8", threads=2, max_slices=1, verbose=0)
     assert (int8.quantize, int8.threads) == ("int8", 2)
     assert all(k <= 1 for costs in int8.layers.values() for k, _ in costs.points)
@@ -633,8 +634,7 @@ def test_measure_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert table.total > 0
     for call, costs in table.layers.items():
         assert costs.dense > 0
-        ranks = latency.ranks_to_measure(
-            model.get_layer("dense" if call.kind == "dense" else "conv"), call, "litert", 1
-        )
+        layer = model.get_layer("dense" if call.kind == "dense" else "conv")
+        ranks = Settings(max_slices=1).ranks(layer, call)
         for k, row in ranks.items():
             assert np.isfinite(costs.of(k, row)).all()

@@ -16,7 +16,6 @@ import zoo
 
 import keras_alds
 from keras_alds import litert
-from keras_alds.litert.files import extract
 from keras_alds.litert.quantized import check_quantized
 from keras_alds.litert.runs import Runner, check_runs
 
@@ -218,8 +217,7 @@ def test_loops_are_refused_where_the_converter_would_crash():
         litert.convert(model, quantize="int8", representative_data=x, verbose=0)
     content = litert.convert(model, verbose=0)
     np.testing.assert_allclose(Runner(content).predict(x), model(x), atol=1e-5)
-    loop = next(s for s in litert.read_file(content).operators if s.name == "WHILE")
-    assert extract(content, loop) is None
+    assert "WHILE" in {step.name for step in litert.read_file(content).operators}
 
 
 def test_state_does_not_leak_from_one_example_to_the_next():
@@ -365,52 +363,20 @@ def test_litert_is_not_installed(
 # -- Measuring -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quantize", [None, "float16", "dynamic", "int8"])
-def test_files_of_single_operators_compute_the_whole(
-    quantize: str | None, contents: dict[str | None, bytes], data: np.ndarray
-):
-    """Running one file an operator, one after the other, gives what the whole file gives."""
-    content = contents[quantize]
-    file = litert.read_file(content)
-    values = {file.inputs[0].index: data[:1]}
-    for step in file.operators:
-        if file.is_constant(step):
-            continue
-        runner = Runner(extract(content, step))
-        for detail, tensor in zip(
-            runner.inputs, [t for t in step.inputs if t and t.index in values], strict=True
-        ):
-            runner.interpreter.set_tensor(detail["index"], values[tensor.index])
-        runner.invoke()
-        for detail, tensor in zip(runner.outputs, step.outputs, strict=True):
-            values[tensor.index] = runner.interpreter.get_tensor(detail["index"])
-    whole = Runner(content).predict(data[:1])
-    np.testing.assert_allclose(values[file.outputs[0].index], whole, atol=1e-5, rtol=1e-4)
-
-
 def test_benchmark(contents: dict[str | None, bytes], tmp_path: Path):
     path = tmp_path / "model.tflite"
     path.write_bytes(contents["int8"])
     for delegate in (True, False):
-        latency = litert.benchmark(
-            path, runs=5, warmup=1, delegate=delegate, profile=True, verbose=0
-        )
+        latency = litert.benchmark(path, runs=5, warmup=1, delegate=delegate, verbose=0)
         assert 0 < latency.fastest <= latency.lower <= latency.median <= latency.upper
         assert (latency.runs, latency.threads, latency.delegate) == (5, 1, delegate)
         assert latency.size == len(contents["int8"])
-        names = [step.name for step in litert.read_file(path).operators]
-        assert [row.name for row in latency.operators] == names
-        assert all(row.median > 0 for row in latency.operators)
-    printed: list[str] = []
-    latency.summary(printed.append)
-    (text,) = printed
-    assert "built-in kernels" in text
-    assert text.count("%") == len(names)
-    assert "Sum of the operators, each run by itself" in text
-    litert.benchmark(path, runs=2, verbose=0).summary(printed.append)
-    assert "1 thread, XNNPACK" in printed[1]
+        printed: list[str] = []
+        latency.summary(printed.append)
+        kernels = "XNNPACK" if delegate else "built-in kernels"
+        assert printed == [f"{latency.size:,} bytes, 1 thread, {kernels}: {latency}"]
     for options in ({"runs": 0}, {"threads": 0}, {"warmup": -1}, {"runs": 2.5}):
-        with pytest.raises(ValueError, match=f"Expected `{next(iter(options))}` to be an integer"):
+        with pytest.raises(ValueError, match=f"Expected `{next(iter(options))}` to be a"):
             litert.benchmark(path, **options)
 
 

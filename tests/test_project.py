@@ -51,7 +51,6 @@ RECORDS = {
     "LayerChoice",
     "LiteRTFile",
     "Operator",
-    "OperatorTime",
     "SweepRow",
     "Tensor",
 }

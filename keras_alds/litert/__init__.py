@@ -8,9 +8,10 @@ from keras_alds.litert.conversion import convert
 from keras_alds.litert.device import read_latency_log, write_latency_files
 from keras_alds.litert.equalization import equalize
 from keras_alds.litert.files import LiteRTFile, Operator, Tensor, read_file
-from keras_alds.litert.latency import LatencyTable, measure_latency
-from keras_alds.litert.measure import Latency, OperatorTime, benchmark
+from keras_alds.litert.latency import measure_latency
+from keras_alds.litert.measure import Latency, benchmark
 from keras_alds.litert.runs import check_runs
+from keras_alds.litert.table import LatencyTable
 
 __all__ = [
     "FileComparison",
@@ -19,7 +20,6 @@ __all__ = [
     "LatencyTable",
     "LiteRTFile",
     "Operator",
-    "OperatorTime",
     "Tensor",
     "benchmark",
     "check_runs",

@@ -24,18 +24,9 @@ def schema() -> ModuleType:
     return _module("schema_py_generated")
 
 
-def flatbuffers() -> ModuleType:
-    """`flatbuffers`, which LiteRT's file format needs and brings along.
-
-    Raises:
-        ImportError: If LiteRT is not installed.
-    """
-    return _module("", package="flatbuffers")
-
-
-def _module(name: str, package: str = "ai_edge_litert") -> ModuleType:
+def _module(name: str) -> ModuleType:
     try:
-        return importlib.import_module(f"{package}.{name}" if name else package)
+        return importlib.import_module(f"ai_edge_litert.{name}")
     except ImportError as error:
         raise ImportError(
             'LiteRT is needed here and is not installed. Remedy: pip install "keras_alds[litert]"'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -13,14 +13,17 @@ import numpy as np
 from rich.progress import Progress
 
 from keras_alds import _backend
-from keras_alds.litert.conversion import convert_quietly
+from keras_alds.core.checks import int_at_least, positive_int
+from keras_alds.litert.conversion import ConvertOptions, convert_quietly
 from keras_alds.litert.files import contents, read_file
-from keras_alds.litert.measure import Latency, check_counts, time_together
+from keras_alds.litert.measure import Latency, time_together
 from keras_alds.litert.quantized import warn_of_thin_groups
 from keras_alds.litert.runs import Runner, check_runs
 from keras_alds.tables import print_table
 
 PrintFn = Callable[[str], object]
+#: A metric: a function of targets and outputs.
+Compute = Callable[[Any, Any], float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,17 @@ class FileFigures:
     parameters: int
     latency: Latency | None
     metrics: Mapping[str, float]
+
+    @classmethod
+    def of(cls, file: bytes, latency: Latency | None, metrics: dict[str, float]) -> FileFigures:
+        """The record of a file, its latency and its metrics."""
+        return cls(
+            size=len(file),
+            gzip_size=len(gzip.compress(file, mtime=0)),
+            parameters=read_file(file).parameters,
+            latency=latency,
+            metrics=MappingProxyType(metrics),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,67 +161,54 @@ def compare(
     keras_alds.litert.compare(model, small, (x, y), runs=20, verbose=0).summary()
     ```
     """
-    check_counts(threads=threads, warmup=warmup, **({"runs": runs} if runs != 0 else {}))
-    _check_data(data)
-    metrics = _metrics(metric, original) if data is not None else {}
-    if not (_is_model(original) or _is_model(compressed)):
-        _check_files(quantize, representative_data)
-    if hasattr(representative_data, "__next__"):
-        representative_data = list(representative_data)  # both models are to see it
-    with Progress(transient=True, disable=not verbose) as progress:
-        task = progress.add_task("comparison", total=4)
-        files = []
-        for item in (original, compressed):
-            if _is_model(item):
-                item = convert_quietly(
-                    item, quantize=quantize, representative_data=representative_data, verbose=0
-                )
-            files.append(contents(item))
-            check_runs(files[-1], delegate=delegate)
-            progress.advance(task)
-        runners = [Runner(file, threads=threads, delegate=delegate) for file in files]
-        found = [
-            {name: compute(data[1], runner.predict(data[0])) for name, compute in metrics.items()}
-            if data is not None
-            else {}
-            for runner in runners
-        ]
-        progress.advance(task)
-        seconds = time_together(runners, runs=runs, warmup=warmup) if runs else [[], []]
-        progress.advance(task)
-    ratio = None
-    if runs:
-        ratio = statistics.median(b / a for a, b in zip(*seconds, strict=True))
-    figures = [
-        FileFigures(
-            size=len(file),
-            gzip_size=len(gzip.compress(file, mtime=0)),
-            parameters=read_file(file).parameters,
-            latency=Latency.of(times, threads=threads, delegate=delegate, size=len(file))
-            if runs
-            else None,
-            metrics=MappingProxyType(values),
-        )
-        for file, values, times in zip(files, found, seconds, strict=True)
-    ]
-    warn_of_thin_groups(*files, stacklevel=3)
-    return FileComparison(figures[0], figures[1], ratio)
-
-
-def _check_data(data: Any) -> None:
+    positive_int(threads, "threads")
+    int_at_least(runs, "runs", 0)
+    int_at_least(warmup, "warmup", 0)
     if data is not None and not (isinstance(data, (tuple, list)) and len(data) == 2):
         raise ValueError(
             "Expected `data` to be a pair (x, y) of inputs and targets. "
             f"Received: {type(data).__name__}"
         )
-
-
-def _check_files(quantize: Any, representative_data: Any) -> None:
-    if quantize is not None or representative_data is not None:
+    metrics = _metrics(metric, original) if data is not None else {}
+    if not (_is_model(original) or _is_model(compressed)) and (
+        quantize is not None or representative_data is not None
+    ):
         raise ValueError(
             "Expected `quantize` and `representative_data` only where a model is to be converted. "
             "Received: two files"
         )
+    if isinstance(representative_data, Iterator):
+        representative_data = list(representative_data)  # both models are to see it
+    options = ConvertOptions(quantize=quantize, representative_data=representative_data, verbose=0)
+    with Progress(transient=True, disable=not verbose) as progress:
+        task = progress.add_task("comparison", total=4)
+        files = []
+        for item in (original, compressed):
+            files.append(contents(convert_quietly(item, options) if _is_model(item) else item))
+            check_runs(files[-1], delegate=delegate)
+            progress.advance(task)
+        runners = [Runner(file, threads=threads, delegate=delegate) for file in files]
+        values = [_computed(metrics, runner, data) for runner in runners]
+        progress.advance(task)
+        seconds = time_together(runners, runs=runs, warmup=warmup) if runs else [[], []]
+        progress.advance(task)
+    warn_of_thin_groups(*files, stacklevel=3)
+    latencies = [
+        Latency.of(times, threads=threads, delegate=delegate, size=len(file)) if runs else None
+        for file, times in zip(files, seconds, strict=True)
+    ]
+    before, after = map(FileFigures.of, files, latencies, values)
+    ratios = [b / a for a, b in zip(*seconds, strict=True)]
+    return FileComparison(before, after, statistics.median(ratios) if ratios else None)
+
+
+def _computed(metrics: Mapping[str, Compute], runner: Runner, data: Any) -> dict[str, float]:
+    """The metrics of a file's outputs; none without data."""
+    if not metrics:
+        return {}
+    x, y = data
+    outputs = runner.predict(x)
+    return {name: compute(y, outputs) for name, compute in metrics.items()}
 
 
 def _row(name: str, before: int, after: int) -> list[str]:
@@ -223,8 +224,6 @@ def _is_model(item: Any) -> bool:
 
 
 # -- Metrics -------------------------------------------------------------------------------------
-
-Compute = Callable[[Any, Any], float]
 
 
 def _metrics(metric: Any, model: Any) -> dict[str, Compute]:

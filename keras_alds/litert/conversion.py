@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import itertools
 import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from keras_alds.litert import _package
 from keras_alds.litert.files import read_file
 from keras_alds.litert.quantized import check_quantized, warn_of_thin_groups
 from keras_alds.litert.runs import check_runs
-from keras_alds.models.data import Examples, check_count
+from keras_alds.models.data import KeptExamples, with_progress
 from keras_alds.models.inventory import walk
 from keras_alds.models.ranges import equalized
 
@@ -30,8 +33,6 @@ QUANTIZE = (None, "float16", "dynamic", "int8")
 #: Runtimes in which a file can be tried, and whether XNNPACK is in them.
 RUNTIMES = {"xnnpack": True, "reference": False}
 _IO_TYPES = ("float32", "int8", "uint8")
-# Examples that go through the model at once.
-_BATCH = 32
 
 
 def convert(
@@ -49,14 +50,14 @@ def convert(
 ) -> bytes:
     """Converts a model to a LiteRT (TensorFlow Lite) file, and returns its bytes.
 
-    Models of both Kerases and of any kind are taken: original, compressed or expanded, Functional,
-    Sequential or subclassed, and models of TF-MOT's quantization-aware training. Factorized
-    layers become grouped and pointwise operators. The model is not changed; for int8 the channels
-    between encoder and decoder are given the same range on the way (see `equalize`).
+    It takes models of Keras 3 and tf_keras of any kind: original, compressed or expanded,
+    Functional, Sequential or subclassed, and models of TF-MOT's quantization-aware training.
+    Factorized layers become grouped and pointwise operators. The model is not changed; for int8
+    the channels between encoder and decoder get the same range on the way (see `equalize`).
 
-    Nothing is handed out unseen: the file's tensors are read to see that every convolution and
-    dense layer is quantized as asked for, and the file is loaded and run once. A warning names
-    the int8 convolutions in groups of fewer than 32 channels, which some processors run slowly.
+    Every file is checked: its tensors show whether every convolution and dense layer is quantized
+    as asked for, and the file is loaded and run once. A warning names the int8 convolutions in
+    groups of fewer than 32 channels, which some processors run slowly.
 
     Args:
         model: A built `keras.Model` or `tf_keras.Model` whose input sizes are known.
@@ -70,8 +71,8 @@ def convert(
             hundreds, preprocessed as for training: what `calibration_data` of `select` may be, an
             array, a list or dict of arrays for several inputs, a batched `tf.data.Dataset`, a
             `keras.utils.PyDataset`, a generator or an iterable of batches; labels are ignored.
-        max_examples: Integer or None. Use at most so many of them; of arrays evenly spaced ones.
-            None for all. Defaults to 256.
+        max_examples: Integer of at least 8, or None for all. Use at most so many of them; of
+            arrays evenly spaced ones. Defaults to 256.
         inference_input_type: Type of the file's inputs if it is int8: `"float32"`, `"int8"` or
             `"uint8"`, or the TensorFlow type. Defaults to `"float32"`: the file quantizes.
         inference_output_type: The same for the outputs.
@@ -91,9 +92,9 @@ def convert(
         ImportError: If LiteRT is not installed.
         FileNotFoundError: If there is no such folder as `path` lies in.
         ValueError: If an argument is not as above; if TF-MOT's pruning or clustering was not
-            stripped; if data are missing, do not fit or hold fewer
-            than 8 examples; if the converter does not take the model; if a layer is not
-            quantized as asked for; or if the file does not run.
+            stripped; if data are missing, do not fit or hold fewer than 8 examples; if the
+            converter does not take the model; if a layer is not quantized as asked for; or if the
+            file does not run.
 
     Example:
     ```python
@@ -103,9 +104,7 @@ def convert(
     )
     ```
     """
-    content = convert_quietly(
-        model,
-        path,
+    options = ConvertOptions(
         quantize=quantize,
         representative_data=representative_data,
         max_examples=max_examples,
@@ -115,109 +114,53 @@ def convert(
         runtimes=runtimes,
         verbose=verbose,
     )
+    content = convert_quietly(model, options, path)
     warn_of_thin_groups(content, stacklevel=3)
     return content
 
 
-def convert_quietly(
-    model: Any,
-    path: str | os.PathLike[str] | None = None,
-    *,
-    quantize: str | None = None,
-    representative_data: Any = None,
-    max_examples: int | None = 256,
-    inference_input_type: Any = "float32",
-    inference_output_type: Any = "float32",
-    batch_size: int = 1,
-    runtimes: Sequence[str] = ("xnnpack",),
-    verbose: int = 1,
-) -> bytes:
-    """`convert` without its warning: for callers that warn of their own caller, or not at all."""
-    types = checked_options(
-        quantize,
-        inference_input_type=inference_input_type,
-        inference_output_type=inference_output_type,
-        batch_size=batch_size,
-        runtimes=runtimes,
-    )
-    check_folder(path)
-    _package.interpreter()  # complains before the work is done
-    backend = _backend.backend_of(model)
-    wrappers.check_stripped(model, "litert.convert", quantized=True)
-    _check_float(model)
-    specs = _input_specs(backend, model, batch_size)
-    aware = any(wrappers.is_quantized(layer) for _, layer in walk(model))
-    _check_data(model, quantize, representative_data, aware)
-    with Progress(transient=True, disable=not verbose) as progress:
-        examples = None
-        if representative_data is not None:
-            examples = _Calibration(model, representative_data, max_examples, batch_size, progress)
-        task = progress.add_task("conversion", total=3)
-        signature = _Signature(backend, model, specs)
-        with contextlib.ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            if examples is not None and not aware:
-                # One scale serves all channels between two factors: give them the same range.
-                stack.enter_context(equalized(model, examples.batches(specs)))
-            signature.save(folder)
-            progress.advance(task)
-            if examples is not None and signature.loops:
-                _check_loops(folder, model)
-            converter = tf.lite.TFLiteConverter.from_saved_model(folder)
-            _configure(converter, quantize, types)
-            if examples is not None:
-                converter.representative_dataset = examples.feed(signature.input_names)
-            content = _run(converter, model)
-        content = signature.in_order(content)
-        progress.advance(task)
-        left = check_quantized(read_file(content), quantize) if quantize else []
-        for runtime in runtimes:
-            check_runs(content, delegate=RUNTIMES[runtime])
-        progress.advance(task)
-        if left and verbose:
-            text = f"Left in float32 by the converter: {'; '.join(left)}"
-            progress.console.print(text, soft_wrap=True, highlight=False)
-    if path is not None:
-        Path(path).write_bytes(content)
-    return content
-
-
-# -- Arguments -----------------------------------------------------------------------------------
-
-
-def checked_options(
-    quantize: Any,
-    *,
-    inference_input_type: Any = "float32",
-    inference_output_type: Any = "float32",
-    batch_size: Any = 1,
-    runtimes: Any = ("xnnpack",),
-) -> tuple[tf.DType, tf.DType]:
-    """The types of the file's inputs and outputs; options are as for `convert`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """The options of `convert`.
 
     Raises:
-        ValueError: If an option is not as it says.
+        ValueError: If one is not as `convert` says.
     """
-    if quantize not in QUANTIZE:
-        raise ValueError(
-            f"Expected `quantize` to be one of {', '.join(map(repr, QUANTIZE))}. "
-            f"Received: quantize={quantize!r}"
-        )
-    positive_int(batch_size, "batch_size")
-    if (
-        not isinstance(runtimes, (list, tuple, set, frozenset))
-        or not runtimes
-        or any(runtime not in [*RUNTIMES] for runtime in runtimes)
-    ):
-        raise ValueError(
-            f"Expected `runtimes` to hold some of {', '.join(map(repr, RUNTIMES))}. "
-            f"Received: runtimes={runtimes!r}"
-        )
-    types = []
-    for name, value in (
-        ("inference_input_type", inference_input_type),
-        ("inference_output_type", inference_output_type),
-    ):
+
+    quantize: str | None = None
+    representative_data: Any = None
+    max_examples: int | None = 256
+    inference_input_type: Any = "float32"
+    inference_output_type: Any = "float32"
+    batch_size: int = 1
+    runtimes: Sequence[str] = ("xnnpack",)
+    verbose: int = 1
+
+    def __post_init__(self) -> None:
+        if self.quantize not in QUANTIZE:
+            raise ValueError(
+                f"Expected `quantize` to be one of {', '.join(map(repr, QUANTIZE))}. "
+                f"Received: quantize={self.quantize!r}"
+            )
+        positive_int(self.batch_size, "batch_size")
+        if (
+            not isinstance(self.runtimes, (list, tuple, set, frozenset))
+            or not self.runtimes
+            or any(runtime not in [*RUNTIMES] for runtime in self.runtimes)
+        ):
+            raise ValueError(
+                f"Expected `runtimes` to hold some of {', '.join(map(repr, RUNTIMES))}. "
+                f"Received: runtimes={self.runtimes!r}"
+            )
+        _ = self.types  # complains of them
+
+    @property
+    def types(self) -> tuple[tf.DType, tf.DType]:
+        """The types of the file's inputs and outputs."""
+        return self._type("inference_input_type"), self._type("inference_output_type")
+
+    def _type(self, name: str) -> tf.DType:
+        value = getattr(self, name)
         try:
             dtype = tf.as_dtype(value)
         except TypeError:
@@ -227,13 +170,42 @@ def checked_options(
                 f"Expected `{name}` to be one of {', '.join(map(repr, _IO_TYPES))}. "
                 f"Received: {name}={value!r}"
             )
-        if dtype != tf.float32 and quantize != "int8":
+        if dtype != tf.float32 and self.quantize != "int8":
             raise ValueError(
                 f"Expected `{name}` to be 'float32' unless quantize='int8'. "
-                f"Received: {name}={dtype.name!r} with quantize={quantize!r}"
+                f"Received: {name}={dtype.name!r} with quantize={self.quantize!r}"
             )
-        types.append(dtype)
-    return types[0], types[1]
+        return dtype
+
+
+def convert_quietly(
+    model: Any, options: ConvertOptions, path: str | os.PathLike[str] | None = None
+) -> bytes:
+    """`convert` without its warning: for callers that warn of their own caller, or not at all."""
+    check_folder(path)
+    _package.interpreter()  # complains before the work is done
+    wrappers.check_stripped(model, "litert.convert", quantized=True)
+    _check_float(model)
+    specs = _input_specs(model, options.batch_size)
+    aware = any(wrappers.is_quantized(layer) for _, layer in walk(model))
+    _check_data(model, options, aware)
+    with Progress(transient=True, disable=not options.verbose) as progress:
+        task = progress.add_task("conversion", total=2)
+        content = _converted(model, specs, options, aware, progress)
+        progress.advance(task)
+        left = check_quantized(read_file(content), options.quantize) if options.quantize else []
+        for runtime in options.runtimes:
+            check_runs(content, delegate=RUNTIMES[runtime])
+        progress.advance(task)
+        if left and options.verbose:
+            text = f"Left in float32 by the converter: {'; '.join(left)}"
+            progress.console.print(text, soft_wrap=True, highlight=False)
+    if path is not None:
+        Path(path).write_bytes(content)
+    return content
+
+
+# -- What is refused -----------------------------------------------------------------------------
 
 
 def check_folder(path: str | os.PathLike[str] | None) -> None:
@@ -270,8 +242,8 @@ def _check_float(model: Any) -> None:
         )
 
 
-def _input_specs(backend: _backend.Backend, model: Any, batch_size: int) -> Any:
-    specs = backend.input_specs(model)
+def _input_specs(model: Any, batch_size: int) -> Any:
+    specs = _backend.backend_of(model).input_specs(model)
     unknown = [spec.shape for spec in tf.nest.flatten(specs) if None in tuple(spec.shape)[1:]]
     if unknown:
         raise ValueError(
@@ -284,7 +256,8 @@ def _input_specs(backend: _backend.Backend, model: Any, batch_size: int) -> Any:
     )
 
 
-def _check_data(model: Any, quantize: str | None, data: Any, aware: bool) -> None:
+def _check_data(model: Any, options: ConvertOptions, aware: bool) -> None:
+    quantize, data = options.quantize, options.representative_data
     if aware and quantize != "int8":
         raise ValueError(
             f"Expected quantize='int8' for '{model.name}', a model of quantization-aware training. "
@@ -307,53 +280,44 @@ def _check_data(model: Any, quantize: str | None, data: Any, aware: bool) -> Non
 # -- Conversion ----------------------------------------------------------------------------------
 
 
-class _Calibration:
-    """Representative data as the converter wants them, with a progress bar."""
-
-    def __init__(
-        self, model: Any, data: Any, limit: int | None, batch_size: int, progress: Progress
-    ) -> None:
-        examples = Examples(model, data, limit, "representative_data")
-        names = _backend.backend_of(model).input_names(model)
-        task = progress.add_task("representative data", total=examples.total)
-        rows: list[list[np.ndarray]] = []
-        count = 0
-        for inputs, size in examples:
-            if isinstance(inputs, dict) and set(inputs) == set(names):
-                inputs = [inputs[name] for name in names]
-            rows.append([np.asarray(item) for item in tf.nest.flatten(inputs)])
-            count += size
-            progress.update(task, completed=count)
-        check_count(count, "representative_data")
-        self._arrays = [np.concatenate(parts) for parts in zip(*rows, strict=True)]
-        self._batch, self._progress = batch_size, progress
-
-    def batches(self, specs: Any) -> Iterator[Any]:
-        """All examples as the model takes them, some at a time."""
-        for start in range(0, len(self._arrays[0]), _BATCH):
-            parts = [tf.convert_to_tensor(a[start : start + _BATCH]) for a in self._arrays]
-            yield tf.nest.pack_sequence_as(specs, parts)
-
-    def feed(self, names: list[str]) -> Callable[[], Iterator[dict[str, np.ndarray]]]:
-        """A function that gives batches by the names of the signature's inputs."""
-
-        def batches() -> Iterator[dict[str, np.ndarray]]:
-            size, rows = self._batch, len(self._arrays[0])
-            starts = range(0, max(rows - rows % size, 1), size)
-            for start in self._progress.track(starts, description="calibration"):
-                # A last batch that is too small begins again at the first example.
-                chosen = np.arange(start, start + size) % rows
-                yield dict(zip(names, (array[chosen] for array in self._arrays), strict=True))
-
-        return batches
+def _converted(
+    model: Any, specs: Any, options: ConvertOptions, aware: bool, progress: Progress
+) -> bytes:
+    """What the converter makes of a model."""
+    data, examples = options.representative_data, None
+    if data is not None:
+        examples = KeptExamples(model, data, options.max_examples, "representative_data")
+    signature = _Signature(model, specs)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        if examples is not None and not aware:
+            # One scale serves all channels between two factors: give them the same range.
+            batches = with_progress(examples, progress, "equalization")
+            stack.enter_context(equalized(model, (inputs for inputs, _ in batches)))
+        signature.save(folder)
+        if examples is not None and signature.loops:
+            _check_loops(folder, model)
+        converter = tf.lite.TFLiteConverter.from_saved_model(folder)
+        if options.quantize is not None:
+            converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        if options.quantize == "float16":
+            converter.target_spec.supported_types = [tf.float16]
+        if options.quantize == "int8":
+            converter.inference_input_type, converter.inference_output_type = options.types
+        if examples is not None:
+            converter.representative_dataset = functools.partial(
+                signature.feed, examples, options.batch_size, progress
+            )
+        return signature.in_order(_run(converter, model))
 
 
 class _Signature:
     """A model as a function of named inputs and outputs."""
 
-    def __init__(self, backend: _backend.Backend, model: Any, specs: Any) -> None:
+    def __init__(self, model: Any, specs: Any) -> None:
         flat = tf.nest.flatten(specs)
-        keys = sorted(specs) if isinstance(specs, dict) else backend.input_names(model)
+        self._layers = _backend.backend_of(model).input_names(model)
+        keys = sorted(specs) if isinstance(specs, dict) else self._layers
         self.input_names = _names(keys, "input", len(flat))
         self.output_names: list[str] = []
 
@@ -390,6 +354,26 @@ class _Signature:
         module.forward = self._function
         tf.saved_model.save(module, folder, signatures={"serving_default": self._function})
 
+    def feed(
+        self, examples: KeptExamples, size: int, progress: Progress
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """The examples by the names of the inputs, as many at a time as one run takes."""
+        rows = (
+            [np.asarray(tensor)[i] for tensor in self._flat(inputs)]
+            for _ in itertools.count()  # a run of more than there are begins again
+            for inputs, count in examples
+            for i in range(count)
+        )
+        runs = range(max(examples.total // size, 1))
+        for _ in progress.track(runs, description="calibration"):
+            batch = zip(*itertools.islice(rows, size), strict=True)
+            yield dict(zip(self.input_names, map(np.stack, batch), strict=True))
+
+    def _flat(self, inputs: Any) -> list[Any]:
+        if isinstance(inputs, dict) and set(inputs) == set(self._layers):
+            return [inputs[name] for name in self._layers]
+        return tf.nest.flatten(inputs)
+
     def in_order(self, content: bytes) -> bytes:
         """The file with inputs and outputs in the model's order: the converter shuffles them."""
         schema = _package.schema()
@@ -418,16 +402,6 @@ def _names(names: Sequence[str], default: str, count: int) -> list[str]:
         name if plain.count(name) == 1 else f"{name}_{plain[:n].count(name)}"
         for n, name in enumerate(plain)
     ]
-
-
-def _configure(converter: Any, quantize: str | None, types: tuple[tf.DType, tf.DType]) -> None:
-    if quantize is None:
-        return
-    converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    if quantize == "float16":
-        converter.target_spec.supported_types = [tf.float16]
-    if quantize == "int8":
-        converter.inference_input_type, converter.inference_output_type = types
 
 
 def _check_loops(folder: str, model: Any) -> None:

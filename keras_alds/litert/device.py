@@ -10,19 +10,9 @@ from typing import Any
 
 from rich.progress import track
 
-from keras_alds.litert.latency import (
-    COLUMNS,
-    LatencyTable,
-    check_settings,
-    converted,
-    measurable,
-    measured_records,
-    ranks_to_measure,
-    read_rows,
-    write_rows,
-)
+from keras_alds.litert.latency import converted, measurable, measured_records
 from keras_alds.litert.layer_files import empty_file, layer_calls, layer_file
-from keras_alds.targets import TARGETS
+from keras_alds.litert.table import LatencyTable, Settings, read_rows, write_rows
 
 INDEX = "candidates.csv"
 _MODEL, _EMPTY = "model.tflite", "empty.tflite"
@@ -75,12 +65,7 @@ def write_latency_files(
     keras_alds.litert.write_latency_files(model, "latency", max_slices=1, verbose=0)
     ```
     """
-    check_settings(quantize, threads, max_slices)
-    if target not in TARGETS:
-        raise ValueError(
-            f"Expected `target` to be one of {', '.join(map(repr, TARGETS))}. "
-            f"Received: target={target!r}"
-        )
+    settings = Settings(quantize, threads, target, max_slices)
     inventory = measurable(model, exclude, stacklevel=2)
     records = measured_records(inventory)
     calls = layer_calls(inventory, records)
@@ -89,25 +74,18 @@ def write_latency_files(
     path.mkdir(parents=True, exist_ok=True)
     (path / _MODEL).write_bytes(converted(model, quantize, representative_data, verbose))
     (path / _EMPTY).write_bytes(empty_file())
-    settings = {"quantize": quantize or "float32", "threads": threads, "target": target}
-    blank = {**dict.fromkeys(COLUMNS, ""), **settings, "calls": 1, "slices": 0, "rank": 0}
-    rows: list[dict[str, Any]] = [
-        {**blank, "kind": "model", "file": _MODEL},
-        {**blank, "kind": "empty", "file": _EMPTY},
-    ]
+    rows = [settings.row(None, file=_MODEL), settings.row(None, kind="empty", file=_EMPTY)]
     for call in track(
         sorted(layers), description="files of layers", transient=True, disable=not verbose
     ):
-        ranks = ranks_to_measure(layers[call], call, target, max_slices)
+        ranks = settings.ranks(layers[call], call)
         points = [(0, 0), *((k, rank) for k, row in ranks.items() for rank in _spread(row))]
         count = sum(found.count(call) for found in calls.values())
         for slices, rank in points:
             name = f"{len(rows) - 1:05}.tflite"
             (path / name).write_bytes(layer_file(call, slices, rank, quantize=quantize))
-            row = {**blank, **call.to_row(), "calls": count, "slices": slices, "rank": rank}
-            rows.append({**row, "file": name})
-    with open(path / INDEX, "w", encoding="utf-8", newline="") as file:
-        write_rows(file, rows, (*COLUMNS, "file"))
+            rows.append(settings.row(call, count, slices, rank, file=name))
+    write_rows(path / INDEX, rows)
     return len(rows)
 
 

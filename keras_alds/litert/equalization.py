@@ -8,7 +8,7 @@ from rich.progress import Progress
 
 from keras_alds import _backend
 from keras_alds.models import ranges
-from keras_alds.models.data import Examples, check_count
+from keras_alds.models.data import Examples, with_progress
 from keras_alds.models.inventory import has_weights
 
 
@@ -38,7 +38,7 @@ def equalize(
         representative_data: Unlabelled examples, as for `convert`: the largest absolute values of
             all channels of a layer on them become equal. Defaults to None: encoder and decoder
             weights of every rank get the same norm.
-        max_examples: Integer or None. Use at most so many of them. Defaults to 256.
+        max_examples: As for `convert`. Defaults to 256.
         verbose: 0 for silence, else a progress bar is shown on a terminal. Defaults to 1.
 
     Raises:
@@ -61,16 +61,6 @@ def equalize(
         ranges.equalize(model)
         return
     examples = Examples(model, representative_data, max_examples, "representative_data")
-    seen = 0
-
-    def batches() -> Any:
-        nonlocal seen
-        with Progress(transient=True, disable=not verbose) as progress:
-            task = progress.add_task("equalization", total=examples.total)
-            for inputs, count in examples:
-                yield inputs
-                seen += count
-                progress.update(task, completed=seen)
-        check_count(seen, "representative_data")
-
-    ranges.equalize(model, batches())
+    with Progress(transient=True, disable=not verbose) as progress:
+        batches = with_progress(examples, progress, "equalization")
+        ranges.equalize(model, (inputs for inputs, _ in batches))

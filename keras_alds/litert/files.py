@@ -327,60 +327,6 @@ def _tensor(raw: Any, subgraph: int, index: int, dtype: str, size: int) -> Tenso
     )
 
 
-def extract(file: File, operator: Operator) -> bytes | None:
-    """A file of one operator of another file, with its weights.
-
-    Operators that compute its constants (a DEQUANTIZE of float16 weights) come along.
-
-    Args:
-        file: Bytes of the file, or its path.
-        operator: One of the operators that `read_file` finds in it.
-
-    Returns:
-        The bytes, or None for an operator that runs subgraphs of the whole file (a loop).
-    """
-    schema, builder = _package.schema(), _package.flatbuffers().Builder(1 << 16)
-    content = contents(file)
-    record = read_file(content)
-    if any("ubgraph" in option for option in operator.options):
-        return None
-    wanted = [operator]
-    for step in wanted:
-        for tensor in step.inputs:
-            producer = None if tensor is None else record.producer(tensor)
-            if producer is not None and record.is_constant(producer) and producer not in wanted:
-                wanted.append(producer)
-    wanted.sort(key=lambda step: step.index)
-    made = {tensor.index for step in wanted for tensor in step.outputs}
-    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
-    graph = model.subgraphs[operator.subgraph]
-    used = sorted(
-        {tensor.index for step in wanted for tensor in (*step.inputs, *step.outputs) if tensor}
-    )
-    place = {index: number for number, index in enumerate(used)}
-    buffers, tensors = [model.buffers[0]], []
-    for index in used:
-        tensor = graph.tensors[index]
-        buffers.append(model.buffers[tensor.buffer])
-        tensor.buffer = len(buffers) - 1
-        tensors.append(tensor)
-    steps = [graph.operators[step.index] for step in wanted]
-    for step in steps:
-        step.inputs = [place.get(int(i), -1) for i in _list(step.inputs)]
-        step.outputs = [place[int(i)] for i in _list(step.outputs)]
-    graph.tensors, graph.operators = tensors, steps
-    graph.inputs = [
-        place[tensor.index]
-        for tensor in {t.index: t for t in operator.inputs if t is not None}.values()
-        if not tensor.constant and tensor.index not in made
-    ]
-    graph.outputs = [place[tensor.index] for tensor in operator.outputs]
-    model.subgraphs, model.buffers = [graph], buffers
-    model.signatureDefs, model.metadata = None, None
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
-
-
 def contents(file: File) -> bytes:
     """The bytes of a `.tflite` file.
 

@@ -1,14 +1,12 @@
-"""`LatencyTable`: how long the layers of a model take, dense and factorized, in a runtime."""
+"""`measure_latency`: how long the layers of a model take here, dense and factorized."""
 
 from __future__ import annotations
 
 import collections
-import csv
-import dataclasses
 import functools
 import os
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,149 +15,20 @@ from rich.progress import Progress
 
 from keras_alds import _backend
 from keras_alds._backend import wrappers
-from keras_alds.core.checks import positive_int
-from keras_alds.core.choices import offered_ranks
 from keras_alds.core.costs import Costs, SampledCosts, sum_costs
 from keras_alds.litert import _package
-from keras_alds.litert.conversion import convert_quietly
+from keras_alds.litert.conversion import ConvertOptions, convert_quietly
 from keras_alds.litert.layer_files import Calls, LayerCall, empty_file, layer_calls, layer_file
 from keras_alds.litert.sampling import sample_costs
+from keras_alds.litert.table import LatencyTable, Settings
 from keras_alds.litert.timing import MOST_SWEPT, time_files
 from keras_alds.models.data import MIN_EXAMPLES
 from keras_alds.models.inventory import Inventory, LayerRecord, already_compressed
 from keras_alds.naming import check_exclude
 from keras_alds.plan import Skip, Skipped
-from keras_alds.targets import TARGETS
 
-QUANTIZE = (None, "int8")
 #: Targets whose runtime is on this machine, and whether XNNPACK is in it.
 LOCAL = {"litert": True, "litert-reference": False}
-COLUMNS = (
-    *(field.name for field in dataclasses.fields(LayerCall)),
-    *("calls", "quantize", "threads", "target", "slices", "rank", "nanoseconds"),
-)
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class LatencyTable:
-    """Latencies of a model and of its layers' choices, in one runtime; see `measure_latency`.
-
-    Attributes:
-        total: Latency of the whole original model, in nanoseconds.
-        layers: `SampledCosts` of every layer and input size, in nanoseconds.
-        calls: How often each of them is called in one forward pass.
-        quantize: None for float32, or `"int8"`.
-        threads: Number of threads.
-        target: The runtime, as `target` of `select`.
-
-    Example:
-    ```python
-    table = keras_alds.litert.measure_latency(model, quantize="int8", verbose=0)
-    table.save("latency.csv")
-    table = keras_alds.litert.LatencyTable.load("latency.csv")
-    # plan = keras_alds.select(model, cr=0.3, objective="latency", latency=table)
-    ```
-    """
-
-    total: int
-    layers: Mapping[LayerCall, SampledCosts]
-    calls: Mapping[LayerCall, int]
-    quantize: str | None = None
-    threads: int = 1
-    target: str = "litert"
-
-    def __repr__(self) -> str:
-        return (
-            f"LatencyTable(total={self.total}, layers={{{len(self.layers)} of them}}, "
-            f"quantize={self.quantize!r}, threads={self.threads}, target={self.target!r})"
-        )
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the table to `path` as CSV; docs/deploy.md has its columns."""
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            write_rows(file, self.rows())
-
-    def rows(self) -> Iterable[dict[str, Any]]:
-        """The rows of the CSV file."""
-        settings = {
-            "quantize": self.quantize or "float32",
-            "threads": self.threads,
-            "target": self.target,
-        }
-        yield {
-            **dict.fromkeys(COLUMNS, ""),
-            **settings,
-            "kind": "model",
-            "calls": 1,
-            "slices": 0,
-            "rank": 0,
-            "nanoseconds": self.total,
-        }
-        for call, costs in self.layers.items():
-            for (slices, rank), time in costs.points.items():
-                yield {
-                    **call.to_row(),
-                    **settings,
-                    "calls": self.calls[call],
-                    "slices": slices,
-                    "rank": rank,
-                    "nanoseconds": time,
-                }
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
-        """Reads a table that `save` or the command `latency-read` wrote.
-
-        Raises:
-            ValueError: If the file is no such table.
-        """
-        return cls.from_rows(read_rows(path), os.fspath(path))
-
-    @classmethod
-    def from_rows(cls, rows: Sequence[Mapping[str, Any]], where: str) -> LatencyTable:
-        """The table of the rows of a CSV file.
-
-        Raises:
-            ValueError: If they are none.
-        """
-        missing = [name for name in COLUMNS if not rows or name not in rows[0]]
-        if missing:
-            raise ValueError(
-                f"Expected a latency table in {where!r}, with the columns {', '.join(COLUMNS)}. "
-                f"Received: {'no rows' if not rows else 'none named ' + ', '.join(missing)}"
-            )
-        totals: list[int] = []
-        calls: dict[LayerCall, int] = {}
-        points: dict[LayerCall, dict[tuple[int, int], int]] = {}
-        try:
-            settings = {(row["quantize"], int(row["threads"]), row["target"]) for row in rows}
-            for row in rows:
-                nanoseconds = round(float(row["nanoseconds"]))
-                if row["kind"] == "model":
-                    if nanoseconds < 1:
-                        raise ValueError(f"{nanoseconds} ns for the whole model")
-                    totals.append(nanoseconds)
-                    continue
-                call = LayerCall.from_row({key: str(value) for key, value in row.items()})
-                calls[call] = int(row["calls"])
-                point = int(row["slices"]), int(row["rank"])
-                points.setdefault(call, {})[point] = nanoseconds
-            layers = {call: SampledCosts.of_points(found) for call, found in points.items()}
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
-            raise ValueError(
-                f"Expected a latency table in {where!r}: numbers in the columns of sizes and "
-                f"times, and a dense row for every layer. Received: one that does not fit ({error})"
-            ) from error
-        if len(settings) != 1 or len(totals) != 1:
-            raise ValueError(
-                f"Expected a latency table in {where!r} of one model under one quantization, "
-                "number of threads and target: a table a model. "
-                f"Received: {len(totals)} models, settings {sorted(map(str, settings))}"
-            )
-        ((quantize, threads, target),) = settings
-        return cls(
-            totals[0], layers, calls, None if quantize == "float32" else quantize, threads, target
-        )
 
 
 class MeasuredLatency:
@@ -258,23 +127,10 @@ def measure_latency(
     print(f"{table.total / 1e6:.3f} ms, {len(table.layers)} layers")
     ```
     """
-    check_settings(quantize, threads, max_slices)
     _check_local(target)
-    runtime = _Runtime(quantize, threads, target)
+    settings = Settings(quantize, threads, target, max_slices)
     inventory = measurable(model, exclude, stacklevel=2)
-    return _measured(inventory, runtime, max_slices, representative_data, verbose)
-
-
-def check_settings(quantize: Any, threads: Any, max_slices: Any) -> None:
-    """Raises a ValueError for settings under which nothing can be measured."""
-    if quantize not in QUANTIZE:
-        raise ValueError(
-            f"Expected `quantize` to be None or 'int8', to measure latency. "
-            f"Received: quantize={quantize!r}"
-        )
-    positive_int(threads, "threads")
-    if max_slices is not None:
-        positive_int(max_slices, "max_slices")
+    return _measured(inventory, settings, representative_data, verbose)
 
 
 def measurable(model: Any, exclude: Any = (), *, stacklevel: int = 1) -> Inventory:
@@ -347,7 +203,8 @@ def measured_latency(
         ValueError: If the table lacks a layer, or is of another model.
     """
     if table is None:
-        table = _measured(inventory, _Runtime(None, 1, target), max_slices, verbose=verbose)
+        settings = Settings(target=target, max_slices=max_slices)
+        table = _measured(inventory, settings, verbose=verbose)
     return MeasuredLatency(inventory, table)
 
 
@@ -377,35 +234,7 @@ def _check_of_model(
             )
 
 
-def write_rows(
-    file: Any, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = COLUMNS
-) -> None:
-    """Writes rows of a table as CSV."""
-    writer = csv.DictWriter(file, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-
-
-def read_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
-    """Reads the rows of a CSV file; none of a file that is not text."""
-    with open(path, encoding="utf-8", newline="") as file:
-        try:
-            return list(csv.DictReader(file))
-        except (UnicodeDecodeError, csv.Error):
-            return []
-
-
 # -- Measurement ---------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Runtime:
-    quantize: str | None
-    threads: int
-    target: str
-
-    def times(self, files: Sequence[Any], swept: int = 0) -> list[int]:
-        return time_files(files, threads=self.threads, delegate=LOCAL[self.target], swept=swept)
 
 
 # What was measured: of layers by call, runtime, bytes swept and ranks; of models by their calls.
@@ -421,20 +250,14 @@ def _check_local(target: Any) -> None:
         )
 
 
-def ranks_to_measure(
-    layer: Any, call: LayerCall, target: str, max_slices: int | None
-) -> dict[int, tuple[int, ...]]:
-    """The ranks of a layer's choices that a target allows and that are smaller, by slices."""
-    rule = functools.partial(TARGETS[target].ranks, depthwise=len(set(call.strides)) <= 1)
-    shape = tuple(map(int, layer.kernel.shape))
-    offered = offered_ranks(shape, rule=rule, max_slices=max_slices)
-    return {k: tuple(ranks) for k, ranks in offered.items()}
+def _times(settings: Settings, files: Sequence[Any], swept: int = 0) -> list[int]:
+    delegate = LOCAL[settings.target]
+    return time_files(files, threads=settings.threads, delegate=delegate, swept=swept)
 
 
 def _measured(
     inventory: Inventory,
-    runtime: _Runtime,
-    max_slices: int | None,
+    settings: Settings,
     representative_data: Any = None,
     verbose: int = 1,
 ) -> LatencyTable:
@@ -442,22 +265,22 @@ def _measured(
     records = measured_records(inventory)
     calls = layer_calls(inventory, records)
     layers = {call: record.layer for record in records for call in calls[record.layer]}
-    total, size = _model_latency(inventory.model, runtime, calls, representative_data, verbose)
+    total, size = _model_latency(inventory.model, settings, calls, representative_data, verbose)
     # The size that decides what stays in the caches, by powers of two: models share measurements.
     swept = min(1 << (size - 1).bit_length(), MOST_SWEPT)
     costs: dict[LayerCall, SampledCosts] = {}
     overhead = None
     with Progress(transient=True, disable=not verbose) as progress:
         for call in progress.track(sorted(layers), description="latency of layers"):
-            ranks = ranks_to_measure(layers[call], call, runtime.target, max_slices)
-            key = (call, runtime, swept, tuple(ranks.items()))
+            ranks = settings.ranks(layers[call], call)
+            key = (call, settings, swept, tuple(ranks.items()))
             if key not in _LAYERS:
                 if overhead is None:
-                    (overhead,) = runtime.times([empty_file])
-                _LAYERS[key] = _layer_costs(call, ranks, runtime, swept, overhead)
+                    (overhead,) = _times(settings, [empty_file])
+                _LAYERS[key] = _layer_costs(call, ranks, settings, swept, overhead)
             costs[call] = _LAYERS[key]
     return LatencyTable(
-        total, costs, dict(_counts(calls)), runtime.quantize, runtime.threads, runtime.target
+        total, costs, dict(_counts(calls)), settings.quantize, settings.threads, settings.target
     )
 
 
@@ -468,33 +291,33 @@ def _counts(calls: Calls) -> collections.Counter[LayerCall]:
 def _layer_costs(
     call: LayerCall,
     ranks: Mapping[int, Sequence[int]],
-    runtime: _Runtime,
+    settings: Settings,
     swept: int,
     overhead: int,
 ) -> SampledCosts:
     def measure(points: Sequence[tuple[int, int]]) -> list[int]:
         files = [
-            functools.partial(layer_file, call, *point, quantize=runtime.quantize)
+            functools.partial(layer_file, call, *point, quantize=settings.quantize)
             for point in points
         ]
-        return [max(time - overhead, 1) for time in runtime.times(files, swept)]
+        return [max(time - overhead, 1) for time in _times(settings, files, swept)]
 
     return sample_costs(measure, ranks)
 
 
 def _model_latency(
     model: Any,
-    runtime: _Runtime,
+    settings: Settings,
     calls: Calls,
     data: Any,
     verbose: int,
 ) -> tuple[int, int]:
     """Latency of the whole model and the size of its file."""
     known = _MODELS.setdefault(model, {})
-    key = (runtime, tuple(map(tuple, calls.values())))
+    key = (settings, tuple(map(tuple, calls.values())))
     if key not in known:
-        content = converted(model, runtime.quantize, data, verbose)
-        (time,) = runtime.times([lambda: content])
+        content = converted(model, settings.quantize, data, verbose)
+        (time,) = _times(settings, [lambda: content])
         known[key] = (time, len(content))
     return known[key]
 
@@ -509,4 +332,5 @@ def converted(model: Any, quantize: str | None, data: Any = None, verbose: int =
             for spec in tf.nest.flatten(_backend.backend_of(model).input_specs(model))
         ]
         data = arrays if len(arrays) > 1 else arrays[0]
-    return convert_quietly(model, quantize=quantize, representative_data=data, verbose=verbose)
+    options = ConvertOptions(quantize=quantize, representative_data=data, verbose=verbose)
+    return convert_quietly(model, options)

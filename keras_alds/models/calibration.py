@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import numbers
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -27,7 +26,7 @@ from keras_alds.models.data import (
     MIN_EXAMPLES,
     Examples,
     KeptExamples,
-    check_count,
+    with_progress,
 )
 from keras_alds.models.inventory import Inventory
 from keras_alds.models.observe import Observer
@@ -128,23 +127,12 @@ class CalibrationStats:
         stats = keras_alds.CalibrationStats.collect(model, x, max_examples=512, verbose=0)
         ```
         """
-        if max_examples is not None and (
-            not isinstance(max_examples, numbers.Integral) or max_examples < MIN_EXAMPLES
-        ):
-            raise ValueError(
-                f"Expected `max_examples` to be an integer of at least {MIN_EXAMPLES}, or None. "
-                f"Received: max_examples={max_examples!r}"
-            )
         source = Examples(model, data, max_examples)
-        return cls._observed(Inventory.of(model), source, source.total, verbose)
+        return cls._observed(Inventory.of(model), source, verbose)
 
     @classmethod
     def _observed(
-        cls,
-        inventory: Inventory,
-        source: Iterable[tuple[Any, int]],
-        total: int | None,
-        verbose: int,
+        cls, inventory: Inventory, source: Examples | KeptExamples, verbose: int
     ) -> CalibrationStats:
         model, records = inventory.model, inventory.factorizable
         observer = Observer(records)
@@ -154,12 +142,9 @@ class CalibrationStats:
             run_as_code(model),
             observer.watching(model),
         ):
-            task = progress.add_task("calibration", total=total)
-            for batch, count in source:
+            for batch, count in with_progress(source, progress, "calibration"):
                 model(batch, training=False)
                 examples += count
-                progress.update(task, completed=examples)
-        check_count(examples)
         found = observer.moments()
         return cls(
             {record.path: found.get(record.path) for record in records},
@@ -305,14 +290,13 @@ def check_data(inventory: Inventory, data: Any) -> None:
         data.match(inventory)
         return
     examples = Examples(inventory.model, data, DEFAULT_EXAMPLES)
-    if hasattr(data, "__next__"):
+    if isinstance(data, Iterator):
         return  # it cannot be begun again
     seen = 0
     for _, count in examples:
         seen += count
         if seen >= MIN_EXAMPLES:
             return
-    check_count(seen)
 
 
 @dataclasses.dataclass
@@ -349,13 +333,12 @@ class Calibration:
         if keep:
             return cls(examples=KeptExamples(inventory.model, data))
         source = Examples(inventory.model, data, DEFAULT_EXAMPLES)
-        return cls(stats=CalibrationStats._observed(inventory, source, source.total, verbose))
+        return cls(stats=CalibrationStats._observed(inventory, source, verbose))
 
     def collected(self, inventory: Inventory, *, verbose: int = 1) -> CalibrationStats:
         """The statistics, collected now if they were not yet."""
         if self.stats is None and self.examples is not None:
-            examples = self.examples
-            self.stats = CalibrationStats._observed(inventory, examples, examples.count, verbose)
+            self.stats = CalibrationStats._observed(inventory, self.examples, verbose)
         if self.stats is None:
             raise ValueError("Expected statistics or examples. Received: neither")
         return self.stats

@@ -8,9 +8,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+from rich.progress import Progress
 
 from keras_alds import _backend
 from keras_alds._backend import tensors
+from keras_alds.core.checks import int_at_least
 from keras_alds.core.slicing import Array
 from keras_alds.models.storage import Store
 
@@ -31,16 +33,22 @@ class Examples:
     Args:
         model: The model.
         data: What a user gives as `calibration_data` or `representative_data`.
-        limit: Largest number of examples, or None.
+        limit: What a user gives as `max_examples`: the largest number of examples, or None.
         argument: What the user's argument is called, for errors.
 
+    Attributes:
+        total: The number of examples, None if it is not known yet.
+
     Raises:
-        ValueError: If `data` cannot be calibration data; while iterating, for bad batches.
+        ValueError: If `data` cannot be calibration data, or `limit` is no number of examples that
+            says enough; while iterating, for bad batches, and at the end of too few.
     """
 
     def __init__(
         self, model: Any, data: Any, limit: int | None, argument: str = "calibration_data"
     ) -> None:
+        if limit is not None:
+            limit = int_at_least(limit, "max_examples", MIN_EXAMPLES)
         self._limit, self._argument = limit, argument
         sizes = {tensor.shape[0] for tensor in getattr(model, "inputs", None) or []}
         #: Examples in a batch if the model's inputs say so.
@@ -122,6 +130,18 @@ class Examples:
         return rows.pop()
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
+        count = 0
+        for inputs, size in self._all():
+            yield inputs, size
+            count += size
+        if count < MIN_EXAMPLES:
+            raise ValueError(
+                f"Expected at least {MIN_EXAMPLES} examples in `{self._argument}`; some hundreds "
+                f"are good. Received: {count}"
+                + (" (was a generator used up before?)" if not count else "")
+            )
+
+    def _all(self) -> Iterator[tuple[Any, int]]:
         left = self._limit
         waiting: Any = None
         seen = False
@@ -238,37 +258,35 @@ def _is_array(value: Any) -> bool:
     )
 
 
-def check_count(examples: int, argument: str = "calibration_data") -> None:
-    """Raises a ValueError if there are too few examples."""
-    if examples < MIN_EXAMPLES:
-        raise ValueError(
-            f"Expected at least {MIN_EXAMPLES} examples in `{argument}`; some hundreds are good. "
-            f"Received: {examples}" + (" (was a generator used up before?)" if not examples else "")
-        )
-
-
 class KeptExamples:
-    """Checked calibration data that were read once and can be run again, in bounded memory.
+    """`Examples` that were read once and can be run again, in bounded memory.
 
     Args:
         model: The model that they are for.
-        data: What a user gives as `calibration_data`.
+        data: What a user gives as `calibration_data` or `representative_data`.
+        limit: As for `Examples`.
+        argument: As for `Examples`.
+
+    Attributes:
+        total: The number of examples.
 
     Raises:
-        ValueError: As `CalibrationStats.collect`.
+        ValueError: As `Examples`.
     """
 
-    def __init__(self, model: Any, data: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        data: Any,
+        limit: int | None = DEFAULT_EXAMPLES,
+        argument: str = "calibration_data",
+    ) -> None:
         self._store = Store()
-        self._batches: list[tuple[Any, int]] = []
-        for batch, count in Examples(model, data, DEFAULT_EXAMPLES):
-            self._batches.append((tensors.map_structure(self._store.keep, batch), count))
-        check_count(self.count)
-
-    @property
-    def count(self) -> int:
-        """The number of examples."""
-        return sum(count for _, count in self._batches)
+        self._batches = [
+            (tensors.map_structure(self._store.keep, batch), count)
+            for batch, count in Examples(model, data, limit, argument)
+        ]
+        self.total = sum(count for _, count in self._batches)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -276,3 +294,13 @@ class KeptExamples:
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         for batch, count in self._batches:
             yield tensors.map_structure(self._store.load, batch), count
+
+
+def with_progress(
+    examples: Examples | KeptExamples, progress: Progress, description: str
+) -> Iterator[tuple[Any, int]]:
+    """The batches of examples, with a progress bar."""
+    task = progress.add_task(description, total=examples.total)
+    for batch, count in examples:
+        yield batch, count
+        progress.advance(task, count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import os
 import re
@@ -18,7 +19,7 @@ from keras_alds import _backend
 from keras_alds.api import compress as compress_model
 from keras_alds.litert import _package
 from keras_alds.litert.comparison import accuracy
-from keras_alds.litert.conversion import check_folder, checked_options, convert, convert_quietly
+from keras_alds.litert.conversion import ConvertOptions, check_folder, convert, convert_quietly
 from keras_alds.litert.equalization import equalize
 from keras_alds.litert.quantized import warn_of_thin_groups
 from keras_alds.litert.runs import Runner
@@ -120,7 +121,7 @@ def quantize_aware_training(
             "Expected either training data or a function `fit` that has its own. Received: both, "
             f"or options of Keras's `fit` beside it ({', '.join(fit_options) or 'x, y'})"
         )
-    _check_options(compress, convert_options, optimizer)
+    options = _checked_options(compress, convert_options, optimizer, fit_options)
     check_folder(path)
     tfmot = tfmot_package()
     target = _backend.tf_keras_backend()
@@ -136,9 +137,6 @@ def quantize_aware_training(
     arguments = _compile_arguments(target, given, model, optimizer, loss, metrics)
     x, y, fit_options, validation_data = _hold_out(x, y, fit_options, validation_data)
     held_out = _batches(validation_data)
-    options = {"verbose": fit_options.get("verbose", 1), **(convert_options or {})}
-    if options["verbose"] == "auto":
-        options["verbose"] = 1
     after = _after_training(model, held_out, options)
     quantized = _quantized(model, quantize or tfmot.quantization.keras.quantize_model)
     target.use_plain_convolutions([layer for _, layer in walk(quantized)])
@@ -147,14 +145,17 @@ def quantize_aware_training(
         fit(quantized)
     else:
         quantized.fit(x, y, **fit_options)
-    content = convert_quietly(quantized, path, quantize="int8", **options)
+    content = convert_quietly(quantized, options, path)
     warn_of_thin_groups(content, stacklevel=3)
     if after is not None:
         _compare(quantized, content, after, held_out)
     return quantized, content
 
 
-def _check_options(compress: Any, convert_options: Any, optimizer: Any) -> None:
+def _checked_options(
+    compress: Any, convert_options: Any, optimizer: Any, fit_options: Mapping[str, Any]
+) -> ConvertOptions:
+    """The options of the conversion, once all options but those of `fit` are checked."""
     for name, value in (("compress", compress), ("convert_options", convert_options)):
         if value is not None and not isinstance(value, Mapping):
             raise ValueError(
@@ -167,15 +168,14 @@ def _check_options(compress: Any, convert_options: Any, optimizer: Any) -> None:
         )
     _check_names("compress", compress or {}, compress_model)
     _check_names("convert_options", convert_options or {}, convert)
-    known = inspect.signature(checked_options).parameters
-    checked_options(
-        "int8", **{name: value for name, value in (convert_options or {}).items() if name in known}
-    )
     if isinstance(optimizer, keras.optimizers.Optimizer):
         raise ValueError(
             "Expected an optimizer of tf_keras, in which the training runs, or its name. "
             f"Received: {type(optimizer).__name__} of Keras 3"
         )
+    verbose = fit_options.get("verbose", 1)
+    options = {"verbose": 1 if verbose == "auto" else verbose, **(convert_options or {})}
+    return ConvertOptions(quantize="int8", **options)
 
 
 def _check_names(argument: str, options: Mapping[str, Any], function: Callable[..., Any]) -> None:
@@ -293,14 +293,13 @@ def _count(batch: Any) -> int:
     return len(tf.nest.flatten(batch)[0])
 
 
-def _after_training(model: Any, held_out: list[Any], options: Mapping[str, Any]) -> bytes | None:
+def _after_training(model: Any, held_out: list[Any], options: ConvertOptions) -> bytes | None:
     """The file of quantization after training; None if there is none to compare with."""
     if sum(map(_count, held_out)) < MIN_EXAMPLES:
         return None
     try:
-        return convert_quietly(
-            model, quantize="int8", **{**options, "representative_data": held_out, "verbose": 0}
-        )
+        held_out_only = dataclasses.replace(options, representative_data=held_out, verbose=0)
+        return convert_quietly(model, held_out_only)
     except ValueError:  # it may be why the model is trained for int8
         return None
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import numbers
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 from keras_alds import _backend
 from keras_alds._backend import wrappers
+from keras_alds.core.checks import int_at_least
 from keras_alds.kinds.base import is_factorized
 from keras_alds.models.inventory import Inventory
 from keras_alds.models.rebuild import check_symbolic
@@ -107,15 +107,7 @@ def cluster_weights(
     clustered = keras_alds.tfmot.cluster_weights(small, 16, exclude="head")
     ```
     """
-    if (
-        isinstance(number_of_clusters, bool)
-        or not isinstance(number_of_clusters, numbers.Integral)
-        or number_of_clusters < 2
-    ):
-        raise ValueError(
-            "Expected `number_of_clusters` to be an integer > 1. "
-            f"Received: number_of_clusters={number_of_clusters!r}"
-        )
+    int_at_least(number_of_clusters, "number_of_clusters", 2)
     clustering = tfmot_package().clustering.keras
     experimental = importlib.import_module(f"{clustering.experimental.__name__}.cluster")
 
