@@ -100,7 +100,7 @@ class LayerRecord:
 
     def folded(self, schemes: Sequence[int]) -> LayerRecord:
         """The same record with those of some fold schemes that the kernel has."""
-        if self.skipped is not None or schemes == (0,):
+        if self.skipped is not None:
             return self
         known = self.kind.schemes(self.layer)
         # Schemes that are the same for this kernel count once.
