@@ -20,11 +20,10 @@ import numpy as np
 from keras_alds import _backend
 from keras_alds._backend import tensors as nest
 from keras_alds._backend.functions import run_as_code
+from keras_alds.core.slicing import Array
 from keras_alds.kinds.base import channels_last, factorized_kind, is_factorized, stock_kind
 from keras_alds.models.inventory import walk
 from keras_alds.models.observe import when_known
-
-Array = np.ndarray
 
 # XNNPACK refuses s_in·s_w/s_out >= 256; in the encoder that is |E|·|x| / (127·|h|). A rank that the
 # examples hardly excite is scaled to no more than an eighth of it.
