@@ -46,6 +46,10 @@ class Graphs(Layers):
         tensor = self.keras.Input((1,))
         return type(self.keras.Model(tensor, self.keras.layers.Activation("linear")(tensor)))
 
+    def _has_graph(self, model: Model) -> bool:
+        # A Sequential model may not know its inputs yet.
+        return self.is_symbolic(model) and bool(model.built and getattr(model, "inputs", None))
+
     def check_call(self, model: Model) -> None:
         """Raises a ValueError for a model that has a `train_step` and no `call`."""
         if type(model).call is self.keras.Model.call:
@@ -61,7 +65,7 @@ class Graphs(Layers):
         Raises:
             ValueError: If the shapes are not known.
         """
-        if self.is_symbolic(model) and getattr(model, "inputs", None):
+        if self._has_graph(model):
             return specs_of(self.graph_ends(model)[0])
         config = model.get_build_config() or {}
         shapes = config.get("input_shape") or config.get("shapes_dict")
@@ -149,7 +153,7 @@ class Graphs(Layers):
 
     def input_names(self, model: Model) -> list[str]:
         """The names of a symbolic model's input layers; none for another model."""
-        if not (self.is_symbolic(model) and getattr(model, "inputs", None)):
+        if not self._has_graph(model):
             return []
         names = {
             id(call.outputs[0]): call.layer.name
@@ -162,8 +166,7 @@ class Graphs(Layers):
         """Whether calling `layer` does what its graph says: a symbolic model without own code."""
         return (
             isinstance(layer, self.keras.layers.Layer)
-            and self.is_symbolic(layer)
-            and bool(layer.built and getattr(layer, "inputs", None))
+            and self._has_graph(layer)
             and getattr(type(layer), "call", None)
             in [
                 getattr(kind, "call", None)

@@ -70,7 +70,7 @@ def test_inputs_are_taken_as_the_model_takes_them(keras_module):
 def test_the_structure_of_outputs_is_kept(keras_module):
     K = keras_module
     inputs = K.Input((4,))
-    outputs = {"a": K.layers.Dense(1)(inputs), "b": [K.layers.Dense(2)(inputs)]}
+    outputs = {"a": K.layers.Dense(1)(inputs), "b": K.layers.Dense(2)(inputs)}
     model = K.Model(inputs, outputs)
     starts, ends = backend_of(model).graph_ends(model)
     assert starts is inputs

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import zoo
 
 import keras_alds
 from keras_alds import _backend, apply_plan, compress, count_macs, select
@@ -17,7 +18,7 @@ from keras_alds.kinds import base as kinds
 from keras_alds.kinds import recurrent
 from keras_alds.kinds.base import is_factorized
 from keras_alds.litert.runs import Runner
-from keras_alds.models.inventory import Inventory
+from keras_alds.models.inventory import Inventory, walk
 from keras_alds.models.optimizer import LINEAR, carried
 
 KERNELS = ("kernel", "recurrent_kernel")
