@@ -29,6 +29,7 @@ from keras_alds.litert.layer_files import LayerCall, layer_calls, layer_file
 from keras_alds.litert.sampling import sample_costs
 from keras_alds.litert.table import COLUMNS, LatencyTable, Settings
 from keras_alds.litert.timing import clock, time_files
+from keras_alds.models.inventory import Inventory
 from keras_alds.plan import CompressionPlan
 
 pytest.importorskip("ai_edge_litert")
@@ -52,6 +53,12 @@ def made_up(call: LayerCall, slices: int, rank: int) -> int:
 
 
 TOTAL = 800_000
+
+
+def calls_of(model: Any) -> dict[Any, list[LayerCall]]:
+    """The calls of all layers with weights."""
+    inventory = Inventory.of(model)
+    return layer_calls(inventory, [r for r in inventory.records if r.layer.get_weights()])
 
 
 @pytest.fixture
@@ -161,7 +168,7 @@ def test_files_have_the_operators_of_the_converter(keras_module: ModuleType):
     assert len(plan.factorized) >= 2
     for choice in plan.factorized:
         layer = layers[choice.layer]
-        for call in layer_calls(model, [layer])[layer]:
+        for call in calls_of(model)[layer]:
             content = layer_file(call, choice.slices, choice.rank)
             for op in keras_alds.litert.read_file(content).weighted:
                 assert (op.name, op.data.shape, op.weights.shape, op.outputs[0].shape) in there
@@ -174,9 +181,7 @@ def test_calls_of_every_kind_of_layer(keras_module: ModuleType):
     x = layers.Conv1D(8, 3, strides=2, name="strided")(x)
     outputs = layers.Dense(5, name="dense")(x)
     model = keras_module.Model(inputs, outputs)
-    found = {
-        layer.name: layer_calls(model, [layer])[layer] for layer in model.layers if layer.weights
-    }
+    found = {layer.name: calls for layer, calls in calls_of(model).items()}
     assert found == {
         "causal": [LayerCall("conv", (1, 1, 24, 6), 8, (1, 3), (1, 1), "valid", (1, 2))],
         "strided": [LayerCall("conv", (1, 1, 20, 8), 8, (1, 3), (2, 2), "valid", (1, 1))],
@@ -190,7 +195,7 @@ def test_calls_of_every_kind_of_layer(keras_module: ModuleType):
             layers.Conv2D(4, 3, data_format="channels_first", name="first"),
         ]
     )
-    with_channels = layer_calls(first, first.layers)[first.layers[0]]
+    with_channels = calls_of(first)[first.layers[0]]
     assert with_channels[0].input == (1, 8, 9, 3)
 
 
@@ -298,7 +303,7 @@ def test_shared_layers_and_exclusion(runtime: list[Any]):
     model = wide(keras)
     table = measure_latency(model, verbose=0, exclude="down")
     names = {layer.name: layer for layer in model.layers}
-    calls = layer_calls(model, [names["shared"], names["down"]])
+    calls = calls_of(model)
     assert all(call not in table.layers for call in calls[names["down"]])
     first, second = calls[names["shared"]]
     plan = keras_alds.select(
@@ -317,7 +322,7 @@ def test_the_budget_is_kept(method: str, keras_module: ModuleType, runtime: list
     model = wide(keras_module)
     data = zoo.examples(model, 32) if method == "activation" else None
     table = measure_latency(model, verbose=0)
-    calls = layer_calls(model, [layer for layer in model.layers if layer.get_weights()])
+    calls = calls_of(model)
     layers = {layer.name: layer for layer in model.layers}
     dense = sum(made_up(call, 0, 0) for found in calls.values() for call in found)
     for part in (0.2, 0.5, 0.7):
