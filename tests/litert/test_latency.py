@@ -29,6 +29,7 @@ from keras_alds.litert.layer_files import LayerCall, layer_calls, layer_file
 from keras_alds.litert.sampling import sample_costs
 from keras_alds.litert.table import COLUMNS, LatencyTable, Settings
 from keras_alds.litert.timing import clock, time_files
+from keras_alds.models.inventory import Inventory
 from keras_alds.plan import CompressionPlan
 
 pytest.importorskip("ai_edge_litert")
@@ -90,6 +91,13 @@ def wide(keras: ModuleType) -> Any:
     x = layers.GlobalAveragePooling2D()(x)
     x = layers.Dense(128, activation="relu", name="hidden")(x)
     return keras.Model(inputs, layers.Dense(10, name="head")(x), name="wide")
+
+
+def calls_of(model: Any) -> dict[str, Any]:
+    """The calls of every layer with weights, by name."""
+    inventory = Inventory.of(model)
+    calls = layer_calls(inventory, inventory.records)
+    return {record.path: calls[record.layer] for record in inventory.records}
 
 
 # -- Files of layers -----------------------------------------------------------------------------
@@ -156,12 +164,10 @@ def test_files_have_the_operators_of_the_converter(keras_module: ModuleType):
     there = {
         (op.name, op.data.shape, op.weights.shape, op.outputs[0].shape) for op in converted.weighted
     }
-    layers = {layer.name: layer for layer in model.layers}
     plan = keras_alds.select(model, 0.6, target="litert", method="energy")
     assert len(plan.factorized) >= 2
     for choice in plan.factorized:
-        layer = layers[choice.layer]
-        for call in layer_calls(model, [layer])[layer]:
+        for call in calls_of(model)[choice.layer]:
             content = layer_file(call, choice.slices, choice.rank)
             for op in keras_alds.litert.read_file(content).weighted:
                 assert (op.name, op.data.shape, op.weights.shape, op.outputs[0].shape) in there
@@ -174,9 +180,7 @@ def test_calls_of_every_kind_of_layer(keras_module: ModuleType):
     x = layers.Conv1D(8, 3, strides=2, name="strided")(x)
     outputs = layers.Dense(5, name="dense")(x)
     model = keras_module.Model(inputs, outputs)
-    found = {
-        layer.name: layer_calls(model, [layer])[layer] for layer in model.layers if layer.weights
-    }
+    found = calls_of(model)
     assert found == {
         "causal": [LayerCall("conv", (1, 1, 24, 6), 8, (1, 3), (1, 1), "valid", (1, 2))],
         "strided": [LayerCall("conv", (1, 1, 20, 8), 8, (1, 3), (2, 2), "valid", (1, 1))],
@@ -190,8 +194,7 @@ def test_calls_of_every_kind_of_layer(keras_module: ModuleType):
             layers.Conv2D(4, 3, data_format="channels_first", name="first"),
         ]
     )
-    with_channels = layer_calls(first, first.layers)[first.layers[0]]
-    assert with_channels[0].input == (1, 8, 9, 3)
+    assert calls_of(first)["first"][0].input == (1, 8, 9, 3)
 
 
 def test_time_files_runs_every_file(monkeypatch: pytest.MonkeyPatch):
@@ -297,10 +300,9 @@ def test_measure_latency_and_csv_round_trip(
 def test_shared_layers_and_exclusion(runtime: list[Any]):
     model = wide(keras)
     table = measure_latency(model, verbose=0, exclude="down")
-    names = {layer.name: layer for layer in model.layers}
-    calls = layer_calls(model, [names["shared"], names["down"]])
-    assert all(call not in table.layers for call in calls[names["down"]])
-    first, second = calls[names["shared"]]
+    calls = calls_of(model)
+    assert all(call not in table.layers for call in calls["down"])
+    first, second = calls["shared"]
     plan = keras_alds.select(
         model, 0.05, objective="latency", latency=table, exclude="down", method="energy"
     )
@@ -317,8 +319,7 @@ def test_the_budget_is_kept(method: str, keras_module: ModuleType, runtime: list
     model = wide(keras_module)
     data = zoo.examples(model, 32) if method == "activation" else None
     table = measure_latency(model, verbose=0)
-    calls = layer_calls(model, [layer for layer in model.layers if layer.get_weights()])
-    layers = {layer.name: layer for layer in model.layers}
+    calls = calls_of(model)
     dense = sum(made_up(call, 0, 0) for found in calls.values() for call in found)
     for part in (0.2, 0.5, 0.7):
         cr = part * dense / TOTAL
@@ -331,7 +332,7 @@ def test_the_budget_is_kept(method: str, keras_module: ModuleType, runtime: list
         saved = 0
         for choice in plan.factorized:
             assert choice.latency_after < choice.latency_before
-            found = calls[layers[choice.layer]]
+            found = calls[choice.layer]
             truth = sum(made_up(call, choice.slices, choice.rank) for call in found)
             assert abs(choice.latency_after - truth) <= 0.05 * choice.latency_before
             saved += choice.latency_before - choice.latency_after

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import subprocess
 import sys
 import warnings
@@ -380,6 +381,7 @@ FEW = (
     "InceptionV3", "MobileNet", "MobileNetV2", "MobileNetV3Small", "NASNetMobile", "ResNet50",
     "ResNet50V2", "VGG16", "Xception",
 )  # fmt: skip
+QUICK = ("EfficientNetB0", "MobileNetV2", "MobileNetV3Small")
 
 
 def application(name: str) -> Any:
@@ -413,21 +415,31 @@ def check_outputs(name: str) -> None:
     assert {type(layer) for layer in new._flatten_layers()} <= stock | models
 
 
-@pytest.mark.parametrize("name", ["EfficientNetB0", "MobileNetV2", "MobileNetV3Small"])
-@pytest.mark.usefixtures("float64")
-def test_applications(name: str):
-    check_outputs(name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FEW],
+)
 @pytest.mark.usefixtures("float64")
 def test_one_application_of_every_family(name: str):
     check_outputs(name)
 
 
+@pytest.fixture
+def numbered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that start with numbers that are made fast, of hundreds of millions of weights."""
+    for module in (keras, tf_keras):
+        monkeypatch.setattr(
+            module.initializers.VarianceScaling,
+            "__call__",
+            lambda self, shape, dtype=None, **_: tf.reshape(
+                tf.range(math.prod(shape), dtype=dtype or "float32"), shape
+            ),
+        )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in APPLICATIONS if name not in FEW])
+@pytest.mark.usefixtures("numbered")
 def test_all_other_applications(name: str):
     keras.backend.clear_session()
     model = application(name)
