@@ -14,6 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 import zoo
 
 import keras_alds
@@ -426,15 +427,16 @@ def test_one_application_of_every_family(name: str):
 
 @pytest.fixture
 def numbered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels that start with numbers that are made fast, of hundreds of millions of weights."""
-    for module in (keras, tf_keras):
-        monkeypatch.setattr(
-            module.initializers.VarianceScaling,
-            "__call__",
-            lambda self, shape, dtype=None, **_: tf.reshape(
-                tf.range(math.prod(shape), dtype=dtype or "float32"), shape
-            ),
-        )
+    """Kernels that start with numbers, in tf_keras with zeros: drawing millions takes long."""
+
+    def numbers(self: Any, shape: Any, dtype: Any = None, **_: Any) -> Any:
+        return tf.reshape(tf.range(math.prod(shape), dtype=dtype or "float32"), shape)
+
+    def zeros(self: Any, shape: Any, dtype: Any = None, **_: Any) -> Any:
+        return tf.zeros(shape, dtype or "float32")
+
+    monkeypatch.setattr(keras.initializers.VarianceScaling, "__call__", numbers)
+    monkeypatch.setattr(tf_keras.initializers.VarianceScaling, "__call__", zeros)
 
 
 @pytest.mark.slow
