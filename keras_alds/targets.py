@@ -96,35 +96,6 @@ class Target:
             return range(0)
         return range(step, most + 1, step)
 
-    def allows(
-        self,
-        kernel_shape: tuple[int, ...],
-        slices: int,
-        rank: int,
-        *,
-        depthwise: bool = True,
-        blocks: int = 1,
-    ) -> bool:
-        """Whether a choice (k, j) of a layer is allowed.
-
-        Args:
-            kernel_shape: Shape `(*spatial, c, f)` of the dense kernel.
-            slices: Number of slices k.
-            rank: Rank j of every slice.
-            depthwise: As for `ranks`.
-            blocks: As for `ranks`.
-
-        Returns:
-            True if it is.
-
-        Example:
-            >>> TARGETS["gpu-delegate"].allows((3, 3, 64, 64), 8, 6)
-            False
-        """
-        return kernel_shape[-2] % slices == 0 and rank in self.ranks(
-            kernel_shape, slices, depthwise=depthwise, blocks=blocks
-        )
-
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {

@@ -128,6 +128,20 @@ class Kind:
         """Whether a layer is of the stock class itself."""
         return type(layer) is self.stock_class(_backend.backend_of(layer))
 
+    def is_encoder(self, layer: Any) -> bool:
+        """Whether a layer is a stock one that may be the first of two; see `encodes`."""
+        linear = _backend.backend_of(layer).keras.activations.linear
+        return (
+            self.encodes
+            and self.is_stock(layer)
+            and layer.activation is linear
+            and layer.activity_regularizer is None
+        )
+
+    def is_decoder(self, layer: Any, bias: bool) -> bool:
+        """Whether it is a stock one that may be the second, after one with a bias or without."""
+        return self.decodes and self.is_stock(layer)
+
     def skipped(self, layer: Any) -> Skipped | None:
         """Why the layer cannot be factorized, or None."""
         detail = f"{type(layer).__name__} has no factorized form"
@@ -589,6 +603,13 @@ def without_channels(layer: Any, shape: Shape) -> Shape:
         channels = len(shape) - 1 - len(layer.kernel_size)
         return (*shape[:channels], *shape[channels + 1 :])
     return shape[:-1]
+
+
+def channels_last(layer: Any, values: Array) -> Array:
+    """Inputs or outputs with the axis of channels last, by the layer's `data_format`."""
+    if getattr(layer, "data_format", None) != "channels_first":
+        return values
+    return np.moveaxis(values, -1 - len(layer.kernel_size), -1)
 
 
 def size_of(layer: Any, shape: Shape) -> int:

@@ -20,7 +20,14 @@ from keras_alds.core.slicing import (
     distinct_schemes,
 )
 from keras_alds.kinds import forms
-from keras_alds.kinds.base import KernelKind, Shape, Writer, register, without_channels
+from keras_alds.kinds.base import (
+    KernelKind,
+    Shape,
+    Writer,
+    channels_last,
+    register,
+    without_channels,
+)
 from keras_alds.kinds.factorized import FactorizedLayer
 
 
@@ -553,10 +560,9 @@ class BaseConvolution(KernelKind):
         )
 
     def batches(self, layer: Any, inputs: Array) -> Array:
-        dimensions = len(layer.kernel_size)
-        if layer.data_format == "channels_first":
-            inputs = np.moveaxis(inputs, -1 - dimensions, -1)
-        return np.reshape(inputs, (-1, *inputs.shape[inputs.ndim - 1 - dimensions :]))
+        inputs = channels_last(layer, inputs)
+        first = inputs.ndim - 1 - len(layer.kernel_size)
+        return np.reshape(inputs, (-1, *inputs.shape[first:]))
 
     def positions(self, layer: Any, inputs: Shape, outputs: Shape) -> Shape:
         return without_channels(layer, outputs)
@@ -576,6 +582,11 @@ class Convolution(BaseConvolution):
 
     def folded(self, layer: Any, scheme: int) -> Unfolding:
         return convolution_unfolding(len(layer.kernel_size), scheme)
+
+    def is_decoder(self, layer: Any, bias: bool) -> bool:
+        # Where a window reaches over the edge it sees zeros, and no bias.
+        pointwise = math.prod(layer.kernel_size) == 1
+        return super().is_decoder(layer, bias) and layer.groups == 1 and (pointwise or not bias)
 
     def refusal(self, layer: Any) -> str | None:
         groups = layer.groups

@@ -635,7 +635,7 @@ class CellKernelKind(Dense):
     kept: ClassVar[dict[str, str]] = {}
     principal = False
     output_axes = None  # no BatchNormalization follows a kernel
-    encodes = decodes = measured = equalized = False
+    measured = equalized = False
 
     def layer_class(self, backend: _backend.Backend) -> Any:
         return DENSE.layer_class(backend)

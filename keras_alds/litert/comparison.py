@@ -19,9 +19,8 @@ from keras_alds.litert.files import contents, read_file
 from keras_alds.litert.measure import Latency, time_together
 from keras_alds.litert.quantized import warn_of_thin_groups
 from keras_alds.litert.runs import Runner, check_runs
-from keras_alds.tables import print_table
+from keras_alds.tables import PrintFn, print_table
 
-PrintFn = Callable[[str], object]
 #: A metric: a function of targets and outputs.
 Compute = Callable[[Any, Any], float]
 
@@ -94,9 +93,8 @@ class FileComparison:
                 ["ms, quartiles", *(f"{1e3 * t.lower:.3f}–{1e3 * t.upper:.3f}" for t in pair), ""]
             )
             lines.append(
-                f"Latency: {pair[0].runs} runs each, in turns, threads: {pair[0].threads}, "
-                f"{'XNNPACK' if pair[0].delegate else 'built-in kernels'}; the ratio is the median "
-                "of those of the pairs"
+                f"Latency: {pair[0].runs} runs each, in turns, {pair[0].runtime}; the ratio is the "
+                "median of those of the pairs"
             )
         for name, value in before.metrics.items():
             change = f"{after.metrics[name] - value:+.4f}"

@@ -78,9 +78,9 @@ def convert(
         inference_output_type: The same for the outputs.
         batch_size: Integer. Examples that one run of the file takes; a file of a fixed size needs
             no operators that compute shapes. Defaults to 1.
-        runtimes: Where the file has to run before it is handed out: `"xnnpack"`, the runtime's
-            default on CPUs, and `"reference"`, its built-in kernels alone; at least one. Defaults
-            to `("xnnpack",)`.
+        runtimes: Where the file is run once to check it: `"xnnpack"`, the runtime's default on
+            CPUs, and `"reference"`, its built-in kernels alone; at least one. Defaults to
+            `("xnnpack",)`.
         verbose: 0 for silence, else a progress bar is shown on a terminal, and a line for what
             `"dynamic"` left in float. Defaults to 1.
 

@@ -29,7 +29,7 @@ def equalize(
     `convert(quantize="int8")` does this by itself, on the way, and leaves the model as it was.
     Call this before quantization-aware training, or before a converter of your own.
 
-    Taken are factorized layers and, in Functional and Sequential models, the pairs that `expand`
+    It takes factorized layers and, in Functional and Sequential models, the pairs that `expand`
     writes out (a linear layer whose output goes to one pointwise layer alone), not those inside
     wrappers such as `TimeDistributed`.
 

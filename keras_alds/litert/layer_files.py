@@ -9,10 +9,10 @@ from typing import Any
 import flatbuffers
 import numpy as np
 
+from keras_alds.core.slicing import Array
 from keras_alds.litert import _package
 from keras_alds.models.inventory import Inventory, LayerRecord
 
-Array = np.ndarray
 _ACTIVATION_SCALE = 0.05  # of int8 files; it does not change the time
 _WEIGHT_SCALE = 0.01
 _SIZES = ("input", "kernel", "strides", "dilation")

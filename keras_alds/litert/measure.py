@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from rich.progress import Progress
@@ -12,8 +12,7 @@ from rich.progress import Progress
 from keras_alds.core.checks import int_at_least, positive_int
 from keras_alds.litert.files import File, contents
 from keras_alds.litert.runs import Runner, check_runs
-
-PrintFn = Callable[[str], object]
+from keras_alds.tables import PrintFn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +54,12 @@ class Latency:
             size=size,
         )
 
+    @property
+    def runtime(self) -> str:
+        """Where it was measured: `"1 thread, XNNPACK"`."""
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{threads}, {'XNNPACK' if self.delegate else 'built-in kernels'}"
+
     def __str__(self) -> str:
         return (
             f"{1e3 * self.median:.3f} ms ({1e3 * self.lower:.3f} to {1e3 * self.upper:.3f}, "
@@ -67,9 +72,7 @@ class Latency:
         Args:
             print_fn: Called with the text. Defaults to `print`.
         """
-        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        kernels = "XNNPACK" if self.delegate else "built-in kernels"
-        (print_fn or print)(f"{self.size:,} bytes, {threads}, {kernels}: {self}")
+        (print_fn or print)(f"{self.size:,} bytes, {self.runtime}: {self}")
 
 
 def benchmark(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 from keras_alds.litert.files import File, LiteRTFile, Operator, Tensor, read_file
@@ -48,7 +49,7 @@ def check_quantized(file: LiteRTFile, quantize: str) -> list[str]:
             if weights.dtype != "float16":
                 wrong.append(f"{operator.label} (weights: {weights.dtype})")
         elif not _is_int8(weights):
-            count = _count(weights)
+            count = math.prod(weights.shape)
             text = f"{operator.label} ({count} weights)"
             small = count < DYNAMIC_MIN_VALUES or operator.name not in _HYBRID
             (left if small else wrong).append(text)
@@ -127,10 +128,3 @@ def _weights(operator: Operator) -> Tensor:
 
 def _is_int8(tensor: Tensor) -> bool:
     return tensor.dtype == "int8" and tensor.quantized
-
-
-def _count(tensor: Tensor) -> int:
-    count = 1
-    for size in tensor.shape:
-        count *= size
-    return count

@@ -1,4 +1,4 @@
-"""Loads `.tflite` files into the runtime and runs them: nothing is handed out that does not run."""
+"""Loads `.tflite` files into the runtime, runs them, and checks that they run."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from keras_alds.core.slicing import Array
 from keras_alds.litert import _package
 from keras_alds.litert.files import File, LiteRTFile, Operator, contents, read_file
 
-Array = np.ndarray
 #: One array, or one for each input: by name, or in the file's order.
 Inputs = Array | Sequence[Array] | Mapping[str, Array]
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,11 +20,10 @@ import numpy as np
 from keras_alds import _backend
 from keras_alds._backend import tensors as nest
 from keras_alds._backend.functions import run_as_code
-from keras_alds.kinds.base import factorized_kind, is_factorized, stock_kind
+from keras_alds.core.slicing import Array
+from keras_alds.kinds.base import channels_last, factorized_kind, is_factorized, stock_kind
 from keras_alds.models.inventory import walk
 from keras_alds.models.observe import when_known
-
-Array = np.ndarray
 
 # XNNPACK refuses s_in·s_w/s_out >= 256; in the encoder that is |E|·|x| / (127·|h|). A rank that the
 # examples hardly excite is scaled to no more than an eighth of it.
@@ -39,24 +40,22 @@ class Pair:
             depthwise convolution its last two.
         decoder: The decoder's weights; the middle channels are its last axis but one.
         bias: The encoder's bias, or None.
-        stock: Whether these are two stock layers.
     """
 
     layer: Any
     encoder: Any
     decoder: Any
     bias: Any
-    stock: bool
 
 
 def equalize(model: Any, batches: Iterable[Any] | None = None) -> Callable[[], None]:
     """Equalizes the middle channels of all encoder–decoder pairs of a model, **in place**.
 
-    Taken are factorized layers, and in Functional and Sequential models the pairs that `expand`
+    It takes factorized layers, and in Functional and Sequential models the pairs that `expand`
     writes out: a linear convolution or dense layer whose output goes to one 1×1 convolution or
-    dense layer and nowhere else; the former without bias, also to a convolution with a window, as
-    the fold schemes 1 to 3 have it (zeros that it pads with stay zeros). Outputs stay the same up
-    to float rounding.
+    dense layer and nowhere else. Without a bias it may also go to a convolution with a window, as
+    in the fold schemes 1 to 3 (zeros that it pads with stay zeros). Outputs stay the same up to
+    float rounding.
 
     Args:
         model: A built model of either Keras.
@@ -82,8 +81,8 @@ def equalize(model: Any, batches: Iterable[Any] | None = None) -> Callable[[], N
             left = encoder.reshape(-1, middle).astype(np.float64)
             right = np.moveaxis(decoder, -2, 0).reshape(middle, -1).astype(np.float64)
             bias = None if pair.bias is None else backend.value(pair.bias)
-            if id(pair.layer) in seen:
-                scale = scales_for_ranges(left, right, *seen[id(pair.layer)])
+            if pair.layer in seen:
+                scale = scales_for_ranges(left, right, *seen[pair.layer])
             else:
                 scale = scales_for_norms(left, right)
             changed = [
@@ -186,7 +185,7 @@ def find_pairs(model: Any) -> list[Pair]:
     """The encoder–decoder pairs of a model: factorized layers, and pairs of stock layers."""
     layers = [layer for _, layer in walk(model)]
     pairs = [
-        Pair(layer, layer.encoder, layer.decoder, None, stock=False)
+        Pair(layer, layer.encoder, layer.decoder, None)
         for layer in layers
         if is_factorized(layer) and factorized_kind(layer).equalized and layer.built
     ]
@@ -197,91 +196,86 @@ def find_pairs(model: Any) -> list[Pair]:
         if backend.is_model(layer) and backend.is_symbolic(layer) and getattr(layer, "inputs", None)
     ]
     pairs += _stock_pairs(backend, symbolic)
-    # Weights that are in two pairs, or held by another layer too, are left alone.
-    holders: dict[int, int] = {}
-    for layer in layers:
-        for variable in backend.own_variables(layer):
-            holders[id(variable)] = holders.get(id(variable), 0) + 1
-    return [
-        pair
-        for pair in pairs
-        if all(holders.get(id(v), 0) == 1 for v in (pair.encoder, pair.decoder))
-    ]
+    # Weights that are in two pairs, or held by another layer too, stay as they are.
+    held = Counter(id(variable) for layer in layers for variable in backend.own_variables(layer))
+    return [pair for pair in pairs if held[id(pair.encoder)] == held[id(pair.decoder)] == 1]
 
 
 def _stock_pairs(backend: _backend.Backend, models: list[Any]) -> list[Pair]:
     """Linear stock layers whose output goes to one layer that decodes it and nowhere else."""
-    calls = [call for model in models for call in backend.graph(model)]
-    ends = {id(tensor) for model in models for tensor in nest.flatten(backend.graph_ends(model)[1])}
-    readers: dict[int, list[_backend.GraphCall]] = {}
-    writers: dict[int, _backend.GraphCall] = {}
-    for call in calls:
-        writers.update((id(tensor), call) for tensor in call.outputs)
-        for tensor in {id(t): t for t in nest.flatten((call.args, call.kwargs))}.values():
-            readers.setdefault(id(tensor), []).append(call)
-    by_layer: dict[int, list[_backend.GraphCall]] = {}
-    for call in calls:
-        by_layer.setdefault(id(call.layer), []).append(call)
+    graph = _Graph(backend, models)
+    pairs = []
+    for encoder, calls in graph.calls.items():
+        if not stock_kind(encoder).is_encoder(encoder):
+            continue
+        decoder = graph.reader(calls[0])
+        if (
+            decoder is not None
+            and stock_kind(decoder).is_decoder(decoder, encoder.use_bias)
+            and decoder is not encoder
+            and all(graph.reader(call) is decoder for call in calls)
+            and all(graph.writer(call) is encoder for call in graph.calls[decoder])
+        ):
+            first, second = (stock_kind(layer).variable(layer) for layer in (encoder, decoder))
+            pairs.append(Pair(encoder, first, second, encoder.bias if encoder.use_bias else None))
+    return pairs
 
-    def reader(call: _backend.GraphCall) -> Any:
-        """The layer that alone reads a call's output, behind reshapes that keep the channels."""
+
+class _Graph:
+    """Which layers of symbolic models write tensors, and which read them.
+
+    Reshapes that keep the channels are passed over.
+
+    Attributes:
+        calls: The calls of every layer.
+    """
+
+    def __init__(self, backend: _backend.Backend, models: list[Any]) -> None:
+        self._layers = backend.keras.layers
+        self._readers: dict[int, list[_backend.GraphCall]] = {}
+        self._writers: dict[int, _backend.GraphCall] = {}
+        self._ends: set[int] = set()
+        self.calls: dict[Any, list[_backend.GraphCall]] = {}
+        for model in models:
+            self._ends |= {id(tensor) for tensor in nest.flatten(backend.graph_ends(model)[1])}
+            for call in backend.graph(model):
+                self._add(call)
+
+    def _add(self, call: _backend.GraphCall) -> None:
+        if isinstance(call.layer, self._layers.Layer):  # no operation
+            self.calls.setdefault(call.layer, []).append(call)
+        self._writers.update((id(tensor), call) for tensor in call.outputs)
+        for tensor in {id(tensor) for tensor in nest.flatten((call.args, call.kwargs))}:
+            self._readers.setdefault(tensor, []).append(call)
+
+    def reader(self, call: _backend.GraphCall) -> Any:
+        """The layer that alone reads a call's output, or None."""
         tensor = call.outputs[0]
-        while len(call.outputs) == 1 and id(tensor) not in ends:
-            found = readers.get(id(tensor), [])
+        while len(call.outputs) == 1 and id(tensor) not in self._ends:
+            found = self._readers.get(id(tensor), [])
             if len(found) != 1:
                 return None
             (call,) = found
-            if type(call.layer).__name__ != "Reshape":
-                return call.layer
+            if type(call.layer) is not self._layers.Reshape:
+                return call.layer if call.layer in self.calls else None
             if call.outputs[0].shape[-1] != tensor.shape[-1]:
                 return None
             tensor = call.outputs[0]
         return None
 
-    def writer(call: _backend.GraphCall) -> Any:
-        tensors = [t for t in nest.flatten((call.args, call.kwargs)) if id(t) in writers]
+    def writer(self, call: _backend.GraphCall) -> Any:
+        """The layer whose output alone a call reads, or None."""
+        tensors = self._read(call)
         while len(tensors) == 1:
-            found = writers[id(tensors[0])]
-            if type(found.layer).__name__ != "Reshape":
+            found = self._writers[tensors[0]]
+            if type(found.layer) is not self._layers.Reshape:
                 return found.layer
-            tensors = [t for t in nest.flatten((found.args, found.kwargs)) if id(t) in writers]
+            tensors = self._read(found)
         return None
 
-    pairs = []
-    for key, own in by_layer.items():
-        encoder = own[0].layer
-        decoder = reader(own[0])
-        if (
-            _is_stock(backend, encoder)
-            and stock_kind(encoder).encodes
-            and _is_stock(backend, decoder)
-            and stock_kind(decoder).decodes
-            and _is_linear(encoder)
-            and getattr(decoder, "groups", 1) == 1
-            and (_is_pointwise(decoder) or not encoder.use_bias)
-            and all(reader(call) is decoder for call in own)
-            and all(writer(call) is encoder for call in by_layer[id(decoder)])
-            and key != id(decoder)
-        ):
-            first, second = (stock_kind(layer).variable(layer) for layer in (encoder, decoder))
-            bias = encoder.bias if encoder.use_bias else None
-            pairs.append(Pair(encoder, first, second, bias, stock=True))
-    return pairs
-
-
-def _is_stock(backend: _backend.Backend, layer: Any) -> bool:
-    """Whether what a graph calls is a stock layer, no operation and no layer of a user's own."""
-    return isinstance(layer, backend.keras.layers.Layer) and stock_kind(layer).is_stock(layer)
-
-
-def _is_linear(layer: Any) -> bool:
-    return getattr(layer.activation, "__name__", None) == "linear" and (
-        layer.activity_regularizer is None
-    )
-
-
-def _is_pointwise(layer: Any) -> bool:
-    return set(getattr(layer, "kernel_size", ())) <= {1}
+    def _read(self, call: _backend.GraphCall) -> list[int]:
+        tensors = map(id, nest.flatten((call.args, call.kwargs)))
+        return [tensor for tensor in tensors if tensor in self._writers]
 
 
 # -- What their middle channels hold ---------------------------------------------------------------
@@ -289,42 +283,34 @@ def _is_pointwise(layer: Any) -> bool:
 
 def _ranges(
     model: Any, pairs: list[Pair], batches: Iterable[Any]
-) -> dict[int, tuple[Array, float]]:
-    """Largest absolute middle values and input value, by the id of the encoding layer."""
+) -> dict[Any, tuple[Array, float]]:
+    """Largest absolute middle values and input value, by the encoding layer."""
     backend = _backend.backend_of(model)
-    by_layer = {id(pair.layer): pair for pair in pairs}
-    middles: dict[int, Array] = {}
-    peaks: dict[int, float] = {}
-
-    def note_input(layer: Any, inputs: Array) -> None:
-        peaks[id(layer)] = max(float(np.abs(inputs).max(initial=0)), peaks.get(id(layer), 0.0))
+    counts = {pair.layer: int(pair.decoder.shape[-2]) for pair in pairs}
+    middles: dict[Any, Array] = {}
+    peaks: dict[Any, float] = {}
 
     def note_middle(layer: Any, middle: Array) -> None:
-        count = int(by_layer[id(layer)].decoder.shape[-2])
-        largest = np.abs(middle).reshape(-1, count).max(axis=0, initial=0).astype(np.float64)
-        middles[id(layer)] = np.maximum(largest, middles.get(id(layer), 0.0))
+        rows = np.abs(middle).reshape(-1, counts[layer])
+        largest = rows.max(axis=0, initial=0).astype(np.float64)
+        middles[layer] = np.maximum(largest, middles.get(layer, 0.0))
+
+    def note_input(layer: Any, inputs: Array) -> None:
+        peaks[layer] = max(float(np.abs(inputs).max(initial=0)), peaks.get(layer, 0.0))
+        if is_factorized(layer):
+            note_middle(layer, factorized_kind(layer).encoded(layer, inputs))
 
     def watch(layer: Any, inputs: Any, outputs: Any) -> Any:
-        def see(x: Array) -> None:
-            note_input(layer, x)
-            if not by_layer[id(layer)].stock:
-                note_middle(layer, factorized_kind(layer).encoded(layer, x))
+        outputs = when_known(inputs, outputs, functools.partial(note_input, layer))
+        if is_factorized(layer):
+            return outputs
+        return when_known(outputs, outputs, lambda y: note_middle(layer, channels_last(layer, y)))
 
-        outputs = when_known(inputs, outputs, see)
-        if by_layer[id(layer)].stock:
-            first = getattr(layer, "data_format", None) == "channels_first"
-            outputs = when_known(
-                outputs,
-                outputs,
-                lambda y: note_middle(layer, np.moveaxis(y, 1, -1) if first else y),
-            )
-        return outputs
-
-    with run_as_code(model), backend.watching_calls([pair.layer for pair in pairs], watch):
+    with run_as_code(model), backend.watching_calls(list(counts), watch):
         for batch in batches:
             model(batch, training=False)
     return {
-        key: (middle, peaks[key])
-        for key, middle in middles.items()
-        if np.isfinite(middle).all() and np.isfinite(peaks[key])
+        layer: (middle, peaks[layer])
+        for layer, middle in middles.items()
+        if np.isfinite(middle).all() and np.isfinite(peaks[layer])
     }

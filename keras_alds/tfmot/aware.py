@@ -8,7 +8,7 @@ import inspect
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -277,7 +277,7 @@ def _batches(validation_data: Any) -> list[Any]:
         chosen = np.linspace(0, count, min(count, _HELD_OUT), endpoint=False).astype(int)
         parts = [chosen[start : start + _BATCH] for start in range(0, len(chosen), _BATCH)]
         return [_rows(tuple(validation_data), part) for part in parts]
-    if validation_data is None or hasattr(validation_data, "__next__"):
+    if validation_data is None or isinstance(validation_data, Iterator):
         return []  # what can be read once is for `fit`
     batches: list[Any] = []
     for batch in validation_data:

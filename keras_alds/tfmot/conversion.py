@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect as python_inspect
-import numbers
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +15,16 @@ from keras_alds._backend.graphs import mask_of
 from keras_alds._backend.layers import dtype_policy
 from keras_alds.kinds.base import is_own, stock_kind
 from keras_alds.models.inventory import walk
-from keras_alds.models.rebuild import (
-    GraphRebuilder,
-    Piece,
-    check_symbolic,
-    first_tensor,
+from keras_alds.models.rebuild import GraphRebuilder, Piece, check_symbolic, first_tensor
+from keras_alds.tfmot.operations import translated
+from keras_alds.tfmot.settings import (
+    SAME_ACTIVATIONS,
+    UnsupportedError,
+    class_name,
+    compile_arguments,
+    counterpart,
+    equal,
+    parameters,
 )
 
 
@@ -76,7 +79,7 @@ def to_tf_keras(model: Any) -> Any:
     new = rebuilder.rebuild(model)
     if source.is_compiled(model):
         try:
-            new.compile(**_compile_arguments(source, target, model))
+            new.compile(**compile_arguments(source, target, model))
         except Exception as error:
             warnings.warn(
                 f"The tf_keras model '{model.name}' is not compiled, because what the Keras 3 one "
@@ -86,38 +89,13 @@ def to_tf_keras(model: Any) -> Any:
     return new
 
 
-class UnsupportedError(ValueError):
-    """Why a layer, or what it was configured with, has no counterpart."""
-
-
 # -- Layers --------------------------------------------------------------------------------------
 
-#: Activations that both Kerases compute alike, by Keras 3's name.
-_SAME_ACTIVATIONS = frozenset(
-    [
-        "elu",
-        "exponential",
-        "gelu",
-        "leaky_relu",
-        "linear",
-        "log_softmax",
-        "mish",
-        "relu",
-        "relu6",
-        "selu",
-        "sigmoid",
-        "silu",
-        "softmax",
-        "softplus",
-        "softsign",
-        "tanh",
-    ]
-)
 #: Arguments of the same meaning with another name.
 _RENAMED = {("LeakyReLU", "negative_slope"): "alpha"}
 #: What chooses an implementation or a random stream and changes no output.
 _IGNORED = frozenset(["autocast", "flash_attention", "quantization_config", "seed", "use_cudnn"])
-_RECURRENT = ("RNN", "LSTM", "GRU", "Cell")
+_APPLICATIONS = ("StochasticDepth", "LayerScale", "CustomScaleLayer")
 
 
 class _Translator(GraphRebuilder):
@@ -125,12 +103,15 @@ class _Translator(GraphRebuilder):
 
     def __init__(self, source: _backend.Backend, target: _backend.Backend) -> None:
         super().__init__(source, target)
-        self._made: dict[int, list[Piece]] = {}
+        self._made: dict[Any, list[Piece]] = {}
+        stock = source.keras.layers
+        # Layers whose `activation` is not that of their output.
+        self._recurrent = (stock.RNN, stock.SimpleRNNCell, stock.GRUCell, stock.LSTMCell)
 
     def check(self, model: Any) -> None:
         """Translates every layer, and raises one ValueError for all that cannot be."""
         self.names |= {layer.name for _, layer in walk(model)}
-        problems: dict[int, str] = {}
+        problems: dict[Any, str] = {}
         graphs = [model, *(m for _, m in walk(model) if self.source.is_symbolic(m))]
         for call in (call for graph in graphs for call in self.calls(graph)):
             layer = call.layer
@@ -142,9 +123,9 @@ class _Translator(GraphRebuilder):
                 else:
                     self.pieces(call)
             except UnsupportedError as error:
-                problems[id(layer)] = f"'{layer.name}' ({type(layer).__name__}): {error}"
+                problems[layer] = f"'{layer.name}' ({type(layer).__name__}): {error}"
             except Exception as error:
-                problems[id(layer)] = (
+                problems[layer] = (
                     f"'{layer.name}' ({type(layer).__name__}): tf_keras does not take its "
                     f"settings ({type(error).__name__}: {error})"
                 )
@@ -183,57 +164,48 @@ class _Translator(GraphRebuilder):
         if self.source.is_symbolic(layer):
             return [self.model(layer)]
         if not isinstance(layer, self.source.keras.layers.Layer):
-            if id(layer) not in self._made:
-                self._made[id(layer)] = [self._operation(call)]
-            return self._made[id(layer)]
+            if layer not in self._made:
+                values = [*call.args, *call.kwargs.values()]
+                symbolic = [_is_symbolic(self.source, value) for value in values]
+                self._made[layer] = [translated(self.target, layer, values, symbolic)]
+            return self._made[layer]
         shape = getattr(first_tensor(call), "shape", ())
         return self._layer_pieces(layer, len(shape))
 
     def _layer_pieces(self, layer: Any, axes: int) -> list[Piece]:
-        if id(layer) not in self._made:
-            self._made[id(layer)] = self._translated(layer, axes)
-        return self._made[id(layer)]
+        if layer not in self._made:
+            self._made[layer] = self._translated(layer, axes)
+        return self._made[layer]
 
     def _translated(self, layer: Any, axes: int) -> list[Piece]:
-        kind, layers = type(layer).__name__, self.target.keras.layers
+        stock, kind = self.source.keras.layers, type(layer).__name__
         module = type(layer).__module__
-        cls: Any
-        if is_own(layer):
-            cls = stock_kind(layer).layer_class(self.target)
-            if cls is None:
-                raise UnsupportedError("tf_keras has no such layer")
-        elif module.partition(".")[0] != self.source.keras.__name__:
+        if not is_own(layer) and module.partition(".")[0] != self.source.keras.__name__:
             raise UnsupportedError(f"a class of {module}, not of Keras")
-        elif kind in _APPLICATIONS:
+        if kind in _APPLICATIONS:
             return self._of_applications(layer, kind, axes)
-        elif kind == "Lambda":
+        if isinstance(layer, stock.Lambda):
             raise UnsupportedError("its Python function was written for Keras 3")
-        else:
-            cls = getattr(layers, kind, None)
-            if cls is None:
-                raise UnsupportedError("tf_keras has no such layer")
+        cls = self._class_like(layer)
+        if cls is None:
+            raise UnsupportedError("tf_keras has no such layer")
         if getattr(layer, "quantization_mode", None):
             raise UnsupportedError(
                 f"it is quantized ({layer.quantization_mode}); convert before that"
             )
         if getattr(layer, "lora_enabled", False):
             raise UnsupportedError("LoRA is enabled on it; merge the adapter first")
-        wrapped = getattr(layer, "layer", None)
-        if kind == "TimeDistributed":
+        if isinstance(layer, stock.TimeDistributed):
             return self._time_distributed(layer, axes)
         config, tail = self._config(layer, cls)
-        values = layer.get_weights()
-        if wrapped is not None or kind in ("Bidirectional", "StackedRNNCells"):
-            config.update(self._inner_layers(layer))
-        if tail is None:
-            new = cls(**config)
-            self.record(layer, new, values)
-            return [new]
-        if kind == "Activation":
+        config.update(self._inner_layers(layer))
+        if isinstance(layer, stock.Activation) and tail is not None:
             return tail(layer.name)
-        new = cls(**{**config, "name": self.unique(f"{layer.name}_linear")})
-        self.record(layer, new, values)
-        return [new, *tail(layer.name)]
+        if tail is not None:
+            config["name"] = self.unique(f"{layer.name}_linear")
+        new = cls(**config)
+        self.record(layer, new, layer.get_weights())
+        return [new, *(tail(layer.name) if tail is not None else [])]
 
     def _time_distributed(self, wrapper: Any, axes: int) -> list[Piece]:
         inner = wrapper.layer
@@ -273,7 +245,7 @@ class _Translator(GraphRebuilder):
         return found
 
     def _class_like(self, layer: Any) -> Any:
-        """The class in tf_keras for that of a recurrent layer or cell, or None."""
+        """The class in tf_keras for that of a layer, or None."""
         if is_own(layer):
             return stock_kind(layer).layer_class(self.target)
         return getattr(self.target.keras.layers, type(layer).__name__, None)
@@ -283,7 +255,7 @@ class _Translator(GraphRebuilder):
     ) -> tuple[dict[str, Any], Callable[[str], list[Piece]] | None]:
         """The arguments of `cls`, and what makes the activation if that is a layer of its own."""
         kind, config = type(layer).__name__, {}
-        known, defaults = _parameters(cls), _parameters(type(layer))
+        known, defaults = parameters(cls), parameters(type(layer))
         tail = None
         if issubclass(cls, self.target.keras.layers.RNN):
             known["zero_output_for_mask"] = False  # only ever in its **kwargs
@@ -294,7 +266,7 @@ class _Translator(GraphRebuilder):
             new_key = _RENAMED.get((kind, key), key)
             if key == "dtype":
                 config[key] = dtype_policy(layer).name
-            elif key == "activation" and not any(word in kind for word in _RECURRENT):
+            elif key == "activation" and not isinstance(layer, self._recurrent):
                 config[key], tail = self._activation(layer)
             elif key.endswith("activation"):
                 config[key], special = self._activation(layer, key)
@@ -302,13 +274,13 @@ class _Translator(GraphRebuilder):
                     raise UnsupportedError(f"{key}={value!r} is computed otherwise in tf_keras")
             elif key.endswith("_initializer"):
                 # The weights are copied: it matters to whoever makes the layer anew.
-                made = _counterpart(self.target, "initializers", value)
+                made = counterpart(self.target, "initializers", value)
                 if made is not None or value is None:
                     config[key] = made
             elif key.endswith(("_regularizer", "_constraint")):
-                config[key] = _counterpart(self.target, f"{key.rpartition('_')[2]}s", value)
+                config[key] = counterpart(self.target, f"{key.rpartition('_')[2]}s", value)
                 if config[key] is None and value is not None:
-                    raise UnsupportedError(f"its {key} {_class_name(value)} is not in tf_keras")
+                    raise UnsupportedError(f"its {key} {class_name(value)} is not in tf_keras")
                 if value is None and new_key not in known:
                     config.pop(key)
             elif new_key in known or key in ("name", "trainable"):
@@ -317,7 +289,7 @@ class _Translator(GraphRebuilder):
                 value is not None
                 and not (value is False and key not in defaults)  # a switch of newer versions
                 and key not in _IGNORED
-                and not _equal(value, defaults.get(key))
+                and not equal(value, defaults.get(key))
                 and (key, value) != ("data_format", "channels_last")
             ):
                 raise UnsupportedError(f"{key}={value!r} has no counterpart in tf_keras")
@@ -327,7 +299,7 @@ class _Translator(GraphRebuilder):
         if isinstance(value, dict) and "class_name" in value:
             if key == "cell":
                 return self._cell(value)
-            raise UnsupportedError(f"{key}={_class_name(value)} has no known counterpart")
+            raise UnsupportedError(f"{key}={class_name(value)} has no known counterpart")
         if key == "cells":
             return [self._cell(cell) for cell in value]
         return value
@@ -351,13 +323,13 @@ class _Translator(GraphRebuilder):
         if isinstance(function, self.source.keras.layers.Layer):
             return "linear", lambda name: self._layer_pieces(function, 0)
         name = self.source.keras.activations.serialize(function)
-        if isinstance(name, str) and name in _SAME_ACTIVATIONS:
+        if isinstance(name, str) and name in SAME_ACTIVATIONS:
             return name, None
         if name in ("hard_sigmoid", "hard_silu", "hard_swish"):
             return "linear", functools.partial(
                 self._hard, name != "hard_sigmoid", dtype_policy(layer)
             )
-        shown = name if isinstance(name, str) else _class_name(name)
+        shown = name if isinstance(name, str) else class_name(name)
         raise UnsupportedError(f"its {key} {shown} is not in tf_keras")
 
     def _hard(self, silu: bool, dtype: Any, name: str) -> list[Piece]:
@@ -408,87 +380,6 @@ class _Translator(GraphRebuilder):
         add = layers.Add(**common)
         return [lambda inputs: add([inputs[0], scale(inputs[1])])]
 
-    # -- Operations between layers -----------------------------------------------------------
-
-    def _operation(self, call: _backend.GraphCall) -> Piece:
-        operation, kind = call.layer, type(call.layer).__name__
-        layers = self.target.keras.layers
-        values = [*call.args, *call.kwargs.values()]
-        symbolic = [_is_symbolic(self.source, value) for value in values]
-        name = operation.name
-        if kind in _MERGES and len(values) == 2:
-            if all(symbolic):
-                merge = getattr(layers, kind)(name=name)
-                return lambda *args, **kwargs: merge([*args, *kwargs.values()])
-            rescaling = _as_rescaling(kind, values, symbolic)
-            if rescaling is not None:
-                scale, offset = rescaling
-                layer = layers.Rescaling(scale, offset, name=name)
-                index = symbolic.index(True)
-                return lambda *args, **kwargs: layer([*args, *kwargs.values()][index])
-        if kind == "Concatenate":
-            joined = layers.Concatenate(axis=operation.axis, name=name)
-            return lambda xs: joined(list(xs))
-        if kind.lower() in _SAME_ACTIVATIONS and len(values) == 1 and kind != "Softmax":
-            return layers.Activation(kind.lower(), name=name)
-        if kind in _TF_OPERATIONS:
-            return functools.partial(_TF_OPERATIONS[kind], operation)
-        raise UnsupportedError("an operation for which no translation is known")
-
-
-_APPLICATIONS = ("StochasticDepth", "LayerScale", "CustomScaleLayer")
-_MERGES = ("Add", "Subtract", "Multiply", "Maximum", "Minimum", "TrueDivide", "Divide")
-#: Operations of Keras 3 as TensorFlow functions; the first argument is the operation.
-_TF_OPERATIONS: dict[str, Callable[..., Any]] = {
-    "Add": lambda op, x1, x2: tf.add(x1, x2),
-    "Subtract": lambda op, x1, x2: tf.subtract(x1, x2),
-    "Multiply": lambda op, x1, x2: tf.multiply(x1, x2),
-    "TrueDivide": lambda op, x1, x2: tf.divide(x1, x2),
-    "Divide": lambda op, x1, x2: tf.divide(x1, x2),
-    "Maximum": lambda op, x1, x2: tf.maximum(x1, x2),
-    "Minimum": lambda op, x1, x2: tf.minimum(x1, x2),
-    "Power": lambda op, x1, x2: tf.pow(x1, x2),
-    "Matmul": lambda op, x1, x2: tf.matmul(x1, x2),
-    "Negative": lambda op, x: tf.negative(x),
-    "Absolute": lambda op, x: tf.abs(x),
-    "Abs": lambda op, x: tf.abs(x),
-    "Sqrt": lambda op, x: tf.sqrt(x),
-    "Rsqrt": lambda op, x: tf.math.rsqrt(x),
-    "Square": lambda op, x: tf.square(x),
-    "Exp": lambda op, x: tf.exp(x),
-    "Log": lambda op, x: tf.math.log(x),
-    "Mean": lambda op, x: tf.reduce_mean(x, axis=op.axis, keepdims=op.keepdims),
-    "Sum": lambda op, x: tf.reduce_sum(x, axis=op.axis, keepdims=op.keepdims),
-    "Max": lambda op, x: tf.reduce_max(x, axis=op.axis, keepdims=op.keepdims),
-    "Min": lambda op, x: tf.reduce_min(x, axis=op.axis, keepdims=op.keepdims),
-    "Softmax": lambda op, x: tf.nn.softmax(x, axis=op.axis),
-    "Clip": lambda op, x: tf.clip_by_value(x, op.x_min, op.x_max),
-    "Cast": lambda op, x: tf.cast(x, op.dtype),
-    "ExpandDims": lambda op, x: tf.expand_dims(x, op.axis),
-    "Squeeze": lambda op, x: tf.squeeze(x, op.axis),
-    "Reshape": lambda op, x: tf.reshape(x, [-1 if n is None else n for n in op.newshape]),
-    "Transpose": lambda op, x: tf.transpose(x, op.axes),
-    "Stack": lambda op, xs: tf.stack(list(xs), axis=op.axis),
-    "GetItem": lambda op, x, key: x[key],
-}
-
-
-def _as_rescaling(kind: str, values: list[Any], symbolic: list[bool]) -> tuple[float, float] | None:
-    """`(scale, offset)` of an operation between a tensor and a number, or None."""
-    number = values[symbolic.index(False)]
-    if not isinstance(number, numbers.Real):
-        return None
-    value, first = float(number), symbolic[0]
-    if kind == "Add":
-        return 1.0, value
-    if kind == "Subtract":
-        return (1.0, -value) if first else (-1.0, value)
-    if kind == "Multiply":
-        return value, 0.0
-    if kind in ("TrueDivide", "Divide") and first and value:
-        return 1.0 / value, 0.0
-    return None
-
 
 def _is_symbolic(source: _backend.Backend, value: Any) -> bool:
     return isinstance(value, source.keras.KerasTensor)
@@ -531,109 +422,3 @@ def _is_same(source: _backend.Backend, a: Any, b: Any) -> bool:
         and len(given[0]) == len(given[1])
         and all(map(functools.partial(_is_same, source), *given))
     )
-
-
-def _parameters(cls: Any) -> dict[str, Any]:
-    """Names and defaults of all that the constructors of `cls` and of its bases take."""
-    found: dict[str, Any] = {}
-    for base in cls.__mro__:
-        if "__init__" in vars(base) and base is not object:
-            for name, parameter in python_inspect.signature(base.__init__).parameters.items():
-                if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                    found.setdefault(name, parameter.default)
-    return found
-
-
-def _equal(value: Any, default: Any) -> bool:
-    if isinstance(value, (list, tuple)) and isinstance(default, (list, tuple)):
-        return list(value) == list(default)
-    return bool(np.all(value == default))
-
-
-def _class_name(serialized: Any) -> str:
-    if not isinstance(serialized, dict):
-        return repr(serialized)
-    if serialized.get("class_name") == "function":
-        return repr(serialized.get("config"))
-    return str(serialized.get("class_name"))
-
-
-def _counterpart(target: _backend.Backend, module: str, value: Any) -> Any:
-    """The object of tf_keras for a serialized one of Keras 3 (`"initializers"`, …), or None."""
-    if value is None:
-        return None
-    name = value if isinstance(value, str) else value.get("class_name")
-    if isinstance(value, dict) and not str(value.get("module")).startswith("keras."):
-        return None
-    cls = getattr(getattr(target.keras, module), str(name), None)
-    if not isinstance(cls, type):
-        try:
-            return getattr(target.keras, module).get(name) if isinstance(value, str) else None
-        except ValueError:
-            return None
-    given = {} if isinstance(value, str) else value.get("config") or {}
-    known = _parameters(cls)
-    if any(key not in known and item is not None for key, item in given.items()):
-        return None
-    return cls(**{key: item for key, item in given.items() if key in known})
-
-
-# -- Compile state -------------------------------------------------------------------------------
-
-
-def _compile_arguments(
-    source: _backend.Backend, target: _backend.Backend, model: Any
-) -> dict[str, Any]:
-    """The arguments of tf_keras's `compile` for those of a compiled Keras 3 model."""
-    if type(model).compile is not source.keras.Model.compile:
-        raise UnsupportedError(f"{type(model).__name__} overrides `compile()`")
-    given = source.compile_arguments(model)
-    optimizer = given.pop("optimizer")
-    while source.inner_optimizer(optimizer) is not None:  # tf_keras adds its own loss scaling
-        optimizer = source.inner_optimizer(optimizer)
-    given.pop("auto_scale_loss", None)
-    found: dict[str, Any] = {"optimizer": _settings(target, "optimizers", optimizer)}
-    for key in ("loss", "metrics", "weighted_metrics"):
-        module = "losses" if key == "loss" else "metrics"
-        value = given.pop(key, None)
-        found[key] = _each(value, functools.partial(_settings, target, module))
-    jit = given.pop("jit_compile", None)  # Keras 3's "auto" is decided by Keras 3
-    return {**found, **given, "jit_compile": jit is True}
-
-
-def _each(value: Any, function: Callable[[Any], Any]) -> Any:
-    if isinstance(value, dict):
-        return {key: _each(item, function) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_each(item, function) for item in value]
-    return function(value)
-
-
-def _settings(target: _backend.Backend, module: str, obj: Any) -> Any:
-    """A tf_keras optimizer, loss or metric with the settings of a Keras 3 one."""
-    if obj is None or isinstance(obj, str):
-        return obj
-    namespace = getattr(target.keras, module)
-    kind = type(obj).__name__
-    if python_inspect.isfunction(obj):
-        if not obj.__module__.startswith("keras."):
-            raise UnsupportedError(f"the function {obj.__name__} was written for Keras 3")
-        return namespace.get(obj.__name__)
-    cls = getattr(namespace, kind, None)
-    if not type(obj).__module__.startswith("keras.") or cls is None:
-        raise UnsupportedError(f"tf_keras has no {kind}")
-    known, defaults = _parameters(cls), _parameters(type(obj))
-    config = {}
-    for key, value in obj.get_config().items():
-        if key == "learning_rate" and isinstance(value, dict):
-            schedules = namespace.schedules
-            if not hasattr(schedules, value["class_name"]):
-                raise UnsupportedError(f"tf_keras has no {value['class_name']}")
-            config[key] = getattr(schedules, value["class_name"]).from_config(value["config"])
-        elif key == "dtype":
-            continue
-        elif key in known or (module == "optimizers" and key in cls().get_config()):
-            config[key] = value
-        elif value is not None and not _equal(value, defaults.get(key)):
-            raise UnsupportedError(f"{key}={value!r} of {kind} has no counterpart")
-    return cls(**config)

@@ -33,7 +33,7 @@ def prune_low_magnitude(
         model: A Functional or Sequential tf_keras model, compressed or not.
         pruning_schedule: A `PruningSchedule` of TF-MOT, or None for TF-MOT's default, half of the
             weights from the first step. Defaults to None.
-        exclude: Layers to leave alone, as for `select`. Defaults to none.
+        exclude: Layers that stay as they are, as for `select`. Defaults to none.
         **options: Further arguments of TF-MOT's function, such as `block_size`.
 
     Returns:
@@ -88,7 +88,7 @@ def cluster_weights(
     Args:
         model: A trained Functional or Sequential tf_keras model, compressed or not.
         number_of_clusters: Integer > 1. Number of values that a kernel or factor may have.
-        exclude: Layers to leave alone, as for `select`. Defaults to none.
+        exclude: Layers that stay as they are, as for `select`. Defaults to none.
         **options: Further arguments of TF-MOT's function, such as `cluster_centroids_init`, and of
             its experimental one: `preserve_sparsity`, and `cluster_per_channel`, which works for
             stock convolutions only.

@@ -55,6 +55,12 @@ def made_up(call: LayerCall, slices: int, rank: int) -> int:
 TOTAL = 800_000
 
 
+def calls_of(model: Any) -> dict[Any, list[LayerCall]]:
+    """The calls of all layers with weights."""
+    inventory = Inventory.of(model)
+    return layer_calls(inventory, [r for r in inventory.records if r.layer.get_weights()])
+
+
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The made-up runtime in place of the clock; gives the list of what is measured in it."""
@@ -91,13 +97,6 @@ def wide(keras: ModuleType) -> Any:
     x = layers.GlobalAveragePooling2D()(x)
     x = layers.Dense(128, activation="relu", name="hidden")(x)
     return keras.Model(inputs, layers.Dense(10, name="head")(x), name="wide")
-
-
-def calls_of(model: Any) -> dict[str, Any]:
-    """The calls of every layer with weights, by name."""
-    inventory = Inventory.of(model)
-    calls = layer_calls(inventory, inventory.records)
-    return {record.path: calls[record.layer] for record in inventory.records}
 
 
 # -- Files of layers -----------------------------------------------------------------------------
@@ -164,10 +163,12 @@ def test_files_have_the_operators_of_the_converter(keras_module: ModuleType):
     there = {
         (op.name, op.data.shape, op.weights.shape, op.outputs[0].shape) for op in converted.weighted
     }
+    layers = {layer.name: layer for layer in model.layers}
     plan = keras_alds.select(model, 0.6, target="litert", method="energy")
     assert len(plan.factorized) >= 2
     for choice in plan.factorized:
-        for call in calls_of(model)[choice.layer]:
+        layer = layers[choice.layer]
+        for call in calls_of(model)[layer]:
             content = layer_file(call, choice.slices, choice.rank)
             for op in keras_alds.litert.read_file(content).weighted:
                 assert (op.name, op.data.shape, op.weights.shape, op.outputs[0].shape) in there
@@ -180,7 +181,7 @@ def test_calls_of_every_kind_of_layer(keras_module: ModuleType):
     x = layers.Conv1D(8, 3, strides=2, name="strided")(x)
     outputs = layers.Dense(5, name="dense")(x)
     model = keras_module.Model(inputs, outputs)
-    found = calls_of(model)
+    found = {layer.name: calls for layer, calls in calls_of(model).items()}
     assert found == {
         "causal": [LayerCall("conv", (1, 1, 24, 6), 8, (1, 3), (1, 1), "valid", (1, 2))],
         "strided": [LayerCall("conv", (1, 1, 20, 8), 8, (1, 3), (2, 2), "valid", (1, 1))],
@@ -194,7 +195,8 @@ def test_calls_of_every_kind_of_layer(keras_module: ModuleType):
             layers.Conv2D(4, 3, data_format="channels_first", name="first"),
         ]
     )
-    assert calls_of(first)["first"][0].input == (1, 8, 9, 3)
+    with_channels = calls_of(first)[first.layers[0]]
+    assert with_channels[0].input == (1, 8, 9, 3)
 
 
 def test_time_files_runs_every_file(monkeypatch: pytest.MonkeyPatch):
@@ -300,9 +302,10 @@ def test_measure_latency_and_csv_round_trip(
 def test_shared_layers_and_exclusion(runtime: list[Any]):
     model = wide(keras)
     table = measure_latency(model, verbose=0, exclude="down")
+    names = {layer.name: layer for layer in model.layers}
     calls = calls_of(model)
-    assert all(call not in table.layers for call in calls["down"])
-    first, second = calls["shared"]
+    assert all(call not in table.layers for call in calls[names["down"]])
+    first, second = calls[names["shared"]]
     plan = keras_alds.select(
         model, 0.05, objective="latency", latency=table, exclude="down", method="energy"
     )
@@ -320,6 +323,7 @@ def test_the_budget_is_kept(method: str, keras_module: ModuleType, runtime: list
     data = zoo.examples(model, 32) if method == "activation" else None
     table = measure_latency(model, verbose=0)
     calls = calls_of(model)
+    layers = {layer.name: layer for layer in model.layers}
     dense = sum(made_up(call, 0, 0) for found in calls.values() for call in found)
     for part in (0.2, 0.5, 0.7):
         cr = part * dense / TOTAL
@@ -332,7 +336,7 @@ def test_the_budget_is_kept(method: str, keras_module: ModuleType, runtime: list
         saved = 0
         for choice in plan.factorized:
             assert choice.latency_after < choice.latency_before
-            found = calls[choice.layer]
+            found = calls[layers[choice.layer]]
             truth = sum(made_up(call, choice.slices, choice.rank) for call in found)
             assert abs(choice.latency_after - truth) <= 0.05 * choice.latency_before
             saved += choice.latency_before - choice.latency_after

@@ -78,7 +78,7 @@ def factorize_outputs(
             E = np.stack([seen_basis(w, moment, slices, first + i, rank) for i, w in enumerate(W)])
             if each > 1:
                 E = _refined(E, W, moment, first, sweeps)
-            encoder[part], decoder[part] = balance(E, _refitted(E, W, moment, first))
+            encoder[part], decoder[part] = balance(E, refit_decoder(E, W, moment, first))
     return fold_encoder(encoder, kernel.shape[:-2]), decoder.reshape(slices * rank, -1)
 
 
@@ -103,7 +103,7 @@ def _refined(
     if sweeps < 1:
         return encoders
     E = encoders.copy()
-    products = E @ _refitted(E, matrices, moment, first)
+    products = E @ refit_decoder(E, matrices, moment, first)
     blocks = [moment.slice_block(slices, first + i) for i in range(count)]
     rest = moment.product(slices, first, matrices - products)
     for _ in range(sweeps):
@@ -117,18 +117,22 @@ def _refined(
     return E
 
 
-def refit_decoder(encoders: Float64, matrices: Float64, moment: SecondMoment) -> Float64:
+def refit_decoder(
+    encoders: Float64, matrices: Float64, moment: SecondMoment, first: int = 0
+) -> Float64:
     """Returns the decoders that are best for given encoders, all slices together.
 
     D = (Eᵀ S E)⁻¹ Eᵀ S W with the block-diagonal E of all slices: least squares on the outputs.
+    Blocks of the moment have nothing to do with each other: the slices are those of one of them.
 
     Args:
-        encoders: Array `[k, (c/k)·κ, j]` of float64.
-        matrices: The unfolded kernel, `[k, (c/k)·κ, f]` of float64.
-        moment: Second moment of the layer's unfolded inputs.
+        encoders: Array `[k/b, (c/k)·κ, j]` of float64.
+        matrices: The unfolded kernel, `[k/b, (c/k)·κ, f]` of float64.
+        moment: Second moment of the layer's unfolded inputs, in b blocks.
+        first: Number of the first of these slices.
 
     Returns:
-        Array `[k, j, f]`.
+        Array `[k/b, j, f]`.
 
     Example:
         >>> moment = SecondMoment(np.eye(4)[None], 100)
@@ -136,15 +140,6 @@ def refit_decoder(encoders: Float64, matrices: Float64, moment: SecondMoment) ->
         >>> refit_decoder(basis, np.eye(4)[None], moment)[0].round(6).tolist()
         [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
     """
-    each = encoders.shape[0] // moment.block_count
-    parts = [slice(i, i + each) for i in range(0, encoders.shape[0], each)]
-    return np.concatenate(
-        [_refitted(encoders[part], matrices[part], moment, part.start) for part in parts]
-    )
-
-
-def _refitted(encoders: Float64, matrices: Float64, moment: SecondMoment, first: int) -> Float64:
-    """`refit_decoder` of the slices of one block of the moment, number `first` and on."""
     count, rows, rank = encoders.shape
     slices = moment.side // rows
     columns = moment.encoded(slices, first, encoders)

@@ -1,0 +1,104 @@
+"""Operations between layers of a Keras 3 graph, as stock layers or TensorFlow functions."""
+
+from __future__ import annotations
+
+import functools
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from keras_alds import _backend
+from keras_alds.models.rebuild import Piece
+from keras_alds.tfmot.settings import SAME_ACTIVATIONS, UnsupportedError
+
+_MERGES = ("Add", "Subtract", "Multiply", "Maximum", "Minimum", "TrueDivide", "Divide")
+#: Operations of Keras 3 as TensorFlow functions; the first argument is the operation.
+_TF_OPERATIONS: dict[str, Callable[..., Any]] = {
+    "Add": lambda op, x1, x2: tf.add(x1, x2),
+    "Subtract": lambda op, x1, x2: tf.subtract(x1, x2),
+    "Multiply": lambda op, x1, x2: tf.multiply(x1, x2),
+    "TrueDivide": lambda op, x1, x2: tf.divide(x1, x2),
+    "Divide": lambda op, x1, x2: tf.divide(x1, x2),
+    "Maximum": lambda op, x1, x2: tf.maximum(x1, x2),
+    "Minimum": lambda op, x1, x2: tf.minimum(x1, x2),
+    "Power": lambda op, x1, x2: tf.pow(x1, x2),
+    "Matmul": lambda op, x1, x2: tf.matmul(x1, x2),
+    "Negative": lambda op, x: tf.negative(x),
+    "Absolute": lambda op, x: tf.abs(x),
+    "Abs": lambda op, x: tf.abs(x),
+    "Sqrt": lambda op, x: tf.sqrt(x),
+    "Rsqrt": lambda op, x: tf.math.rsqrt(x),
+    "Square": lambda op, x: tf.square(x),
+    "Exp": lambda op, x: tf.exp(x),
+    "Log": lambda op, x: tf.math.log(x),
+    "Mean": lambda op, x: tf.reduce_mean(x, axis=op.axis, keepdims=op.keepdims),
+    "Sum": lambda op, x: tf.reduce_sum(x, axis=op.axis, keepdims=op.keepdims),
+    "Max": lambda op, x: tf.reduce_max(x, axis=op.axis, keepdims=op.keepdims),
+    "Min": lambda op, x: tf.reduce_min(x, axis=op.axis, keepdims=op.keepdims),
+    "Softmax": lambda op, x: tf.nn.softmax(x, axis=op.axis),
+    "Clip": lambda op, x: tf.clip_by_value(x, op.x_min, op.x_max),
+    "Cast": lambda op, x: tf.cast(x, op.dtype),
+    "ExpandDims": lambda op, x: tf.expand_dims(x, op.axis),
+    "Squeeze": lambda op, x: tf.squeeze(x, op.axis),
+    "Reshape": lambda op, x: tf.reshape(x, [-1 if n is None else n for n in op.newshape]),
+    "Transpose": lambda op, x: tf.transpose(x, op.axes),
+    "Stack": lambda op, xs: tf.stack(list(xs), axis=op.axis),
+    "GetItem": lambda op, x, key: x[key],
+}
+
+
+def translated(
+    target: _backend.Backend, operation: Any, values: Sequence[Any], symbolic: Sequence[bool]
+) -> Piece:
+    """What computes in tf_keras what an operation of Keras 3 does.
+
+    Keras 3 makes the classes of operations known by their names only.
+
+    Args:
+        target: The backend of tf_keras.
+        operation: The operation.
+        values: The arguments of its call.
+        symbolic: Which of them are tensors of the graph.
+
+    Raises:
+        UnsupportedError: If no translation is known.
+    """
+    kind, name, layers = type(operation).__name__, operation.name, target.keras.layers
+    if kind in _MERGES and len(values) == 2:
+        if all(symbolic):
+            merge = getattr(layers, kind)(name=name)
+            return lambda *args, **kwargs: merge([*args, *kwargs.values()])
+        rescaling = _as_rescaling(kind, values, symbolic)
+        if rescaling is not None:
+            layer = layers.Rescaling(*rescaling, name=name)
+            index = symbolic.index(True)
+            return lambda *args, **kwargs: layer([*args, *kwargs.values()][index])
+    if kind == "Concatenate":
+        joined = layers.Concatenate(axis=operation.axis, name=name)
+        return lambda xs: joined(list(xs))
+    if kind.lower() in SAME_ACTIVATIONS and len(values) == 1 and kind != "Softmax":
+        return layers.Activation(kind.lower(), name=name)
+    if kind in _TF_OPERATIONS:
+        return functools.partial(_TF_OPERATIONS[kind], operation)
+    raise UnsupportedError("an operation for which no translation is known")
+
+
+def _as_rescaling(
+    kind: str, values: Sequence[Any], symbolic: Sequence[bool]
+) -> tuple[float, float] | None:
+    """`(scale, offset)` of an operation between a tensor and a number, or None."""
+    number = values[symbolic.index(False)]
+    if not isinstance(number, numbers.Real):
+        return None
+    value, first = float(number), symbolic[0]
+    if kind == "Add":
+        return 1.0, value
+    if kind == "Subtract":
+        return (1.0, -value) if first else (-1.0, value)
+    if kind == "Multiply":
+        return value, 0.0
+    if kind in ("TrueDivide", "Divide") and first and value:
+        return 1.0 / value, 0.0
+    return None
