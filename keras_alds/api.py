@@ -150,7 +150,9 @@ def compress(
         inventory = Inventory.of(model)
         match(inventory, plan)
         check_folded(plan, calibration_data)
-        calibration = Calibration.of(inventory, calibration_data, keep=keep) if has_data else None
+        calibration = None
+        if has_data:
+            calibration = Calibration.of(inventory, calibration_data, keep=keep, stacklevel=2)
         if calibration is None and wants_data(plan):
             warnings.warn(
                 f"The plan was chosen with calibration data (method {plan.method!r}), and there "
@@ -218,7 +220,8 @@ def apply_plan(
     match(inventory, plan)
     calibration = None
     if calibration_data is not None:
-        calibration = Calibration.of(inventory, calibration_data, keep=sequential is not False)
+        keep = sequential is not False
+        calibration = Calibration.of(inventory, calibration_data, keep=keep, stacklevel=2)
     apply(inventory, plan, calibration, sequential, stacklevel=2)
 
 
@@ -251,7 +254,9 @@ def choose(
     if calibration_data is not None:
         for _ in kernels(inventory.candidates):
             pass  # complains of weights that are not finite before the model is run
-        calibration = Calibration.of(inventory, calibration_data, keep=keep, verbose=verbose)
+        calibration = Calibration.of(
+            inventory, calibration_data, keep=keep, verbose=verbose, stacklevel=stacklevel + 1
+        )
         selection = selection.calibrated(calibration.collected(inventory, verbose=verbose))
     return Chosen(selection.plan(), inventory, calibration)
 

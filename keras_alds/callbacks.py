@@ -236,6 +236,7 @@ class ALDSCompress(_backend.Callback):
             self._sequential,
             last=True,
             verbose=self.verbose,
+            stacklevel=3,
         )
         self.plan, self._done = chosen.plan, True
         backend = chosen.inventory.backend
@@ -256,18 +257,24 @@ class ALDSCompress(_backend.Callback):
             data = self._training_inputs()
         keep = self._sequential is not False
         if isinstance(self._source, Options):
-            return choose(self.model, self._source, data, keep=keep, verbose=self.verbose)
+            return choose(
+                self.model, self._source, data, keep=keep, verbose=self.verbose, stacklevel=4
+            )
         inventory = Inventory.of(self.model)
         match(inventory, self._source)
         calibration = None
         if data is not None:
-            calibration = Calibration.of(inventory, data, keep=keep, verbose=self.verbose)
+            calibration = Calibration.of(
+                inventory, data, keep=keep, verbose=self.verbose, stacklevel=4
+            )
         return Chosen(self._source, inventory, calibration)
 
     def _check(self) -> Inventory:
         """Raises what is wrong with model and options, as far as it does not depend on weights."""
         if isinstance(self._source, Options):
-            return selection_of(self.model, self._source, verbose=self.verbose).inventory
+            return selection_of(
+                self.model, self._source, verbose=self.verbose, stacklevel=3
+            ).inventory
         inventory = Inventory.of(self.model)
         match(inventory, self._source)
         return inventory

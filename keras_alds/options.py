@@ -57,7 +57,8 @@ class Option:
         )
 
 
-def _schemes_of(text: str) -> str | list[int]:
+def fold_schemes(text: str) -> str | list[int]:
+    """Fold schemes as the command line has them; `argparse` names this function in its error."""
     return text if text == "all" else [int(part) for part in text.split(",")]
 
 
@@ -75,7 +76,10 @@ class SelectOptions(TypedDict, total=False):
             compares with: `"svd"`, `"svd-energy"`, `"l-rank"`, `"pca"` (needs data),
             `"alds-error"`, `"alds-simple"`, `"alds-simple-5"`. Defaults to None: `"activation"`
             with calibration data, `"alds"` with an `error`, else `"energy"`.""",
-            flag={"help": "default: that of `select`"},
+            flag={
+                "choices": [name for name, known in METHODS.items() if not known.needs_data],
+                "help": "default: that of `select`",
+            },
         ),
     ]
     objective: Annotated[
@@ -170,7 +174,7 @@ class SelectOptions(TypedDict, total=False):
             calibration data, with measured latency or two limits, and with a target only for
             one slice. Defaults to 0.""",
             flag={
-                "type": _schemes_of,
+                "type": fold_schemes,
                 "help": "fold schemes to choose from: all, or numbers as in 0,3 (default: 0)",
             },
         ),

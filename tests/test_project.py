@@ -230,6 +230,79 @@ def test_no_function_is_long():
     assert not long
 
 
+# Private names: of functions, variables and attributes, no special ones such as `__init__`.
+PRIVATE = re.compile(r"_\w*[a-z]\w*")
+
+
+def is_own(value: ast.AST) -> bool:
+    """Whether an attribute is taken of `self`, `cls` or `super()`."""
+    if isinstance(value, ast.Call):
+        value = value.func
+    return isinstance(value, ast.Name) and value.id in ("self", "cls", "super")
+
+
+def attributes(tree: ast.AST) -> set[str]:
+    """Private names that are attributes of other objects than `self`."""
+    return {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and not is_own(node.value)
+        and PRIVATE.fullmatch(node.attr)
+        and (not node.attr.endswith("__") or node.attr == "__internal__")
+    }
+
+
+def private_names(tree: ast.AST) -> set[str]:
+    """These, and private names that stand in strings."""
+    return attributes(tree) | {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and PRIVATE.fullmatch(node.value)
+        and not node.value.endswith("__")
+    }
+
+
+def defined_names(tree: ast.AST) -> set[str]:
+    """Names of functions, classes, variables and attributes that a module makes."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(getattr(node, "ctx", None), ast.Store):
+            if isinstance(node, ast.Name):
+                found.add(node.id)
+            elif isinstance(node, ast.Attribute) and is_own(node.value):
+                found.add(node.attr)
+    return found
+
+
+def backend_names() -> set[str]:
+    """The private names of others that `_backend` uses."""
+    return set().union(*(private_names(parse(p)) for p in MODULES if part_of(p) == "_backend"))
+
+
+def test_private_names_are_used_in_the_backend_only():
+    trees = [parse(path) for path in MODULES if part_of(path) != "_backend"]
+    own = set().union(*map(defined_names, trees))
+    names = set().union(*map(attributes, trees))
+    strings = set().union(*map(private_names, trees)) & backend_names()
+    assert (names | strings) - own == set()
+
+
+def test_every_private_name_of_the_backend_has_a_test():
+    tests = parse(ROOT / "tests" / "_backend" / "test_private_names.py")
+    tested = {node.name for node in tests.body if isinstance(node, ast.FunctionDef)}
+    missing = {name for name in backend_names() if f"test_{name.strip('_')}" not in tested}
+    assert not missing
+    documented = [
+        node for node in tests.body if isinstance(node, ast.FunctionDef) and node.name in tested
+    ]
+    assert all(ast.get_docstring(node) for node in documented if node.name.startswith("test_"))
+
+
 def readme_commands() -> list[str]:
     """The commands in README's `sh` blocks."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 import keras_alds
 from keras_alds import CompressionPlan, compress, count_macs, expand, select
 from keras_alds._backend import backend_of
+from keras_alds._backend.training import LINEAR, SQUARED
 from keras_alds.cli import main
 from keras_alds.core.slicing import convolution_unfolding, distinct_schemes, divisors, full_rank
 from keras_alds.kinds.base import is_factorized, kernel_values
 from keras_alds.models.inventory import Inventory, walk
-from keras_alds.models.optimizer import LINEAR, SQUARED, carried
+from keras_alds.models.optimizer import carried
 from keras_alds.models.ranges import equalize, find_pairs
 from keras_alds.models.resources import Macs
 from keras_alds.plan import LayerChoice
@@ -292,7 +293,9 @@ class TestPlans:
     def test_spectra_are_kept_by_scheme(self, monkeypatch):
         model = zoo.functional(keras)
         first = select(model, 0.5, schemes="all")
-        monkeypatch.setattr("keras_alds.problem.spectra_many", lambda kernels: [][: len(kernels)])
+        monkeypatch.setattr(
+            "keras_alds.models.choices.spectra_many", lambda kernels: [][: len(kernels)]
+        )
         assert select(model, 0.5, schemes="all") == first
         assert select(model, 0.5, schemes=(0, 3)).cr >= 0.5
 
@@ -512,7 +515,7 @@ def test_command_line_and_sweep(tmp_path, capsys):
         assert CompressionPlan.load(output) == select(model, 0.5, schemes=schemes)
     with pytest.raises(SystemExit):
         main(["plan", str(tmp_path / "model.keras"), "--schemes", "x"])
-    assert "invalid read_schemes value" in capsys.readouterr().err
+    assert "invalid fold_schemes value" in capsys.readouterr().err
     result = keras_alds.sweep(
         model,
         lambda candidate: float(sum(getattr(n, "scheme", 0) for n in factorized(candidate))),

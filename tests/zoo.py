@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_alds.models.factorize import replacement
-from keras_alds.models.inventory import LayerRecord
+from keras_alds.models.inventory import LayerRecord, walk
 
 IMAGE = (12, 12, 3)
 
@@ -174,3 +174,58 @@ def factorized_layer(layer: Any, choice: Any, **options: Any) -> Any:
     """The factorized layer of a choice, for a layer that is in no model."""
     record = LayerRecord(layer.name, layer, 0, None, None)
     return replacement(record, choice, **options).factorized
+
+
+def recorded_rows(model, inputs):
+    """Every layer's unfolded inputs in rows, from TensorFlow's own patches; `{path: rows}`."""
+    found = {}
+
+    def patches(layer, x):
+        x = tf.cast(x, tf.float32).numpy()
+        if not hasattr(layer, "kernel_size"):
+            return x.reshape(-1, x.shape[-1])
+        if len(layer.kernel_size) == 1:
+            pad = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
+            if layer.padding == "causal":
+                x = np.pad(x, ((0, 0), (pad, 0), (0, 0)))
+            x, size, stride, rate = (
+                x[:, None],
+                (1, *layer.kernel_size),
+                (1, *layer.strides),
+                (1, *layer.dilation_rate),
+            )
+        else:
+            size, stride, rate = layer.kernel_size, layer.strides, layer.dilation_rate
+        rows = tf.image.extract_patches(
+            x,
+            [1, *size, 1],
+            [1, *stride, 1],
+            [1, *rate, 1],
+            "SAME" if layer.padding == "same" else "VALID",
+        ).numpy()
+        channels = x.shape[-1]
+        return (
+            rows.reshape(-1, rows.shape[-1] // channels, channels)
+            .transpose(0, 2, 1)
+            .reshape(-1, rows.shape[-1])
+        )
+
+    paths = {id(layer): path for path, layer in walk(model)}
+    layers = [layer for _, layer in walk(model) if hasattr(layer, "kernel")]
+    before = {}
+    for layer in layers:
+        if not hasattr(layer, "use_bias"):
+            continue
+        before[id(layer)] = layer.call
+
+        def spy(x, *args, layer=layer, **kwargs):
+            found.setdefault(paths[id(layer)], []).append(patches(layer, x))
+            return before[id(layer)](x, *args, **kwargs)
+
+        layer.__dict__["call"] = spy
+    try:
+        model(inputs, training=False)
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("call", None)
+    return {path: np.concatenate(rows) for path, rows in found.items()}

@@ -380,7 +380,7 @@ class TfKerasTraining(Training):
     def set_learning_rate(self, optimizer: Optimizer, rate: float) -> None:
         inner = self.inner_optimizer(optimizer) or optimizer
         if self._is_legacy(inner):
-            inner._hyper["learning_rate"] = rate
+            inner.learning_rate = rate
         else:
             inner._learning_rate = inner._build_learning_rate(rate)
 

@@ -64,5 +64,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def quiet_tensorflow() -> None:
-    """Keeps TensorFlow's log out of a command's output, unless the user asks for it."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    """Imports TensorFlow without its log, unless the user asks for it."""
+    if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
+        return
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    # TensorFlow 2.21 writes some lines whatever the level is, and writes them without Python.
+    stderr = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        importlib.import_module("keras")
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", type=Path, required=True, help=".npz file of images and labels")
     add("--scale", type=float, default=1.0, help="multiply the pixels by this (default: 1)")
-    add("--methods", nargs="+", help="default: all")
+    add("--methods", nargs="+", choices=list(METHODS), help="default: all")
     add("--crs", type=float, nargs="+", help="fractions to remove (default: 0.2 to 0.7)")
     add_flags(parser, OPTIONS)
     add("--calibration", type=int, default=512, help="unlabelled x_train (default: 512; 0: none)")
@@ -66,7 +66,8 @@ def run(arguments: argparse.Namespace) -> None:
     logits = scores(model, x_test[:64])
     from_logits = bool((logits < 0).any() or not np.allclose(logits.sum(-1), 1, atol=1e-3))
     calibration = retrain = None
-    if arguments.calibration and _wants_data(arguments.methods):
+    needs_data = [METHODS[name].needs_data for name in arguments.methods or METHODS]
+    if arguments.calibration and any(needs_data):
         calibration, _ = read_images(arguments, "train", arguments.calibration, labels=False)
     trained = 0
     if arguments.epochs:
@@ -83,11 +84,6 @@ def run(arguments: argparse.Namespace) -> None:
         **flags(arguments, OPTIONS),
     )
     _write(result, arguments, len(x_test), trained)
-
-
-def _wants_data(methods: Sequence[str] | None) -> bool:
-    known = METHODS if methods is None else [name for name in methods if name in METHODS]
-    return any(METHODS[name].needs_data for name in known)
 
 
 def _write(result: Any, arguments: argparse.Namespace, images: int, trained: int) -> None:

@@ -212,12 +212,13 @@ def _check_of_model(
     inventory: Inventory, records: Sequence[LayerRecord], calls: Calls, table: LatencyTable
 ) -> None:
     """Raises a ValueError if a table lacks a layer of a model, or is of another model."""
-    expected = f"Expected a latency table of the model '{inventory.model.name}'. Received: "
+    name = inventory.model.name
     for record in records:
         for call in calls[record.layer]:
             if call not in table.layers:
                 raise ValueError(
-                    f"{expected}one without its layer '{record.path}' ({call}). Measure the model: "
+                    f"Expected a latency table of the model '{name}'. Received: one without its "
+                    f"layer '{record.path}' ({call}). Measure the model: "
                     "`keras_alds.litert.measure_latency`, or on a device "
                     "`python -m keras_alds latency-files`."
                 )
@@ -228,9 +229,9 @@ def _check_of_model(
         there, here = table.calls[call], counts[call]
         if here > there or (complete and here < there):
             raise ValueError(
-                f"{expected}one of another model, whose time as a whole is not known of this one: "
-                f"{there} calls of {call}, where '{inventory.model.name}' has {here}. Measure this "
-                "model."
+                f"Expected a latency table of the model '{name}'. Received: one of another model, "
+                f"whose time as a whole is not known of this one: {there} calls of {call}, where "
+                f"'{name}' has {here}. Measure this model."
             )
 
 

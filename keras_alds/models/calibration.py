@@ -312,7 +312,15 @@ class Calibration:
     examples: KeptExamples | None = None
 
     @classmethod
-    def of(cls, inventory: Inventory, data: Any, *, keep: bool, verbose: int = 1) -> Calibration:
+    def of(
+        cls,
+        inventory: Inventory,
+        data: Any,
+        *,
+        keep: bool,
+        verbose: int = 1,
+        stacklevel: int = 1,
+    ) -> Calibration:
         """What `calibration_data` give.
 
         Args:
@@ -320,6 +328,7 @@ class Calibration:
             data: What a user gives, or a `Calibration`.
             keep: Whether the examples are wanted again; else the statistics are collected.
             verbose: As for `CalibrationStats.collect`.
+            stacklevel: The frame that warnings name; 1 is the caller of this function.
 
         Raises:
             ValueError: As `CalibrationStats.collect` and `CalibrationStats.match`.
@@ -328,7 +337,7 @@ class Calibration:
             return data
         if isinstance(data, CalibrationStats):
             data.match(inventory)
-            data.warn_of_other_weights(inventory.model, stacklevel=2)
+            data.warn_of_other_weights(inventory.model, stacklevel=stacklevel + 1)
             return cls(stats=data)
         if keep:
             return cls(examples=KeptExamples(inventory.model, data))

@@ -47,6 +47,7 @@ class Examples:
     def __init__(
         self, model: Any, data: Any, limit: int | None, argument: str = "calibration_data"
     ) -> None:
+        _backend.backend_of(model).check_call(model)
         if limit is not None:
             limit = int_at_least(limit, "max_examples", MIN_EXAMPLES)
         self._limit, self._argument = limit, argument

@@ -100,7 +100,7 @@ class LayerRecord:
 
     def folded(self, schemes: Sequence[int]) -> LayerRecord:
         """The same record with those of some fold schemes that the kernel has."""
-        if self.skipped is not None or schemes == (0,):
+        if self.skipped is not None:
             return self
         known = self.kind.schemes(self.layer)
         # Schemes that are the same for this kernel count once.
@@ -135,6 +135,7 @@ class Inventory:
             without them.
         pruning: The built pruning wrappers.
         records: A record of every layer that holds weights.
+        params: All parameters of the model, without the masks of pruning.
         unmatched: The items of `exclude` that name no layer with weights.
     """
 
@@ -142,6 +143,7 @@ class Inventory:
     layers: tuple[tuple[str, Any], ...]
     pruning: tuple[Any, ...]
     records: tuple[LayerRecord, ...]
+    params: int
     unmatched: tuple[Any, ...] = ()
 
     @classmethod
@@ -167,7 +169,8 @@ class Inventory:
                 detail = f"excluded by exclude={described(exclude[naming[0]])}"
                 record = record.skip(Skip.EXCLUDED, detail)
             records.append(dataclasses.replace(record, excluded=bool(naming)))
-        return cls(model, layers, pruning, tuple(records), tuple(unmatched.values()))
+        params = count_params(model, pruning)
+        return cls(model, layers, pruning, tuple(records), params, tuple(unmatched.values()))
 
     @property
     def backend(self) -> _backend.Backend:
@@ -183,11 +186,6 @@ class Inventory:
     def factorizable(self) -> tuple[LayerRecord, ...]:
         """The records of the layers that could be factorized if no option kept them from it."""
         return tuple(record for record in self.records if record.factorizable)
-
-    @functools.cached_property
-    def params(self) -> int:
-        """All parameters of the model, without the masks of pruning."""
-        return count_params(self.model, self.pruning)
 
     @property
     def factorized(self) -> list[LayerRecord]:

@@ -6,9 +6,10 @@ import dataclasses
 import decimal
 import functools
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from keras_alds.core.calibration.moments import RIDGE
 from keras_alds.core.choices import ChoiceTable, offered_ranks
@@ -172,33 +173,34 @@ class Selection:
             ValueError: If the layer's bounds allow none.
         """
         costs = resource.costs(record)
-        found = [(record.dense_weights, costs.dense)]
+        sizes, prices = [np.array([record.dense_weights])], [np.array([costs.dense])]
         for scheme in record.schemes:
             for k, ranks in self.offered(record, scheme).items():
-                size = weights(record.shape_in(scheme), k, 1)
-                prices = costs.of(k, ranks, scheme).tolist()
-                found += [(j * size, price) for j, price in zip(ranks, prices, strict=True)]
-        found = [(size, cost) for size, cost in found if cost <= costs.dense]
-        within = [cost for size, cost in found if self.is_within(record, size)]
-        if not within:
-            raise self.nothing_within(record, [size for size, _ in found])
-        return min(within)
+                sizes.append(np.array(ranks) * weights(record.shape_in(scheme), k, 1))
+                prices.append(costs.of(k, ranks, scheme))
+        size, price = np.concatenate(sizes), np.concatenate(prices)
+        size, price = size[price <= costs.dense], price[price <= costs.dense]
+        within = self.is_within(record, size)
+        if not within.any():
+            raise self.nothing_within(record, size)
+        return int(price[within].min())
 
-    def is_within(self, record: LayerRecord, size: int) -> bool:
-        """Whether a layer whose kernel has so many weights is within its bounds."""
+    def is_within(self, record: LayerRecord, sizes: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether a layer is within its bounds, for each number of weights of its kernel."""
         least, greatest = record.bounds
-        return least <= self.removed(record, size) <= greatest
+        removed = self.removed(record, sizes)
+        return (least <= removed) & (removed <= greatest)
 
-    def removed(self, record: LayerRecord, size: int) -> float:
-        """The fraction of a layer's own parameters that is gone if its kernel has so many."""
-        added = self.params.added(record) if size < record.dense_weights else 0
-        after = record.params - record.dense_weights + size + added
-        return removed_fraction(record.params, after)
+    def removed(self, record: LayerRecord, sizes: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The fraction of a layer's own parameters that is gone, for each size of its kernel."""
+        added = np.where(sizes < record.dense_weights, self.params.added(record), 0)
+        after = record.params - record.dense_weights + sizes + added
+        return 1 - after / record.params
 
-    def nothing_within(self, record: LayerRecord, sizes: Iterable[int]) -> ValueError:
+    def nothing_within(self, record: LayerRecord, sizes: NDArray[np.int64]) -> ValueError:
         """The error for a layer that has no choice within its bounds."""
         least, greatest = record.bounds
-        fractions = sorted(self.removed(record, size) for size in sizes)
+        fractions = np.sort(self.removed(record, sizes)).tolist()
         nearest = [
             *[fraction for fraction in fractions if fraction < least][-1:],
             *[fraction for fraction in fractions if fraction > greatest][:1],
@@ -282,11 +284,10 @@ class Selection:
     def _within(self, record: LayerRecord, table: ChoiceTable) -> ChoiceTable:
         if record.bounds == (0.0, 1.0):
             return table
-        sizes = table.weights.tolist()
-        rows = [row for row, size in enumerate(sizes) if self.is_within(record, size)]
-        if not rows:
-            raise self.nothing_within(record, sizes)
-        return table.take(np.array(rows))
+        within = self.is_within(record, table.weights)
+        if not within.any():
+            raise self.nothing_within(record, table.weights)
+        return table.take(np.flatnonzero(within))
 
     def solve(self, tables: Sequence[ChoiceTable]) -> Solution:
         """Picks one choice a candidate, within all budgets.

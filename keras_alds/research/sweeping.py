@@ -234,7 +234,9 @@ def sweep(
     if calibration_data is not None:
         inventory = Inventory.of(model)
         keep = sequential is not False
-        calibration = Calibration.of(inventory, calibration_data, keep=keep, verbose=verbose)
+        calibration = Calibration.of(
+            inventory, calibration_data, keep=keep, verbose=verbose, stacklevel=2
+        )
         calibration.collected(inventory, verbose=verbose)
     rows = []
     with Progress(transient=True, disable=not verbose) as progress:

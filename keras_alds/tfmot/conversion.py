@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_alds import _backend
+from keras_alds._backend.graphs import mask_of
 from keras_alds._backend.layers import dtype_policy
 from keras_alds.kinds.base import is_own, stock_kind
 from keras_alds.models.inventory import walk
@@ -141,7 +142,7 @@ class _Translator(GraphRebuilder):
 
     def calls(self, model: Any) -> list[_backend.GraphCall]:
         # Keras 3 computes masks by operations in the graph; tf_keras hands them on by itself.
-        calls = [_without_implicit(call) for call in self.source.graph(model)]
+        calls = [_without_implicit(self.source, call) for call in self.source.graph(model)]
         needed = {id(tensor) for tensor in tf.nest.flatten(self.source.graph_ends(model)[1])}
         live = []
         for call in reversed(calls):
@@ -166,7 +167,7 @@ class _Translator(GraphRebuilder):
         if not isinstance(layer, self.source.keras.layers.Layer):
             if layer not in self._made:
                 values = [*call.args, *call.kwargs.values()]
-                symbolic = [_is_symbolic(value) for value in values]
+                symbolic = [_is_symbolic(self.source, value) for value in values]
                 self._made[layer] = [translated(self.target, layer, values, symbolic)]
             return self._made[layer]
         shape = getattr(first_tensor(call), "shape", ())
@@ -386,14 +387,14 @@ class _Translator(GraphRebuilder):
         return [lambda inputs: add([inputs[0], scale(inputs[1])])]
 
 
-def _is_symbolic(value: Any) -> bool:
-    return hasattr(value, "_keras_history")
+def _is_symbolic(source: _backend.Backend, value: Any) -> bool:
+    return isinstance(value, source.keras.KerasTensor)
 
 
-def _without_implicit(call: _backend.GraphCall) -> _backend.GraphCall:
+def _without_implicit(source: _backend.Backend, call: _backend.GraphCall) -> _backend.GraphCall:
     """A call without what Keras 3 filled in by itself: `training`, masks of its tensors."""
     leaves = tf.nest.flatten((call.args, list(call.kwargs.values())))
-    masks = [mask for leaf in leaves if (mask := getattr(leaf, "_keras_mask", None)) is not None]
+    masks = [mask for leaf in leaves if (mask := mask_of(leaf)) is not None]
     kwargs = {
         key: value
         for key, value in call.kwargs.items()
@@ -401,24 +402,29 @@ def _without_implicit(call: _backend.GraphCall) -> _backend.GraphCall:
         and value is not None
         and not (
             "mask" in key
-            and any(_is_same(leaf, mask) for leaf in tf.nest.flatten(value) for mask in masks)
+            and any(
+                _is_same(source, leaf, mask) for leaf in tf.nest.flatten(value) for mask in masks
+            )
         )
     }
     return _backend.GraphCall(call.layer, call.args, kwargs, call.outputs)
 
 
-def _is_same(a: Any, b: Any) -> bool:
+def _is_same(source: _backend.Backend, a: Any, b: Any) -> bool:
     """Whether two values in a graph are computed alike: copies of a model compute masks twice."""
     if a is b:
         return True
-    if not (_is_symbolic(a) and _is_symbolic(b)):
+    if not (_is_symbolic(source, a) and _is_symbolic(source, b)):
         return type(a) is type(b) and not tf.is_tensor(a) and bool(np.array_equal(a, b))
-    (first, node, index), (second, *place) = a._keras_history, b._keras_history
-    if hasattr(first, "weights") or type(first) is not type(second) or index != place[1]:
+    calls, indices = zip(*map(source.producer, (a, b)), strict=True)
+    first, second = (call.layer for call in calls)
+    is_layer = isinstance(first, source.keras.layers.Layer)
+    if is_layer or type(first) is not type(second) or indices[0] != indices[1]:
         return False  # of layers, one call is like no other
-    configs = [{**op.get_config(), "name": None} for op in (first, second)]
-    calls = [first._inbound_nodes[node].arguments, second._inbound_nodes[place[0]].arguments]
+    configs = [{**operation.get_config(), "name": None} for operation in (first, second)]
     given = [tf.nest.flatten((call.args, list(call.kwargs.values()))) for call in calls]
     return (
-        configs[0] == configs[1] and len(given[0]) == len(given[1]) and all(map(_is_same, *given))
+        configs[0] == configs[1]
+        and len(given[0]) == len(given[1])
+        and all(map(functools.partial(_is_same, source), *given))
     )

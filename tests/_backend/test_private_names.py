@@ -561,6 +561,15 @@ def test_learning_rate(keras_module):
     assert copy.optimizer._learning_rate is model.optimizer._learning_rate is schedule
 
 
+def test_build_learning_rate():
+    """What makes tf_keras's rate a variable. Without it a schedule cannot give way to a rate."""
+    schedule = tf_keras.optimizers.schedules.ExponentialDecay(0.5, 10, 0.9)
+    optimizer = tf_keras.optimizers.SGD(schedule)
+    TF_KERAS.set_learning_rate(optimizer, 0.25)
+    assert float(optimizer.learning_rate) == 0.25
+    assert float(optimizer._build_learning_rate(0.125)) == 0.125
+
+
 def test_compile_config(keras_module):
     """The arguments of `compile`, as objects. Without it a user's own loss cannot be copied."""
 

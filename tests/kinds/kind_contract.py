@@ -16,9 +16,10 @@ import zoo
 
 import keras_alds
 from keras_alds import _backend, apply_plan, compress, count_macs, select
+from keras_alds._backend.training import AVERAGE, LINEAR
 from keras_alds.kinds import base as kinds
 from keras_alds.kinds.base import is_factorized, known_kind
-from keras_alds.models.optimizer import AVERAGE, LINEAR, carried
+from keras_alds.models.optimizer import carried
 
 
 def name(case):

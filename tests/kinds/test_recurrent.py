@@ -14,12 +14,13 @@ import zoo
 
 import keras_alds
 from keras_alds import _backend, apply_plan, compress, count_macs, select
+from keras_alds._backend.training import LINEAR
 from keras_alds.kinds import base as kinds
 from keras_alds.kinds import recurrent
 from keras_alds.kinds.base import is_factorized
 from keras_alds.litert.runs import Runner
 from keras_alds.models.inventory import Inventory, walk
-from keras_alds.models.optimizer import LINEAR, carried
+from keras_alds.models.optimizer import carried
 
 KERNELS = ("kernel", "recurrent_kernel")
 BATCH, STEPS, CHANNELS, UNITS = 3, 3, 8, 6

@@ -35,68 +35,13 @@ def collect(model, data, **options):
     return CalibrationStats.collect(model, data, verbose=0, **options)
 
 
-def recorded_rows(model, inputs):
-    """Every layer's unfolded inputs in rows, from TensorFlow's own patches; `{path: rows}`."""
-    found = {}
-
-    def patches(layer, x):
-        x = tf.cast(x, tf.float32).numpy()
-        if not hasattr(layer, "kernel_size"):
-            return x.reshape(-1, x.shape[-1])
-        if len(layer.kernel_size) == 1:
-            pad = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
-            if layer.padding == "causal":
-                x = np.pad(x, ((0, 0), (pad, 0), (0, 0)))
-            x, size, stride, rate = (
-                x[:, None],
-                (1, *layer.kernel_size),
-                (1, *layer.strides),
-                (1, *layer.dilation_rate),
-            )
-        else:
-            size, stride, rate = layer.kernel_size, layer.strides, layer.dilation_rate
-        rows = tf.image.extract_patches(
-            x,
-            [1, *size, 1],
-            [1, *stride, 1],
-            [1, *rate, 1],
-            "SAME" if layer.padding == "same" else "VALID",
-        ).numpy()
-        channels = x.shape[-1]
-        return (
-            rows.reshape(-1, rows.shape[-1] // channels, channels)
-            .transpose(0, 2, 1)
-            .reshape(-1, rows.shape[-1])
-        )
-
-    paths = {id(layer): path for path, layer in walk(model)}
-    layers = [layer for _, layer in walk(model) if hasattr(layer, "kernel")]
-    before = {}
-    for layer in layers:
-        if not hasattr(layer, "use_bias"):
-            continue
-        before[id(layer)] = layer.call
-
-        def spy(x, *args, layer=layer, **kwargs):
-            found.setdefault(paths[id(layer)], []).append(patches(layer, x))
-            return before[id(layer)](x, *args, **kwargs)
-
-        layer.__dict__["call"] = spy
-    try:
-        model(inputs, training=False)
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("call", None)
-    return {path: np.concatenate(rows) for path, rows in found.items()}
-
-
 class TestMoments:
     def test_are_those_of_every_call_of_every_layer(self, model, request):
         if request.node.callspec.params["model"] == "wrapped":
             pytest.skip("layers run inside a graph: see test_time_distributed")
         inputs = zoo.examples(model, 12)
         stats = collect(model, inputs)
-        rows = recorded_rows(model, inputs)
+        rows = zoo.recorded_rows(model, inputs)
         assert set(stats.moments) == set(rows)
         for path, moment in stats.moments.items():
             expected = rows[path].astype("float64").T @ rows[path] / len(rows[path])
@@ -133,7 +78,7 @@ class TestMoments:
         )
         inputs = zoo.examples(model, 9)
         moment = collect(model, inputs).moments["conv"]
-        rows = recorded_rows(model, inputs)["conv"].astype("float64")
+        rows = zoo.recorded_rows(model, inputs)["conv"].astype("float64")
         expected = rows.T @ rows / len(rows)
         np.testing.assert_allclose(moment.blocks[0], expected, atol=1e-5 * np.abs(expected).max())
 
@@ -158,7 +103,7 @@ class TestMoments:
             keras_module.mixed_precision.set_global_policy("float32")
         inputs = 100 + zoo.examples(model, 64)  # sums that float16 could not hold
         moment = collect(model, inputs).moments["stem"]
-        rows = recorded_rows(model, inputs)["stem"].astype("float64")
+        rows = zoo.recorded_rows(model, inputs)["stem"].astype("float64")
         np.testing.assert_allclose(moment.blocks[0], rows.T @ rows / len(rows), rtol=1e-5)
         assert compress(model, 0.4, calibration_data=inputs).count_params() < model.count_params()
 

@@ -825,9 +825,15 @@ class TestErrors:
     def test_options_beside_a_plan(self, keras_module, options):
         plan = select(zoo.functional(keras_module), 0.3)
         with pytest.raises(ValueError, match="Expected no options beside `plan`"):
-            ALDSCompress(plan=plan, **options)
+            ALDSCompress(plan=plan, at_epoch=0, **options)
         with pytest.raises(ValueError, match="to be a CompressionPlan"):
             ALDSCompress(plan="plan.json", at_epoch=0)
+
+    def test_warnings_do_not_name_this_package(self, keras_module):
+        callback = ALDSCompress(0.4, at_epoch=1, exclude="nothing", verbose=0)
+        with pytest.warns(UserWarning, match="`exclude` entry") as found:
+            fit(compiled(keras_module), [callback], epochs=2)
+        assert not [w.filename for w in found if "keras_alds" in w.filename.split("/")]
 
     @pytest.mark.parametrize("name", ["adam", "legacy_adam", "sgd"])
     def test_a_failure_amid_the_optimizer_leaves_it_whole(self, keras_module, monkeypatch, name):
@@ -921,7 +927,7 @@ class TestWithoutCall:
         model, x = self.make(keras_module)
         for options in ({"objective": "macs"}, {"calibration_data": x}, {"method": "activation"}):
             with pytest.raises(ValueError, match="to have a `call`"):
-                model.fit(x, callbacks=[ALDSCompress(0.4, **options)], verbose=0)
+                model.fit(x, callbacks=[ALDSCompress(0.4, at_epoch=0, **options)], verbose=0)
         assert int(model.optimizer.iterations) == 0
         with pytest.raises(ValueError, match="to have a `call`"):
             select(model, 0.4, objective="macs")

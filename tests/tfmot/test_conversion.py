@@ -19,7 +19,7 @@ import keras_alds
 
 tf_keras = pytest.importorskip("tf_keras")
 L = keras.layers
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SYMBOLIC = [name for name in zoo.MODELS if name != "subclassed"]
 
 

@@ -382,7 +382,7 @@ def test_digits_at_half_the_parameters(monkeypatch: pytest.MonkeyPatch):
     """Train, compress in `fit`, retrain, expand, train for int8: small and as accurate."""
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     monkeypatch.syspath_prepend(str(root / "examples"))
     digits = importlib.import_module("digits")
     x, y, x_test, y_test = digits.load_data()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
+import keras
 import pytest
 import zoo
 
@@ -47,15 +49,42 @@ def test_bad_input_ends_with_status_2(saved, tmp_path, capsys):
     assert "Expected a model that" in complaint(capsys, "plan", tmp_path / "bad.keras", *options)
     assert "0 < cr < 1" in complaint(capsys, "plan", path, *options, "--cr", "50")
     assert "is not reachable" in complaint(capsys, "plan", path, *options, "--cr", "0.9999")
-    assert "invalid choice" in complaint(capsys, "plan", path, "--method", "magic")
+    for method in ("magic", "activation"):  # there are no data to calibrate with
+        assert "invalid choice" in complaint(capsys, "plan", path, "--method", method)
     assert "required: command" in complaint(capsys)
 
 
-def test_as_a_module():
+# Everything about a fresh process in one: what is loaded, and what is written.
+CODE = """
+import runpy, sys
+
+path = sys.argv[1]
+
+def run(*arguments):
+    sys.argv = ["keras_alds", *arguments]
+    try:
+        runpy.run_module("keras_alds", run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, arguments
+
+for arguments in (["--version"], ["--help"], ["plan", "--help"], ["latency-read", "--help"]):
+    run(*arguments)
+    assert not {"tensorflow", "keras"} & set(sys.modules), arguments
+run("plan", path, "--cr", "0.4")
+assert "tensorflow" in sys.modules
+"""
+
+
+def test_help_without_tensorflow_and_no_line_of_its_log(tmp_path):
+    zoo.functional(keras).save(tmp_path / "model.keras")
+    environment = {name: value for name, value in os.environ.items() if name[:3] != "TF_"}
     run = subprocess.run(
-        [sys.executable, "-m", "keras_alds", "--version"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+        [sys.executable, "-c", CODE, str(tmp_path / "model.keras")],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("keras_alds 0.")
+    assert "compare methods" in run.stdout
+    assert "--max-slices" in run.stdout
+    assert "Compression plan: cr=0.4" in run.stdout
+    assert run.stderr == ""

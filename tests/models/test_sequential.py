@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import zoo
-from test_calibration import recorded_rows
 
 from keras_alds import ALDSCompress, CalibrationStats, apply_plan, compress, select
 from keras_alds.core.calibration.moments import SecondMoment, default_ridge
@@ -116,7 +115,7 @@ def reference(model, plan, x):
     def rows():
         parts = [tf.nest.map_structure(lambda a, s=s: a[s], x) for s in (np.s_[:32], np.s_[32:])]
         return [
-            {path: r.astype("float64") for path, r in recorded_rows(model, part).items()}
+            {path: r.astype("float64") for path, r in zoo.recorded_rows(model, part).items()}
             for part in parts
         ]
 
