@@ -404,13 +404,11 @@ def _skipped(layer: Any, around: Sequence[Any]) -> Skipped | None:
     for holder in (layer, *around):
         if (refusal := wrappers.refusal(holder)) is not None:
             return Skipped(Skip.WRAPPED, refusal)
-    if (found := skipped_by_kind(layer)) is not None:
-        return found
     for holder in around:
         obstacle = stock_kind(holder).obstacle(holder, layer, around)
         if obstacle is not None:
             return Skipped(Skip.HOLDER, obstacle)
-    return None
+    return skipped_by_kind(layer)
 
 
 def _holders_of_weights(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import subprocess
 import sys
 import warnings
@@ -13,6 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 import zoo
 
 import keras_alds
@@ -319,13 +321,19 @@ def test_all_that_cannot_be_carried_over_is_named():
     inputs = keras.Input((8, 8))
     x = Mine(name="mine")(inputs)
     x = L.RMSNormalization(name="rms")(x)
+
+    class Own(keras.regularizers.L2):
+        pass
+
+    x = L.Dense(8, kernel_regularizer=Own(0.1), name="own")(x)
     inner = keras.Sequential([keras.Input((8, 8)), L.Dense(8, "celu", name="celu")])
     x = keras.ops.erf(L.Lambda(lambda x: x * 2, name="function")(inner(x)))
     model = keras.Model(inputs, L.Dense(3, name="fine")(x))
-    with pytest.raises(ValueError, match="5 that cannot be carried over") as error:
+    with pytest.raises(ValueError, match="6 that cannot be carried over") as error:
         keras_alds.to_tf_keras(model)
     for part in ("'mine' (Mine)", "'rms' (RMSN", "'celu' (Dense)", "'function' (Lam", "(Erf)"):
         assert part in str(error.value)
+    assert "its kernel_regularizer Own is not in tf_keras" in str(error.value)
     assert "'fine'" not in str(error.value)
 
 
@@ -380,6 +388,7 @@ FEW = (
     "InceptionV3", "MobileNet", "MobileNetV2", "MobileNetV3Small", "NASNetMobile", "ResNet50",
     "ResNet50V2", "VGG16", "Xception",
 )  # fmt: skip
+QUICK = ("EfficientNetB0", "MobileNetV2", "MobileNetV3Small")
 
 
 def application(name: str) -> Any:
@@ -413,21 +422,32 @@ def check_outputs(name: str) -> None:
     assert {type(layer) for layer in new._flatten_layers()} <= stock | models
 
 
-@pytest.mark.parametrize("name", ["EfficientNetB0", "MobileNetV2", "MobileNetV3Small"])
-@pytest.mark.usefixtures("float64")
-def test_applications(name: str):
-    check_outputs(name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FEW],
+)
 @pytest.mark.usefixtures("float64")
 def test_one_application_of_every_family(name: str):
     check_outputs(name)
 
 
+@pytest.fixture
+def numbered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that start with numbers, in tf_keras with zeros: drawing millions takes long."""
+
+    def numbers(self: Any, shape: Any, dtype: Any = None, **_: Any) -> Any:
+        return tf.reshape(tf.range(math.prod(shape), dtype=dtype or "float32"), shape)
+
+    def zeros(self: Any, shape: Any, dtype: Any = None, **_: Any) -> Any:
+        return tf.zeros(shape, dtype or "float32")
+
+    monkeypatch.setattr(keras.initializers.VarianceScaling, "__call__", numbers)
+    monkeypatch.setattr(tf_keras.initializers.VarianceScaling, "__call__", zeros)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in APPLICATIONS if name not in FEW])
+@pytest.mark.usefixtures("numbered")
 def test_all_other_applications(name: str):
     keras.backend.clear_session()
     model = application(name)
