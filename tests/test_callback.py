@@ -189,7 +189,7 @@ class TestWaysToTrain:
         capsys.readouterr()
         again = ALDSCompress(0.4, at_epoch=3)
         history = fit(model, [again], initial_epoch=6, epochs=7)
-        assert "compressed already" in capsys.readouterr().out
+        assert "already compressed" in capsys.readouterr().out
         assert history.history["alds_cr"] == [callback.plan.cr]
         assert model.count_params() == callback.plan.params_after
 
@@ -278,7 +278,7 @@ class TestWaysToTrain:
             for before, after in zip(moved.seen[2], moved.seen[3], strict=True):
                 assert np.abs(after - before).max() > 0
             return
-        with pytest.warns(UserWarning, match="No factor has moved"):
+        with pytest.warns(UserWarning, match="No factor has changed"):
             fit(model, [ALDSCompress(0.4, at_epoch=1, verbose=0)], epochs=2)
 
 
@@ -694,7 +694,7 @@ class TestBackups:
         run(keras_module, tmp_path, first=first, killed_at=1)
         model = compress(compiled(keras_module), cr=0.4)
         weights = model.get_weights()
-        text = r"which is compressed. Received: .*before its compression.*delete the folder"
+        text = r"which is compressed. Received: .*original, uncompressed.*delete the folder"
         with pytest.raises(ValueError, match=text):
             run(keras_module, tmp_path, first=first, model=model, at_epoch=0)
         for a, b in zip(weights, model.get_weights(), strict=True):

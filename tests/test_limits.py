@@ -85,7 +85,7 @@ class TestTwoLimits:
         "limits", [{}, {"bytes": 0.5}, {"params": 0.5, "macs": 0.5, "milliseconds": 0.5}]
     )
     def test_unknown_limits(self, model, limits):
-        with pytest.raises(ValueError, match=r"limits in `cr` to be of 'params', 'macs' or both"):
+        with pytest.raises(ValueError, match=r"keys of `cr` to be 'params', 'macs' or both"):
             select(model, limits)
 
     def test_bad_fractions_and_an_objective_beside(self, model):
