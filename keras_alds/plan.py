@@ -32,7 +32,7 @@ class Skip(str, enum.Enum):
     SHARED = "shared"  # another layer uses the same kernel
     EXCLUDED = "excluded"
     NOT_COUNTED = "not_counted"  # it uses none of the limited resource, or this is not measured
-    NO_DATA = "no_data"  # too few calibration examples reach it, or none
+    NO_DATA = "no_data"  # no calibration example reaches it
     METHOD = "method"  # the method cannot factorize it
     NO_CHOICE = "no_choice"  # no allowed choice is smaller
     BUDGET = "budget"  # the budget allows it to stay dense

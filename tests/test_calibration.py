@@ -382,7 +382,7 @@ class TestBadData:
     def test_inputs_of_different_length(self, keras_module):
         model = zoo.shared(keras_module)
         a, b = zoo.examples(model, 16)
-        with pytest.raises(ValueError, match=r"as many examples. Received: \[9, 16\]"):
+        with pytest.raises(ValueError, match=r"equally many examples. Received: \[9, 16\]"):
             select(model, 0.4, calibration_data=[a, b[:9]])
 
     def test_overflow_inside_names_the_layer(self, small):
