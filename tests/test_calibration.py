@@ -351,7 +351,7 @@ class TestBadData:
             ([[X, X]], r"Received: 2 in a list; labels go into a tuple, \(x, y\)"),
             (
                 tf.data.Dataset.from_tensor_slices(X),
-                r"Received: shape=\(12, 12, 3\) of one example: batch the data",
+                r"Received: shape=\(12, 12, 3\), a single example: batch the data",
             ),
             ("train", "Received: str"),
             (7, "Received: int|examples"),
@@ -448,7 +448,7 @@ class TestStats:
     def test_of_other_weights_warns(self, small):
         stats = collect(small, zoo.examples(small, 8))
         small.get_layer("head").bias.assign(np.ones(10))
-        with pytest.warns(UserWarning, match="collected with other weights"):
+        with pytest.warns(UserWarning, match="have changed since the calibration"):
             select(small, 0.4, calibration_data=stats)
 
     def test_fit_a_second_instance_with_numbered_names(self, keras_module):
@@ -472,12 +472,12 @@ class TestStats:
         meta = {"format": "keras_alds.CalibrationStats", "version": 99}
         np.savez(tmp_path / "c.npz", meta=np.array(json.dumps(meta)))
         for name, message in (
-            ("a.npz", "holds none"),
-            ("b.npz", "holds none"),
+            ("a.npz", "without them"),
+            ("b.npz", "without them"),
             ("c.npz", "Received: version=99"),
-            ("d.npz", "holds none"),
-            ("e.npz", "holds none"),
-            ("f.npy", "holds none"),
+            ("d.npz", "without them"),
+            ("e.npz", "without them"),
+            ("f.npy", "without them"),
         ):
             with pytest.raises(ValueError, match=message):
                 CalibrationStats.load(tmp_path / name)

@@ -813,7 +813,7 @@ class TestErrors:
         assert int(model.optimizer.iterations) == 0
 
     def test_what_pca_cannot_do_is_told_at_once(self):
-        message = "Expected no sequential=True with the method 'pca'"
+        message = "Expected sequential=None or False with the method 'pca'"
         with pytest.raises(ValueError, match=message):
             ALDSCompress(0.4, method="pca", sequential=True, at_epoch=0)
         with pytest.raises(ValueError, match=message):

@@ -11,7 +11,7 @@ import zoo
 
 from keras_alds import ALDSCompress, CompressionPlan, apply_plan, compress, select
 
-TEXT = r"The layers inside {} are made in code, which makes the original ones"
+TEXT = r"The code of {} creates dense layers when a saved model is loaded"
 
 
 def data():
@@ -180,7 +180,7 @@ def test_a_functional_model_with_a_constructor_of_its_own(keras_module):
 
     model = Net()
     plan = select(model, 0.4)
-    with pytest.warns(UserWarning, match=r"\(Net\) are made in code"):
+    with pytest.warns(UserWarning, match=r"\(Net\) creates dense layers"):
         apply_plan(model, plan)
 
 

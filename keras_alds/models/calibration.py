@@ -1,4 +1,4 @@
-"""`CalibrationStats`: the second moments of the layers' inputs; how they are collected and saved."""
+"""`CalibrationStats`: the second moments of layer inputs, collected, cached and saved."""
 
 from __future__ import annotations
 
