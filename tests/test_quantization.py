@@ -162,7 +162,7 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert not trained
     with pytest.raises(ValueError, match=r"Expected a model without models inside.*'middle'"):
         aware(compiled(zoo.nested(keras), keras), x, y)
-    with pytest.raises(ValueError, match="Expected `model` to be Functional or Sequential"):
+    with pytest.raises(ValueError, match="Expected a Functional or Sequential model"):
         aware(compiled(zoo.subclassed(keras), keras), x, y)
 
     class Own(keras.layers.Layer):
