@@ -133,7 +133,7 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         aware(model, fit=lambda model: None, epochs=2)
     for options, text in (
         ({"compress": 0.5}, r"Expected `compress` to be a dict of options.*compress=0\.5"),
-        ({"convert_options": {"quantize": None}}, r"set already.*Received: quantize$"),
+        ({"convert_options": {"quantize": None}}, r"always int8.*Received: quantize$"),
         ({"optimizer": keras.optimizers.Adam()}, r"an optimizer of tf_keras.*Adam of Keras 3"),
     ):
         with pytest.raises(ValueError, match=text):
@@ -160,7 +160,7 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="Expected `path` to lie in a folder"):
         aware(model, fit=train, path=tmp_path / "none" / "file.tflite")
     assert not trained
-    with pytest.raises(ValueError, match=r"Expected a model without models inside.*'middle'"):
+    with pytest.raises(ValueError, match=r"Expected a model without nested models.*'middle'"):
         aware(compiled(zoo.nested(keras), keras), x, y)
     with pytest.raises(ValueError, match="Expected a Functional or Sequential model"):
         aware(compiled(zoo.subclassed(keras), keras), x, y)
@@ -176,7 +176,7 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     inputs = tf_keras.Input((5, 3))
     lstm = tf_keras.Model(inputs, tf_keras.layers.ConvLSTM1D(2, 2)(inputs[:, None]))
     lstm.compile("sgd", "mse")
-    with pytest.raises(ValueError, match="Expected a model that TF-MOT quantizes"):
+    with pytest.raises(ValueError, match="Expected a model that TF-MOT can quantize"):
         aware(lstm, np.zeros((8, 5, 3)), np.zeros((8, 4, 2)))
     monkeypatch.setitem(sys.modules, "tensorflow_model_optimization", None)
     with pytest.raises(ImportError, match=r'pip install "keras_alds\[tfmot\]"'):
