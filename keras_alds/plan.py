@@ -35,7 +35,7 @@ class Skip(str, enum.Enum):
     NO_DATA = "no_data"  # no calibration example reaches it
     METHOD = "method"  # the method cannot factorize it
     NO_CHOICE = "no_choice"  # no allowed choice is smaller
-    BUDGET = "budget"  # the budget allows it to stay dense
+    BUDGET = "budget"  # staying dense fits the budget
 
 
 class Skipped(NamedTuple):

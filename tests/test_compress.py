@@ -530,7 +530,7 @@ class TestLeftAlone:
 
     def test_what_the_budget_leaves_whole(self, small):
         plan = select(small, 0.05)
-        assert "the budget allows it to stay dense" in {choice.reason for choice in plan.choices}
+        assert "staying dense fits the budget" in {choice.reason for choice in plan.choices}
 
 
 class TestSubclassed:
@@ -637,7 +637,7 @@ class TestBadInput:
         reachable = float(re.search(r"0 < cr <= (0\.\d+)", str(caught.value))[1])
         plan = select(model, reachable, **options)
         assert reachable <= plan.cr < reachable + 1e-3
-        assert all(choice.reason != "the budget allows it to stay dense" for choice in plan.choices)
+        assert all(choice.reason != "staying dense fits the budget" for choice in plan.choices)
         total, *parts = re.search(
             r"Of ([\d,]+) .* ([\d,]+) in the .* ([\d,]+) in what", str(caught.value)
         ).groups()

@@ -380,8 +380,7 @@ class Selection:
         chosen = table[row]
         if chosen.keep:
             if len(table) > 1:
-                detail = "the budget allows it to stay dense"
-                return self.left(record, Skipped(Skip.BUDGET, detail))
+                return self.left(record, Skipped(Skip.BUDGET, "staying dense fits the budget"))
             detail = f"no allowed choice is {self._better} ({self._limits})"
             return self.left(record, Skipped(Skip.NO_CHOICE, detail))
 
