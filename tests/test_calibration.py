@@ -546,7 +546,7 @@ class TestPlans:
     def test_chosen_with_data_and_applied_without_warns(self, small):
         x, _ = zoo.images(16)
         plan = select(small, 0.4, calibration_data=x)
-        with pytest.warns(UserWarning, match="chosen with calibration data"):
+        with pytest.warns(UserWarning, match="chosen with data"):
             compressed = compress(small, plan=plan)
         assert compressed.count_params() == plan.params_after
 

@@ -126,7 +126,7 @@ class TestTraining:
         if kind == "temporal":
             y = np.zeros((16, *value(model(x)).shape[1:-1]), int)
         moved = Spy(K, lambda m: [value(la.decoder) for la in factorized(m)])
-        in_code = pytest.warns(UserWarning, match="made in code")
+        in_code = pytest.warns(UserWarning, match="creates dense layers")
         with in_code if kind == "subclassed" else contextlib.nullcontext():
             model.fit(
                 x,
@@ -216,7 +216,7 @@ class TestWaysToTrain:
             assert np.abs(after - before).max() > 0
 
     # tf_keras cannot make a Functional model with this constructor from its config.
-    @pytest.mark.filterwarnings("default:The layers inside")
+    @pytest.mark.filterwarnings("default:The code of")
     def test_every_optimizer_of_a_custom_train_step(self, keras_module):
         K = keras_module
 

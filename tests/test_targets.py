@@ -106,7 +106,7 @@ def test_the_plan_says_what_the_target_costs_with_data(model, stats):
     lines: list[str] = []
     plan.summary(print_fn=lines.append)
     text = "\n".join(lines)
-    assert f"summed: {plan.output_error:.4f}, and {plan.output_error_without_target:.4f}" in text
+    assert f"outputs: {plan.output_error:.4f}, and {plan.output_error_without_target:.4f}" in text
     assert "Measure the model's accuracy with `evaluate`" in text
 
 
