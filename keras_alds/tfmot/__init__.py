@@ -1,6 +1,6 @@
-"""TF-MOT beside ALDS: pruning, weight clustering and quantization-aware training.
+"""TF-MOT combined with ALDS: pruning, weight clustering and quantization-aware training.
 
-Needs `pip install "keras_alds[tfmot]"`. Imported when it is used: `keras_alds.tfmot`.
+Requires `pip install "keras_alds[tfmot]"`. `keras_alds.tfmot` is imported on first use.
 """
 
 from keras_alds.tfmot.aware import quantize_aware_training
