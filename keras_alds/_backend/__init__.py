@@ -1,15 +1,15 @@
-"""The differences between Keras 3 (`keras`) and `tf_keras`, and all uses of their private names.
+"""All that Keras 3 (`keras`) and tf_keras do differently, and all private names of both.
 
-All other code gets a `Backend` from `backend_of(model)`, so one process can use models of both. The
-backend depends on the class of the given object, not on an environment variable. tf_keras is
-optional.
+`backend_of(model)` returns a `Backend`, chosen by the class of the model or layer. So one process
+may use Keras 3 and tf_keras. tf_keras is optional.
 
-Each module implements one topic for Keras 3 and tf_keras:
-
-- `layers.py`: the weights of layers, and the replacement of layers in place;
-- `graphs.py`: the graph of a symbolic model, and a model's inputs;
-- `training.py`: optimizers, step functions, callbacks;
-- `cloning.py`: copies of models.
+- `layers`: what a layer holds, and how it becomes another one in place;
+- `graphs`: the graph of a symbolic model, and what a model is called on;
+- `training`: optimizers, step functions, callbacks;
+- `cloning`: copies of models;
+- `wrappers`: TF-MOT's wrappers around layers;
+- `functions`: `tf.function`s in users' own code;
+- `tensors`, `images`: TensorFlow functions that other folders use.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 
 
 class Backend(Cloning):
-    """The interface of this package to Keras 3 or tf_keras."""
+    """All that this package asks of Keras 3 or tf_keras."""
 
 
 class Keras3(Keras3Layers, Keras3Graphs, Keras3Training, Keras3Cloning, Backend):
@@ -48,7 +48,7 @@ class Keras3(Keras3Layers, Keras3Graphs, Keras3Training, Keras3Cloning, Backend)
 
 
 class TfKeras(TfKerasLayers, TfKerasGraphs, TfKerasTraining, TfKerasCloning, Backend):
-    """tf_keras, which is Keras 2 on TensorFlow."""
+    """tf_keras, that is Keras 2 on TensorFlow."""
 
     name = "tf_keras"
 
@@ -63,7 +63,7 @@ _BACKENDS: dict[str, Backend] = {}
 
 
 def tf_keras_backend() -> Backend:
-    """The backend of tf_keras, which is imported if necessary.
+    """The backend of tf_keras, which is imported if it was not yet.
 
     Raises:
         ImportError: If tf_keras is not installed.
@@ -82,15 +82,15 @@ def load_model(path: str | os.PathLike[str], name: str = KERASES[0]) -> Model:
     """Loads a saved model with Keras 3 or tf_keras, without its compile state.
 
     Raises:
-        ValueError: If the file does not exist or cannot be loaded.
-        ImportError: If `name` is `"tf_keras"` and it is not installed.
+        ValueError: If there is no such file, or it cannot be loaded.
+        ImportError: If tf_keras is asked for and is not installed.
     """
     file = os.fspath(path)
     if not os.path.exists(file):
-        raise ValueError(f"Expected the file of a saved model. Received: {file}, which is missing")
+        raise ValueError(f"Expected the file of a saved model. Received: {file}, which is none")
     module = tf_keras_backend().keras if name == KERASES[1] else keras
     try:
-        # A compile state may need a custom loss or metric.
+        # A compile state may need a user's own loss or metric.
         return module.models.load_model(file, compile=False)
     except (TypeError, ValueError, OSError) as error:
         other = next(kind for kind in KERASES if kind != name)
@@ -101,10 +101,10 @@ def load_model(path: str | os.PathLike[str], name: str = KERASES[0]) -> Model:
 
 
 def backend_of(model: object) -> Backend:
-    """The backend of a model or layer: that of Keras 3 or tf_keras.
+    """The backend of Keras 3 or of tf_keras, whichever `model`, a model or layer, belongs to.
 
     Raises:
-        ValueError: If `model` belongs to neither.
+        ValueError: If it belongs to neither.
     """
     for name, kind in (("keras", Keras3), ("tf_keras", TfKeras)):
         module = sys.modules.get(name)
