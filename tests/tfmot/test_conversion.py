@@ -338,7 +338,7 @@ def test_all_that_cannot_be_carried_over_is_named():
 
 
 def test_subclassed_models_are_refused():
-    with pytest.raises(ValueError, match="to be Functional or Sequential, for `to_tf_keras`"):
+    with pytest.raises(ValueError, match="a Functional or Sequential model for `to_tf_keras`"):
         keras_alds.to_tf_keras(zoo.subclassed(keras))
 
 
