@@ -1,4 +1,4 @@
-"""`select`, `compress` and `apply_plan`: from a model to a plan, and from a plan to a model."""
+"""`select` makes a plan for a model; `compress` and `apply_plan` carry it out."""
 
 from __future__ import annotations
 
@@ -34,12 +34,11 @@ def select(
     calibration_data: Any = None,
     **options: Unpack[SelectOptions],
 ) -> CompressionPlan:
-    """Chooses slices and rank for every layer, together, so that the fraction `cr` is removed.
+    """Chooses slices and rank for all layers jointly, so that the fraction `cr` is removed.
 
-    The model is not changed. Spectra are computed once for each kernel and kept as long as the
-    layer and its values stay. A second call for the same model, with any `cr`, method or
-    objective, takes only the solver's milliseconds. The same weights give the same plan, bit for
-    bit, in any process.
+    The model is not changed. The singular values of each kernel are computed once and cached until
+    its values change. A second call for the same model, with any `cr`, method or objective,
+    therefore takes only milliseconds. The same weights always give exactly the same plan.
 
     Args:
         model: A built `keras.Model` or `tf_keras.Model` of any kind: Functional, Sequential,
@@ -48,27 +47,29 @@ def select(
             all the model's parameters, BatchNormalization, biases and untouched layers included, so
             that `1 - compressed.count_params() / model.count_params() >= cr`. With
             `objective="macs"` it counts multiply–accumulates (see `count_macs`), with
-            `objective="latency"` the latency that was measured layer by layer (see
-            `keras_alds.litert.measure_latency`). Kernels whose rank is not full lose more than was
-            asked for, since that costs no error. A dict sets both limits, as in
-            `{"params": 0.5, "macs": 0.4}`: at least so much of each is removed.
-        calibration_data: Unlabelled examples, some hundreds, on which the error of every choice is
-            measured: an array, a list or dict of arrays for several inputs, a batched
-            `tf.data.Dataset`, a `keras.utils.PyDataset` or an iterable of batches (labels are
-            ignored; at most 1024 examples are used), or `CalibrationStats`. Defaults to None.
+            `objective="latency"` it counts latency measured layer by layer (see
+            `keras_alds.litert.measure_latency`). More than `cr` is removed from rank-deficient
+            kernels, where that adds no error. A dict limits both parameters and MACs:
+            `{"params": 0.5, "macs": 0.4}` removes at least these fractions.
+        calibration_data: A calibration set: a few hundred unlabelled examples on which the error
+            of every choice is measured. An array, a list or dict of arrays for several inputs, a
+            batched `tf.data.Dataset`, a `keras.utils.PyDataset`, an iterable of batches, or
+            `CalibrationStats`. Labels are ignored, and at most 1024 examples are used. Defaults
+            to None.
         {options}
 
     Returns:
-        A `CompressionPlan`. It names every layer that stays as it is, and why.
+        A `CompressionPlan`, which also lists the layers that were skipped, and why.
 
     Raises:
-        TypeError: If there is no option of such a name.
-        ValueError: If an argument is not as above; if the model is not built, holds no layer that
-            can be factorized, is already compressed, or has weights that are not finite; if the
-            calibration data do not fit the model, hold NaN or infinity or fewer than 8 examples,
-            or the method uses none; if a layer has no choice within its `bounds`; if `cr` is not
-            reachable: the text then says what is; or if the latency table is of another model.
-        ImportError: If latency is to be measured and LiteRT is not installed.
+        TypeError: If an option's name is unknown.
+        ValueError: If an argument is invalid; if the model is not built, has no layer that can be
+            factorized, is already compressed, or has weights that are not finite; if the
+            calibration data do not fit the model, contain NaN or infinity, have fewer than 8
+            examples, or are not used by the method; if no choice for a layer satisfies its
+            `bounds`; if `cr` is not reachable (the message says what is); or if the latency table
+            belongs to another model.
+        ImportError: If latency has to be measured and LiteRT is not installed.
 
     Example:
     ```python
@@ -78,8 +79,8 @@ def select(
 
     References:
         Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal
-        Layer-wise Decomposition", NeurIPS 2021, arXiv:2107.11442; Theorem 1 and Algorithm 1, whose
-        search the exact min–max solver replaces.
+        Layer-wise Decomposition", NeurIPS 2021, arXiv:2107.11442; Theorem 1 and Algorithm 1, with
+        an exact min–max solver instead of the heuristic search.
     """
     has_data = calibration_data is not None
     checked = checked_options(cr, options, has_data=has_data, caller="select")
@@ -96,41 +97,42 @@ def compress(
     sequential: bool | None = None,
     **options: Unpack[SelectOptions],
 ) -> Model:
-    """Returns a new, smaller model; `model` is untouched.
+    """Returns a new, smaller model; `model` is not changed.
 
-    The new model has the class, the names and the graph of `model`. Every layer that the plan
-    factorizes is the factorized one of its kind in `keras_alds.layers`, such as
-    `FactorizedConv2D`. Attention and recurrent layers get factorized parts. Frozen layers stay
-    frozen. A compiled model comes back compiled, with an optimizer of the same class and settings
-    (its state new), the same loss and metrics.
+    The new model has the class, the layer names and the graph of `model`. The layers that the plan
+    factorizes are replaced by those of `keras_alds.layers`, such as `FactorizedConv2D`. Inside
+    attention and recurrent layers, the kernels are factorized. Frozen layers stay frozen. If
+    `model` is compiled, so is the new one, with the same loss, metrics and optimizer settings and
+    a fresh optimizer state.
 
-    Functional and Sequential models are cloned. A subclassed model is made again by
-    `from_config(get_config())`, and its layers are then factorized in place. Its code goes on
-    making the original layers. To load its saved weights later, apply the plan to a fresh instance
+    Functional and Sequential models are cloned. A subclassed model is copied with
+    `from_config(get_config())`, and the copy's layers are factorized in place. The class itself
+    still creates dense layers. To load saved weights later, apply the plan to a new instance
     first: `apply_plan(MyModel(), plan)`, then `load_weights`.
 
     Args:
         model: A built `keras.Model` or `tf_keras.Model`.
-        cr: Float, 0 < cr < 1, or a dict of two. The fraction to remove; see `select`.
-        plan: A `CompressionPlan` made by `select` for this model or one of the same
-            architecture, instead of `cr` and the options of `select`.
-        calibration_data: As for `select`. The factors then keep the layers' outputs on these
-            examples best. With `plan` they give the factors only; a plan that was chosen with
-            data wants the same data or `CalibrationStats` again, and warns without.
-        sequential: Boolean or None. With calibration data, whether the layers are compressed one
-            after the other, each on what the compressed layers before it give, so that it makes
-            up for their errors. It needs the examples themselves (not `CalibrationStats`) and
-            takes about two more forward passes. Python code (a subclassed model) is run anew for
-            every layer in it. Defaults to None: yes, if there are examples and no piece of code
-            with more than 8 such layers; a warning tells if that is the obstacle.
+        cr: Float, 0 < cr < 1, or dict. The fraction to remove; see `select`.
+        plan: A `CompressionPlan` from `select` for this model or one of the same architecture.
+            Replaces `cr` and the options of `select`.
+        calibration_data: As for `select`. The factors then minimise the error of the layers'
+            outputs on these examples. With `plan` the data affect the factors only. A plan that
+            was chosen with data needs the same data or `CalibrationStats` again; without them a
+            warning is issued.
+        sequential: Boolean or None. Whether to compress the layers one after the other. Each layer
+            is then fitted on the outputs of the compressed layers before it and corrects their
+            errors. This needs examples (not `CalibrationStats`) and about two more forward passes.
+            A subclassed model is run again for each of its layers. Defaults to None: True with
+            examples, unless a subclassed model or layer holds more than 8 layers to compress,
+            which gives a warning.
         {options}
 
     Returns:
         A new model of the same class.
 
     Raises:
-        TypeError: If there is no option of such a name.
-        ValueError: As `select`; if both or neither of `cr` and `plan` are given; if `plan` was
+        TypeError: If an option's name is unknown.
+        ValueError: As for `select`; if both or neither of `cr` and `plan` are given; if `plan` was
             made for another model; or if a subclassed model cannot be made from its config.
 
     Example:
@@ -155,9 +157,9 @@ def compress(
             calibration = Calibration.of(inventory, calibration_data, keep=keep, stacklevel=2)
         if calibration is None and wants_data(plan):
             warnings.warn(
-                f"The plan was chosen with calibration data (method {plan.method!r}), and there "
-                "are none to make the factors with: they are those nearest to the kernels, which "
-                "costs accuracy. Pass the same `calibration_data`, or `CalibrationStats`.",
+                "Expected `calibration_data` with a plan that was chosen with data (method "
+                f"{plan.method!r}). Received: None. The factors approximate the kernels instead "
+                "of the outputs, which costs accuracy. Pass the same data, or `CalibrationStats`.",
                 stacklevel=2,
             )
         chosen = Chosen(plan, inventory, calibration)
@@ -169,7 +171,7 @@ def compress(
         chosen.plan,
         chosen.calibration,
         sequential,
-        # Nobody sees statistics again that were collected here.
+        # Statistics collected here are not used again.
         last=chosen.calibration is not calibration_data,
         stacklevel=2,
     )
@@ -185,20 +187,20 @@ def apply_plan(
 ) -> None:
     """Factorizes the layers of `model` **in place**, as `plan` says.
 
-    The model and its layers stay the same objects, and so do the variables of everything that
-    stays as it is. Built optimizers are built anew on the new variables: iterations, learning rate
-    and the state of untouched variables carry on; see `ALDSCompress` for the rest. Compiled step
-    functions are made anew. If anything fails, the model is left as it was.
+    The model, its layers and all variables that are not factorized stay the same objects. Built
+    optimizers are rebuilt for the new variables. They keep their iterations, learning rate and the
+    state of unchanged variables; see `ALDSCompress` for the rest. Compiled step functions are
+    made again. If anything fails, the model is left unchanged.
 
-    Use it to load the saved weights of a compressed *subclassed* model, which makes its original
-    layers in code. Everywhere else `compress`, which returns a new model, is what you want.
+    Use this to load the saved weights of a compressed *subclassed* model, whose code creates dense
+    layers. Otherwise use `compress`, which returns a new model.
 
     Args:
         model: A built Keras 3 or tf_keras model.
         plan: A plan made for this model, or for one of the same architecture.
-        calibration_data: Examples or `CalibrationStats` as for `select`: the factors then keep
-            the layers' outputs on them best. Defaults to None: the factors are nearest to the
-            kernels, also for a plan that was chosen with data.
+        calibration_data: As for `select`. The factors then minimise the error of the layers'
+            outputs on these examples. Defaults to None: the factors approximate the kernels, even
+            if the plan was chosen with data.
         sequential: As for `compress`.
 
     Raises:
@@ -225,12 +227,12 @@ def apply_plan(
     apply(inventory, plan, calibration, sequential, stacklevel=2)
 
 
-# -- What the callback and `sweep` use too ---------------------------------------------------------
+# -- Shared with the callback and `sweep` ----------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """A plan, the model as it was inspected, and what was learnt of the calibration data."""
+    """A plan, the model's inventory, and the calibration statistics, if any."""
 
     plan: CompressionPlan
     inventory: Inventory
@@ -246,14 +248,14 @@ def choose(
     verbose: int = 1,
     stacklevel: int = 1,
 ) -> Chosen:
-    """`select` with checked options; with `keep` the examples are kept, to be run again."""
+    """`select` with checked options; `keep` keeps the examples for another forward pass."""
     selection = selection_of(model, options, verbose=verbose, stacklevel=stacklevel + 1)
     inventory = selection.inventory
     wrappers.apply_masks(inventory.pruning)
     calibration = None
     if calibration_data is not None:
         for _ in kernels(inventory.candidates):
-            pass  # complains of weights that are not finite before the model is run
+            pass  # raises on weights that are not finite before the model is run
         calibration = Calibration.of(
             inventory, calibration_data, keep=keep, verbose=verbose, stacklevel=stacklevel + 1
         )
@@ -264,11 +266,10 @@ def choose(
 def selection_of(
     model: KerasModel, options: Options, *, verbose: int = 1, stacklevel: int = 1
 ) -> Selection:
-    """Inspects a model and states what is to be solved; nothing is decomposed yet.
+    """Inspects a model and sets up the selection problem, without decomposing anything.
 
     Raises:
-        ValueError: If the model cannot be compressed, or `cr` cannot be reached whatever its
-            weights are.
+        ValueError: If the model cannot be compressed, or `cr` is out of reach for any weights.
     """
     inventory = candidates_of(
         Inventory.of(model, options.exclude), options, stacklevel=stacklevel + 1
@@ -280,7 +281,7 @@ def selection_of(
 
 
 def _resources(inventory: Inventory, options: Options, verbose: int) -> list[Resource]:
-    """What the options limit."""
+    """The resources that the options limit."""
     if options.objective == "latency":
         from keras_alds.litert.latency import measured_latency
 
@@ -301,11 +302,11 @@ def _resources(inventory: Inventory, options: Options, verbose: int) -> list[Res
 
 
 def checked_options(cr: Any, given: Mapping[str, Any], *, has_data: bool, caller: str) -> Options:
-    """Checks options, alone and together; reads the latency table, if there is one.
+    """Checks each option and their combination, and reads the latency table, if there is one.
 
     Raises:
-        TypeError: If there is no option of such a name.
-        ValueError: If they are not as `select` says.
+        TypeError: If an option's name is unknown.
+        ValueError: If an option is invalid; see `select`.
     """
     options = Options.checked(cr, given, has_data=has_data, caller=caller)
     if options.objective != "latency":

@@ -40,61 +40,60 @@ if TYPE_CHECKING:
 
 
 class ALDSCompress(_backend.Callback):
-    """Compresses the model that is being trained, and lets its training go on.
+    """Compresses the model during training.
 
-    Before epoch index `at_epoch` (counted from 0) starts, slices and ranks are chosen for the
-    weights of that moment, and the layers are factorized **in place**: the model, its layers and
-    their names stay the same objects. The callback works in `fit` of Keras 3 and of tf_keras.
+    Before the epoch with index `at_epoch` (counted from 0), slices and ranks are chosen for the
+    current weights, and the layers are factorized **in place**. The model and its layers stay the
+    same objects. Training then continues. The callback works in `fit` of Keras 3 and tf_keras.
 
-    What carries on in every optimizer of the model: `iterations`, the learning rate and its
-    schedule, the loss scale, and all state of the variables that stay (biases and
-    BatchNormalization included). For a factorized kernel W ≈ E D, state that is linear in past
-    gradients G (momentum, first moments, accumulated gradients) becomes that of the factors by
-    the chain rule, G Dᵀ and Eᵀ G. Second moments follow by the squared factors, their expectation
-    for uncorrelated gradients; averages of weights (EMA) start at the factors. This is done for
-    SGD, Adam, AdamW, Adamax, Nadam, Lion, RMSprop, Adagrad and Adadelta. Whatever else an optimizer
-    keeps for a factor (RMSprop's momentum, Adamax's norm, the state of other optimizers) starts
-    at its initial value.
+    Every optimizer of the model keeps `iterations`, the learning rate and its schedule, the loss
+    scale, and the state of all variables that are not factorized, such as biases. For a
+    factorized kernel W ≈ E D, state that is linear in past gradients G (momentum, first moments,
+    accumulated gradients) is converted by the chain rule to G Dᵀ and Eᵀ G. Second moments are
+    converted with the squared factors, their expectation for uncorrelated gradients. Weight
+    averages (EMA) start at the factors. This holds for SGD, Adam, AdamW, Adamax, Nadam, Lion,
+    RMSprop, Adagrad and Adadelta. Any other state of a factor (RMSprop's momentum, Adamax's norm,
+    the state of other optimizers) starts at its initial value.
 
-    What other callbacks remember of the dense model is forgotten at that moment: the best value
-    and weights of `EarlyStopping`, the best value of `ModelCheckpoint(save_best_only=True)`,
-    whose file then becomes the best *compressed* model, and the waiting of `ReduceLROnPlateau`.
-    `BackupAndRestore` cannot resume across the compression: a restart whose backup holds the other
-    structure is refused before the first step. To resume after it, factorize the model first, with
-    `apply_plan` and the plan that was saved.
+    The compression also resets what other callbacks remember of the dense model: the best value
+    and weights of `EarlyStopping`, the patience count of `ReduceLROnPlateau`, and the best value
+    of `ModelCheckpoint(save_best_only=True)`, whose file will hold the best *compressed* model.
+    `BackupAndRestore` cannot restore a dense model's backup into a compressed model, or the other
+    way round; `fit` then raises an error before the first step. To resume training after the
+    compression, first factorize the model with `apply_plan` and the saved plan.
 
-    Every epoch's `logs`, and so the history, get `alds_cr`, the fraction of parameters removed so
-    far, and `alds_params`, the number of parameters.
+    The logs of every epoch contain `alds_cr`, the fraction of parameters removed so far, and
+    `alds_params`, the number of parameters.
 
-    If training starts after `at_epoch` (`initial_epoch`), a model that is not compressed yet is
-    compressed before its first epoch. One that is compressed is trained on as it is.
+    If training starts after `at_epoch` (`initial_epoch`), a dense model is compressed before its
+    first epoch, and a compressed model is trained as it is.
 
     Args:
-        cr: Float, 0 < cr < 1, or a dict of two. The fraction to remove; see `select`.
+        cr: Float, 0 < cr < 1, or dict. The fraction to remove; see `select`.
         at_epoch: Integer >= 0. Index of the epoch before which to compress, as in
-            `initial_epoch`. 0 compresses the weights that `fit` starts with: right for a trained
-            model, wrong for a new one.
-        plan: A `CompressionPlan` to apply instead of selecting one; then `cr` is to be None.
-        calibration_data: As for `select`; it is run through the model at `at_epoch`, with the
-            weights of that moment. Defaults to None: with `method="activation"`, or a plan that
-            was chosen by it, up to 1024 examples of the `x` that `fit` was given are taken (of
-            arrays evenly spaced ones; a data set or PyDataset is begun once more). A generator in
-            `fit` cannot be begun again and is refused: pass examples here then.
+            `initial_epoch`. 0 compresses the weights that `fit` starts with; use it only for a
+            model that is already trained.
+        plan: A `CompressionPlan` to apply instead of selecting one. Excludes `cr`.
+        calibration_data: As for `select`. It is run through the model just before the compression.
+            Defaults to None: if the method needs data, as `"activation"` does, up to 1024 examples
+            of the `x` of `fit` are used (evenly spaced in arrays; a data set or PyDataset is
+            iterated once more). If `x` is a generator, which cannot be restarted, pass examples
+            here.
         sequential: As for `compress`.
-        callbacks: The callbacks that run beside this one. Defaults to None: they are looked for in
-            the `fit` that is running.
-        verbose: 0 for silence, else one line is printed at the compression. Defaults to 1.
+        callbacks: The other callbacks of `fit`. Defaults to None: they are taken from the `fit`
+            call that is running.
+        verbose: 0 prints nothing; otherwise the compression prints one line. Defaults to 1.
         {options}
 
     Attributes:
-        plan: The `CompressionPlan`, once the model is compressed.
+        plan: The `CompressionPlan`, or None until the model is compressed.
 
     Raises:
-        TypeError: From the constructor, without `at_epoch` or for an option of another name.
-        ValueError: From the constructor for a bad argument. From `fit`, before anything is
-            changed, for a model that cannot be compressed (see `select`): when training starts,
-            for what does not depend on the weights, else at `at_epoch`; and when training starts,
-            for a backup of `BackupAndRestore` that does not fit the model.
+        TypeError: From the constructor, if `at_epoch` is missing or an option's name is unknown.
+        ValueError: From the constructor, if an argument is invalid. From `fit`, if the model
+            cannot be compressed (see `select`) or a backup of `BackupAndRestore` does not fit it.
+            `fit` checks this when training starts, except for what depends on the weights, and
+            changes nothing before the checks pass.
 
     Example:
     ```python
@@ -134,7 +133,7 @@ class ALDSCompress(_backend.Callback):
                 f"Received: at_epoch={at_epoch!r}"
             )
         if plan is None:
-            # Without data here those of `fit` come, if the method uses some.
+            # A method that needs data takes the inputs of `fit` if none are given here.
             named = METHODS.get(str(options.get("method")))
             has_data = calibration_data is not None or (named is not None and named.needs_data)
             self._source = checked_options(cr, options, has_data=has_data, caller="ALDSCompress")
@@ -157,10 +156,10 @@ class ALDSCompress(_backend.Callback):
         self._params_before: int | None = None
         self._watched: list[tuple[Any, np.ndarray]] = []
 
-    # -- What Keras calls --------------------------------------------------------------------
+    # -- Methods that Keras calls ------------------------------------------------------------
 
     def set_model(self, model: Any) -> None:
-        """Refuses a backup of the other structure, before any callback restores it."""
+        """Raises if a backup does not fit the model, before any callback restores it."""
         super().set_model(model)
         for callback in self._siblings():
             missing = _backend.backend_of(model).missing_in_backup(callback, model)
@@ -168,7 +167,7 @@ class ALDSCompress(_backend.Callback):
                 raise ValueError(self._other_backup(callback, missing))
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Raises what can be known to be wrong before the first epoch."""
+        """Raises every error that can be found before the first epoch."""
         self._start_training()
         if self._calibration_data is not None or self._needs_forward:
             _backend.backend_of(self.model).check_call(self.model)
@@ -182,16 +181,16 @@ class ALDSCompress(_backend.Callback):
             self._training_inputs()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Compresses the model if it is time."""
+        """Compresses the model before epoch `at_epoch`."""
         resumed = not self._started and epoch > self.at_epoch
         if not self._started and not resumed and self._factorized_layers():
-            self._check()  # tells now that the model is compressed already
+            self._check()  # raises, as the model is already compressed
         self._started = True
         if self._done or epoch < self.at_epoch:
             return
         if resumed and self._factorized_layers():
             self._done = True
-            self._say(f"epoch {epoch}: the model is compressed already, training goes on")
+            self._say(f"epoch {epoch}: the model is already compressed, training continues")
             return
         self._compress(epoch)
 
@@ -204,10 +203,9 @@ class ALDSCompress(_backend.Callback):
             value = _backend.backend_of(self.model).value
             if all(np.array_equal(value(variable), old) for variable, old in self._watched):
                 warnings.warn(
-                    "No factor has moved in the first epoch after the compression. If the learning "
-                    "rate is not zero, then something still runs a graph of the dense model: a "
-                    "`tf.function` that is no method of the model or of its layers. Let Keras wrap "
-                    "`train_step`.",
+                    "No factor has changed in the first epoch after the compression. If the "
+                    "learning rate is not zero, a `tf.function` outside the model and its layers "
+                    "still runs the dense model. Let Keras wrap `train_step`.",
                     stacklevel=2,
                 )
             self._watched = []
@@ -251,7 +249,7 @@ class ALDSCompress(_backend.Callback):
         )
 
     def _choose(self) -> Chosen:
-        """The plan for the weights of this moment, and what is known of the model."""
+        """The plan for the current weights, with the inventory and calibration statistics."""
         data = self._calibration_data
         if data is None and self._needs_data:
             data = self._training_inputs()
@@ -270,7 +268,7 @@ class ALDSCompress(_backend.Callback):
         return Chosen(self._source, inventory, calibration)
 
     def _check(self) -> Inventory:
-        """Raises what is wrong with model and options, as far as it does not depend on weights."""
+        """Raises every error of model and options that does not depend on the weights."""
         if isinstance(self._source, Options):
             return selection_of(
                 self.model, self._source, verbose=self.verbose, stacklevel=3
@@ -290,7 +288,7 @@ class ALDSCompress(_backend.Callback):
         if self.verbose:
             print(f"ALDSCompress: {line}")
 
-    # -- What it needs of the training -------------------------------------------------------
+    # -- What it takes from `fit` ------------------------------------------------------------
 
     @property
     def _needs_data(self) -> bool:
@@ -305,7 +303,7 @@ class ALDSCompress(_backend.Callback):
         return self._needs_data or limits_calls
 
     def _training_inputs(self) -> Any:
-        """The `x` of the `fit` that is running; Keras hands a callback no data."""
+        """The `x` of the running `fit` call; Keras passes no data to callbacks."""
         x, _ = _backend.backend_of(self.model).calling_fit(self.model)
         if x is None or hasattr(x, "__next__"):
             raise ValueError(
@@ -316,7 +314,7 @@ class ALDSCompress(_backend.Callback):
         return x
 
     def _siblings(self) -> list[Any]:
-        """The callbacks that run beside this one."""
+        """The other callbacks of `fit`."""
         found = self._callbacks
         if found is None:
             _, found = _backend.backend_of(self.model).calling_fit(self.model)
@@ -325,16 +323,16 @@ class ALDSCompress(_backend.Callback):
     def _other_backup(self, callback: Any, missing: str) -> str:
         state = "not compressed"
         remedy = (
-            "factorize the model with `apply_plan(model, plan)` before `fit`; that takes the plan, "
+            "factorize the model before `fit` with `apply_plan(model, plan)`, where the plan was "
             "saved in the first run with `callback.plan.save(path)`"
         )
         if self._factorized_layers():
-            state, remedy = "compressed", "start with the model as it was before its compression"
+            state, remedy = "compressed", "start with the original, uncompressed model"
         return (
             f"Expected the backup that `BackupAndRestore` would restore to fit the model "
             f"'{self.model.name}', which is {state}. Received: backup_dir="
-            f"{os.fspath(callback.backup_dir)!r}, without {missing}. To resume, {remedy}. To begin "
-            "anew, delete the folder."
+            f"{os.fspath(callback.backup_dir)!r}, without {missing}. To resume, {remedy}. To start "
+            "over, delete the folder."
         )
 
 

@@ -1,4 +1,4 @@
-"""How users name layers, in `exclude` and in `bounds`: by name, path, pattern or class."""
+"""Matches layers by name, path, pattern or class, for `exclude` and `bounds`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 
 class Bound(NamedTuple):
-    """One entry of `bounds`: an item that names layers, and fractions of their parameters."""
+    """One entry of `bounds`: an item that names layers, and fractions of parameters to remove."""
 
     item: Any
     least: float
@@ -17,14 +17,14 @@ class Bound(NamedTuple):
 
 
 def check_exclude(exclude: Any, argument: str = "exclude") -> tuple[Any, ...]:
-    """Returns the items of `exclude`.
+    """Returns the items of `exclude` as a tuple.
 
     Args:
         exclude: A name, path, regular expression, compiled pattern or layer class, or several.
-        argument: What the user's argument is called, for the error.
+        argument: The name of the user's argument, for the error.
 
     Raises:
-        ValueError: If an item is none of these.
+        ValueError: If an item has another type.
     """
     one = isinstance(exclude, (str, re.Pattern, type)) or not isinstance(exclude, Iterable)
     items = (exclude,) if one else tuple(exclude)
@@ -72,13 +72,13 @@ def _bound(item: Any, pair: Any) -> Bound:
     if not 0 <= least <= greatest <= 1:
         raise ValueError(
             "Expected the bounds of a layer to be (least, greatest) with 0 <= least <= greatest "
-            f"<= 1, or None in place of one. Received: {item!r}: {pair!r}"
+            f"<= 1, where either may be None. Received: {item!r}: {pair!r}"
         )
     return Bound(item, least, greatest)
 
 
 def matches(item: Any, path: str, layer: Any) -> bool:
-    """Whether an item names the layer that has a path."""
+    """Whether an item names a layer with this path."""
     if isinstance(item, type):
         return isinstance(layer, item)
     names = (path, layer.name)
@@ -88,7 +88,7 @@ def matches(item: Any, path: str, layer: Any) -> bool:
 
 
 def described(item: Any) -> str:
-    """An item as users wrote it, for messages."""
+    """An item as the user wrote it, for messages."""
     if isinstance(item, type):
         return item.__name__
     return item.pattern if isinstance(item, re.Pattern) else repr(item)

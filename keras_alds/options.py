@@ -1,11 +1,11 @@
-"""Every option of a compression, written once: name, type, default, documentation, check.
+"""The options of a compression, each declared once: name, type, default, documentation, check.
 
-`SelectOptions` declares them. `select`, `compress`, `ALDSCompress`, `sweep` and the command line
-take them from there: `takes_options` puts them into a function's signature and docstring, `Options`
-checks their values, and `add_flags` adds them to a parser.
+`SelectOptions` declares them for `select`, `compress`, `ALDSCompress`, `sweep` and the command
+line. `takes_options` adds them to a function's signature and docstring, `Options` checks their
+values, and `add_flags` adds them to an argument parser.
 """
 
-# No `from __future__ import annotations`: the annotations of `SelectOptions` are read.
+# No `from __future__ import annotations`: the annotations of `SelectOptions` are read at run time.
 
 import dataclasses
 import difflib
@@ -23,7 +23,7 @@ from keras_alds.plan import CompressionPlan, check_plan
 from keras_alds.targets import TARGETS, get_target
 
 OBJECTIVES = ("params", "macs", "latency")
-#: The resources that `cr` can limit at once.
+#: The resources that `cr` can limit together.
 LIMITS = ("params", "macs")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -31,13 +31,13 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """What is known of one option.
+    """The declaration of one option.
 
     Attributes:
         default: Its default.
         doc: Its paragraph in a docstring's `Args`.
-        flag: Arguments for `ArgumentParser.add_argument`; None for an option that the command line
-            does not have.
+        flag: Arguments for `ArgumentParser.add_argument`, or None if the command line does not
+            have the option.
     """
 
     default: Any
@@ -70,15 +70,15 @@ class SelectOptions(TypedDict, total=False):
         Option(
             None,
             """String or None. `"energy"` minimises the sum of the layers' relative squared errors.
-            `"alds"` is the paper's method: it minimises the largest relative error of any
-            layer, exactly. `"activation"` minimises the sum of the relative squared errors of
-            the layers' outputs on `calibration_data`. The others are those that the paper
-            compares with: `"svd"`, `"svd-energy"`, `"l-rank"`, `"pca"` (needs data),
-            `"alds-error"`, `"alds-simple"`, `"alds-simple-5"`. Defaults to None: `"activation"`
-            with calibration data, `"alds"` with an `error`, else `"energy"`.""",
+            `"alds"` is the paper's method, solved exactly: it minimises the largest relative
+            error of any layer. `"activation"` minimises the sum of the relative squared errors of
+            the layers' outputs on `calibration_data`. The others are the paper's baselines:
+            `"svd"`, `"svd-energy"`, `"l-rank"`, `"pca"` (needs data), `"alds-error"`,
+            `"alds-simple"`, `"alds-simple-5"`. Defaults to None: `"activation"` with calibration
+            data, `"alds"` with an `error`, else `"energy"`.""",
             flag={
                 "choices": [name for name, known in METHODS.items() if not known.needs_data],
-                "help": "default: that of `select`",
+                "help": "default: as for `select`",
             },
         ),
     ]
@@ -86,8 +86,8 @@ class SelectOptions(TypedDict, total=False):
         str,
         Option(
             "params",
-            """String, what `cr` counts: `"params"`, `"macs"` or `"latency"`. With `"latency"` no
-            choice is taken that is slower than the dense layer. Defaults to `"params"`.""",
+            """String, what `cr` counts: `"params"`, `"macs"` or `"latency"`. With `"latency"`, no
+            layer becomes slower than its dense form. Defaults to `"params"`.""",
             flag={"choices": OBJECTIVES, "help": "what the fraction counts (default: params)"},
         ),
     ]
@@ -95,7 +95,7 @@ class SelectOptions(TypedDict, total=False):
         str | None,
         Option(
             None,
-            """String or None. Another error measure for the method: `"slice"`, `"bound"`,
+            """String or None. The error measure, if not the method's own: `"slice"`, `"bound"`,
             `"spectral"`, `"energy"` or `"residual"`. Defaults to None: the method's own
             (`"slice"` for `"alds"`).""",
         ),
@@ -104,19 +104,19 @@ class SelectOptions(TypedDict, total=False):
         Any,
         Option(
             (),
-            """Layers that stay as they are: a name, a path (`"encoder/conv1"`), a regular
-            expression that matches one of these as a whole, a compiled pattern (searched), a
+            """Layers to skip: a name, a path (`"encoder/conv1"`), a regular expression that
+            matches the whole name or path, a compiled pattern (found anywhere in them), a
             layer class, or a list of these. The name of a nested model, a wrapper or an
             attention layer stands for all layers inside it. Defaults to none.""",
-            flag={"nargs": "*", "help": "layers that stay as they are"},
+            flag={"nargs": "*", "help": "layers to skip"},
         ),
     ]
     max_slices: Annotated[
         int | None,
         Option(
             None,
-            """Integer or None. Largest number of slices k. Many slices keep more accuracy and run
-            slower. Defaults to None: no limit.""",
+            """Integer or None. Largest number of slices k. More slices preserve more accuracy but
+            run slower. Defaults to None: no limit.""",
             flag={"type": int, "help": "largest number of slices (default: no limit)"},
         ),
     ]
@@ -124,7 +124,7 @@ class SelectOptions(TypedDict, total=False):
         int,
         Option(
             1,
-            """Integer. Ranks j are multiples of it; 4 or 8 fill vector lanes. Defaults to 1.""",
+            """Integer. Ranks j are multiples of it; 4 or 8 suit vector units. Defaults to 1.""",
             flag={"type": int, "help": "ranks are multiples of this (default: 1)"},
         ),
     ]
@@ -134,9 +134,9 @@ class SelectOptions(TypedDict, total=False):
             None,
             """String or None. The runtime that the model is for: `"litert"` (LiteRT on a CPU with
             XNNPACK), `"litert-reference"` (its built-in kernels, microcontrollers) or
-            `"gpu-delegate"`. Only slices and ranks that run there, and are not slow there, are
-            chosen. With calibration data the plan says what this costs, unless the objective is
-            `"latency"`. Defaults to None: no constraints, or `"litert"` with
+            `"gpu-delegate"`. Only slices and ranks that run well there are chosen. With
+            calibration data, and unless the objective is `"latency"`, the plan shows how much error
+            this adds. Defaults to None: no constraints, or `"litert"` with
             `objective="latency"`.""",
             flag={"choices": list(TARGETS), "help": "the runtime that the model is for"},
         ),
@@ -147,32 +147,32 @@ class SelectOptions(TypedDict, total=False):
             None,
             """Dict from layers, named as in `exclude`, to `(least, greatest)`: fractions of the
             layer's own parameters to remove, None for no bound, as in `{"stem": (None, 0.3),
-            r"block3/.*": (0.4, 0.8)}`. Where several entries name a layer, all hold. Defaults
-            to None: no bounds.""",
+            r"block3/.*": (0.4, 0.8)}`. If several entries name a layer, all of them apply.
+            Defaults to None: no bounds.""",
         ),
     ]
     latency: Annotated[
         Any,
         Option(
             None,
-            """With `objective="latency"`: a `keras_alds.litert.LatencyTable`, or the path of a CSV
-            file that holds one, measured here or on a device. Defaults to None: measured here
-            with LiteRT, in float32 on one thread, once a process.""",
-            flag={"help": "CSV file of a latency table (default: measured here)"},
+            """With `objective="latency"`: a `keras_alds.litert.LatencyTable`, or the path of its
+            CSV file. Defaults to None: latency is measured on this machine with LiteRT, in float32
+            on one thread, once per process.""",
+            flag={"help": "CSV file of a latency table (default: measured on this machine)"},
         ),
     ]
     schemes: Annotated[
         int | str | Sequence[int],
         Option(
             0,
-            """Integer, sequence of integers, or `"all"`. The fold schemes in which a convolution's
-            kernel may be unfolded: 0 leaves its window to the encoder, 1 gives the height to
-            the decoder, 2 the width, and 3 both; Conv1D and Conv3D have 0 and 3. The solver
-            picks one for every layer, together with slices and rank. A convolution that has
-            none of them stays as it is. Dense layers, kernels of one position and all other
-            layers have scheme 0. The methods `"energy"` and `"alds"` choose schemes, but not on
-            calibration data, with measured latency or two limits, and with a target only for
-            one slice. Defaults to 0.""",
+            """Integer, sequence of integers, or `"all"`. The fold schemes that may unfold a
+            convolution's kernel: in 0 the encoder has the whole window, in 1 the decoder has
+            the height, in 2 the width, and in 3 both. Conv1D and Conv3D have schemes 0 and 3. All
+            other layers, and 1×1 kernels, have scheme 0 only. The solver chooses a scheme for every
+            layer, together with slices and rank. Convolutions without an allowed scheme are
+            skipped. Schemes other than 0 need the method `"energy"` or `"alds"`, and exclude
+            calibration data, measured latency and two limits; with a target they have one slice.
+            Defaults to 0.""",
             flag={
                 "type": fold_schemes,
                 "help": "fold schemes to choose from: all, or numbers as in 0,3 (default: 0)",
@@ -182,7 +182,7 @@ class SelectOptions(TypedDict, total=False):
 
 
 def declared(name: str) -> Option:
-    """What is known of the option `name`."""
+    """The declaration of the option `name`."""
     (option,) = SelectOptions.__annotations__[name].__metadata__
     return option
 
@@ -192,12 +192,12 @@ OPTION_NAMES = tuple(SelectOptions.__annotations__)
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Checked options; every field has the type that the code works with.
+    """Checked and normalised options.
 
     Attributes:
         cr: The fraction to remove of the objective.
-        macs_cr: With limits on parameters and on MACs the fraction of MACs; `cr` is that of
-            parameters then. None otherwise.
+        macs_cr: With limits on parameters and MACs, the fraction of MACs to remove; `cr` is then
+            the fraction of parameters. None otherwise.
 
     The other fields are the options of `SelectOptions`.
     """
@@ -217,28 +217,28 @@ class Options:
 
     @property
     def resources(self) -> tuple[str, ...]:
-        """What is limited: the objective, or both parameters and MACs."""
+        """The limited resources: the objective, or both parameters and MACs."""
         return (self.objective,) if self.macs_cr is None else LIMITS
 
     def cr_of(self, resource: str) -> float:
-        """The fraction to remove of a resource."""
+        """The fraction of a resource to remove."""
         return self.macs_cr if self.macs_cr is not None and resource == "macs" else self.cr
 
     @classmethod
     def checked(
         cls, cr: Any, given: Mapping[str, Any], *, has_data: bool, caller: str = "select"
     ) -> "Options":
-        """Checks `cr` and all options, alone and together.
+        """Checks `cr`, each option and their combination.
 
         Args:
-            cr: The fraction to remove, or a dict of two.
+            cr: The fraction to remove, or a dict of limits.
             given: Options by their names.
             has_data: Whether there is calibration data.
-            caller: The function that was given them, for the error.
+            caller: The name of the called function, for the error.
 
         Raises:
-            TypeError: If there is no option of such a name.
-            ValueError: If a value is not as `SelectOptions` says, or options do not go together.
+            TypeError: If an option's name is unknown.
+            ValueError: If a value is invalid (see `SelectOptions`), or options are incompatible.
         """
         check_names(given, caller)
         values = {name: given.get(name, declared(name).default) for name in OPTION_NAMES}
@@ -280,23 +280,22 @@ class Options:
         return options
 
     def _check_schemes(self) -> None:
-        """Raises a ValueError if only fold scheme 0 can be had with the other options."""
+        """Raises a ValueError if the other options allow only fold scheme 0."""
         if self.schemes == (0,):
             return
         remedy = "Leave `schemes` out, or "
         if not get_method(self.method).folds:
             able = ", ".join(repr(name) for name, method in METHODS.items() if method.folds)
             received = f"method={self.method!r}"
-            remedy += f"take a method of {able} without calibration data"
+            remedy += f"use one of the methods {able}, without calibration data"
         elif self.objective == "latency":
-            received, remedy = f"objective={self.objective!r}", f"{remedy}take another objective"
+            received, remedy = f"objective={self.objective!r}", f"{remedy}use another objective"
         elif self.macs_cr is not None:
             received, remedy = "limits on parameters and MACs", f"{remedy}limit one of the two"
         else:
             return
         raise ValueError(
-            "Expected no other fold scheme than 0 in `schemes` with a method of the comparison, "
-            "with calibration data, measured latency, or two limits. "
+            "Expected `schemes` to be 0 with the other options. "
             f"Received: schemes={self.schemes}, {received}. {remedy}."
         )
 
@@ -304,12 +303,12 @@ class Options:
 def check_names(
     given: Iterable[str], caller: str, more: Iterable[str] = (), leave_out: Iterable[str] = ()
 ) -> None:
-    """Raises a TypeError for names that are no options.
+    """Raises a TypeError for unknown option names.
 
     Args:
         given: The names.
-        caller: The function that was given them.
-        more: Further names that it knows.
+        caller: The name of the called function.
+        more: Its other arguments, to suggest in place of a misspelt name.
         leave_out: Options that it does not take.
     """
     known = [name for name in OPTION_NAMES if name not in set(leave_out)]
@@ -324,8 +323,8 @@ def _limits(limits: Mapping[Any, Any], objective: Any) -> tuple[float, str, floa
     """The fraction to remove, what it counts, and the fraction of MACs as a second limit."""
     if not limits or not set(limits) <= set(LIMITS) or objective != "params":
         raise ValueError(
-            "Expected the limits in `cr` to be of 'params', 'macs' or both, and no `objective` "
-            f"beside them. Received: cr={dict(limits)!r}, objective={objective!r}"
+            "Expected the keys of `cr` to be 'params', 'macs' or both, and no `objective`. "
+            f"Received: cr={dict(limits)!r}, objective={objective!r}"
         )
     for fraction in limits.values():
         check_cr(fraction)
@@ -336,7 +335,7 @@ def _limits(limits: Mapping[Any, Any], objective: Any) -> tuple[float, str, floa
 
 
 def check_schemes(schemes: Any) -> tuple[int, ...]:
-    """Returns fold schemes as a tuple, ascending.
+    """Returns fold schemes as a sorted tuple.
 
     Raises:
         ValueError: If they are not 0 to 3, a sequence of them, or `"all"`.
@@ -371,10 +370,11 @@ def check_cr(cr: Any) -> None:
 def check_cr_or_plan(
     cr: Any, plan: CompressionPlan | None, given: Mapping[str, Any], caller: str
 ) -> None:
-    """Raises a ValueError unless there is either a `cr`, or a plan with no option beside it.
+    """Checks that there is either a `cr`, or a plan without options.
 
     Raises:
-        TypeError: If there is no option of such a name.
+        TypeError: If an option's name is unknown.
+        ValueError: If both or neither are given, or options beside the plan.
     """
     check_names(given, caller, ("plan", "sequential", "calibration_data"))
     if (cr is None) == (plan is None):
@@ -388,7 +388,7 @@ def check_cr_or_plan(
     changed = {name: value for name, value in given.items() if not _is_default(name, value)}
     if changed:
         raise ValueError(
-            "Expected no options beside `plan`: it holds the choices that were made with them. "
+            "Expected no options beside `plan`, which already holds the choices. "
             f"Received: {', '.join(f'{name}={value!r}' for name, value in changed.items())}"
         )
 
@@ -404,10 +404,10 @@ def _is_default(name: str, value: Any) -> bool:
 
 
 def takes_options(*, leave_out: Sequence[str] = ()) -> Callable[[Function], Function]:
-    """Puts the options into the signature and the docstring of a function with `**options`.
+    """Adds the options to the signature and the docstring of a function with `**options`.
 
-    `help()` and IDEs then show them as if they were written there. In the docstring they take the
-    place of the line `{options}`.
+    `help()` and IDEs then show them like ordinary arguments. In the docstring they replace the
+    line `{options}`.
 
     Args:
         leave_out: Options that the function does not take.
@@ -434,7 +434,7 @@ def takes_options(*, leave_out: Sequence[str] = ()) -> Callable[[Function], Func
 
 
 def documented(docstring: str | None, names: Sequence[str] = OPTION_NAMES) -> str:
-    """A docstring with the options' paragraphs in place of its line `{options}`."""
+    """Replaces the line `{options}` of a docstring by the options' paragraphs."""
     lines = []
     for line in (docstring or "").splitlines():
         if line.strip() != "{options}":
@@ -447,7 +447,7 @@ def documented(docstring: str | None, names: Sequence[str] = OPTION_NAMES) -> st
 
 
 def add_flags(parser: Any, names: Sequence[str]) -> None:
-    """Adds options to an `argparse` parser: `max_slices` as `--max-slices`."""
+    """Adds options to an `argparse` parser, such as `--max-slices` for `max_slices`."""
     for name in names:
         option = declared(name)
         parser.add_argument(
@@ -456,5 +456,5 @@ def add_flags(parser: Any, names: Sequence[str]) -> None:
 
 
 def flags(arguments: Any, names: Sequence[str]) -> dict[str, Any]:
-    """What the flags of `add_flags` were given, by option."""
+    """The values of the flags of `add_flags`, by option."""
     return {name: getattr(arguments, name) for name in names}

@@ -1,4 +1,4 @@
-"""`CompressionPlan`: what was chosen for every layer, and why a layer was left alone."""
+"""`CompressionPlan`: the choice for every layer; the layers that were skipped, and why."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ PLAN_VERSION = 1
 
 
 class Skip(str, enum.Enum):
-    """Why a layer stays as it is, in one word."""
+    """Why a layer is skipped, in one word."""
 
-    NO_KERNEL = "no_kernel"  # it holds vectors only
+    NO_KERNEL = "no_kernel"  # it has only vectors
     NO_FORM = "no_form"  # its class has no factorized form
-    FACTORIZED = "factorized"  # it is factorized already
-    OWN_CODE = "own_code"  # a subclass adds what a factorized layer would not have
+    FACTORIZED = "factorized"  # it is already factorized
+    OWN_CODE = "own_code"  # its class adds behaviour that a factorized layer would lose
     LORA = "lora"
     QUANTIZED = "quantized"
     SETTINGS = "settings"  # its arguments allow no factorized form
     CONSTRAINT = "constraint"
     TOO_SMALL = "too_small"  # no factorization is smaller
-    HOLDER = "holder"  # the layer around it keeps it from being factorized
+    HOLDER = "holder"  # the layer that contains it does not allow it
     WRAPPED = "wrapped"  # by TF-MOT
-    SHARED = "shared"  # another layer holds its kernel too
+    SHARED = "shared"  # another layer uses the same kernel
     EXCLUDED = "excluded"
-    NOT_COUNTED = "not_counted"  # it takes none of what is limited, or that is not measured
-    NO_DATA = "no_data"  # no calibration example reaches it, or too little is known of its inputs
+    NOT_COUNTED = "not_counted"  # it uses none of the limited resource, or this is not measured
+    NO_DATA = "no_data"  # no calibration example reaches it
     METHOD = "method"  # the method cannot factorize it
     NO_CHOICE = "no_choice"  # no allowed choice is smaller
-    BUDGET = "budget"  # the budget leaves it whole
+    BUDGET = "budget"  # staying dense fits the budget
 
 
 class Skipped(NamedTuple):
-    """Why a layer stays as it is: a code for programs, and a detail for people."""
+    """Why a layer is skipped: a code for programs, and a detail for people."""
 
     code: Skip
     detail: str
@@ -47,28 +47,29 @@ class Skipped(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LayerChoice:
-    """What a plan says of one layer that holds weights.
+    """The plan for one layer with weights.
 
     Attributes:
-        layer: The layer's name; inside nested models the names on the way, joined by `/`.
+        layer: The layer's name, or its path `model/layer` inside nested models.
         kind: The layer's class name, such as `"Conv2D"`.
-        kernel_shape: Shape of the dense kernel, `(*kernel_size, channels, filters)`, or None for
-            a layer without a kernel that could be factorized.
-        slices: Number of channel slices k, or None if the layer is left alone.
-        rank: Rank j of every slice, or None if the layer is left alone.
-        scheme: Fold scheme of the unfolding, or None: 0 is filters × (channels, window); in 1, 2
-            and 3 the height, the width and all of the window go to the filters' side.
-        params_before: Parameters of the layer before, biases included.
-        params_after: Parameters of the layer afterwards.
-        macs_before: Multiply–accumulates of one forward pass of one example before, all calls of
-            a shared layer together; None unless the plan was made for MACs.
-        macs_after: The same afterwards.
-        error: The error measure of the choice (0 for a layer that is left alone).
-        reason: Why the layer stays as it is, or None if it is factorized.
-        note: What else is to be known of the choice, or None.
-        latency_before: Measured latency of the layer, in nanoseconds, all calls of a shared layer
-            together; None unless the plan was made for latency and the layer was measured.
-        latency_after: Latency of the choice by the same measurements, in nanoseconds.
+        kernel_shape: Shape of the dense kernel, `(*kernel_size, channels, filters)`, or None if
+            the layer has no kernel to factorize.
+        slices: Number of channel slices k, or None if the layer is skipped.
+        rank: Rank j of every slice, or None if the layer is skipped.
+        scheme: Fold scheme of the unfolding, or None if the layer is skipped. In scheme 0 the
+            matrix is filters × (channels, window). In 1, 2 and 3 the height, the width and the
+            whole window move to the filters' side.
+        params_before: Parameters of the dense layer, biases included.
+        params_after: Parameters of the layer after compression.
+        macs_before: Multiply–accumulates of the dense layer in one forward pass of one example,
+            summed over the calls of a shared layer; None unless the plan limits MACs.
+        macs_after: Multiply–accumulates after compression.
+        error: The error measure of the choice; 0 if the layer is skipped.
+        reason: Why the layer is skipped, or None if it is factorized.
+        note: A remark about the choice, or None.
+        latency_before: Measured latency of the dense layer, in nanoseconds, summed over the calls
+            of a shared layer; None unless the objective is `"latency"` and the layer was measured.
+        latency_after: Latency after compression by the same measurements, in nanoseconds.
         reason_code: The reason in one word, one of `Skip`, or None if the layer is factorized.
     """
 
@@ -96,42 +97,42 @@ class LayerChoice:
 
     @property
     def has_kernel(self) -> bool:
-        """Whether the layer holds anything that could be factorized, and not only vectors."""
+        """Whether the layer has a kernel, not only vectors."""
         return self.reason_code != Skip.NO_KERNEL.value
 
 
 @dataclasses.dataclass(frozen=True)
 class CompressionPlan:
-    """One choice of slices and rank for every layer of a model; made by `keras_alds.select`.
+    """The slices and rank of every layer of a model, as chosen by `keras_alds.select`.
 
-    A plan is data: it holds no weights, can be saved as JSON, and makes the same model from the
-    same weights every time.
+    A plan contains no weights and can be saved as JSON. The same plan and weights always give the
+    same model.
 
     Attributes:
-        requested_cr: The fraction that was asked to be removed.
+        requested_cr: The requested fraction to remove.
         method: Name of the method, such as `"alds"`.
         error_measure: Name of the error measure, such as `"slice"`.
         objective: What `cr` counts: `"params"`, `"macs"` or `"latency"`.
-        params_before: All parameters of the model before, as `model.count_params()`.
-        params_after: All parameters afterwards.
-        macs_before: Multiply–accumulates before, or None unless MACs are limited.
-        macs_after: The same afterwards.
-        choices: One `LayerChoice` for every layer that holds weights, in the model's order.
-        target: The runtime that the choices are constrained to, or None.
-        output_error: With calibration data and a target, but not for latency: the sum over the
-            layers of the relative squared error of their outputs, each fed with the original
-            network's inputs. None otherwise.
-        output_error_without_target: The same sum for the choices that would have been made under
-            the same budget without the target's constraints. None otherwise.
-        requested_macs_cr: With limits on parameters and on MACs: the fraction of MACs that was
-            asked to be removed; `requested_cr` and `cr` are those of parameters then, and
-            `reduction("macs")` is never below this. None otherwise.
-        latency_before: Measured latency of the whole original, in nanoseconds (of its layers
-            together, where that is more), or None unless the objective is `"latency"`.
-        latency_after: Latency that the measurements of the layers predict, in nanoseconds.
-        latency_runtime: What was measured, such as `"int8, 1 thread"`: files converted otherwise
-            have other ratios. None unless the objective is `"latency"`.
-        version: Version of the JSON form.
+        params_before: Parameters of the original model, as `model.count_params()`.
+        params_after: Parameters after compression.
+        macs_before: Multiply–accumulates of the original model; None unless MACs are limited.
+        macs_after: Multiply–accumulates after compression.
+        choices: One `LayerChoice` for every layer with weights, in the model's order.
+        target: The runtime that constrains the choices, or None.
+        output_error: With calibration data and a target, except for latency: the relative squared
+            error of each layer's outputs on the original network's activations, summed over the
+            layers. None otherwise.
+        output_error_without_target: The same sum for the choices under the same budget without
+            the target's constraints. None otherwise.
+        requested_macs_cr: With limits on parameters and MACs: the requested fraction of MACs to
+            remove. `requested_cr` and `cr` then count parameters, and `reduction("macs")` is at
+            least this value. None otherwise.
+        latency_before: Measured latency of the original model in nanoseconds, or the sum over its
+            layers where that is larger; None unless the objective is `"latency"`.
+        latency_after: Latency predicted from the measurements of the layers, in nanoseconds.
+        latency_runtime: The measured configuration, such as `"int8, 1 thread"`. The ratios do not
+            hold for other configurations. None unless the objective is `"latency"`.
+        version: Version of the JSON format.
 
     Example:
     ```python
@@ -162,14 +163,14 @@ class CompressionPlan:
 
     @property
     def cr(self) -> float:
-        """The achieved fraction removed, in what the objective counts; never below the request."""
+        """The removed fraction of what the objective counts; at least `requested_cr`."""
         return self.reduction(self.objective)
 
     def reduction(self, objective: str) -> float:
         """The fraction of `"params"`, `"macs"` or `"latency"` that the plan removes.
 
         Raises:
-            ValueError: If the plan does not know the MACs or the latency.
+            ValueError: If the plan was not made with this objective.
         """
         before, after = {
             "params": (self.params_before, self.params_after),
@@ -190,16 +191,16 @@ class CompressionPlan:
 
     @property
     def folded(self) -> tuple[LayerChoice, ...]:
-        """The choices in another fold scheme than 0."""
+        """The choices with a fold scheme other than 0."""
         return tuple(choice for choice in self.factorized if choice.scheme)
 
     @property
     def max_error(self) -> float:
-        """The largest error of any layer: what the min–max method minimises."""
+        """The largest error of any layer, which the method `"alds"` minimises."""
         return max((choice.error for choice in self.choices), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain Python values that JSON can hold."""
+        """The plan as a dict that can be saved as JSON."""
         return {"format": "keras_alds.CompressionPlan", **dataclasses.asdict(self)}
 
     @classmethod
@@ -207,7 +208,7 @@ class CompressionPlan:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: If `data` is not a plan, or one of a version this package does not know.
+            ValueError: If `data` is not a plan, or has an unknown version.
         """
         if not isinstance(data, dict) or data.get("format") != "keras_alds.CompressionPlan":
             raise ValueError(
@@ -217,7 +218,7 @@ class CompressionPlan:
         if data.get("version") != PLAN_VERSION:
             raise ValueError(
                 f"Expected a compression plan of version {PLAN_VERSION}. "
-                f"Received: version={data.get('version')!r}. Make the plan anew with `select`."
+                f"Received: version={data.get('version')!r}. Make a new plan with `select`."
             )
         fields = {key: value for key, value in data.items() if key != "format"}
         try:
@@ -234,12 +235,12 @@ class CompressionPlan:
         except (KeyError, TypeError) as error:
             raise ValueError(
                 "Expected a compression plan with the fields of `CompressionPlan` and "
-                f"`LayerChoice`. Received: one that does not fit ({error})"
+                f"`LayerChoice`. Received: other fields ({error})"
             ) from error
         schemes = {choice.scheme for choice in plan.factorized}
         if not schemes <= set(SCHEMES):
             raise ValueError(
-                f"Expected choices of the fold schemes {SCHEMES}. "
+                f"Expected the fold schemes of a plan to be among {SCHEMES}. "
                 f"Received: schemes={sorted(map(str, schemes))}"
             )
         return plan
@@ -255,7 +256,7 @@ class CompressionPlan:
         """Reads a plan that `save` wrote.
 
         Raises:
-            ValueError: If the file is not such a plan.
+            ValueError: If the file does not contain a plan.
         """
         with open(path, encoding="utf-8") as file:
             try:
@@ -280,7 +281,7 @@ class CompressionPlan:
 
 
 def removed_fraction(before: int, after: int) -> float:
-    """The compression ratio `cr`: the fraction of `before` that is not in `after`."""
+    """The fraction `cr` that was removed, 1 - after / before."""
     return 1 - after / before
 
 

@@ -18,10 +18,10 @@ from keras_alds.tables import PrintFn, print_table
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Figures of a model before and after compression; made by `report`.
+    """Figures of a model before and after compression, as returned by `report`.
 
     Attributes:
-        rows: Name of the figure to `(before, after)`; None where a figure is not known.
+        rows: Name of the figure to `(before, after)`; None for an unknown figure.
     """
 
     rows: Mapping[str, tuple[Any, Any]]
@@ -49,7 +49,7 @@ class Comparison:
 def report(
     model: KerasModel, compressed: KerasModel, figures: Mapping[str, tuple[Any, Any]] | None = None
 ) -> Comparison:
-    """Puts the sizes of two models side by side.
+    """Compares the sizes of two models.
 
     Args:
         model: The original model.
@@ -57,8 +57,8 @@ def report(
         figures: Further rows, name to `(before, after)`, such as accuracies or file sizes.
 
     Returns:
-        A `Comparison` with parameters, the fraction of them that was removed, MACs of one
-        forward pass (None if the input shape is unknown), bytes of the weights, and `figures`.
+        A `Comparison` of the parameters, the removed fraction of parameters, the MACs of one
+        forward pass (None if the input shape is unknown), the bytes of the weights, and `figures`.
         `Comparison.summary()` prints it.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Printed tables, and that of a plan."""
+"""Prints tables, and the table of a plan."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def print_plan(
 
 
 def _target_lines(plan: CompressionPlan) -> list[str]:
-    """What the constraints of a plan's target cost, where calibration data were given."""
+    """The plan's target and, with calibration data, the error that its constraints add."""
     if plan.target is None:
         return []
     line = f"Target: {plan.target!r}"
@@ -88,8 +88,8 @@ def _target_lines(plan: CompressionPlan) -> list[str]:
         return [line]
     ratio = f" ({own / free:.2f} times)" if free > 0 else ""
     return [
-        f"{line}; relative error of the layers' outputs, summed: {own:.4f}, and {free:.4f} without "
-        f"its constraints{ratio}. This is no accuracy: measure that with `evaluate`"
+        f"{line}; sum of the relative errors of the layers' outputs: {own:.4f}, and {free:.4f} "
+        f"without its constraints{ratio}. Measure the model's accuracy with `evaluate`"
     ]
 
 
@@ -124,7 +124,7 @@ def print_table(
 
     Args:
         title: Line above the table.
-        columns: Column heads; the first column is aligned left, the others right.
+        columns: Column headers; the first column is aligned left, the others right.
         rows: The cells.
         lines: Lines below the table.
         print_fn: Called once with the whole text; default: standard output.

@@ -1,15 +1,15 @@
-"""All that Keras 3 (`keras`) and `tf_keras` do differently, and every private name of theirs.
+"""All that Keras 3 (`keras`) and tf_keras do differently, and all private names of both.
 
-Everything else asks `backend_of(model)` for a `Backend` and works through it, so a process may hold
-models of both. The choice follows the class of the object that was given, never an environment
-variable. tf_keras is optional.
+`backend_of(model)` returns a `Backend`, chosen by the class of the model or layer. So one process
+may use Keras 3 and tf_keras. tf_keras is optional.
 
-Each module asks one kind of question, and answers it for Keras 3 and for tf_keras:
-
-- `layers.py`: what a layer holds, and how it becomes another one in place;
-- `graphs.py`: the graph of a symbolic model, and what a model is called on;
-- `training.py`: optimizers, step functions, callbacks;
-- `cloning.py`: copies of models.
+- `layers`: what a layer holds, and how it becomes another one in place;
+- `graphs`: the graph of a symbolic model, and what a model is called on;
+- `training`: optimizers, step functions, callbacks;
+- `cloning`: copies of models;
+- `wrappers`: TF-MOT's wrappers around layers;
+- `functions`: `tf.function`s in users' own code;
+- `tensors`, `images`: TensorFlow functions that other folders use.
 """
 
 from __future__ import annotations

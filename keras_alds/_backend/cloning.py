@@ -18,16 +18,16 @@ from keras_alds._backend.training import Training
 
 
 class Cloning(Graphs, Training):
-    """Copies of models, as far as they are made alike in Keras 3 and tf_keras."""
+    """Copies of models: the code that Keras 3 and tf_keras share."""
 
     def copy_model(self, model: Model) -> Model:
         """A new model of the same class, architecture, weights and compile state.
 
-        Functional and Sequential models are cloned layer by layer, nested models included;
-        subclassed ones are made again by `from_config(get_config())`.
+        Functional and Sequential models are cloned layer by layer, nested models included.
+        Subclassed models are copied by `from_config(get_config())`.
 
         Raises:
-            ValueError: If a subclassed model cannot be made again from its config.
+            ValueError: If the model or a layer cannot be made from its config.
         """
         if self.is_symbolic(model) and _is_plain_constructor(self.keras, type(model)):
             try:
@@ -35,8 +35,8 @@ class Cloning(Graphs, Training):
             except Exception as error:
                 raise ValueError(
                     f"A copy of the model '{model.name}' could not be made from the configs of its "
-                    f"layers ({type(error).__name__}: {error}). Expected every layer, function and "
-                    "initializer to be one that can be made again. Remedy: register your own with "
+                    f"layers ({type(error).__name__}: {error}). Expected serializable layers, "
+                    "functions and initializers. Remedy: register your own with "
                     f"`{self.name}.saving.register_keras_serializable`, or compress in training "
                     "with `ALDSCompress`, or in place with `apply_plan`."
                 ) from error
@@ -53,18 +53,18 @@ class Cloning(Graphs, Training):
             )
         copy.set_weights(model.get_weights())
         layers = zip(self._flatten(model), self._flatten(copy), strict=True)
-        # Whoever sets `trainable` sets it for all layers inside: these come later.
+        # Setting `trainable` also sets it for all layers inside, so outer layers come first.
         for old, new in sorted(layers, key=lambda pair: -len(self._flatten(pair[0]))):
             self._copy_layer_state(old, new)
         self.copy_compile_state(model, copy, zip(model.weights, copy.weights, strict=True))
         return copy
 
     def _copy_layer_state(self, old: Layer, new: Layer) -> None:
-        """Copies what a layer holds besides its config and the values of its weights."""
+        """Copies the state of a layer apart from its config and weights."""
         if new.trainable != old.trainable:
             new.trainable = old.trainable
         if hasattr(new, "finalize_state") and new.weights:
-            new.finalize_state()  # adapted layers compute with constants made of the weights
+            new.finalize_state()  # adapted layers compute with constants derived from the weights
         keeps_assets = getattr(type(old), "load_assets", None) is not getattr(
             self.keras.layers.Layer, "load_assets", None
         )
@@ -93,20 +93,20 @@ class Cloning(Graphs, Training):
                 f"A copy of the subclassed model '{model.name}' could not be made from its config "
                 f"({type(error).__name__}: {error}). Expected `get_config()` of "
                 f"{type(model).__name__} to return every constructor argument, and `from_config` "
-                "to build the model from them. Remedy: implement both, or compress your own "
-                "second instance with `apply_plan(instance, plan)`, or compress in training with "
-                "`ALDSCompress`, which works on the model object itself."
+                "to build the model from them. Remedy: implement both; or create a second instance "
+                "yourself and compress it with `apply_plan(instance, plan)`; or compress in "
+                "training with `ALDSCompress`, which needs no copy."
             ) from error
         return copy
 
     def copy_compile_state(self, model: Model, copy: Model, pairs: Pairs) -> None:
-        """Compiles `copy` as `model` is, with a new optimizer; nothing if it is not compiled.
+        """Compiles `copy` like `model`, with a new optimizer, if `model` is compiled.
 
         Args:
-            model: The model that is compiled, or not.
-            copy: A model that does the same.
-            pairs: Weights of `model`, each with one of `copy` that took its place, for what an
-                optimizer was told of single weights.
+            model: A model, compiled or not.
+            copy: A copy of it, possibly with other layers.
+            pairs: Pairs of weights of `model` and `copy`, for optimizer settings of single
+                weights.
         """
         if not self.is_compiled(model):
             return
@@ -129,11 +129,11 @@ class Cloning(Graphs, Training):
         self._copy_weight_decay_exclusions(model, copy, pairs)
 
     def compile_arguments(self, model: Model) -> dict[str, Any]:
-        """What a compiled model was given: objects, functions and names as the user wrote them."""
+        """The arguments of a model's `compile`: objects, functions and names, as given."""
         return {**model._compile_config.config, "optimizer": model.optimizer}
 
     def _copy_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        # A schedule has no state: the same object serves both, also if it cannot be serialized.
+        # A schedule has no state, so both optimizers share it, even if it is not serializable.
         inner = self.inner_optimizer(optimizer) or optimizer
         schedule = getattr(inner, "_learning_rate", None)
         if not isinstance(schedule, self.keras.optimizers.schedules.LearningRateSchedule):
@@ -148,7 +148,7 @@ class Cloning(Graphs, Training):
         return copy
 
     def _copy_weight_decay_exclusions(self, model: Model, copy: Model, pairs: Pairs) -> None:
-        # Not part of an optimizer's config: name patterns, and keys of variables.
+        # An optimizer's config lacks these: name patterns, and keys of variables.
         theirs, ours = (self.inner_optimizer(m.optimizer) or m.optimizer for m in (model, copy))
         for name in ("_exclude_from_weight_decay_pattern", "_exclude_from_weight_decay_names"):
             if getattr(theirs, name, None):
@@ -158,7 +158,7 @@ class Cloning(Graphs, Training):
                 self.exclude_from_weight_decay(ours, [new])
 
     def _copy_metrics(self, metrics: Any) -> Any:
-        # Metric objects hold state; names and functions do not.
+        # Metric objects have state; names and functions do not.
         if isinstance(metrics, self.keras.metrics.Metric):
             return _copy_config(metrics)
         if isinstance(metrics, dict):
@@ -168,40 +168,40 @@ class Cloning(Graphs, Training):
         return metrics
 
     def saves(self, holder: Layer, layers: Collection[Layer]) -> bool:
-        """Whether a saved `holder` holds `layers` as they are.
+        """Whether saving `holder` also saves the configs of `layers` inside it.
 
-        What Keras and this package make does, and what has their configs in its own. Anything else
-        makes them again in its code.
+        This holds for classes of Keras and this package, and for others whose config contains those
+        of the layers. All other classes create the layers again in their code.
         """
         cls = type(holder)
         if cls.__module__.startswith((f"{self.keras.__name__}.", "keras_alds.")):
             return True
         if cls.get_config in (self.keras.Model.get_config, self.keras.layers.Layer.get_config):
-            return False  # the arguments of its constructor, at most
+            return False  # at most the arguments of its constructor
         try:
             config = holder.get_config()
-        except Exception:  # a user's own code
+        except Exception:  # custom code
             return False
         return all(_holds_config(config, layer) for layer in layers)
 
     def can_construct(self, model: Model) -> bool:
-        """Whether the class of a symbolic model can be made from its inputs and outputs."""
+        """Whether the class of a symbolic model can be constructed from inputs and outputs."""
         return _is_plain_constructor(self.keras, type(model))
 
 
 class Keras3Cloning(Cloning):
-    """The answers of Keras 3."""
+    """The implementation for Keras 3."""
 
     def _copy_layer_state(self, old: Layer, new: Layer) -> None:
         super()._copy_layer_state(old, new)
-        if old.trainable:  # single variables can be frozen too
+        if old.trainable:  # single variables can still be frozen
             pairs = zip(self.own_variables(old), self.own_variables(new), strict=True)
             for theirs, ours in pairs:
                 self.copy_trainable(theirs, ours)
 
     def _clone(self, model: Model) -> Model:
         with warnings.catch_warnings():
-            # Keras tries to copy the compile state; `copy_compile_state` does it.
+            # Keras would try to copy the compile state, which `copy_compile_state` does.
             warnings.simplefilter("ignore")
             compiled, model.compiled = model.compiled, False
             try:
@@ -211,7 +211,7 @@ class Keras3Cloning(Cloning):
 
 
 class TfKerasCloning(Cloning):
-    """The answers of tf_keras."""
+    """The implementation for tf_keras."""
 
     def _clone(self, model: Model) -> Model:
         return self.keras.models.clone_model(model)
@@ -231,7 +231,7 @@ def _shapes(model: Model) -> list[tuple[int | None, ...] | None]:
 
 
 def _holds_config(config: Any, layer: Layer) -> bool:
-    """Whether `layer` or its config is anywhere in the config of what holds it."""
+    """Whether `config` contains `layer` or its config at any depth."""
     if isinstance(config, (list, tuple)):
         return any(_holds_config(item, layer) for item in config)
     if not isinstance(config, dict):
@@ -244,14 +244,14 @@ def _holds_config(config: Any, layer: Layer) -> bool:
 
 
 def _is_plain_constructor(kind: ModuleType, cls: type) -> bool:
-    """Whether `cls` can be made from inputs and outputs, or from a list of layers."""
+    """Whether `cls` can be constructed from inputs and outputs, or from a list of layers."""
     constructor = inspect.getattr_static(cls, "__init__")
     return constructor.__module__.startswith(f"{kind.__name__}.")
 
 
 def _clone_layer(layer: Layer) -> Layer:
-    # Functions and objects that Keras can write but not read back (lambdas, what is not
-    # registered) have no state that a copy must own: both layers hold the same.
+    # Functions and objects that Keras cannot read back from a config (lambdas, unregistered ones)
+    # have no state, so both layers share them.
     config = layer.get_config()
     if isinstance(layer, keras.layers.Lambda):
         arguments = {key: config[key] for key in ("name", "trainable", "dtype")}

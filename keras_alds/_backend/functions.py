@@ -1,7 +1,7 @@
-"""`tf.function`s in the code of a user's own layers and models.
+"""`tf.function`s in the code of custom layers and models.
 
-What was traced once holds the layers as they were then: it does not follow when one of them becomes
-another, and nobody sees that they are called.
+A traced graph keeps the layers as they were: it ignores later replacements, and its calls of layers
+cannot be watched.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import tensorflow as tf
 from keras_alds import _backend
 from keras_alds._backend.graphs import forget_graph
 
-# Classes and functions of these are not a user's own code. The graphs that the Kerases make for a
-# model are made anew by `Backend.reset_functions`.
+# Packages whose classes and functions are not custom code. `Backend.reset_functions` resets the
+# graphs that Keras 3 and tf_keras make for a model.
 _NOT_OWN = (*_backend.KERASES, "tensorflow", "tensorflow_model_optimization", "keras_alds")
 
 
 @contextlib.contextmanager
 def run_as_code(model: Any) -> Iterator[None]:
-    """Runs functions without their graphs while inside, if a model has code of a user's own.
+    """Runs `tf.function`s eagerly inside the context, if a model has custom code.
 
-    What was traced hides the layers that it calls, and a graph that is traced while they are
-    watched would go on reporting to whoever watched them.
+    Calls of layers in a traced graph cannot be watched, and a graph traced while they are watched
+    would keep the watching code.
     """
     own = any(_is_own(type(layer)) for layer in _layers(model))
     if tf.config.functions_run_eagerly() or not own:
@@ -39,10 +39,10 @@ def run_as_code(model: Any) -> Iterator[None]:
 
 
 def forget_graphs(model: Any) -> Callable[[], None]:
-    """Lets the functions of a model's own code be traced anew when they are called next.
+    """Drops the graphs of `tf.function`s in a model's custom code; the next call traces again.
 
     Returns:
-        A function that brings the graphs back.
+        A function that restores the graphs.
     """
     undo = [forget_graph(function) for function in _own_functions(model)]
 
@@ -54,7 +54,7 @@ def forget_graphs(model: Any) -> Callable[[], None]:
 
 
 def _own_functions(model: Any) -> list[Any]:
-    """The functions that the layers of a model and it itself have as methods or attributes."""
+    """The `tf.function`s that a model and its layers have as methods or attributes."""
     found: dict[int, Any] = {}
     for layer in _layers(model):
         names = {
@@ -86,5 +86,5 @@ def _is_function(value: Any) -> bool:
 
 
 def _is_own(code: Any) -> bool:
-    """Whether a class or function is a user's own."""
+    """Whether a class or function is custom code."""
     return (getattr(code, "__module__", None) or "").split(".")[0] not in _NOT_OWN

@@ -1,4 +1,4 @@
-"""Graphs of symbolic models, and what a model is called on."""
+"""Graphs of symbolic models, and the inputs of models."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from keras_alds._backend.layers import Layer, Layers, Model, Undo, become, stati
 
 @dataclasses.dataclass(frozen=True)
 class GraphCall:
-    """One call in the graph of a symbolic model: `layer(*args, **kwargs)` gave `outputs`.
+    """One call in the graph of a symbolic model: `layer(*args, **kwargs)` returned `outputs`.
 
     Attributes:
         layer: The layer, or in Keras 3 the operation.
         args: The arguments, with the symbolic tensors of the graph.
         kwargs: The keyword arguments.
-        outputs: The symbolic tensors that came out, flattened.
+        outputs: The symbolic output tensors, flattened.
     """
 
     layer: Layer
@@ -34,15 +34,15 @@ class GraphCall:
 
 
 class Graphs(Layers):
-    """Questions about models as graphs, with the answers that hold for Keras 3 and tf_keras."""
+    """Graphs of models: the code that Keras 3 and tf_keras share."""
 
     def is_symbolic(self, model: Model) -> bool:
-        """Whether `model` is Functional or Sequential, that is, holds its graph of layers."""
+        """Whether `model` is Functional or Sequential, and so has a graph of layers."""
         return isinstance(model, (self.keras.Sequential, self._functional_class))
 
     @functools.cached_property
     def _functional_class(self) -> type:
-        # Its name is not public; a model of one tensor is an instance of it.
+        # The class is not public; a model of one tensor is an instance of it.
         tensor = self.keras.Input((1,))
         return type(self.keras.Model(tensor, self.keras.layers.Activation("linear")(tensor)))
 
@@ -51,16 +51,16 @@ class Graphs(Layers):
         return self.is_symbolic(model) and bool(model.built and getattr(model, "inputs", None))
 
     def check_call(self, model: Model) -> None:
-        """Raises a ValueError for a model that has a `train_step` and no `call`."""
+        """Raises a ValueError for a model with a `train_step` but no `call`."""
         if type(model).call is self.keras.Model.call:
             raise ValueError(
-                f"Expected the model '{model.name}' to have a `call`, to be run on examples or "
-                f"have its multiply–accumulates counted. Received: {type(model).__name__} without "
+                f"Expected the model '{model.name}' to have a `call`, which calibration data and "
+                f'objectives other than "params" require. Received: {type(model).__name__} without '
                 'one. Write one, or use objective="params" without calibration data.'
             )
 
     def input_specs(self, model: Model) -> Any:
-        """The structure of `tf.TensorSpec` that `model` is called on (batch of one).
+        """The structure of `tf.TensorSpec` of a model's inputs (batch of one).
 
         Raises:
             ValueError: If the shapes are not known.
@@ -71,8 +71,8 @@ class Graphs(Layers):
         shapes = config.get("input_shape") or config.get("shapes_dict")
         if shapes is None:
             raise ValueError(
-                f"Expected the model '{model.name}' to know the shape of its inputs. Received: a "
-                f"{type(model).__name__} that does not. Call it once on a batch, or `build()` it."
+                f"Expected the model '{model.name}' to have known input shapes. Received: a "
+                f"{type(model).__name__} without. Call it once on a batch, or `build()` it."
             )
         return specs_from_shapes(shapes, model)
 
@@ -80,12 +80,12 @@ class Graphs(Layers):
     def watching_calls(
         self, layers: Sequence[Layer], watch: Callable[[Layer, Any, Any], Any]
     ) -> Iterator[None]:
-        """Watches every call of `layers` while inside.
+        """Watches every call of `layers` inside the context.
 
         Args:
             layers: The layers, at any depth of a model.
             watch: `watch(layer, inputs, outputs)` is called after every call with its first
-                argument and its result, and returns what is handed on in place of the result.
+                argument and its result, and returns the result to pass on.
         """
 
         def watched(layer: Layer, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,7 +111,7 @@ class Graphs(Layers):
     def trace_shapes(self, model: Model, layers: Sequence[Layer]) -> dict[Layer, list[tuple]]:
         """Input and output shapes of every call of `layers` in one forward pass of `model`.
 
-        The pass is traced, not run: nothing is computed and no state changes.
+        The pass is only traced: nothing is computed, and no state changes.
 
         Args:
             model: The model.
@@ -134,11 +134,11 @@ class Graphs(Layers):
                     lambda inputs: model(inputs, training=False), autograph=False
                 ).get_concrete_function(specs)
         finally:
-            model._clear_losses()  # those of activity regularizers are of the graph traced here
+            model._clear_losses()  # the traced graph has added activity regularization losses
         return calls
 
     def graph(self, model: Model) -> list[GraphCall]:
-        """The calls that a built symbolic model makes, inputs first, in an order that runs."""
+        """The calls of a built symbolic model in topological order, inputs first."""
         graph = self._functional_of(model)
         return [
             self._graph_call(node)
@@ -147,12 +147,12 @@ class Graphs(Layers):
         ]
 
     def graph_ends(self, model: Model) -> tuple[Any, Any]:
-        """The structures of input and output tensors of a built symbolic model."""
+        """The input and output tensors of a built symbolic model, as nested structures."""
         graph = self._functional_of(model)
         return graph.input, graph.output
 
     def input_names(self, model: Model) -> list[str]:
-        """The names of a symbolic model's input layers; none for another model."""
+        """The names of a symbolic model's input layers; empty for other models."""
         if not self._has_graph(model):
             return []
         names = {
@@ -163,7 +163,7 @@ class Graphs(Layers):
         return [names[id(tensor)] for tensor in model.inputs]
 
     def runs_graph(self, layer: Layer) -> bool:
-        """Whether calling `layer` does what its graph says: a symbolic model without own code."""
+        """Whether calling `layer` runs its graph: a symbolic model without a custom `call`."""
         return (
             isinstance(layer, self.keras.layers.Layer)
             and self._has_graph(layer)
@@ -175,23 +175,23 @@ class Graphs(Layers):
         )
 
     def graph_inputs(self, model: Model, inputs: Any) -> list[Any]:
-        """What a symbolic model is called on as a flat list in the order of its graph's inputs."""
+        """The inputs of a symbolic model as a flat list, in the order of its graph's inputs."""
         starts, _ = self.graph_ends(model)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Keras 3 told the user when `model` was made
-            # A model that does nothing takes its inputs as `model` does.
+            warnings.simplefilter("ignore")  # Keras 3 warned when `model` was made
+            # An identity model sorts its inputs like `model`.
             return tf.nest.flatten(self.keras.Model(starts, model.inputs, name=model.name)(inputs))
 
     def infer(self, layer: Layer, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Calls a layer, an operation of a graph or a function, as inference does."""
-        call = getattr(layer, "call", None)  # a function of the user's has none
+        """Calls a layer, a graph operation or a function in inference mode."""
+        call = getattr(layer, "call", None)  # functions have none
         takes = () if call is None else inspect.signature(call).parameters
         if "training" in takes and kwargs.get("training") is None:
             kwargs = {**kwargs, "training": False}
         return layer(*args, **kwargs)
 
     def producer(self, tensor: Any) -> tuple[GraphCall, int]:
-        """The call that gave a symbolic tensor, and which of its outputs the tensor is."""
+        """The call that returned a symbolic tensor, and the tensor's index in its outputs."""
         layer, node, index = tensor._keras_history
         return self._graph_call(self._nodes(layer)[node]), index
 
@@ -207,7 +207,7 @@ class Graphs(Layers):
 
 
 class Keras3Graphs(Graphs):
-    """The answers of Keras 3."""
+    """The implementation for Keras 3."""
 
     def _nodes(self, layer: Layer) -> list[Any]:
         return layer._inbound_nodes
@@ -223,10 +223,10 @@ class Keras3Graphs(Graphs):
 
 
 class TfKerasGraphs(Graphs):
-    """The answers of tf_keras."""
+    """The implementation for tf_keras."""
 
     def input_specs(self, model: Model) -> Any:
-        # A subclassed model that was called on a batch knows it from there.
+        # A subclassed model has a spec after its first call.
         spec = None if self.is_symbolic(model) else model.save_spec()
         if spec is None:
             return super().input_specs(model)
@@ -242,10 +242,10 @@ class TfKerasGraphs(Graphs):
 
 
 def forget_graph(function: Any) -> Undo:
-    """Lets a `tf.function` be traced anew when it is called next; the object stays the same.
+    """Drops the graphs of a `tf.function`, so that its next call traces again.
 
     Returns:
-        A function that brings its graphs back.
+        A function that restores the graphs.
     """
     before = dict(vars(function))
     become(function, type(function), vars(function._clone(None)))
@@ -253,17 +253,17 @@ def forget_graph(function: Any) -> Undo:
 
 
 def mask_of(tensor: Any) -> Any:
-    """The mask that a layer left on a tensor, or None."""
+    """The Keras mask of a tensor, or None."""
     return getattr(tensor, "_keras_mask", None)
 
 
 def set_mask(tensor: Any, mask: Any) -> None:
-    """Lets the layers that are called on a tensor find its mask."""
+    """Sets the Keras mask of a tensor."""
     tensor._keras_mask = mask
 
 
 def specs_of(inputs: Any) -> Any:
-    """`tf.TensorSpec` of tensors in any structure, with a batch of one."""
+    """`tf.TensorSpec`s for a structure of tensors, with a batch of one."""
 
     def spec(tensor: Any) -> tf.TensorSpec:
         return tf.TensorSpec((1, *tuple(tensor.shape)[1:]), tensor.dtype)
@@ -272,7 +272,7 @@ def specs_of(inputs: Any) -> Any:
 
 
 def specs_from_shapes(shapes: Any, model: Model) -> Any:
-    """`tf.TensorSpec` of the shapes that `model` was built on, with a batch of one."""
+    """`tf.TensorSpec`s for the shapes that `model` was built with, with a batch of one."""
     dtype = getattr(model, "input_dtype", None) or tf.float32
 
     def build(shape: Any) -> Any:

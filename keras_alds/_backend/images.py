@@ -8,7 +8,7 @@ import tensorflow as tf
 
 
 def shuffled_images(x: Any, y: Any, *, batch_size: int, augment: bool) -> tf.data.Dataset:
-    """Images and their classes in shuffled batches, the same ones every time.
+    """Images and their classes in shuffled batches, with a fixed seed.
 
     Args:
         x: Images `[n, height, width, channels]`.

@@ -1,4 +1,4 @@
-"""Layers: what they hold, and how one becomes another one in place."""
+"""The weights and children of layers, and the replacement of layers in place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import tensorflow as tf
 
 
 class KerasModel(Protocol):
-    """A `keras.Model` or a `tf_keras.Model`, as far as this package's functions are typed by it."""
+    """The part of `keras.Model` and `tf_keras.Model` that this package's type hints use."""
 
     name: Any
     built: Any
@@ -39,26 +39,26 @@ def dtype_policy(layer: Layer) -> Any:
 
 
 def projections(layer: Layer, names: Iterable[str]) -> dict[str, Layer | None]:
-    """The projections of an attention layer, such as `query`; None for one that it has not."""
+    """The projections of an attention layer, such as `query`; None for those that do not exist."""
     return {name: getattr(layer, f"_{name}_dense", None) for name in names}
 
 
 def pruning_mask(wrapper: Layer, weight: Variable) -> tuple[Any, Any]:
-    """The threshold and the mask that TF-MOT's pruning `wrapper` would give a weight now.
+    """The threshold and mask of a weight at the current step of TF-MOT's pruning `wrapper`.
 
-    `conditional_mask_update` assigns the same, but waits for the schedule's next turn.
+    `conditional_mask_update` would assign them only at the schedule's next update.
     """
     return wrapper.pruning_obj._maybe_update_block_mask(weight)
 
 
 class Layers:
-    """Questions about layers, with the answers that hold for Keras 3 and tf_keras."""
+    """Layers: the code that Keras 3 and tf_keras share."""
 
     name: str
     keras: ModuleType
-    # Attributes of a layer that belong to its place in the model, and stay when it changes.
+    # Attributes of a layer's place in the model, which stay when the layer is replaced.
     _place: tuple[str, ...]
-    # Attributes that bind methods of the object that they were made for.
+    # Attributes with bound methods of the old object.
     _bound: tuple[str, ...] = ()
 
     def is_model(self, obj: object) -> bool:
@@ -66,21 +66,21 @@ class Layers:
         return isinstance(obj, self.keras.Model)
 
     def children(self, layer: Layer) -> list[Layer]:
-        """The layers that `layer` directly holds, in creation order (no metrics)."""
+        """The layers directly inside `layer`, in creation order (no metrics)."""
         return list(layer._flatten_layers(include_self=False, recursive=False))
 
     def own_variables(self, layer: Layer) -> list[Variable]:
-        """The weights that `layer` holds itself, without those of the layers inside it."""
+        """The weights of `layer`, without those of the layers inside it."""
         inside = {id(v) for child in self.children(layer) for v in child.weights}
         return [v for v in layer.weights if id(v) not in inside]
 
     def weights(self, model: Model) -> list[Variable]:
-        """The weights of a model; tf_keras lists vocabularies among them, which are none."""
+        """The weights of a model, without the vocabularies that tf_keras lists among them."""
         return [weight for weight in model.weights if hasattr(weight, "shape")]
 
     def has_its_weights(self, layer: Layer) -> bool:
-        """Whether the weights of a layer are made, or it has no `build` that could make some."""
-        layers = self.keras.layers  # in tf_keras, random layers build their generator only
+        """Whether a layer is built, or has no `build` that creates weights."""
+        layers = self.keras.layers  # in tf_keras, random layers only build their generator
         stateless = (layers.Layer.build, layers.Dropout.build)
         return bool(layer.built or type(layer).build in stateless)
 
@@ -89,37 +89,36 @@ class Layers:
         tensor = tf.convert_to_tensor(variable)
         if tensor.dtype == tf.bfloat16:
             tensor = tf.cast(tensor, tf.float32)
-        return tensor.numpy()  # one copy, where `ops.convert_to_numpy` holds two for a while
+        return tensor.numpy()  # one copy; `ops.convert_to_numpy` makes two
 
     def copy_trainable(self, old: Variable, new: Variable) -> None:
-        """Freezes `new` if `old` is frozen by itself, which only Keras 3 allows."""
+        """Freezes `new` if `old` is frozen individually, which only Keras 3 supports."""
 
     def name_scope(self, layer: Layer) -> contextlib.AbstractContextManager[Any]:
-        """The scope that gives a layer's new variables their names."""
+        """The name scope for a layer's new variables."""
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def creation_scope(self, model: Model) -> Iterator[None]:
-        """Where new variables of `model` have to be made (its distribution strategy)."""
+        """The scope in which to create variables of `model` (its distribution strategy)."""
         strategy = getattr(model, "distribute_strategy", None)
         with strategy.scope() if strategy is not None else contextlib.nullcontext():
             yield
 
     def transplant(self, old: Layer, new: Layer, kept: Mapping[str, str] | None = None) -> Undo:
-        """Turns the layer object `old` into what `new` is; `new` must not be used afterwards.
+        """Gives the layer object `old` the class and state of `new`; do not use `new` afterwards.
 
-        Class and state are replaced; the object itself, its name and its place in every graph
-        stay, so whoever holds a reference to the layer goes on holding it. The variables that are
-        kept stay the same objects too, and with them whatever an optimizer keeps for them.
+        The object itself, its name and its place in every graph stay, so references to the layer
+        remain valid. The kept variables also stay the same objects, so optimizers keep their state.
 
         Args:
             old: A built layer.
             new: A built layer with the same inputs and outputs.
-            kept: Variables that the two have in common: `{attribute of old: attribute of new}`, in
-                the order of the last variables of `new`. Defaults to none.
+            kept: Variables of `old` to keep, as `{attribute of old: attribute of new}`, in the
+                order of the last variables of `new`. Defaults to none.
 
         Returns:
-            A function that puts everything back.
+            A function that undoes the change.
         """
         for theirs, ours in (kept or {}).items():
             if getattr(old, theirs, None) is not None and getattr(new, ours, None) is not None:
@@ -133,40 +132,39 @@ class Layers:
         return lambda: become(old, before_class, before)
 
     def renew_bidirectional(self, layer: Layer) -> Undo:
-        """Lets a `Bidirectional` save and copy its two layers as they are now.
+        """Updates the configs of its two layers in a `Bidirectional`, for saving and copying.
 
         Returns:
-            A function that puts everything back.
+            A function that undoes the change.
         """
         return lambda: None
 
     def adopt(self, layer: Layer, cls: type, attributes: dict[str, Any]) -> Undo:
-        """Makes `layer` one of a subclass of its class, with further attributes.
+        """Changes the class of `layer` to a subclass, with further attributes.
 
         Returns:
-            A function that puts everything back.
+            A function that undoes the change.
         """
         before, before_class = dict(layer.__dict__), type(layer)
         become(layer, cls, {**before, **attributes})
         return lambda: become(layer, before_class, before)
 
     def _losses_of(self, old: Layer, new: Layer) -> dict[str, Any]:
-        """Attributes of what `old` becomes that hold losses of the layer's weights."""
+        """Attributes with the regularization losses of the layer's new weights."""
         return {}
 
     def _share(self, variable: Variable, new: Layer, name: str) -> None:
         raise NotImplementedError
 
     def use_plain_convolutions(self, layers: Sequence[Layer]) -> None:
-        """Lets stock grouped convolutions run without XLA, whose gradient is very slow on CPUs.
+        """Runs stock grouped convolutions without XLA, whose gradient is very slow on CPUs.
 
-        The layers compute the same; what is saved does not change. Nothing in Keras 3, which has
-        no such switch.
+        Outputs and saved files stay the same. Does nothing in Keras 3, which has no such switch.
         """
 
 
 class Keras3Layers(Layers):
-    """The answers of Keras 3."""
+    """The implementation for Keras 3."""
 
     _place = (
         "_inbound_nodes",
@@ -192,7 +190,7 @@ class Keras3Layers(Layers):
         locked = tracker.locked
         tracker.unlock()
         tracker.untrack(getattr(new, name))
-        variable.trainable = True  # so that it is listed where `layer.trainable = …` looks for it
+        variable.trainable = True  # lists it among the variables that `layer.trainable = …` sets
         setattr(new, name, variable)
         variable.trainable = trainable
         if locked:
@@ -201,7 +199,7 @@ class Keras3Layers(Layers):
 
 @functools.cache
 def _plain_convolutions_train() -> bool:
-    """Whether grouped convolutions have a gradient: on CPUs only with oneDNN, which may be off."""
+    """Whether grouped convolutions have a gradient; on CPUs this requires oneDNN."""
     kernel = tf.ones((1, 1, 1, 2))
     with tf.GradientTape() as tape:
         tape.watch(kernel)
@@ -213,7 +211,7 @@ def _plain_convolutions_train() -> bool:
 
 
 class TfKerasLayers(Layers):
-    """The answers of tf_keras."""
+    """The implementation for tf_keras."""
 
     _place = (
         "_inbound_nodes_value",
@@ -236,7 +234,7 @@ class TfKerasLayers(Layers):
         return tf.name_scope(getattr(layer, "scope", layer.name))
 
     def renew_bidirectional(self, layer: Layer) -> Undo:
-        # It makes both of its layers from the config of the one that it was given, and saves that.
+        # It saves the config of the given layer, and creates both of its layers from that.
         forward, backward = layer.forward_layer, layer.backward_layer
         given = type(forward).from_config({**forward.get_config(), "name": layer.layer.name})
         config = self.keras.saving.serialize_keras_object(backward)
@@ -244,7 +242,7 @@ class TfKerasLayers(Layers):
         return self.adopt(layer, type(layer), {"layer": given, "_backward_layer_config": config})
 
     def own_variables(self, layer: Layer) -> list[Variable]:
-        # Vocabularies are listed there too.
+        # Without vocabularies, which tf_keras lists among the weights.
         return [v for v in super().own_variables(layer) if hasattr(v, "shape")]
 
     def _share(self, variable: Variable, new: Layer, name: str) -> None:
@@ -252,7 +250,7 @@ class TfKerasLayers(Layers):
         setattr(new, name, variable)
 
     def _losses_of(self, old: Layer, new: Layer) -> dict[str, Any]:
-        # Layers hold functions: those of weights come with the weights, others stay.
+        # Losses are functions: those of weights come from `new`, others stay.
         held = {id(variable) for variable in self.own_variables(new)}
         losses = [
             loss
@@ -271,13 +269,13 @@ def become(obj: Any, cls: type, attributes: dict[str, Any]) -> None:
 
 
 def static_shape(value: Any) -> tuple[int | None, ...] | None:
-    """The shape of a tensor or variable, or None of what has none."""
+    """The shape of a tensor or variable, or None if it has none."""
     shape = getattr(value, "shape", None)
     return None if shape is None else tuple(shape)
 
 
 def _regularized(loss: Callable[..., Any]) -> Variable | None:
-    """The weight whose regularizer a loss of a layer is, or None."""
+    """The weight that a regularization loss belongs to, or None for other losses."""
     (inner,) = loss.args if isinstance(loss, functools.partial) else (None,)
     if not isinstance(inner, functools.partial) or inner.func.__name__ != "_loss_for_variable":
         return None

@@ -1,4 +1,4 @@
-"""The TensorFlow functions that layers and models use, and what they ask of TensorFlow."""
+"""The TensorFlow functions that layers and models use."""
 
 from __future__ import annotations
 
@@ -75,34 +75,34 @@ def is_dataset(value: Any) -> bool:
 
 
 def to_numpy(value: Any) -> np.ndarray:
-    """A value as a NumPy array; bfloat16, which NumPy does not have, as float32."""
+    """A value as a NumPy array; bfloat16, which NumPy lacks, becomes float32."""
     if isinstance(value, tf.Tensor) and value.dtype == tf.bfloat16:
         value = tf.cast(value, tf.float32)
     return np.asarray(value)
 
 
 def is_dense(value: Any) -> bool:
-    """Whether a value is a tensor, and neither sparse nor ragged."""
+    """Whether a value is a dense tensor, not sparse or ragged."""
     return isinstance(value, tf.Tensor)
 
 
 def bytes_of(value: Any) -> int:
-    """The bytes of a dense tensor's values; 0 of anything else."""
+    """The bytes of a dense tensor's values; 0 for anything else."""
     if not is_dense(value) or value.dtype in (tf.string, tf.variant, tf.resource):
         return 0
     return math.prod(value.shape) * value.dtype.size
 
 
 def has_values(x: Any) -> bool:
-    """Whether a tensor has values now, and is not part of a graph that is being traced."""
+    """Whether a tensor has values, and is not a symbol in a graph being traced."""
     return hasattr(x, "numpy")
 
 
 def after_running(use: Callable[[np.ndarray], None], x: Any, outputs: Any) -> Any:
-    """Lets the graph that is being traced call `use` with the values of `x` whenever it runs.
+    """Makes the graph being traced call `use` with the values of `x` whenever it runs.
 
     Returns:
-        What is to be handed on as `outputs`, so that the call takes place.
+        The outputs to pass on; they depend on the call.
     """
 
     def run(values: np.ndarray) -> np.bool_:
@@ -137,7 +137,7 @@ def convolution(
     dilation_rate: Sequence[int],
     data_format: str,
 ) -> Any:
-    """Apply a convolution over one to three spatial axes, grouped if the kernel is narrower.
+    """Apply a convolution over one to three spatial axes, grouped if the kernel has fewer channels.
 
     Args:
         x: tensor `[batch, *spatial, channels]`, or `[batch, channels, *spatial]`.
@@ -185,7 +185,7 @@ def depthwise_convolution(
     """
     x, padding = padded(x, kernel, padding, dilation_rate, data_format)
     last = data_format == "channels_last"
-    one = len(strides) == 1  # TensorFlow has it for images only
+    one = len(strides) == 1  # TensorFlow supports only images
     if one:
         x = tf.expand_dims(x, 1 if last else 2)
         kernel = tf.expand_dims(kernel, 0)
@@ -241,7 +241,7 @@ def transposed_convolution(
 def padded(
     x: Any, kernel: Any, padding: str, dilation_rate: Sequence[int], data_format: str
 ) -> tuple[Any, str]:
-    """The input with causal padding, if it is asked for, and the padding that is left to do."""
+    """Applies causal padding; returns the input and the padding that remains to be applied."""
     if padding != "causal":
         return x, padding
     left = [dilation_rate[0] * (kernel.shape[0] - 1), 0]
@@ -251,11 +251,11 @@ def padded(
     return x, "valid"
 
 
-# -- Where the code runs -------------------------------------------------------------------------
+# -- Devices and compilers -----------------------------------------------------------------------
 
 
 def on_cpu() -> bool:
-    """Tell whether TensorFlow sees nothing but CPUs.
+    """Tell whether TensorFlow sees only CPUs.
 
     Returns:
         `True` if no GPU or TPU is visible to this process.
@@ -264,11 +264,11 @@ def on_cpu() -> bool:
 
 
 def in_xla_trace() -> bool:
-    """Tell whether the code that runs now is being traced for XLA (`jit_compile=True`).
+    """Tell whether the current code is being traced for XLA (`jit_compile=True`).
 
     `tf.function(jit_compile=True)` opens an XLA control-flow context for its trace, and inner
-    functions find it through their outer graphs. There is no public way to ask. Where TensorFlow
-    moves it, the answer is `False` and a slower form is taken.
+    functions find it through their outer graphs. This uses a private function of TensorFlow. If it
+    is missing, the result is `False`, and a slower implementation is used.
 
     Returns:
         `True` inside such a trace, `False` in eager execution and in ordinary graphs.
@@ -288,21 +288,21 @@ def grouped_convolution_trains(dtype: str) -> bool:
     """Tell whether this machine's CPU kernels can differentiate a grouped convolution.
 
     TensorFlow's own CPU kernels cannot ("Gradients for grouped convolutions are not supported on
-    CPU"). oneDNN's can, for float32 and bfloat16 and where oneDNN is switched on. A tiny gradient
-    is tried once per dtype.
+    CPU"). oneDNN's can, for float32 and bfloat16, if oneDNN is enabled. A tiny gradient is tried
+    once per dtype.
 
     Args:
         dtype: str, the layer's compute dtype.
 
     Returns:
-        `True` if the gradient of a grouped 2D convolution runs.
+        `True` if the gradient of a grouped 2D convolution can be computed.
     """
     with tf.init_scope():
-        if not tf.executing_eagerly():  # a TF1 graph: nothing can be tried
+        if not tf.executing_eagerly():  # a TF1 graph, where nothing can run
             return False
         image, kernel = tf.ones([1, 3, 3, 4], dtype), tf.ones([3, 3, 2, 4], dtype)
         options = {"out_backprop": image, "strides": [1, 1, 1, 1], "padding": "SAME"}
-        try:  # the operations themselves: gradient tapes do not record in this scope
+        try:  # with raw operations, as gradient tapes do not record in this scope
             tf.raw_ops.Conv2DBackpropInput(input_sizes=image.shape, filter=kernel, **options)
             tf.raw_ops.Conv2DBackpropFilter(input=image, filter_sizes=kernel.shape, **options)
         except (tf.errors.OpError, TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Training: optimizers and what they keep, step functions, callbacks and backups."""
+"""Training: optimizers and their state, step functions, callbacks and backups."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from keras_alds._backend.layers import (
     become,
 )
 
-#: What a slot of an optimizer holds: what is linear in past gradients, squared gradients, or an
-#: average of the weight.
+#: The content of an optimizer's slot: linear in past gradients, averages of squared gradients, or
+#: an average of the weight.
 LINEAR, SQUARED, AVERAGE = "linear", "squared", "average"
 
-#: The same by the optimizer's class and the slot's name in Keras 3, in tf_keras, and in tf_keras's
-#: legacy optimizers. RMSprop's momentum sums rescaled gradients, so it is not here; nor is what
-#: follows a maximum.
+#: The same by optimizer class and slot name, in Keras 3, tf_keras and tf_keras's legacy optimizers.
+#: Slots that are not convertible are missing: RMSprop's momentum, which sums rescaled gradients,
+#: and slots that track a maximum.
 _SLOTS: dict[str, dict[str, str]] = {
     "SGD": dict.fromkeys(("momentums", "momentum"), LINEAR),
     "Adam": {
@@ -50,7 +50,7 @@ _ANY = {"_accumulated_gradients": LINEAR, "_model_variables_moving_average": AVE
 
 
 def slot_meaning(optimizer: Optimizer, slot: str) -> str | None:
-    """What a slot of an optimizer holds: `LINEAR`, `SQUARED`, `AVERAGE`, or None for the rest."""
+    """The content of an optimizer's slot: `LINEAR`, `SQUARED`, `AVERAGE`, or None for others."""
     if slot in _ANY:
         return _ANY[slot]
     for cls in type(optimizer).__mro__:
@@ -60,9 +60,9 @@ def slot_meaning(optimizer: Optimizer, slot: str) -> str | None:
 
 
 class Callback(keras.callbacks.Callback):
-    """A callback without hooks for batches, for `fit` of Keras 3 and of tf_keras."""
+    """A callback without hooks for batches, for `fit` of Keras 3 and tf_keras."""
 
-    # tf_keras asks every callback.
+    # tf_keras calls this for every callback.
     def _implements_train_batch_hooks(self) -> bool:
         return False
 
@@ -71,14 +71,14 @@ class Callback(keras.callbacks.Callback):
 
 
 class Training(Layers):
-    """Questions about training, with the answers that hold for Keras 3 and tf_keras."""
+    """Training: the code that Keras 3 and tf_keras share."""
 
     def is_compiled(self, model: Model) -> bool:
         """Whether `compile()` was called on `model`."""
         raise NotImplementedError
 
     def optimizers(self, model: Model) -> list[Optimizer]:
-        """Every optimizer that `model` holds: its own and those of a custom `train_step`."""
+        """Every optimizer of `model`: its own and those of a custom `train_step`."""
         base = self._optimizer_classes()
         found: dict[Optimizer, None] = {}
 
@@ -108,15 +108,15 @@ class Training(Layers):
         raise NotImplementedError
 
     def is_optimizer_built(self, optimizer: Optimizer) -> bool:
-        """Whether `optimizer` has its variables."""
+        """Whether `optimizer` has created its variables."""
         raise NotImplementedError
 
     def optimizer_targets(self, optimizer: Optimizer, known: list[Variable]) -> list[Variable]:
-        """The model variables that a built optimizer was built on, in order.
+        """The model variables that a built optimizer was built for, in order.
 
         Args:
             optimizer: A built optimizer.
-            known: The model's variables: tf_keras keeps no references, only keys.
+            known: The model's variables, as tf_keras's optimizers keep only keys of them.
         """
         raise NotImplementedError
 
@@ -124,7 +124,7 @@ class Training(Layers):
         self, optimizer: Optimizer, targets: list[Variable]
     ) -> dict[str, list[Variable | None]]:
         """The optimizer's per-variable state: slot name to one variable per target."""
-        # `iterations` is in the list of all variables, and in no slot.
+        # `iterations` is listed among the variables, but is not a slot.
         state = {id(v) for v in optimizer.variables if v is not optimizer.iterations}
         return {
             name: list(value)
@@ -141,44 +141,44 @@ class Training(Layers):
         new: list[Variable],
         undo_steps: list[Undo],
     ) -> None:
-        """Builds `optimizer` again, in place, on other model variables.
+        """Rebuilds `optimizer` in place for other model variables.
 
-        Its per-variable state starts at its initial values; iterations, learning rate, schedule
-        and every scalar (loss scale, …) keep theirs.
+        Its per-variable state starts at the initial values. Iterations, learning rate, schedule
+        and all scalars, such as the loss scale, are kept.
 
         Args:
             optimizer: A built optimizer.
-            old: The model variables that it was built on.
-            new: Those that it is to update from now on.
-            undo_steps: A function that puts everything back is appended before anything changes.
+            old: The model variables that it was built for.
+            new: The model variables to update from now on.
+            undo_steps: A list to which a function that undoes the change is appended first.
         """
         raise NotImplementedError
 
     def learning_rate(self, optimizer: Optimizer) -> float:
-        """The learning rate that the next step would have."""
+        """The learning rate of the next step."""
         return float((self.inner_optimizer(optimizer) or optimizer).learning_rate)
 
     def set_learning_rate(self, optimizer: Optimizer, rate: float) -> None:
-        """Gives an optimizer that is not built a constant rate, also in place of a schedule."""
+        """Sets a constant learning rate of an unbuilt optimizer, replacing any schedule."""
         raise NotImplementedError
 
     def is_excluded_from_weight_decay(self, optimizer: Optimizer, variable: Variable) -> bool:
-        """Whether `exclude_from_weight_decay(var_list=…)` was given this variable."""
+        """Whether `exclude_from_weight_decay(var_list=…)` excluded this variable."""
         excluded = getattr(optimizer, "_exclude_from_weight_decay", ())
         return bool(excluded) and optimizer._var_key(variable) in excluded
 
     def exclude_from_weight_decay(self, optimizer: Optimizer, variables: list[Variable]) -> Undo:
-        """Adds variables to those that are not decayed; also for an optimizer that is built.
+        """Excludes more variables from weight decay, even if the optimizer is built.
 
         Returns:
-            A function that puts everything back.
+            A function that undoes the change.
         """
         known = getattr(optimizer, "_exclude_from_weight_decay", ())
         optimizer._exclude_from_weight_decay = [*known, *map(optimizer._var_key, variables)]
         return lambda: setattr(optimizer, "_exclude_from_weight_decay", known)
 
     def reset_functions(self, model: Model) -> None:
-        """Forgets the compiled step functions, and makes the train function anew if in `fit`."""
+        """Drops the compiled step functions, and makes a new train function during `fit`."""
         training = model.train_function is not None
         model.train_function = None
         model.test_function = None
@@ -187,12 +187,12 @@ class Training(Layers):
             model.make_train_function(force=True)
 
     def calling_fit(self, model: Model) -> tuple[Any, list[Any]]:
-        """The data and the callbacks of the `fit` of `model` from which this call comes.
+        """The data and the callbacks of the running `fit` call of `model`.
 
-        Keras hands a callback its model, but neither the data nor the callbacks beside it.
+        They are found on the call stack: Keras passes a callback only its model.
 
         Returns:
-            `x`, or None if no `fit` is calling, and the list of all its callbacks.
+            `x`, or None outside of `fit`, and the list of all callbacks of `fit`.
         """
         x, callbacks = None, None
         frame = inspect.currentframe()
@@ -206,7 +206,7 @@ class Training(Layers):
         return x, list(callbacks or [])
 
     def forget_best(self, callback: Any) -> None:
-        """Makes a stock callback forget the best value and weights that it remembers."""
+        """Resets the best value and weights that a stock callback remembers."""
         callbacks = self.keras.callbacks
         if isinstance(callback, (callbacks.EarlyStopping, callbacks.ReduceLROnPlateau)):
             callback.on_train_begin()
@@ -217,13 +217,12 @@ class Training(Layers):
         raise NotImplementedError
 
     def missing_in_backup(self, callback: Any, model: Model) -> str | None:
-        """The first weight of `model` that the backup of a `BackupAndRestore` lacks.
+        """The first weight of `model` that is missing in the backup of a `BackupAndRestore`.
 
-        The backup is compared with what `model` would save now, by the names that Keras restores
-        by, and by shapes.
+        The names and shapes in the backup are compared with those that `model` would save now.
 
         Returns:
-            Its name and shape, or None: it has all of them, there is no backup, or `callback` is
+            Its name and shape; None if no weight is missing, there is no backup, or `callback` is
             another callback.
         """
         if not isinstance(callback, self.keras.callbacks.BackupAndRestore) or not model.built:
@@ -234,22 +233,22 @@ class Training(Layers):
         with tempfile.TemporaryDirectory() as folder:
             saved = self._saved(model, folder)
         for name, shape in saved.items():
-            # An optimizer may not be built yet, or may be another one.
+            # The optimizer may be unbuilt or a different one.
             if backup.get(name) != shape and "optimizer" not in name:
                 return f"'{name}' of shape {shape}"
         return None
 
     def _backup(self, callback: Any) -> dict[str, tuple[int, ...]] | None:
-        """Names and shapes in the backup that `callback` would restore, or None."""
+        """Names and shapes in the backup that `callback` would restore; None without a backup."""
         raise NotImplementedError
 
     def _saved(self, model: Model, folder: str) -> dict[str, tuple[int, ...]]:
-        """The same of what `model` saves, for which there is a `folder`."""
+        """Names and shapes that `model` would save, by saving it in `folder`."""
         raise NotImplementedError
 
 
 class Keras3Training(Training):
-    """The answers of Keras 3."""
+    """The implementation for Keras 3."""
 
     def is_compiled(self, model: Model) -> bool:
         return bool(model.compiled)
@@ -283,7 +282,7 @@ class Keras3Training(Training):
         undo_steps.append(undo)
         wrapper = self.inner_optimizer(optimizer) is not None
         dropped = {id(v) for slot in self.slots(optimizer, old).values() for v in slot}
-        # Scalars that `build` makes (loss scale, step counters, …) keep their value by attribute.
+        # Scalars that `build` creates again (loss scale, step counters, …) keep their values.
         scalars = {
             name: value
             for name, value in vars(optimizer).items()
@@ -292,7 +291,7 @@ class Keras3Training(Training):
         _track(optimizer, [v for v in optimizer._variables if id(v) not in dropped])
         optimizer._trainable_variables_indices = {}
         if wrapper:
-            # `LossScaleOptimizer.build` would make its counters anew and build the inner one.
+            # `LossScaleOptimizer.build` would create new counters and build the inner optimizer.
             keras.optimizers.Optimizer.build(optimizer, new)
         else:
             optimizer.built = False
@@ -309,7 +308,7 @@ class Keras3Training(Training):
 
     def _backup(self, callback: Any) -> dict[str, tuple[int, ...]] | None:
         latest = os.path.join(callback.backup_dir, "latest.weights.h5")
-        for path in (latest, f"{latest}.bkp"):  # the second in place of a broken first
+        for path in (latest, f"{latest}.bkp"):  # the second if the first is broken
             with contextlib.suppress(OSError):
                 return _datasets(path)
         return None
@@ -321,7 +320,7 @@ class Keras3Training(Training):
 
 
 class TfKerasTraining(Training):
-    """The answers of tf_keras, which has its optimizers of before 2.11 as `legacy` ones too."""
+    """The implementation for tf_keras, including its `legacy` optimizers from before 2.11."""
 
     def is_compiled(self, model: Model) -> bool:
         return model.compiled_loss is not None
@@ -340,7 +339,7 @@ class TfKerasTraining(Training):
 
     def is_optimizer_built(self, optimizer: Optimizer) -> bool:
         if self.inner_optimizer(optimizer) is not None:
-            return False  # a wrapper holds no per-variable state: its inner optimizer does
+            return False  # the per-variable state is in the inner optimizer
         if self._is_legacy(optimizer):
             return len(optimizer.weights) > 1  # the first is `iterations`
         return bool(getattr(optimizer, "_built", False))
@@ -355,9 +354,9 @@ class TfKerasTraining(Training):
         keys = sorted(optimizer._index_dict, key=optimizer._index_dict.get)
         if not all(key in by_key for key in keys):
             raise ValueError(
-                f"Expected the optimizer '{optimizer.name}' to update only variables that the "
-                f"model holds. Received: one that was also built on {len(set(keys) - set(by_key))} "
-                "others, and tf_keras does not keep them. Give each its own optimizer."
+                f"Expected the optimizer '{optimizer.name}' to update only variables of the model. "
+                f"Received: an optimizer that was also built for {len(set(keys) - set(by_key))} "
+                "other variables. Give each model its own optimizer."
             )
         return [by_key[key] for key in keys]
 
@@ -373,7 +372,7 @@ class TfKerasTraining(Training):
 
     def learning_rate(self, optimizer: Optimizer) -> float:
         inner = self.inner_optimizer(optimizer) or optimizer
-        # For a schedule `learning_rate` is the rate of the last step that this optimizer made.
+        # With a schedule, `learning_rate` is the rate of the optimizer's last step.
         rate = getattr(inner, "_learning_rate", inner.learning_rate)
         return float(rate(inner.iterations) if callable(rate) else rate)
 
@@ -423,7 +422,7 @@ class TfKerasTraining(Training):
             optimizer.weights[:] = weights
 
         undo_steps.append(undo)
-        # All of them: a loaded model reads its state by their order.
+        # All slots are created again: a loaded model reads its state by their order.
         dropped = {id(v) for slot in self.slots(optimizer, old).values() for v in slot}
         for key, by_name in slots.items():
             if any(id(v) in dropped for v in by_name.values()):
@@ -446,9 +445,9 @@ class TfKerasTraining(Training):
 
 
 def remember(obj: Any) -> Undo:
-    """A function that gives an object its present attributes back.
+    """A function that restores the current attributes of an object.
 
-    What TensorFlow tracks of it is copied: it is changed in place whenever one is assigned.
+    TensorFlow's tracking attributes are copied, because every assignment changes them in place.
     """
     before = {
         name: copy.copy(value) if name.startswith("_self_") else value
@@ -458,10 +457,10 @@ def remember(obj: Any) -> Undo:
 
 
 def _track(optimizer: Optimizer, variables: list[Variable]) -> None:
-    """Lets an optimizer hold these variables, in a new list.
+    """Replaces the list of an optimizer's variables by a new one.
 
-    TensorFlow saves no list that something was taken out of; and Keras would make one of its own
-    of a list that is assigned.
+    TensorFlow cannot save a tracked list from which items were removed, and Keras would wrap an
+    assigned list in its own class.
     """
     stored = tf.__internal__.tracking.wrap(variables)
     optimizer.__dict__["_variables"] = stored
@@ -489,7 +488,7 @@ def _variables(checkpoint: str) -> dict[str, tuple[int, ...]]:
 
 
 def _forget_children(optimizer: Optimizer) -> None:
-    # What an optimizer saved in its first checkpoint it goes on saving.
+    # TensorFlow caches the variables of an optimizer's first checkpoint for later ones.
     optimizer.__dict__.pop("_coalesced_children", None)
 
 

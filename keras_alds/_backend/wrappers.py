@@ -1,6 +1,6 @@
-"""TF-MOT's wrappers around the layers of a model: which there are, and pruning masks made anew.
+"""Finds TF-MOT's wrappers around the layers of a model, and renews pruning masks.
 
-Nothing here imports TF-MOT: the wrappers that a model holds bring all that is needed.
+Nothing here imports TF-MOT: the model's own wrappers suffice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ REFUSED = {
 
 
 def kind(layer: Any) -> str | None:
-    """The kind of TF-MOT wrapper that `layer` is, or None if it is none."""
+    """The class name of a TF-MOT wrapper, or None for other layers."""
     for cls in type(layer).__mro__:
         if cls.__module__.startswith("tensorflow_model_optimization.") and cls.__name__ in (
             PRUNING,
@@ -50,7 +50,7 @@ def check_stripped(model: Any, user: str, *, quantized: bool = False) -> None:
 
     Args:
         model: A model.
-        user: What wants a model without wrappers.
+        user: The function that needs a model without wrappers, for the error.
         quantized: Whether the wrappers of `quantize_apply` may stay. Defaults to False.
     """
     remedies = {PRUNING: "`strip_pruning(model)`", "ClusterWeights": "`strip_clustering(model)`"}
@@ -71,7 +71,7 @@ def check_stripped(model: Any, user: str, *, quantized: bool = False) -> None:
 
 
 def refusal(layer: Any) -> str | None:
-    """Why a wrapper of TF-MOT's keeps the layer inside from being factorized, or None."""
+    """Why the layer inside a TF-MOT wrapper cannot be factorized, or None."""
     found = kind(layer)
     return f"it is wrapped by TF-MOT's {found}; {REFUSED[found]}" if found in REFUSED else None
 
@@ -92,21 +92,21 @@ def pruning(model: Any) -> list[Any]:
 
 
 def masks(wrapper: Any) -> list[Any]:
-    """The variables that a `PruneLowMagnitude` adds to those of its layer."""
+    """The variables that a `PruneLowMagnitude` adds to its layer."""
     added = [variable for _, *pair in wrapper.pruning_vars for variable in pair]
     return [*added, wrapper.pruning_step]
 
 
 def apply_masks(pruning: Iterable[Any]) -> None:
-    """Multiplies all pruned weights by their masks, as every call of the model does first."""
+    """Multiplies all pruned weights by their masks, like every call of the model."""
     for wrapper in pruning:
         wrapper.pruning_obj.weight_mask_op()
 
 
 def without_pruning(model: Any) -> Any:
-    """A copy of `model` without pruning wrappers, its weights new; `model` if there are none.
+    """A copy of `model` without pruning wrappers and with new weights; `model` if it has none.
 
-    `strip_pruning` would do, but its copy and `model` have their layers in common.
+    `strip_pruning` would return a copy that shares its layers with `model`.
     """
     backend = _backend.backend_of(model)
     if not pruning(model) or not backend.is_symbolic(model):
@@ -122,17 +122,17 @@ def without_pruning(model: Any) -> Any:
 
 
 def renew_masks(backend: _backend.Backend, wrapper: Any) -> Callable[[], None]:
-    """Makes the masks of a `PruneLowMagnitude` anew for the weights that its layer now has.
+    """Creates new masks in a `PruneLowMagnitude` for the current weights of its layer.
 
-    The wrapper stays the same object, with its schedule and `pruning_step`. If anything was pruned
-    already, the new masks have the sparsity of the schedule at this step and are applied.
+    The wrapper stays the same object, with its schedule and `pruning_step`. If any weights were
+    pruned already, the new masks have the schedule's sparsity at this step and are applied.
 
     Args:
         backend: The model's backend.
         wrapper: A built `PruneLowMagnitude` whose layer was factorized in place.
 
     Returns:
-        A function that puts everything back.
+        A function that undoes the change.
     """
     begun = any(not backend.value(mask).all() for _, mask, _ in wrapper.pruning_vars)
     renewed = type(wrapper)(
@@ -158,8 +158,9 @@ def renew_masks(backend: _backend.Backend, wrapper: Any) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def _names_apart(wrapper: Any) -> Iterator[None]:
-    # TF-MOT gives the masks of two weights one name, and HDF5 files and summaries know but one of
-    # them. Checkpoints go by the name that is given to `add_weight`, so a scope tells them apart.
+    # TF-MOT gives the masks of all weights of a layer one name, so that HDF5 files and summaries
+    # keep only one of them. A scope separates them without changing checkpoints, which use the
+    # name given to `add_weight`.
     add_weight = wrapper.add_weight
     weights = wrapper.layer.get_prunable_weights()
     parts = [weight.name.split("/")[-1].split(":")[0] for weight in weights]

@@ -1,8 +1,8 @@
 """The command line: `keras_alds <command>`, or `python -m keras_alds <command>`.
 
-A command is a module here with two functions: `add_arguments(parser)` and `run(arguments)`, and a
-line in `COMMANDS`. The module is imported when its command is used, and TensorFlow when it runs.
-Bad input ends with one line on standard error and exit status 2, like argparse's own complaints.
+Each command is a line in `COMMANDS` and a module here with two functions, `add_arguments(parser)`
+and `run(arguments)`. The module is imported when its command is used, and TensorFlow when it runs.
+Like argparse's own errors, bad input prints one line on standard error and exits with status 2.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from collections.abc import Sequence
 
 from keras_alds._version import __version__
 
-#: The commands: what each does, and its module.
+#: The commands: description and module of each.
 COMMANDS = {
     "plan": ("choose slices and ranks for a model and print them", "plan"),
     "sweep": ("compare methods: accuracy against size, as tables and a plot", "sweep"),
-    "latency": ("measure a model's layers with LiteRT, here", "latency"),
-    "latency-files": ("write files that benchmark_model measures on a device", "latency_files"),
-    "latency-read": ("make a latency table of what benchmark_model printed", "latency_read"),
+    "latency": ("measure a model's layers with LiteRT on this machine", "latency"),
+    "latency-files": ("write files to measure on a device with benchmark_model", "latency_files"),
+    "latency-read": ("make a latency table from the log of benchmark_model", "latency_read"),
 }
 
 
@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status 0.
 
     Raises:
-        SystemExit: With status 2 for arguments or input that cannot be used, with 0 after
-            `--help` and `--version`.
+        SystemExit: With status 2 for invalid arguments or input, with 0 after `--help` and
+            `--version`.
 
     Example:
         >>> main(["--version"])  # doctest: +SKIP
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def quiet_tensorflow() -> None:
-    """Imports TensorFlow without its log, unless the user asks for it."""
+    """Imports TensorFlow without its log, unless the user has set a log level."""
     if "TF_CPP_MIN_LOG_LEVEL" in os.environ:
         return
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"

@@ -1,4 +1,4 @@
-"""`keras_alds latency`: measure a model's layers here."""
+"""`keras_alds latency`: measure a model's layers on this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OPTIONS = ("exclude", "max_slices")
 
 
 def add_settings(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Adds what measuring and writing files share."""
+    """Adds the arguments that `latency` and `latency-files` share."""
     add_model(parser)
     parser.add_argument("--quantize", choices=["int8"], help="default: float32")
     parser.add_argument("--threads", type=int, default=1, help="number of threads (default: 1)")
@@ -22,7 +22,7 @@ def add_settings(parser: argparse.ArgumentParser, **defaults: Any) -> None:
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the arguments of `add_settings` were given, as keyword arguments."""
+    """The arguments of `add_settings` as keyword arguments."""
     more = {"quantize": arguments.quantize, "threads": arguments.threads}
     return {**flags(arguments, ("target", *OPTIONS)), **more}
 
@@ -34,12 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """Adds the file that `write` writes."""
+    """Adds the argument for the file to write."""
     parser.add_argument("--output", type=Path, required=True, help="CSV file to write")
 
 
 def write(table: Any, output: Path) -> None:
-    """Saves a latency table and says what is in it."""
+    """Saves a latency table and prints its total."""
     table.save(output)
     print(f"{table.total / 1000:,.1f} µs; {len(table.layers)} layers in {output}")
 

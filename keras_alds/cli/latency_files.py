@@ -1,4 +1,4 @@
-"""`keras_alds latency-files`: write the files that are measured on a device."""
+"""`keras_alds latency-files`: write the files to measure on a device."""
 
 from __future__ import annotations
 

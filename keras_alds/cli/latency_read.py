@@ -1,4 +1,4 @@
-"""`keras_alds latency-read`: make a latency table of the benchmark tool's log."""
+"""`keras_alds latency-read`: make a latency table from the benchmark tool's log."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from keras_alds.cli import latency
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
-    parser.add_argument("folder", type=Path, help="the folder of latency-files")
-    parser.add_argument("log", type=Path, help="what benchmark_model printed")
+    parser.add_argument("folder", type=Path, help="the folder that latency-files wrote")
+    parser.add_argument("log", type=Path, help="the log of benchmark_model")
     latency.add_output(parser)
 
 

@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.description = (
         "Compresses an image classifier by every method to every ratio, and prints the top-1 "
-        "accuracy in % as Markdown. The .npz file holds x_test and y_test, for calibration "
-        "x_train, for retraining y_train too. The model gets the pixels as they are."
+        "accuracy in % as Markdown. The .npz file holds x_test and y_test. Calibration also needs "
+        "x_train, and retraining x_train and y_train. Pixels are only scaled by --scale."
     )
     add_model(parser)
     add = parser.add_argument
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         nargs="+",
         default=(0.01, 0.001),
-        help="those of the training's last epochs, in order. They are gone through again "
+        help="learning rates of the last training epochs, in order. Retraining repeats them "
         "(learning-rate rewinding), each for an equal part of --epochs (default: 0.01 0.001)",
     )
     add("--batch-size", type=int, default=128, help="images in a batch of retraining")
@@ -121,7 +121,7 @@ def _retrainer(
 def read_images(
     arguments: argparse.Namespace, part: str, limit: int | None, *, labels: bool = True
 ) -> tuple[Any, Any]:
-    """Images in float32 and their classes, None without `labels`, from a command's .npz file."""
+    """Images in float32 and their classes (None without `labels`) from the .npz file."""
     images, classes = f"x_{part}", f"y_{part}"
     names = (images, classes) if labels else (images,)
     try:
@@ -130,7 +130,7 @@ def read_images(
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"Expected {arguments.data} to be an .npz file of arrays. "
-            f"Received: one that cannot be read as such ({error})"
+            f"Received: a file that cannot be read ({error})"
         ) from error
     if missing := [name for name in names if name not in arrays]:
         raise ValueError(
@@ -155,7 +155,7 @@ def scores(model: Any, x: Any) -> Any:
     if not isinstance(outputs, np.ndarray) or outputs.ndim != 2 or outputs.shape[1] < 2:
         raise ValueError(
             "Expected a classifier with one score for each class. Received: outputs of shape "
-            f"{getattr(outputs, 'shape', type(outputs).__name__)}. Use `keras_alds.sweep` with an "
-            "`evaluate` of your own."
+            f"{getattr(outputs, 'shape', type(outputs).__name__)}. Use `keras_alds.sweep` with "
+            "your own `evaluate`."
         )
     return outputs

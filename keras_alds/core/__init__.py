@@ -1,6 +1,12 @@
-"""The numerical core, in NumPy and SciPy: from a kernel to its choices, and one choice a layer.
+"""The mathematics, in NumPy and SciPy: the choices of a kernel, and one choice for each layer.
 
-`slicing` reads a kernel as channel slices, `spectra` decomposes these, `errors` says what a rank
-loses, `choices` and `costs` make a layer's table of it, `solvers` and `methods` choose among the
-layers. `calibration` does the same for what the layers see. Nothing here knows TensorFlow or Keras.
+- `slicing`: channel slices and fold schemes, kernels as matrices;
+- `spectra`: singular values of all slices, and the factors of a choice;
+- `errors`: what a rank loses;
+- `choices`, `costs`: size, cost and error of each choice of a layer;
+- `solvers`, `methods`: one choice for each layer within the budgets;
+- `calibration`: the same with calibration data;
+- `parallel`, `checks`: threads with bounded memory, checks of arguments.
+
+Nothing here imports TensorFlow or Keras.
 """

@@ -1,7 +1,8 @@
-"""Every kind of layer that the package knows, one file a kind.
+"""The kinds of layers, one file each.
 
-A file holds the factorized layers of a kind and everything that is special about it. It registers
-itself: a new kind is a file and a line here, and a kind goes with its file and its line.
+A file holds the factorized layers of a kind and all that is special about the kind: its kernel,
+its inputs, its MACs, its stock layers for `expand`. It registers itself. To add a kind, add its
+file and a line here; to remove one, remove both.
 """
 
 from keras_alds.kinds import attention as attention

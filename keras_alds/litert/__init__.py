@@ -1,6 +1,6 @@
-"""LiteRT (TensorFlow Lite): files that run, and what they cost where they run.
+"""LiteRT (TensorFlow Lite) files: convert, check, measure; latency as something to limit.
 
-Needs `pip install "keras_alds[litert]"`. Imported when it is used: `keras_alds.litert`.
+Needs `pip install "keras_alds[litert]"`. `keras_alds.litert` is imported when it is used.
 """
 
 from keras_alds.litert.comparison import FileComparison, FileFigures, compare

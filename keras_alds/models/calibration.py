@@ -1,4 +1,4 @@
-"""`CalibrationStats`: the second moments of what a model's layers see, and where they come from."""
+"""`CalibrationStats`: the second moments of layer inputs, collected, cached and saved."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ from keras_alds.models.inventory import Inventory
 from keras_alds.models.observe import Observer
 
 STATS_VERSION = 1
-# Entries of a weight that are copied at once for its fingerprint.
+# Entries of a weight that are copied at once for the fingerprint.
 _FINGERPRINT_ENTRIES = 1 << 22
 
-#: Makes the spectra of kernels and their moments.
+#: Computes the spectra of kernels with the moments of their inputs.
 Decompose = Callable[[Sequence[Array], Sequence[SecondMoment]], list[Spectra]]
 
 
 class CalibrationStats:
-    """Second moments of every layer's unfolded inputs, from a model and unlabelled examples.
+    """Second moments S of every layer's unfolded inputs on unlabelled examples.
 
-    They are collected in one pass and can be used for any `cr`, and saved. Layers with more than
-    5120 unfolded inputs (a dense layer behind a large `Flatten`) keep diagonal blocks of S only,
-    so that their number of slices is a multiple of the number of blocks; `blocks` tells.
+    They are collected in one pass, work for any `cr`, and can be saved. For layers with more than
+    5120 unfolded inputs, such as a dense layer after a large `Flatten`, only diagonal blocks of S
+    are kept. Their number of slices is then a multiple of the number of blocks; see `blocks`.
 
     Args:
         moments: `{path: SecondMoment}`, None for a layer that no example reached.
         kernel_shapes: `{path: kernel shape}` of the same layers, in the model's order.
-        examples: Number of examples seen.
-        fingerprint: SHA-256 of the weights of the model that was run.
+        examples: Number of examples.
+        fingerprint: SHA-256 of the model's weights at the time.
 
     Raises:
         ValueError: If the layers of `moments` and `kernel_shapes` differ.
@@ -100,27 +100,25 @@ class CalibrationStats:
     ) -> CalibrationStats:
         """Runs `model` on `data` and collects the second moments of its layers' inputs.
 
-        The model runs as in inference, at most 32 examples at a time (or as many as its inputs
-        have where their batch size is fixed), and is not changed. Memory does not grow with the
-        number of examples: beside the sums only the patches of one layer and one chunk are held,
-        and of wide dense layers a bounded number of inputs.
+        The model runs in inference mode on at most 32 examples at a time, or on its fixed batch
+        size, and is not changed. Memory does not grow with the number of examples.
 
         Args:
             model: A built Keras 3 or tf_keras model of any kind.
-            data: Examples without labels, or with labels that are ignored (`(x, y)`): an array;
-                a list or dict of arrays for several inputs; a batched `tf.data.Dataset`; a
-                `keras.utils.PyDataset`; or any generator or iterable of batches.
-            max_examples: Use at most so many; of arrays evenly spaced rows, of everything else
-                the first ones. None for all. Defaults to 1024.
-            verbose: 0 for silence, else a progress bar is shown on a terminal. Defaults to 1.
+            data: Examples: an array; a list or dict of arrays for several inputs; a batched
+                `tf.data.Dataset`; a `keras.utils.PyDataset`; or any generator or iterable of
+                batches. Labels, as in `(x, y)`, are ignored.
+            max_examples: Largest number of examples to use: evenly spaced rows of arrays, and
+                the first examples of everything else. None for all. Defaults to 1024.
+            verbose: 0 prints nothing; otherwise a terminal shows a progress bar. Defaults to 1.
 
         Returns:
             The `CalibrationStats`.
 
         Raises:
-            ValueError: If `data` is none of these, has another shape than the model's inputs, is
-                not numeric, holds NaN or infinity, or has fewer than 8 examples; or if a layer
-                gets NaN or infinity from the layers before it.
+            ValueError: If `data` has another type, does not fit the model's inputs, is not
+                numeric, contains NaN or infinity, or has fewer than 8 examples; or if NaN or
+                infinity arises inside the model.
 
         Example:
         ```python
@@ -155,7 +153,7 @@ class CalibrationStats:
 
     @property
     def blocks(self) -> dict[str, int]:
-        """Layers that keep only diagonal blocks of their second moment, and how many."""
+        """Number of diagonal blocks, for the layers that keep only blocks of their moment."""
         return {
             path: moment.block_count
             for path, moment in self.moments.items()
@@ -163,10 +161,10 @@ class CalibrationStats:
         }
 
     def match(self, inventory: Inventory) -> Inventory:
-        """The inventory with the moments of its layers, found by name or else by order.
+        """The inventory with the moments of its layers, matched by name or else by order.
 
         Raises:
-            ValueError: If the model has other layers than the one that was run.
+            ValueError: If the statistics were collected on another architecture.
         """
         records = inventory.factorizable
         shapes = [tuple(record.kernel_shape or ()) for record in records]
@@ -180,7 +178,7 @@ class CalibrationStats:
                 f"Expected calibration statistics of the model '{inventory.model.name}', or of one "
                 "of the same architecture. Received: statistics of "
                 f"{len(self.moments)} layers, where the model has {len(records)} that can be "
-                "factorized, or other kernels. Collect them anew."
+                "factorized, or other kernels. Collect them again."
             )
         return inventory.map(
             lambda record: dataclasses.replace(record, moment=moments.get(record.path))
@@ -189,11 +187,11 @@ class CalibrationStats:
     def spectra(
         self, kernels: Mapping[str, tuple[bytes, Array, SecondMoment]], decompose: Decompose
     ) -> list[Spectra]:
-        """The spectra of the outputs of some layers, kept for the next call.
+        """The output spectra of some layers, cached for later calls.
 
         Args:
-            kernels: `{path: (digest of the kernel, kernel, its moment)}`.
-            decompose: Makes the spectra of kernels and moments; see `Method.spectra`.
+            kernels: `{path: (digest of the kernel, kernel, moment of its inputs)}`.
+            decompose: Computes spectra from kernels and moments; see `Method.spectra`.
 
         Returns:
             One `Spectra` a layer, in order.
@@ -209,11 +207,11 @@ class CalibrationStats:
         return [self._spectra[path, decompose][1] for path in kernels]
 
     def warn_of_other_weights(self, model: Any, *, stacklevel: int) -> None:
-        """Warns if they were collected with other weights than a model has now."""
+        """Warns if the model's weights have changed since the statistics were collected."""
         if self.fingerprint != fingerprint(model):
             warnings.warn(
-                f"The calibration statistics were collected with other weights than the model "
-                f"'{model.name}' has now. Collect them anew if it was trained much since.",
+                f"The weights of the model '{model.name}' have changed since the calibration "
+                "statistics were collected. Collect them again if it was trained for long.",
                 stacklevel=stacklevel + 1,
             )
 
@@ -244,7 +242,7 @@ class CalibrationStats:
         """Reads statistics that `save` wrote.
 
         Raises:
-            ValueError: If the file holds no such statistics, or those of another version.
+            ValueError: If the file does not contain statistics of this version.
         """
         where = f"Expected the calibration statistics of keras_alds in {os.fspath(path)!r}. "
         try:
@@ -255,17 +253,17 @@ class CalibrationStats:
                 if meta["version"] == STATS_VERSION:
                     return cls._read(meta, file)
         except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{where}Received: a file that holds none ({error})") from error
+            raise ValueError(f"{where}Received: a file without them ({error})") from error
         raise ValueError(
             f"Expected calibration statistics of version {STATS_VERSION}. "
-            f"Received: version={meta['version']!r}. Collect them anew."
+            f"Received: version={meta['version']!r}. Collect them again."
         )
 
     @classmethod
     def _read(cls, meta: Mapping[str, Any], file: Mapping[str, Array]) -> CalibrationStats:
         moments: dict[str, SecondMoment | None] = {name: None for name, _ in meta["layers"]}
         for n, (name, count) in enumerate(meta["counts"].items()):
-            mean = file.get(f"mean_{n}")  # older files have none
+            mean = file.get(f"mean_{n}")  # missing in older files
             if f"rows_{n}" in file:
                 rows, blocks = file[f"rows_{n}"], int(file[f"parts_{n}"])
                 moments[name] = FewInputs(rows, blocks, mean=mean is not None)
@@ -285,13 +283,13 @@ def _write(file: zipfile.ZipFile, name: str, array: Array) -> None:
 
 
 def check_data(inventory: Inventory, data: Any) -> None:
-    """Raises a ValueError if `calibration_data` are seen to be wrong without using them up."""
+    """Checks `calibration_data` as far as possible without consuming an iterator."""
     if isinstance(data, CalibrationStats):
         data.match(inventory)
         return
     examples = Examples(inventory.model, data, DEFAULT_EXAMPLES)
     if isinstance(data, Iterator):
-        return  # it cannot be begun again
+        return  # it cannot be restarted
     seen = 0
     for _, count in examples:
         seen += count
@@ -301,11 +299,11 @@ def check_data(inventory: Inventory, data: Any) -> None:
 
 @dataclasses.dataclass
 class Calibration:
-    """What is known of a model's layers: statistics, examples to run again, or both.
+    """Calibration statistics, examples for more forward passes, or both.
 
     Attributes:
-        stats: The statistics, None if they are not collected yet.
-        examples: The examples, None if there are none or they are not wanted again.
+        stats: The statistics; None until they are collected.
+        examples: The examples; None if they were not kept.
     """
 
     stats: CalibrationStats | None = None
@@ -321,17 +319,17 @@ class Calibration:
         verbose: int = 1,
         stacklevel: int = 1,
     ) -> Calibration:
-        """What `calibration_data` give.
+        """Makes a `Calibration` from `calibration_data`.
 
         Args:
             inventory: The model.
-            data: What a user gives, or a `Calibration`.
-            keep: Whether the examples are wanted again; else the statistics are collected.
+            data: The user's `calibration_data`, or a `Calibration`.
+            keep: Whether to keep the examples instead of collecting the statistics now.
             verbose: As for `CalibrationStats.collect`.
             stacklevel: The frame that warnings name; 1 is the caller of this function.
 
         Raises:
-            ValueError: As `CalibrationStats.collect` and `CalibrationStats.match`.
+            ValueError: As for `CalibrationStats.collect` and `CalibrationStats.match`.
         """
         if isinstance(data, Calibration):
             return data
@@ -345,7 +343,7 @@ class Calibration:
         return cls(stats=CalibrationStats._observed(inventory, source, verbose))
 
     def collected(self, inventory: Inventory, *, verbose: int = 1) -> CalibrationStats:
-        """The statistics, collected now if they were not yet."""
+        """The statistics, collected on the first call."""
         if self.stats is None and self.examples is not None:
             self.stats = CalibrationStats._observed(inventory, self.examples, verbose)
         if self.stats is None:
@@ -356,7 +354,7 @@ class Calibration:
 def fingerprint(model: Any) -> str:
     """SHA-256 of all weights of a model, in order."""
     digest = hashlib.sha256()
-    for variable in model.weights:  # in parts: a copy of a wide kernel is half a gigabyte
+    for variable in model.weights:  # in parts, as a wide kernel takes half a gigabyte
         if not hasattr(variable, "shape"):
             continue  # the vocabulary of an adapted layer
         tensor = tensors.reshape(tensors.tensor(variable), [-1])

@@ -1,4 +1,4 @@
-"""The choices of every layer as tables of cost and error. Spectra are kept between calls."""
+"""Tables of cost and error for the choices of every layer, with cached spectra."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from keras_alds.models.inventory import LayerRecord
 #: Bytes of kernels that are decomposed together.
 KERNELS_AT_ONCE = 1 << 27
 
-#: What a layer is offered in a fold scheme: ranks by number of slices, and costs by budget.
+#: The allowed choices of a layer in a fold scheme: ranks by number of slices, and costs by budget.
 Offer = Callable[[LayerRecord, int], tuple[Mapping[int, range], Sequence[Costs]]]
 
 
 def choice_tables(
     records: Sequence[LayerRecord], method: Method, offer: Offer, stats: CalibrationStats | None
 ) -> list[ChoiceTable]:
-    """The choices of some layers.
+    """The choice tables of some layers.
 
-    Errors are those of the outputs for layers whose inputs were measured, else of the kernels.
+    Errors are output errors for layers with calibration statistics, and kernel errors otherwise.
 
     Args:
         records: Layers that can be factorized.
-        method: What measures errors.
-        offer: What they are offered.
-        stats: What keeps the spectra of measured layers.
+        method: The method, which defines the error measure.
+        offer: Gives the allowed choices of a layer.
+        stats: Calibration statistics, which also cache spectra.
 
     Raises:
         ValueError: If a kernel is not finite.
@@ -81,7 +81,7 @@ def kernels(records: Iterable[LayerRecord]) -> Iterator[tuple[bytes, np.ndarray]
 
 @dataclasses.dataclass
 class _Entry:
-    """The spectra of one layer's kernel by fold scheme, and the tables made of them."""
+    """The spectra of one layer's kernel by fold scheme, and the tables made from them."""
 
     digest: bytes
     layer: weakref.ref[Any]
@@ -103,12 +103,12 @@ class _Entry:
         return self.tables[key]
 
 
-# Layers hash by identity, and an entry goes when its layer does.
+# Layers hash by identity; an entry is dropped with its layer.
 _CACHE: weakref.WeakKeyDictionary[Any, _Entry] = weakref.WeakKeyDictionary()
 
 
 def _together(records: Iterable[LayerRecord]) -> Iterator[list[LayerRecord]]:
-    """Layers whose kernels are decomposed side by side: not too many large ones at once."""
+    """Groups of layers whose kernels are decomposed in parallel, limited by memory."""
     group: list[LayerRecord] = []
     held = 0
     for record in records:

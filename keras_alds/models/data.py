@@ -1,4 +1,4 @@
-"""Calibration data of any kind, as checked batches of a model's inputs."""
+"""Converts calibration data of any type to checked batches of a model's inputs."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from keras_alds.core.checks import int_at_least
 from keras_alds.core.slicing import Array
 from keras_alds.models.storage import Store
 
-#: Fewer examples than this say next to nothing of what a layer sees.
+#: The smallest number of examples that gives usable statistics.
 MIN_EXAMPLES = 8
 DEFAULT_EXAMPLES = 1024
-# Examples that go through the model at once, and entries of theirs: large images go in fewer.
+# Largest number of examples in one forward pass, and of their entries, which limits large images.
 _BATCH = 32
 _BATCH_ENTRIES = 1 << 21
 
 
 class Examples:
-    """Calibration data of any kind as checked batches of a model's inputs, without labels.
+    """Calibration data of any type as checked batches of a model's inputs, without labels.
 
-    Iterating yields `(inputs, number of examples)` with at most 32 examples at a time. Where the
-    model's inputs have a fixed batch size it is that one, and what is left over is left out.
+    Iterating yields `(inputs, number of examples)` with at most 32 examples at a time. If the
+    model has a fixed batch size, all batches have that size, and the rest is dropped.
 
     Args:
         model: The model.
-        data: What a user gives as `calibration_data` or `representative_data`.
-        limit: What a user gives as `max_examples`: the largest number of examples, or None.
-        argument: What the user's argument is called, for errors.
+        data: The user's `calibration_data` or `representative_data`.
+        limit: The user's `max_examples`: the largest number of examples, or None.
+        argument: The name of the user's argument, for errors.
 
     Attributes:
-        total: The number of examples, None if it is not known yet.
+        total: The number of examples, or None if it is not known.
 
     Raises:
-        ValueError: If `data` cannot be calibration data, or `limit` is no number of examples that
-            says enough; while iterating, for bad batches, and at the end of too few.
+        ValueError: If `data` has another type, or `limit` is less than 8; during iteration, if a
+            batch does not fit the model; and at the end, if there were too few examples.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Examples:
             limit = int_at_least(limit, "max_examples", MIN_EXAMPLES)
         self._limit, self._argument = limit, argument
         sizes = {tensor.shape[0] for tensor in getattr(model, "inputs", None) or []}
-        #: Examples in a batch if the model's inputs say so.
+        #: The model's fixed batch size, or None.
         self._fixed: int | None = sizes.pop() if len(sizes) == 1 else None
         self._names: list[str] = _backend.backend_of(model).input_names(model)
         structure = self._input_specs(model)
@@ -91,7 +91,7 @@ class Examples:
         try:
             return _backend.backend_of(model).input_specs(model)
         except ValueError:
-            return None  # a subclassed model that tells nothing of its inputs
+            return None  # a subclassed model with unknown input shapes
 
     @property
     def _inputs(self) -> int:
@@ -107,7 +107,7 @@ class Examples:
         return first
 
     def _as_arrays(self, data: Any) -> Any:
-        """The structure of arrays that `data` is, or None."""
+        """`data` as a structure of arrays, or None if it is something else."""
         if isinstance(data, dict):
             return {key: self._array(value) for key, value in data.items()}
         if isinstance(data, list) and data:
@@ -125,7 +125,7 @@ class Examples:
         rows = {len(array) if array.ndim else 0 for array in tensors.flatten(arrays)}
         if len(rows) != 1:
             raise ValueError(
-                f"Expected all inputs in `{self._argument}` to have as many examples. "
+                f"Expected all inputs in `{self._argument}` to have equally many examples. "
                 f"Received: {sorted(rows)}"
             )
         return rows.pop()
@@ -137,8 +137,8 @@ class Examples:
             count += size
         if count < MIN_EXAMPLES:
             raise ValueError(
-                f"Expected at least {MIN_EXAMPLES} examples in `{self._argument}`; some hundreds "
-                f"are good. Received: {count}"
+                f"Expected at least {MIN_EXAMPLES} examples in `{self._argument}`, better a few "
+                f"hundred. Received: {count}"
                 + (" (was a generator used up before?)" if not count else "")
             )
 
@@ -160,7 +160,7 @@ class Examples:
             if left is not None:
                 inputs = _part(inputs, 0, left)
             rows = self._rows(inputs)
-            # Always as many together: how the data were batched changes no bit of the result.
+            # Always the same batch size: the result does not depend on how the data were batched.
             size = self._fixed or _examples_at_once(inputs)
             whole = rows - rows % size
             for start in range(0, whole, size):
@@ -201,8 +201,8 @@ class Examples:
             array = tensors.to_numpy(value)
         except ValueError as error:
             raise ValueError(
-                f"Expected `{self._argument}` of one shape. Received: data that make no array "
-                f"({error})"
+                f"Expected `{self._argument}` of one shape. Received: data that cannot be "
+                f"converted to an array ({error})"
             ) from error
         texts = array.dtype.kind in "OSU" and any(tensors.is_text(spec) for spec in self._specs)
         if array.dtype.kind not in "biuf" and not texts:
@@ -223,7 +223,7 @@ class Examples:
                     f"Expected batches in `{self._argument}` of shape (batch, "
                     f"{', '.join(str(n) for n in wanted)}) for {name}. "
                     f"Received: shape={array.shape}"
-                    + (" of one example: batch the data" if array.ndim == len(wanted) else "")
+                    + (", a single example: batch the data" if array.ndim == len(wanted) else "")
                 )
             array = array.astype(tensors.numpy_dtype(spec.dtype), copy=False)
         elif array.dtype.kind != "f":
@@ -240,7 +240,7 @@ def _sizes(inputs: Any) -> list[tuple[int, ...]]:
 
 
 def _examples_at_once(inputs: Any) -> int:
-    """How many examples such as these go through a model together, a power of two."""
+    """The number of such examples in one forward pass, a power of two."""
     entries = sum(math.prod(size) for size in _sizes(inputs))
     return min(_BATCH, 1 << max(_BATCH_ENTRIES // max(entries, 1), 1).bit_length() - 1)
 
@@ -260,11 +260,11 @@ def _is_array(value: Any) -> bool:
 
 
 class KeptExamples:
-    """`Examples` that were read once and can be run again, in bounded memory.
+    """`Examples` that are read once and can be iterated again, in bounded memory.
 
     Args:
-        model: The model that they are for.
-        data: What a user gives as `calibration_data` or `representative_data`.
+        model: The model.
+        data: The user's `calibration_data` or `representative_data`.
         limit: As for `Examples`.
         argument: As for `Examples`.
 
@@ -272,7 +272,7 @@ class KeptExamples:
         total: The number of examples.
 
     Raises:
-        ValueError: As `Examples`.
+        ValueError: As for `Examples`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Writes factorized layers out as stock layers, by building the graph of a model anew."""
+"""`expand`: replaces factorized layers by stock layers in a rebuilt graph."""
 
 from __future__ import annotations
 
@@ -18,62 +18,59 @@ from keras_alds.models.rebuild import GraphRebuilder, Piece, check_symbolic, fir
 
 
 def expand(model: KerasModel, *, fold_batch_norm: bool = False) -> KerasModel:
-    """Returns a new model in which every factorized layer is written out as stock layers.
+    """Returns a new model with stock layers in place of every factorized layer.
 
-    The new model needs nothing of this package: it loads where `keras_alds` is not installed, and
-    tools that know stock layers only (TF-MOT's quantization, converters) take it. `model` is
-    untouched; outputs are equal to float rounding. Frozen layers stay frozen, a compiled model
-    comes back compiled with a new optimizer of the same settings. A model without factorized
-    layers comes back as an equal copy.
+    The new model loads without `keras_alds`, and works with tools that know only stock layers, such
+    as converters and TF-MOT's quantization. `model` is not changed, and the outputs are equal up
+    to float rounding. Frozen layers stay frozen. If `model` is compiled, so is the new model, with
+    a new optimizer of the same settings. A model without factorized layers is copied.
 
     A layer `name` with k slices of rank j becomes:
 
-    - a convolution: `name_encoder`, a stock convolution with `groups=k` and k·j filters, without
-      bias (k = 1: an ordinary one; k = channels in 2D: `DepthwiseConv2D` with
-      `depth_multiplier=j`, unless the strides differ or the encoder has a constraint), then
-      `name`, with the bias and the activation: a pointwise one, or in fold schemes 1 to 3 one
-      with those axes of the window that the encoder leaves to it;
-    - a transposed convolution: `name_encoder`, a pointwise one with `groups=k`, then `name`,
-      a transposed one with the window, the bias and the activation;
+    - a convolution: `name_encoder`, a convolution with `groups=k` and k·j filters, without
+      bias (for k = channels in 2D a `DepthwiseConv2D` with `depth_multiplier=j`, unless the
+      strides differ or the encoder has a constraint), then `name`, a convolution with the bias
+      and the activation: pointwise in fold scheme 0, and with the decoder's part of the window
+      in schemes 1 to 3;
+    - a transposed convolution: `name_encoder`, a pointwise convolution with `groups=k`, then
+      `name`, a transposed convolution with the window, the bias and the activation;
     - a separable convolution: `name_depthwise`, `name_encoder` and `name`;
     - an embedding: `name_encoder`, an `Embedding` of length j, then `name`, a `Dense` without bias;
-    - an LSTM, GRU or SimpleRNN layer: for an input kernel of one slice `name_encoder`, a `Dense`
-      without bias, before `name`, the stock layer on j inputs (whose `dropout`, if it is trained
-      on, then falls on those). No stock layer has a place for the other factors: recurrent kernels,
-      kernels of several slices and those inside `Bidirectional` and `RNN` are multiplied out,
-      and a warning says so;
-    - an einsum layer: `name_encoder` and `name`, both `EinsumDense`. Einsum layers have no groups:
-      for k > 1 the zeros of the encoder are written out, and a warning says so;
-    - a dense layer: `name_encoder` and `name`, both `Dense`, for k = 1. Else `name_rows` (Reshape),
-      `name_encoder` (a 1×1 `Conv2D` with `groups=k`), `name_ranks` (Reshape) and `name`
-      (`Dense`); inputs of four axes need no Reshape. Where a Reshape cannot go (a Keras mask passes
-      through, or several sizes besides the batch are unknown, on other than four axes),
-      `name_encoder` is one `Dense` with its zeros written out, and a warning says so.
+    - an LSTM, GRU or SimpleRNN layer: for an input kernel of one slice, `name_encoder`, a `Dense`
+      without bias, then `name`, the stock layer with j inputs (to which its `dropout` then
+      applies). Stock layers cannot hold other factors: recurrent kernels, kernels of several
+      slices, and kernels inside `Bidirectional` and `RNN` are multiplied out, with a warning;
+    - an einsum layer: `name_encoder` and `name`, both `EinsumDense`. They have no groups: for
+      k > 1 the encoder is a block-diagonal matrix stored with its zeros, with a warning;
+    - a dense layer: `name_encoder` and `name`, both `Dense`, for k = 1. Otherwise `name_rows`
+      (Reshape), `name_encoder` (a 1×1 `Conv2D` with `groups=k`), `name_ranks` (Reshape) and `name`
+      (`Dense`); inputs of four axes need no Reshape. If a Reshape is impossible (other than four
+      axes, with a Keras mask or several unknown sizes besides the batch), `name_encoder` is a
+      block-diagonal `Dense` stored with its zeros, with a warning.
 
-    So `get_layer(name)` still gives the layer whose output is that of the original. Inside
-    `TimeDistributed` every stock layer gets a `TimeDistributed` of its own, named likewise. Shared
-    layers stay shared; nested models are rebuilt at any depth.
+    So the output of `get_layer(name)` is still that of the original layer. Inside
+    `TimeDistributed`, every stock layer gets its own `TimeDistributed`, with matching names. Shared
+    layers stay shared, and nested models are rebuilt at any depth.
 
-    It is meant for deployment. Keras runs stock grouped convolutions through XLA, and their
-    gradient is 10 to 60 times slower on a CPU than that of the factorized layer: train first,
-    expand afterwards.
+    Expand a model for deployment, after training: Keras runs grouped convolutions through XLA, and
+    on a CPU their gradient is 10 to 60 times slower than that of the factorized layer.
 
     Args:
         model: A built Functional or Sequential model of Keras 3 or tf_keras.
-        fold_batch_norm: Boolean. Whether to multiply every BatchNormalization into the kernel and
-            bias of the convolution or dense layer before it, for inference. It is folded if it
-            directly follows a stock or factorized one without activation, whose output nothing
-            else uses, both are called once, it works on the channels, and it is not what the
-            model returns; a warning names those that stay, and why. Training such a model on is
-            training without normalization. Defaults to `False`.
+        fold_batch_norm: Boolean. Whether to fold every BatchNormalization into the kernel and bias
+            of the convolution or dense layer before it, for inference. The layer before it must
+            be stock or factorized, without activation, and used by nothing else. Both must be
+            called once, and the normalization must act on the channels and not be the model's
+            output. A warning lists the layers that are not folded, and why. Further training then
+            runs without normalization. Defaults to `False`.
 
     Returns:
-        A new model of the same Keras and, where its class is made from inputs and outputs, of the
-        same class.
+        A new model of the same Keras, and of the same class if that can be constructed from inputs
+        and outputs.
 
     Raises:
-        ValueError: If `model` is not a built model, is a subclassed one, or holds a layer of
-            another kind (a subclassed model, a custom layer) with factorized layers inside.
+        ValueError: If `model` is not built or is a subclassed model, or if a subclassed model or
+            custom layer inside it contains factorized layers.
 
     Example:
     ```python
@@ -96,7 +93,7 @@ def expand(model: KerasModel, *, fold_batch_norm: bool = False) -> KerasModel:
 
 
 class _Expander(GraphRebuilder):
-    """Stock layers in place of factorized ones, and BatchNormalization folded if asked for."""
+    """Replaces factorized layers by stock layers, and folds BatchNormalization if requested."""
 
     def __init__(self, backend: _backend.Backend, model: Any, fold_batch_norm: bool) -> None:
         super().__init__(backend, backend)
@@ -106,7 +103,7 @@ class _Expander(GraphRebuilder):
         if fold_batch_norm:
             self._plan_folding(model)
 
-    # -- What takes a layer's place ----------------------------------------------------------
+    # -- The replacements of a layer ---------------------------------------------------------
 
     def pieces(self, call: _backend.GraphCall) -> list[Piece]:
         if call.layer in self._dropped:
@@ -122,7 +119,7 @@ class _Expander(GraphRebuilder):
 
     def _pieces(self, layer: Any, shape: Any, masked: bool) -> list[Piece]:
         if not isinstance(layer, self.layers.Layer):
-            # An operation of Keras 3 that is no layer: `x + 1`, `keras.ops.mean(x)`.
+            # An operation of Keras 3 that is not a layer: `x + 1`, `keras.ops.mean(x)`.
             return [self.once(layer, "new", lambda: type(layer).from_config(layer.get_config()))]
         if self.source.is_symbolic(layer):
             return [self.model(layer)]
@@ -137,16 +134,16 @@ class _Expander(GraphRebuilder):
             return [self._wrapped(layer, piece, piece is inner[-1]) for piece in inner]
         if contains_factorized(layer):
             raise ValueError(
-                "Expected factorized layers in Functional or Sequential models and in "
-                f"TimeDistributed only, to write them out. Received: '{layer.name}' of type "
+                "Expected factorized layers only in Functional or Sequential models and in "
+                f"TimeDistributed. Received: '{layer.name}' of type "
                 f"{type(layer).__name__}, which calls them in Python code. Remedy: call its layers "
-                "on a `keras.Input` and make it a functional model, or leave it alone with "
+                "on a `keras.Input` and make it a functional model, or skip it with "
                 f"`exclude=` when compressing."
             )
         return [self.once(layer, "new", lambda: self._like(layer))]
 
     def _like(self, layer: Any) -> Any:
-        """A new layer like one that is not written out."""
+        """A copy of a layer that is not replaced."""
         config = layer.get_config()
         values, origins = layer.get_weights(), list(layer.weights)
         if layer in self._folded:
@@ -169,7 +166,7 @@ class _Expander(GraphRebuilder):
 
         return self.once(wrapper, piece, make)
 
-    # -- What kinds are offered: `kinds.base.Writer` -----------------------------------------
+    # -- What kinds use: `kinds.base.Writer` -------------------------------------------------
 
     @property
     def layers(self) -> Any:
@@ -211,7 +208,7 @@ class _Expander(GraphRebuilder):
         }
 
     def copied(self, initializer: Any) -> Any:
-        # tf_keras warns of an initializer object that is used twice.
+        # tf_keras warns if one initializer object is used twice.
         functions = self.source.keras.initializers
         return functions.get(functions.serialize(initializer))
 
@@ -228,14 +225,14 @@ class _Expander(GraphRebuilder):
         return [encoder, decoder]
 
     def _bias(self, layer: Any) -> Any:
-        """The weight in whose place the bias of a layer is once it is written out, or None."""
+        """The old weight that the new layer's bias replaces, or None."""
         norm = self._folded.get(layer)
         return getattr(layer, "bias", None) if layer.use_bias or norm is None else norm.beta
 
     # -- BatchNormalization ------------------------------------------------------------------
 
     def _plan_folding(self, model: Any) -> None:
-        """Finds the pairs to fold; warns of the BatchNormalization layers that stay."""
+        """Finds the pairs to fold, and warns of BatchNormalization layers that are not folded."""
         graphs = [model, *(m for _, m in walk(model) if self.source.is_symbolic(m))]
         calls = [(graph, call) for graph in graphs for call in self.source.graph(graph)]
         count: dict[Any, int] = {}
@@ -277,7 +274,7 @@ class _Expander(GraphRebuilder):
         (before,) = (c for c in calls if any(output is tensor for output in c.outputs))
         layer = before.layer
         if not isinstance(layer, self.layers.Layer) or not _takes_scales(layer):
-            return None, f"'{layer.name}' before it is no stock convolution or dense layer"
+            return None, f"'{layer.name}' before it is not a stock convolution or dense layer"
         if self.source.keras.activations.serialize(layer.activation) != "linear":
             return None, f"'{layer.name}' before it has an activation"
         if layer.activity_regularizer is not None:
@@ -305,7 +302,7 @@ class _Expander(GraphRebuilder):
         return layer, None
 
     def _fold(self, layer: Any, kernels: list[np.ndarray]) -> list[np.ndarray]:
-        """The weights of `layer`, given those but the bias, with its normalization folded in."""
+        """The weights of `layer` with its normalization folded in, from those without bias."""
         norm = self._folded[layer]
 
         def value(variable: Any, default: float) -> np.ndarray:
@@ -325,6 +322,6 @@ class _Expander(GraphRebuilder):
 
 
 def _takes_scales(layer: Any) -> bool:
-    """Whether a layer's outputs can be scaled in its kernel: a stock layer, or a factorized one."""
+    """Whether scaling the kernel scales the outputs: in stock and factorized layers."""
     kind = stock_kind(layer)
     return kind.output_axes is not None and (is_factorized(layer) or kind.is_stock(layer))

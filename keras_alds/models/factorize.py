@@ -1,4 +1,4 @@
-"""Makes the factorized layer of a layer, with the factors of its kernel."""
+"""Makes the factorized layer for one choice, with the factors of the kernel."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from keras_alds.plan import LayerChoice
 
 @dataclasses.dataclass(frozen=True)
 class Replacement:
-    """A layer, and the factorized layer that it is to become.
+    """A layer, and the factorized layer that replaces it.
 
     Attributes:
         layer: The layer.
-        factorized: A built layer with its factors. Nothing else holds it.
+        factorized: A built layer with its factors. Nothing else refers to it.
         kind: The layer's kind.
-        bias: New values for the layer's bias, which stays the same variable; None keeps them.
+        bias: New values for the layer's bias variable, or None to keep the old ones.
     """
 
     layer: Any
@@ -44,18 +44,18 @@ def replacement(
     target: np.ndarray | None = None,
     make: FactorizeWithBias | None = None,
 ) -> Replacement:
-    """Makes the factorized layer of a choice; the layer itself is not changed.
+    """Makes the factorized layer for a choice, without changing the layer.
 
-    Settings carry over: regularizers apply to each factor. With the second moment of the layer's
-    inputs the factors keep the outputs of its kernel best, or those of `target` in its place.
-    Without it they are nearest to its kernel.
+    The layer's settings are kept; regularizers apply to each factor. With the second moment of the
+    inputs, the factors minimise the output error with respect to `target`, or else to the kernel.
+    Without it, they approximate the kernel.
 
     Args:
         record: The layer.
         choice: Slices, rank and fold scheme.
-        moment: The second moment of its unfolded inputs.
-        target: Another kernel whose outputs the factors are to keep.
-        make: What makes the factors and a bias instead, which every layer then has.
+        moment: The second moment of the layer's unfolded inputs.
+        target: Another kernel whose outputs the factors approximate.
+        make: A function that makes the factors and a bias instead, so that every layer gets a bias.
     """
     layer, kind = record.layer, record.kind
     slices, rank, scheme = choice.slices or 1, choice.rank or 1, choice.scheme or 0
@@ -85,13 +85,13 @@ def replacement(
 
 
 def _built(record: LayerRecord, slices: int, rank: int, scheme: int, *, with_bias: bool) -> Any:
-    """A new factorized layer with the layer's settings, built; its weights are zeros."""
+    """A new built factorized layer with the layer's settings and zero weights."""
     layer, kind = record.layer, record.kind
     backend = _backend.backend_of(layer)
     regularizer = kind.setting(layer, "regularizer")
     arguments: dict[str, Any] = {
         "rank": rank,
-        # The values are assigned later; an initializer of the kernel may know its shape.
+        # The values are assigned later; the kernel's initializer may depend on its shape.
         "encoder_initializer": "zeros",
         "decoder_initializer": "zeros",
         "encoder_regularizer": regularizer,

@@ -1,4 +1,4 @@
-"""Factorizes the layers of a model in place: the same objects, names and graph, other weights."""
+"""Factorizes the layers of a model in place, keeping objects, names and graph."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from keras_alds.models.optimizer import carry_optimizers
 from keras_alds.models.sequential import Walk, most_reruns
 from keras_alds.plan import CompressionPlan
 
-#: Code in which more layers are factorized is run anew for each of them only if asked for.
+#: The most layers for which sequential compression reruns one piece of Python code by default.
 MOST_RERUNS = 8
 
 
@@ -41,17 +41,16 @@ def apply(
 ) -> None:
     """Factorizes the layers of a model in place, as a plan says.
 
-    If anything fails, the model is left as it was.
+    If anything fails, the model is left unchanged.
 
     Args:
         inventory: The model.
-        plan: A plan that fits it.
-        calibration: What is known of the layers' inputs. Defaults to None: the factors are nearest
-            to the kernels.
+        plan: A plan for this model.
+        calibration: Statistics or examples of the layers' inputs. Defaults to None: the factors
+            approximate the kernels.
         sequential: As for `compress`.
-        last: Whether nobody asks for the statistics any more. They are dropped where examples
-            serve.
-        verbose: 0 for silence, else a progress bar is shown on a terminal.
+        last: Whether the statistics are not used again, so that they can be dropped.
+        verbose: 0 prints nothing; otherwise a terminal shows a progress bar.
         stacklevel: The frame that warnings name; 1 is the caller of this function.
 
     Raises:
@@ -81,33 +80,33 @@ def apply(
 
 
 def _warn_of_code(inventory: Inventory, pairs: Pairs, *, stacklevel: int) -> None:
-    """Warns of layers that code will make again, whole, when a saved model is loaded."""
+    """Warns of layers that a model's code creates dense again when it is loaded."""
     found = made_by_code(inventory, [record for record, _ in pairs])
     if found:
         names = ", ".join(f"'{item.name}' ({type(item).__name__})" for item in found[:3])
         warnings.warn(
-            f"The layers inside {names}{', …' if len(found) > 3 else ''} are made in code, which "
-            "makes the original ones when a saved model is loaded: the weights of the factors do "
-            "not fit these. Save the plan beside the model (`plan.save(path)`, with the plan of "
-            "`select` or the callback's `plan`). To load, make the model by its code, build it, "
-            "`apply_plan(model, plan)`, and then `load_weights`.",
+            f"The code of {names}{', …' if len(found) > 3 else ''} creates dense layers when a "
+            "saved model is loaded, which the weights of the factors do not fit. Save the plan "
+            "too: `plan.save(path)`, with the plan of `select` or the callback's `plan`. To load, "
+            "create the model in code, build it, call `apply_plan(model, plan)`, then "
+            "`load_weights`.",
             stacklevel=stacklevel + 1,
         )
 
 
 def _change(inventory: Inventory, made: Sequence[Replacement]) -> None:
-    """Turns layers into their factorized forms, and all that depends on them; or nothing."""
+    """Replaces layers, masks and optimizer state together; undoes everything if a step fails."""
     backend, model = inventory.backend, inventory.model
     undo: list[Callable[[], None]] = []
     try:
         known = list(model.variables)
         kernels = [r.kind.variable(r.layer) for r in made]
-        for r in made:  # one by one: a failure undoes those before it
+        for r in made:  # one by one, so that a failure can undo the earlier ones
             undo.append(backend.transplant(r.layer, r.factorized, r.kind.kept))
             if r.bias is not None:
                 undo.append(functools.partial(r.layer.bias.assign, backend.value(r.layer.bias)))
                 r.layer.bias.assign(r.bias)
-        # Cells before the layers that run them.
+        # Cells come before the layers that run them.
         for _, layer in reversed(inventory.layers):
             if (step := stock_kind(layer).adopt(backend, layer)) is not None:
                 undo.append(step)
@@ -131,7 +130,7 @@ def _change(inventory: Inventory, made: Sequence[Replacement]) -> None:
 
 
 def factorize_with_bias(method: str | None) -> FactorizeWithBias | None:
-    """What makes the factors and biases of a plan's method; None if it keeps the biases."""
+    """The function that makes factors and biases for a method; None if it keeps the biases."""
     known = METHODS.get(method or "")
     return None if known is None else known.factorize_with_bias
 
@@ -144,7 +143,7 @@ def _is_sequential(
     *,
     stacklevel: int,
 ) -> bool:
-    """Whether to compress layer after layer; warns where it would take too long."""
+    """Whether to compress layer by layer; warns if that would take too long."""
     if make is not None:
         return False
     if sequential is not None:
@@ -152,10 +151,10 @@ def _is_sequential(
     reruns = most_reruns(inventory.model, [record.layer for record, _ in pairs])
     if reruns > MOST_RERUNS:
         warnings.warn(
-            f"{reruns} layers of the model '{inventory.model.name}' that are to be factorized are "
-            "called in Python code, which would be run anew for each of them. Their factors are "
-            "made from the original network's inputs instead. Pass sequential=True to have it run "
-            "all the same (better factors), or sequential=False, which is what is done now.",
+            "Sequential compression would run the Python code of the model "
+            f"'{inventory.model.name}' again for each of {reruns} layers, and is skipped. The "
+            "factors are fitted on the original network's activations instead. Pass "
+            "sequential=True for better factors, or sequential=False to silence this warning.",
             stacklevel=stacklevel + 1,
         )
     return reruns <= MOST_RERUNS
@@ -164,7 +163,7 @@ def _is_sequential(
 def _sequential(
     inventory: Inventory, pairs: Pairs, examples: KeptExamples, verbose: int
 ) -> list[Replacement]:
-    """Every layer's factors, made for what the factors before it give."""
+    """The factors of every layer, fitted on the outputs of the compressed layers before it."""
     by_layer = {record.layer: (record, choice) for record, choice in pairs}
     made = {layer: replacement(*pair) for layer, pair in by_layer.items() if not observable(layer)}
 
@@ -178,7 +177,7 @@ def _sequential(
         task = progress.add_task("compression", total=len(layers))
         walk = Walk(inventory.model, layers, examples, given=given)
         walk.run(decide, lambda: progress.advance(task))
-    # No example reaches those that are left.
+    # No example reaches the remaining layers.
     return [made.get(layer) or replacement(*pair) for layer, pair in by_layer.items()]
 
 
@@ -190,22 +189,22 @@ def check_sequential(sequential: object, data: object, method: str | None = None
         )
     if sequential and (data is None or isinstance(data, CalibrationStats)):
         raise ValueError(
-            "Expected examples as `calibration_data` with sequential=True: the layers are run on "
-            "them again, and statistics hold none. "
+            "Expected examples as `calibration_data` with sequential=True, to run the layers on "
+            "them again. "
             f"Received: calibration_data={data!r}"
         )
     if sequential and factorize_with_bias(method):
         raise ValueError(
-            f"Expected no sequential=True with the method {method!r}: its factors are those of "
-            "the original outputs. Received: sequential=True"
+            f"Expected sequential=None or False with the method {method!r}, which fits the factors "
+            "on the original outputs. Received: sequential=True"
         )
 
 
 def check_folded(plan: CompressionPlan, data: object) -> None:
-    """Raises a ValueError if `plan` has fold schemes that factors are not made for on data."""
+    """Raises a ValueError if `plan` has fold schemes that do not support calibration data."""
     if data is not None and plan.folded:
         raise ValueError(
-            "Expected no `calibration_data` with a plan of other fold schemes than 0: factors are "
-            f"made on data in scheme 0 only. Received: layer '{plan.folded[0].layer}' in scheme "
-            f"{plan.folded[0].scheme}. Leave the data out, or make a plan with schemes=0."
+            "Expected no `calibration_data` with a plan of fold schemes other than 0: only factors "
+            f"in scheme 0 can be fitted on data. Received: layer '{plan.folded[0].layer}' in "
+            f"scheme {plan.folded[0].scheme}. Leave the data out, or make a plan with schemes=0."
         )

@@ -1,8 +1,7 @@
-"""`Inventory`: a model, inspected once.
+"""`Inventory`: the layers of a model with weights, inspected in one walk.
 
-It is made in one walk through the model. It holds a record of every layer with weights: what the
-layer is, and why it cannot be factorized if it cannot. Whatever works on the model afterwards takes
-the inventory and does not walk again.
+It has a record of every layer with weights, which says why a layer is skipped. Later steps use
+the inventory instead of walking through the model again.
 """
 
 from __future__ import annotations
@@ -40,21 +39,21 @@ Calls = list[tuple[tuple[int, ...], tuple[int, ...]]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerRecord:
-    """One layer that holds weights.
+    """One layer with weights.
 
     Attributes:
         path: Names from the model to the layer, joined by `/`; unique in the model.
         layer: The layer itself.
-        params: Number of parameters that the layer holds itself.
-        kernel_shape: The shape `(*spatial, channels, filters)` that its kernel is read as; None if
-            its class has no factorized form.
-        skipped: Why it stays as it is; None if it can be factorized.
-        factorizable: Whether it can be factorized, whatever the user's options say.
+        params: Number of the layer's parameters, without those of layers inside it.
+        kernel_shape: The shape of its kernel as `(*spatial, channels, filters)`; None if its class
+            has no factorized form.
+        skipped: Why it is skipped; None if it can be factorized.
+        factorizable: Whether it can be factorized, regardless of the user's options.
         excluded: Whether the user's `exclude` names it.
-        inside: The layers and models that hold it, with their paths, the outermost first.
-        schemes: The fold schemes that its kernel may be unfolded in.
-        bounds: The least and the greatest fraction of its parameters that may go.
-        moment: The second moment of its unfolded inputs; None unless calibration data were seen.
+        inside: The layers and models that contain it, with their paths, outermost first.
+        schemes: The allowed fold schemes of its kernel.
+        bounds: The least and the greatest fraction of its parameters to remove.
+        moment: The second moment of its unfolded inputs; None without calibration data.
     """
 
     path: str
@@ -81,29 +80,29 @@ class LayerRecord:
 
     @property
     def dense_weights(self) -> int:
-        """Number of weights of the kernel; 0 if it has none that could be factorized."""
+        """Number of weights of the kernel; 0 if it has no kernel to factorize."""
         return math.prod(self.kernel_shape) if self.kernel_shape else 0
 
     def is_named_by(self, item: Any) -> bool:
-        """Whether an item of `exclude` or `bounds` names the layer, or one that holds it."""
+        """Whether an item of `exclude` or `bounds` names the layer, or one that contains it."""
         return any(
             matches(item, path, layer) for path, layer in ((self.path, self.layer), *self.inside)
         )
 
     def shape_in(self, scheme: int) -> tuple[int, ...]:
-        """The shape `(*spatial, c, f)` that its kernel is read as in a fold scheme."""
+        """The shape of its kernel as `(*spatial, c, f)` in a fold scheme."""
         return unfolded_shape(self.layer, scheme) if scheme else (self.kernel_shape or ())
 
     def skip(self, code: Skip, detail: str) -> LayerRecord:
-        """The same record of a layer that stays as it is."""
+        """The same record, skipped for a reason."""
         return dataclasses.replace(self, skipped=Skipped(code, detail))
 
     def folded(self, schemes: Sequence[int]) -> LayerRecord:
-        """The same record with those of some fold schemes that the kernel has."""
+        """The same record with only the given fold schemes, as far as the kernel has them."""
         if self.skipped is not None:
             return self
         known = self.kind.schemes(self.layer)
-        # Schemes that are the same for this kernel count once.
+        # Schemes that are equal for this kernel count once.
         found = tuple(sorted({known[scheme] for scheme in schemes if scheme in known}))
         if not found:
             detail = f"its kernel {self.kernel_shape} cannot be unfolded in schemes={schemes}"
@@ -114,7 +113,7 @@ class LayerRecord:
         return dataclasses.replace(self, schemes=found)
 
     def bounded(self, bounds: Iterable[Bound]) -> LayerRecord:
-        """The same record within all bounds that name the layer."""
+        """The same record with the intersection of all bounds that name the layer."""
         if self.skipped is not None:
             return self
         least, greatest = self.bounds
@@ -126,15 +125,14 @@ class LayerRecord:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inventory:
-    """What is known of a model.
+    """The layers of a model.
 
     Attributes:
         model: The model.
-        layers: Every layer at any depth with its path, in the order of a depth-first walk. TF-MOT's
-            pruning wrappers are passed over: the layers inside have the paths they would have
-            without them.
+        layers: Every layer at any depth with its path, depth first. TF-MOT's pruning wrappers are
+            left out, also from the paths of the layers inside them.
         pruning: The built pruning wrappers.
-        records: A record of every layer that holds weights.
+        records: A record of every layer with weights.
         params: All parameters of the model, without the masks of pruning.
         unmatched: The items of `exclude` that name no layer with weights.
     """
@@ -151,11 +149,11 @@ class Inventory:
         """Inspects a model.
 
         Args:
-            model: A model that has its weights.
-            exclude: Items that name layers to leave as they are, with all that is inside them.
+            model: A model with weights.
+            exclude: Items that name layers to skip, with everything inside them.
 
         Raises:
-            ValueError: If `model` is no Keras model, or has no weights yet.
+            ValueError: If `model` is not a Keras model, or has no weights yet.
         """
         check_model(model)
         layers, pruning = scan(model)
@@ -184,12 +182,12 @@ class Inventory:
 
     @property
     def factorizable(self) -> tuple[LayerRecord, ...]:
-        """The records of the layers that could be factorized if no option kept them from it."""
+        """The records of the layers that can be factorized, regardless of the user's options."""
         return tuple(record for record in self.records if record.factorizable)
 
     @property
     def factorized(self) -> list[LayerRecord]:
-        """The records of the layers that are factorized already."""
+        """The records of the layers that are already factorized."""
         return [record for record in self.records if is_factorized(record.layer)]
 
     @functools.cached_property
@@ -197,7 +195,7 @@ class Inventory:
         """The shapes of every call in one forward pass of one example, by layer.
 
         Raises:
-            ValueError: If the model does not know the shapes of its inputs.
+            ValueError: If the shapes of the model's inputs are unknown.
         """
         layers = [record.layer for record in self.records]
         known = _CALLS.get(self.model, [])
@@ -213,7 +211,7 @@ class Inventory:
         return dataclasses.replace(self, records=tuple(map(change, self.records)))
 
     def of_copy(self, copy: Any) -> Inventory:
-        """The inventory of a copy of the model: the same records of its own layers."""
+        """The inventory of a copy of the model, with the same records for the copy's layers."""
         layers, pruning = scan(copy)
         pairs = zip(self.layers, layers, strict=True)
         ours = {layer: other for (_, layer), (_, other) in pairs}
@@ -225,7 +223,7 @@ class Inventory:
         )
 
     def warn_of_unmatched(self, *, stacklevel: int) -> None:
-        """Warns of the items of `exclude` that name nothing."""
+        """Warns of items of `exclude` that match no layer."""
         for item in self.unmatched:
             warnings.warn(
                 f"`exclude` entry {item!r} matches no layer with weights of the model "
@@ -234,17 +232,17 @@ class Inventory:
             )
 
 
-# The calls of a model's layers, as (layer, its class, its calls). The trace takes a second for a
-# large network.
+# Cached calls of a model's layers, as (layer, its class, its calls): tracing a large network takes
+# a second.
 _CALLS: weakref.WeakKeyDictionary[Any, list[tuple[weakref.ref[Any], type, Calls]]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 def check_model(model: Any) -> None:
-    """Raises a ValueError unless `model` is a Keras model whose weights are made.
+    """Raises a ValueError unless `model` is a Keras model with weights.
 
-    A model that trains in a `train_step` of its own need not be built, nor have a `call`.
+    A model with its own `train_step` need not be built or have a `call`.
     """
     backend = _backend.backend_of(model)
     if not backend.is_model(model):
@@ -260,9 +258,9 @@ def check_model(model: Any) -> None:
 
 
 def has_weights(model: Any) -> bool:
-    """Whether the weights of a model are made: it has some, and so has every layer that will.
+    """Whether a model has all its weights.
 
-    A model of built layers need not be built: one with a `train_step` and no `call` never is.
+    The model itself need not be built: one with a `train_step` and no `call` never is.
     """
     backend = _backend.backend_of(model)
     layers = [layer for layer in below(model) if not backend.children(layer)]
@@ -271,20 +269,20 @@ def has_weights(model: Any) -> bool:
 
 
 def already_compressed(records: Sequence[LayerRecord]) -> ValueError:
-    """The error for a model that holds factorized layers."""
+    """The error for a model with factorized layers."""
     shown = ", ".join(record.path for record in records[:3]) + (", …" if len(records) > 3 else "")
     return ValueError(
         "Expected a model that is not compressed yet. Received: a model with "
         f"{len(records)} factorized layers ({shown}). Compress the original model with a larger "
-        "`cr` instead. If these layers are part of its design, leave them as they are with "
+        "`cr` instead. If these layers are part of its design, skip them with "
         "`exclude=[type(layer), …]`."
     )
 
 
 def count_params(model: Any, pruning: Sequence[Any] | None = None) -> int:
-    """Parameters of a model, without the masks that TF-MOT's `strip_pruning` takes away.
+    """Parameters of a model, without the masks that TF-MOT's `strip_pruning` removes.
 
-    The weights are counted, each once: a model that was never called cannot be asked.
+    This also works for a model that was never called, unlike its own `count_params`.
     """
     wrapped = scan(model)[1] if pruning is None else pruning
     masks = {id(mask) for wrapper in wrapped for mask in wrappers.masks(wrapper)}
@@ -293,7 +291,7 @@ def count_params(model: Any, pruning: Sequence[Any] | None = None) -> int:
 
 
 def dense_params(model: Any) -> int:
-    """Parameters of a model if every factorized kernel were multiplied out."""
+    """Parameters of a model with dense kernels in place of factors."""
     layers, pruning = scan(model)
     factorized = [layer for _, layer in layers if is_factorized(layer)]
     more = sum(math.prod(layer.kernel_shape) - factor_weights(layer) for layer in factorized)
@@ -301,7 +299,7 @@ def dense_params(model: Any) -> int:
 
 
 def contains_factorized(layer: Any) -> bool:
-    """Whether a layer is factorized or holds a factorized layer at any depth."""
+    """Whether a layer is factorized or contains a factorized layer at any depth."""
     return any(is_factorized(inner) for inner in (layer, *below(layer)))
 
 
@@ -313,13 +311,13 @@ def factor_weights(layer: Any) -> int:
 def walk(model: Any) -> tuple[tuple[str, Any], ...]:
     """Every layer below `model` once with its path, depth first.
 
-    TF-MOT's pruning wrappers are passed over.
+    TF-MOT's pruning wrappers are left out.
     """
     return scan(model)[0]
 
 
 def scan(model: Any) -> tuple[tuple[tuple[str, Any], ...], tuple[Any, ...]]:
-    """The layers as `walk` gives them, and the built pruning wrappers."""
+    """The result of `walk`, and the built pruning wrappers."""
     backend = _backend.backend_of(model)
     seen, paths = {model}, set()
     layers: list[tuple[str, Any]] = []
@@ -346,7 +344,7 @@ def scan(model: Any) -> tuple[tuple[tuple[str, Any], ...], tuple[Any, ...]]:
 
 
 def made_by_code(inventory: Inventory, records: Sequence[LayerRecord]) -> list[Any]:
-    """The outermost holders of some layers that make them in code when the model is loaded."""
+    """The outermost models or layers whose code creates some layers when the model is loaded."""
     chains = [
         [inventory.model, *(holder for _, holder in record.inside), record.layer]
         for record in records
@@ -370,7 +368,7 @@ def _kernels(layer: Any) -> dict[str, Any]:
 def _records(
     model: Any, layers: Sequence[tuple[str, Any]], pruning: Sequence[Any]
 ) -> Iterator[LayerRecord]:
-    """A record of every layer that holds weights, whatever a user excludes."""
+    """A record of every layer with weights, regardless of `exclude`."""
     backend = _backend.backend_of(model)
     at = dict(layers)
     holders: dict[int, list[str]] = {}
@@ -414,9 +412,9 @@ def _skipped(layer: Any, around: Sequence[Any]) -> Skipped | None:
 def _holders_of_weights(
     backend: _backend.Backend, layers: Iterable[tuple[str, Any]]
 ) -> Iterator[tuple[str, Any, list[Any], bool]]:
-    """The layers that hold weights: path, layer, weights, and whether it is a kernel of another.
+    """The layers with weights: path, layer, weights, and whether it is a kernel of another layer.
 
-    Some layers have kernels that count as layers of their own, such as recurrent cells.
+    Some layers, such as recurrent cells, have kernels that count as separate layers.
     """
     seen = set()
     for path, layer in layers:

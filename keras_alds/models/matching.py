@@ -11,11 +11,11 @@ Pairs = list[tuple[LayerRecord, LayerChoice]]
 def match(inventory: Inventory, plan: CompressionPlan) -> Pairs:
     """Pairs the layers of a model with the choices of a plan.
 
-    Layers are found by name. Keras numbers some names by itself, and two models that the same code
-    makes then differ in them. If the names do not fit, order and shapes decide.
+    Layers are matched by name, or else by order and shape: names that Keras numbers automatically
+    differ between two models made by the same code.
 
     Raises:
-        ValueError: If neither fits.
+        ValueError: If neither matches.
     """
     records = inventory.records
     by_path = {record.path: record for record in records}

@@ -1,4 +1,4 @@
-"""Watches a running model, and adds up the second moments of what its layers see."""
+"""Accumulates the second moments of layer inputs while a model runs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from keras_alds.core.slicing import Array, kernel_sizes
 from keras_alds.kinds.base import calling_kernels, observable
 from keras_alds.models.inventory import LayerRecord
 
-# The squares of what is smaller can be added up in float32.
+# The squares of smaller values can be summed in float32.
 _LARGEST = 1e16
-# Parts of one call of one layer that threads work on side by side. Not the number of workers: the
-# same parts everywhere give the same bits.
+# Parts of one layer call that threads process in parallel. A constant, not the number of workers,
+# so that results are the same on every machine.
 PARTS = 4
 
 
@@ -30,8 +30,7 @@ class Observer:
     """Accumulates the second moments of the inputs of some layers of a running model.
 
     Args:
-        records: Layers that can be factorized; those whose inputs cannot be measured are passed
-            over.
+        records: Layers that can be factorized; those with unobservable inputs are ignored.
     """
 
     def __init__(self, records: Sequence[LayerRecord]) -> None:
@@ -40,7 +39,7 @@ class Observer:
 
     @contextlib.contextmanager
     def watching(self, model: Any) -> Iterator[None]:
-        """Observes every call of the layers while inside."""
+        """Observes every call of the layers inside the context."""
         layers = list(self._records)
         with (
             threads() as self._pool,
@@ -67,7 +66,7 @@ class Observer:
         sums.add_parts(patches, self._pool)
 
     def moments(self) -> dict[str, SecondMoment | None]:
-        """The second moments by path, None where no input came; ends the observation."""
+        """The second moments by path, None for layers that were not called; clears the sums."""
         found: dict[str, SecondMoment | None] = {}
         for layer, record in self._records.items():
             sums = self._sums.pop(layer, None)
@@ -76,11 +75,11 @@ class Observer:
 
 
 def check_finite(inputs: Array, path: str) -> None:
-    """Raises a ValueError if a layer gets NaN, infinity or what has no finite square."""
+    """Raises a ValueError if an input is NaN, infinite, or too large for a finite square."""
     largest = float(np.abs(inputs).max(initial=0.0))  # NaN if there is one
     if not largest < _LARGEST:
         raise ValueError(
-            "Expected finite values in the whole model, of finite squares. Received: "
+            "Expected finite values with finite squares in the whole model. Received: "
             + (f"{largest:g}" if np.isfinite(largest) else "NaN or infinity")
             + f" in the input of layer '{path}'. Look at the layers before it and at the range of "
             "the data."
@@ -88,10 +87,10 @@ def check_finite(inputs: Array, path: str) -> None:
 
 
 def when_known(inputs: Any, outputs: Any, use: Callable[[Array], None]) -> Any:
-    """Calls `use` with the values of `inputs`, at once or when the graph being traced runs.
+    """Calls `use` with the values of `inputs`, now or when the traced graph runs.
 
     Returns:
-        What is to be handed on as `outputs`.
+        The outputs to pass on.
     """
     x = tensors.tensor(inputs)
     if x.dtype not in (tensors.float32, tensors.float64):
@@ -99,5 +98,5 @@ def when_known(inputs: Any, outputs: Any, use: Callable[[Array], None]) -> Any:
     if tensors.has_values(x):
         use(x.numpy())
         return outputs
-    # Inside a function or loop of the model's own, such as that of `TimeDistributed`.
+    # Inside a `tf.function` or loop of the model, such as that of `TimeDistributed`.
     return tensors.after_running(use, x, outputs)

@@ -1,10 +1,10 @@
-"""Carries the state of optimizers over from a kernel W to its factors E and D, W ≈ E D.
+"""Converts optimizer state from a kernel W to its factors E and D, W ≈ E D.
 
-With G the gradient of the loss in W, the gradients in the factors are G Dᵀ and Eᵀ G. So state that
-is linear in past gradients (momentum, first moments, accumulated gradients) is carried over by
-the same two products; averages of squared gradients by the products with the squared factors,
-which is their expectation where the entries of G are uncorrelated. Any other state of a factor
-starts at its initial value, and an average of weights starts at the factor itself.
+If G is the gradient of the loss with respect to W, those with respect to the factors are G Dᵀ and
+Eᵀ G. State that is linear in past gradients (momentum, first moments, accumulated gradients) is
+converted by these products. Averages of squared gradients are converted by the products with the
+squared factors, their expectation for uncorrelated entries of G. An average of weights starts at
+the factor itself, and any other state at its initial value.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def carry_optimizers(
     factorized: dict[int, Any],
     undo: list[Callable[[], None]],
 ) -> None:
-    """Builds every optimizer of `model` anew on its present variables and carries its state over.
+    """Rebuilds every optimizer of `model` for its current variables and converts its state.
 
     Args:
         backend: The model's backend.
         model: A model whose layers were just factorized in place.
         known: The model's variables before that.
-        factorized: The factorized layer for the id of every kernel variable that is gone.
-        undo: Functions that put the optimizers back are appended, each before its change.
+        factorized: The factorized layer by the id of the kernel variable that it replaces.
+        undo: A list to which functions are appended that restore the optimizers.
     """
     for optimizer in backend.optimizers(model):
         if backend.inner_optimizer(optimizer) is None:
@@ -66,9 +66,9 @@ def carry_optimizers(
 
 
 def _in_order(targets: list[Any], variables: list[Any]) -> list[Any]:
-    """Variables of an optimizer in the order in which a model has them, others last.
+    """Variables of an optimizer in the model's order, others last.
 
-    A model that is loaded builds its optimizer in that order, and reads its state by it.
+    A loaded model builds its optimizer, and reads its state, in that order.
     """
     places = {id(variable): place for place, variable in enumerate(variables)}
     return sorted(targets, key=lambda variable: places.get(id(variable), len(places)))
@@ -101,12 +101,12 @@ def _carry(
 def carried(
     backend: _backend.Backend, meaning: str, state: np.ndarray, layer: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The state of encoder and decoder that follows from the state of the dense kernel.
+    """The state of encoder and decoder, converted from the state of the dense kernel.
 
     Args:
         backend: The layer's backend.
         meaning: `"linear"` in past gradients, `"squared"` gradients, or weight `"average"`.
-        state: What the optimizer held for the kernel, in its own shape.
+        state: The optimizer's state for the kernel, in the kernel's shape.
         layer: The factorized layer.
 
     Returns:

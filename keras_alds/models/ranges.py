@@ -1,9 +1,9 @@
-"""Makes the channels between encoder and decoder equally large, which changes no output.
+"""Balances the channels between encoder and decoder without changing the outputs.
 
-Between the two factors there is nothing nonlinear, so every rank's middle channel can be scaled by
-any s > 0: its encoder weights times s, its decoder weights divided by s. In float nothing changes.
-In int8 one scale serves all middle channels: the largest decides, and the others keep few of its
-255 steps; beyond some thousand times the file does not even run (see docs/targets.md).
+There is no nonlinearity between the two factors. So the middle channel of each rank can be scaled
+by any s > 0: its encoder weights times s, its decoder weights divided by s. In int8, all middle
+channels share one scale, which the largest channel determines; much smaller channels use few of
+the 255 steps. If the ratio exceeds a few thousand, the file fails to run (see docs/targets.md).
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from keras_alds.kinds.base import channels_last, factorized_kind, is_factorized,
 from keras_alds.models.inventory import walk
 from keras_alds.models.observe import when_known
 
-# XNNPACK refuses s_in·s_w/s_out >= 256; in the encoder that is |E|·|x| / (127·|h|). A rank that the
-# examples hardly excite is scaled to no more than an eighth of it.
+# XNNPACK rejects s_in·s_w/s_out >= 256; in the encoder that ratio is |E|·|x| / (127·|h|). Ranks
+# with very small activations are scaled to at most an eighth of the limit.
 _LARGEST_GAIN = 127 * 256 / 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """An encoder and a decoder with nothing nonlinear between them.
+    """An encoder and a decoder without a nonlinearity between them.
 
     Attributes:
-        layer: The factorized layer, or the stock layer that encodes.
+        layer: The factorized layer, or the stock layer that is the encoder.
         encoder: The encoder's weights; the middle channels are its last axis, or for a stock
             depthwise convolution its last two.
         decoder: The decoder's weights; the middle channels are its last axis but one.
@@ -51,19 +51,18 @@ class Pair:
 def equalize(model: Any, batches: Iterable[Any] | None = None) -> Callable[[], None]:
     """Equalizes the middle channels of all encoder–decoder pairs of a model, **in place**.
 
-    It takes factorized layers, and in Functional and Sequential models the pairs that `expand`
-    writes out: a linear convolution or dense layer whose output goes to one 1×1 convolution or
-    dense layer and nowhere else. Without a bias it may also go to a convolution with a window, as
-    in the fold schemes 1 to 3 (zeros that it pads with stay zeros). Outputs stay the same up to
-    float rounding.
+    Pairs are factorized layers and, in Functional and Sequential models, the stock layers that
+    `expand` makes: a linear convolution or dense layer whose output goes only to one 1×1
+    convolution or dense layer. If the first has no bias, the second may have a larger window, as
+    in the fold schemes 1 to 3. Outputs stay the same up to float rounding.
 
     Args:
-        model: A built model of either Keras.
-        batches: Inputs of the model: all middle channels then get the same largest absolute value
-            on them. None: every rank's encoder and decoder weights get the same norm.
+        model: A built Keras 3 or tf_keras model.
+        batches: Inputs of the model, on which all middle channels get the same largest absolute
+            value. None: every rank's encoder and decoder weights get the same norm.
 
     Returns:
-        A function that puts the old values back, bit for bit.
+        A function that restores exactly the old values.
     """
     pairs = find_pairs(model)
     seen = _ranges(model, pairs, batches) if batches is not None else {}
@@ -94,7 +93,7 @@ def equalize(model: Any, batches: Iterable[Any] | None = None) -> Callable[[], N
             dtypes = [old.dtype for _, old, _ in changed]
             values = [new.astype(dtype) for (*_, new), dtype in zip(changed, dtypes, strict=True)]
             if not all(np.isfinite(value).all() for value in values):
-                continue  # weights that are not finite: whoever converts them complains
+                continue  # weights that are not finite: the conversion raises an error
             for (variable, old, _), value in zip(changed, values, strict=True):
                 before.append((variable, old))
                 variable.assign(value)
@@ -106,7 +105,7 @@ def equalize(model: Any, batches: Iterable[Any] | None = None) -> Callable[[], N
 
 @contextlib.contextmanager
 def equalized(model: Any, batches: Iterable[Any] | None = None) -> Iterator[None]:
-    """`equalize` while inside; the old values are back afterwards, bit for bit."""
+    """Applies `equalize` inside the context, then restores exactly the old values."""
     undo = equalize(model, batches)
     try:
         yield
@@ -132,7 +131,7 @@ def scales_for_ranges(left: Array, right: Array, ranges: Array, peak: float) -> 
         array([10., 10.])
     """
     gain, out = _peaks(left), _peaks(right.T)
-    # A rank that the examples hardly excite is not blown up without bound.
+    # Limit the scale of ranks with very small activations.
     ranges = np.maximum(ranges, gain * peak / _LARGEST_GAIN)
     live = (ranges > 0) & (out > 0)
     # With all ranges R, encoder weights are e·R/r and decoder weights d·r/R: equal on both sides.
@@ -142,7 +141,7 @@ def scales_for_ranges(left: Array, right: Array, ranges: Array, peak: float) -> 
         level = np.exp(np.mean(np.log(out[alive] * ranges[alive] ** 2 / gain[alive])) / 2)
     scale = np.ones_like(ranges)
     np.divide(level, ranges, out=scale, where=ranges > 0)
-    # A rank whose encoder is zero says nothing: its decoder row must not set the row's scale.
+    # A rank without activation is scaled so that its decoder row does not set the maximum.
     idle = (ranges == 0) & (out > 0)
     others = (out[live] / scale[live]).min() if live.any() else 1.0
     scale[idle] = out[idle] / others
@@ -178,7 +177,7 @@ def _sane(scale: Array) -> Array:
     return np.where(np.isfinite(scale) & (scale > 0), scale, 1.0)
 
 
-# -- Where the pairs are ---------------------------------------------------------------------------
+# -- Finding the pairs -----------------------------------------------------------------------------
 
 
 def find_pairs(model: Any) -> list[Pair]:
@@ -202,7 +201,7 @@ def find_pairs(model: Any) -> list[Pair]:
 
 
 def _stock_pairs(backend: _backend.Backend, models: list[Any]) -> list[Pair]:
-    """Linear stock layers whose output goes to one layer that decodes it and nowhere else."""
+    """Linear stock layers whose output goes only to one layer that can be their decoder."""
     graph = _Graph(backend, models)
     pairs = []
     for encoder, calls in graph.calls.items():
@@ -249,7 +248,7 @@ class _Graph:
             self._readers.setdefault(tensor, []).append(call)
 
     def reader(self, call: _backend.GraphCall) -> Any:
-        """The layer that alone reads a call's output, or None."""
+        """The only layer that reads a call's output, possibly after reshapes, or None."""
         tensor = call.outputs[0]
         while len(call.outputs) == 1 and id(tensor) not in self._ends:
             found = self._readers.get(id(tensor), [])
@@ -264,7 +263,7 @@ class _Graph:
         return None
 
     def writer(self, call: _backend.GraphCall) -> Any:
-        """The layer whose output alone a call reads, or None."""
+        """The only layer whose output a call reads, or None."""
         tensors = self._read(call)
         while len(tensors) == 1:
             found = self._writers[tensors[0]]
@@ -278,7 +277,7 @@ class _Graph:
         return [tensor for tensor in tensors if tensor in self._writers]
 
 
-# -- What their middle channels hold ---------------------------------------------------------------
+# -- Ranges of the middle channels -----------------------------------------------------------------
 
 
 def _ranges(

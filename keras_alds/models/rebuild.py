@@ -1,4 +1,4 @@
-"""Builds symbolic models anew with other layers in some places: `GraphRebuilder`."""
+"""`GraphRebuilder`: rebuilds Functional and Sequential models with some layers replaced."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from keras_alds import _backend
 from keras_alds._backend import tensors as nest
 from keras_alds.models.inventory import walk
 
-#: What takes the place of a layer: layers, or functions of symbolic tensors, one after the other.
+#: A part of a layer's replacement: a layer, or a function of symbolic tensors.
 Piece = Any
 
 
@@ -24,26 +24,26 @@ def check_symbolic(model: Any, user: str) -> _backend.Backend:
     backend = _backend.backend_of(model)
     if not backend.is_symbolic(model):
         raise ValueError(
-            f"Expected `model` to be Functional or Sequential, for `{user}`: it rebuilds a graph "
-            f"of layers. Received: {model.name!r} of type {type(model).__name__}, whose graph is "
-            "Python code. Remedy: make it functional (call its layers on a `keras.Input` and "
-            "give `keras.Model` the inputs and outputs), or export it as it is: `model.export` "
-            "and the TFLite converter run factorized layers."
+            f"Expected a Functional or Sequential model for `{user}`. Received: {model.name!r} of "
+            f"type {type(model).__name__}, which calls its layers in Python code. Remedy: make it "
+            "functional (call its layers on a `keras.Input` and give `keras.Model` the inputs and "
+            "outputs), or export it as it is: `model.export` and the TFLite converter run "
+            "factorized layers."
         )
     if not model.built or not getattr(model, "inputs", None):
         raise ValueError(
-            f"Expected the Sequential model '{model.name}' to know its input, for `{user}`. "
-            "Received: one that was never called. Call it once on a batch, or `build()` it."
+            f"Expected a built Sequential model for `{user}`. Received: '{model.name}', which was "
+            "never called. Call it once on a batch, or `build()` it."
         )
     return backend
 
 
 class GraphRebuilder:
-    """Builds symbolic models anew, layer by layer; a subclass says what takes a layer's place.
+    """Rebuilds symbolic models layer by layer; a subclass defines the replacements of layers.
 
     Args:
-        source: The backend of the model that is read.
-        target: The backend of the model that is made.
+        source: The backend of the old model.
+        target: The backend of the new model.
     """
 
     def __init__(self, source: _backend.Backend, target: _backend.Backend) -> None:
@@ -57,7 +57,7 @@ class GraphRebuilder:
         self._warnings: list[str] = []
 
     def pieces(self, call: _backend.GraphCall) -> list[Piece]:
-        """What takes the place of `call.layer` in this call; none if its input passes through."""
+        """The replacement of `call.layer` in this call; empty if the input passes through."""
         raise NotImplementedError
 
     def input_layer(self, layer: Any) -> Any:
@@ -67,17 +67,17 @@ class GraphRebuilder:
     def arguments(
         self, call: _backend.GraphCall, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the only piece of a call is called on, given the new tensors."""
+        """The arguments for a replacement of one piece, from the new tensors."""
         return args, kwargs
 
     def last_call(
         self, call: _backend.GraphCall, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the last of several pieces is called on, given what those before it have made."""
+        """The arguments for the last of several pieces, from the output of those before."""
         return (value,), {}
 
     def calls(self, model: Any) -> list[_backend.GraphCall]:
-        """The calls of a model's graph that are to be made anew."""
+        """The calls of a model's graph to rebuild."""
         return self.source.graph(model)
 
     def construct(self, model: Any, *parts: Any) -> Any:
@@ -91,14 +91,14 @@ class GraphRebuilder:
                 cls = type(model)
             else:
                 self.warn(
-                    f"{type(model).__name__} cannot be made from inputs and outputs, because it "
-                    f"has a constructor of its own: '{model.name}' comes back as a plain "
+                    f"{type(model).__name__} has its own constructor and cannot be made from "
+                    f"inputs and outputs: the new '{model.name}' is a plain "
                     f"{cls.__name__}, without its `train_step` and other methods."
                 )
         return cls(*parts, name=model.name)
 
     def rebuild(self, model: Any) -> Any:
-        """The new model, with weights and trainable flags; for the function that users call."""
+        """The new model, with weights and trainable flags; called by the public function."""
         self.names |= {layer.name for _, layer in walk(model)}
         new = self.model(model)
         self._finish()
@@ -107,7 +107,7 @@ class GraphRebuilder:
         return new
 
     def warn(self, text: str) -> None:
-        """Warns the user once the model is rebuilt: of the line that asked for it."""
+        """Defers a warning until the model is rebuilt, so that it names the user's line."""
         self._warnings.append(text)
 
     def record(
@@ -117,9 +117,9 @@ class GraphRebuilder:
         values: list[np.ndarray] | None = None,
         origins: list[Any] | None = None,
     ) -> None:
-        """Remembers that `new` gets the flags of `old`, and the weights, once all are built.
+        """Records that `new` gets the flags of `old` and the weights `values` at the end.
 
-        `origins` are the old weights, or None, in whose place the new ones are.
+        `origins` are the old weights that the new ones replace, or None.
         """
         self._flags.append((old, new))
         if values:
@@ -127,7 +127,7 @@ class GraphRebuilder:
             self._origins.append((new, origins or []))
 
     def pairs(self) -> list[tuple[Any, Any]]:
-        """The old weights, each with one in its place, once the model is rebuilt."""
+        """Pairs of old and new weights, once the model is rebuilt."""
         return [
             (old, weight)
             for new, origins in self._origins
@@ -145,7 +145,7 @@ class GraphRebuilder:
         return result
 
     def model(self, model: Any) -> Any:
-        """The new model for a symbolic model; the same one every time it is asked for."""
+        """The new model for a symbolic model; the same object on every call."""
         if model not in self._models:
             self._models[model] = self._rebuilt(model)
             self.record(model, self._models[model])
@@ -160,8 +160,8 @@ class GraphRebuilder:
                 steps.append((call, self.pieces(call)))
             if type(call.layer).__name__ in ("AddLoss", "AddMetric"):
                 self.warn(
-                    f"What `add_loss` or `add_metric` added to '{model.name}' does not lead to an "
-                    "output and is not carried over: add it to the new model."
+                    f"What `add_loss` or `add_metric` added to '{model.name}' is not copied: add "
+                    "it to the new model."
                 )
         layers = [piece for _, pieces in steps for piece in pieces]
         if isinstance(model, self.source.keras.Sequential) and all(
@@ -194,8 +194,8 @@ class GraphRebuilder:
         return pieces[-1](*args, **kwargs)
 
     def _finish(self) -> None:
-        # Flags first: in tf_keras the order of a wrapper's weights depends on them. Parents come
-        # before children, whose own flags then hold.
+        # Flags first: in tf_keras they determine the order of a wrapper's weights. Parents come
+        # before children, because a parent's flag overwrites those of its children.
         for old, new in reversed(self._flags):
             new.trainable = old.trainable
             if isinstance(new, self.target.keras.Model):
@@ -216,7 +216,7 @@ class GraphRebuilder:
                     "`get_config()` of the layer return every constructor argument."
                 )
             new.set_weights(values)
-            if hasattr(new, "finalize_state"):  # Normalization keeps what it derives from them
+            if hasattr(new, "finalize_state"):  # Normalization caches values derived from them
                 new.finalize_state()
 
 
@@ -232,5 +232,5 @@ def _renewed(structure: Any, tensors: dict[int, Any]) -> Any:
 
 
 def first_tensor(call: _backend.GraphCall) -> Any:
-    """The first symbolic tensor that a call is given."""
+    """The first symbolic tensor among a call's arguments."""
     return nest.flatten((call.args, list(call.kwargs.values())))[0]

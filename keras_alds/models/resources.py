@@ -1,7 +1,7 @@
-"""What a plan can limit: parameters and multiply–accumulates. `litert.latency` adds latency.
+"""Resources that a plan can limit: parameters and multiply–accumulates.
 
-A resource says how much of it a model takes, and what the choices of a layer cost. Another one is
-a class with the four members of `Resource`, handed to `models.selection`.
+A resource gives the cost of a whole model and of every choice of a layer. To add one, write a class
+with the four members of `Resource` and pass it to `models.selection`, as `litert.latency` does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from keras_alds.plan import Skip, Skipped
 
 
 class Resource(Protocol):
-    """Something that a model takes and that a plan can limit.
+    """Something that a model uses and a plan can limit.
 
     Attributes:
         name: Its name, as in `objective`.
@@ -28,13 +28,13 @@ class Resource(Protocol):
 
     @property
     def total(self) -> int:
-        """All that the model takes of it."""
+        """The cost of the whole model."""
 
     def costs(self, record: LayerRecord) -> Costs:
-        """What the choices of a layer that can be factorized cost, all its calls together."""
+        """The costs of a layer's choices, summed over its calls."""
 
     def skipped(self, record: LayerRecord) -> Skipped | None:
-        """Why a layer is not factorized for this resource's sake, or None."""
+        """Why a layer is skipped under this resource, or None."""
 
 
 class Params:
@@ -51,12 +51,12 @@ class Params:
         return self._inventory.params
 
     def added(self, record: LayerRecord) -> int:
-        """Parameters that the method adds to a layer: those of a bias that it has not."""
+        """Parameters that the method adds to a layer: a bias, if it has none."""
         adds = self._method.factorize_with_bias and not getattr(record.layer, "use_bias", True)
         return (record.kernel_shape or (0,))[-1] if adds else 0
 
     def costs(self, record: LayerRecord) -> Costs:
-        """One for every weight."""
+        """One per weight."""
         forms = tuple((scheme, record.shape_in(scheme), 1) for scheme in record.schemes)
         return WeightCosts(forms, 1, self.added(record))
 
@@ -68,13 +68,12 @@ class Params:
 class Macs:
     """Multiply–accumulates of one forward pass of one example.
 
-    Every kind of layer counts its own in `Kind.macs`; a layer that is called several times counts
-    every time.
+    `Kind.macs` counts them for each kind of layer. Every call of a layer counts.
 
     Args:
         inventory: The model.
-        only: Whether nothing else is limited. A layer that the forward pass does not call is then
-            not factorized.
+        only: Whether nothing else is limited. Layers that the forward pass does not call are then
+            skipped.
     """
 
     name = "macs"
@@ -88,7 +87,7 @@ class Macs:
         return sum(map(self.of, self._inventory.records))
 
     def of(self, record: LayerRecord) -> int:
-        """Those of one layer.
+        """Multiply–accumulates of one layer.
 
         Raises:
             ValueError: If an input or feature map has an unknown size.
@@ -97,7 +96,7 @@ class Macs:
         return sum(macs_of_call(record.layer, *shapes) for shapes in calls)
 
     def costs(self, record: LayerRecord) -> Costs:
-        """A weight costs as much as there are positions that it works at."""
+        """One per weight and position at which it is applied."""
         unit = self.of(record) // max(record.kind.applied(record.layer), 1)
         forms = tuple(
             (scheme, record.shape_in(scheme), self._encoder_unit(record, scheme, unit))
@@ -106,7 +105,7 @@ class Macs:
         return WeightCosts(forms, unit)
 
     def _encoder_unit(self, record: LayerRecord, scheme: int, unit: int) -> int:
-        """The positions of the encoder, which in some fold schemes are not the decoder's."""
+        """The number of the encoder's positions, which may differ from the decoder's."""
         if not scheme:
             return unit
         layer, kind = record.layer, record.kind
@@ -116,9 +115,9 @@ class Macs:
         )
 
     def skipped(self, record: LayerRecord) -> Skipped | None:
-        """A table that rows are looked up in takes none: two factors would take more."""
+        """Skips lookup tables, which use no multiply–accumulates, and layers without calls."""
         if record.kind.lookup:
-            detail = "it looks rows of a table up, which takes no multiply–accumulates"
+            detail = "it looks up rows of a table, which takes no multiply–accumulates"
             return Skipped(Skip.NOT_COUNTED, detail)
         if self._only and not self.of(record):
             return Skipped(Skip.NOT_COUNTED, "the forward pass does not call it")
@@ -128,9 +127,9 @@ class Macs:
 def count_macs(model: KerasModel) -> int:
     """Multiply–accumulates of one forward pass of `model` on one example.
 
-    Counted are convolutions of every kind, Dense and EinsumDense layers, the kernels of LSTM, GRU
-    and SimpleRNN layers, once for every time step, and their factorized forms. All other layers
-    count as zero. A shared layer counts once for every call.
+    Convolutions of every kind, Dense and EinsumDense layers count, as do the kernels of LSTM, GRU
+    and SimpleRNN layers in every time step, and all their factorized forms. All other layers
+    count as zero. A shared layer counts once per call.
 
     Args:
         model: A built Keras 3 or tf_keras model whose input shape is known.

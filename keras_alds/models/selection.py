@@ -1,4 +1,4 @@
-"""`Selection`: which choices the layers have, what all may take together, and what is chosen."""
+"""`Selection`: the allowed choices of the layers, the budgets, and the solution."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from keras_alds.targets import get_target
 
 
 def candidates_of(inventory: Inventory, options: Options, *, stacklevel: int) -> Inventory:
-    """The inventory with the layers that options leave to be factorized.
+    """The inventory with the layers that the options allow to be factorized.
 
     Raises:
-        ValueError: If the model is compressed already, or no layer can be factorized.
+        ValueError: If the model is already compressed, or no layer can be factorized.
     """
     if factorized := [record for record in inventory.factorized if not record.excluded]:
         raise already_compressed(factorized)
@@ -61,11 +61,11 @@ def candidates_of(inventory: Inventory, options: Options, *, stacklevel: int) ->
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Selection:
-    """A model's layers, what limits them, and how one choice a layer is made.
+    """The selection problem: a model's layers, limits and options.
 
     Attributes:
         inventory: The model, with bounds, and with second moments if there is calibration data.
-        resources: What is limited; the first one is what `cr` counts.
+        resources: The limited resources; `cr` counts the first one.
         options: The options.
         stats: Calibration statistics, or None.
     """
@@ -77,11 +77,11 @@ class Selection:
 
     @classmethod
     def of(cls, inventory: Inventory, resources: Sequence[Resource], options: Options) -> Selection:
-        """Leaves out the layers that the resources skip, and checks that `cr` can be reached.
+        """Skips layers as the resources require, and checks that `cr` can be reached.
 
         Raises:
-            ValueError: If no choice of a layer is within its bounds, or `cr` is not reachable
-                whatever the weights are.
+            ValueError: If no choice of a layer is within its bounds, or `cr` is out of reach for
+                any weights.
         """
 
         def skipped(record: LayerRecord) -> LayerRecord:
@@ -98,7 +98,7 @@ class Selection:
         return selection
 
     def warn_of_bounds(self, *, stacklevel: int) -> None:
-        """Warns of bounds that name no layer that can be factorized."""
+        """Warns of bounds that match no layer that can be factorized."""
         for bound in self.options.bounds:
             if not any(record.is_named_by(bound.item) for record in self.inventory.candidates):
                 warnings.warn(
@@ -108,10 +108,9 @@ class Selection:
                 )
 
     def calibrated(self, stats: CalibrationStats) -> Selection:
-        """The same selection on calibration data.
+        """The same selection with calibration statistics.
 
-        Layers that no example reached, and those that the method cannot factorize, stay as they
-        are.
+        Layers that no example reached or that the method cannot factorize are skipped.
         """
         inventory = stats.match(self.inventory).map(self._measured)
         return dataclasses.replace(self, inventory=inventory, stats=stats)
@@ -134,18 +133,18 @@ class Selection:
 
     @functools.cached_property
     def method(self) -> Method:
-        """The method, with the error measure that is asked for."""
+        """The method, with the chosen error measure."""
         return get_method(self.options.method, self.options.error)
 
     @functools.cached_property
     def params(self) -> Params:
-        """Parameters, which every plan tells of."""
+        """Parameters, which every plan reports."""
         return Params(self.inventory, self.method)
 
-    # -- What a layer is offered -------------------------------------------------------------
+    # -- The allowed choices of a layer ------------------------------------------------------
 
     def offered(self, record: LayerRecord, scheme: int) -> dict[int, range]:
-        """The ranks that each number of slices of a layer may have."""
+        """The allowed ranks of a layer, by number of slices."""
         blocks = 1 if record.moment is None else record.moment.block_count
         target = get_target(self.options.target)
         limits = [self.options.max_slices, record.kind.max_slices]
@@ -167,10 +166,10 @@ class Selection:
         )
 
     def smallest_cost(self, record: LayerRecord, resource: Resource) -> int:
-        """What a layer's kernel costs in its cheapest allowed form.
+        """The cost of a layer's kernel in its cheapest allowed form.
 
         Raises:
-            ValueError: If the layer's bounds allow none.
+            ValueError: If the layer's bounds allow no form.
         """
         costs = resource.costs(record)
         sizes, prices = [np.array([record.dense_weights])], [np.array([costs.dense])]
@@ -198,7 +197,7 @@ class Selection:
         return 1 - after / record.params
 
     def nothing_within(self, record: LayerRecord, sizes: NDArray[np.int64]) -> ValueError:
-        """The error for a layer that has no choice within its bounds."""
+        """The error for a layer without a choice within its bounds."""
         least, greatest = record.bounds
         fractions = np.sort(self.removed(record, sizes)).tolist()
         nearest = [
@@ -206,8 +205,8 @@ class Selection:
             *[fraction for fraction in fractions if fraction > greatest][:1],
         ]
         return ValueError(
-            f"Expected the `bounds` of layer '{record.path}' to hold one of its choices. Received: "
-            f"({least:g}, {greatest:g}), where the nearest fractions of its parameters that the "
+            f"Expected the `bounds` of layer '{record.path}' to allow one of its choices. Received:"
+            f" ({least:g}, {greatest:g}), where the nearest fractions of its parameters that the "
             f"method {self.options.method!r} can remove are "
             + " and ".join(f"{fraction:.4f}" for fraction in nearest)
         )
@@ -215,17 +214,17 @@ class Selection:
     # -- Budgets -----------------------------------------------------------------------------
 
     def fixed_cost(self, resource: Resource) -> int:
-        """What everything but the candidates' kernels costs."""
+        """The cost of everything except the candidates' kernels."""
         kernels = sum(resource.costs(record).dense for record in self.inventory.candidates)
         return resource.total - kernels
 
     def budget_of(self, resource: Resource) -> int:
-        """What the candidates' kernels may cost together."""
+        """The total budget for the candidates' kernels."""
         cr = self.options.cr_of(resource.name)
         return allowed_after(resource.total, cr) - self.fixed_cost(resource)
 
     def unreachable(self, required: int, index: int = 0) -> ValueError:
-        """The error for a `cr` that even the smallest choice everywhere does not reach."""
+        """The error for a `cr` that is out of reach even with the smallest choice everywhere."""
         resource = self.resources[index]
         total, fixed = resource.total, self.fixed_cost(resource)
         cr = self.options.cr_of(resource.name)
@@ -242,20 +241,20 @@ class Selection:
             )
         return ValueError(
             f"{start}expected 0 < cr <= {_rounded_down(best)}, with the smallest allowed choice "
-            f"everywhere ({self._limits}). Received: cr={cr}. Of "
-            f"{total:,}{' ns' if resource.name == 'latency' else ''} there remain then "
-            f"{required:,} in the layers that can be factorized and {fixed:,} in what no choice "
-            "changes: biases, and layers that stay as they are (see `select(…).summary()`)."
+            f"everywhere ({self._limits}). Received: cr={cr}. Then, of "
+            f"{total:,}{' ns' if resource.name == 'latency' else ''}, {required:,} remain in the "
+            f"layers that can be factorized and {fixed:,} in everything else: biases, and layers "
+            "that are skipped (see `select(…).summary()`)."
         )
 
     @property
     def _better(self) -> str:
-        """What a choice has to be to be of use, for texts."""
+        """The required improvement of a choice, for messages."""
         return "smaller and faster" if self.resources[0].name == "latency" else "smaller"
 
     @property
     def _limits(self) -> str:
-        """The options that allow no more choices, for texts."""
+        """The options that limit the choices, for messages."""
         options = self.options
         limits = f"max_slices={options.max_slices}, rank_multiple={options.rank_multiple}"
         limits += f", target={options.target!r}" if options.target else ""
@@ -267,10 +266,10 @@ class Selection:
     # -- The solution ------------------------------------------------------------------------
 
     def tables(self) -> list[ChoiceTable]:
-        """The choices of every candidate that are within its bounds.
+        """The choices of every candidate within its bounds.
 
         Raises:
-            ValueError: If a layer has none, or a kernel is not finite.
+            ValueError: If a layer has no choice, or a kernel is not finite.
         """
 
         def offer(record: LayerRecord, scheme: int) -> tuple[Mapping[int, range], list[Costs]]:
@@ -290,10 +289,10 @@ class Selection:
         return table.take(np.flatnonzero(within))
 
     def solve(self, tables: Sequence[ChoiceTable]) -> Solution:
-        """Picks one choice a candidate, within all budgets.
+        """Picks one choice per candidate within all budgets.
 
         Raises:
-            ValueError: If even the cheapest choices are above a budget.
+            ValueError: If even the cheapest choices exceed a budget.
         """
         budgets = [self.budget_of(resource) for resource in self.resources]
         try:
@@ -302,7 +301,7 @@ class Selection:
             raise self.unreachable(infeasible.required, infeasible.resource) from None
 
     def plan(self) -> CompressionPlan:
-        """Solves, and says what was chosen.
+        """Solves the selection problem and returns the plan.
 
         Raises:
             ValueError: If `cr` is not reachable, or a kernel is not finite.
@@ -348,13 +347,13 @@ class Selection:
         return next((resource for resource in self.resources if resource.name == name), None)
 
     def _error_without_target(self) -> float:
-        """The total error of the layers' outputs without the target's constraints."""
+        """The total output error without the target's constraints."""
         free = dataclasses.replace(self, options=dataclasses.replace(self.options, target=None))
         tables = free.tables()
         return _total_error(tables, free.solve(tables))
 
     def left(self, record: LayerRecord, skipped: Skipped | None = None) -> LayerChoice:
-        """What a plan says of a layer that stays as it is."""
+        """The plan's entry for a layer that is skipped."""
         skipped = skipped or record.skipped
         macs, latency = self._resource("macs"), self._resource("latency")
         counted = macs.of(record) if isinstance(macs, Macs) else None
@@ -378,11 +377,11 @@ class Selection:
         )
 
     def choice(self, record: LayerRecord, table: ChoiceTable, row: int) -> LayerChoice:
-        """What a plan says of a candidate for which the solver took a row of its table."""
+        """The plan's entry for a candidate, from the row that the solver took."""
         chosen = table[row]
         if chosen.keep:
             if len(table) > 1:
-                return self.left(record, Skipped(Skip.BUDGET, "the budget leaves it whole"))
+                return self.left(record, Skipped(Skip.BUDGET, "staying dense fits the budget"))
             detail = f"no allowed choice is {self._better} ({self._limits})"
             return self.left(record, Skipped(Skip.NO_CHOICE, detail))
 
@@ -405,21 +404,21 @@ class Selection:
         )
 
     def note(self, record: LayerRecord) -> str | None:
-        """What a user has to know of a choice."""
+        """A remark for the user about a choice, or None."""
         if record.moment is None and self.stats is not None:
-            return "its inputs are not measured: chosen as if they were uncorrelated and alike"
+            return "its inputs were not measured, and are taken as uncorrelated with equal variance"
         if record.moment is None:
             return None
         notes, moment = [], record.moment
         if moment.block_count > 1:
             notes.append(
                 f"chosen with {moment.block_count} diagonal blocks of its inputs' second moment, "
-                f"which has {moment.side} rows; slices are a multiple of them"
+                f"which has {moment.side} rows; the number of slices is a multiple of the blocks"
             )
         if moment.relative_ridge > RIDGE and self.method.factorize_with_bias is None:
             notes.append(
                 f"regularized, as only {moment.count} unfolded inputs were seen for the "
-                f"{moment.side} rows of their second moment: more examples tell more"
+                f"{moment.side} rows of their second moment: use more examples"
             )
         return "; ".join(notes) or None
 
@@ -429,7 +428,7 @@ def _total_error(tables: Sequence[ChoiceTable], solution: Solution) -> float:
 
 
 def _rounded_down(fraction: float) -> str:
-    """A fraction > 0 as a decimal number that is > 0 too and not larger."""
+    """A positive fraction as a positive decimal number, rounded down."""
     exact, digits = decimal.Decimal(fraction), 4
     while not (rounded := exact.quantize(decimal.Decimal(1).scaleb(-digits), decimal.ROUND_FLOOR)):
         digits += 1

@@ -1,14 +1,13 @@
-"""Sequential calibration: every layer makes up for what the layers before it lost.
+"""Sequential calibration: every layer corrects the errors of the compressed layers before it.
 
-The layers are taken in an order in which the network runs. With x what a layer sees in the
-original network and x̂ what it sees in the network whose earlier layers are compressed already, the
-best dense kernel for x̂ is the regression of the original outputs xW on x̂ (see
-`PairAccumulator`), and that one is factorized, by the second moment of x̂.
+The layers are compressed in the order in which the network runs. Let x be a layer's input in the
+original network, and x̂ its input after the earlier layers were compressed. The best dense kernel
+for x̂ is the regression of the original outputs xW on x̂ (see `PairAccumulator`). This kernel is
+factorized with the second moment of x̂.
 
-A Functional or Sequential model is walked once, nested models included: for every tensor that is
-still needed both versions are kept, of all examples, and every layer runs once for each. Whatever
-holds candidates and is Python code (a custom layer, a subclassed model) is run anew for each of
-the candidates inside.
+A Functional or Sequential model is run once, nested models included. Both versions of every tensor
+that is still needed are kept for all examples, and every layer runs once on each version. A custom
+layer or subclassed model is run again for each of its layers to compress.
 """
 
 from __future__ import annotations
@@ -40,22 +39,22 @@ Decide = Callable[[Any, SecondMoment, Array], Any]
 
 @dataclasses.dataclass(frozen=True)
 class _Slot:
-    """Stands for a tensor in the arguments of a step."""
+    """A placeholder for a tensor in the arguments of a step."""
 
     tensor: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Step:
-    """One call of a layer, or of all of a model that is Python code.
+    """One call of a layer, or of a whole subclassed model.
 
     Attributes:
-        layer: What is called.
-        args: Its arguments, `_Slot`s in place of tensors.
+        layer: The layer or model.
+        args: Its arguments, with `_Slot`s in place of tensors.
         kwargs: Its keyword arguments, likewise.
-        inputs: The tensors among them.
-        outputs: The tensors that come out.
-        inside: The candidates that it runs.
+        inputs: The tensors among the arguments.
+        outputs: The tensors that it returns.
+        inside: The layers to compress that it runs.
     """
 
     layer: Any
@@ -67,7 +66,7 @@ class _Step:
 
 
 class _Program:
-    """The steps of a model in an order that runs, nested models written out."""
+    """The steps of a model in topological order, with the steps of nested models."""
 
     def __init__(self, model: Any, layers: Sequence[Any]) -> None:
         self._backend = _backend.backend_of(model)
@@ -134,7 +133,7 @@ class _Program:
         return [known[id(tensor)] for tensor in ends]
 
     def _cast(self, index: int, tensor: Any) -> int:
-        """Models cast what they are called on to the dtype of their inputs."""
+        """Adds a cast to the dtype of the model's input, as models do when called."""
         (output,) = self._new(1)
 
         def cast(value: Any) -> Any:
@@ -160,22 +159,22 @@ def _is_slot(leaf: Any) -> bool:
 
 # -- Running it ----------------------------------------------------------------------------------
 
-# Both versions of a tensor: a list of kept chunks each, the same list where they do not differ.
+# Both versions of a tensor, each a list of stored chunks; the same list if they are equal.
 _Pair = tuple[list[Any], list[Any]]
 
 
 class Walk:
-    """Walks once through a model and compresses its layers on the way.
+    """Runs once through a model and compresses its layers on the way.
 
     Args:
         model: A built model.
         layers: The layers to compress.
         examples: The examples.
-        store: Where tensors are kept. Defaults to a new one.
-        given: Other layers with what they become, which is known from the start.
+        store: The store for tensors. Defaults to a new one.
+        given: Pairs of other layers and their factorized layers, known from the start.
 
     Attributes:
-        order: The layers that the examples reach, in the order in which they are compressed.
+        order: The layers that the examples reach, in the order of compression.
     """
 
     def __init__(
@@ -218,7 +217,7 @@ class Walk:
     # -- Preparation -------------------------------------------------------------------------
 
     def _read(self, model: Any, batch: Any) -> tuple[_Program, dict[Any, int]]:
-        """The program, and the candidates in the order of their first calls."""
+        """The program, and the layers to compress in the order of their first calls."""
         first_calls: dict[Any, int] = {}
 
         def watch(layer: Any, inputs: Any, outputs: Any) -> Any:
@@ -246,10 +245,9 @@ class Walk:
         return nest.flatten(batch)
 
     def _order(self, first_calls: dict[Any, int]) -> list[Any]:
-        """The candidates so that each comes after all that its inputs depend on.
+        """The layers to compress, each after those that its inputs depend on.
 
-        Where layers depend on each other through shared calls, the one that is called first goes
-        first.
+        If layers depend on each other through shared calls, the first one called comes first.
         """
         above: dict[int, frozenset[Any]] = {tensor: frozenset() for tensor in self._program.inputs}
         needs: dict[Any, set[Any]] = {layer: set() for layer in first_calls}
@@ -269,7 +267,7 @@ class Walk:
         return order
 
     def _count_uses(self) -> dict[int, int]:
-        """How often every tensor will be read until the last candidate is compressed."""
+        """The number of times that every tensor will still be read."""
         recorded = [n for calls in self._calls.values() for n in calls]
         needed = self._pending([t for n in recorded for t in self._steps[n].inputs])
         uses = dict.fromkeys(self._program.inputs, 0)
@@ -279,7 +277,7 @@ class Walk:
         return uses
 
     def _pending(self, tensors: Iterable[int]) -> list[int]:
-        """The steps that have to run before some tensors are known."""
+        """The steps that must run to compute some tensors."""
         found: set[int] = set()
         stack = list(tensors)
         while stack:
@@ -299,8 +297,8 @@ class Walk:
         """Compresses one layer after the other.
 
         Args:
-            decide: `decide(layer, moment, target)` returns the layer that `layer` becomes, a
-                built one with the same inputs and outputs, or None to leave it as it is.
+            decide: `decide(layer, moment, target)` returns a built replacement of `layer` with
+                the same inputs and outputs, or None to keep the layer.
             progress: Called after every layer.
         """
         with run_as_code(self._program.model):
@@ -321,7 +319,7 @@ class Walk:
             self._release(self._steps[number].inputs)
 
     def _observe(self, layer: Any) -> tuple[SecondMoment, Array]:
-        """The second moment of what a layer sees now, and the kernel that is best for it."""
+        """The second moment of a layer's current inputs, and the best dense kernel for them."""
         calls = self._calls[layer]
         self._ensure([tensor for n in calls for tensor in self._steps[n].inputs])
         sums = PairAccumulator(kernel_values(layer), overwrite=True)
@@ -441,12 +439,12 @@ class Walk:
 
 
 def held_out(chunks: int) -> list[int]:
-    """Which chunks of examples choose ρ: every fourth, the last of two or three, or none."""
+    """The chunks held out to choose ρ: every fourth, or the last of two or three, or none."""
     return list(range(3, chunks, 4)) or list(range(chunks))[1:][-1:]
 
 
 def _parts(layer: Any, x_hat: Array, x: Array, parts: int) -> list[tuple[Any, Any]]:
-    """The unfolded inputs of one call for several threads, as `PairAccumulator` takes them."""
+    """The unfolded inputs of one call, split for several threads of `PairAccumulator`."""
     kind = known_kind(layer)
     pairs = [np.array_split(kind.batches(layer, values), parts) for values in (x_hat, x)]
     return [
@@ -458,7 +456,7 @@ def _parts(layer: Any, x_hat: Array, x: Array, parts: int) -> list[tuple[Any, An
 
 @contextlib.contextmanager
 def _in_place_of(pairs: Sequence[tuple[Any, Any]]) -> Iterator[None]:
-    """Lets layers compute what others do while inside; nothing else of them changes."""
+    """Lets layers compute like their replacements inside the context, without other changes."""
     before = [(layer, layer.__dict__.get("call")) for layer, _ in pairs]
     try:
         for layer, other in pairs:
@@ -475,7 +473,7 @@ def _in_place_of(pairs: Sequence[tuple[Any, Any]]) -> Iterator[None]:
 
 
 def most_reruns(model: Any, layers: Sequence[Any]) -> int:
-    """How often the largest piece of Python code in `model` would be run anew.
+    """The most reruns of any subclassed model or custom layer in `model`.
 
     Args:
         model: A built model.

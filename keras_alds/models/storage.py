@@ -1,4 +1,4 @@
-"""Tensors of many examples in bounded memory."""
+"""Storage for tensors of many examples in bounded memory."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import numpy as np
 from keras_alds._backend import tensors
 from keras_alds._backend.graphs import mask_of, set_mask
 
-#: Bytes of tensors that are kept in memory; what is more goes to files in a temporary folder.
+#: Bytes of tensors to keep in memory; the rest goes to temporary files.
 MEMORY_LIMIT = 1 << 28
 
 
 class Store:
     """Keeps tensors in memory up to a limit, and in temporary files beyond it.
 
-    The files are gone when the store is.
+    The files are deleted together with the store.
 
     Args:
         limit: Bytes to keep in memory. Defaults to `MEMORY_LIMIT`.
 
     Attributes:
-        bytes: Bytes that are in memory now.
-        peak: The most that they have been.
+        bytes: Bytes currently in memory.
+        peak: The largest number of bytes so far.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -36,7 +36,7 @@ class Store:
         self._files = 0
 
     def keep(self, value: Any) -> Any:
-        """Keeps `value`; returns what `load` and `drop` want."""
+        """Stores `value` and returns a handle for `load` and `drop`."""
         size = tensors.bytes_of(value)
         if not tensors.is_dense(value) or self.bytes + size <= self.limit:
             self.bytes += size
@@ -50,11 +50,11 @@ class Store:
         return _File(path, value.numpy().dtype, tuple(value.shape), mask_of(value))
 
     def load(self, kept: Any) -> Any:
-        """The value again."""
+        """The stored value."""
         return kept.load() if isinstance(kept, _File) else kept
 
     def drop(self, kept: Any) -> None:
-        """Forgets a value."""
+        """Frees the memory or file of a value."""
         if isinstance(kept, _File):
             kept.path.unlink()
         else:

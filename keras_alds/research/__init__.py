@@ -1,4 +1,4 @@
-"""What the paper compares ALDS with: its baselines and ablations, and sweeps over methods.
+"""For comparison: the methods that the paper compares with, and sweeps over methods and ratios.
 
 The package works without this folder.
 """

@@ -1,6 +1,6 @@
-"""TF-MOT beside ALDS: pruning, weight clustering and quantization-aware training.
+"""TF-MOT with compressed models: prune, cluster, train for int8; Keras 3 models in tf_keras.
 
-Needs `pip install "keras_alds[tfmot]"`. Imported when it is used: `keras_alds.tfmot`.
+Needs `pip install "keras_alds[tfmot]"`. `keras_alds.tfmot` is imported when it is used.
 """
 
 from keras_alds.tfmot.aware import quantize_aware_training

@@ -1,4 +1,4 @@
-"""Quantization-aware training of a compressed model with TF-MOT, to an int8 file in one call."""
+"""Quantization-aware training of a compressed model with TF-MOT, and conversion to int8."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from keras_alds.models.inventory import walk
 from keras_alds.tfmot.conversion import to_tf_keras
 from keras_alds.tfmot.package import tfmot_package
 
-# What the functions that are called get from the others' results.
+# Arguments of the called functions that the user cannot set as options.
 _GIVEN = ("self", "model", "x", "y", "path", "quantize")
-# Examples that the files are compared on at most, and how many of them at once.
+# Largest number of examples for the comparison of files, and examples per batch.
 _HELD_OUT = 1000
 _BATCH = 32
 
@@ -52,57 +52,56 @@ def quantize_aware_training(
     convert_options: Mapping[str, Any] | None = None,
     **fit_options: Any,
 ) -> tuple[Any, bytes]:
-    """Trains a model for int8 and converts it: compress, expand, quantize, fit, convert.
+    """Compresses a model, trains it for int8 and converts it; `model` is not changed.
 
-    The steps, each of which can be taken by itself: `compress` if it is asked for; `expand` to
-    stock layers; `to_tf_keras` for a Keras 3 model; `litert.equalize` without data; TF-MOT's
-    `quantize_model`, which sees BatchNormalization and folds it as the file will; `compile` and
-    `fit`; `litert.convert` with `quantize="int8"`, which checks every convolution and dense
-    layer, and warns of those that are slow. `model` is untouched.
+    The steps are: `compress`, with the options `compress`; `expand` to stock layers; `to_tf_keras`
+    for a Keras 3 model; `litert.equalize` without data; TF-MOT's `quantize_model`, which folds
+    BatchNormalization like the file; `compile` and `fit`; and `litert.convert` with
+    `quantize="int8"`, which checks every convolution and dense layer, and warns of slow ones. Each
+    step can also be called separately.
 
-    The file is compared with that of quantization after training, of the same compressed model, on
-    examples that are held out of the training: by accuracy if the loss is a cross-entropy of
-    classes, else by the loss. A warning tells if it is worse. The file is returned all the same.
+    The file is compared with post-training quantization of the same compressed model on held-out
+    examples: by accuracy if the loss is a cross-entropy of classes, otherwise by the loss. If it
+    is worse, a warning is issued, and the file is still returned.
 
     Args:
-        model: A trained Functional or Sequential model of either Keras, compressed (by
-            `compress` or in `fit` by `ALDSCompress`) or not. TF-MOT takes no models inside models.
+        model: A trained Functional or Sequential model of Keras 3 or tf_keras, compressed or not.
+            TF-MOT does not support nested models.
         x: Training data, as for `fit`.
         y: Targets, as for `fit`.
-        compress: Options of `keras_alds.compress`, such as `{"cr": 0.5, "max_slices": 1}`, or
-            None for a model that is compressed already or is not to be. Defaults to None.
-        optimizer: An optimizer of tf_keras, or its name. Defaults to a new one with the settings
-            of the model's own and a tenth of its learning rate; of a schedule's rate at the step
-            that the model is at.
-        loss: As for `compile` of tf_keras. Defaults to the model's own.
-        metrics: As for `compile` of tf_keras. Defaults to the model's own.
-        quantize: Function from the expanded tf_keras model to the one that is trained, for
-            annotated layers or schemes of TF-MOT that keep sparsity or clusters. Defaults to
+        compress: Options of `keras_alds.compress`, such as `{"cr": 0.5, "max_slices": 1}`.
+            Defaults to None: the model is not compressed in this call.
+        optimizer: A tf_keras optimizer, or its name. Defaults to a new one with the settings of the
+            model's optimizer and a tenth of its current learning rate.
+        loss: As for `compile` of tf_keras. Defaults to the model's loss.
+        metrics: As for `compile` of tf_keras. Defaults to the model's metrics.
+        quantize: Function from the expanded tf_keras model to the model to train, for annotated
+            layers or TF-MOT's schemes that preserve sparsity or clusters. Defaults to
             `tensorflow_model_optimization.quantization.keras.quantize_model`.
-        fit: Function that trains the compiled model it is given, for loops of your own. Defaults
-            to `model.fit(x, y, **fit_options)`.
-        validation_data: Examples with targets for the comparison, which Keras's `fit` gets too:
+        fit: Function that trains the compiled model, for custom training loops. Defaults to
+            `model.fit(x, y, **fit_options)`.
+        validation_data: Examples with targets for the comparison, also passed to Keras's `fit`:
             `(x, y)` or `(x, y, sample_weight)` of arrays, a batched `tf.data.Dataset` or a
-            `Sequence`; at most 1000 of them are compared. Defaults to what `validation_split` sets
-            apart, or to a tenth of `x` and `y`, evenly spaced and at most 1000 examples, which are
-            then not trained on. Without it nothing is compared if `x` are not arrays, if there is
-            no `y`, or if the tenth were fewer than 8 examples.
+            `Sequence`. At most 1000 examples are compared. Defaults to the examples of
+            `validation_split`, or else to an evenly spaced tenth of `x` and `y` (at most 1000
+            examples), which is held out of the training. The comparison is skipped if `x` are not
+            arrays, if there is no `y`, or if the tenth has fewer than 8 examples.
         path: Where to write the file, or None. Defaults to None.
         convert_options: Further options of `litert.convert`, such as
             `{"inference_input_type": "int8"}`. Defaults to none.
         **fit_options: Options of tf_keras's `fit`, such as `epochs=5`, `batch_size`, `callbacks`.
 
     Returns:
-        `(quantized, content)`: the trained tf_keras model, with its `history` if `fit` was Keras's,
-        and the bytes of the int8 file.
+        `(quantized, content)`: the trained tf_keras model, with its `history` if Keras's `fit` was
+        used, and the bytes of the int8 file.
 
     Raises:
         ImportError: If TF-MOT, tf_keras or LiteRT is not installed.
-        FileNotFoundError: If there is no such folder as `path` lies in.
-        TypeError: If a single step has no such option as is given for it.
-        ValueError: As the single steps; if TF-MOT does not take the model; if the optimizer or a
-            callback is of Keras 3; if the model's learning rate is 0 and no optimizer is given; or
-            if there is nothing to train with.
+        FileNotFoundError: If the folder of `path` does not exist.
+        TypeError: If an option is unknown to its step.
+        ValueError: As for the single steps; if TF-MOT does not support the model; if the optimizer
+            or a callback belongs to Keras 3; if the model's learning rate is 0 and no optimizer is
+            given; or if there is no training data.
 
     Example:
     ```python
@@ -118,8 +117,8 @@ def quantize_aware_training(
         )
     if fit is not None and (x is not None or y is not None or fit_options):
         raise ValueError(
-            "Expected either training data or a function `fit` that has its own. Received: both, "
-            f"or options of Keras's `fit` beside it ({', '.join(fit_options) or 'x, y'})"
+            "Expected either training data or a function `fit`. Received: both, or options of "
+            f"Keras's `fit` with a function `fit` ({', '.join(fit_options) or 'x, y'})"
         )
     options = _checked_options(compress, convert_options, optimizer, fit_options)
     check_folder(path)
@@ -155,7 +154,7 @@ def quantize_aware_training(
 def _checked_options(
     compress: Any, convert_options: Any, optimizer: Any, fit_options: Mapping[str, Any]
 ) -> ConvertOptions:
-    """The options of the conversion, once all options but those of `fit` are checked."""
+    """Checks all options except those of `fit`, and returns the options of the conversion."""
     for name, value in (("compress", compress), ("convert_options", convert_options)):
         if value is not None and not isinstance(value, Mapping):
             raise ValueError(
@@ -163,14 +162,14 @@ def _checked_options(
             )
     if taken := {"path", "quantize"} & set(convert_options or ()):
         raise ValueError(
-            "Expected no options in `convert_options` that are set already: the file is int8, and "
-            f"`path` is an argument here. Received: {', '.join(sorted(taken))}"
+            "Expected `convert_options` without `quantize`, which is always int8, and without "
+            f"`path`, which is an argument of its own. Received: {', '.join(sorted(taken))}"
         )
     _check_names("compress", compress or {}, compress_model)
     _check_names("convert_options", convert_options or {}, convert)
     if isinstance(optimizer, keras.optimizers.Optimizer):
         raise ValueError(
-            "Expected an optimizer of tf_keras, in which the training runs, or its name. "
+            "Expected a tf_keras optimizer, as the training runs in tf_keras, or its name. "
             f"Received: {type(optimizer).__name__} of Keras 3"
         )
     verbose = fit_options.get("verbose", 1)
@@ -179,7 +178,7 @@ def _checked_options(
 
 
 def _check_names(argument: str, options: Mapping[str, Any], function: Callable[..., Any]) -> None:
-    """Raises a TypeError if `function` has no such options: it is called late, or deep inside."""
+    """Raises a TypeError early if `function`, which is called later, has no such options."""
     known = [name for name in inspect.signature(function).parameters if name not in _GIVEN]
     if unknown := [name for name in options if name not in known]:
         raise TypeError(
@@ -199,7 +198,7 @@ def _check_fit_options(backend: _backend.Backend, options: Mapping[str, Any]) ->
         and not isinstance(callback, _backend.Callback)
     ]:
         raise ValueError(
-            "Expected callbacks of tf_keras, in which the training runs. "
+            "Expected tf_keras callbacks, as the training runs in tf_keras. "
             f"Received: {', '.join(wrong)} of Keras 3"
         )
 
@@ -207,7 +206,7 @@ def _check_fit_options(backend: _backend.Backend, options: Mapping[str, Any]) ->
 def _compile_arguments(
     backend: _backend.Backend, given: Any, model: Any, optimizer: Any, loss: Any, metrics: Any
 ) -> dict[str, Any]:
-    """Arguments of `compile` for `model`, the tf_keras form of the model that was `given`."""
+    """Arguments of `compile` for `model`, the tf_keras version of the user's model `given`."""
     own = {"optimizer": optimizer, "loss": loss, "metrics": metrics}
     own = {name: value for name, value in own.items() if value is not None}
     if backend.is_compiled(model):
@@ -216,8 +215,8 @@ def _compile_arguments(
             rate = _backend.backend_of(given).learning_rate(given.optimizer)
             if not rate > 0:
                 raise ValueError(
-                    "Expected the model's learning rate to be above 0: a tenth of it is the "
-                    f"default here. Received: {rate:g} of '{given.name}'. Remedy: pass "
+                    "Expected the model's learning rate to be above 0, as a tenth of it is the "
+                    f"default. Received: {rate:g} of '{given.name}'. Remedy: pass "
                     "`optimizer`, such as `tf_keras.optimizers.Adam(1e-4)`."
                 )
             backend.set_learning_rate(arguments["optimizer"], rate / 10)  # a copy's
@@ -230,14 +229,14 @@ def _compile_arguments(
     return own
 
 
-# -- Comparison with quantization after training -------------------------------------------------
+# -- Comparison with post-training quantization --------------------------------------------------
 
 
 def _hold_out(
     x: Any, y: Any, options: dict[str, Any], validation_data: Any
 ) -> tuple[Any, Any, dict[str, Any], Any]:
-    """What to train on, the options of `fit`, and the examples for the comparison."""
-    if x is None:  # a `fit` of the user's
+    """The training data, the options of `fit`, and the examples for the comparison."""
+    if x is None:  # the user's own `fit`
         return x, y, options, validation_data
     if validation_data is not None:
         return x, y, {**options, "validation_data": validation_data}, validation_data
@@ -247,7 +246,7 @@ def _hold_out(
     if not all(isinstance(array, (np.ndarray, tf.Tensor)) for array in arrays):
         return x, y, options, None
     sizes = {np.shape(array)[:1] for array in arrays}
-    if len(sizes) != 1 or () in sizes:  # Keras complains
+    if len(sizes) != 1 or () in sizes:  # Keras raises an error
         return x, y, options, None
     count = len(arrays[0])
     split = options.get("validation_split")
@@ -278,7 +277,7 @@ def _batches(validation_data: Any) -> list[Any]:
         parts = [chosen[start : start + _BATCH] for start in range(0, len(chosen), _BATCH)]
         return [_rows(tuple(validation_data), part) for part in parts]
     if validation_data is None or isinstance(validation_data, Iterator):
-        return []  # what can be read once is for `fit`
+        return []  # an iterator can be read only once, by `fit`
     batches: list[Any] = []
     for batch in validation_data:
         if not isinstance(batch, tuple) or len(batch) < 2:
@@ -294,35 +293,34 @@ def _count(batch: Any) -> int:
 
 
 def _after_training(model: Any, held_out: list[Any], options: ConvertOptions) -> bytes | None:
-    """The file of quantization after training; None if there is none to compare with."""
+    """The file of post-training quantization; None if nothing is compared."""
     if sum(map(_count, held_out)) < MIN_EXAMPLES:
         return None
     try:
         held_out_only = dataclasses.replace(options, representative_data=held_out, verbose=0)
         return convert_quietly(model, held_out_only)
-    except ValueError:  # it may be why the model is trained for int8
+    except ValueError:  # possibly the reason for quantization-aware training
         return None
 
 
 def _compare(model: Any, aware: bytes, after: bytes, held_out: list[Any]) -> None:
-    """Warns if the file `aware` is worse than the file `after`."""
+    """Warns if the file `aware` is worse than the file `after` of post-training quantization."""
     name, (trained, before) = _figures(model, (aware, after), held_out)
     if not (trained >= before if name == "accuracy" else trained <= before):
         warnings.warn(
-            "Quantization-aware training made a worse file than quantization after training: on "
-            f"{sum(map(_count, held_out))} examples that were held out, its {name} is "
-            f"{trained:.4g} against {before:.4g}. Remedy: a lower learning rate (`optimizer`), "
-            "more or fewer epochs, or `litert.convert` of the compressed model with "
-            "`representative_data`.",
+            "Quantization-aware training made a worse file than post-training quantization: on "
+            f"{sum(map(_count, held_out))} held-out examples, its {name} is {trained:.4g} instead "
+            f"of {before:.4g}. Remedy: a lower learning rate (`optimizer`), more or fewer epochs, "
+            "or `litert.convert` of the compressed model with `representative_data`.",
             stacklevel=3,
         )
 
 
 def _figures(model: Any, files: tuple[bytes, ...], held_out: list[Any]) -> tuple[str, list[float]]:
-    """What files are compared by, and its value for each.
+    """The name of the compared figure, and its value for each file.
 
-    Accuracy where there are classes. A model that has seen the examples before has learned them by
-    heart: its loss on them is lower than on others, and rises with any further training.
+    For classes it is accuracy: the original training may have memorized the examples, and then
+    any further training raises the loss on them.
     """
 
     def mean(file: bytes, function: Callable[[Any, Any], float]) -> float:
@@ -351,10 +349,10 @@ def _figures(model: Any, files: tuple[bytes, ...], held_out: list[Any]) -> tuple
 
 
 def _keep_names_apart(backend: _backend.Backend, model: Any) -> None:
-    """Makes new layers get other names than those of `model`.
+    """Advances tf_keras's automatic layer names past those of `model`.
 
-    TF-MOT writes a separable convolution out as layers that tf_keras names, and then finds weights
-    by name. The names of a model that was loaded or translated are not yet taken in this process.
+    TF-MOT splits a separable convolution into layers with automatic names, and then finds weights
+    by name. tf_keras does not know that a loaded or converted model uses such names.
     """
     layers = backend.keras.layers
     for make in (lambda: layers.Conv2D(1, 1), lambda: layers.DepthwiseConv2D(1)):
@@ -370,7 +368,7 @@ def _quantized(model: Any, quantize: Callable[[Any], Any]) -> Any:
     inner = [path for path, layer in walk(model) if backend.is_model(layer)]
     if inner:
         raise ValueError(
-            f"Expected a model without models inside: TF-MOT quantizes none. Received: "
+            f"Expected a model without nested models, which TF-MOT cannot quantize. Received: "
             f"'{model.name}' with {', '.join(map(repr, inner))}. Remedy: call their layers in the "
             "outer model, or quantize after training with `litert.convert`."
         )
@@ -379,7 +377,7 @@ def _quantized(model: Any, quantize: Callable[[Any], Any]) -> Any:
         return quantize(model)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"Expected a model that TF-MOT quantizes. Received: '{model.name}', for which it fails "
-            f"({error}). Remedy: pass `quantize`, a function that annotates the layers to be "
-            "quantized, or quantize after training with `litert.convert`."
+            f"Expected a model that TF-MOT can quantize. Received: '{model.name}', for which it "
+            f"fails ({error}). Remedy: pass `quantize`, a function that annotates the layers to "
+            "quantize, or quantize after training with `litert.convert`."
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -274,15 +275,11 @@ class _Translator(GraphRebuilder):
                     raise UnsupportedError(f"{key}={value!r} is computed otherwise in tf_keras")
             elif key.endswith("_initializer"):
                 # The weights are copied: it matters to whoever makes the layer anew.
-                made = counterpart(self.target, "initializers", value)
-                if made is not None or value is None:
-                    config[key] = made
+                with contextlib.suppress(UnsupportedError):
+                    config[key] = self._counterpart(key, value)
             elif key.endswith(("_regularizer", "_constraint")):
-                config[key] = counterpart(self.target, f"{key.rpartition('_')[2]}s", value)
-                if config[key] is None and value is not None:
-                    raise UnsupportedError(f"its {key} {class_name(value)} is not in tf_keras")
-                if value is None and new_key not in known:
-                    config.pop(key)
+                if value is not None or new_key in known:
+                    config[key] = self._counterpart(key, value)
             elif new_key in known or key in ("name", "trainable"):
                 config[new_key] = self._value(key, value)
             elif (
@@ -294,6 +291,15 @@ class _Translator(GraphRebuilder):
             ):
                 raise UnsupportedError(f"{key}={value!r} has no counterpart in tf_keras")
         return config, tail
+
+    def _counterpart(self, key: str, value: Any) -> Any:
+        """The initializer, regularizer or constraint in tf_keras for a serialized one."""
+        module = f"{key.rpartition('_')[2]}s"
+        try:
+            obj = getattr(self.source.keras, module).get(value)
+            return counterpart(self.target, module, obj)
+        except (TypeError, ValueError) as error:
+            raise UnsupportedError(f"its {key} {class_name(value)} is not in tf_keras") from error
 
     def _value(self, key: str, value: Any) -> Any:
         if isinstance(value, dict) and "class_name" in value:

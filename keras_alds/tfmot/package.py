@@ -1,4 +1,4 @@
-"""TF-MOT itself, imported when it is used."""
+"""Imports TF-MOT on first use."""
 
 from __future__ import annotations
 

@@ -65,59 +65,17 @@ def class_name(serialized: Any) -> str:
     return str(serialized.get("class_name"))
 
 
-def counterpart(target: _backend.Backend, module: str, value: Any) -> Any:
-    """The object of tf_keras for a serialized one of Keras 3 (`"initializers"`, …), or None."""
-    if value is None:
-        return None
-    name = value if isinstance(value, str) else value.get("class_name")
-    if isinstance(value, dict) and not str(value.get("module")).startswith("keras."):
-        return None
-    cls = getattr(getattr(target.keras, module), str(name), None)
-    if not isinstance(cls, type):
-        try:
-            return getattr(target.keras, module).get(name) if isinstance(value, str) else None
-        except ValueError:
-            return None
-    given = {} if isinstance(value, str) else value.get("config") or {}
-    known = parameters(cls)
-    if any(key not in known and item is not None for key, item in given.items()):
-        return None
-    return cls(**{key: item for key, item in given.items() if key in known})
+def counterpart(target: _backend.Backend, module: str, obj: Any) -> Any:
+    """The object of tf_keras with the settings of one of Keras 3.
 
+    Args:
+        target: The backend of tf_keras.
+        module: Where both are: `"losses"`, `"initializers"`, ….
+        obj: The object, or a name or None, which stay as they are.
 
-# -- Compile state -------------------------------------------------------------------------------
-
-
-def compile_arguments(
-    source: _backend.Backend, target: _backend.Backend, model: Any
-) -> dict[str, Any]:
-    """The arguments of tf_keras's `compile` for those of a compiled Keras 3 model."""
-    if type(model).compile is not source.keras.Model.compile:
-        raise UnsupportedError(f"{type(model).__name__} overrides `compile()`")
-    given = source.compile_arguments(model)
-    optimizer = given.pop("optimizer")
-    while source.inner_optimizer(optimizer) is not None:  # tf_keras adds its own loss scaling
-        optimizer = source.inner_optimizer(optimizer)
-    given.pop("auto_scale_loss", None)
-    found: dict[str, Any] = {"optimizer": _settings(target, "optimizers", optimizer)}
-    for key in ("loss", "metrics", "weighted_metrics"):
-        module = "losses" if key == "loss" else "metrics"
-        value = given.pop(key, None)
-        found[key] = _each(value, functools.partial(_settings, target, module))
-    jit = given.pop("jit_compile", None)  # Keras 3's "auto" is decided by Keras 3
-    return {**found, **given, "jit_compile": jit is True}
-
-
-def _each(value: Any, function: Callable[[Any], Any]) -> Any:
-    if isinstance(value, dict):
-        return {key: _each(item, function) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_each(item, function) for item in value]
-    return function(value)
-
-
-def _settings(target: _backend.Backend, module: str, obj: Any) -> Any:
-    """A tf_keras optimizer, loss or metric with the settings of a Keras 3 one."""
+    Raises:
+        UnsupportedError: If tf_keras has no such object, or not with these settings.
+    """
     if obj is None or isinstance(obj, str):
         return obj
     namespace = getattr(target.keras, module)
@@ -144,3 +102,34 @@ def _settings(target: _backend.Backend, module: str, obj: Any) -> Any:
         elif value is not None and not equal(value, defaults.get(key)):
             raise UnsupportedError(f"{key}={value!r} of {kind} has no counterpart")
     return cls(**config)
+
+
+# -- Compile state -------------------------------------------------------------------------------
+
+
+def compile_arguments(
+    source: _backend.Backend, target: _backend.Backend, model: Any
+) -> dict[str, Any]:
+    """The arguments of tf_keras's `compile` for those of a compiled Keras 3 model."""
+    if type(model).compile is not source.keras.Model.compile:
+        raise UnsupportedError(f"{type(model).__name__} overrides `compile()`")
+    given = source.compile_arguments(model)
+    optimizer = given.pop("optimizer")
+    while source.inner_optimizer(optimizer) is not None:  # tf_keras adds its own loss scaling
+        optimizer = source.inner_optimizer(optimizer)
+    given.pop("auto_scale_loss", None)
+    found: dict[str, Any] = {"optimizer": counterpart(target, "optimizers", optimizer)}
+    for key in ("loss", "metrics", "weighted_metrics"):
+        module = "losses" if key == "loss" else "metrics"
+        value = given.pop(key, None)
+        found[key] = _each(value, functools.partial(counterpart, target, module))
+    jit = given.pop("jit_compile", None)  # Keras 3's "auto" is decided by Keras 3
+    return {**found, **given, "jit_compile": jit is True}
+
+
+def _each(value: Any, function: Callable[[Any], Any]) -> Any:
+    if isinstance(value, dict):
+        return {key: _each(item, function) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_each(item, function) for item in value]
+    return function(value)

@@ -20,20 +20,21 @@ from keras_alds.tfmot.package import tfmot_package
 def prune_low_magnitude(
     model: Any, pruning_schedule: Any = None, *, exclude: Any = (), **options: Any
 ) -> Any:
-    """Returns a new model whose kernels and factors training prunes; `model` is untouched.
+    """Returns a new model whose kernels and factors are pruned in training.
 
-    It is `tensorflow_model_optimization.sparsity.keras.prune_low_magnitude` for a whole model, with
-    layers left out by `exclude`, and without its refusal of models that hold any layer it does not
-    know. A factorized layer gets a mask for each factor. What holds no kernel is not wrapped; a
-    warning names kernels that TF-MOT cannot prune.
+    `model` is not changed. This is `prune_low_magnitude` of
+    `tensorflow_model_optimization.sparsity.keras` with the option `exclude`. Unlike TF-MOT's own
+    function, it accepts models with layers that TF-MOT does not know. A factorized layer gets a
+    mask for each factor. Layers without a kernel are not wrapped, and a warning lists the kernels
+    that TF-MOT cannot prune.
 
     Train the new model with TF-MOT's `UpdatePruningStep`, and strip it with its `strip_pruning`.
 
     Args:
         model: A Functional or Sequential tf_keras model, compressed or not.
-        pruning_schedule: A `PruningSchedule` of TF-MOT, or None for TF-MOT's default, half of the
-            weights from the first step. Defaults to None.
-        exclude: Layers that stay as they are, as for `select`. Defaults to none.
+        pruning_schedule: A `PruningSchedule` of TF-MOT. Defaults to None: TF-MOT's default, half of
+            the weights from the first step.
+        exclude: Layers to skip, as for `select`. Defaults to none.
         **options: Further arguments of TF-MOT's function, such as `block_size`.
 
     Returns:
@@ -41,8 +42,8 @@ def prune_low_magnitude(
 
     Raises:
         ImportError: If TF-MOT is not installed.
-        ValueError: If `model` is of Keras 3, is a subclassed one, or is wrapped by TF-MOT
-            already; if `pruning_schedule` is none; or if nothing is left to be wrapped.
+        ValueError: If `model` is a Keras 3 or subclassed model or already wrapped by TF-MOT; if
+            `pruning_schedule` is invalid; or if there is no layer to wrap.
 
     Example:
     ```python
@@ -65,7 +66,7 @@ def prune_low_magnitude(
 
     def weights(layer: Any) -> list[Any]:
         try:
-            sparsity.prune_low_magnitude(layer)  # refuses layers that it does not know
+            sparsity.prune_low_magnitude(layer)  # raises for layers that it does not know
         except ValueError:
             return []
         return layer.get_prunable_weights()
@@ -76,30 +77,30 @@ def prune_low_magnitude(
 def cluster_weights(
     model: Any, number_of_clusters: int, *, exclude: Any = (), **options: Any
 ) -> Any:
-    """Returns a new model whose kernels and factors are clustered; `model` is untouched.
+    """Returns a new model whose kernels and factors are clustered.
 
-    It is `tensorflow_model_optimization.clustering.keras.cluster_weights` for a whole model, with
-    layers left out by `exclude`, and it knows factorized layers: each factor gets centroids of its
-    own. What holds no kernel is not wrapped; a warning names kernels that TF-MOT cannot cluster,
-    and those of fewer weights than clusters.
+    `model` is not changed. This is `cluster_weights` of
+    `tensorflow_model_optimization.clustering.keras` with the option `exclude` and support for
+    factorized layers: each factor gets its own centroids. Layers without a kernel are not wrapped,
+    and a warning lists the kernels that TF-MOT cannot cluster or that have too few weights.
 
     Train the new model, and strip it with TF-MOT's `strip_clustering`.
 
     Args:
         model: A trained Functional or Sequential tf_keras model, compressed or not.
-        number_of_clusters: Integer > 1. Number of values that a kernel or factor may have.
-        exclude: Layers that stay as they are, as for `select`. Defaults to none.
+        number_of_clusters: Integer > 1. Number of distinct values in a kernel or factor.
+        exclude: Layers to skip, as for `select`. Defaults to none.
         **options: Further arguments of TF-MOT's function, such as `cluster_centroids_init`, and of
-            its experimental one: `preserve_sparsity`, and `cluster_per_channel`, which works for
-            stock convolutions only.
+            its experimental version: `preserve_sparsity`, and `cluster_per_channel`, which works
+            only for stock convolutions.
 
     Returns:
         A new tf_keras model, not compiled.
 
     Raises:
         ImportError: If TF-MOT is not installed.
-        ValueError: If `model` is of Keras 3, is a subclassed one, or is wrapped by TF-MOT
-            already; if `number_of_clusters` is not as above; or if nothing is left to be wrapped.
+        ValueError: If `model` is a Keras 3 or subclassed model or already wrapped by TF-MOT; if
+            `number_of_clusters` is invalid; or if there is no layer to wrap.
 
     Example:
     ```python
@@ -138,10 +139,10 @@ def _wrapped(
     weights: Callable[[Any], list[Any]],
     name: str,
 ) -> Any:
-    """A copy of `model` with the layers wrapped of which `weights` names some."""
+    """A copy of `model` in which the layers with any `weights` are wrapped."""
     if _backend.backend_of(model) is not _backend.tf_keras_backend():
         raise ValueError(
-            f"Expected a model of tf_keras, for `{name}`: TF-MOT takes no other. Received: "
+            f"Expected a tf_keras model for `{name}`, as TF-MOT requires. Received: "
             f"'{model.name}' of Keras 3. Remedy: keras_alds.to_tf_keras(model)"
         )
     backend = check_symbolic(model, name)
@@ -176,8 +177,8 @@ def _wrapped(
         )
     if left:
         warnings.warn(
-            f"TF-MOT's `{name}` leaves these layers as they are: {', '.join(left)}. It does not "
-            "know their class, or they hold too few weights.",
+            f"TF-MOT's `{name}` skips these layers: {', '.join(left)}. It does not know their "
+            "class, or they have too few weights.",
             stacklevel=3,
         )
     return new

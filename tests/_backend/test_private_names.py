@@ -167,8 +167,8 @@ def test_jit_compiled_convolution_op():
     layer = tf_keras.layers.Conv2D(4, 3, groups=2)
     layer.build((None, 8, 8, 4))
     TF_KERAS.use_plain_convolutions([layer])
-    calls = []
-    plain = layer.convolution_op
+    calls, plain = [], layer.convolution_op
+    assert layer._jit_compiled_convolution_op == plain
     layer._jit_compiled_convolution_op = lambda *args: calls.append(args) or plain(*args)
     layer(np.ones((1, 8, 8, 4), "float32"))
     assert calls
@@ -410,10 +410,11 @@ def test_exclude_from_weight_decay(keras_module):
 
 def test_var_key(keras_module):
     """The key by which an optimizer knows a variable, in `_exclude_from_weight_decay`."""
-    K = keras_module
-    optimizer, variables = K.optimizers.AdamW(), chain(K).trainable_variables
-    assert len({optimizer._var_key(v) for v in variables}) == len(variables)
-    assert optimizer._var_key(variables[0]) == optimizer._var_key(variables[0])
+    optimizer, variables = keras_module.optimizers.AdamW(), chain(keras_module).trainable_variables
+    backend = backend_of(keras_module)
+    backend.exclude_from_weight_decay(optimizer, variables[1:2])
+    found = [backend.is_excluded_from_weight_decay(optimizer, v) for v in variables]
+    assert found == [False, True, False, False]
 
 
 def test_trainable_variables():

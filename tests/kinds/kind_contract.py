@@ -219,7 +219,7 @@ class InAModel:
         if case[0] == "Embedding":
             plan = select(model, 0.2, objective="macs")
             (embedding,) = (choice for choice in plan.choices if choice.layer == "layer")
-            assert "looks rows of a table up" in embedding.reason
+            assert "looks up rows of a table" in embedding.reason
             return
         plan = select(model, 0.2, objective="macs", exclude="head")
         assert plan.factorized

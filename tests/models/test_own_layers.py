@@ -11,7 +11,7 @@ import zoo
 
 from keras_alds import ALDSCompress, CompressionPlan, apply_plan, compress, select
 
-TEXT = r"The layers inside {} are made in code, which makes the original ones"
+TEXT = r"The code of {} creates dense layers when a saved model is loaded"
 
 
 def data():
@@ -98,14 +98,14 @@ class TestMadeInCode:
         plan = select(model, 0.4, exclude="head")
         with pytest.warns(UserWarning, match=TEXT.format(rf"'own' \({kind}\)")) as caught:
             small = compress(model, plan=plan)
-        said = [warning for warning in caught if "made in code" in str(warning.message)]
+        said = [warning for warning in caught if "creates dense layers" in str(warning.message)]
         assert [warning.filename for warning in said] == [__file__]
         plan.save(tmp_path / "plan.json")
         path = tmp_path / f"small{suffix}"
         (small.save if suffix == ".keras" else small.save_weights)(path)
 
         loaded = make()
-        with pytest.warns(UserWarning, match="made in code"):
+        with pytest.warns(UserWarning, match="creates dense layers"):
             apply_plan(loaded, CompressionPlan.load(tmp_path / "plan.json"))
         loaded.load_weights(path)
         np.testing.assert_array_equal(zoo.outputs(loaded, data()), zoo.outputs(small, data()))
@@ -116,14 +116,14 @@ class TestMadeInCode:
 
         model, x = make(), data()
         callback = ALDSCompress(0.4, at_epoch=1, verbose=0)
-        with pytest.warns(UserWarning, match="made in code") as caught:
+        with pytest.warns(UserWarning, match="creates dense layers") as caught:
             model.fit(x, x[:, :3], epochs=3, callbacks=[callback], verbose=0)
-        assert sum("made in code" in str(warning.message) for warning in caught) == 1
+        assert sum("creates dense layers" in str(warning.message) for warning in caught) == 1
         path = tmp_path / f"small{suffix}"
         (model.save if suffix == ".keras" else model.save_weights)(path)
 
         loaded = make()
-        with pytest.warns(UserWarning, match="made in code"):
+        with pytest.warns(UserWarning, match="creates dense layers"):
             apply_plan(loaded, callback.plan)
         loaded.load_weights(path)
         np.testing.assert_array_equal(zoo.outputs(loaded, x), zoo.outputs(model, x))
@@ -135,7 +135,7 @@ def test_a_warning_that_is_an_error_changes_nothing(keras_module):
     plan = select(model, 0.4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(UserWarning, match="made in code"):
+        with pytest.raises(UserWarning, match="creates dense layers"):
             apply_plan(model, plan)
     assert [tuple(w.shape) for w in model.weights] == before[1]
     np.testing.assert_array_equal(zoo.outputs(model, data()), before[0])
@@ -157,7 +157,7 @@ def test_the_outermost_is_named_once(keras_module):
     model(data())
     with pytest.warns(UserWarning, match=TEXT.format(r"'net' \(Net\)")) as caught:
         apply_plan(model, select(model, 0.4))
-    assert sum("made in code" in str(warning.message) for warning in caught) == 1
+    assert sum("creates dense layers" in str(warning.message) for warning in caught) == 1
 
 
 def test_all_are_named(keras_module):
@@ -180,7 +180,7 @@ def test_a_functional_model_with_a_constructor_of_its_own(keras_module):
 
     model = Net()
     plan = select(model, 0.4)
-    with pytest.warns(UserWarning, match=r"\(Net\) are made in code"):
+    with pytest.warns(UserWarning, match=r"\(Net\) creates dense layers"):
         apply_plan(model, plan)
 
 
@@ -217,7 +217,7 @@ def test_what_is_saved_in_configs_is_not_warned_of(keras_module, make):
     model = make(keras_module)
     plan = select(model, 0.3)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", ".*made in code")
+        warnings.filterwarnings("error", ".*creates dense layers")
         small = compress(model, plan=plan)
         apply_plan(model, plan)
     assert small.count_params() == model.count_params() == plan.params_after
@@ -229,7 +229,7 @@ def test_what_is_left_whole_is_not_warned_of(keras_module):
         [K.Input((24,)), own_layers(K)["InInit"](24, name="own"), K.layers.Dense(24)]
     )
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", ".*made in code")
+        warnings.filterwarnings("error", ".*creates dense layers")
         compress(model, 0.1, exclude="own")
 
 
@@ -247,5 +247,5 @@ def test_pruning_wrappers_are_not_warned_of():
     x = K.layers.Dense(24)(inputs)
     model = tfmot.sparsity.keras.prune_low_magnitude(K.Model(inputs, K.layers.Dense(24)(x)))
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", ".*made in code")
+        warnings.filterwarnings("error", ".*creates dense layers")
         apply_plan(model, select(model, 0.4))

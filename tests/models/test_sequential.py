@@ -304,7 +304,7 @@ class TestOptions:
         assert most_reruns(model, layers) == 5
         quick = compress(model, 0.4, calibration_data=x)
         monkeypatch.setattr("keras_alds.models.in_place.MOST_RERUNS", 0)
-        with pytest.warns(UserWarning, match="called in Python code, which would be run anew"):
+        with pytest.warns(UserWarning, match="Sequential compression would run the Python code"):
             at_once = compress(model, 0.4, calibration_data=x)
         asked = compress(model, 0.4, calibration_data=x, sequential=True)
         expected = compress(model, 0.4, calibration_data=x, sequential=False)

@@ -321,18 +321,24 @@ def test_all_that_cannot_be_carried_over_is_named():
     inputs = keras.Input((8, 8))
     x = Mine(name="mine")(inputs)
     x = L.RMSNormalization(name="rms")(x)
+
+    class Own(keras.regularizers.L2):
+        pass
+
+    x = L.Dense(8, kernel_regularizer=Own(0.1), name="own")(x)
     inner = keras.Sequential([keras.Input((8, 8)), L.Dense(8, "celu", name="celu")])
     x = keras.ops.erf(L.Lambda(lambda x: x * 2, name="function")(inner(x)))
     model = keras.Model(inputs, L.Dense(3, name="fine")(x))
-    with pytest.raises(ValueError, match="5 that cannot be carried over") as error:
+    with pytest.raises(ValueError, match="6 that cannot be carried over") as error:
         keras_alds.to_tf_keras(model)
     for part in ("'mine' (Mine)", "'rms' (RMSN", "'celu' (Dense)", "'function' (Lam", "(Erf)"):
         assert part in str(error.value)
+    assert "its kernel_regularizer Own is not in tf_keras" in str(error.value)
     assert "'fine'" not in str(error.value)
 
 
 def test_subclassed_models_are_refused():
-    with pytest.raises(ValueError, match="to be Functional or Sequential, for `to_tf_keras`"):
+    with pytest.raises(ValueError, match="a Functional or Sequential model for `to_tf_keras`"):
         keras_alds.to_tf_keras(zoo.subclassed(keras))
 
 

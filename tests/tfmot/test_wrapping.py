@@ -311,7 +311,7 @@ class TestHelpers:
         )
         with pytest.raises(ValueError, match="supported layer"):
             S.prune_low_magnitude(model)
-        with pytest.warns(UserWarning, match=r"leaves these .*: 'depthwise' \(DepthwiseConv2D\)\."):
+        with pytest.warns(UserWarning, match=r"skips these .*: 'depthwise' \(DepthwiseConv2D\)\."):
             wrapped = prune_low_magnitude(model)
         assert [wrapper.layer.name for wrapper in wrappers.pruning(wrapped)] == ["few", "head"]
         with pytest.warns(UserWarning, match=r"'depthwise' \(D.*\), 'few' \(Conv2D\)\. It does"):

@@ -1,7 +1,9 @@
-"""What the layers see of calibration data, and the factors that keep their outputs best.
+"""Calibration data: what a layer sees, what its outputs lose, and the factors that keep them.
 
-`patches` unfolds a layer's inputs, `accumulators` and `moments` hold their second moments,
-`whitening` says what the outputs lose at every rank, `refit` makes the factors of a choice, and
-`regression` fits a kernel to inputs that have changed. `symmetric` and `semidefinite` are their
-linear algebra.
+- `patches`: the unfolded inputs of a layer;
+- `accumulators`, `moments`: their second moment;
+- `whitening`: what the outputs lose at each rank;
+- `refit`: the factors of a choice;
+- `regression`: the kernel that fits inputs which have changed;
+- `symmetric`, `semidefinite`: their linear algebra.
 """
