@@ -1,4 +1,4 @@
-"""What all tests share: both Kerases, the real networks and images, seeds, quiet logs."""
+"""What all tests share: Keras 3 and tf_keras, the real networks and images, seeds, quiet logs."""
 
 from __future__ import annotations
 
@@ -42,6 +42,6 @@ def keras_module(request: pytest.FixtureRequest) -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def seeds() -> None:
-    """Seeds Python, NumPy and TensorFlow before every test (both Kerases use these)."""
+    """Seeds Python, NumPy and TensorFlow before every test (Keras 3 and tf_keras use these)."""
     keras = importlib.import_module("keras")
     keras.utils.set_random_seed(0)

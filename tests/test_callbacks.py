@@ -29,6 +29,9 @@ from keras_alds.kinds.base import is_factorized
 from keras_alds.models.inventory import walk
 from keras_alds.models.optimizer import carried
 
+#: A few steps take less time than their graph. Where graphs matter, models are trained in them.
+EAGER = {"run_eagerly": True}
+
 
 def value(tensor):
     return np.asarray(tf.convert_to_tensor(tensor))
@@ -316,7 +319,7 @@ class TestOptimizers:
     @pytest.mark.parametrize("name", list(OPTIMIZERS))
     def test_state_of_untouched_variables_carries_on(self, keras_module, name):
         K = keras_module
-        model = compiled(K, make_optimizer(K, name))
+        model = compiled(K, make_optimizer(K, name), **EAGER)
         optimizer, backend = model.optimizer, backend_of(model)
         fit(model, [], epochs=2)
         known = list(model.variables)
@@ -355,7 +358,7 @@ class TestOptimizers:
         from keras_alds import apply_plan
 
         K = keras_module
-        model = compiled(K, make_optimizer(K, name))
+        model = compiled(K, make_optimizer(K, name), **EAGER)
         optimizer, backend = model.optimizer, backend_of(model)
         fit(model, [], epochs=1)
         layer = model.get_layer("down")
@@ -499,7 +502,7 @@ def trained_through(K, optimizer, plan=None):
     L = K.layers
     layers = [K.Input((48,)), L.Dense(64, name="a"), L.BatchNormalization(name="n")]
     model = K.Sequential([*layers, L.Dense(64, name="b"), L.Dense(3, name="c")], name="m")
-    model.compile(optimizer, "mse", run_eagerly=True)  # three steps: a graph would take longer
+    model.compile(optimizer, "mse", **EAGER)
     x = np.random.default_rng(0).normal(size=(32, 48)).astype("float32")
     if plan is None:
         model.fit(x, x[:, :3], verbose=0)
@@ -537,13 +540,16 @@ class TestSavedAfterwards:
         if name == "accumulated" and K.__name__ != "keras":
             pytest.skip("tf_keras does not accumulate gradients")
         make = STATEFUL[name]
-        model, plan, x = trained_through(K, make(K))
+        model, plan, _ = trained_through(K, make(K))
         path = saved(model).save(str(tmp_path / "checkpoint"))
         other, *_ = trained_through(K, make(K), plan)
         saved(other).restore(path).assert_existing_objects_matched()
         for a, b in zip(state_of(model.optimizer), state_of(other.optimizer), strict=True):
             np.testing.assert_array_equal(a, b)
         tf.saved_model.save(model, str(tmp_path / "saved"))
+
+    def test_exports(self, keras_module, tmp_path):
+        model, _, x = trained_through(keras_module, STATEFUL["adam"](keras_module))
         model.export(str(tmp_path / "exported"))
         exported = tf.saved_model.load(str(tmp_path / "exported"))
         np.testing.assert_allclose(
@@ -577,7 +583,7 @@ class TestSavedAfterwards:
 
         make, models = STATEFUL[name], []
         for _ in range(2):
-            model = compiled(keras_module, make(keras_module))
+            model = compiled(keras_module, make(keras_module), **EAGER)
             fit(model, [], epochs=1)
             models.append(model)
         model, other = models
@@ -652,7 +658,7 @@ class KilledError(Exception):
 
 def run(K, folder, *, first=True, killed_at=None, model=None, at_epoch=2, **options):
     """Trains for 5 epochs with a backup; returns the model, the callback and the epochs begun."""
-    model = compiled(K, K.optimizers.Adam(0.01)) if model is None else model
+    model = compiled(K, K.optimizers.Adam(0.01), **EAGER) if model is None else model
     begun = []
 
     def begin(epoch, logs):
@@ -716,7 +722,7 @@ class TestBackups:
         whole, _, _ = run(keras_module, tmp_path / "whole")
         _, callback, _ = run(keras_module, tmp_path / "b", killed_at=4)
         callback.plan.save(tmp_path / "plan.json")
-        model = compiled(keras_module, keras_module.optimizers.Adam(0.01))
+        model = compiled(keras_module, keras_module.optimizers.Adam(0.01), **EAGER)
         apply_plan(model, CompressionPlan.load(tmp_path / "plan.json"))
         _, _, begun = run(keras_module, tmp_path / "b", model=model)
         assert begun == [4]
@@ -840,7 +846,7 @@ class TestErrors:
         from keras_alds import apply_plan
         from keras_alds.models import optimizer as module
 
-        model = compiled(keras_module, make_optimizer(keras_module, name))
+        model = compiled(keras_module, make_optimizer(keras_module, name), **EAGER)
         fit(model, [], epochs=1)
         backend = backend_of(model)
 

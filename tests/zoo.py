@@ -1,7 +1,9 @@
-"""Small models of every kind, made with whichever Keras a test is given."""
+"""Small models of every kind, made with the Keras that a test is given."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -14,6 +16,12 @@ from keras_alds.models.factorize import replacement
 from keras_alds.models.inventory import LayerRecord, walk
 
 IMAGE = (12, 12, 3)
+#: Keras 3 and tf_keras, as far as they are installed.
+KERASES = [
+    importlib.import_module(name)
+    for name in ("keras", "tf_keras")
+    if importlib.util.find_spec(name)
+]
 
 
 def functional(K: ModuleType) -> Any:

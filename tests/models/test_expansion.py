@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import subprocess
 import sys
@@ -297,7 +298,7 @@ def test_compiled_models_with_another_number_of_weights(keras_module: ModuleType
         ((6, 16), vectors, {}),
     ):
         model = K.Sequential([K.Input(shape), *layers, L.Dense(8, name="last"), L.Dense(3)])
-        model.compile("adam", "mse")
+        model.compile("adam", "mse", run_eagerly=True)
         small = keras_alds.compress(model, 0.5)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*multiplied out")
@@ -378,9 +379,10 @@ for name, kind in json.loads(sys.argv[1]):
 """
 
 
-def test_loads_without_this_package(keras_module: ModuleType, tmp_path: Path):
+def test_loads_without_this_package(tmp_path: Path):
+    """One process loads the models of Keras 3 and of tf_keras."""
     saved = []
-    for name in SYMBOLIC:
+    for keras_module, name in itertools.product(zoo.KERASES, SYMBOLIC):
         small = keras_alds.compress(zoo.MODELS[name](keras_module), 0.4)
         stock = keras_alds.expand(small)
         inputs = zoo.examples(stock)
@@ -388,7 +390,7 @@ def test_loads_without_this_package(keras_module: ModuleType, tmp_path: Path):
         # .h5 refuses equal names at two levels, the original's as well.
         old = keras_module.__name__ == "tf_keras" and name != "nested"
         for ending in ("keras", "h5") if old else ("keras",):
-            path = f"{name}.{ending}"
+            path = f"{keras_module.__name__}_{name}.{ending}"
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of .h5 being old
                 stock.save(tmp_path / path)
