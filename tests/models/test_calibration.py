@@ -19,18 +19,6 @@ from keras_alds.models.calibration import CalibrationStats
 from keras_alds.models.inventory import walk
 
 
-@pytest.fixture(params=list(zoo.MODELS))
-def model(request, keras_module):
-    keras_module.utils.set_random_seed(0)
-    return zoo.MODELS[request.param](keras_module)
-
-
-@pytest.fixture
-def small(keras_module):
-    keras_module.utils.set_random_seed(0)
-    return zoo.functional(keras_module)
-
-
 def collect(model, data, **options):
     return CalibrationStats.collect(model, data, verbose=0, **options)
 
