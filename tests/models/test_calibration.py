@@ -1,4 +1,4 @@
-"""`calibration_data=` on models of every kind, in both Kerases, and `CalibrationStats`."""
+"""`calibration_data=` on models of every kind, in Keras 3 and tf_keras, and `CalibrationStats`."""
 
 from __future__ import annotations
 
