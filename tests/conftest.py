@@ -7,10 +7,12 @@ import importlib.util
 import os
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import pytest
+import zoo
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -38,6 +40,20 @@ def keras_module(request: pytest.FixtureRequest) -> ModuleType:
     if importlib.util.find_spec(request.param) is None:
         pytest.skip(f"{request.param} is not installed")
     return importlib.import_module(request.param)
+
+
+@pytest.fixture(params=list(zoo.MODELS))
+def model(request: pytest.FixtureRequest, keras_module: ModuleType) -> Any:
+    """A model of every kind."""
+    keras_module.utils.set_random_seed(0)
+    return zoo.MODELS[request.param](keras_module)
+
+
+@pytest.fixture
+def small(keras_module: ModuleType) -> Any:
+    """A small Functional model."""
+    keras_module.utils.set_random_seed(0)
+    return zoo.functional(keras_module)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""`ALDSCompress` in `fit`, in both Kerases."""
+"""`ALDSCompress` in `fit`, in Keras 3 and tf_keras."""
 
 from __future__ import annotations
 

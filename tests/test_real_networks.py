@@ -97,7 +97,7 @@ def test_what_costs_nothing_is_removed(data_dir):
     )
 
 
-def test_an_h5_file_in_both_kerases(data_dir, keras_module, images, tmp_path):
+def test_an_h5_file_in_keras_3_and_tf_keras(data_dir, keras_module, images, tmp_path):
     path = data_dir / "mlperf_tiny_resnet8_cifar10.h5"
     model = keras_module.models.load_model(path, compile=False)
     small = keras_alds.compress(model, 0.2)

@@ -1,170 +1,115 @@
-"""`target=`: plans that hold to a runtime's constraints, and that say what these cost."""
+"""Targets as data: what they allow, against the rules written out one by one."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import re
+import itertools
 
 import numpy as np
 import pytest
-import zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from keras_alds import ALDSCompress, CalibrationStats, CompressionPlan, compress, select
-from keras_alds.targets import TARGETS
+from keras_alds.core.choices import choice_table, offered_ranks
+from keras_alds.core.slicing import divisors, full_rank
+from keras_alds.core.spectra import spectra
+from keras_alds.targets import TARGETS, get_target
 
-
-def network(K):
-    """Kernels of every sort that targets tell apart."""
-    L = K.layers
-    inputs = K.Input((12, 12, 3))
-    x = L.Conv2D(16, 3, padding="same", activation="relu", name="stem")(inputs)
-    x = L.Conv2D(64, 3, padding="same", activation="relu", name="wide")(x)
-    x = L.Conv2D(128, 3, strides=(2, 1), padding="same", name="uneven")(x)
-    x = L.Conv2D(64, 1, activation="relu", name="point")(x)
-    x = L.Reshape((6 * 12, 64), name="rows")(x)
-    x = L.Conv1D(64, 3, dilation_rate=2, activation="relu", name="temporal")(x)
-    x = L.GlobalAveragePooling1D(name="pool")(x)
-    x = L.Dense(96, activation="relu", name="hidden")(x)
-    return K.Model(inputs, L.Dense(5, name="head")(x))
+SHAPES = st.tuples(
+    st.sampled_from([(), (1,), (3,), (1, 1), (3, 3), (2, 3), (3, 3, 3)]),
+    st.sampled_from([1, 3, 8, 16, 24, 32, 48, 64, 128, 192]),
+    st.sampled_from([1, 4, 10, 16, 33, 64, 96]),
+).map(lambda parts: (*parts[0], *parts[1:]))
 
 
-@pytest.fixture(scope="module")
-def model():
-    import keras
+def expected(name, shape, k, j, depthwise):
+    """The rules of docs/targets.md, by hand."""
+    *spatial, c, f = shape
+    if c % k or not 1 <= j <= full_rank(shape, k):
+        return False
+    lanes = j % (4 if c < 64 or f < 64 else 8) == 0
+    if k == 1:
+        return lanes
+    if len(spatial) not in (1, 2):
+        return False
+    if k == c and len(spatial) == 2 and depthwise:
+        return c >= 32 and (j == 1 or (j == 2 and c >= 128 and name == "litert-reference"))
+    if name == "litert":
+        return lanes and c // k >= 16
+    return name == "gpu-delegate" and lanes and c // k >= 16 and c // k % 4 == 0
 
-    keras.utils.set_random_seed(1)
-    return network(keras)
+
+@pytest.mark.parametrize("name", TARGETS)
+@settings(max_examples=60, deadline=None)
+@given(shape=SHAPES, depthwise=st.booleans())
+def test_allowed_choices_are_those_of_the_rules(name, shape, depthwise):
+    target = TARGETS[name]
+    for k in divisors(shape[-2]):
+        ranks = range(full_rank(shape, k) + 2)
+        allowed = set(target.ranks(shape, k, depthwise=depthwise))
+        assert allowed == {j for j in ranks if expected(name, shape, k, j, depthwise)}
 
 
-@pytest.fixture(scope="module")
-def stats(model):
-    images = np.random.default_rng(0).standard_normal((64, 12, 12, 3)).astype("float32")
-    return CalibrationStats.collect(model, images, verbose=0)
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("method", ["alds", "energy"])
-def test_every_choice_of_a_plan_is_allowed(keras_module, target, method):
-    model = network(keras_module)
-    plan = select(model, 0.6, method=method, target=target)
-    assert plan.target == target
-    assert plan.cr >= 0.6
-    assert plan.factorized
-    for choice in plan.factorized:
-        assert choice.rank in TARGETS[target].ranks(
-            choice.kernel_shape, choice.slices, depthwise=choice.layer != "uneven"
+@pytest.mark.parametrize("name", [None, *TARGETS])
+@settings(max_examples=15, deadline=None)
+@given(
+    shape=st.sampled_from([(3, 3, 32, 24), (1, 1, 64, 64), (3, 32, 16), (48, 64), (2, 2, 16, 4)]),
+    most=st.sampled_from([None, 1, 2, 40]),
+    multiple=st.sampled_from([1, 2, 3, 12]),
+)
+def test_a_table_is_the_free_table_less_what_is_not_allowed(name, shape, most, multiple):
+    found = spectra(np.random.default_rng(0).standard_normal(shape))
+    target = get_target(name)
+    free = choice_table(found)
+    limits = {"rule": target and target.ranks, "max_slices": most, "rank_multiple": multiple}
+    offered = offered_ranks(shape, **limits)
+    table = choice_table(found, offered)
+    kept = [
+        row
+        for row in free
+        if row.keep
+        or (
+            (most is None or row.slices <= most)
+            and row.rank % multiple == 0
+            and (target is None or row.rank in target.ranks(shape, row.slices))
         )
-    small = compress(model, 0.6, method=method, target=target)
-    assert small.count_params() == plan.params_after
+    ]
+    assert list(table) == kept
+    cheapest = min(kept, key=lambda row: row.cost)
+    costs = [r[0] * (k * shape[-1] + np.prod(shape[:-1])) for k, r in offered.items()]
+    assert cheapest.cost == (min([*costs, np.prod(shape)]),)
 
 
-def test_limits_of_the_user_hold_too(model):
-    free = select(model, 0.5, method="energy", target="litert")
-    assert max(choice.slices for choice in free.factorized) > 1
-    plan = select(
-        model,
-        0.5,
-        method="energy",
-        target="litert",
-        max_slices=1,
-        rank_multiple=3,
-        exclude="hidden",
-    )
-    assert {choice.slices for choice in plan.factorized} == {1}
-    for choice in plan.factorized:
-        step = 12 if min(choice.kernel_shape[-2:]) < 64 else 24
-        assert choice.rank % step == 0
+def test_wide_layers_take_the_coarsest_slices_there_are():
+    target = TARGETS["litert"]
+    assert not target.ranks((512, 64), 4)
+    assert target.ranks((512, 64), 4, blocks=4) == target.ranks((512, 64), 1)
+    assert not target.ranks((512, 64), 8, blocks=4)
 
 
-@pytest.mark.parametrize("objective", ["params", "macs"])
-@pytest.mark.parametrize("target", TARGETS)
-def test_the_reachable_ratio_knows_the_target(model, target, objective):
-    with pytest.raises(ValueError, match=f"target='{target}'") as caught:
-        select(model, 0.995, target=target, objective=objective)
-    reachable = float(re.search(r"0 < cr <= (0\.\d+)", str(caught.value))[1])
-    assert select(model, reachable, target=target, objective=objective).cr >= reachable
-    with pytest.raises(ValueError, match="not reachable"):
-        select(model, reachable + 2e-4, target=target, objective=objective)
+def test_targets_are_records():
+    for name, target in TARGETS.items():
+        assert target.name == name
+        assert target is get_target(name)
+        hash(target)
+    with pytest.raises(AttributeError):
+        TARGETS["litert"].rank_multiple = 1
+    with pytest.raises(TypeError):
+        TARGETS["mine"] = TARGETS["litert"]
+    assert get_target(None) is None
 
 
-def test_a_layer_without_an_allowed_choice_says_so(model):
-    plan = select(model, 0.3, target="litert", rank_multiple=5)
-    reasons = {choice.layer: choice.reason for choice in plan.choices}
-    assert reasons["head"] == (
-        "no allowed choice is smaller (max_slices=None, rank_multiple=5, target='litert')"
-    )
+@pytest.mark.parametrize("name", ["LiteRT", "tflite", "", 3, ["litert"], {}])
+def test_an_unknown_target_lists_the_names(name):
+    with pytest.raises(ValueError, match="'litert', 'litert-reference', 'gpu-delegate'"):
+        get_target(name)
 
 
-def test_the_plan_says_what_the_target_costs_with_data(model, stats):
-    plan = select(model, 0.6, target="litert", calibration_data=stats)
-    free = select(model, 0.6, calibration_data=stats)
-    total = sum(choice.error for choice in plan.choices)
-    assert plan.output_error == pytest.approx(total)
-    assert plan.output_error_without_target == pytest.approx(sum(c.error for c in free.choices))
-    assert 0 < plan.output_error_without_target < plan.output_error
-    lines: list[str] = []
-    plan.summary(print_fn=lines.append)
-    text = "\n".join(lines)
-    assert f"outputs: {plan.output_error:.4f}, and {plan.output_error_without_target:.4f}" in text
-    assert "Measure the model's accuracy with `evaluate`" in text
-
-
-def test_without_data_there_is_no_such_figure(model, stats):
-    plan = select(model, 0.6, target="litert")
-    assert plan.output_error is plan.output_error_without_target is None
-    lines: list[str] = []
-    plan.summary(print_fn=lines.append)
-    assert "Target: 'litert'\n" in lines[0] + "\n"
-    free = select(model, 0.6, calibration_data=stats)
-    assert (free.target, free.output_error, free.output_error_without_target) == (None, None, None)
-    free.summary(print_fn=lines.append)
-    assert "Target" not in lines[1]
-
-
-def test_a_plan_keeps_its_target_in_json(model, stats, tmp_path):
-    plan = select(model, 0.6, target="litert-reference", calibration_data=stats)
-    plan.save(tmp_path / "plan.json")
-    assert CompressionPlan.load(tmp_path / "plan.json") == plan
-    # A plan of before there were targets.
-    data = {
-        key: value
-        for key, value in json.loads((tmp_path / "plan.json").read_text()).items()
-        if key not in ("target", "output_error", "output_error_without_target")
-    }
-    old = CompressionPlan.from_dict(data)
-    assert old == dataclasses.replace(
-        plan, target=None, output_error=None, output_error_without_target=None
-    )
-
-
-def test_bad_targets_are_refused_before_anything_else(model):
-    names = "'litert', 'litert-reference', 'gpu-delegate'"
-    for call in (
-        lambda: select(model, 0.5, target="phone"),
-        lambda: compress(model, 0.5, target="phone"),
-        lambda: ALDSCompress(0.5, target="phone", at_epoch=0),
-    ):
-        with pytest.raises(ValueError, match=f"Expected `target` to be None or one of {names}"):
-            call()
-    plan = select(model, 0.5)
-    for call in (
-        lambda: compress(model, plan=plan, target="litert"),
-        lambda: ALDSCompress(plan=plan, target="litert", at_epoch=0),
-    ):
-        with pytest.raises(ValueError, match=r"no options beside `plan`.*target='litert'"):
-            call()
-
-
-def test_in_training(keras_module):
-    model = zoo.functional(keras_module)
-    images, labels = zoo.images(32)
-    loss = keras_module.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile("sgd", loss)
-    callback = ALDSCompress(0.3, at_epoch=1, target="litert", verbose=0)
-    model.fit(images, labels, epochs=2, verbose=0, callbacks=[callback])
-    assert callback.plan.target == "litert"
-    assert callback.plan.cr >= 0.3
-    assert callback.plan.factorized
-    for choice in callback.plan.factorized:
-        assert choice.rank in TARGETS["litert"].ranks(choice.kernel_shape, choice.slices)
+def test_limits_of_the_user_hold_beside_those_of_a_target():
+    target = TARGETS["litert"]
+    shape = (3, 3, 64, 64)
+    for multiple, most in itertools.product((1, 3, 16), (None, 1, 2)):
+        offered = offered_ranks(shape, rule=target.ranks, max_slices=most, rank_multiple=multiple)
+        assert (2 in offered) == (most != 1)
+        assert all(j % multiple == 0 and j % 8 == 0 for j in offered.get(2, ()))
+    assert 64 not in offered_ranks(shape, rule=target.ranks, rank_multiple=2)
+    assert list(offered_ranks(shape, rule=target.ranks)[64]) == [1]

@@ -22,7 +22,7 @@ from keras_alds.models.ranges import (
     scales_for_norms,
     scales_for_ranges,
 )
-from keras_alds.plan import CompressionPlan
+from keras_alds.plan import CompressionPlan, Skip
 from keras_alds.targets import TARGETS
 
 pytest.importorskip("ai_edge_litert")
@@ -205,7 +205,7 @@ def random_plan(model: Any, random: np.random.Generator, target: str | None) -> 
     choices = []
     for choice in plan.choices:
         shape = choice.kernel_shape
-        if shape is not None and (choice.factorized or "whole" in str(choice.reason)):
+        if shape is not None and (choice.factorized or choice.reason_code == Skip.BUDGET.value):
             options = [
                 (k, j)
                 for k in divisors(shape[-2])

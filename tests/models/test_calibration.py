@@ -1,4 +1,4 @@
-"""`calibration_data=` on models of every kind, in both Kerases, and `CalibrationStats`."""
+"""`calibration_data=` on models of every kind, in Keras 3 and tf_keras, and `CalibrationStats`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,6 @@ from keras_alds.core.calibration.refit import output_error
 from keras_alds.kinds.base import is_factorized, kernel_values, known_kind
 from keras_alds.models.calibration import CalibrationStats
 from keras_alds.models.inventory import walk
-
-
-@pytest.fixture(params=list(zoo.MODELS))
-def model(request, keras_module):
-    keras_module.utils.set_random_seed(0)
-    return zoo.MODELS[request.param](keras_module)
-
-
-@pytest.fixture
-def small(keras_module):
-    keras_module.utils.set_random_seed(0)
-    return zoo.functional(keras_module)
 
 
 def collect(model, data, **options):

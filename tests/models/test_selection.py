@@ -1,4 +1,4 @@
-"""Joint budgets and per-layer bounds: `cr={…}` and `bounds=` on models of both Kerases."""
+"""Joint budgets and per-layer bounds: `cr={…}` and `bounds=`, in Keras 3 and tf_keras."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The methods of the paper's comparison on models of both Kerases: select, compress, callback."""
+"""The methods of the paper's comparison on models: select, compress, callback."""
 
 from __future__ import annotations
 

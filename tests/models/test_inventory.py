@@ -1,0 +1,103 @@
+"""Which layers can be factorized, and why the others stay as they are."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from keras_alds import select
+
+
+class TestLeftAlone:
+    def reasons(self, model, **options):
+        return {choice.layer: choice.reason for choice in select(model, 0.05, **options).choices}
+
+    def test_reasons(self, keras_module):
+        L, K = keras_module.layers, keras_module
+        inputs = K.Input((12, 12, 8))
+        x = L.DepthwiseConv2D(3, name="depthwise")(inputs)
+        x = L.BatchNormalization(name="bn")(x)
+        x = L.UpSampling2D(name="up")(x)
+        x = L.Conv2DTranspose(8, 3, name="transposed", kernel_constraint="non_neg")(x)
+        x = L.Conv2D(8, 3, kernel_constraint=K.constraints.NonNeg(), name="constrained")(x)
+        x = L.Conv2D(16, 3, name="conv")(x)
+        x = L.Conv2D(1, 1, name="tiny")(x)
+        model = K.Model(inputs, x)
+        reasons = self.reasons(model)
+        assert reasons["conv"] is None
+        assert "filters every channel by itself" in reasons["depthwise"]
+        assert reasons["bn"] == "BatchNormalization has no kernel to factorize"
+        assert "kernel_constraint NonNeg" in reasons["transposed"]
+        assert "kernel_constraint NonNeg" in reasons["constrained"]
+        assert reasons["tiny"].startswith("no factorization of its kernel")
+
+    def test_grouped_convolution(self, keras_module):
+        L, K = keras_module.layers, keras_module
+        model = K.Sequential(
+            [K.Input((8, 8, 8)), L.Conv2D(16, 3, groups=2, name="g"), L.Conv2D(16, 3, name="c")]
+        )
+        assert self.reasons(model)["g"] == "its convolution is already grouped (groups=2)"
+
+    def test_a_subclass_with_a_forward_pass_of_its_own(self, keras_module):
+        L, K = keras_module.layers, keras_module
+
+        class Standardized(L.Conv2D):
+            def call(self, inputs):
+                return super().call(inputs) * 2.0
+
+        class Renamed(L.Conv2D):
+            pass
+
+        model = K.Sequential(
+            [K.Input((8, 8, 8)), Standardized(16, 3, name="own"), Renamed(16, 3, name="plain")]
+        )
+        reasons = self.reasons(model)
+        assert reasons["own"] == "Standardized changes the forward pass of Conv2D"
+        assert reasons["plain"] is None
+
+    def test_a_subclass_with_attributes_or_methods_of_its_own(self, keras_module):
+        L, K = keras_module.layers, keras_module
+
+        class Tagged(L.Conv2D):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                self.tag = 3
+
+        class Speaking(L.Conv2D):
+            def speak(self):
+                return "conv"
+
+        class Preset(L.Conv2D):
+            def __init__(self, filters, **kwargs):
+                kwargs = {"kernel_size": 3, "padding": "same", **kwargs}
+                super().__init__(filters, **kwargs)
+
+        inputs = K.Input((8, 8, 8))
+        x = Preset(16, name="preset")(Speaking(8, 3, name="own")(Tagged(8, 3, name="tag")(inputs)))
+        reasons = self.reasons(K.Model(inputs, x))
+        assert reasons["tag"] == "Tagged adds tag to Conv2D, which would be lost"
+        assert reasons["own"] == "Speaking adds speak to Conv2D, which would be lost"
+        assert reasons["preset"] is None
+
+    def test_a_kernel_that_two_layers_hold(self, keras_module):
+        L, K = keras_module.layers, keras_module
+
+        class Decode(L.Layer):
+            def __init__(self, dense, **kwargs):
+                super().__init__(**kwargs)
+                self.tied = dense.kernel
+
+            def call(self, x):
+                return tf.matmul(x, self.tied, transpose_b=True)
+
+        inputs = K.Input((16,))
+        dense = L.Dense(12, name="encode")
+        hidden = L.Dense(32, name="more")(dense(inputs))
+        x = L.Dense(12, name="back")(hidden)
+        model = K.Model(inputs, Decode(dense, name="decode")(x))
+        reasons = self.reasons(model)
+        assert reasons["encode"] == "its kernel is held by 'decode' too"
+        assert "held by" not in (reasons["more"] or "")
+
+    def test_what_the_budget_leaves_whole(self, small):
+        plan = select(small, 0.05)
+        assert "staying dense fits the budget" in {choice.reason for choice in plan.choices}

@@ -1,0 +1,31 @@
+"""Printed tables: of plans, and of models before and after."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import keras_alds
+from keras_alds import compress, select
+
+
+def test_the_report_and_the_summary(small, capsys):
+    plan = select(small, 0.4)
+    lines = []
+    plan.summary(print_fn=lines.append)
+    text = "\n".join(lines)
+    for choice in plan.choices:
+        if choice.kernel_shape:
+            assert f"{choice.layer} ({choice.kind})" in text
+    assert "removed)" in text
+    assert "Left alone, with no kernel to factorize: 1 layers (BatchNormalization)" in text
+    noted = dataclasses.replace(plan.choices[0], note="only diagonal blocks were kept")
+    noted_plan = dataclasses.replace(plan, choices=(noted, *plan.choices[1:]))
+    noted_plan.summary(print_fn=lines.append)
+    assert f"{noted.layer}: only diagonal blocks were kept" in lines[-1]
+    report = keras_alds.report(small, compress(small, 0.4), {"accuracy": (0.9, 0.8)})
+    assert report.rows["parameters"] == (small.count_params(), plan.params_after)
+    assert report.rows["bytes of weights"][0] == 4 * small.count_params()
+    report.summary()
+    printed = capsys.readouterr().out
+    assert "| accuracy" in printed
+    assert "0.889" in printed
