@@ -21,7 +21,8 @@ from keras_alds.litert.runs import Runner, check_runs
 
 pytest.importorskip("ai_edge_litert")
 
-# Conversion takes the graph, which Keras 3 and tf_keras give alike: all kinds of one, two of the other.
+# Conversion takes the graph, which Keras 3 and tf_keras give alike: all kinds of one and two of the
+# other.
 KINDS = [
     *(("keras", kind) for kind in ("functional", "sequential", "nested", "shared", "temporal")),
     ("keras", "subclassed"),
