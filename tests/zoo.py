@@ -18,7 +18,7 @@ from keras_alds.core.slicing import convolution_unfolding, distinct_schemes, div
 from keras_alds.models.factorize import replacement
 from keras_alds.models.inventory import LayerRecord, walk
 from keras_alds.models.ranges import find_pairs
-from keras_alds.plan import CompressionPlan
+from keras_alds.plan import CompressionPlan, Skip
 from keras_alds.targets import TARGETS
 
 IMAGE = (12, 12, 3)
@@ -262,7 +262,7 @@ def random_plan(model: Any, random: np.random.Generator, target: str | None) -> 
     choices = []
     for choice in plan.choices:
         shape = choice.kernel_shape
-        if shape is not None and (choice.factorized or "whole" in str(choice.reason)):
+        if shape is not None and (choice.factorized or choice.reason_code == Skip.BUDGET.value):
             options = [
                 (k, j)
                 for k in divisors(shape[-2])
