@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -12,8 +13,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+import keras_alds
+from keras_alds.core.slicing import convolution_unfolding, distinct_schemes, divisors, weights
 from keras_alds.models.factorize import replacement
 from keras_alds.models.inventory import LayerRecord, walk
+from keras_alds.models.ranges import find_pairs
+from keras_alds.plan import CompressionPlan, Skip
+from keras_alds.targets import TARGETS
 
 IMAGE = (12, 12, 3)
 #: Keras 3 and tf_keras, as far as they are installed.
@@ -237,3 +243,51 @@ def recorded_rows(model, inputs):
         for layer in layers:
             layer.__dict__.pop("call", None)
     return {path: np.concatenate(rows) for path, rows in found.items()}
+
+
+def spread(model: Any, decades: float, seed: int = 0) -> None:
+    """Makes encoders and decoders differ widely between ranks; the products stay."""
+    random = np.random.default_rng(seed)
+    for pair in find_pairs(model):
+        ranks = int(pair.decoder.shape[-2])
+        scale = 10 ** random.permutation(np.linspace(-decades, decades, ranks))
+        encoder, decoder = np.asarray(pair.encoder), np.asarray(pair.decoder)
+        pair.encoder.assign((encoder.reshape(-1, ranks) * scale).reshape(encoder.shape))
+        pair.decoder.assign(decoder / scale[:, np.newaxis])
+
+
+def random_plan(model: Any, random: np.random.Generator, target: str | None) -> CompressionPlan:
+    """Any allowed slices and ranks, whatever they cost."""
+    plan = keras_alds.select(model, 0.01)
+    choices = []
+    for choice in plan.choices:
+        shape = choice.kernel_shape
+        if shape is not None and (choice.factorized or choice.reason_code == Skip.BUDGET.value):
+            options = [
+                (k, j)
+                for k in divisors(shape[-2])
+                for j in ([1, 2, 3] if target is None else TARGETS[target].ranks(shape, k))
+                if target is not None or j <= min(np.prod(shape[:-1]) // k, shape[-1])
+            ]
+            by_slices = sorted({k for k, _ in options})
+            if by_slices:  # every k is as likely
+                k = random.choice(by_slices)
+                j = int(random.choice([rank for slices, rank in options if slices == k]))
+                size = choice.params_before - int(np.prod(shape)) + weights(shape, int(k), j)
+                choice = dataclasses.replace(
+                    choice, slices=int(k), rank=j, scheme=0, params_after=size, reason=None
+                )
+                window = shape[:-2]
+                known = sorted(set(distinct_schemes(window).values()))
+                if target is not None and choice.kind in ("Conv1D", "Conv2D") and len(known) > 1:
+                    scheme = int(random.choice([*known, 0, 0]))
+                    read = convolution_unfolding(len(window), scheme).shape(shape)
+                    ranks = TARGETS[target].ranks(read, 1)
+                    if scheme and ranks:
+                        j = int(random.choice(ranks))
+                        size = choice.params_before - int(np.prod(shape)) + weights(read, 1, j)
+                        choice = dataclasses.replace(
+                            choice, slices=1, rank=j, scheme=scheme, params_after=size
+                        )
+        choices.append(choice)
+    return dataclasses.replace(plan, choices=tuple(choices), target=target)

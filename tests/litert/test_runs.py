@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import tempfile
 from typing import Any
@@ -14,15 +13,9 @@ import tensorflow as tf
 import zoo
 
 import keras_alds
-from keras_alds.core.slicing import convolution_unfolding, distinct_schemes, divisors, weights
-from keras_alds.kinds.base import factorized_kind, is_factorized
 from keras_alds.models.ranges import (
-    equalized,
     find_pairs,
-    scales_for_norms,
-    scales_for_ranges,
 )
-from keras_alds.plan import CompressionPlan, Skip
 from keras_alds.targets import TARGETS
 
 pytest.importorskip("ai_edge_litert")
@@ -62,17 +55,6 @@ def runs(content: bytes, *, delegate: bool) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def spread(model: Any, decades: float, seed: int = 0) -> None:
-    """Makes encoders and decoders differ widely between ranks; the products stay."""
-    random = np.random.default_rng(seed)
-    for pair in find_pairs(model):
-        ranks = int(pair.decoder.shape[-2])
-        scale = 10 ** random.permutation(np.linspace(-decades, decades, ranks))
-        encoder, decoder = np.asarray(pair.encoder), np.asarray(pair.decoder)
-        pair.encoder.assign((encoder.reshape(-1, ranks) * scale).reshape(encoder.shape))
-        pair.decoder.assign(decoder / scale[:, np.newaxis])
 
 
 # -- The rule --------------------------------------------------------------------------------------
@@ -135,7 +117,7 @@ def test_xnnpack_refuses_requantization_scales_from_256_on(kind: str):
 
 def test_float_and_dynamic_files_have_no_such_scales():
     small = keras_alds.compress(zoo.functional(keras), 0.4, target="litert")
-    spread(small, 6)
+    zoo.spread(small, 6)
     for quantize in ("float16", "dynamic"):
         content = convert(small, quantize=quantize, verbose=0)
         check_runs(content)
@@ -147,7 +129,7 @@ def test_unbalanced_factors_do_not_run_and_balanced_ones_do(keras_module: Any, f
     small = keras_alds.compress(zoo.functional(keras_module), 0.4, target="litert")
     x = zoo.examples(small, 32)
     expected = np.asarray(small(x, training=False))
-    spread(small, 4)
+    zoo.spread(small, 4)
     if form == "expanded":
         small = keras_alds.expand(small)
     broken = raw_int8(small, x)
@@ -179,145 +161,6 @@ def test_a_dead_layer_is_named():
     x = np.random.default_rng(0).standard_normal((16, 6, 6, 8)).astype("float32")
     with pytest.raises(ValueError, match=r"below 256.*/dead.*dead units"):
         convert(model, quantize="int8", representative_data=x, verbose=0)
-
-
-# -- Equal ranges ----------------------------------------------------------------------------------
-
-
-def pairs_network(K: Any) -> Any:
-    """Factorized and stock pairs of every kind, shared ones and things that are no pairs."""
-    L = K.layers
-    inputs = K.Input((10, 10, 8), name="images")
-    x = L.Conv2D(16, 3, padding="same", activation="relu", name="first")(inputs)
-    shared = L.Conv2D(16, 3, dilation_rate=2, padding="same", name="shared")
-    x = L.BatchNormalization(name="bn")(L.Add(name="sum")([shared(x), shared(shared(x))]))
-    x = L.Conv2D(16, 3, strides=2, activation="relu", name="down")(x)
-    x = L.Reshape((16, 16), name="rows")(x)
-    x = L.Conv1D(16, 3, padding="causal", name="causal")(x)
-    x = L.Dense(16, activation="relu", name="rowwise")(x)
-    x = L.Flatten(name="flat")(x)
-    return K.Model(inputs, L.Dense(8, name="head")(x))
-
-
-def random_plan(model: Any, random: np.random.Generator, target: str | None) -> CompressionPlan:
-    """Any allowed slices and ranks, whatever they cost."""
-    plan = keras_alds.select(model, 0.01)
-    choices = []
-    for choice in plan.choices:
-        shape = choice.kernel_shape
-        if shape is not None and (choice.factorized or choice.reason_code == Skip.BUDGET.value):
-            options = [
-                (k, j)
-                for k in divisors(shape[-2])
-                for j in ([1, 2, 3] if target is None else TARGETS[target].ranks(shape, k))
-                if target is not None or j <= min(np.prod(shape[:-1]) // k, shape[-1])
-            ]
-            by_slices = sorted({k for k, _ in options})
-            if by_slices:  # every k is as likely
-                k = random.choice(by_slices)
-                j = int(random.choice([rank for slices, rank in options if slices == k]))
-                size = choice.params_before - int(np.prod(shape)) + weights(shape, int(k), j)
-                choice = dataclasses.replace(
-                    choice, slices=int(k), rank=j, scheme=0, params_after=size, reason=None
-                )
-                window = shape[:-2]
-                known = sorted(set(distinct_schemes(window).values()))
-                if target is not None and choice.kind in ("Conv1D", "Conv2D") and len(known) > 1:
-                    scheme = int(random.choice([*known, 0, 0]))
-                    read = convolution_unfolding(len(window), scheme).shape(shape)
-                    ranks = TARGETS[target].ranks(read, 1)
-                    if scheme and ranks:
-                        j = int(random.choice(ranks))
-                        size = choice.params_before - int(np.prod(shape)) + weights(read, 1, j)
-                        choice = dataclasses.replace(
-                            choice, slices=1, rank=j, scheme=scheme, params_after=size
-                        )
-        choices.append(choice)
-    return dataclasses.replace(plan, choices=tuple(choices), target=target)
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_equal_ranges_change_no_output(keras_module: Any, seed: int):
-    random = np.random.default_rng(seed)
-    model = pairs_network(keras_module)
-    small = keras_alds.compress(model, plan=random_plan(model, random, None))
-    x = random.standard_normal((16, 10, 10, 8)).astype("float32")
-    for candidate in (small, keras_alds.expand(small)):
-        pairs = find_pairs(candidate)
-        # In stock layers the linear decoder of `causal` is the encoder of what follows, too.
-        layers = [pair.layer for pair in pairs]
-        extra = [layer for layer in layers if layer.name == "causal" and not is_factorized(layer)]
-        assert len(pairs) == 6 + len(extra)
-        inner = {id(pair.encoder) for pair in pairs}
-        spread(candidate, 4, seed)
-        expected = np.asarray(candidate(x, training=False))
-        before = candidate.get_weights()
-        for batches in ([x[:8], x[8:]], None):
-            with equalized(candidate, batches):
-                found = np.asarray(candidate(x, training=False))
-                np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
-                for pair in pairs:
-                    left = np.asarray(pair.encoder).reshape(-1, pair.decoder.shape[-2])
-                    right = np.asarray(pair.decoder).reshape(left.shape[1], -1)
-                    if batches is None and id(pair.decoder) not in inner:
-                        norms = np.linalg.norm(left, axis=0), np.linalg.norm(right, axis=1)
-                        np.testing.assert_allclose(*norms, rtol=1e-4)
-            for old, new in zip(before, candidate.get_weights(), strict=True):
-                np.testing.assert_array_equal(old, new)
-    # The ranges themselves, from the layers' own arithmetic.
-    first = small.get_layer("first")
-    equalize(small, x, verbose=0)
-    middle = (
-        np.abs(factorized_kind(first).encoded(first, x))
-        .reshape(-1, first.encoder.shape[-1])
-        .max(axis=0)
-    )
-    np.testing.assert_allclose(middle, middle[0], rtol=1e-4)
-
-
-def test_what_is_no_pair_is_left_alone():
-    inputs = keras.Input((6, 6, 4))
-    x = L.Conv2D(8, 3, padding="same", activation="relu", name="not_linear")(inputs)
-    x = L.Conv2D(8, 1, name="read_twice")(x)
-    y = L.Conv2D(8, 1, name="a")(x)
-    x = L.Add()([y, L.Conv2D(8, 1, name="b")(x)])
-    x = L.Conv2D(8, 3, name="before_3x3")(x)
-    x = L.Conv2D(8, 3, name="wide")(x)
-    x = L.Conv2D(8, 1, name="linear")(x)
-    x = L.Conv2D(8, 1, name="also_output")(x)
-    z = L.GlobalAveragePooling2D()(x)
-    model = keras.Model(inputs, [L.Dense(3, name="head")(z), x])
-    assert [pair.layer.name for pair in find_pairs(model)] == ["wide", "linear"]
-
-
-def test_scales_by_hand():
-    left, right = np.array([[1.0, 2.0, 0.0, 3.0]]), np.array([[5.0], [7.0], [1e9], [0.0]])
-    scale = scales_for_ranges(left, right, np.array([10.0, 1e-3, 0.0, 4.0]), 1.0)
-    assert scale[0] * 10 == pytest.approx(scale[1] * 1e-3) == pytest.approx(scale[3] * 4)
-    # A zero encoder column: its huge decoder row no longer sets the scale.
-    assert 1e9 / scale[2] <= max(5 / scale[0], 7 / scale[1]) * 1.001
-    # A rank that is next to never excited is not blown up beyond what XNNPACK takes.
-    tiny = scales_for_ranges(left[:, :2], right[:2], np.array([10.0, 1e-30]), 1.0)
-    assert tiny[1] * 2.0 / (tiny[0] * 10.0) <= 127 * 256 / 8 * 1.001
-    for scale in (
-        scales_for_ranges(np.zeros((3, 2)), np.zeros((2, 3)), np.zeros(2), 0.0),
-        scales_for_norms(np.zeros((3, 2)), np.zeros((2, 3))),
-    ):
-        np.testing.assert_array_equal(scale, 1.0)
-
-
-def test_equalize_refuses_what_it_cannot_use():
-    small = keras_alds.compress(zoo.functional(keras), 0.4)
-    x = zoo.examples(small, 32)
-    before = small.get_weights()
-    with pytest.raises(ValueError, match=r"built `keras\.Model`"):
-        equalize(L.Dense(3))
-    with pytest.raises(ValueError, match="at least 8 examples in `representative_data`"):
-        equalize(small, x[:5], verbose=0)
-    with pytest.raises(ValueError, match="batches in `representative_data` of shape"):
-        equalize(small, x[:, 1:], verbose=0)
-    for old, new in zip(before, small.get_weights(), strict=True):
-        np.testing.assert_array_equal(old, new)
 
 
 # -- The property ----------------------------------------------------------------------------------
@@ -396,7 +239,7 @@ def test_every_plan_under_a_target_runs(target: str, seed: int):
     random = np.random.default_rng([seed, len(target)])
     keras.utils.set_random_seed(seed)
     model = random_network(random)
-    plan = random_plan(model, random, target)
+    plan = zoo.random_plan(model, random, target)
     assert len(plan.factorized) >= 5
     small = keras_alds.compress(model, plan=plan)
     hostile(small, random)
@@ -431,7 +274,7 @@ def test_factors_that_drifted_apart_in_quantization_aware_training_are_caught():
         aware.fit(x, np.zeros((32, 10)), epochs=30, batch_size=8, verbose=0)
         return convert(aware, quantize="int8", verbose=0)
 
-    spread(small, 4)
+    zoo.spread(small, 4)
     with pytest.raises(ValueError, match=r"below 256.*before quantization-aware training"):
         file(small)
     equalize(small, x, verbose=0)
