@@ -396,6 +396,21 @@ class TestOptimizers:
                 np.sum(state(layer.encoder, "second")), rel=1e-4
             )
 
+    @pytest.mark.parametrize("name", ["rmsprop", "legacy_rmsprop"])
+    def test_centered_rmsprop_takes_no_root_of_a_negative_number(self, keras_module, name):
+        optimizer = make_optimizer(keras_module, name)
+        model = compiled(keras_module, optimizer, **EAGER)
+        fit(model, [], epochs=2)
+        apply_plan(model, select(model, 0.4))
+        backend = backend_of(model)
+        slots = backend.slots(optimizer, backend.optimizer_targets(optimizer, model.variables))
+        means = next(
+            slots[n] for n in ("mg", "_average_gradients", "average_gradients") if n in slots
+        )
+        squares = next(slots[n] for n in ("rms", "_velocities", "velocities") if n in slots)
+        for mean, square in zip(means, squares, strict=True):
+            assert (value(mean) ** 2 <= value(square) + 1e-9).all()
+
     def test_second_moments_are_the_expectation_for_uncorrelated_gradients(self):
         from keras_alds import FactorizedDense
 

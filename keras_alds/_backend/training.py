@@ -28,8 +28,9 @@ from keras_alds._backend.layers import (
 LINEAR, SQUARED, AVERAGE = "linear", "squared", "average"
 
 #: The same by optimizer class and slot name, in Keras 3, tf_keras and tf_keras's legacy optimizers.
-#: Slots that are not convertible are missing: RMSprop's momentum, which sums rescaled gradients,
-#: and slots that track a maximum.
+#: Slots that are not convertible are missing: RMSprop's momentum, which sums rescaled gradients; its
+#: average gradient, as the root of the averaged squares less its square is taken; and slots that
+#: track a maximum.
 _SLOTS: dict[str, dict[str, str]] = {
     "SGD": dict.fromkeys(("momentums", "momentum"), LINEAR),
     "Adam": {
@@ -38,10 +39,7 @@ _SLOTS: dict[str, dict[str, str]] = {
     },
     "Adamax": dict.fromkeys(("_m", "m"), LINEAR),
     "Lion": {"_momentums": LINEAR, "momentums": LINEAR},
-    "RMSprop": {
-        **dict.fromkeys(("_velocities", "rms"), SQUARED),
-        **dict.fromkeys(("_average_gradients", "mg"), LINEAR),
-    },
+    "RMSprop": dict.fromkeys(("_velocities", "rms"), SQUARED),
     "Adagrad": dict.fromkeys(("_accumulators", "accumulator"), SQUARED),
     "Adadelta": dict.fromkeys(("_accumulated_grads", "accum_grad"), SQUARED),
 }

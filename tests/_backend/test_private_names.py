@@ -340,12 +340,6 @@ def test_m(keras_module):
     assert slots(keras_module, lambda K: K.optimizers.Adamax())["_m"] == training.LINEAR
 
 
-def test_average_gradients(keras_module):
-    """The average gradients of a centered RMSprop. Without it they start at zero."""
-    found = slots(keras_module, lambda K: K.optimizers.RMSprop(centered=True))
-    assert found["_average_gradients"] == training.LINEAR
-
-
 def test_accumulators(keras_module):
     """Adagrad's sums of squares. Without it they start at their initial value."""
     assert slots(keras_module, lambda K: K.optimizers.Adagrad())["_accumulators"] == (
