@@ -1,7 +1,7 @@
 """The factorized layers for tf_keras (Keras 2), registered for loading without `custom_objects`.
 
 They are made here from the layers for Keras 3, of which they have the names, arguments, weights,
-errors and help texts. When a program that imports `keras_alds` also imports tf_keras, this module is
+errors and help texts. When a program imports both `keras_alds` and tf_keras, this module is
 imported, so that saved tf_keras models with factorized layers load.
 
 Example:
