@@ -1,4 +1,4 @@
-"""The choices of one layer: what every (k, j) costs and how large its error is."""
+"""The choices for one layer: the cost and error of every (k, j)."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Choice:
-    """One row of a `ChoiceTable`; `slices == 0` means that the layer stays as it is.
+    """One row of a `ChoiceTable`; `slices == 0` means that the layer stays unchanged.
 
     Attributes:
         slices: Number of channel slices k, 0 for "keep".
         rank: Rank j of every slice, 0 for "keep".
         scheme: Fold scheme of the kernel; 0 is `[c·κ, f]`, see `slicing.decoder_axes`.
-        weights: Weights of the encoder and the decoder, of the dense kernel for "keep".
-        cost: What the choice takes of every budget.
+        weights: Number of weights of encoder and decoder together, or of the dense kernel for
+            "keep".
+        cost: Cost of the choice in each budget.
         error: Relative error.
     """
 
@@ -41,25 +42,25 @@ class Choice:
 
     @property
     def keep(self) -> bool:
-        """Whether the layer stays as it is."""
+        """Whether the layer stays unchanged."""
         return self.slices == 0
 
 
 @dataclass(frozen=True, eq=False)
 class ChoiceTable:
-    """The choices of one layer, one row each.
+    """The choices for one layer, one per row.
 
     Attributes:
-        slices: Array `[n]` of int64: number of channel slices k, 0 where the layer is kept.
-        rank: Array `[n]` of int64: rank j of every slice, 0 where the layer is kept.
-        full_rank: Array `[n]` of int64: full rank of such a slice, 0 where the layer is kept.
+        slices: Array `[n]` of int64: number of channel slices k, 0 for "keep".
+        rank: Array `[n]` of int64: rank j of every slice, 0 for "keep".
+        full_rank: Array `[n]` of int64: full rank of such a slice, 0 for "keep".
         scheme: Array `[n]` of int64: fold scheme.
         weights: Array `[n]` of int64: weights of the kernels.
-        cost: Array `[n, r]` of int64: what the choice takes of each of r budgets.
+        cost: Array `[n, r]` of int64: cost of the choice in each of r budgets.
         error: Array `[n]` of float64: relative error.
 
     Raises:
-        ValueError: If the arrays differ in length, or the costs are no integers.
+        ValueError: If the arrays differ in length, or the costs are not integers.
     """
 
     slices: Int64
@@ -104,7 +105,7 @@ class ChoiceTable:
         return (self[index] for index in range(len(self)))
 
     def take(self, rows: NDArray[Any]) -> ChoiceTable:
-        """Returns a new table of some rows.
+        """Returns a new table of the given rows.
 
         Args:
             rows: Indices, or a mask `[n]`.
@@ -118,7 +119,7 @@ class ChoiceTable:
         """Returns the Pareto front as a new table.
 
         Returns:
-            A table with strictly ascending costs of the first budget and strictly descending
+            A table with strictly ascending costs in the first budget and strictly descending
             errors; see `front_rows`.
 
         Example:
@@ -132,11 +133,11 @@ class ChoiceTable:
     def front_rows(self, cost: NDArray[Any] | None = None) -> Int64:
         """Returns the rows of the Pareto front, by cost.
 
-        A row is left out if another one is no worse in cost and in error. Of equal rows the one
-        of the smaller scheme stays, then the one with fewer slices, then with the smaller rank.
+        A row is dropped if another one is no worse in both cost and error. Ties go to the row
+        with the smaller scheme, then to the one with fewer slices, then to the smaller rank.
 
         Args:
-            cost: What the choices cost, `[n]`. Defaults to their costs of the first budget.
+            cost: Costs of the choices, `[n]`. Defaults to their costs in the first budget.
 
         Returns:
             Indices.
@@ -148,7 +149,7 @@ class ChoiceTable:
         return order[error < before]
 
 
-#: Which ranks a runtime allows for a kernel shape and a number of slices.
+#: Returns the ranks that a runtime allows for a kernel shape and a number of slices.
 RankRule = Callable[[tuple[int, ...], int], range]
 
 
@@ -162,27 +163,27 @@ def offered_ranks(
     blocks: int = 1,
     added: int = 0,
 ) -> dict[int, range]:
-    """Returns the choices that a layer is offered: ranks by number of slices.
+    """Returns the available choices for a layer: ranks by number of slices.
 
-    They are those that are smaller than the dense kernel and within all limits.
+    Every choice is smaller than the dense kernel and within all limits.
 
     Args:
         kernel_shape: Shape `[*spatial, c, f]` that the kernel is read as.
         rule: `rule(kernel_shape, slices)` returns the ranks that a runtime allows. Defaults to
             all.
         max_slices: Largest k. Defaults to no limit.
-        near_slices: Only the k nearest to this number, the smaller one of two; for 1 no other
-            one. Defaults to all.
+        near_slices: Keeps only the k nearest to this number. Ties go to the smaller k; 1 allows
+            only k = 1. Defaults to all k.
         rank_multiple: Ranks are multiples of this.
-        blocks: k is a multiple of this: the diagonal blocks of the inputs' second moment.
-        added: Parameters that every factorized form has beside its weights, such as a bias that
-            the dense layer has not.
+        blocks: k is a multiple of this number of diagonal blocks of the input second moment.
+        added: Parameters that every factorized form has besides its weights, such as a bias that
+            the dense layer lacks.
 
     Returns:
         Ranges of ranks, none of them empty, by k in ascending order.
 
     Raises:
-        ValueError: If an option is no positive integer.
+        ValueError: If an option is not a positive integer.
 
     Example:
         >>> offered_ranks((6, 6), max_slices=2)
@@ -216,24 +217,24 @@ def choice_table(
     kernel: Array | None = None,
     scheme: int = 0,
 ) -> ChoiceTable:
-    """Returns the choices of one layer: every (k, j) that it is offered, and "keep".
+    """Returns the choices for one layer: every available (k, j), and "keep".
 
-    Choices that cost as much of the first budget as the kernel, though smaller, are left out.
+    Smaller choices that cost no less than the dense kernel in the first budget are dropped.
 
     Args:
         spectra: Spectra of the kernel.
         offered: Ranks by number of slices, from `offered_ranks`. Defaults to all smaller choices.
-        costs: For every budget what the choices cost. Defaults to one budget of weights.
+        costs: Costs of the choices, one entry per budget. Defaults to one budget of weights.
         error: Error measure; one of the keys of `keras_alds.core.errors.ERRORS`.
         kernel: The kernel, `[*spatial, c, f]`; needed by the error `"spectral"` only.
-        scheme: Fold scheme in which the kernel was read.
+        scheme: Fold scheme of the unfolding that gave the spectra.
 
     Returns:
         The `ChoiceTable`, sorted by cost, error, scheme, slices and rank, with one row of slices
-        = rank = 0 for the kernel as it is: error 0 and full cost.
+        = rank = 0 for the unchanged kernel: error 0 and full cost.
 
     Raises:
-        ValueError: If `error` is unknown, or `offered` holds slices that the spectra do not.
+        ValueError: If `error` is unknown, or `offered` holds slices that the spectra lack.
 
     Example:
         >>> from keras_alds.core.spectra import spectra
@@ -272,16 +273,16 @@ def choice_table(
 
 
 def join_tables(tables: Sequence[ChoiceTable]) -> ChoiceTable:
-    """Returns the choices of several fold schemes of one kernel as one table.
+    """Joins the choices for several fold schemes of one kernel in one table.
 
     Args:
-        tables: Tables of the same kernel, each with the row of the kernel as it is.
+        tables: Tables of the same kernel, each with the row of the unchanged kernel.
 
     Returns:
         A table of all their rows, with that row once.
 
     Raises:
-        ValueError: If there is no table, or they differ in what the kernel costs as it is.
+        ValueError: If there is no table, or they disagree on the cost of the unchanged kernel.
 
     Example:
         >>> from keras_alds.core.slicing import convolution_unfolding

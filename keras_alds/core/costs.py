@@ -1,4 +1,4 @@
-"""What the choices of a layer cost: by their weights, or as measured at some ranks."""
+"""Costs of the choices for a layer: from their weights, or measured at some ranks."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from numpy.typing import NDArray
 from keras_alds.core.slicing import factor_weights
 
 Int64 = NDArray[np.int64]
-#: The cost of a choice that may not be taken.
+#: The cost of a forbidden choice.
 NEVER = int(np.iinfo(np.int64).max)
 
 
 class Costs(Protocol):
-    """What the choices of one layer take of a budget."""
+    """Costs of the choices for one layer in one budget."""
 
     @property
     def dense(self) -> int:
         """Cost of the layer as it is."""
 
     def of(self, slices: int, ranks: Any, scheme: int = 0) -> Int64:
-        """Costs of choices of one number of slices and one fold scheme, `[n]`."""
+        """Costs of choices with one number of slices and one fold scheme, `[n]`."""
 
 
 @dataclass(frozen=True)
 class WeightCosts:
     """Costs that are proportional to weights: parameters, or multiply–accumulates.
 
-    A weight costs 1 as a parameter. As multiply–accumulates it costs as much as there are
-    positions that it works at; in some fold schemes the encoder's are not the decoder's.
+    A weight costs 1 as a parameter. In multiply–accumulates it costs 1 per position at which it
+    is used. In some fold schemes encoder and decoder differ in their number of positions.
 
     Attributes:
         forms: Tuples `(scheme, kernel_shape, encoder_unit)`: the shape that the kernel is read as
-            in a fold scheme, and what a weight of the encoder costs.
-        unit: What a weight of the decoder costs, and one of the dense kernel.
-        added: What every factorized form costs beside its weights, such as a bias that the dense
-            layer has not.
+            in a fold scheme, and the cost of an encoder weight.
+        unit: Cost of a weight of the decoder or of the dense kernel.
+        added: Cost of every factorized form besides its weights, such as a bias that the dense
+            layer lacks.
 
     Example:
         >>> costs = WeightCosts(((0, (3, 3, 8, 16), 10),), unit=10)
@@ -76,11 +76,11 @@ class WeightCosts:
 
 @dataclass(frozen=True)
 class SampledCosts:
-    """What the choices (k, j) of one layer cost, known at some ranks and interpolated between.
+    """Costs of the choices (k, j) for one layer, interpolated between some known ranks.
 
     For every number of slices k the cost is linear in the rank between neighbouring samples, and
-    constant below the first one. A k without samples, and ranks above the last sample, are not to
-    be taken.
+    constant below the first one. A k without samples is forbidden, and so are ranks above the
+    last sample.
 
     Attributes:
         dense: Cost of the layer as it is.
@@ -108,16 +108,16 @@ class SampledCosts:
 
     @classmethod
     def of_points(cls, points: Mapping[tuple[int, int], int]) -> SampledCosts:
-        """Returns the costs that go through some points.
+        """Returns the costs that interpolate the given points.
 
         Args:
-            points: Costs by `(slices, rank)`; `(0, 0)` is the layer as it is.
+            points: Costs by `(slices, rank)`; `(0, 0)` is the unchanged layer.
 
         Returns:
             The `SampledCosts`.
 
         Raises:
-            ValueError: If the layer as it is has no cost.
+            ValueError: If the cost of the unchanged layer is missing.
 
         Example:
             >>> SampledCosts.of_points({(0, 0): 9, (1, 8): 6, (1, 4): 2}).samples
@@ -138,7 +138,7 @@ class SampledCosts:
 
     @property
     def points(self) -> dict[tuple[int, int], int]:
-        """The costs by `(slices, rank)`, the layer as it is first."""
+        """The costs by `(slices, rank)`, starting with the unchanged layer."""
         points = {(0, 0): self.dense}
         for k, ranks, costs in self.samples:
             points.update(((k, rank), cost) for rank, cost in zip(ranks, costs, strict=True))
@@ -153,7 +153,7 @@ class SampledCosts:
             scheme: Not used: only scheme 0 is measured.
 
         Returns:
-            Array `[n]` of int64; `NEVER` for choices that are not to be taken.
+            Array `[n]` of int64; `NEVER` for forbidden choices.
 
         Example:
             >>> costs = SampledCosts.of_points({(0, 0): 9, (1, 8): 6, (1, 4): 2})
@@ -172,13 +172,13 @@ def sum_costs(parts: Sequence[tuple[int, SampledCosts]]) -> SampledCosts:
     """Returns the costs of a layer that is called several times, on inputs of several sizes.
 
     Args:
-        parts: Pairs of a number of calls and the costs of one.
+        parts: Pairs of a number of calls and the costs of one call.
 
     Returns:
-        Their sum: a choice may be taken if it may be in every call.
+        The sum of the costs. A choice is allowed only if every call allows it.
 
     Raises:
-        ValueError: If there is no call.
+        ValueError: If there are no calls.
 
     Example:
         >>> once = SampledCosts.of_points({(0, 0): 9, (1, 8): 6, (1, 4): 2})

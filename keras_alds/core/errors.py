@@ -1,6 +1,6 @@
-r"""Error measures of a choice (k, j): how far a factorized layer is from its dense kernel.
+r"""Error measures of a choice (k, j): how much a factorized layer differs from its dense kernel.
 
-With σ_m(W_i) the singular values of slice i and σ_1(W) that of the whole unfolding:
+σ_m(W_i) are the singular values of slice i, and σ_1(W) is the largest of the whole unfolding:
 
 | name | formula |
 |---|---|
@@ -10,8 +10,8 @@ With σ_m(W_i) the singular values of slice i and σ_1(W) that of the whole unfo
 | `"energy"` | Σ_i Σ_{m>j} σ²_{i,m} / ‖W‖²_F, exact |
 | `"residual"` | Σ_i Σ_{m>j} σ²_{i,m}, exact; the only one that is not relative |
 
-The others are relative, and 0 at the full rank of every slice and for a kernel of zeros. In a fold
-scheme W and W_i are those of its own unfolding: ‖W‖_F is the same in all schemes, σ_1 is not.
+The others are relative. They are 0 at the full rank of every slice, and for a kernel of zeros.
+Each fold scheme has its own unfolding W and W_i: ‖W‖_F is the same in all schemes, σ_1 is not.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from keras_alds.core.parallel import single_threaded_blas
 from keras_alds.core.slicing import Array, unfold
 from keras_alds.core.spectra import Float64, SliceSpectrum, Spectra, check_kernel, slice_vectors
 
-# Below this size all eigenvalues are as quick as the largest one.
+# Up to this size, computing all eigenvalues is as fast as computing the largest one.
 _DENSE_SIDE = 160
 _LANCZOS_STEPS = 60
 _LANCZOS_RESTARTS = 8
@@ -92,11 +92,11 @@ def _spectral_error(spectra: Spectra, k: int, kernel: Array | None, max_rank: in
 
 
 def _residual_norms(kernel: Array, k: int, max_rank: int, spectrum: SliceSpectrum) -> Float64:
-    """Spectral norms of the residuals of all slices together, for j = 0 … max_rank."""
+    """Spectral norms of the joint residual of all slices, for j = 0 … max_rank."""
     matrices = unfold(kernel, k).astype(np.float64, copy=False)
     rows, f = matrices.shape[0] * matrices.shape[1], matrices.shape[2]
     if rows < f:
-        # W = L Qᵀ with orthonormal Q: every norm of a residual of W is that of L.
+        # W = L Qᵀ with orthonormal Q, so the residuals of W and L have the same norms.
         _, right_factor = np.linalg.qr(matrices.reshape(rows, f).T)
         matrices = right_factor.T.reshape(k, -1, rows)
         f = rows
@@ -109,18 +109,18 @@ def _residual_norms(kernel: Array, k: int, max_rank: int, spectrum: SliceSpectru
             vectors = vectors * np.linalg.norm(matrix @ vectors, axis=0)
         columns[:, :, i] = (vectors if right else matrix.T @ vectors).T[:rank]
     norms = np.zeros(max_rank + 1)
-    # Upwards from the smallest singular values, where sums are of like sizes.
+    # Start from the smallest singular values, so that the summands have similar sizes.
     tail = columns[max_rank:].transpose(1, 0, 2).reshape(f, -1)
     gram = tail @ tail.T
     vector = None
     for j in range(max_rank, -1, -1):
         if j < max_rank:
             gram += columns[j] @ columns[j].T
-        # Where every slice has run out of singular values the residual is zero, not noise.
+        # Once every slice is out of singular values, the residual is exactly zero, not noise.
         if spectrum.residual_norm[j] > 0:
             value, vector = largest_eigenvalue(gram, start=vector)
             norms[j] = np.sqrt(max(value, 0.0))
-    # A residual contains the next one; only rounding can say otherwise.
+    # Each residual contains the next one, so only rounding can break the order.
     return np.maximum.accumulate(norms[::-1])[::-1]
 
 
@@ -129,16 +129,16 @@ def largest_eigenvalue(
 ) -> tuple[float, Float64 | None]:
     """Returns the largest eigenvalue of a positive semidefinite matrix.
 
-    Lanczos with full reorthogonalization, restarted from the Ritz vector; all eigenvalues of a
-    small matrix, and where Lanczos has not converged.
+    Uses Lanczos with full reorthogonalization, restarted from the Ritz vector. Computes all
+    eigenvalues if the matrix is small or Lanczos does not converge.
 
     Args:
         matrix: Symmetric array `[n, n]`.
         start: A guess of the eigenvector, `[n]`.
 
     Returns:
-        `(eigenvalue, vector)`: the eigenvalue to 1e-8 relative or better, and an approximate
-        eigenvector for the next `start`, `None` where none was computed.
+        `(eigenvalue, vector)`: the eigenvalue to a relative 1e-8 or better, and an approximate
+        eigenvector for the next `start`, or `None` if none was computed.
 
     Example:
         >>> round(largest_eigenvalue(np.diag([1.0, 3.0, 2.0]))[0], 6)
@@ -147,7 +147,7 @@ def largest_eigenvalue(
     n = matrix.shape[0]
     if n <= _DENSE_SIDE:
         return float(np.linalg.eigvalsh(matrix)[-1]), None
-    # Something of every direction: a guess may be an eigenvector, but no longer the leading one.
+    # Add a bit of every direction: the guess may be an eigenvector that no longer leads.
     noise = np.random.default_rng(n).standard_normal(n)
     noise *= 0.1 / np.linalg.norm(noise)
     guess = noise if start is None else start + noise
@@ -202,7 +202,7 @@ def get_error(name: str) -> ErrorMeasure:
         The `ErrorMeasure`.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If no measure has that name.
 
     Example:
         >>> get_error("energy").needs_kernel
@@ -224,10 +224,10 @@ def error_curve(
     *,
     max_rank: int | None = None,
 ) -> Float64:
-    """Returns the relative error of a kernel in k slices for every rank j.
+    """Returns the error of a kernel in k slices for every rank j.
 
     Args:
-        spectra: Spectra of the kernel, k among them.
+        spectra: Spectra of the kernel, including k.
         name: One of `"slice"`, `"bound"`, `"spectral"`, `"energy"`.
         k: Number of channel slices.
         kernel: The kernel itself, `[*spatial, c, f]`; needed by `"spectral"` only.
@@ -238,8 +238,8 @@ def error_curve(
         Array `[max_rank + 1]` of errors for j = 0 … max_rank; not increasing, 0 at j = r.
 
     Raises:
-        ValueError: If the name or k is unknown, `max_rank` is not in 0 … r, or a kernel is needed
-            and is missing or another one.
+        ValueError: If the name or k is unknown, `max_rank` is not in 0 … r, or a required kernel
+            is missing or does not match the spectra.
 
     Example:
         >>> from keras_alds.core.spectra import spectra

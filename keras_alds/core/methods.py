@@ -1,6 +1,6 @@
-"""What a method is: which error it measures, how the layers share the budget, what it does on data.
+"""A method: its error measure, its split of the budget over the layers, and its use of data.
 
-All methods of the package are listed in `keras_alds.methods`.
+`keras_alds.methods` lists all methods of the package.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from keras_alds.core.slicing import Array
 from keras_alds.core.solvers import Solution, min_max, min_sum
 from keras_alds.core.spectra import Spectra
 
-#: Makes `(encoder, decoder, bias)` of a kernel, its moment, a rank and the bias, if there is one.
+#: Makes `(encoder, decoder, bias)` from a kernel, its second moment, a rank and the bias, if any.
 FactorizeWithBias = Callable[[Array, SecondMoment, int, "Array | None"], tuple[Array, Array, Array]]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to choose: an error measure, and a solver that picks one choice a layer.
+    """An error measure, and a solver that picks one choice per layer.
 
     Attributes:
         name: Its name.
         error: Error measure of its choices; one of the keys of `keras_alds.core.errors.ERRORS`.
-        solve: `solve(tables, budgets)` returns a `Solution` that is within the budgets; the
-            tables are those of `choice_table` with this method's `error` and `near_slices`.
-        near_slices: The method takes only the number of slices k that is nearest to this one.
-            Defaults to all.
+        solve: `solve(tables, budgets)` returns a `Solution` within the budgets. The tables come
+            from `choice_table` with this method's `error` and `near_slices`.
+        near_slices: The method uses only the number of slices k nearest to this one. Defaults to
+            all.
         needs_data: Whether it needs calibration data.
-        spectra: `spectra(kernels, moments)` decomposes layers for what they see of the data.
-        factorize_with_bias: Makes the factors of one slice and a new bias, which every layer that
-            is factorized then has. Defaults to None: factors of any slices, and the old bias.
-        obstacle: `obstacle(moment)` says why a layer that sees this cannot be factorized, or
-            returns None.
+        spectra: `spectra(kernels, moments)` decomposes kernels, given their inputs' second moments.
+        factorize_with_bias: Makes the factors for one slice and a new bias, so that every
+            factorized layer has a bias. Defaults to None: factors of any slices, and the old bias.
+        obstacle: `obstacle(moment)` returns why a layer with this second moment cannot be
+            factorized, or None.
         summary: One line for messages and documentation.
     """
 
@@ -53,7 +53,7 @@ class Method:
 
     @property
     def folds(self) -> bool:
-        """Whether it can choose among fold schemes: not on data, nor with slices of its own."""
+        """Whether it can choose fold schemes: only without data and without `near_slices`."""
         return not self.needs_data and self.near_slices is None
 
 
