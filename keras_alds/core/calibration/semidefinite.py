@@ -51,6 +51,6 @@ def square_root(block: Float64, floor: float) -> Float64:
     """
     try:
         return np.linalg.cholesky(block).T
-    except np.linalg.LinAlgError:  # rounding of float32 inputs exceeds ρ
+    except np.linalg.LinAlgError:  # rounding of many float32 inputs exceeds ρ
         values, vectors = np.linalg.eigh(block)
         return np.sqrt(np.maximum(values, floor * values[-1]))[:, None] * vectors.T
