@@ -193,7 +193,7 @@ def _slice_values(
             return values, None
         try:
             explained = _explained(np.stack(bases), moment, weighted[0])
-        except np.linalg.LinAlgError:  # rounding of float32 inputs exceeds ρ
+        except np.linalg.LinAlgError:  # rounding of many float32 inputs exceeds ρ
             return values, None
     return values, np.maximum(weighted[1] - explained, 0.0)
 
