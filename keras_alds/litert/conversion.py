@@ -339,7 +339,7 @@ class _Signature:
 
     @property
     def loops(self) -> bool:
-        """Whether there is a loop in the function or in one that it calls."""
+        """Whether the function, or one that it calls, has a loop."""
         graph = self._function.graph.as_graph_def()
         nodes = [
             *graph.node,
@@ -357,10 +357,10 @@ class _Signature:
     def feed(
         self, examples: KeptExamples, size: int, progress: Progress
     ) -> Iterator[dict[str, np.ndarray]]:
-        """The examples by the names of the inputs, as many at a time as one run takes."""
+        """Yields the examples by input name, in batches of one run."""
         rows = (
             [np.asarray(tensor)[i] for tensor in self._flat(inputs)]
-            for _ in itertools.count()  # a run of more than there are begins again
+            for _ in itertools.count()  # starts over if a run needs more than there are
             for inputs, count in examples
             for i in range(count)
         )

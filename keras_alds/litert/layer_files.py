@@ -62,7 +62,7 @@ Calls = dict[Any, list[LayerCall]]
 
 
 def layer_calls(inventory: Inventory, records: Sequence[LayerRecord]) -> Calls:
-    """Every call of some layers in one forward pass of one example.
+    """Returns all calls of some layers in one forward pass of one example.
 
     Args:
         inventory: A model whose input sizes are known.
@@ -235,7 +235,7 @@ class _Writer:
         return result
 
     def finish(self, source: int, result: int) -> bytes:
-        """The bytes of the file with this input and this output."""
+        """The bytes of the file with this input and output."""
         self.graph.inputs, self.graph.outputs = [source], [result]
         size = sum(len(buffer.data) for buffer in self.model.buffers if buffer.data is not None)
         builder = flatbuffers.Builder(size + 65536)
@@ -243,7 +243,7 @@ class _Writer:
         return bytes(builder.Output())
 
     def _weights(self, values: Array, axis: int, bias: Array | None) -> tuple[int, int]:
-        """Tensors of weights and bias, quantized per channel if the file is."""
+        """Adds tensors of weights and bias, quantized per channel for int8."""
         types, count = self.schema.TensorType, values.shape[axis]
         bias = _zeros((count,)) if bias is None else bias
         if not self.int8:

@@ -90,7 +90,7 @@ class Runner:
         ]
 
     def predict(self, x: Inputs) -> Array | list[Array]:
-        """Outputs for any number of examples, run by run.
+        """Returns outputs for any number of examples, in as many runs as needed.
 
         Raises:
             ValueError: If `x` holds no examples or does not fit the file's inputs.
@@ -241,7 +241,7 @@ def check_scales(file: LiteRTFile) -> None:
 
 def _described(operator: Operator, channel: int, scale: float) -> str:
     data, weights, output = operator.data, operator.weights, operator.outputs[0]
-    assert data is not None  # what `requantization_scales` saw
+    assert data is not None  # `requantization_scales` checked it
     assert weights is not None
     kernel = weights.scales[channel if len(weights.scales) > 1 else 0]
     return (

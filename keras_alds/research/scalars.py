@@ -1,8 +1,8 @@
 """One scalar for all layers: how the methods of the paper's comparison share a budget.
 
 Such a method has a single number: a fraction of the rank, a part of the energy or a price λ. It
-determines every layer's choice. As the number moves from its smallest to its largest budget, a
-layer walks along a *chain* of its choices, and takes each at a *level* of the number. So the total
+determines every layer's choice. As the number moves from least to greatest total cost, a layer
+walks along a *chain* of its choices, and takes each at a *level* of the number. So the total
 only changes at the levels of the chains. Sorting and summing these once gives exactly the number
 that uses most of the budget. Layers with the same level step together. The rest of the budget is
 not spent, since the method does not step in one layer alone.

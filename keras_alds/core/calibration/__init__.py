@@ -1,9 +1,9 @@
-"""Calibration data: what a layer sees, what its outputs lose, and the factors that keep them.
+"""Calibration: statistics of a layer's inputs, output errors, and factors that minimize them.
 
 - `patches`: the unfolded inputs of a layer;
 - `accumulators`, `moments`: their second moment;
-- `whitening`: what the outputs lose at each rank;
+- `whitening`: the output error at each rank;
 - `refit`: the factors of a choice;
-- `regression`: the kernel that fits inputs which have changed;
+- `regression`: the kernel that fits changed inputs;
 - `symmetric`, `semidefinite`: their linear algebra.
 """

@@ -1,4 +1,4 @@
-"""Second moments added up over chunks of a layer's unfolded inputs, in bounded memory."""
+"""Accumulates second moments over chunks of a layer's unfolded inputs, in bounded memory."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from keras_alds.core.spectra import Float64
 class MomentAccumulator:
     """Adds up x xᵀ over chunks of unfolded inputs.
 
-    Products of a chunk are taken in the inputs' precision, float32 or float64, and added up in
-    float64, so that rounding does not grow with the amount of data. Sums are taken in the order
-    of the calls: the same inputs give the same bits, whatever the number of threads.
+    Products of a chunk are computed in the inputs' precision, float32 or float64, and summed in
+    float64, so that rounding does not grow with the amount of data. Sums follow the order of the
+    calls: the same inputs give the same bits for any number of threads.
 
-    Inputs that are few for their number of columns are kept as they are.
+    If there are few inputs for their number of columns, the inputs themselves are kept.
 
     Args:
         channels: Input channels c.
@@ -40,7 +40,7 @@ class MomentAccumulator:
         self.channels, self.kappa = channels, kappa
         self._blocks = moment_blocks(channels, kappa)
         self._count = 0
-        # Position-major while adding: a copy of a patch is κ runs of c channels.
+        # Position-major while adding: copying a patch copies κ runs of c channels.
         self._sums: list[SymmetricMatrix] = []
         self._total = np.zeros((kappa, channels))
         self._pending: list[Array] = []
@@ -55,8 +55,8 @@ class MomentAccumulator:
         """Adds a few unfolded inputs.
 
         Args:
-            patches: Array `[m, κ, c]` as `patch_chunks` yields them, or `[m, c]` for κ = 1. It
-                is kept until enough rows have come together, so it must not be changed.
+            patches: Array `[m, κ, c]` as `patch_chunks` yields it, or `[m, c]` for κ = 1. It is
+                kept until there are enough rows, so it must not be changed.
         """
         self._pending.append(patches.reshape(patches.shape[0], -1))
         self._pending_rows += patches.shape[0]
@@ -65,15 +65,15 @@ class MomentAccumulator:
             self._add_pending()
 
     def add_parts(self, parts: Sequence[Iterable[Array]], executor: Executor) -> None:
-        """Adds many unfolded inputs, several parts side by side.
+        """Adds many unfolded inputs, several parts in parallel.
 
         Args:
-            parts: Chunks such as `add` takes; those of a part are made where they are added.
+            parts: Chunks as for `add`; the thread that adds a part also makes its chunks.
             executor: A pool of threads.
         """
         self._add_pending()
         if len(strip_bounds(self.side)) > 1:
-            # Sums of every part by itself would be large: the strips are shared out instead.
+            # Separate sums for every part would be large: threads share the strips instead.
             for chunk in itertools.chain.from_iterable(parts):
                 self._add_chunk(chunk, executor)
             return
@@ -109,7 +109,7 @@ class MomentAccumulator:
 
         def add(item: tuple[int, int]) -> None:
             i, strip = item
-            with single_threaded_blas():  # where the work is done: some libraries count by thread
+            with single_threaded_blas():  # in the worker: some libraries count by thread
                 sums[i].add(strip, rows[i])
 
         run = map if executor is None else executor.map
@@ -124,7 +124,7 @@ class MomentAccumulator:
             self._add_chunk(chunk)
 
     def _split(self, chunk: Array) -> list[Array]:
-        """The inputs of every block."""
+        """Splits a chunk into the inputs of every block."""
         rows = chunk.shape[0]
         blocks = chunk.reshape(rows, self.kappa, self._blocks, -1)
         return [blocks[:, :, i].reshape(rows, -1) for i in range(self._blocks)]
@@ -134,7 +134,7 @@ class MomentAccumulator:
         return np.asarray(parts.sum(axis=0, dtype=np.float64))
 
     def moment(self) -> SecondMoment:
-        """The second moment of all that was added, rows channel-major; ends the adding.
+        """The second moment of all inputs added, rows channel-major; ends the accumulation.
 
         Raises:
             ValueError: If nothing was added.

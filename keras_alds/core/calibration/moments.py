@@ -1,17 +1,17 @@
 """Second moments S = E[x xᵀ] of a layer's unfolded inputs x.
 
 With x one unfolded input of a layer (a patch of a convolution's input, a row of a dense layer's),
-S says what an error of the kernel costs at the layer's output:
+S gives the error at the layer's output for an error of the kernel:
 
     E‖x W − x Ŵ‖² = tr((W − Ŵ)ᵀ S (W − Ŵ)) = ‖C (W − Ŵ)‖²_F,  S = Cᵀ C.
 
-Inputs after a ReLU, dead channels and few images make S singular. So ρI is added to it, and S + ρI
-stands for S wherever errors, factors or targets are computed. Of many inputs ρ is a tiny part of
-the mean eigenvalue. Of few it is a large one (`default_ridge`): a direction that few inputs do not
-show may still be used by others.
+Inputs after a ReLU, dead channels and few images make S singular. So S + ρI replaces S wherever
+errors, factors or targets are computed. For many inputs, ρ is a tiny part of the mean eigenvalue.
+For few inputs it is a large part (`default_ridge`): other inputs may use a direction that is
+missing in these few.
 
-A wide dense layer sees one input an example, fewer than S has rows: then the inputs themselves are
-kept (`FewInputs`), which are less to keep and to compute with, and S is never formed.
+A wide dense layer gets one input per example, often fewer than S has rows. Then the inputs
+themselves are kept (`FewInputs`), which saves memory and time, and S is never formed.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from keras_alds.core.slicing import Array, divisors, kernel_sizes
 from keras_alds.core.spectra import Float64, check_kernel
 
 #: Largest side of a block of a second moment (200 MB). A layer with more unfolded inputs keeps only
-#: diagonal blocks, and its numbers of slices are multiples of theirs.
+#: diagonal blocks, and its numbers of slices are multiples of their number.
 MAX_SIDE = 5120
-#: From this side on a second moment of low rank is treated as such.
+#: Smallest side for which a second moment of low rank is treated as such.
 WIDE_SIDE = 1024
 #: ρ as a part of the mean eigenvalue of S, where S is the mean of many inputs.
 RIDGE = 1e-5
-#: The same of few inputs, times the rows of S per input. Errors agreed with those on other inputs
-#: at 1 to 3 of the mean eigenvalue where S had 5 rows per input, at 0.1 to 0.2 where it had 1.
+#: The same for few inputs, times the rows of S per input. Errors agreed with those on other inputs
+#: for ρ of 1 to 3 mean eigenvalues at 5 rows of S per input, and of 0.1 to 0.2 at 1 row.
 RIDGE_OF_FEW = 0.2
-#: Inputs per row of S below which they are few, and from which on they are many.
+#: Inputs per row of S: fewer than `FEW` are few, `MANY` or more are many.
 FEW, MANY = 5.0, 7.5
 
 
@@ -42,17 +42,17 @@ class SecondMoment:
     """The second moment S = E[x xᵀ] of a layer's unfolded inputs, or its diagonal blocks.
 
     Args:
-        blocks: Array `[b, n/b, n/b]` of float64, n = c·κ: b = 1 for all of S; or the blocks as
-            `SymmetricMatrix`. Rows are channel-major as those of `keras_alds.core.slicing.unfold`.
-        count: Number of inputs x that were averaged.
-        mean: E[x], array `[n]` of float64 in the same order, or None if it is not known.
+        blocks: Array `[b, n/b, n/b]` of float64, n = c·κ, with b = 1 for all of S; or the blocks
+            as `SymmetricMatrix`. Rows are channel-major as in `keras_alds.core.slicing.unfold`.
+        count: Number of averaged inputs x.
+        mean: E[x], array `[n]` of float64 in the same order, or None if unknown.
 
     Attributes:
         relative_ridge: ρ as a part of the mean eigenvalue of S.
         ridge: ρ itself.
 
     Raises:
-        ValueError: If `blocks` are no square matrices, or `mean` has another length.
+        ValueError: If `blocks` are not square matrices, or `mean` has another length.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class SecondMoment:
     def slice_block(self, slices: int, index: int) -> Float64:
         """S_ii + ρI of one slice, a new array `[n/k, n/k]`.
 
-        Without any input but zeros it is the identity: nothing is known, so all counts alike.
+        If all inputs are zero it is the identity: nothing is known, so all inputs count equally.
 
         Args:
             slices: Number of slices k, a multiple of the number of blocks.
@@ -107,16 +107,16 @@ class SecondMoment:
         return part
 
     def columns(self, slices: int, index: int, matrix: Float64, *, ridged: bool = True) -> Float64:
-        """The columns of S + ρI that belong to one slice, times a matrix.
+        """The columns of S + ρI for one slice, times a matrix.
 
         Args:
             slices: Number of slices k.
             index: Which slice i.
             matrix: Array `[n/k, m]`.
-            ridged: Whether ρI is part of it.
+            ridged: Whether to include ρI.
 
         Returns:
-            Array `[n/b, m]`: the rows are those of the block that the slice is in.
+            Array `[n/b, m]`: the rows of the block that contains the slice.
         """
         block, start, stop = self._place(slices, index)
         result = self._columns(block, start, matrix)
@@ -125,7 +125,7 @@ class SecondMoment:
         return result
 
     def encoded(self, slices: int, first: int, encoders: Float64) -> Float64:
-        """(S + ρI) E for the block-diagonal E of consecutive slices, all of those in one block.
+        """(S + ρI) E for the block-diagonal E of consecutive slices: all slices of one block.
 
         Args:
             slices: Number of slices k.
@@ -156,7 +156,7 @@ class SecondMoment:
         return gram.reshape(rank * slices, -1)
 
     def product(self, slices: int, first: int, matrices: Float64) -> Product:
-        """(S + ρI) M for matrices of consecutive slices, all of those in one block, to be updated.
+        """An updatable (S + ρI) M for consecutive slices: all slices of one block.
 
         Args:
             slices: Number of slices k.
@@ -177,7 +177,7 @@ class SecondMoment:
         )
 
     def thin_root(self, slices: int, index: int) -> Float64 | None:
-        """C_i with fewer rows than columns, for a wide slice that few inputs were seen of.
+        """C_i with fewer rows than columns, for a wide slice with few inputs.
 
         C_iᵀ C_i = S_ii: ρ is left out.
 
@@ -203,7 +203,7 @@ class SecondMoment:
 
 
 class Product:
-    """(S + ρI) M of one block while the rows of M change slice by slice."""
+    """(S + ρI) M of one block, updated while the rows of M change slice by slice."""
 
     def __init__(self, moment: SecondMoment, slices: int, first: int, matrices: Float64) -> None:
         self._moment, self._slices, self._first = moment, slices, first
@@ -212,21 +212,21 @@ class Product:
         self._product = moment.columns(moment.block_count, block, rows).reshape(matrices.shape)
 
     def rows(self, index: int) -> Float64:
-        """Its rows `[n/k, m]` that belong to one slice, counted from the first one."""
+        """The rows `[n/k, m]` of one slice, counted from the first one."""
         return self._product[index]
 
     def subtract(self, index: int, matrix: Float64) -> None:
-        """Takes a matrix `[n/k, m]` off one slice of M."""
+        """Subtracts a matrix `[n/k, m]` from one slice of M."""
         columns = self._moment.columns(self._slices, self._first + index, matrix)
         self._product -= columns.reshape(self._product.shape)
 
 
 class FewInputs(SecondMoment):
-    """The second moment of so few inputs that they themselves say it best.
+    """The second moment of few inputs, represented by the inputs themselves.
 
     Args:
         rows: The inputs, array `[m, n]`, columns channel-major.
-        blocks: Number b of diagonal blocks that S is regarded as.
+        blocks: Number b of diagonal blocks of S to use.
         mean: Whether E[x] is known.
     """
 
@@ -239,8 +239,8 @@ class FewInputs(SecondMoment):
         self.relative_ridge = default_ridge(self.side, self.count)
         self.ridge = self.relative_ridge * float(squares) / (self.count * self.side)
 
-    # What is seen of every slice is computed once: `columns` of every slice by itself would take
-    # all inputs again each time.
+    # The outputs of every slice are computed once: separate calls of `columns` would use all inputs
+    # again each time.
 
     def encoded(self, slices: int, first: int, encoders: Float64) -> Float64:
         """As for `SecondMoment`."""
@@ -270,11 +270,11 @@ class FewInputs(SecondMoment):
         return _ProductOfFew(self, slices, first, matrices)
 
     def inputs_of(self, slices: int, index: int) -> Float64:
-        """What was seen of one slice, a new array `[m, n/k]`."""
+        """The inputs of one slice, a new array `[m, n/k]`."""
         return self._inputs(*self._place(slices, index))
 
     def _seen(self, slices: int, first: int, encoders: Float64) -> Float64:
-        """What encoders give for the inputs, `[m, k/b·j]`."""
+        """The encoders' outputs for the inputs, `[m, k/b·j]`."""
         parts = [self.inputs_of(slices, first + i) @ e for i, e in enumerate(encoders)]
         return np.concatenate(parts, axis=1)
 
@@ -307,7 +307,7 @@ class FewInputs(SecondMoment):
 
 
 class _ProductOfFew(Product):
-    """The same by X M, what the inputs make of M."""
+    """The same, computed from the outputs X M."""
 
     def __init__(self, moment: FewInputs, slices: int, first: int, matrices: Float64) -> None:
         self._few, self._slices, self._first = moment, slices, first
@@ -327,14 +327,14 @@ class _ProductOfFew(Product):
 
 
 def default_ridge(side: int, count: int) -> float:
-    """Returns ρ as a part of the mean eigenvalue of S, where nothing better is known.
+    """Returns the default ρ as a part of the mean eigenvalue of S.
 
-    Of fewer than 5 inputs per row of S it is 0.2 · side / count: ρ = 0.2 · tr(S) / count. There it
-    would fall from 0.04 to 10⁻⁵ at once, so it fades out linearly from 5 to 7.5.
+    Below 5 inputs per row of S it is 0.2 · side / count: ρ = 0.2 · tr(S) / count. It fades out
+    linearly from 5 to 7.5, to avoid a sudden drop from 0.04 to 10⁻⁵.
 
     Args:
         side: Number n of unfolded inputs, the rows of S.
-        count: Number of inputs x that were averaged.
+        count: Number of averaged inputs x.
 
     Example:
         >>> default_ridge(1280, 256), default_ridge(64, 512)
@@ -345,12 +345,12 @@ def default_ridge(side: int, count: int) -> float:
 
 
 def are_few(count: int, side: int) -> bool:
-    """Whether so many inputs are fewer to keep than a second moment of so many rows."""
+    """Whether to keep `count` inputs instead of a second moment with `side` rows."""
     return side >= WIDE_SIDE and 2 * count <= side
 
 
 def moment_blocks(channels: int, kappa: int) -> int:
-    """Returns the number of diagonal blocks that a layer's second moment is kept in.
+    """Returns the number of diagonal blocks of a layer's second moment that are kept.
 
     Args:
         channels: Input channels c.
@@ -367,7 +367,7 @@ def moment_blocks(channels: int, kappa: int) -> int:
 
 
 def check_moment(kernel: Array, moment: SecondMoment) -> Array:
-    """Returns the kernel as an array, or raises `ValueError` if the moment is not its inputs'."""
+    """Returns the kernel as an array; raises `ValueError` if the moment does not match it."""
     kernel = check_kernel(kernel)
     c, kappa, _ = kernel_sizes(kernel.shape)
     if moment.side != c * kappa or c % moment.block_count:

@@ -1,4 +1,4 @@
-"""The unfolded inputs of a layer: what a convolution multiplies with its kernel (im2col)."""
+"""The unfolded inputs of a layer: the patches that a convolution multiplies (im2col)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_alds.core.slicing import Array
 
-#: Rows of patches below which their product is not worth adding up yet.
+#: Rows of patches to collect before their product is worth computing.
 CHUNK_ROWS = 2048
 # Bytes of one chunk of patches.
 _CHUNK_BYTES = 1 << 23
@@ -37,7 +37,7 @@ def patch_chunks(
         Arrays `[m, κ, c]` of the inputs' dtype, spatial positions in the kernel's order.
 
     Raises:
-        ValueError: If the numbers of axes do not fit or the padding is unknown.
+        ValueError: If the numbers of axes do not match or the padding is unknown.
 
     Example:
         >>> [chunk.shape for chunk in patch_chunks(np.zeros((2, 5, 5, 3)), (3, 3))]

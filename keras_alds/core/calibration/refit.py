@@ -1,8 +1,8 @@
-"""The factors that keep a layer's outputs best.
+"""The factors that minimize the error of a layer's outputs.
 
 With all encoders E fixed, least squares gives the best decoder of all slices together,
-D = (Eᵀ S E)⁻¹ Eᵀ S W, and a SVD of every E_i D_i gives both factors the same scale. Before that
-every slice is fitted anew, by the SVD of `whitening`, to what all others leave to it.
+D = (Eᵀ S E)⁻¹ Eᵀ S W, and an SVD of every E_i D_i gives both factors the same scale. Before that,
+every slice is refitted, by the SVD of `whitening`, to the residual of all others.
 
 Sources: BALF (arXiv 2509.25136) for the whitening; Zhang et al., "Accelerating Very Deep
 Convolutional Networks", TPAMI 2016 (arXiv 1505.06798), for reconstructing outputs.
@@ -19,32 +19,32 @@ from keras_alds.core.parallel import single_threaded_blas
 from keras_alds.core.slicing import Array, check_slices, fold_encoder, full_rank, unfold
 from keras_alds.core.spectra import Float64
 
-#: How often every slice's factors are fitted anew given those of all other slices.
+#: How often every slice's factors are refitted, given those of all other slices.
 SWEEPS = 2
 
 
 def factorize_outputs(
     kernel: Array, moment: SecondMoment, slices: int, rank: int, *, sweeps: int = SWEEPS
 ) -> tuple[Array, Array]:
-    """Returns the factors of a kernel that keep a layer's outputs best, for one choice (k, j).
+    """Returns the factors of a choice (k, j) that minimize the error of a layer's outputs.
 
-    Encoders are the best of every slice by itself, then of every slice given the others, then the
-    decoder is refitted to all slices jointly, and then every pair is balanced; see the module's
-    text.
+    Encoders are first fitted to every slice separately, then to every slice given the others. Then
+    the decoder is refitted to all slices jointly, and every pair is balanced; see the module's
+    docstring.
 
     Args:
         kernel: Array `[*spatial, c, f]` of floating-point numbers.
         moment: Second moment of the layer's unfolded inputs.
         slices: Number of channel slices k, a divisor of c.
         rank: Rank j of every slice, from 1 to min((c/k)·κ, f).
-        sweeps: How often every slice is fitted anew given all others. Defaults to 2.
+        sweeps: How often every slice is refitted, given all others. Defaults to 2.
 
     Returns:
         `(encoder, decoder)` in the kernel's dtype: `[*spatial, c/k, k·j]` and `[k·j, f]`.
 
     Raises:
-        ValueError: If `slices` does not divide c or is no multiple of the moment's blocks, `rank`
-            is out of its range, or the kernel holds NaN or infinity.
+        ValueError: If `slices` does not divide c or is not a multiple of the moment's blocks,
+            `rank` is out of range, or the kernel holds NaN or infinity.
 
     Example:
         >>> moment = SecondMoment(np.diag([4.0, 1.0, 1.0, 0.0])[None], 100)
@@ -71,7 +71,7 @@ def factorize_outputs(
     decoder = np.empty((slices, rank, matrices.shape[2]), dtype)
     each = slices // moment.block_count
     with single_threaded_blas():
-        # Blocks have nothing to do with each other: a wide layer is never held in float64 whole.
+        # Blocks are independent, so a wide layer is never held whole in float64.
         for first in range(0, slices, each):
             part = slice(first, first + each)
             W = matrices[part].astype(np.float64)
@@ -85,9 +85,9 @@ def factorize_outputs(
 def _refined(
     encoders: Float64, matrices: Float64, moment: SecondMoment, first: int, sweeps: int
 ) -> Float64:
-    """Encoders that are the best of every slice given the factors of all others.
+    """The best encoders of every slice, given the factors of all others.
 
-    Block coordinate descent on ‖C (W − E D)‖²: what slice i has to give is
+    Block coordinate descent on ‖C (W − E D)‖²: the target of slice i is
     T_i = W_i + S_ii⁻¹ Σ_m S_im (W_m − E_m D_m) over the other slices m, and its best
     approximation of rank j follows from the SVD of C_i T_i. The error never grows.
 
@@ -96,7 +96,7 @@ def _refined(
         matrices: These slices, `[k/b, n/k, f]`.
         moment: Second moment of the layer's unfolded inputs.
         first: Number of the first of these slices.
-        sweeps: How often every slice is fitted anew.
+        sweeps: How often every slice is refitted.
     """
     count, rows, rank = encoders.shape
     slices = moment.side // rows
@@ -120,10 +120,10 @@ def _refined(
 def refit_decoder(
     encoders: Float64, matrices: Float64, moment: SecondMoment, first: int = 0
 ) -> Float64:
-    """Returns the decoders that are best for given encoders, all slices together.
+    """Returns the best decoders for given encoders, fitted jointly over all slices.
 
     D = (Eᵀ S E)⁻¹ Eᵀ S W with the block-diagonal E of all slices: least squares on the outputs.
-    Blocks of the moment have nothing to do with each other: the slices are those of one of them.
+    Blocks of the moment are independent: all slices belong to one block.
 
     Args:
         encoders: Array `[k/b, (c/k)·κ, j]` of float64.
@@ -150,7 +150,7 @@ def refit_decoder(
 
 
 def balance(encoders: Float64, decoders: Float64) -> tuple[Float64, Float64]:
-    """Splits √σ of every product E_i D_i to both sides; the product stays.
+    """Gives √σ of every product E_i D_i to both factors; the product does not change.
 
     Args:
         encoders: Array `[k, (c/k)·κ, j]`.
@@ -182,7 +182,7 @@ def output_error(kernel: Array, approximation: Array, moment: SecondMoment) -> f
         tr(Rᵀ S R) / tr(Wᵀ S W) with R = W − Ŵ and ρI in S; 0 for a kernel of zeros.
 
     Raises:
-        ValueError: If the shapes do not fit together.
+        ValueError: If the shapes do not match.
 
     Example:
         >>> moment = SecondMoment(np.diag([3.0, 1.0])[None], 100)

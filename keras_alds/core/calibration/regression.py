@@ -1,17 +1,17 @@
-"""Regression of a layer's original outputs on its inputs in a network that has changed.
+"""Regression of a layer's original outputs on its inputs in a changed network.
 
-With x̂ an unfolded input in that network and x the same one in the original network, the dense
-kernel that gives the original outputs best is that of ridge regression,
+Let x̂ be an unfolded input in the changed network and x the same one in the original network. The
+dense kernel that reproduces the original outputs best is that of ridge regression,
 
     W* = (Ŝ + ρI)⁻¹ (E[x̂ xᵀ] + ρI) W,  Ŝ = E[x̂ x̂ᵀ].
 
-Where few inputs x̂, the m rows of X̂, were seen of a wide layer, it comes from a system of m
-equations instead of n,
+For a wide layer with few inputs x̂, the m rows of X̂, it comes from a system of m equations instead
+of n,
 
     W* = W + X̂ᵀ (X̂ X̂ᵀ + mρI)⁻¹ (Y − X̂ W),  Y = X W.
 
 Source: Zhang et al., "Accelerating Very Deep Convolutional Networks", TPAMI 2016 (arXiv
-1505.06798), for reconstructing outputs from the inputs of now.
+1505.06798), for reconstructing outputs from the current inputs.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ from keras_alds.core.parallel import single_threaded_blas
 from keras_alds.core.slicing import Array, kernel_sizes
 from keras_alds.core.spectra import Float64
 
-#: Candidates of ρ, as a part of the mean eigenvalue of Ŝ; held-out inputs choose.
+#: Candidates of ρ, as a part of the mean eigenvalue of Ŝ; held-out inputs decide.
 TARGET_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
 
-# A mean square below which float32 does not resolve the inputs' products: as if they were zeros.
+# Inputs with a smaller mean square count as zero: float32 does not resolve their products.
 _LEAST_SQUARE = 1e-30
-# Parts of a product that threads work on side by side.
+# Parts of a product that threads compute in parallel.
 _PARTS = 4
 
 _Part = tuple[Iterable[Array], Iterable[Array] | None]
-# The inputs x̂ of one block, and what they are to give.
+# The inputs x̂ of one block, and their target outputs.
 _Rows = tuple[Array, Array]
 
 
 class PairAccumulator:
-    """Adds up what is needed to fit a layer's original outputs to its inputs of now.
+    """Accumulates the sums to fit a layer's original outputs from its current inputs.
 
-    ρ, as a part of tr(Ŝ)/n, is one of `TARGET_RIDGES`; ρ = ∞ leaves W. E[x̂ xᵀ] W = E[x̂ yᵀ] with
-    y = Wᵀx is added up, which has f columns instead of n. Where Ŝ is kept in diagonal blocks so is
-    E[x̂ xᵀ]. Precision and order are those of `MomentAccumulator`.
+    ρ, as a part of tr(Ŝ)/n, is one of `TARGET_RIDGES`; ρ = ∞ keeps W. E[x̂ xᵀ] W is summed as
+    E[x̂ yᵀ] with y = Wᵀx, which has f columns instead of n. If Ŝ is kept in diagonal blocks, so is
+    E[x̂ xᵀ]. Precision and order are as in `MomentAccumulator`.
 
     Args:
         kernel: The original kernel W, `[*spatial, c, f]`.
-        overwrite: Whether `result` may turn it into W*: large ones are not copied then.
+        overwrite: Whether `result` may overwrite it with W*, to avoid copies of large kernels.
 
     Example:
         >>> from concurrent.futures import ThreadPoolExecutor
@@ -74,12 +74,12 @@ class PairAccumulator:
         self._channels, self._kappa, f = kernel_sizes(kernel.shape)
         self._blocks = b = moment_blocks(self._channels, self._kappa)
         self._side = self.side // b
-        # Position-major as the patches are: [b, κ·c/b, f].
+        # Position-major like the patches: [b, κ·c/b, f].
         rows = kernel.reshape(self._kappa, b, self._channels // b, f).swapaxes(0, 1)
         self._columns = np.ascontiguousarray(rows).reshape(b, -1, f)
         self._count = 0
         self._differ = False
-        # Of every block, what is kept while inputs are few: their rows and those of the outputs.
+        # For every block, the rows of inputs and outputs, kept while inputs are few.
         self._few: list[list[_Rows]] = [[] for _ in range(b)]
         self._sums: list[SymmetricMatrix] = []
         self._cross = np.zeros((0, 0, 0))
@@ -91,11 +91,11 @@ class PairAccumulator:
         return self._channels * self._kappa
 
     def add_parts(self, parts: Sequence[_Part], executor: Executor) -> None:
-        """Adds unfolded inputs, several parts side by side.
+        """Adds unfolded inputs, several parts in parallel.
 
         Args:
-            parts: `(chunks of x̂, chunks of x)` as `MomentAccumulator.add` takes them; None in
-                place of the second where x is x̂.
+            parts: `(chunks of x̂, chunks of x)` as for `MomentAccumulator.add`; the second is
+                None if x is x̂.
             executor: A pool of threads.
         """
         self._fits = []
@@ -119,7 +119,7 @@ class PairAccumulator:
             self._cross = np.zeros(self._columns.shape)
 
     def _part_sum(self, part: _Part) -> tuple[list[SymmetricMatrix], Float64, int]:
-        """The sums of one part by itself, of a layer that is not wide."""
+        """The sums of one part, for a layer that is not wide."""
         sums = [SymmetricMatrix(self._side) for _ in range(self._blocks)]
         cross, count = np.zeros_like(self._cross), 0
         with single_threaded_blas():
@@ -131,7 +131,7 @@ class PairAccumulator:
         return sums, cross, count
 
     def _add_wide(self, rows: list[_Rows], executor: Executor) -> None:
-        """Keeps a few inputs, or adds them up, the strips of the sums side by side."""
+        """Keeps inputs while they are few, else adds them to the sums, strips in parallel."""
         self._count += rows[0][0].shape[0]
         if not self._sums and are_few(self._count, self._side):
             for kept, pair in zip(self._few, rows, strict=True):
@@ -155,7 +155,7 @@ class PairAccumulator:
                     pass
 
     def _split(self, part: _Part, executor: Executor | None = None) -> Iterator[list[_Rows]]:
-        """Every chunk's inputs x̂ and what they are to give, Wᵀx, of every block."""
+        """Every chunk's inputs x̂ and their targets Wᵀx, for every block."""
         now, before = part
         pairs: Iterable[tuple[Array, Array]] = (
             ((chunk, chunk) for chunk in now) if before is None else zip(now, before, strict=True)
@@ -170,10 +170,10 @@ class PairAccumulator:
             yield found
 
     def held_out_errors(self, parts: Sequence[_Part], executor: Executor) -> Float64:
-        """Σ‖y − W*ᵀx̂‖² over inputs that were not added, for the W* of all `TARGET_RIDGES`.
+        """Σ‖y − W*ᵀx̂‖² over held-out inputs, for the W* of all `TARGET_RIDGES`.
 
         Args:
-            parts: As for `add_parts`; no more is to be added before the last of these calls.
+            parts: As for `add_parts`; add no more inputs before the last of these calls.
             executor: A pool of threads.
         """
         if not self._differ:
@@ -209,7 +209,7 @@ class PairAccumulator:
         return self._few[block][0]
 
     def _mean(self) -> float:
-        """The mean eigenvalue of Ŝ, 0 if it is too small to say anything."""
+        """The mean eigenvalue of Ŝ, 0 if it is too small to be meaningful."""
         if self._sums:
             trace = sum(matrix.trace() for matrix in self._sums)
         else:
@@ -219,11 +219,11 @@ class PairAccumulator:
         return mean if mean >= _LEAST_SQUARE else 0.0
 
     def result(self, ridge: float) -> tuple[SecondMoment, Array]:
-        """Ŝ and the target kernel W* in the kernel's dtype; ends the adding.
+        """Ŝ and the target kernel W* in the kernel's dtype; ends the accumulation.
 
         Args:
-            ridge: ρ as a part of the mean eigenvalue of Ŝ, `math.inf` for W* = W. That of Ŝ
-                counts where it is more.
+            ridge: ρ as a part of the mean eigenvalue of Ŝ, `math.inf` for W* = W. The default
+                of Ŝ is used if it is larger.
 
         Raises:
             ValueError: If nothing was added.
@@ -243,7 +243,7 @@ class PairAccumulator:
         return self._moment(), target
 
     def _moment(self) -> SecondMoment:
-        """Ŝ, rows channel-major; means are not added up."""
+        """Ŝ, rows channel-major; without means."""
         if not self._sums:
             blocks = [self._few_rows(i)[0] for i in range(self._blocks)]
             self._few = []
@@ -262,14 +262,14 @@ class _Target:
     """W* of one block for every ρ."""
 
     def prepare(self) -> None:
-        """Computes what `errors` needs, once."""
+        """Prepares `errors`, once."""
 
     def errors(self, x_hat: Array, y: Array) -> Float64:
         """Σ‖y − W*ᵀx̂‖² for all `TARGET_RIDGES`."""
         raise NotImplementedError
 
     def kernel(self, ridge: float) -> Array:
-        """W* `[n/b, f]` for one of them."""
+        """W* `[n/b, f]` for one ρ."""
         raise NotImplementedError
 
 
@@ -301,7 +301,7 @@ class _SummedTarget(_Target):
 
 
 class _FewTarget(_Target):
-    """W* from as many equations as there are inputs."""
+    """W* from a system with one equation per input."""
 
     def __init__(self, columns: Array, x_hat: Array, y: Array, mean: float) -> None:
         self._columns, self._x_hat = columns, x_hat
@@ -312,7 +312,7 @@ class _FewTarget(_Target):
         self._rest = rest.astype(columns.dtype)
 
     def _damped(self, ridge: float) -> Float64:
-        """What (X̂ X̂ᵀ + mρI)⁻¹ is on its eigenvectors."""
+        """The eigenvalues of (X̂ X̂ᵀ + mρI)⁻¹."""
         if self._added == 0 or ridge == math.inf:
             return np.zeros_like(self._values)
         return 1 / (np.maximum(self._values, 0.0) + ridge * self._added)
@@ -336,7 +336,7 @@ def _product(x: Array, columns: Array, executor: Executor | None) -> Array:
         return x @ columns
 
     def product(part: Array) -> Array:
-        with single_threaded_blas():  # where the work is done: some libraries count by thread
+        with single_threaded_blas():  # in the worker: some libraries count by thread
             return part @ columns
 
     return np.concatenate(list(executor.map(product, np.array_split(x, _PARTS))))

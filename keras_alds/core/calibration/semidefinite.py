@@ -1,4 +1,4 @@
-"""Systems and roots of positive semidefinite matrices, singular ones included."""
+"""Linear systems and roots of positive semidefinite matrices, including singular ones."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from keras_alds.core.spectra import Float64
 
 
 def solve(gram: Float64, right: Float64, *, overwrite: bool = False) -> Float64:
-    """Solves a positive semidefinite system; what it does not determine is zero.
+    """Solves a positive semidefinite system; undetermined components are zero.
 
     Args:
         gram: The matrix, `[n, n]`.
         right: The right-hand sides, `[n, m]`.
-        overwrite: Whether `gram`, symmetric but for rounding, may be used up: large ones are not
-            copied then.
+        overwrite: Whether `gram`, symmetric except for rounding, may be overwritten, to avoid
+            copies of large matrices.
 
     Returns:
         Array `[n, m]`.
@@ -24,8 +24,8 @@ def solve(gram: Float64, right: Float64, *, overwrite: bool = False) -> Float64:
         gram = (gram + gram.T) / 2
     diagonal = gram.diagonal().copy()
     try:
-        # The transpose is in Fortran's order: its lower half is factorized in place, and the other
-        # half stays what it is.
+        # The transpose is in Fortran order: its lower half is factorized in place, and the other
+        # half does not change.
         factor = scipy.linalg.cho_factor(gram.T, lower=True, overwrite_a=True, check_finite=False)
         return scipy.linalg.cho_solve(factor, right, check_finite=False)
     except np.linalg.LinAlgError:
@@ -43,14 +43,14 @@ def square_root(block: Float64, floor: float) -> Float64:
 
     Args:
         block: The matrix S, `[n, n]`.
-        floor: If rounding left S indefinite: the least that an eigenvalue counts, as a part of
-            the largest one.
+        floor: If rounding left S indefinite: the lower bound on its eigenvalues, as a part of the
+            largest one.
 
     Returns:
         Array `[n, n]`.
     """
     try:
         return np.linalg.cholesky(block).T
-    except np.linalg.LinAlgError:  # float32 inputs, much more of them than ρ can cover
+    except np.linalg.LinAlgError:  # rounding of many float32 inputs exceeds ρ
         values, vectors = np.linalg.eigh(block)
         return np.sqrt(np.maximum(values, floor * values[-1]))[:, None] * vectors.T

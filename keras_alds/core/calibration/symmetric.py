@@ -1,4 +1,4 @@
-"""Large symmetric matrices, of which only the upper half is kept and computed."""
+"""Large symmetric matrices; only the upper half is kept and computed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ STRIP = 512
 
 
 class SymmetricMatrix:
-    """A symmetric matrix of float64 as strips of rows, each from its diagonal on.
+    """A symmetric matrix of float64, kept as strips of rows from the diagonal on.
 
     Args:
         side: Number of rows. All entries are zero at first.
-        strips: The strips, where they are known.
+        strips: The strips, if known.
 
     Example:
         >>> matrix = SymmetricMatrix(2)
@@ -32,7 +32,7 @@ class SymmetricMatrix:
 
     @classmethod
     def of(cls, matrix: Float64) -> SymmetricMatrix:
-        """The matrix that is given as an array `[n, n]`."""
+        """Makes one from an array `[n, n]`."""
         side = matrix.shape[0]
         return cls(side, [matrix[r:stop, r:].copy() for r, stop in strip_bounds(side)])
 
@@ -41,14 +41,14 @@ class SymmetricMatrix:
         return len(self._strips)
 
     def add(self, strip: int, rows: Array) -> None:
-        """Adds rowsᵀ·rows to one strip; the product is taken in the rows' precision.
+        """Adds rowsᵀ·rows to one strip, computed in the rows' precision.
 
         Args:
-            strip: Which one.
+            strip: Index of the strip.
             rows: Array `[m, n]`.
         """
         start, stop = self._bounds[strip]
-        # With a single strip both sides are the same array, and BLAS computes half of it.
+        # With a single strip both sides are the same array, and BLAS computes half the product.
         right = rows[:, start:]
         left = right if stop == self.side and start == 0 else rows[:, start:stop]
         self._strips[strip] += left.T @ right
@@ -89,7 +89,7 @@ class SymmetricMatrix:
         return result
 
     def reordered(self, order: Array, scale: float) -> SymmetricMatrix:
-        """Scale · S[order][:, order], which leaves this one empty."""
+        """Scale · S[order][:, order]; empties this matrix."""
         whole = self.part(0, self.side)
         self._strips = []
         if len(self._bounds) == 1:
@@ -102,6 +102,6 @@ class SymmetricMatrix:
 
 
 def strip_bounds(side: int) -> list[tuple[int, int]]:
-    """First and last row of every strip of a matrix with so many rows."""
+    """First row and end of every strip of a matrix with `side` rows."""
     height = STRIP if side > 2 * STRIP else max(side, 1)
     return [(start, min(start + height, side)) for start in range(0, side, height)]

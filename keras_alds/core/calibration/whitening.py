@@ -1,12 +1,11 @@
-"""What a layer's outputs lose at every rank: spectra of its slices, whitened by what they see.
+"""A layer's output error at every rank: spectra of its slices, whitened by their inputs.
 
-With S = Cᵀ C the second moment of a layer's unfolded inputs (`moments`), the best
-approximation of rank j of one slice W_i follows from the SVD of C_i W_i, with C_iᵀ C_i = S_ii: with
-its leading right singular vectors V it is W_i V Vᵀ, whatever root C_i is taken, and S is never
-inverted.
+Let S = Cᵀ C be the second moment of a layer's unfolded inputs (`moments`). The best approximation
+of rank j of one slice W_i follows from the SVD of C_i W_i, with C_iᵀ C_i = S_ii. With its leading
+right singular vectors V it is W_i V Vᵀ, for any root C_i, and S is never inverted.
 
-Source: BALF (arXiv 2509.25136) for the whitening; the joint errors of all slices are this
-library's.
+Source: BALF (arXiv 2509.25136) for the whitening; the joint errors of all slices are original to
+this library.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ from keras_alds.core.parallel import map_within, single_threaded_blas, threads
 from keras_alds.core.slicing import Array, divisors, full_rank, kernel_sizes, unfold, weights
 from keras_alds.core.spectra import Float64, SliceSpectrum, Spectra
 
-# Floating-point operations of one piece of work: some tens of milliseconds.
+# Floating-point operations per work item: some tens of milliseconds.
 _ITEM_COST = 5e8
 
 
 def output_spectra(
     kernel: Array, moment: SecondMoment, *, slices: Iterable[int] | None = None
 ) -> Spectra:
-    """Returns the spectra of C_i W_i for every slice: what the outputs lose at every rank.
+    """Returns the spectra of C_i W_i for every slice: the output error at every rank.
 
     Their `"energy"` error is the expected squared error of the layer's output after the decoder is
-    refitted jointly over all slices (as `factorize_outputs` does with `sweeps=0`), relative to that
-    of the whole output, tr(Wᵀ S W). Where only diagonal blocks of S are known, and for ranks that
-    are no smaller than the dense kernel, the slices' errors are taken as uncorrelated.
+    refitted jointly over all slices (as `factorize_outputs` does with `sweeps=0`), relative to the
+    squared output, tr(Wᵀ S W). If only diagonal blocks of S are known, or a rank makes the layer no
+    smaller than the dense kernel, the slices' errors are assumed to be uncorrelated.
 
     Args:
         kernel: Real array `[*spatial, c, f]`.
@@ -48,7 +47,7 @@ def output_spectra(
         The `Spectra`; `norm` is the largest singular value of any slice of the coarsest k.
 
     Raises:
-        ValueError: If kernel and moment do not fit together, or the kernel is not finite.
+        ValueError: If kernel and moment do not match, or the kernel is not finite.
 
     Example:
         >>> moment = SecondMoment(np.diag([4.0, 1.0, 0.0])[None], 100)
@@ -66,7 +65,7 @@ def output_spectra_many(
     slices: Iterable[int] | None = None,
     executor: Executor | None = None,
 ) -> list[Spectra]:
-    """Returns `output_spectra` of several layers, their slices computed side by side.
+    """Returns `output_spectra` of several layers, computing slices in parallel.
 
     Args:
         kernels: Real arrays `[*spatial, c, f]`.
@@ -75,10 +74,10 @@ def output_spectra_many(
         executor: Any `concurrent.futures.Executor`. Defaults to a pool of threads.
 
     Returns:
-        One `Spectra` a kernel, in order.
+        One `Spectra` per kernel, in order.
 
     Raises:
-        ValueError: As `output_spectra`.
+        ValueError: As for `output_spectra`.
     """
     arrays = [check_moment(kernel, moment) for kernel, moment in zip(kernels, moments, strict=True)]
     wanted = None if slices is None else tuple(slices)
@@ -115,7 +114,7 @@ def output_spectra_many(
 
 
 def _weighted(kernel: Array, moment: SecondMoment) -> tuple[Float64 | None, float]:
-    """(S + ρI) W where S is whole, and tr(Wᵀ (S + ρI) W)."""
+    """(S + ρI) W if S is in one block, else None; and tr(Wᵀ (S + ρI) W)."""
     b = moment.block_count
     product, total = None, 0.0
     with single_threaded_blas():
@@ -130,7 +129,7 @@ def _weighted(kernel: Array, moment: SecondMoment) -> tuple[Float64 | None, floa
 
 
 def _parts_of_slices(shape: Sequence[int], slices: int, blocks: int) -> list[tuple[int, int]]:
-    """Ranges of slices that are one piece of work each; all together where they are joined."""
+    """Ranges of slices, one per work item; a single range if slices are refitted jointly."""
     if slices > 1 and blocks == 1:
         return [(0, slices)]
     c, kappa, f = kernel_sizes(shape)
@@ -140,7 +139,7 @@ def _parts_of_slices(shape: Sequence[int], slices: int, blocks: int) -> list[tup
 
 
 def _bytes_of_slice(shape: Sequence[int], moment: SecondMoment, slices: int) -> int:
-    """Bytes that the spectrum of one slice takes, roughly."""
+    """Approximate bytes to compute the spectrum of one slice."""
     c, kappa, f = kernel_sizes(shape)
     width = c // slices * kappa
     seen = moment.count if are_few(moment.count, width) else width
@@ -148,7 +147,7 @@ def _bytes_of_slice(shape: Sequence[int], moment: SecondMoment, slices: int) -> 
 
 
 def _bytes_of_slices(shape: Sequence[int], moment: SecondMoment, slices: int) -> int:
-    """The same of one piece of work."""
+    """The same for one work item."""
     needed = _bytes_of_slice(shape, moment, slices)
     if (most := _joint_ranks(shape, moment, slices)) > 0:
         size = slices * most
@@ -158,9 +157,9 @@ def _bytes_of_slices(shape: Sequence[int], moment: SecondMoment, slices: int) ->
 
 
 def _joint_ranks(shape: Sequence[int], moment: SecondMoment, slices: int) -> int:
-    """The largest rank whose error after the joint refit is wanted; 0 where slices are not joined.
+    """The largest rank whose error after the joint refit is needed; 0 without a joint refit.
 
-    Larger ones are no smaller than the dense kernel.
+    Larger ranks make the layer no smaller than the dense kernel.
     """
     if slices == 1 or moment.block_count > 1:
         return 0
@@ -174,11 +173,11 @@ def _slice_values(
     slices: int,
     part: range,
 ) -> tuple[Float64, Float64 | None]:
-    """What is lost of some slices.
+    """The errors of some slices.
 
     Returns:
         Squared singular values `[len(part), r]`, ascending, of C_i W_i; and, if these are all
-        slices, what is lost of the output after the joint refit, `[m]` for j = 1 … m.
+        slices, the output error after the joint refit, `[m]` for j = 1 … m.
     """
     matrices = unfold(kernel, slices)
     values = np.zeros((len(part), full_rank(kernel.shape, slices)))
@@ -194,7 +193,7 @@ def _slice_values(
             return values, None
         try:
             explained = _explained(np.stack(bases), moment, weighted[0])
-        except np.linalg.LinAlgError:  # float32 inputs, much more of them than ρ can cover
+        except np.linalg.LinAlgError:  # rounding of many float32 inputs exceeds ρ
             return values, None
     return values, np.maximum(weighted[1] - explained, 0.0)
 
@@ -202,8 +201,8 @@ def _slice_values(
 def _explained(bases: Float64, moment: SecondMoment, weighted: Float64) -> Float64:
     """tr(Dᵀ Eᵀ S E D) of the jointly refitted decoder D for all ranks j = 1 … m.
 
-    With the columns of all slices' encoders ordered by rank, Eᵀ S E = L Lᵀ holds that of every
-    smaller rank in its corner, and L⁻¹ Eᵀ S W says what every column adds.
+    With the columns of all slices' encoders ordered by rank, the leading block of Eᵀ S E = L Lᵀ is
+    that of a smaller rank, and L⁻¹ Eᵀ S W gives the contribution of every column.
 
     Args:
         bases: Encoders `[k, n/k, m]`, the columns of rank j before those of rank j + 1.
@@ -212,7 +211,7 @@ def _explained(bases: Float64, moment: SecondMoment, weighted: Float64) -> Float
     """
     slices, rows, most = bases.shape
     right = bases.transpose(0, 2, 1) @ weighted.reshape(slices, rows, -1)
-    # The transpose of the symmetric matrix is in Fortran's order, and not copied.
+    # The transpose of the symmetric matrix is in Fortran order, so it is not copied.
     triangle = scipy.linalg.cholesky(
         moment.gram(bases).T, lower=True, overwrite_a=True, check_finite=False
     )
@@ -230,7 +229,7 @@ def _curves(squares: Float64, entries: int, joint: Float64 | None) -> SliceSpect
     squares = np.where(squares > resolution, squares, 0.0)
     energy = np.append(np.cumsum(squares.sum(axis=0))[::-1], 0.0)
     if joint is not None:
-        # Larger ranks are no smaller than the dense kernel; zero stays exactly zero.
+        # Larger ranks save nothing over the dense kernel; zero stays exactly zero.
         refitted = np.where(energy[1 : joint.size + 1] > 0, joint, 0.0)
         energy[1 : joint.size + 1] = refitted
         energy[joint.size + 1 :] = np.minimum(energy[joint.size + 1 :], refitted[-1])
@@ -240,17 +239,17 @@ def _curves(squares: Float64, entries: int, joint: Float64 | None) -> SliceSpect
 def seen_spectrum(
     matrix: Float64, moment: SecondMoment, slices: int, index: int, rank: int
 ) -> tuple[Float64, Float64]:
-    """`slice_spectrum` of one slice for what a layer sees.
+    """`slice_spectrum` of one slice for a layer's inputs.
 
     Args:
         matrix: One slice W_i, `[n/k, f]`.
         moment: Second moment of the layer's unfolded inputs.
         slices: Number of slices k.
         index: Which slice i.
-        rank: The largest rank j for which an encoder is wanted; 0 for none.
+        rank: The largest rank j that needs an encoder; 0 for none.
 
     Returns:
-        As `slice_spectrum`.
+        As for `slice_spectrum`.
     """
     root = moment.thin_root(slices, index)
     if root is None:
@@ -261,7 +260,7 @@ def seen_spectrum(
 def seen_basis(
     matrix: Float64, moment: SecondMoment, slices: int, index: int, rank: int
 ) -> Float64:
-    """The encoders of `seen_spectrum` alone: of a wide slice no other vectors are computed."""
+    """Only the encoders of `seen_spectrum`; for wide slices, no other vectors are computed."""
     root = moment.thin_root(slices, index)
     if root is None:
         return seen_spectrum(matrix, moment, slices, index, rank)[1]
@@ -272,16 +271,16 @@ def seen_basis(
 
 
 def slice_spectrum(matrix: Float64, block: Float64, rank: int) -> tuple[Float64, Float64]:
-    """Squared singular values of C_i W_i, ascending, and encoders for all ranks up to one.
+    """Squared singular values of C_i W_i, ascending, and encoders for all ranks up to `rank`.
 
     Args:
         matrix: One slice W_i, `[n/k, f]`.
         block: S_ii + ρI, `[n/k, n/k]`.
-        rank: The largest rank j for which an encoder is wanted; 0 for none.
+        rank: The largest rank j that needs an encoder; 0 for none.
 
     Returns:
-        The squares, and an orthonormal basis `[n/k, rank]`: its first j columns are what the best
-        approximation of rank j takes of its input.
+        The squares, and an orthonormal basis `[n/k, rank]`: its first j columns are the encoder of
+        the best approximation of rank j.
     """
     return _spectrum(matrix, *_gram(matrix, block), rank)
 
@@ -305,7 +304,7 @@ def _basis(matrix: Float64, whitened: Float64 | None, vectors: Float64) -> Float
 
 
 def _gram(matrix: Float64, block: Float64) -> tuple[Float64, Float64 | None]:
-    """The smaller Gram matrix of C_i W_i, and C_i W_i itself if that is on the row side."""
+    """The smaller Gram matrix of C_i W_i; and C_i W_i itself if it is that of the rows."""
     if matrix.shape[0] >= matrix.shape[1]:
         gram = matrix.T @ (block @ matrix)
         return (gram + gram.T) / 2, None
@@ -314,7 +313,7 @@ def _gram(matrix: Float64, block: Float64) -> tuple[Float64, Float64 | None]:
 
 
 def _gram_of_few(matrix: Float64, root: Float64, ridge: float) -> tuple[Float64, Float64 | None]:
-    """The same where S_ii = Aᵀ A has a root A of few rows."""
+    """The same if S_ii = Aᵀ A has a root A with few rows."""
     seen = root @ matrix
     if matrix.shape[0] >= matrix.shape[1]:
         return seen.T @ seen + ridge * (matrix.T @ matrix), None
