@@ -168,7 +168,7 @@ def offered_ranks(
     Every choice is smaller than the dense kernel and within all limits.
 
     Args:
-        kernel_shape: Shape `[*spatial, c, f]` that the kernel is read as.
+        kernel_shape: Shape `[*spatial, c, f]` of the kernel in its fold scheme.
         rule: `rule(kernel_shape, slices)` returns the ranks that a runtime allows. Defaults to
             all.
         max_slices: Largest k. Defaults to no limit.
