@@ -249,7 +249,7 @@ def min_sum(tables: Sequence[ChoiceTable], budgets: Sequence[int]) -> Solution:
     Steps along the lower convex hulls of all fronts are taken in order of error saved per cost,
     while the budgets last. Bisection on a Lagrange multiplier would end at the same place. The rest
     goes to the steps that lower the sum most, on any front and also off the hulls, until none
-    fits. A second trial prefers the steps that save most per cost. The best trial wins. If it is
+    fits. Another trial takes the steps that save most per cost. The best trial wins. If it is
     not close to the lower bound and the instance is small, pairs of layers then exchange cost
     while that lowers the sum (exact for two layers).
 
@@ -301,7 +301,7 @@ def _total(tables: Sequence[ChoiceTable], picks: Sequence[int], limits: Int64) -
 def _spend(
     fronts: Sequence[ChoiceTable], picks: Sequence[int], limits: Int64, scale: Float64 | None
 ) -> list[int]:
-    """Takes the best steps that fit until none does; with a scale, the best save most per cost."""
+    """Takes the best steps that fit: by error saved, or per cost if a scale is given."""
     picks = list(picks)
     left = limits - _total(fronts, picks, limits)
 
