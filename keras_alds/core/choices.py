@@ -273,7 +273,7 @@ def choice_table(
 
 
 def join_tables(tables: Sequence[ChoiceTable]) -> ChoiceTable:
-    """Joins the choices for several fold schemes of one kernel in one table.
+    """Joins the choices for several fold schemes of one kernel into one table.
 
     Args:
         tables: Tables of the same kernel, each with the row of the unchanged kernel.
