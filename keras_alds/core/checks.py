@@ -10,7 +10,7 @@ def positive_int(value: Any, name: str) -> int:
     """Returns an argument as an int of at least 1.
 
     Args:
-        value: What was given. A bool is no integer here.
+        value: The given value. A bool does not count as an integer.
         name: The argument's name, for the error.
 
     Raises:
@@ -30,7 +30,7 @@ def int_at_least(value: Any, name: str, least: int) -> int:
     """Returns an argument as an int of at least `least`.
 
     Args:
-        value: What was given. A bool is no integer here.
+        value: The given value. A bool does not count as an integer.
         name: The argument's name, for the error.
         least: The smallest allowed value.
 

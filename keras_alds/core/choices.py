@@ -168,7 +168,7 @@ def offered_ranks(
     Every choice is smaller than the dense kernel and within all limits.
 
     Args:
-        kernel_shape: Shape `[*spatial, c, f]` that the kernel is read as.
+        kernel_shape: Shape `[*spatial, c, f]` of the kernel in its fold scheme.
         rule: `rule(kernel_shape, slices)` returns the ranks that a runtime allows. Defaults to
             all.
         max_slices: Largest k. Defaults to no limit.
@@ -273,7 +273,7 @@ def choice_table(
 
 
 def join_tables(tables: Sequence[ChoiceTable]) -> ChoiceTable:
-    """Joins the choices for several fold schemes of one kernel in one table.
+    """Joins the choices for several fold schemes of one kernel into one table.
 
     Args:
         tables: Tables of the same kernel, each with the row of the unchanged kernel.

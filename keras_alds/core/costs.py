@@ -22,7 +22,7 @@ class Costs(Protocol):
 
     @property
     def dense(self) -> int:
-        """Cost of the layer as it is."""
+        """Cost of the unchanged layer."""
 
     def of(self, slices: int, ranks: Any, scheme: int = 0) -> Int64:
         """Costs of choices with one number of slices and one fold scheme, `[n]`."""
@@ -36,8 +36,8 @@ class WeightCosts:
     is used. In some fold schemes encoder and decoder differ in their number of positions.
 
     Attributes:
-        forms: Tuples `(scheme, kernel_shape, encoder_unit)`: the shape that the kernel is read as
-            in a fold scheme, and the cost of an encoder weight.
+        forms: Tuples `(scheme, kernel_shape, encoder_unit)`: the kernel's shape in the fold
+            scheme, and the cost of an encoder weight.
         unit: Cost of a weight of the decoder or of the dense kernel.
         added: Cost of every factorized form besides its weights, such as a bias that the dense
             layer lacks.
@@ -54,7 +54,7 @@ class WeightCosts:
 
     @property
     def dense(self) -> int:
-        """Cost of the layer as it is."""
+        """Cost of the unchanged layer."""
         return self.unit * math.prod(self.forms[0][1])
 
     def of(self, slices: int, ranks: Any, scheme: int = 0) -> Int64:
@@ -83,7 +83,7 @@ class SampledCosts:
     last sample.
 
     Attributes:
-        dense: Cost of the layer as it is.
+        dense: Cost of the unchanged layer.
         samples: Tuples `(k, ranks, costs)`, ascending in k and in the ranks.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Channel slices of a kernel: unfolding to matrices, folding back, and what a choice weighs.
+"""Channel slices of a kernel: unfolding to matrices, folding back, and counting weights.
 
 A kernel is an array `[*spatial, c, f]` with any number of spatial axes (none for a dense layer),
 `c` input channels and `f` filters. κ is the number of spatial positions, e.g. `kh * kw`.
@@ -22,7 +22,7 @@ from keras_alds.core.checks import positive_int
 
 Array = NDArray[Any]
 
-#: Fold schemes: which axes of a convolution's window its decoder owns, see `decoder_axes`.
+#: Fold schemes: which window axes a convolution's decoder owns, see `decoder_axes`.
 SCHEMES = (0, 1, 2, 3)
 
 
@@ -106,8 +106,8 @@ def full_rank(kernel_shape: Sequence[int], slices: int) -> int:
 def weights(kernel_shape: Sequence[int], slices: int, rank: int) -> int:
     """Returns the number of weights of a factorized kernel, j·(k·f + c·κ).
 
-    The encoder holds c·κ·j weights and the decoder k·j·f (biases are not counted; they stay).
-    The dense kernel holds f·c·κ.
+    The encoder holds c·κ·j weights and the decoder k·j·f. The dense kernel holds f·c·κ.
+    Biases are not counted; they stay.
 
     Args:
         kernel_shape: Shape `[*spatial, c, f]` of the dense kernel.
@@ -125,13 +125,13 @@ def weights(kernel_shape: Sequence[int], slices: int, rank: int) -> int:
 
 
 def factor_weights(kernel_shape: Sequence[int], slices: int, rank: int) -> tuple[int, int]:
-    """Returns the numbers of weights of encoder and decoder, j·c·κ and j·k·f.
+    """Returns the number of weights of the encoder, j·c·κ, and of the decoder, j·k·f.
 
-    In a fold scheme κ counts the encoder's part of the window only, and f is the number of filters
-    times the decoder's part.
+    In a fold scheme, κ counts only the encoder's part of the window. f is the number of filters
+    times the decoder's part of the window.
 
     Args:
-        kernel_shape: Shape `[*spatial, c, f]` that the dense kernel is read as.
+        kernel_shape: Shape `[*spatial, c, f]` of the dense kernel in the fold scheme.
         slices: Number of channel slices k.
         rank: Rank j of every slice.
 
@@ -149,8 +149,8 @@ def factor_weights(kernel_shape: Sequence[int], slices: int, rank: int) -> tuple
 def unfold(kernel: Array, slices: int) -> Array:
     """Unfolds a kernel to one matrix per channel slice.
 
-    Rows are channel-major (channel first, then spatial position), so that the slices of a larger
-    number of slices are consecutive blocks of rows.
+    Rows are channel-major (channel first, then spatial position), so that finer slices are
+    consecutive blocks of rows.
 
     Args:
         kernel: Array `[*spatial, c, f]`.
@@ -172,17 +172,17 @@ def unfold(kernel: Array, slices: int) -> Array:
 
 
 def fold_encoder(matrices: Array, spatial: Sequence[int]) -> Array:
-    """Folds the left factors of all slices to one grouped-convolution kernel.
+    """Folds the left factors of all slices into one grouped-convolution kernel.
 
     Args:
-        matrices: Array `[k, (c/k)·κ, j]`, rows channel-major as `unfold` makes them.
+        matrices: Array `[k, (c/k)·κ, j]`, with channel-major rows as in `unfold`.
         spatial: Spatial shape of the kernel, with product κ; `()` for a dense layer.
 
     Returns:
         Array `[*spatial, c/k, k·j]`; slice i owns the output channels i·j … i·j+j−1.
 
     Raises:
-        ValueError: If the number of rows is no multiple of κ.
+        ValueError: If the number of rows is not a multiple of κ.
 
     Example:
         >>> fold_encoder(np.zeros((4, 36, 5)), (3, 3)).shape
@@ -202,7 +202,7 @@ def fold_encoder(matrices: Array, spatial: Sequence[int]) -> Array:
 
 
 def unfold_encoder(kernel: Array, slices: int) -> Array:
-    """Unfolds a grouped-convolution kernel to the left factor of every slice.
+    """Unfolds a grouped-convolution kernel into the left factors of all slices.
 
     The inverse of `fold_encoder`.
 
@@ -232,7 +232,7 @@ def unfold_encoder(kernel: Array, slices: int) -> Array:
 
 
 def recompose(encoder: Array, decoder: Array, slices: int) -> Array:
-    """Multiplies an encoder and a decoder back to the dense kernel.
+    """Multiplies an encoder and a decoder to recover the dense kernel.
 
     Args:
         encoder: Array `[*spatial, c/k, k·j]`.
@@ -264,16 +264,16 @@ def recompose(encoder: Array, decoder: Array, slices: int) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Unfolding:
-    """How a kernel of any layout is read as `[*spatial, c, f]`: what each of its axes is.
+    """How to read a kernel of any layout as `[*spatial, c, f]`: the role of each axis.
 
-    The encoder owns the `spatial` axes; the `channels` axes together are the c input channels; all
-    other axes, outputs and those spatial axes that the decoder owns, together are the f filters.
+    The encoder owns the `spatial` axes. The `channels` axes together are the c input channels. All
+    other axes together are the f filters: outputs, and spatial axes that the decoder owns.
 
     Attributes:
         spatial: Axes of the kernel, in order.
         channels: Axes of the kernel, in order.
         filters: Axes of the kernel, in order.
-        rank_axis: Where the decoder's weights have their rank axis among the `filters` axes.
+        rank_axis: Position of the rank axis among the `filters` axes in the decoder's weights.
 
     Raises:
         ValueError: If an axis is missing or named twice, or there are no channels or filters.
@@ -305,7 +305,7 @@ class Unfolding:
         return (*self.spatial, *self.channels, *self.filters)
 
     def shape(self, kernel_shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape `(*spatial, c, f)` that a kernel of some shape is read as.
+        """The shape `(*spatial, c, f)` of a kernel once it is read.
 
         Args:
             kernel_shape: Shape of the kernel in the layer's own layout.
@@ -321,7 +321,7 @@ class Unfolding:
         return np.transpose(kernel, self.axes).reshape(self.shape(kernel.shape))
 
     def write(self, kernel: Array, kernel_shape: Sequence[int]) -> Array:
-        """The inverse of `read`: an array `[*spatial, c, f]` in the layer's own layout.
+        """The inverse of `read`: returns the kernel in the layer's own layout.
 
         Args:
             kernel: Array `[*spatial, c, f]`.
@@ -354,12 +354,12 @@ class Unfolding:
 
 
 def decoder_axes(scheme: int, dimensions: int) -> tuple[int, ...]:
-    """Returns which axes of its window a convolution's decoder owns in a fold scheme.
+    """Returns the window axes that a convolution's decoder owns in a fold scheme.
 
-    The encoder owns the others. With one convolution after the other, each slides its own axes with
-    their strides, padding and dilation. The schemes are those of the paper's supplement, which
-    unfolds a kernel `[kh, kw, c, f]` to f × (c, kh, kw) in scheme 0, (f, kh) × (kw, c) in 1,
-    (f, kw) × (kh, c) in 2, and (f, kh, kw) × c in 3. With one or three axes there are 0 and 3.
+    The encoder owns the others. Encoder and decoder run one after the other. Each slides along its
+    own axes, with their strides, padding and dilation. The schemes are from the paper's supplement:
+    a kernel `[kh, kw, c, f]` unfolds to f × (c, kh, kw) in scheme 0, (f, kh) × (kw, c) in 1,
+    (f, kw) × (kh, c) in 2, and (f, kh, kw) × c in 3. One or three axes only have 0 and 3.
 
     Args:
         scheme: The fold scheme.
@@ -369,7 +369,7 @@ def decoder_axes(scheme: int, dimensions: int) -> tuple[int, ...]:
         Axes of the window, ascending.
 
     Raises:
-        ValueError: If there is no such scheme for so many axes.
+        ValueError: If the scheme does not exist for this number of axes.
 
     Example:
         >>> [decoder_axes(scheme, 2) for scheme in SCHEMES]
@@ -389,17 +389,17 @@ def decoder_axes(scheme: int, dimensions: int) -> tuple[int, ...]:
 
 
 def distinct_schemes(window: Sequence[int]) -> dict[int, int]:
-    """Returns the fold schemes of a window, each with the least one that is the same unfolding.
+    """Maps each fold scheme of a window to the smallest scheme with the same unfolding.
 
-    Axes of length 1 make no difference to the matrix. Of equal schemes the least leaves most axes,
-    and with them their strides, to the encoder.
+    Axes of length 1 do not change the matrix. Among equal schemes, the smallest one leaves the
+    most axes to the encoder, and their strides with them.
 
     Args:
         window: The kernel size, `()` for a dense layer.
 
     Returns:
-        For every scheme that a window of so many axes has the scheme that stands for it. All
-        schemes of a window of one position are scheme 0.
+        For every scheme of a window with this many axes, the scheme that replaces it. For a
+        window of one position that is always scheme 0.
 
     Example:
         >>> distinct_schemes((3, 3))
@@ -424,18 +424,18 @@ def distinct_schemes(window: Sequence[int]) -> dict[int, int]:
 
 
 def convolution_unfolding(dimensions: int, scheme: int = 0) -> Unfolding:
-    """Returns how the kernel `[*window, c, f]` of a convolution or dense layer is read.
+    """Returns how to read the kernel `[*window, c, f]` of a convolution or dense layer.
 
     Args:
         dimensions: Number of spatial axes, 0 for a dense layer.
-        scheme: Fold scheme: which of them the decoder owns, see `decoder_axes`. Defaults to 0:
-            none.
+        scheme: Fold scheme: which spatial axes the decoder owns, see `decoder_axes`. Defaults to
+            0: none.
 
     Returns:
         The `Unfolding`.
 
     Raises:
-        ValueError: If there is no such scheme for so many axes.
+        ValueError: If the scheme does not exist for this number of axes.
 
     Example:
         >>> convolution_unfolding(0).shape((12, 5))
@@ -449,10 +449,10 @@ def convolution_unfolding(dimensions: int, scheme: int = 0) -> Unfolding:
 
 
 def transposed_unfolding(dimensions: int) -> Unfolding:
-    """Returns how the kernel `[*window, f, c]` of a transposed convolution is read.
+    """Returns how to read the kernel `[*window, f, c]` of a transposed convolution.
 
-    The window belongs to the decoder, which is a transposed convolution itself: then both factors
-    work on the smaller feature map, at the input's positions.
+    The decoder owns the window and is itself a transposed convolution. Both factors thus work on
+    the smaller feature map, at the input's positions.
 
     Args:
         dimensions: Number of spatial axes.
@@ -476,7 +476,7 @@ def einsum_terms(equation: str) -> tuple[str, str, str]:
         equation: `"inputs,kernel->outputs"`, as for `EinsumDense`.
 
     Raises:
-        ValueError: If it has another number of terms.
+        ValueError: If it does not have three terms.
 
     Example:
         >>> einsum_terms("ab, bc -> ac")
@@ -487,10 +487,10 @@ def einsum_terms(equation: str) -> tuple[str, str, str]:
 
 
 def einsum_unfolding(equation: str) -> Unfolding:
-    """Returns how the kernel of an einsum layer is read.
+    """Returns how to read the kernel of an einsum layer.
 
-    Axes of the kernel that it shares with the input alone are channels, those that it shares with
-    the output alone are filters.
+    Kernel axes shared only with the input are channels. Kernel axes shared only with the output
+    are filters.
 
     Args:
         equation: `"inputs,kernel->outputs"`, as for `EinsumDense`.
@@ -499,8 +499,8 @@ def einsum_unfolding(equation: str) -> Unfolding:
         The `Unfolding` to a matrix.
 
     Raises:
-        ValueError: If the kernel has an axis of another kind, no channels or no filters: then it is
-            no matrix from inputs to outputs. The text says what it has.
+        ValueError: If the kernel is not a matrix from inputs to outputs: it has another kind of
+            axis, no channels or no filters. The message says which.
 
     Example:
         >>> einsum_unfolding("abc,cde->abde").shape((16, 4, 8))

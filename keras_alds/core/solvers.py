@@ -1,19 +1,19 @@
-r"""One choice a layer under one or two hard budgets: exact min–max, and min–sum near its bound.
+r"""One choice per layer under one or two hard budgets: exact min–max, near-optimal min–sum.
 
-Picking one choice a layer is the multiple-choice knapsack problem (Kellerer, Pferschy, Pisinger,
-"Knapsack Problems", chapter 11). Within a layer all budgets order the choices alike: its
-multiply–accumulates are its weights times a constant. So for a threshold t on the error the
-cheapest choice of a layer is the cheapest for every budget, all totals fall as t grows, and the
-least t within the budgets solves min–max exactly.
+Picking one choice per layer is the multiple-choice knapsack problem (Kellerer, Pferschy, Pisinger,
+"Knapsack Problems", chapter 11). Within a layer all budgets order the choices alike, because its
+multiply–accumulates are its weights times a constant. So for an error threshold t, a layer's
+cheapest choice is cheapest in every budget. All totals fall as t grows, and the smallest t within
+the budgets solves min–max exactly.
 
-For sums the budgets have prices λ ≥ 0. For a ratio of the prices the choices on the convex hulls
-are walked through until a step leaves a budget. With one budget that is one walk. With two a
+For sums, each budget has a price λ ≥ 0. For a fixed ratio of the prices, a walk along the convex
+hulls ends before the first step that exceeds a budget. One budget needs one walk. With two, a
 bisection over the ratio raises the price of the budget that stops the walk. Every pair of prices
 gives a lower bound,
 
     Σ_l min_i (ε_{l,i} + λ · c_{l,i}) − λ · C,
 
-and the best one comes with the solution. No budget is ever exceeded.
+and the solution reports the best one. No budget is ever exceeded.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from keras_alds.core.choices import ChoiceTable
 Int64 = NDArray[np.int64]
 Float64 = NDArray[np.float64]
 
-# Exchanges between pairs of layers: skipped above this many layers × choices (about 20 ms a
-# round), and once the sum is this close to its lower bound.
+# Exchanges between pairs of layers are skipped above this many layers × choices (about 20 ms per
+# round), or once the sum is this close to its lower bound.
 _EXCHANGE_ROWS = 400_000
 _EXCHANGE_GAP = 1e-3
 # Halvings of the angle between two prices.
@@ -42,12 +42,12 @@ _HALVINGS = 24
 
 
 class InfeasibleBudget(ValueError):  # noqa: N818 - a name of the public API
-    """The cheapest choices of all layers together are above a budget.
+    """The cheapest choices of all layers together exceed a budget.
 
     Attributes:
-        required: The smallest total that can be reached.
-        budget: The budget that was asked for.
-        resource: Which one of several budgets it is, counted from 0.
+        required: The smallest possible total.
+        budget: The requested budget.
+        resource: Index of the exceeded budget, from 0.
     """
 
     def __init__(self, required: int, budget: int, resource: int = 0) -> None:
@@ -65,19 +65,19 @@ class InfeasibleBudget(ValueError):  # noqa: N818 - a name of the public API
 
 @dataclass(frozen=True)
 class Solution:
-    """One choice a layer.
+    """One choice per layer.
 
     Attributes:
-        indices: For every layer the row of its table.
+        indices: The chosen row of each layer's table.
         max_error: The largest error of the choices; 0 without layers.
         sum_error: The sum of their errors.
-        total_cost: For every budget the sum of their costs, never above it.
+        total_cost: The sum of their costs in each budget, never above the budget.
         lower_bound: No selection within the budgets has a smaller objective (the largest error
             with `min_max`, the sum with `min_sum`).
-        certificate: With `min_max`, `(threshold, required)`: the largest error in any front that
-            is below the optimum, and for every budget the smallest total cost that reaches it,
-            one of them above its budget (all `math.inf` if none reaches it). `None` where no
-            front has a smaller error.
+        certificate: With `min_max`, `(threshold, required)`. `threshold` is the largest error below
+            the optimum in any front. `required` holds the smallest total cost per budget that
+            reaches it; at least one exceeds its budget (all are `math.inf` if it is out of
+            reach). `None` if no front has an error below the optimum.
     """
 
     indices: tuple[int, ...]
@@ -96,7 +96,7 @@ class Solution:
         lower_bound: float,
         certificate: tuple[float, tuple[float, ...]] | None = None,
     ) -> Solution:
-        """Returns the solution that takes a row of every table."""
+        """Returns the solution that takes the given row of each table."""
         errors = [float(table.error[i]) for table, i in zip(tables, indices, strict=True)]
         return cls(
             tuple(int(i) for i in indices),
@@ -112,16 +112,16 @@ def check_budgets(tables: Sequence[ChoiceTable], budgets: Sequence[int]) -> Int6
     """Returns the budgets as an array, or raises an error if they cannot be used.
 
     Args:
-        tables: One table a layer.
+        tables: One table per layer.
         budgets: The budgets.
 
     Returns:
         Array `[r]` of int64.
 
     Raises:
-        InfeasibleBudget: If the cheapest choices together are above a budget; it says which.
-        ValueError: If a budget is no integer, a table has no choice or other costs, or the
-            budgets order the choices of a layer differently.
+        InfeasibleBudget: If the cheapest choices together exceed a budget; it says which.
+        ValueError: If a budget is not an integer, a table is empty or does not have one cost per
+            budget, or the budgets order the choices of a layer differently.
     """
     try:
         limits = np.array([operator.index(budget) for budget in budgets], np.int64)
@@ -145,25 +145,24 @@ def check_budgets(tables: Sequence[ChoiceTable], budgets: Sequence[int]) -> Int6
 
 
 def min_max(tables: Sequence[ChoiceTable], budgets: Sequence[int]) -> Solution:
-    """Minimises the largest error under the budgets, exactly, and spends what is left on ranks.
+    """Minimises the largest error under the budgets exactly, then spends the rest on ranks.
 
     For a threshold t every layer takes its cheapest choice with an error of at most t. The totals
-    fall as t grows, so the optimum is the least error of any front whose totals are within the
-    budgets, found by bisection. What is left lowers the largest remaining error while it can; a
-    layer whose next step does not fit is settled, and the next largest is tried.
+    fall as t grows, so the optimum is the smallest error in any front whose totals are within the
+    budgets. Bisection finds it. The rest of the budgets then lowers the largest remaining error,
+    step by step. A layer whose next step does not fit is done; the next largest error follows.
 
-    These steps take only more rank in the slices that were chosen, or keep the whole kernel: the
-    subspaces are nested, so that such a step is better in every norm, where another number of
-    slices may be better in the one measure and worse in all others. ResNet20 at 40 % of its
-    parameters: 65.7 % top-1 this way, 53.7 % with steps to any choice, 64.6 % with what is left
-    unspent.
+    A step only raises the rank of the chosen slices, or keeps the whole kernel. The subspaces are
+    nested, so such a step is better in every norm. Another number of slices may be better in one
+    measure and worse in all others. ResNet20 at 40 % of its parameters has 65.7 % top-1 this way,
+    53.7 % with steps to any choice, and 64.6 % with the rest unspent.
 
     Args:
-        tables: One table of choices a layer.
+        tables: One table of choices per layer.
         budgets: Largest total costs, integers.
 
     Returns:
-        The `Solution`; equal errors are treated in the order of the layers.
+        The `Solution`; ties are broken in layer order.
 
     Raises:
         InfeasibleBudget: As `check_budgets`.
@@ -183,7 +182,7 @@ def min_max(tables: Sequence[ChoiceTable], budgets: Sequence[int]) -> Solution:
     errors = [table.error[rows] for table, rows in zip(tables, fronts, strict=True)]
 
     def total_at(threshold: float) -> tuple[list[int], tuple[float, ...]]:
-        """The cheapest rows with errors up to a threshold, and their totals."""
+        """The cheapest rows with errors up to a threshold, and their total costs."""
         found = [int(np.searchsorted(-error, -threshold)) for error in errors]
         if any(n == error.size for n, error in zip(found, errors, strict=True)):
             return [], (math.inf,) * limits.size
@@ -191,7 +190,7 @@ def min_max(tables: Sequence[ChoiceTable], budgets: Sequence[int]) -> Solution:
         return picks, tuple(_total(tables, picks, limits).tolist())
 
     thresholds = np.unique(np.concatenate(errors))
-    # The largest threshold is feasible: every layer takes its cheapest choice there.
+    # The largest threshold is feasible: there every layer takes its cheapest choice.
     low, high = 0, thresholds.size - 1
     while low < high:
         middle = (low + high) // 2
@@ -209,7 +208,7 @@ def min_max(tables: Sequence[ChoiceTable], budgets: Sequence[int]) -> Solution:
 
 
 def _lower_largest(tables: Sequence[ChoiceTable], picks: Sequence[int], limits: Int64) -> list[int]:
-    """Spends what is left on more rank where the remaining error is largest."""
+    """Spends the rest of the budgets on rank for the layers with the largest errors."""
     picks = list(picks)
     left = limits - _total(tables, picks, limits)
     largest = [
@@ -230,7 +229,7 @@ def _lower_largest(tables: Sequence[ChoiceTable], picks: Sequence[int], limits: 
 
 
 def more_rank(table: ChoiceTable, row: int) -> int:
-    """Returns the cheapest row of more rank in the same slices, or the whole kernel.
+    """Returns the cheapest row with less error in the same slices, or with the whole kernel.
 
     Args:
         table: The choices of a layer.
@@ -245,21 +244,21 @@ def more_rank(table: ChoiceTable, row: int) -> int:
 
 
 def min_sum(tables: Sequence[ChoiceTable], budgets: Sequence[int]) -> Solution:
-    """Minimises the sum of the errors under the budgets, to within a step a budget of its bound.
+    """Minimises the sum of the errors, to within one step per budget of its lower bound.
 
-    The steps along the lower convex hulls of all fronts are taken in the order of error saved
-    per cost, which is where a Lagrange multiplier's bisection ends, as long as the budgets last.
-    What is left is spent on the step, of any front and also off the hulls, that lowers the sum
-    most, until none fits. The same is tried with the step that saves most per cost, and the best
-    of all trials is taken. Where it is not close to the lower bound and the instance is small,
-    pairs of layers then exchange cost while that lowers the sum (two layers are exact).
+    Steps along the lower convex hulls of all fronts are taken in order of error saved per cost,
+    while the budgets last. Bisection on a Lagrange multiplier would end at the same place. The rest
+    goes to the steps that lower the sum most, on any front and also off the hulls, until none
+    fits. Another trial takes the steps that save most per cost. The best trial wins. If it is
+    not close to the lower bound and the instance is small, pairs of layers then exchange cost
+    while that lowers the sum (exact for two layers).
 
     Args:
-        tables: One table of choices a layer.
+        tables: One table of choices per layer.
         budgets: Largest total costs, integers, one or two.
 
     Returns:
-        The `Solution`; its `lower_bound` is the best Lagrangian bound that was met.
+        The `Solution`; its `lower_bound` is the best Lagrangian bound found.
 
     Raises:
         InfeasibleBudget: As `check_budgets`.
@@ -289,12 +288,12 @@ def min_sum(tables: Sequence[ChoiceTable], budgets: Sequence[int]) -> Solution:
 
 
 def total_error(tables: Sequence[ChoiceTable], picks: Sequence[int]) -> float:
-    """Returns the sum of the errors of one row of every table."""
+    """Returns the sum of the errors of one row per table."""
     return math.fsum(float(table.error[i]) for table, i in zip(tables, picks, strict=True))
 
 
 def _total(tables: Sequence[ChoiceTable], picks: Sequence[int], limits: Int64) -> Int64:
-    """What one row of every table costs of each budget."""
+    """Total cost of one row per table, in each budget."""
     costs = (table.cost[i] for table, i in zip(tables, picks, strict=True))
     return sum(costs, start=np.zeros_like(limits))
 
@@ -302,7 +301,7 @@ def _total(tables: Sequence[ChoiceTable], picks: Sequence[int], limits: Int64) -
 def _spend(
     fronts: Sequence[ChoiceTable], picks: Sequence[int], limits: Int64, scale: Float64 | None
 ) -> list[int]:
-    """Takes the best steps that fit until none does: with a scale those that save most per cost."""
+    """Takes the best steps that fit: by error saved, or per cost if a scale is given."""
     picks = list(picks)
     left = limits - _total(fronts, picks, limits)
 
@@ -318,7 +317,7 @@ def _spend(
         row = int(rates.argmax())
         return -float(rates[row]), n, now + 1 + row
 
-    # What fits only shrinks, so a layer's best step is at most as good as when it was queued.
+    # The budget left only shrinks, so a layer's best step never improves after it was queued.
     queue = [step for n in range(len(fronts)) if (step := best_step(n))]
     heapq.heapify(queue)
     while queue:
@@ -338,7 +337,7 @@ def _spend(
 
 
 def _affordable(cost: Int64, limits: Int64) -> Any:
-    """The last row of a front within limits `[…, r]` that its first row is within."""
+    """The last row of a front within limits `[…, r]`; the first row must be within them."""
     rows = [np.searchsorted(cost[:, r], limits[..., r], side="right") for r in range(cost.shape[1])]
     return np.minimum.reduce(rows) - 1
 
@@ -346,7 +345,7 @@ def _affordable(cost: Int64, limits: Int64) -> Any:
 def _exchange(
     fronts: Sequence[ChoiceTable], picks: Sequence[int], limits: Int64, bound: float
 ) -> list[int]:
-    """Lets one layer give up cost to another one while that lowers the sum of the errors."""
+    """Moves cost from one layer to another while that lowers the sum of the errors."""
     picks = list(picks)
     if len(fronts) * sum(map(len, fronts)) > _EXCHANGE_ROWS:
         return picks
@@ -371,23 +370,23 @@ def _exchange(
         _, a, row_a, b, row_b = best
         trial = list(picks)
         trial[a], trial[b] = row_a, row_b
-        # Compared as sums: a change may be smaller than their rounding.
+        # Compare the sums: a change may be smaller than their rounding.
         if a == b or (changed := total_error(fronts, trial)) >= total:
             break
         picks, total = trial, changed
     return picks
 
 
-# -- Walks: every layer goes along a chain of its choices ----------------------------------------
+# -- Walks: every layer moves along a chain of its choices ---------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """The choices that a layer takes one after another as a scalar gets more generous.
+    """The choices that a layer takes in turn as a scalar rises.
 
     Attributes:
         rows: Rows of the layer's table.
-        levels: The scalar at which each of them is taken, not descending; −∞ for the first.
+        levels: The scalar at which each one is taken, not descending; −∞ for the first.
     """
 
     rows: Int64
@@ -395,24 +394,24 @@ class Chain:
 
     @classmethod
     def of(cls, rows: Int64, levels: Float64) -> Chain:
-        """Returns the chain of some rows and levels; a level below the one before it is raised."""
+        """Returns the chain of the given rows; raises each level to at least the one before it."""
         levels = np.maximum.accumulate(np.append(-np.inf, levels[1:]))
         return cls(rows.astype(np.int64), levels[: rows.size])
 
 
-#: Makes a layer's chain of its table and of what its choices cost, `[n]`.
+#: Makes a layer's chain from its table and the costs of its choices, `[n]`.
 ChainOf = Callable[[ChoiceTable, Float64], Chain]
 
 
 def hull_chain(table: ChoiceTable, cost: Float64) -> Chain:
-    """Returns the choices with the least λ·cost + error for all λ, by −λ.
+    """Returns the choices that minimise λ·cost + error for some λ, ordered by −λ.
 
-    They are those on the lower convex hull, each from the λ on at which the step to it saves as
-    much error as it costs.
+    They lie on the lower convex hull. Each starts at the λ at which the step to it saves as much
+    error as it costs.
 
     Args:
         table: The choices of a layer.
-        cost: What they cost, `[n]`.
+        cost: Costs of the choices, `[n]`.
 
     Returns:
         The chain.
@@ -448,22 +447,22 @@ def lower_hull(cost: NDArray[Any], error: Float64) -> Int64:
 def walks(
     tables: Sequence[ChoiceTable], limits: Int64, chain: ChainOf, *, together: bool = False
 ) -> Iterator[tuple[list[int], Float64]]:
-    """Walks along the layers' chains as far as the budgets last, for several ratios of the prices.
+    """Walks along the layers' chains while the budgets last, for several ratios of the prices.
 
     Args:
-        tables: One table a layer.
+        tables: One table per layer.
         limits: One or two budgets, from `check_budgets`.
         chain: Makes a layer's chain.
-        together: Whether steps of one level are taken together or not at all.
+        together: Whether steps of one level are taken all together or not at all.
 
     Yields:
         `(rows, prices)`: where the walk ended, and the budgets' prices there.
 
     Raises:
-        InfeasibleBudget: If the first choices of all chains together are above a budget.
+        InfeasibleBudget: If the first choices of all chains together exceed a budget.
     """
     low, high = 0.0, math.pi / 2
-    # First each budget alone has a price, then both: the one that stops the walk gets dearer.
+    # First price each budget alone, then both: the price of the one that stops the walk rises.
     for step in range(2 + _HALVINGS):
         angle = (low, high)[step] if step < 2 else (low + high) / 2
         weight = np.array([math.cos(angle), math.sin(angle)])[: limits.size] * _scale(limits)
@@ -471,13 +470,13 @@ def walks(
         rows, stopped_by, level = _walk(tables, chains, limits, together)
         yield rows, max(-level, 0.0) * weight
         if stopped_by is None or step == stopped_by:
-            return  # the other budget's price is 0 at the optimum
+            return  # at the optimum the other budget has price 0
         if step >= 2:
             low, high = (angle, high) if stopped_by == 1 else (low, angle)
 
 
 def _scale(limits: Int64) -> Float64:
-    """Makes the budgets comparable: costs of each in units of the first."""
+    """Factors that convert the costs in each budget to units of the first."""
     comparable = np.maximum(limits, 1)
     return comparable[0] / comparable
 
@@ -488,8 +487,8 @@ def _walk(
     """Walks along all chains by level.
 
     Returns:
-        The rows at the end, the budget that does not last (None if all do), and the level of the
-        first step that was not taken (0 if all were).
+        The rows at the end, the budget that stops the walk (None if none does), and the level of
+        the first step that was not taken (0 if all were).
     """
     if not chains:
         return [], None, 0.0
@@ -497,7 +496,7 @@ def _walk(
     layer = np.concatenate([np.full(c.rows.size - 1, n) for n, c in enumerate(chains)])
     level = np.concatenate([c.levels[1:] for c in chains])
     step = np.concatenate([np.diff(cost, axis=0) for cost in costs])
-    order = np.argsort(level, kind="stable")  # equal ones in the order of the layers
+    order = np.argsort(level, kind="stable")  # ties in layer order
     layer, level = layer[order], level[order]
     start = sum((cost[0] for cost in costs), start=np.zeros_like(limits))
     over = start + np.cumsum(step[order], axis=0) > limits

@@ -1,13 +1,13 @@
-"""Singular values of all channel slices for all numbers of slices, and the factors of a choice.
+"""Singular values of the channel slices for every number of slices, and a choice's factors.
 
 The singular values of a slice are the square roots of the eigenvalues of the Gram matrix of its
-smaller side, in float64: several times faster than an SVD, and exact to about 1e-8·σ_1, below
-the resolution of float32 weights. Two facts save most of the Gram products:
+smaller side, in float64. This is several times faster than an SVD, and exact to about 1e-8·σ_1,
+below the resolution of float32 weights. Two facts save most of the Gram products:
 
-- on the filter side Gram matrices add up: the one of a slice is the sum of those of its parts;
-- on the row side the Gram matrix of a part is a diagonal block of the slice's.
+- on the filter side, a slice's Gram matrix is the sum of the Gram matrices of its parts;
+- on the row side, a part's Gram matrix is a diagonal block of the slice's Gram matrix.
 
-Source: arXiv 2107.11442, section 2 (the local step); the Gram route is this library's.
+Source: arXiv 2107.11442, section 2 (the local step); the Gram matrices are this library's own.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ from keras_alds.core.slicing import (
 Float64 = NDArray[np.float64]
 
 # Cost of one work item in floating-point operations of an eigenvalue solver (about 20 ms): small
-# enough to balance the threads, large enough to hide the submission.
+# enough to balance the threads, large enough to hide the submission overhead.
 _ITEM_COST = 3e8
-# A layer whose filter side is a larger part than this of all the work is split over the workers.
+# If a layer's filter side exceeds this share of all the work, it is split over the workers.
 _SPLIT_SHARE = 1 / 16
 # Entries of one float64 working copy (128 MB).
 _COPY_ENTRIES = 1 << 24
 # Entries of all Gram matrices of one layer that wait for their eigenvalues (1 GB).
 _GRAM_ENTRIES = 1 << 27
-# Work items of tiny matrices are bound by memory instead.
+# Entries of one work item of tiny matrices, which memory limits instead of time.
 _BATCH_ENTRIES = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
 class SliceSpectrum:
-    """What is left of all slices of one k after truncation to rank j, for j = 0 … r.
+    """Residuals of all slices for one k after truncation to rank j, for j = 0 … r.
 
     Attributes:
-        residual_norm: Array `[r + 1]`: max_i σ_{j+1}(W_i), the largest singular value that is
+        residual_norm: Array `[r + 1]`: max_i σ_{j+1}(W_i), the largest singular value
             dropped in any slice; 0 at r = min((c/k)·κ, f).
         residual_energy: Array `[r + 1]`: Σ_i Σ_{m>j} σ_m(W_i)², summed from the small end.
     """
@@ -136,22 +136,22 @@ def spectra_many(
     executor: Executor | None = None,
     slices: Iterable[int] | None = None,
 ) -> list[Spectra]:
-    """Returns the spectra of several kernels, computed side by side.
+    """Returns the spectra of several kernels, computed in parallel.
 
-    While it runs BLAS is limited to one thread, and the work items are spread over the executor
-    instead. That is faster, and it makes the result the same bit for bit in every process,
-    whatever the number of workers and of BLAS threads. (Another choice of `slices` sums Gram
-    matrices of other parts, and may differ by rounding.)
+    BLAS is limited to one thread meanwhile, and the executor runs the work items in parallel.
+    That is faster. It also makes the result the same bit for bit in every process, for any number
+    of workers and BLAS threads. (Other `slices` sum the Gram matrices of other parts, so results
+    may differ by rounding.)
 
     Args:
         kernels: Real arrays `[*spatial, c, f]`.
-        executor: Any `concurrent.futures.Executor`; the work items and their results can be
+        executor: Any `concurrent.futures.Executor`; work items and their results can be
             pickled. Defaults to a pool of `os.cpu_count()` threads.
-        slices: Numbers of slices k to compute; for each kernel those that divide its c are used.
-            Defaults to all divisors. With a single kernel every entry must divide c.
+        slices: Numbers of slices k to compute; each kernel uses those that divide its c. Defaults
+            to all divisors. With a single kernel every entry must divide c.
 
     Returns:
-        One `Spectra` a kernel, in order.
+        One `Spectra` per kernel, in order.
 
     Raises:
         ValueError: If a kernel holds NaN or infinity, has fewer than two axes or an empty one, or
@@ -272,7 +272,7 @@ def _gram_item(part: Array) -> Float64:
 
 
 def _filter_item(kernel: Array, tree: tuple[tuple[int, int], ...]) -> dict[int, Float64]:
-    """All of one kernel's filter side: eigenvalues `[k, f]` for every k of the tree."""
+    """The whole filter side of one kernel: eigenvalues `[k, f]` for every k of the tree."""
     with single_threaded_blas():
         values = {}
         grams: dict[int, Float64] = {}
@@ -305,7 +305,7 @@ def _row_item(part: Array, slices: int, pieces: tuple[int, ...]) -> dict[int, Fl
 
 
 def _column_item(kernel: Array, slices: tuple[int, ...]) -> dict[int, Float64]:
-    """A single filter: the one singular value of a slice is its norm."""
+    """With a single filter, the only singular value of a slice is its norm."""
     finest = max(kernel.shape[-2], 1)
     squares = np.square(_rows(kernel, finest)).sum(axis=(1, 2))
     return {k: squares.reshape(k, -1).sum(axis=1, keepdims=True) for k in slices}
@@ -318,13 +318,13 @@ def _parts(kernel: Array, slices: int) -> list[Array]:
 
 
 def _merge(grams: Float64, slices: int) -> Float64:
-    """Sums Gram matrices of finer slices to those of `slices` coarser ones."""
+    """Sums Gram matrices of finer slices into those of `slices` coarser ones."""
     f = grams.shape[-1]
     return grams.reshape(slices, -1, f, f).sum(axis=1)
 
 
 def _forget(grams: dict[int, Any], tree: Sequence[tuple[int, int]], done: int) -> None:
-    """Drops the matrices that no k after `done` is made of."""
+    """Drops the matrices that no k after `done` needs."""
     after = tree[[k for k, _ in tree].index(done) + 1 :]
     needed = {parent for _, parent in after}
     for k in [k for k in grams if k not in needed]:
@@ -335,12 +335,12 @@ def _forget(grams: dict[int, Any], tree: Sequence[tuple[int, int]], done: int) -
 
 
 def _eigen_cost(side: float, count: float) -> float:
-    # The constant is the overhead of one LAPACK call in the same unit.
+    # The constant is the overhead of one LAPACK call, in the same unit.
     return count * (4 / 3 * side**3 + 2e4)
 
 
 def _gram_cost(rows: float, columns: float) -> float:
-    # rows · columns² operations, which run about three times as fast as the eigenvalue solver's.
+    # The rows · columns² operations run about three times as fast as the eigenvalue solver's.
     return rows * columns**2 / 3
 
 
@@ -353,12 +353,12 @@ class _Work:
         self.values: dict[int, Float64] = {}
         c, kappa, f = kernel_sizes(kernel.shape)
         self.rows, self.f = c * kappa, f
-        # k = 1 is always needed: its first singular value is the norm of the layer.
+        # k = 1 is always needed: its largest singular value is the norm of the layer.
         needed = sorted({1, *slices})
         filter_side = [k for k in needed if self.rows // k >= f]
         row_side = [k for k in needed if self.rows // k < f]
 
-        # Filter side, finest first: (k, parent), parent = the k whose matrices add up to k's.
+        # Filter side, finest first: (k, parent); the matrices of `parent` add up to those of k.
         self.tree: tuple[tuple[int, int], ...] = tuple(
             (k, min((p for p in filter_side if p > k and p % k == 0), default=0))
             for k in reversed(filter_side)
@@ -367,7 +367,7 @@ class _Work:
             _eigen_cost(f, k) + (0.0 if parent else _gram_cost(self.rows, f))
             for k, parent in self.tree
         )
-        # Row side: k is cut out of the coarsest k that divides it.
+        # Row side: the blocks of each k are cut from the coarsest k that divides it.
         self.roots: dict[int, list[int]] = {}
         for k in row_side:
             root = next(r for r in row_side if k % r == 0)
@@ -383,7 +383,7 @@ class _Work:
         return [_Item(self.filter_cost, _filter_item, arguments, self.values.update)]
 
     def split_filter(self, executor: Executor) -> list[_Item]:
-        """Computes the filter side's Gram matrices and returns an item for each of them."""
+        """Computes the filter side's Gram matrices and returns one eigenvalue item for each."""
         items: list[_Item] = []
         grams: dict[int, Float64] = {}
         for k, parent in self.tree:
@@ -447,8 +447,8 @@ class _Work:
 
 
 def _reduce(eigenvalues: Float64, side: int) -> SliceSpectrum:
-    """Reduces the eigenvalues `[k, r]`, ascending, of all slices to the curves over j."""
-    # What the Gram matrix cannot resolve is zero: a slice without full rank must show error 0.
+    """Reduces the ascending eigenvalues `[k, r]` of all slices to the curves over j."""
+    # Set what the Gram matrix cannot resolve to 0: a slice without full rank must have error 0.
     resolution = side * np.finfo(np.float64).eps * eigenvalues[:, -1:]
     squares = np.where(eigenvalues > np.maximum(resolution, 0.0), eigenvalues, 0.0)
     norm = np.append(np.sqrt(squares.max(axis=0))[::-1], 0.0)
@@ -457,7 +457,7 @@ def _reduce(eigenvalues: Float64, side: int) -> SliceSpectrum:
 
 
 def _run(executor: Executor, items: list[_Item]) -> None:
-    """Runs the items, the most expensive ones first, and keeps their results."""
+    """Runs the items, the most expensive first, and keeps their results."""
     order = sorted(items, key=lambda item: -item.cost)
     calls = [(item.function, *item.arguments) for item in order]
     for item, result in zip(order, map_within(executor, _call, calls), strict=True):
@@ -472,7 +472,7 @@ def _compute(works: list[_Work], executor: Executor) -> None:
     items = [item for work in works for item in work.row_items()]
     total = sum(item.cost for item in items) + sum(work.filter_cost for work in works)
     for work in works:
-        # Splitting changes who computes a number, never the number.
+        # Splitting changes which worker computes a number, never the number itself.
         if work.f > 1 and work.filter_cost > max(_SPLIT_SHARE * total, _ITEM_COST):
             items.extend(work.split_filter(executor))
         else:
@@ -484,14 +484,14 @@ def _compute(works: list[_Work], executor: Executor) -> None:
 
 
 def slice_vectors(matrix: Float64) -> tuple[Float64, bool]:
-    """Returns orthonormal singular vectors of the smaller side of one slice.
+    """Returns the orthonormal singular vectors of a slice on its smaller side.
 
     Args:
         matrix: Array `[n, f]` in float64.
 
     Returns:
         `(vectors, right)`: vectors `[min(n, f), min(n, f)]` in columns, the leading one first;
-        `right` tells whether they are right singular vectors (n ≥ f) or left ones.
+        `right` says whether they are right singular vectors (n ≥ f) or left ones.
 
     Example:
         >>> vectors, right = slice_vectors(np.eye(4, 3))
@@ -506,9 +506,9 @@ def slice_vectors(matrix: Float64) -> tuple[Float64, bool]:
 def factorize(kernel: Array, slices: int, rank: int) -> tuple[Array, Array]:
     """Returns the balanced low-rank factors of a kernel for one choice (k, j).
 
-    Every slice W_i = U Σ Vᵀ is truncated to its j leading singular triplets; the encoder takes
-    U·√Σ and the decoder √Σ·Vᵀ. The sign of every pair is fixed by making the encoder column's
-    entry of largest magnitude positive, so the same kernel gives the same factors.
+    Every slice W_i = U Σ Vᵀ is truncated to its j leading singular triplets. The encoder takes
+    U·√Σ and the decoder √Σ·Vᵀ. The entry of largest magnitude in every encoder column is made
+    positive. This fixes the signs, so the same kernel gives the same factors.
 
     Args:
         kernel: Array `[*spatial, c, f]` of floating-point numbers.
@@ -548,8 +548,8 @@ def factorize(kernel: Array, slices: int, rank: int) -> tuple[Array, Array]:
 
 
 def _balanced_factors(matrix: Float64, rank: int) -> tuple[Float64, Float64]:
-    # The product with orthonormal vectors is a projection of the slice, exact in float64 however
-    # coarse the Gram matrix resolves small singular values.
+    # The product with orthonormal vectors is a projection of the slice. It is exact in float64,
+    # however coarsely the Gram matrix resolves small singular values.
     vectors, is_right = slice_vectors(matrix)
     vectors = vectors[:, :rank]
     if is_right:
