@@ -28,9 +28,9 @@ from keras_alds._backend.layers import (
 LINEAR, SQUARED, AVERAGE = "linear", "squared", "average"
 
 #: The same by optimizer class and slot name, in Keras 3, tf_keras and tf_keras's legacy optimizers.
-#: Slots that are not convertible are missing: RMSprop's momentum, which sums rescaled gradients; its
-#: average gradient, as the root of the averaged squares less its square is taken; and slots that
-#: track a maximum.
+#: Slots that are not convertible are missing: RMSprop's momentum, which sums rescaled gradients;
+#: its average gradient, whose square is taken from the averaged squares under a root; and slots
+#: that track a maximum.
 _SLOTS: dict[str, dict[str, str]] = {
     "SGD": dict.fromkeys(("momentums", "momentum"), LINEAR),
     "Adam": {
