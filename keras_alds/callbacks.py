@@ -53,8 +53,7 @@ class ALDSCompress(_backend.Callback):
     converted with the squared factors, their expectation for uncorrelated gradients. Weight
     averages (EMA) start at the factors. This holds for SGD, Adam, AdamW, Adamax, Nadam, Lion,
     RMSprop, Adagrad and Adadelta. Any other state of a factor (RMSprop's momentum and average
-    gradient, Adamax's norm,
-    the state of other optimizers) starts at its initial value.
+    gradient, Adamax's norm, the state of other optimizers) starts at its initial value.
 
     The compression also resets what other callbacks remember of the dense model: the best value
     and weights of `EarlyStopping`, the patience count of `ReduceLROnPlateau`, and the best value

@@ -44,7 +44,7 @@ def print_plan(
             row.append(_change(choice.macs_before or 0, choice.macs_after or 0))
         if latency:
             row.append(_microseconds(choice.latency_before, choice.latency_after))
-        row.append(f"{choice.error:.4f}" if choice.factorized else f"left alone: {choice.reason}")
+        row.append(f"{choice.error:.4f}" if choice.factorized else f"skipped: {choice.reason}")
         rows.append(row)
     lines = [
         f"Total params: {_change(plan.params_before, plan.params_after)}"

@@ -87,7 +87,9 @@ def load_model(path: str | os.PathLike[str], name: str = KERASES[0]) -> Model:
     """
     file = os.fspath(path)
     if not os.path.exists(file):
-        raise ValueError(f"Expected the file of a saved model. Received: {file}, which is missing")
+        raise ValueError(
+            f"Expected the file of a saved model. Received: {file}, which does not exist"
+        )
     module = tf_keras_backend().keras if name == KERASES[1] else keras
     try:
         # A compile state may need a user's own loss or metric.

@@ -298,7 +298,7 @@ def join_tables(tables: Sequence[ChoiceTable]) -> ChoiceTable:
     kept = {(row.weights, row.cost) for t in tables for row in t.take(t.slices == 0)}
     if len(kept) != 1:
         raise ValueError(
-            "Expected tables of one kernel, with what it weighs and costs as it is. Received: "
+            "Expected tables of one kernel, with the dense kernel's weights and cost. Received: "
             f"{sorted(kept)}"
         )
     first, *others = tables

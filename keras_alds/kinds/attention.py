@@ -168,7 +168,7 @@ class Attention(Kind):
     def obstacle(self, layer: Any, inner: Any, holders: Sequence[Any]) -> str | None:
         if self.is_stock(layer) or all(inner is not dense for dense in projections(layer).values()):
             return None
-        return f"{type(layer).__name__} makes it in code of its own, as it is, when loaded"
+        return f"{type(layer).__name__} creates it in its own code when the model is loaded"
 
     def adopt(self, backend: _backend.Backend, layer: Any) -> Undo | None:
         found = {

@@ -209,9 +209,9 @@ class Dense(KernelKind):
             return [encoder, decoder]
         if merged:  # shared: called before where a Reshape fits
             raise ValueError(
-                f"Expected the shared layer '{layer.name}' to be called with a mask everywhere or "
-                "nowhere, to write it out. Received: both. Remedy: leave it alone with `exclude=` "
-                "when compressing, or compress it with `max_slices=1`."
+                f"Expected all calls of the shared layer '{layer.name}' to have a mask, or none. "
+                "Received: some of both. Remedy: skip it with `exclude=` when compressing, or "
+                "compress it with `max_slices=1`."
             )
         hidden, channels = layer.slices * layer.rank, layer.slices * int(layer.encoder.shape[0])
         rows = (1 if len(shape) == 2 else -1, 1, channels)

@@ -681,7 +681,7 @@ class Cell(Kind):
 
     def skipped(self, layer: Any) -> Skipped | None:
         if is_cell(layer):
-            return Skipped(Skip.NO_KERNEL, "its kernels have lines of their own")
+            return Skipped(Skip.NO_KERNEL, "its kernels are listed separately")
         return super().skipped(layer)
 
     def kernels(self, layer: Any) -> dict[str, Any]:

@@ -266,9 +266,9 @@ def _check_data(model: Any, options: ConvertOptions, aware: bool) -> None:
         )
     if quantize == "int8" and data is None and not aware:
         raise ValueError(
-            "Expected `representative_data` for quantize='int8': some hundred unlabelled examples, "
-            "preprocessed as for training, that show the ranges of the activations. Received: "
-            "none. quantize='dynamic' needs no data."
+            "Expected `representative_data` for quantize='int8': a few hundred unlabelled "
+            "examples, preprocessed as for training, that show the ranges of the activations. "
+            "Received: none. quantize='dynamic' needs no data."
         )
     if quantize != "int8" and data is not None:
         raise ValueError(

@@ -175,8 +175,8 @@ class LatencyTable:
             ) from error
         if len(settings) != 1 or len(totals) != 1:
             raise ValueError(
-                f"Expected a latency table in {where!r} of one model under one quantization, "
-                "number of threads and target: a table a model. "
+                f"Expected the latency table in {where!r} to hold one model, measured with one "
+                "quantization, number of threads and target. "
                 f"Received: {len(totals)} models, settings {sorted(map(str, settings))}"
             )
         ((quantize, threads, target),) = settings

@@ -1,7 +1,7 @@
 """Resources that a plan can limit: parameters and multiply–accumulates.
 
 A resource gives the cost of a whole model and of every choice of a layer. To add one, write a class
-with the four members of `Resource` and pass it to `models.selection`, as `litert.latency` does.
+with the four members of `Resource`, and make it in `api._resources`. `litert.latency` has one.
 """
 
 from __future__ import annotations

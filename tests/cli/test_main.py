@@ -44,7 +44,7 @@ def test_plan(saved, tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore:You are saving")
 def test_bad_input_ends_with_status_2(saved, tmp_path, capsys):
     _, path, options = saved
-    assert "which is missing" in complaint(capsys, "plan", tmp_path / "none.keras")
+    assert "which does not exist" in complaint(capsys, "plan", tmp_path / "none.keras")
     (tmp_path / "bad.keras").write_text("no model")
     assert "Expected a model that" in complaint(capsys, "plan", tmp_path / "bad.keras", *options)
     assert "0 < cr < 1" in complaint(capsys, "plan", path, *options, "--cr", "50")

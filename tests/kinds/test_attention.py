@@ -135,7 +135,7 @@ def test_a_layer_with_code_of_its_own_is_left_alone(keras_module):
     model = K.Model(inputs, K.layers.Dense(24)(x))
     plan = select(model, 0.05)
     reasons = {c.layer: c.reason for c in plan.choices}
-    assert "Attention makes it in code of its own" in reasons["attention/query"]
+    assert "Attention creates it in its own code" in reasons["attention/query"]
 
 
 def test_bad_projections(keras_module):

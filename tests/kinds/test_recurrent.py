@@ -615,7 +615,7 @@ def test_reasons(keras_module):
     assert "kernel_constraint" in reasons["bounded/lstm_cell/kernel"]
     assert "kernel_constraint" not in reasons["bounded/lstm_cell/recurrent_kernel"]
     assert "is run by Own" in reasons["own/lstm_cell/kernel"]
-    assert reasons["own/lstm_cell"] == "its kernels have lines of their own"
+    assert reasons["own/lstm_cell"] == "its kernels are listed separately"
     images = K.Sequential([K.Input((3, 8, 8, 4)), L.ConvLSTM2D(4, 3), L.Flatten(), L.Dense(9)])
     reasons = {choice.kind: choice.reason or "" for choice in select(images, 0.05).choices}
     (convolved,) = (reason for kind, reason in reasons.items() if "ConvLSTM" in kind)

@@ -128,7 +128,9 @@ class TestBounds:
         plan = select(model, 0.3, bounds={"down": (0.5, None), r"d.*": (None, 0.6)})
         (choice,) = [choice for choice in plan.choices if choice.layer == "down"]
         assert 0.5 <= removed(choice) <= 0.6
-        with pytest.raises(ValueError, match=r"`bounds` of layer 'down' to allow one.*\(0\.7, 0\.6"):
+        with pytest.raises(
+            ValueError, match=r"`bounds` of layer 'down' to allow one.*\(0\.7, 0\.6"
+        ):
             select(model, 0.3, bounds={"down": (0.7, None), r"d.*": (None, 0.6)})
 
     def test_in_fit_and_compress(self, model, keras_module):
