@@ -79,8 +79,8 @@ def select(
 
     References:
         Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal
-        Layer-wise Decomposition", NeurIPS 2021, arXiv:2107.11442; Theorem 1 and Algorithm 1, with
-        an exact min–max solver instead of the heuristic search.
+        Layer-wise Decomposition", NeurIPS 2021, arXiv:2107.11442; Theorem 1 and Algorithm 1. The
+        method `"alds"` solves its min–max problem exactly, where the paper searches.
     """
     has_data = calibration_data is not None
     checked = checked_options(cr, options, has_data=has_data, caller="select")

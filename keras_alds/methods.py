@@ -1,4 +1,4 @@
-"""The named methods, and which one is used where none is named."""
+"""The named methods, and the defaults."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ with contextlib.suppress(ModuleNotFoundError):  # the folder can be left out
 
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _methods})
 
-#: What is used where no method is named, without calibration data and with some.
+#: The default methods, without and with calibration data.
 DEFAULT = "energy"
 DEFAULT_WITH_DATA = "activation"
 
 
 def get_method(name: str, error: str | None = None) -> Method:
-    """Returns a method by its name, with another error measure if asked for.
+    """Returns a method by its name, optionally with another error measure.
 
     Args:
         name: One of the keys of `METHODS`.
-        error: Error measure to use in place of the method's own.
+        error: Error measure that replaces the method's own.
 
     Returns:
         The `Method`.
 
     Raises:
-        ValueError: If the method or the error measure is unknown, or the method measures on data.
+        ValueError: If the method or the error measure is unknown, or `error` is given for a
+            method that needs calibration data.
 
     Example:
         >>> get_method("alds", error="spectral").error
@@ -60,17 +61,17 @@ def choose_method(name: str | None, *, has_data: bool, error: str | None = None)
     """Returns the name of the method to use, given whether there is calibration data.
 
     Args:
-        name: One of the keys of `METHODS`, or None: `"activation"` with data, else `"energy"`,
-            the better ones in the measured tables (docs/results.md).
+        name: One of the keys of `METHODS`, or None: `"activation"` with data, else `"energy"`.
+            These did best in the measured tables (docs/results.md).
         has_data: Whether there is calibration data.
-        error: The error measure that is asked for, if any. With no name and no data the method is
-            then `"alds"`, whose measures they are.
+        error: The requested error measure, if any. With an error measure but no name and no data,
+            the method is `"alds"`.
 
     Returns:
         A key of `METHODS`.
 
     Raises:
-        ValueError: If the method is unknown, needs data and there is none, or does not use any.
+        ValueError: If the method is unknown, needs data that is missing, or cannot use the data.
 
     Example:
         >>> choose_method(None, has_data=True)

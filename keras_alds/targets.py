@@ -1,4 +1,4 @@
-"""Targets: which slices and ranks run, and run fast, in the runtime that a model goes to."""
+"""Targets: which slices and ranks run, and run fast, in the runtime that a model is meant for."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from keras_alds.core.slicing import full_rank
 class Target:
     """A runtime, as constraints on the slices k and the rank j of a layer.
 
-    Every choice that it allows converts and runs there, in float and in int8, and has a form that
-    was measured not to be slow there (for the GPU: that its source code runs as it is), on a
-    processor without int8 matrix units: with them slices of fewer than 32 channels are. Conv3D
-    layers run in float only, compressed or not: LiteRT has no int8 operator for them. The
-    constraints hold for every layer by itself. Layers that are no 2D or 1D convolutions get k = 1:
-    their sliced forms are batched matrix products or several convolutions. So do the fold schemes
-    1 to 3, whose factors are then plain convolutions.
+    Every allowed choice converts and runs there, in float and in int8. Measurements found none of
+    the allowed forms slow on a processor without int8 matrix units. With such units, slices of
+    fewer than 32 channels are slow. For the GPU, the source code shows that it runs them as they
+    are. Conv3D layers run in float only, compressed or not: LiteRT has no int8 operator for them.
+    The constraints apply to each layer on its own. Layers other than 1D and 2D convolutions get
+    k = 1: their sliced forms are batched matrix products or several convolutions. Fold schemes
+    1 to 3 also get k = 1, which makes their factors plain convolutions.
 
     Attributes:
         name: Its name in `TARGETS`.
-        runtime: What runs the model there.
+        runtime: The software that runs the model.
         rank_multiple: Ranks are multiples of this.
         narrow: Layers with fewer channels or fewer filters than this are narrow.
         narrow_rank_multiple: Ranks of narrow layers are multiples of this.
-        slice_channels: Least number c/k of channels of a slice, for 1 < k < c. None: such grouped
-            convolutions are not allowed at all.
+        slice_channels: Smallest number c/k of channels per slice, for 1 < k < c. None: such
+            grouped convolutions are not allowed.
         slice_channel_multiple: For 1 < k < c, c/k is a multiple of this.
-        multipliers: Depth multipliers j that are allowed for k = c, the depthwise form of a 2D
-            convolution: pairs (least number of channels, largest j), ascending. Ranks are then no
-            multiples of `rank_multiple`, since lanes lie along the channels.
-        why: One sentence on where the constraints come from.
+        multipliers: Depth multipliers j allowed for k = c, the depthwise form of a 2D convolution:
+            pairs (smallest number of channels, largest j), ascending. These ranks need not be
+            multiples of `rank_multiple`, since the vector lanes run along the channels.
+        why: One sentence that says where the constraints come from.
     """
 
     name: str
@@ -55,15 +55,14 @@ class Target:
         depthwise: bool = True,
         blocks: int = 1,
     ) -> range:
-        """The ranks j that are allowed for a number of slices k.
+        """The ranks j allowed for a number of slices k.
 
         Args:
             kernel_shape: Shape `(*spatial, c, f)` of the dense kernel.
             slices: Number of slices k, a divisor of c.
-            depthwise: Whether k = c has a depthwise form: not with unequal strides.
-            blocks: Least number of slices that there is: more than 1 for a wide layer whose
-                inputs' second moment is kept in diagonal blocks. It then is allowed in place of
-                k = 1.
+            depthwise: Whether k = c has a depthwise form. It has none if the strides are unequal.
+            blocks: Smallest available number of slices. It exceeds 1 for a wide layer whose input
+                second moment is stored as diagonal blocks, and is then allowed in place of k = 1.
 
         Returns:
             A range, empty if `slices` is not allowed.

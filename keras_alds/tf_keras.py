@@ -1,8 +1,8 @@
 """The factorized layers for tf_keras (Keras 2), registered for loading without `custom_objects`.
 
 They are made here from the layers for Keras 3, of which they have the names, arguments, weights,
-errors and help texts. `import keras_alds` imports this module where tf_keras is installed, so that
-saved tf_keras models with factorized layers load.
+errors and help texts. When a program imports both `keras_alds` and tf_keras, this module is
+imported, so that saved tf_keras models with factorized layers load.
 
 Example:
     >>> import keras_alds.tf_keras

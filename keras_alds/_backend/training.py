@@ -28,9 +28,8 @@ from keras_alds._backend.layers import (
 LINEAR, SQUARED, AVERAGE = "linear", "squared", "average"
 
 #: The same by optimizer class and slot name, in Keras 3, tf_keras and tf_keras's legacy optimizers.
-#: Slots that are not convertible are missing: RMSprop's momentum, which sums rescaled gradients;
-#: its average gradient, whose square is taken from the averaged squares under a root; and slots
-#: that track a maximum.
+#: Slots that cannot be converted are missing: RMSprop's momentum, which sums rescaled gradients;
+#: its average gradient, whose square is subtracted from the averaged squares; slots of a maximum.
 _SLOTS: dict[str, dict[str, str]] = {
     "SGD": dict.fromkeys(("momentums", "momentum"), LINEAR),
     "Adam": {

@@ -1,4 +1,4 @@
-"""Checks of arguments that many functions share."""
+"""Argument checks shared by many functions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def positive_int(value: Any, name: str) -> int:
         name: The argument's name, for the error.
 
     Raises:
-        ValueError: If it is no positive integer.
+        ValueError: If it is not a positive integer.
 
     Example:
         >>> positive_int(3, "rank")
@@ -27,15 +27,15 @@ def positive_int(value: Any, name: str) -> int:
 
 
 def int_at_least(value: Any, name: str, least: int) -> int:
-    """Returns an argument as an int that is large enough.
+    """Returns an argument as an int of at least `least`.
 
     Args:
         value: What was given. A bool is no integer here.
         name: The argument's name, for the error.
-        least: The smallest number that is allowed.
+        least: The smallest allowed value.
 
     Raises:
-        ValueError: If it is no such integer.
+        ValueError: If it is not such an integer.
 
     Example:
         >>> int_at_least(0, "warmup", 0)

@@ -1,4 +1,4 @@
-"""Work on several threads: who runs it, how much memory it takes, and one BLAS thread each."""
+"""Multithreaded work: executors, a memory limit, and one BLAS thread per worker."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np  # noqa: F401 - its BLAS must be loaded before the controller looks for it
 import threadpoolctl
 
-#: Bytes that the work running at once may take.
+#: Limit, in bytes, on the memory of all calls running at once.
 BYTES_AT_ONCE = 3 << 27
 
 
 @contextmanager
 def threads(executor: Executor | None = None) -> Iterator[Executor]:
-    """Yields an executor; without one a pool of a thread for each CPU, as long as it is used.
+    """Yields the given executor, or a temporary pool with one thread per CPU.
 
     Args:
         executor: Any `concurrent.futures.Executor`.
@@ -47,13 +47,13 @@ def map_within(
     *,
     limit: int = BYTES_AT_ONCE,
 ) -> list[Any]:
-    """Calls a function side by side; calls that together take more than a limit wait.
+    """Calls a function in parallel; calls wait while memory use would exceed the limit.
 
     Args:
         executor: Any `concurrent.futures.Executor`.
         function: The function.
-        calls: The arguments of every call. They start in this order.
-        sizes: Bytes that every call takes. One above the limit runs alone. Defaults to none.
+        calls: The arguments of each call. Calls start in this order.
+        sizes: Bytes that each call takes. A call above the limit runs alone. Defaults to 0 each.
         limit: Bytes that all calls running at once may take.
 
     Returns:
@@ -99,19 +99,19 @@ _limiter: Any = None
 
 @cache
 def _controller() -> threadpoolctl.ThreadpoolController:
-    # Finding the loaded libraries takes milliseconds; NumPy's own does not change any more.
+    # Finding the loaded libraries takes milliseconds, and NumPy's BLAS no longer changes.
     return threadpoolctl.ThreadpoolController()
 
 
 @cache
 def _limit_is_per_thread() -> bool:
-    """Whether the BLAS counts threads per calling thread, as those on OpenMP do."""
+    """Whether BLAS limits its threads per calling thread, as OpenMP builds do."""
     return any(lib.get("threading_layer") == "openmp" for lib in _controller().info())
 
 
 def _free_control() -> None:
-    # Newer versions of threadpoolctl ignore all threads but the first one that set a limit. Ours
-    # are counted under a lock, and the last one out need not be the first one in.
+    # Newer versions of threadpoolctl ignore all threads except the first that set a limit. We count
+    # threads under a lock, and the last thread to leave need not be the first that entered.
     clear = getattr(threadpoolctl.OpenBLASController, "clear_controlling_thread", None)
     if clear is not None:
         clear(force=True)
@@ -121,9 +121,9 @@ def _free_control() -> None:
 def single_threaded_blas() -> Iterator[None]:
     """Limits BLAS to one thread while at least one caller is inside, then restores it.
 
-    The number of BLAS threads decides how sums are split and so the last bits of a result. It
-    belongs to the process, hence callers in several threads are counted: the first one in sets
-    the limit and the last one out restores what was there, also after an error.
+    The number of BLAS threads decides how sums are split, and so the last bits of a result. It is
+    a process-wide setting, so callers in several threads are counted: the first one to enter sets
+    the limit. The last one to leave restores the old value, even after an error.
 
     Example:
         >>> with single_threaded_blas():

@@ -2,7 +2,7 @@
 
 A file holds the factorized layers of a kind and all that is special about the kind: its kernel,
 its inputs, its MACs, its stock layers for `expand`. It registers itself. To add a kind, add its
-file and a line here; to remove one, remove both.
+file, a line here, and its public name in `layers.py`; to remove one, remove all three.
 """
 
 from keras_alds.kinds import attention as attention

@@ -1,6 +1,6 @@
-"""LiteRT (TensorFlow Lite) files: convert, check, measure; latency as something to limit.
+"""LiteRT (TensorFlow Lite) files: convert, check and measure them, and limit their latency.
 
-Needs `pip install "keras_alds[litert]"`. `keras_alds.litert` is imported when it is used.
+Needs `pip install "keras_alds[litert]"`. `keras_alds.litert` is imported on first use.
 """
 
 from keras_alds.litert.comparison import FileComparison, FileFigures, compare

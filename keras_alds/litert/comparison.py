@@ -32,9 +32,9 @@ class FileFigures:
     Attributes:
         size: Bytes of the file.
         gzip_size: Bytes of the file compressed by gzip, as in an app's package.
-        parameters: Constant values in it: weights and biases.
+        parameters: Number of constant values: weights and biases.
         latency: Its latency, or None if it was not measured.
-        metrics: Metrics on the data that were given, by name.
+        metrics: Metrics on the given data, by name.
     """
 
     size: int
@@ -62,8 +62,8 @@ class FileComparison:
     Attributes:
         original: Figures of the original's file.
         compressed: Figures of the compressed model's file.
-        latency_ratio: Median of the ratios, compressed to original, of runs that were timed one
-            right after the other; None if latency was not measured.
+        latency_ratio: Median ratio, compressed to original, over pairs of consecutive runs; None
+            if latency was not measured.
     """
 
     original: FileFigures
@@ -123,35 +123,35 @@ def compare(
     delegate: bool = True,
     verbose: int = 1,
 ) -> FileComparison:
-    """Puts two models or files side by side: bytes, latency and accuracy where they run.
+    """Compares two models or files: size, latency and accuracy in the LiteRT runtime.
 
-    Latency is measured in turns, one run of each, so that whatever else the machine does hits
-    both. Metrics are those of the files, not of the Keras models: what quantization costs is in
-    them. A warning names what `litert.convert` warns of, in both files.
+    The files are timed alternately, one run each, so that other load on the machine affects
+    both. Metrics are computed on the files, not on the Keras models, so they include the cost of
+    quantization. It warns as `litert.convert` does, once for both files.
 
     Args:
         original: A model, or the bytes or path of a `.tflite` file.
         compressed: The same.
         data: `(x, y)` to compute the metrics on, or None for no metrics. `x` is an array, or one
             array for each input, by name or in order. Defaults to None.
-        metric: Function `metric(y, outputs)` that returns a number or one number for each
-            example; a Keras metric, or its name. Defaults to the metrics that `original` is
-            compiled with, else to `"accuracy"`: of class numbers, one-hot classes, or two classes
-            in one score; a model of several outputs needs a function.
-        quantize: As for `litert.convert`, for what is given as a model. Defaults to None.
-        representative_data: As for `litert.convert`, for what is given as a model.
+        metric: Function `metric(y, outputs)` that returns one number, or one for each example; a
+            Keras metric, or its name. Defaults to the metrics that `original` is compiled with,
+            else to `"accuracy"`, which takes class numbers, one-hot classes, or two classes in
+            one score. Models with several outputs need a function.
+        quantize: As for `litert.convert`; applies to models, not files. Defaults to None.
+        representative_data: As for `litert.convert`; applies to models, not files.
         threads: As for `litert.benchmark`.
         runs: As for `litert.benchmark`; 0 to measure no latency. Defaults to 100.
         warmup: As for `litert.benchmark`.
         delegate: As for `litert.benchmark`.
-        verbose: 0 for silence, else a progress bar is shown on a terminal. Defaults to 1.
+        verbose: 0 for silence, else shows a progress bar on a terminal. Defaults to 1.
 
     Returns:
         A `FileComparison`. Its `summary()` prints it.
 
     Raises:
         ImportError: If LiteRT is not installed.
-        ValueError: If an argument is not as above, or as `litert.convert`.
+        ValueError: If an argument is not as above, or for the reasons of `litert.convert`.
 
     Example:
     ```python
@@ -176,7 +176,7 @@ def compare(
             "Received: two files"
         )
     if isinstance(representative_data, Iterator):
-        representative_data = list(representative_data)  # both models are to see it
+        representative_data = list(representative_data)  # both models need it
     options = ConvertOptions(quantize=quantize, representative_data=representative_data, verbose=0)
     with Progress(transient=True, disable=not verbose) as progress:
         task = progress.add_task("comparison", total=4)
@@ -261,7 +261,7 @@ def _metric(metric: Any, backend: _backend.Backend | None) -> tuple[str, Compute
 
 
 def accuracy(y: Any, outputs: Any) -> float:
-    """The share of right classes: class numbers, one-hot classes, or two classes in one score."""
+    """The share of correct predictions, for class numbers, one-hot classes or binary scores."""
     if isinstance(outputs, list):
         raise ValueError(
             "Expected a model of one output, for the metric 'accuracy'. "

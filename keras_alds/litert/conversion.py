@@ -1,4 +1,4 @@
-"""`convert`: from a Keras model to a `.tflite` file that is quantized as asked for, and runs."""
+"""`convert`: turns a Keras model into a `.tflite` file, checks its quantization and runs it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from keras_alds.models.inventory import walk
 from keras_alds.models.ranges import equalized
 
 QUANTIZE = (None, "float16", "dynamic", "int8")
-#: Runtimes in which a file can be tried, and whether XNNPACK is in them.
+#: Runtimes in which a file can be checked, and whether each uses XNNPACK.
 RUNTIMES = {"xnnpack": True, "reference": False}
 _IO_TYPES = ("float32", "int8", "uint8")
 
@@ -50,51 +50,51 @@ def convert(
 ) -> bytes:
     """Converts a model to a LiteRT (TensorFlow Lite) file, and returns its bytes.
 
-    It takes models of Keras 3 and tf_keras of any kind: original, compressed or expanded,
-    Functional, Sequential or subclassed, and models of TF-MOT's quantization-aware training.
-    Factorized layers become grouped and pointwise operators. The model is not changed; for int8
-    the channels between encoder and decoder get the same range on the way (see `equalize`).
+    It takes any model of Keras 3 or tf_keras: original, compressed or expanded; Functional,
+    Sequential or subclassed; and models from TF-MOT's quantization-aware training.
+    Factorized layers become grouped and pointwise operators. The model does not change. For int8,
+    the conversion equalizes the channels between encoder and decoder (see `equalize`).
 
-    Every file is checked: its tensors show whether every convolution and dense layer is quantized
-    as asked for, and the file is loaded and run once. A warning names the int8 convolutions in
-    groups of fewer than 32 channels, which some processors run slowly.
+    Every file is checked: every convolution and dense layer must be quantized as requested, and
+    the file is loaded and run once. A warning names the int8 convolutions in groups of fewer than
+    32 channels, which some processors run slowly.
 
     Args:
         model: A built `keras.Model` or `tf_keras.Model` whose input sizes are known.
         path: Where to write the file, or None. Defaults to None.
         quantize: String or None. `"float16"`: weights in float16. `"dynamic"`: weights in int8,
             activations in float (tensors of fewer than 1024 values stay in float). `"int8"`:
-            weights and activations of every convolution and dense layer in int8; it needs
+            weights and activations of every convolution and dense layer in int8; needs
             `representative_data` unless the model comes from quantization-aware training.
             Defaults to None: float32.
-        representative_data: Unlabelled examples for the ranges of int8 activations, some
-            hundreds, preprocessed as for training: what `calibration_data` of `select` may be, an
-            array, a list or dict of arrays for several inputs, a batched `tf.data.Dataset`, a
-            `keras.utils.PyDataset`, a generator or an iterable of batches; labels are ignored.
-        max_examples: Integer of at least 8, or None for all. Use at most so many of them; of
-            arrays evenly spaced ones. Defaults to 256.
-        inference_input_type: Type of the file's inputs if it is int8: `"float32"`, `"int8"` or
-            `"uint8"`, or the TensorFlow type. Defaults to `"float32"`: the file quantizes.
+        representative_data: A few hundred unlabelled examples that set the ranges of int8
+            activations, preprocessed as for training. Accepts the same types as
+            `calibration_data` of `select`: an array, a list or dict of arrays for several inputs,
+            a batched `tf.data.Dataset`, a `keras.utils.PyDataset`, a generator or an iterable of
+            batches. Labels are ignored.
+        max_examples: Integer of at least 8, or None for all. Largest number of examples to use;
+            arrays are sampled at even spacing. Defaults to 256.
+        inference_input_type: Type of an int8 file's inputs: `"float32"`, `"int8"`, `"uint8"`, or
+            the TensorFlow type. Defaults to `"float32"`: the file quantizes its inputs.
         inference_output_type: The same for the outputs.
-        batch_size: Integer. Examples that one run of the file takes; a file of a fixed size needs
-            no operators that compute shapes. Defaults to 1.
-        runtimes: Where the file is run once to check it: `"xnnpack"`, the runtime's default on
-            CPUs, and `"reference"`, its built-in kernels alone; at least one. Defaults to
+        batch_size: Integer. Examples per run of the file. A fixed batch size avoids operators
+            that compute shapes. Defaults to 1.
+        runtimes: Runtimes that run the file once to check it, at least one: `"xnnpack"`, the
+            default on CPUs, and `"reference"`, the built-in kernels alone. Defaults to
             `("xnnpack",)`.
-        verbose: 0 for silence, else a progress bar is shown on a terminal, and a line for what
+        verbose: 0 for silence, else shows a progress bar on a terminal, and a line for what
             `"dynamic"` left in float. Defaults to 1.
 
     Returns:
-        The file's bytes. Its signature names inputs and outputs as the model does, and they are
-        in the model's order.
+        The file's bytes. Its inputs and outputs have the model's names and order.
 
     Raises:
         ImportError: If LiteRT is not installed.
-        FileNotFoundError: If there is no such folder as `path` lies in.
+        FileNotFoundError: If the folder of `path` does not exist.
         ValueError: If an argument is not as above; if TF-MOT's pruning or clustering was not
             stripped; if data are missing, do not fit or hold fewer than 8 examples; if the
-            converter does not take the model; if a layer is not quantized as asked for; or if the
-            file does not run.
+            converter rejects the model; if a layer is not quantized as requested; or if the file
+            does not run.
 
     Example:
     ```python
@@ -124,7 +124,7 @@ class ConvertOptions:
     """The options of `convert`.
 
     Raises:
-        ValueError: If one is not as `convert` says.
+        ValueError: If an option is not as `convert` describes.
     """
 
     quantize: str | None = None
@@ -152,7 +152,7 @@ class ConvertOptions:
                 f"Expected `runtimes` to hold some of {', '.join(map(repr, RUNTIMES))}. "
                 f"Received: runtimes={self.runtimes!r}"
             )
-        _ = self.types  # complains of them
+        _ = self.types  # raises if they are invalid
 
     @property
     def types(self) -> tuple[tf.DType, tf.DType]:
@@ -181,9 +181,9 @@ class ConvertOptions:
 def convert_quietly(
     model: Any, options: ConvertOptions, path: str | os.PathLike[str] | None = None
 ) -> bytes:
-    """`convert` without its warning: for callers that warn of their own caller, or not at all."""
+    """`convert` without its warning, for callers that warn at another stack level or not at all."""
     check_folder(path)
-    _package.interpreter()  # complains before the work is done
+    _package.interpreter()  # fails before the work starts
     wrappers.check_stripped(model, "litert.convert", quantized=True)
     _check_float(model)
     specs = _input_specs(model, options.batch_size)
@@ -205,11 +205,11 @@ def convert_quietly(
     return content
 
 
-# -- What is refused -----------------------------------------------------------------------------
+# -- Checks --------------------------------------------------------------------------------------
 
 
 def check_folder(path: str | os.PathLike[str] | None) -> None:
-    """Raises a FileNotFoundError if there is no such folder as a file is to lie in."""
+    """Raises a FileNotFoundError if the folder of `path` does not exist."""
     folder = "" if path is None else os.path.dirname(path)
     if folder and not os.path.isdir(folder):
         raise FileNotFoundError(
@@ -283,7 +283,7 @@ def _check_data(model: Any, options: ConvertOptions, aware: bool) -> None:
 def _converted(
     model: Any, specs: Any, options: ConvertOptions, aware: bool, progress: Progress
 ) -> bytes:
-    """What the converter makes of a model."""
+    """The converted model."""
     data, examples = options.representative_data, None
     if data is not None:
         examples = KeptExamples(model, data, options.max_examples, "representative_data")
@@ -291,7 +291,7 @@ def _converted(
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         if examples is not None and not aware:
-            # One scale serves all channels between two factors: give them the same range.
+            # All channels between two factors share one scale: give them the same range.
             batches = with_progress(examples, progress, "equalization")
             stack.enter_context(equalized(model, (inputs for inputs, _ in batches)))
         signature.save(folder)
@@ -375,7 +375,7 @@ class _Signature:
         return tf.nest.flatten(inputs)
 
     def in_order(self, content: bytes) -> bytes:
-        """The file with inputs and outputs in the model's order: the converter shuffles them."""
+        """The file with inputs and outputs in the model's order; the converter shuffles them."""
         schema = _package.schema()
         changed = bytearray(content)
         model = schema.Model.GetRootAs(changed, 0)
@@ -394,7 +394,7 @@ class _Signature:
 
 
 def _names(names: Sequence[str], default: str, count: int) -> list[str]:
-    """Names that a signature may have, as many as there are tensors, each once."""
+    """Valid, unique signature names, one for each tensor."""
     if len(names) != count:
         names = [default] if count == 1 else [f"{default}_{n}" for n in range(count)]
     plain = [re.sub(r"\W", "_", name) for name in names]
@@ -405,7 +405,7 @@ def _names(names: Sequence[str], default: str, count: int) -> list[str]:
 
 
 def _check_loops(folder: str, model: Any) -> None:
-    """Complains of loops that are in the file: the calibrator of the converter crashes on them."""
+    """Raises an error if the file has loops, which crash the converter's calibrator."""
     content = _run(tf.lite.TFLiteConverter.from_saved_model(folder), model)
     loops = [step.label for step in read_file(content).operators if step.name == "WHILE"]
     if loops:

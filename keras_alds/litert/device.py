@@ -1,4 +1,4 @@
-"""Latency on a device: files for the benchmark tool, and the table that its log makes."""
+"""Latency on a device: writes files for the benchmark tool and reads a table from its log."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from keras_alds.litert.table import LatencyTable, Settings, read_rows, write_row
 
 INDEX = "candidates.csv"
 _MODEL, _EMPTY = "model.tflite", "empty.tflite"
-_STEPS = 5  # intervals of the ranks of one number of slices
+_STEPS = 5  # intervals that the ranks of one number of slices are divided into
 _NUMBER = r"(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)(?![\w.])"
 _GRAPH = re.compile(r"Graph: \[(.+?)\]")
 _TIMINGS = re.compile(rf"Inference timings in us:.*\bInference \(avg\): {_NUMBER}")
@@ -36,22 +36,22 @@ def write_latency_files(
     representative_data: Any = None,
     verbose: int = 1,
 ) -> int:
-    """Writes the files that are to be measured on a device, and the list `candidates.csv`.
+    """Writes the files to measure on a device, and the list `candidates.csv`.
 
-    They are the whole model, an empty one, and every layer that can be factorized, as it is and in
-    some of its choices. Run TensorFlow's `benchmark_model` on each and give its log to
-    `read_latency_log`; docs/deploy.md has the lines.
+    There is one file for the whole model, an empty one, and for every layer that can be factorized
+    the dense layer and some of its choices. Run TensorFlow's `benchmark_model` on each and pass
+    the log to `read_latency_log`; docs/deploy.md has the commands.
 
     Args:
         model: A built model, not compressed, whose input sizes are known.
-        folder: Where to write; it is made if need be.
+        folder: Where to write; created if it does not exist.
         quantize: None for float32, or `"int8"`.
-        threads: Integer. Number of threads that will be used there.
+        threads: Integer. Number of threads on the device.
         target: The runtime of the device, as for `select`. Defaults to `"litert"`.
-        exclude: As for `select`: layers that are left out.
+        exclude: As for `select`: layers to leave out.
         max_slices: Integer or None. Largest number of slices k. Defaults to 4.
         representative_data: As for `measure_latency`.
-        verbose: 0 for silence, else a progress bar is shown on a terminal. Defaults to 1.
+        verbose: 0 for silence, else shows a progress bar on a terminal. Defaults to 1.
 
     Returns:
         The number of `.tflite` files.
@@ -90,13 +90,13 @@ def write_latency_files(
 
 
 def read_latency_log(folder: str | os.PathLike[str], log: str | os.PathLike[str]) -> LatencyTable:
-    """Reads what `benchmark_model` printed for the files of `write_latency_files`.
+    """Reads the log of `benchmark_model` for the files of `write_latency_files`.
 
     Args:
         folder: The folder with `candidates.csv`.
-        log: Path of the log. Of every file the lines `Graph: […]` and `count=… avg=…` or
-            `Inference timings in us: … Inference (avg): …` are read, and a median is taken where
-            the tool gives one. If a file was measured several times the least one counts.
+        log: Path of the log. For every file, the lines `Graph: […]` and `count=… avg=…` or
+            `Inference timings in us: … Inference (avg): …` are read. A median is preferred where
+            the tool prints one. If a file was measured several times, the least time counts.
 
     Returns:
         A `LatencyTable`.
@@ -141,13 +141,13 @@ def read_latency_log(folder: str | os.PathLike[str], log: str | os.PathLike[str]
 
 
 def parse_log(text: str) -> dict[str, float]:
-    """Microseconds of one run by file name, from what `benchmark_model` printed."""
+    """Microseconds per run by file name, from the log of `benchmark_model`."""
     times: dict[str, float] = {}
     name, statistics = None, None
     for line in text.splitlines():
         if found := _GRAPH.search(line):
             name, statistics = re.split(r"[/\\]", found[1])[-1], None
-        elif found := _STATISTICS.search(line):  # of the warm-up first, then of the runs
+        elif found := _STATISTICS.search(line):  # first the warm-up, then the runs
             statistics = _MEDIAN.search(line) or found
         elif (found := _TIMINGS.search(line)) and name is not None:
             time = float((statistics or found)[1])
@@ -162,7 +162,7 @@ def _nanoseconds(row: Mapping[str, str], times: Mapping[str, float], empty: floa
 
 
 def _spread(ranks: tuple[int, ...]) -> list[int]:
-    """Some of the ranks, for a staircase whose steps begin behind multiples of a power of two."""
+    """A sample of ranks; latency is a staircase that steps up after multiples of powers of two."""
     last = len(ranks) - 1
     near = {0, last}
     for step in range(1, _STEPS):

@@ -1,4 +1,4 @@
-"""`equalize`: the same range for all channels between encoder and decoder, before int8."""
+"""`equalize`: gives all channels between encoder and decoder the same range, before int8."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ def equalize(
 ) -> None:
     """Gives the channels between encoder and decoder the same range, **in place**.
 
-    Between the two nothing is nonlinear: every rank's encoder weights are multiplied by some
-    s > 0 and its decoder weights divided by it, and outputs stay the same up to float rounding. In
-    int8 one scale serves all these channels. Where one is much larger than the others, these keep
-    few of its 255 steps, and beyond some thousand times the file does not run in XNNPACK.
+    There is no nonlinearity between the two. Every rank's encoder weights are multiplied by some
+    s > 0 and its decoder weights divided by it, so outputs stay the same up to float rounding. In
+    int8 all these channels share one scale. If one is much larger than the others, the others get
+    few of its 255 steps. Beyond a factor of some thousand, the file does not run in XNNPACK.
 
-    `convert(quantize="int8")` does this by itself, on the way, and leaves the model as it was.
-    Call this before quantization-aware training, or before a converter of your own.
+    `convert(quantize="int8")` does this automatically and leaves the model unchanged. Call
+    `equalize` before quantization-aware training, or before your own converter.
 
-    It takes factorized layers and, in Functional and Sequential models, the pairs that `expand`
-    writes out (a linear layer whose output goes to one pointwise layer alone), not those inside
+    It handles factorized layers and, in Functional and Sequential models, the pairs that `expand`
+    writes (a linear layer whose output goes only to one pointwise layer), but not those inside
     wrappers such as `TimeDistributed`.
 
     Args:
-        model: A built model of either Keras.
-        representative_data: Unlabelled examples, as for `convert`: the largest absolute values of
-            all channels of a layer on them become equal. Defaults to None: encoder and decoder
+        model: A built Keras 3 or tf_keras model.
+        representative_data: Unlabelled examples, as for `convert`. The largest absolute values on
+            them become equal for all channels of a layer. Defaults to None: encoder and decoder
             weights of every rank get the same norm.
         max_examples: As for `convert`. Defaults to 256.
-        verbose: 0 for silence, else a progress bar is shown on a terminal. Defaults to 1.
+        verbose: 0 for silence, else shows a progress bar on a terminal. Defaults to 1.
 
     Raises:
-        ValueError: If `model` is no built model, or the data do not fit it or hold fewer than 8
-            examples; the model is then as it was.
+        ValueError: If `model` is not a built model, or the data do not fit it or hold fewer than 8
+            examples. The model is then unchanged.
 
     Example:
     ```python

@@ -13,10 +13,10 @@ import numpy as np
 
 from keras_alds.litert import _package
 
-#: A file's bytes, or where it lies.
+#: A file's bytes, or its path.
 File = bytes | str | os.PathLike[str]
 
-# Operators that have a kernel: their second input.
+# Operators whose second input is a kernel.
 _WEIGHTED = frozenset(
     {
         "BATCH_MATMUL",
@@ -39,13 +39,13 @@ class Tensor:
     Attributes:
         index: Its number in its subgraph.
         subgraph: The subgraph's number; 0 is the model, others are bodies of loops and branches.
-        name: The converter's name: the names of the Keras layers that it came from, joined.
+        name: The converter's name: the joined names of the Keras layers it came from.
         shape: Its shape.
-        dtype: Its type as NumPy names it, such as `"float32"` or `"int8"`; `"int4"` is one too.
+        dtype: Its NumPy type name, such as `"float32"` or `"int8"`; can also be `"int4"`.
         scales: Quantization scales: none, one, or one for each entry along `axis`.
         zero_points: Zero points, as many as scales.
         axis: The axis of per-channel scales, or None.
-        size: Bytes that it takes in the file; 0 unless its values are constant.
+        size: Bytes it takes in the file; 0 unless its values are constant.
         buffer: Number of the buffer with its values; equal constants share one.
     """
 
@@ -78,9 +78,9 @@ class Operator:
     Attributes:
         index: Its number in its subgraph, which is the order of execution.
         subgraph: The subgraph's number.
-        name: The built-in operator's name, such as `"CONV_2D"`, or a custom one's.
+        name: Name of the built-in operator, such as `"CONV_2D"`, or of the custom one.
         version: The operator's version.
-        inputs: Its input tensors; None for an optional one that is absent.
+        inputs: Its input tensors; None for an absent optional one.
         outputs: Its output tensors.
         options: Its options as the schema names them, such as `strideH` and `padding`.
     """
@@ -100,7 +100,7 @@ class Operator:
 
     @property
     def data(self) -> Tensor | None:
-        """The tensor that a convolution or dense layer works on, or None for another operator."""
+        """The input of a convolution or dense layer, or None for another operator."""
         place = 2 if self.name in _TRANSPOSED else 0
         return self.inputs[place] if self.name in _WEIGHTED else None
 
@@ -127,35 +127,35 @@ class Operator:
 
     @property
     def strides(self) -> tuple[int, int] | None:
-        """Strides along height and width, or None for an operator without."""
+        """Strides along height and width, or None for an operator without strides."""
         if "strideH" not in self.options:
             return None
         return int(self.options["strideH"]), int(self.options["strideW"])
 
     @property
     def depth_multiplier(self) -> int | None:
-        """Outputs for each channel of a depthwise convolution, or None for another operator."""
+        """Outputs per channel of a depthwise convolution, or None for another operator."""
         if self.name != "DEPTHWISE_CONV_2D" or self.data is None:
             return None
         return self.outputs[0].shape[-1] // self.data.shape[-1]
 
     @property
     def label(self) -> str:
-        """What it is called in texts: its name and that of its output."""
+        """How messages refer to it: its name and that of its output."""
         return f"{self.name} '{self.outputs[0].name if self.outputs else self.index}'"
 
 
 @dataclasses.dataclass(frozen=True)
 class LiteRTFile:
-    """What is in a `.tflite` file; made by `keras_alds.litert.read_file`.
+    """The content of a `.tflite` file; made by `keras_alds.litert.read_file`.
 
     Attributes:
         size: Bytes of the file.
-        operators: All operators, those of the model first, in order of execution.
+        operators: All operators in order of execution, those of the main model first.
         tensors: All tensors.
         inputs: The model's inputs.
         outputs: The model's outputs.
-        metadata: Bytes of every entry of metadata, by name.
+        metadata: Size of every metadata entry in bytes, by name.
         buffers: The raw bytes of every buffer; None for an empty one.
     """
 
@@ -174,7 +174,7 @@ class LiteRTFile:
 
     @property
     def parameters(self) -> int:
-        """Number of constant floating-point and quantized values, scales not counted."""
+        """Number of constant floating-point and quantized values, without scales."""
         return sum(
             int(np.prod(tensor.shape, dtype=np.int64))
             for tensor in {(t.subgraph, t.buffer): t for t in self.tensors if t.constant}.values()
@@ -182,10 +182,10 @@ class LiteRTFile:
         )
 
     def values(self, tensor: Tensor) -> np.ndarray:
-        """The values of a constant tensor as they are stored, quantized ones not scaled.
+        """The stored values of a constant tensor; quantized ones are not scaled.
 
         Raises:
-            ValueError: If the tensor is not constant, or of a type that NumPy has not.
+            ValueError: If the tensor is not constant, or NumPy lacks its type.
         """
         found = self.buffers[tensor.buffer] if tensor.constant else None
         if found is None:
@@ -214,7 +214,7 @@ class LiteRTFile:
         }
 
     def is_constant(self, operator: Operator) -> bool:
-        """Whether an operator computes constants only, such as float16 weights in float32."""
+        """Whether an operator computes only constants, such as float32 from float16 weights."""
         inputs = [tensor for tensor in operator.inputs if tensor is not None]
         return bool(inputs) and all(map(self._is_known, inputs))
 
@@ -223,9 +223,9 @@ class LiteRTFile:
         return tensor.constant or (producer is not None and self.is_constant(producer))
 
     def stored(self, tensor: Tensor) -> Tensor:
-        """The tensor that is in the file for `tensor`: behind a DEQUANTIZE, what it reads.
+        """The stored tensor behind `tensor`: the input of its DEQUANTIZE, or `tensor` itself.
 
-        float16 weights are stored as such, and read through a DEQUANTIZE.
+        float16 weights are stored as float16 and read through a DEQUANTIZE.
         """
         operator = self.producer(tensor)
         if operator is not None and operator.name == "DEQUANTIZE" and operator.inputs[0]:
@@ -244,7 +244,7 @@ def read_file(file: File) -> LiteRTFile:
 
     Raises:
         ImportError: If LiteRT is not installed.
-        ValueError: If it is no `.tflite` file.
+        ValueError: If it is not a `.tflite` file.
 
     Example:
     ```python
@@ -309,7 +309,7 @@ def read_file(file: File) -> LiteRTFile:
 
 
 def _tensor(raw: Any, subgraph: int, index: int, dtype: str, size: int) -> Tensor:
-    """The record of a tensor of the schema."""
+    """The record of a schema tensor."""
     scheme = raw.quantization
     scales = () if scheme is None or scheme.scale is None else tuple(map(float, scheme.scale))
     zeros = () if not scales or scheme.zeroPoint is None else tuple(map(int, scheme.zeroPoint))
@@ -331,7 +331,7 @@ def contents(file: File) -> bytes:
     """The bytes of a `.tflite` file.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is not one.
     """
     if isinstance(file, (bytes, bytearray, memoryview)):
         content, where = bytes(file), f"{len(file)} bytes"

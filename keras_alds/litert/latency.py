@@ -1,4 +1,4 @@
-"""`measure_latency`: how long the layers of a model take here, dense and factorized."""
+"""`measure_latency`: times the layers of a model on this machine, dense and factorized."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from keras_alds.models.inventory import Inventory, LayerRecord, already_compress
 from keras_alds.naming import check_exclude
 from keras_alds.plan import Skip, Skipped
 
-#: Targets whose runtime is on this machine, and whether XNNPACK is in it.
+#: Targets whose runtime is on this machine, and whether each uses XNNPACK.
 LOCAL = {"litert": True, "litert-reference": False}
 
 
 class MeasuredLatency:
-    """Measured latency, in nanoseconds, as `select` limits it: a `models.resources.Resource`.
+    """Measured latency in nanoseconds, as a `models.resources.Resource` for `select`.
 
     Args:
         inventory: The model.
         table: The latencies of its layers.
 
     Attributes:
-        total: Latency of the whole original, at least that of its layers together.
-        runtime: What was measured: `"float32, 1 thread"`.
+        total: Latency of the whole original, never less than the sum over its layers.
+        runtime: The settings of the measurement, such as `"float32, 1 thread"`.
 
     Raises:
-        ValueError: If the table lacks a layer, or is of another model.
+        ValueError: If the table lacks a layer, or belongs to another model.
     """
 
     name = "latency"
@@ -67,11 +67,11 @@ class MeasuredLatency:
         self.runtime = f"{table.quantize or 'float32'}, {threads}"
 
     def costs(self, record: LayerRecord) -> Costs:
-        """What the choices of a layer cost, all its calls together."""
+        """The costs of a layer's choices, summed over all its calls."""
         return self._costs[record.layer]
 
     def skipped(self, record: LayerRecord) -> Skipped | None:
-        """Layers of other kinds, and those that are not called, have no measured latency."""
+        """Why a layer has no measured latency: its kind is not measured, or it is never called."""
         if not record.kind.measured:
             detail = f"latency is not measured of {record.class_name}"
             return Skipped(Skip.NOT_COUNTED, detail)
@@ -91,35 +91,35 @@ def measure_latency(
     representative_data: Any = None,
     verbose: int = 1,
 ) -> LatencyTable:
-    """Measures with LiteRT, on this machine, how long a model's layers take, dense and factorized.
+    """Measures the latency of a model's layers with LiteRT on this machine, dense and factorized.
 
-    The whole original is converted and measured once. Of every layer that can be factorized, and
-    every input size that it is called with, small files are written directly, which hold the dense
-    layer or the encoder and decoder of a choice (k, j), and some choices are measured: at as few
-    ranks as leave the rest known to about 4 % of the dense layer's time. What was measured is kept
-    for the process. One forward pass is of one example; on one thread the processor time is taken,
-    so that other programs disturb little.
+    The whole original is converted and measured once. For every layer that can be factorized, and
+    every input size it is called with, small files are written directly: the dense layer, or the
+    encoder and decoder of a choice (k, j). Only some ranks are measured, enough to know the others
+    to about 4 % of the dense layer's time. Measurements are cached for the process. One forward
+    pass takes one example. On one thread, processor time is measured, so that other programs
+    disturb little.
 
     Args:
         model: A built Keras 3 or tf_keras model, not compressed, whose input sizes are known.
         quantize: None for float32, or `"int8"`.
         threads: Integer. Number of threads of the runtime. Defaults to 1.
         target: `"litert"` (with XNNPACK) or `"litert-reference"` (built-in kernels). Defaults to
-            `"litert"`. Its choices of slices and ranks are those that are measured.
-        exclude: As for `select`: layers that are not measured.
-        max_slices: Integer or None. Largest number of slices k that is measured.
+            `"litert"`. Only slices and ranks that it allows are measured.
+        exclude: As for `select`: layers not to measure.
+        max_slices: Integer or None. Largest number of slices k to measure.
         representative_data: As for `convert`, for the int8 file of the whole model. Defaults to
-            random numbers: time does not depend on them.
-        verbose: 0 for silence, else a progress bar is shown on a terminal. Defaults to 1.
+            random numbers: the time does not depend on the data.
+        verbose: 0 for silence, else shows a progress bar on a terminal. Defaults to 1.
 
     Returns:
         A `LatencyTable`.
 
     Raises:
         ImportError: If LiteRT is not installed.
-        ValueError: If an argument is not as above, the model has no layer that can be factorized,
-            is compressed already or not built, an input size is unknown, or the model cannot be
-            converted.
+        ValueError: If an argument is not as above; if the model is not built, is already
+            compressed, cannot be converted, has an unknown input size, or has no layer that can be
+            factorized.
 
     Example:
     ```python
@@ -134,12 +134,12 @@ def measure_latency(
 
 
 def measurable(model: Any, exclude: Any = (), *, stacklevel: int = 1) -> Inventory:
-    """A model, inspected, of which some layers' latency can be measured.
+    """The inventory of a model with at least one layer whose latency can be measured.
 
-    Warns of what `exclude` names in vain.
+    Warns of entries of `exclude` that match no layer.
 
     Raises:
-        ValueError: If there is no such layer, or if the model is not built or compressed already.
+        ValueError: If there is no such layer, or if the model is not built or already compressed.
     """
     inventory = Inventory.of(model, check_exclude(exclude))
     if factorized := [record for record in inventory.factorized if not record.excluded]:
@@ -159,10 +159,10 @@ def measured_records(inventory: Inventory) -> list[LayerRecord]:
 
 
 def check_table(latency: Any, target: str | None) -> LatencyTable | None:
-    """Returns the table that `latency=` of `select` stands for; None if it is to be measured.
+    """Returns the table for `latency=` of `select`, or None if latency must be measured.
 
     Raises:
-        ValueError: If it is none, of another target, or has to be given.
+        ValueError: If it is not a table, is for another target, or is missing but required.
     """
     if latency is None:
         _check_local(target)
@@ -194,13 +194,13 @@ def measured_latency(
 
     Args:
         inventory: The model.
-        table: A table of this model, or None to measure: in float32, on one thread.
+        table: A table of this model, or None to measure in float32 on one thread.
         target: The runtime.
         max_slices: Largest number of slices to measure.
         verbose: As for `measure_latency`.
 
     Raises:
-        ValueError: If the table lacks a layer, or is of another model.
+        ValueError: If the table lacks a layer, or belongs to another model.
     """
     if table is None:
         settings = Settings(target=target, max_slices=max_slices)
@@ -211,7 +211,7 @@ def measured_latency(
 def _check_of_model(
     inventory: Inventory, records: Sequence[LayerRecord], calls: Calls, table: LatencyTable
 ) -> None:
-    """Raises a ValueError if a table lacks a layer of a model, or is of another model."""
+    """Raises a ValueError if a table lacks a layer of a model, or belongs to another model."""
     name = inventory.model.name
     for record in records:
         for call in calls[record.layer]:
@@ -222,7 +222,7 @@ def _check_of_model(
                     "`keras_alds.litert.measure_latency`, or on a device "
                     "`python -m keras_alds latency-files`."
                 )
-    # A table with layers that were not asked for may be of a model with other ones.
+    # Extra layers in the table suggest another model, unless layers are excluded here.
     complete = not any(record.excluded for record in inventory.records)
     counts = _counts(calls)
     for call in sorted(table.calls):
@@ -238,7 +238,7 @@ def _check_of_model(
 # -- Measurement ---------------------------------------------------------------------------------
 
 
-# What was measured: of layers by call, runtime, bytes swept and ranks; of models by their calls.
+# Cached measurements: layers by call, runtime, bytes swept and ranks; models by their calls.
 _LAYERS: dict[tuple, SampledCosts] = {}
 _MODELS: weakref.WeakKeyDictionary[Any, dict[tuple, tuple[int, int]]] = weakref.WeakKeyDictionary()
 
@@ -262,12 +262,12 @@ def _measured(
     representative_data: Any = None,
     verbose: int = 1,
 ) -> LatencyTable:
-    _package.interpreter()  # complains before the work is done
+    _package.interpreter()  # fails before the work starts
     records = measured_records(inventory)
     calls = layer_calls(inventory, records)
     layers = {call: record.layer for record in records for call in calls[record.layer]}
     total, size = _model_latency(inventory.model, settings, calls, representative_data, verbose)
-    # The size that decides what stays in the caches, by powers of two: models share measurements.
+    # Rounded up to a power of two, so that models of similar size share measurements.
     swept = min(1 << (size - 1).bit_length(), MOST_SWEPT)
     costs: dict[LayerCall, SampledCosts] = {}
     overhead = None
@@ -324,7 +324,7 @@ def _model_latency(
 
 
 def converted(model: Any, quantize: str | None, data: Any = None, verbose: int = 0) -> bytes:
-    """The file of a whole model, to be measured: with pruning's wrappers off, whose ops cost."""
+    """The file of a whole model to measure, without pruning wrappers, whose operators cost time."""
     model = wrappers.without_pruning(model)
     if quantize == "int8" and data is None:
         rng = np.random.default_rng(0)

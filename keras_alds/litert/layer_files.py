@@ -1,4 +1,4 @@
-"""`.tflite` files of one layer each, written without the converter: what is measured of a layer."""
+"""Writes `.tflite` files of single layers, without the converter, to measure their latency."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from keras_alds.core.slicing import Array
 from keras_alds.litert import _package
 from keras_alds.models.inventory import Inventory, LayerRecord
 
-_ACTIVATION_SCALE = 0.05  # of int8 files; it does not change the time
+_ACTIVATION_SCALE = 0.05  # for int8 files; does not affect the time
 _WEIGHT_SCALE = 0.01
 _SIZES = ("input", "kernel", "strides", "dilation")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class LayerCall:
-    """One call of a layer, as far as its time depends on it.
+    """One call of a layer, with everything that determines its latency.
 
     Attributes:
         kind: `"conv"`, or `"dense"` for a matrix product.
@@ -66,7 +66,7 @@ def layer_calls(inventory: Inventory, records: Sequence[LayerRecord]) -> Calls:
 
     Args:
         inventory: A model whose input sizes are known.
-        records: Layers of it whose latency is measured.
+        records: Its layers whose latency is measured.
 
     Returns:
         `{layer: calls}`.
@@ -100,10 +100,10 @@ def layer_file(
     kernels: Sequence[Array] | None = None,
     bias: Array | None = None,
 ) -> bytes:
-    """A file of one layer, dense or as the encoder and decoder of a choice.
+    """Returns a file of one layer: the dense one, or encoder and decoder of a choice.
 
-    The operators are those that `convert` makes of such layers; products of slices of a dense
-    layer are a grouped 1×1 convolution, as after `expand`.
+    It has the operators that `convert` makes for such layers. The slices of a dense layer become
+    a grouped 1×1 convolution, as after `expand`.
 
     Args:
         call: The layer and its input.
@@ -111,7 +111,7 @@ def layer_file(
         rank: Rank j; 0 for the dense layer.
         quantize: None for float32, or `"int8"`: per-channel weights.
         kernels: The dense kernel, or encoder and decoder, in Keras's layout. Defaults to zeros,
-            which take as long as any other.
+            which take as long as any other values.
         bias: Defaults to zeros.
 
     Returns:
@@ -147,7 +147,7 @@ def layer_file(
 
 
 def empty_file() -> bytes:
-    """A file that does next to nothing: what a run costs besides its layers."""
+    """A file that does almost nothing, to measure the overhead of a run."""
     return layer_file(LayerCall("conv", (1, 1, 1, 1), 1, (1, 1), (1, 1), "valid", (1, 1)))
 
 
@@ -166,19 +166,19 @@ def _zeros(shape: Sequence[int]) -> Array:
 
 
 class _Writer:
-    """Puts a graph of a few operators together, with the schema's object classes."""
+    """Builds a graph of a few operators with the schema's object classes."""
 
     def __init__(self, int8: bool) -> None:
         self.schema = schema = _package.schema()
         self.int8 = int8
         self.model, self.graph = schema.ModelT(), schema.SubGraphT()
         self.model.version = 3
-        self.model.buffers = [schema.BufferT()]  # the first one is that of tensors without values
+        self.model.buffers = [schema.BufferT()]  # the first one is for tensors without values
         self.model.operatorCodes, self.model.subgraphs = [], [self.graph]
         self.graph.tensors, self.graph.operators = [], []
 
     def activation(self, shape: Sequence[int]) -> int:
-        """A tensor that is computed, or the input."""
+        """Adds a computed tensor or the input; returns its index."""
         kind = self.schema.TensorType.INT8 if self.int8 else self.schema.TensorType.FLOAT32
         return self._tensor(shape, kind, scale=[_ACTIVATION_SCALE] if self.int8 else None)
 
@@ -192,7 +192,7 @@ class _Writer:
         dilation: Sequence[int] = (1, 1),
         bias: Array | None = None,
     ) -> int:
-        """A convolution, depthwise where every group has one channel; returns its output."""
+        """Adds a convolution, depthwise if every group has one channel; returns its output."""
         schema, operators = self.schema, self.schema.BuiltinOperator
         batch, *sizes, channels = self.graph.tensors[source].shape
         filters = kernel.shape[-1]
@@ -223,7 +223,7 @@ class _Writer:
         return result
 
     def product(self, source: int, kernel: Array, bias: Array | None = None) -> int:
-        """A matrix product; returns its output."""
+        """Adds a matrix product; returns its output."""
         rows = self.graph.tensors[source].shape[:-1]
         options = self.schema.FullyConnectedOptionsT()
         options.keepNumDims = len(rows) > 1
@@ -291,7 +291,7 @@ class _Writer:
         self, code: int, version: int, inputs: list[int], output: int, kind: int, options: Any
     ) -> None:
         entry, operator = self.schema.OperatorCodeT(), self.schema.OperatorT()
-        entry.builtinCode = entry.deprecatedBuiltinCode = code  # all of them are below 127
+        entry.builtinCode = entry.deprecatedBuiltinCode = code  # all codes are below 127
         entry.version = version
         operator.opcodeIndex = len(self.model.operatorCodes)
         operator.inputs, operator.outputs = inputs, [output]

@@ -1,4 +1,4 @@
-"""`benchmark`: how long a file takes in the runtime of this machine."""
+"""`benchmark`: times a file in the runtime of this machine."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from keras_alds.tables import PrintFn
 
 @dataclasses.dataclass(frozen=True)
 class Latency:
-    """How long a file takes; made by `keras_alds.litert.benchmark`.
+    """The latency of a file; made by `keras_alds.litert.benchmark`.
 
     Attributes:
         median: Median seconds of one run.
         lower: Lower quartile: a quarter of the runs took less.
         upper: Upper quartile: a quarter of the runs took more.
-        fastest: The fastest run.
-        runs: Number of runs that were timed.
+        fastest: Seconds of the fastest run.
+        runs: Number of timed runs.
         threads: Number of threads.
-        delegate: Whether XNNPACK took the operators that it knows.
+        delegate: Whether XNNPACK ran the operators it supports.
         size: Bytes of the file.
     """
 
@@ -41,7 +41,7 @@ class Latency:
 
     @classmethod
     def of(cls, seconds: Sequence[float], *, threads: int, delegate: bool, size: int) -> Latency:
-        """The record of the seconds that some runs took."""
+        """The record of the seconds per run."""
         lower, median, upper = np.quantile(seconds, (0.25, 0.5, 0.75))
         return cls(
             median=float(median),
@@ -56,7 +56,7 @@ class Latency:
 
     @property
     def runtime(self) -> str:
-        """Where it was measured: `"1 thread, XNNPACK"`."""
+        """The runtime that was measured, such as `"1 thread, XNNPACK"`."""
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         return f"{threads}, {'XNNPACK' if self.delegate else 'built-in kernels'}"
 
@@ -84,16 +84,16 @@ def benchmark(
     delegate: bool = True,
     verbose: int = 1,
 ) -> Latency:
-    """Measures how long a `.tflite` file takes for one run on this machine.
+    """Measures how long one run of a `.tflite` file takes on this machine.
 
     Args:
         file: Bytes of the file, or its path.
         threads: Integer. Number of threads. Defaults to 1.
-        runs: Integer. Number of runs that are timed. Defaults to 100.
-        warmup: Integer. Number of runs before that. Defaults to 10.
-        delegate: Boolean. Whether XNNPACK, the runtime's default on CPUs, takes the operators
-            that it knows; without it the built-in kernels do. Defaults to `True`.
-        verbose: 0 for silence, else a progress bar is shown on a terminal. Defaults to 1.
+        runs: Integer. Number of timed runs. Defaults to 100.
+        warmup: Integer. Number of untimed runs before them. Defaults to 10.
+        delegate: Boolean. Whether XNNPACK, the runtime's default on CPUs, runs the operators it
+            supports; otherwise the built-in kernels do. Defaults to `True`.
+        verbose: 0 for silence, else shows a progress bar on a terminal. Defaults to 1.
 
     Returns:
         A `Latency`. Its `summary()` prints it.
@@ -115,7 +115,7 @@ def benchmark(
     check_runs(content, delegate=delegate)
     runner = Runner(content, threads=threads, delegate=delegate)
     with Progress(transient=True, disable=not verbose) as progress:
-        progress.add_task("benchmark", total=None)  # a bar that moves on would cost time
+        progress.add_task("benchmark", total=None)  # updating the bar would cost time
         (seconds,) = time_together([runner], runs=runs, warmup=warmup)
     return Latency.of(seconds, threads=threads, delegate=delegate, size=len(content))
 
@@ -123,17 +123,17 @@ def benchmark(
 def time_together(
     runners: Sequence[Runner], *, runs: int = 100, warmup: int = 10
 ) -> list[list[float]]:
-    """Seconds of every run of some files, taken in turns, so that whatever else runs hits all.
+    """Times several files alternately, so that other load on the machine affects all of them.
 
-    Before a run is timed, one that is not brings the file's weights back into the cache.
+    An untimed run before each timed one brings the file's weights back into the cache.
 
     Args:
-        runners: The files, loaded.
-        runs: Number of runs that are timed, for each.
-        warmup: Number of runs before that, for each.
+        runners: The loaded files.
+        runs: Number of timed runs for each.
+        warmup: Number of untimed runs before them, for each.
 
     Returns:
-        One list of seconds for every runner; runs of one position belong together.
+        One list of seconds for every runner; entries at the same position belong together.
     """
     for runner in runners:
         runner.set_random_inputs()

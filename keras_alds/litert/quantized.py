@@ -1,4 +1,4 @@
-"""What a file's tensors say of its quantization: whether it is as asked for, and what is slow."""
+"""Checks a file's quantization from its tensors, and warns of slow int8 convolutions."""
 
 from __future__ import annotations
 
@@ -7,39 +7,39 @@ import warnings
 
 from keras_alds.litert.files import File, LiteRTFile, Operator, Tensor, read_file
 
-#: The converter's dynamic-range quantizer leaves tensors of fewer values in float.
+#: The converter's dynamic-range quantizer leaves tensors with fewer values in float.
 DYNAMIC_MIN_VALUES = 1024
-# What has kernels for float inputs and int8 weights.
+# Operators that have kernels for float inputs and int8 weights.
 _HYBRID = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL")
-# What has kernels for float alone.
+# Operators that have kernels only for float.
 _FLOAT = ("CONV_3D", "CONV_3D_TRANSPOSE")
-#: Groups of fewer channels are thin.
+#: Groups with fewer channels are thin.
 THIN = 32
-# So many layers are named in a warning.
+# Most layers that a warning names.
 _NAMED = 3
 
 
 def check_quantized(file: LiteRTFile, quantize: str) -> list[str]:
-    """Looks at the tensors of every convolution and dense layer of a file.
+    """Checks the tensors of every convolution and dense layer of a file.
 
     Args:
         file: The file.
-        quantize: `"int8"`: inputs, weights and outputs have to be int8; `"float16"`: weights
-            have to be stored in float16; `"dynamic"`: weights have to be int8, but for those of
-            fewer than 1024 values and of operators without such a kernel.
+        quantize: `"int8"`: inputs, weights and outputs must be int8. `"float16"`: weights must be
+            stored in float16. `"dynamic"`: weights must be int8, except tensors of fewer than
+            1024 values and operators without such a kernel.
 
     Returns:
         What `"dynamic"` left in float, as text.
 
     Raises:
-        ValueError: If a layer is not as asked for; the text names all of them.
+        ValueError: If a layer is not quantized as requested; the text names all such layers.
     """
     wrong: list[str] = []
     left: list[str] = []
     for operator in file.weighted:
         weights = file.stored(_weights(operator))
         if not weights.constant:
-            continue  # a product of two computed tensors is no dense layer
+            continue  # a product of two computed tensors is not a dense layer
         if quantize == "int8":
             types = [operator.data, weights, operator.outputs[0]]
             if any(tensor is None or not _is_int8(tensor) for tensor in types):
@@ -73,11 +73,11 @@ def check_quantized(file: LiteRTFile, quantize: str) -> list[str]:
 def warn_of_thin_groups(*files: File, stacklevel: int) -> None:
     """Warns once of all int8 convolutions in groups of fewer than 32 channels.
 
-    Processors with int8 matrix units were measured to run them far slower than dense ones.
+    Measurements show that processors with int8 matrix units run them far slower than dense ones.
 
     Args:
         *files: Bytes of the files, or their paths.
-        stacklevel: As for `warnings.warn`: 2 names the line that calls this function.
+        stacklevel: As for `warnings.warn`: 2 is the line that calls this function.
     """
     thin = [step for file in files for step in read_file(file).weighted if _is_thin(step)]
     if not thin:
@@ -97,10 +97,10 @@ def warn_of_thin_groups(*files: File, stacklevel: int) -> None:
 
 
 def _is_thin(operator: Operator) -> bool:
-    """Whether it is a convolution in thin groups, in int8.
+    """Whether it is an int8 convolution in thin groups.
 
-    A depthwise convolution has kernels of its own if it gives one output a channel; else the
-    runtime takes it for a convolution in groups of one channel.
+    A depthwise convolution has its own kernels if it has one output per channel. Otherwise the
+    runtime treats it as a convolution in groups of one channel.
     """
     data, weights = operator.data, _weights(operator)
     return (
@@ -114,7 +114,7 @@ def _is_thin(operator: Operator) -> bool:
 
 
 def _share(operator: Operator) -> int:
-    """The number of channels of a group."""
+    """The number of channels per group."""
     assert operator.data is not None  # only of a convolution
     assert operator.groups is not None
     return operator.data.shape[-1] // operator.groups

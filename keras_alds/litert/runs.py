@@ -16,13 +16,13 @@ Inputs = Array | Sequence[Array] | Mapping[str, Array]
 
 
 class Runner:
-    """A file that is loaded in the LiteRT runtime, with its tensors allocated.
+    """A file loaded in the LiteRT runtime, with its tensors allocated.
 
     Args:
         file: Bytes of a `.tflite` file, or its path.
         threads: Number of threads.
-        delegate: Whether XNNPACK, the runtime's default on CPUs, takes the operators that it
-            knows. Without it the built-in kernels run all of them.
+        delegate: Whether XNNPACK, the runtime's default on CPUs, runs the operators it supports.
+            Otherwise the built-in kernels run all of them.
 
     Raises:
         ImportError: If LiteRT is not installed.
@@ -43,7 +43,7 @@ class Runner:
         #: Input and output tensors as the runtime describes them, in the file's order.
         self.inputs: list[dict[str, Any]] = self.interpreter.get_input_details()
         self.outputs: list[dict[str, Any]] = self.interpreter.get_output_details()
-        #: Names of both: those of the signature where there is one, else the tensors'.
+        #: Names of both: from the signature if there is one, else from the tensors.
         self.input_names = [detail["name"] for detail in self.inputs]
         self.output_names = [detail["name"] for detail in self.outputs]
         keys = list(self.interpreter.get_signature_list())
@@ -54,21 +54,21 @@ class Runner:
 
     @property
     def batch(self) -> int:
-        """Examples that one run takes."""
+        """Examples per run."""
         shape = self.inputs[0]["shape"]
         return int(shape[0]) if len(shape) else 1
 
     def invoke(self) -> None:
-        """Runs the file once on what its inputs hold."""
+        """Runs the file once on the inputs that were set."""
         self.interpreter.invoke()
 
     def set_inputs(self, arrays: Sequence[Array]) -> None:
-        """Sets the inputs, quantizing what the file takes quantized."""
+        """Sets the inputs, and quantizes those that the file expects quantized."""
         for detail, array in zip(self.inputs, arrays, strict=True):
             self.interpreter.set_tensor(detail["index"], _quantized(array, detail))
 
     def set_random_inputs(self, seed: int = 0) -> None:
-        """Sets the inputs to seeded noise, integers over their whole range."""
+        """Sets the inputs to seeded noise; int8 and uint8 inputs span their whole range."""
         rng = np.random.default_rng(seed)
         for detail in self.inputs:
             shape, dtype = tuple(detail["shape"]), np.dtype(detail["dtype"])
@@ -79,11 +79,11 @@ class Runner:
                 limits = np.iinfo(dtype)
                 values = rng.integers(limits.min, limits.max, shape, endpoint=True)
             else:
-                values = np.zeros(shape)  # indices: 0 is always one
+                values = np.zeros(shape)  # indices: 0 is always valid
             self.interpreter.set_tensor(detail["index"], np.asarray(values, dtype))
 
     def get_outputs(self) -> list[Array]:
-        """What the last run gave, dequantized to float."""
+        """The outputs of the last run, dequantized to float."""
         return [
             _dequantized(self.interpreter.get_tensor(detail["index"]), detail)
             for detail in self.outputs
@@ -151,16 +151,16 @@ class Runner:
 
 
 def check_runs(file: File, *, delegate: bool | None = None) -> None:
-    """Raises an error unless a file runs: its scales are read, then it is run once, on noise.
+    """Raises an error unless a file runs: checks its scales, then runs it once on noise.
 
     XNNPACK refuses a whole file if a single channel of one int8 convolution or dense layer has a
-    requantization scale s_input · s_weights / s_output of 256 or more, and says no more than
-    "failed to create XNNPACK runtime". Here the text names layer, channel, scale and remedy.
+    requantization scale s_input · s_weights / s_output of 256 or more. Its only message is
+    "failed to create XNNPACK runtime"; this function names layer, channel, scale and remedy.
 
     Args:
         file: Bytes of a `.tflite` file, or its path.
-        delegate: Whether it has to run with XNNPACK, the runtime's default on CPUs (True), or with
-            the built-in kernels alone (False). Defaults to None: with both.
+        delegate: Whether it must run with XNNPACK, the runtime's default on CPUs (True), or with
+            the built-in kernels alone (False). Defaults to None: both.
 
     Raises:
         ImportError: If LiteRT is not installed.
@@ -188,14 +188,14 @@ def check_runs(file: File, *, delegate: bool | None = None) -> None:
 
 
 def requantization_scales(operator: Operator) -> Array | None:
-    """What an int8 convolution or dense layer multiplies its sums with, for every output channel.
+    """The factors on an int8 convolution's or dense layer's sums, one per output channel.
 
     Args:
         operator: An operator of `LiteRTFile.operators`.
 
     Returns:
         The scales s_input · s_weights / s_output, in float32 as XNNPACK computes them; None for
-        an operator that is not int8 throughout.
+        an operator that is not fully quantized.
     """
     tensors = (operator.data, operator.weights, operator.outputs[0] if operator.outputs else None)
     if not operator.weighted or any(t is None or not t.quantized for t in tensors):
@@ -208,10 +208,10 @@ def requantization_scales(operator: Operator) -> Array | None:
 
 
 def check_scales(file: LiteRTFile) -> None:
-    """Raises an error if XNNPACK would refuse the file for a requantization scale.
+    """Raises an error if XNNPACK would refuse the file because of a requantization scale.
 
     Raises:
-        ValueError: If a channel of an int8 layer has one of 256 or more (255 for a product with
+        ValueError: If a channel of an int8 layer has a scale of 256 or more (255 for a product with
             constant batches).
     """
     wrong = []
@@ -219,7 +219,7 @@ def check_scales(file: LiteRTFile) -> None:
         scales = requantization_scales(operator)
         if scales is None:
             continue
-        # A product of stacks of matrices allows 255, and only asks where the weights are constant.
+        # Batched products allow 255, and XNNPACK only checks them if the weights are constant.
         limit = (
             256.0 if operator.name != "BATCH_MATMUL" else float(np.nextafter(np.float32(255), 256))
         )

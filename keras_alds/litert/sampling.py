@@ -1,4 +1,4 @@
-"""As few measurements of a layer as its latency at every rank takes to be known well enough."""
+"""Estimates a layer's latency at every rank from as few measurements as possible."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 
 from keras_alds.core.costs import NEVER, SampledCosts
 
-#: A choice: slices k and rank j; (0, 0) is the layer as it is.
+#: A choice: slices k and rank j; (0, 0) is the dense layer.
 Point = tuple[int, int]
 #: Measures some choices of one layer, in nanoseconds.
 Measure = Callable[[Sequence[Point]], Sequence[int]]
 
-#: Ranks between two measured ones are taken for known if the two differ by no more than this
-#: fraction of the dense layer's latency.
+#: Ranks between two measured ones count as known if the two differ by no more than this fraction
+#: of the dense layer's latency.
 TOLERANCE = 0.04
 _DOMINATED_IN_A_ROW = 2
 
@@ -25,19 +25,19 @@ def sample_costs(
 ) -> SampledCosts:
     """Measures the choices of a layer at some ranks.
 
-    Latency is a staircase over the rank, whose steps begin behind multiples of a power of two, as
-    wide as the runtime's tiles. Where two measured ranks differ by more than the tolerance, the
-    rank between them that is the multiple of the largest power of two is measured, and the next
-    one; unless both lie on the line, each half is looked at again.
+    Latency is a staircase over the rank. Its steps begin after multiples of a power of two, as
+    wide as the runtime's tiles. If two measured ranks differ by more than the tolerance, the rank
+    between them that is a multiple of the largest power of two is measured, and the next one.
+    Unless both lie on the straight line, each part is refined again.
 
-    Numbers of slices are left out where they are of no use: if none of their choices is faster
-    than the dense layer, or each costs as much as one slice of the same total rank, which keeps
-    more of the kernel. Two such numbers in a row end the search, but for k = c.
+    Useless numbers of slices are skipped: none of their choices is faster than the dense layer, or
+    each costs as much as one slice of the same total rank, which keeps more of the kernel. Two
+    such numbers in a row end the search, except for the largest k.
 
     Args:
         measure: Measures choices.
         ranks: The allowed ranks, ascending, by number of slices.
-        tolerance: Fraction of the dense layer's latency.
+        tolerance: As a fraction of the dense layer's latency.
 
     Returns:
         The measured points as `SampledCosts`.
@@ -64,7 +64,7 @@ def sample_costs(
 
 
 class _Layer:
-    """What is known of one layer."""
+    """The latencies of one layer that are known so far."""
 
     def __init__(self, measure: Measure, tolerance: float) -> None:
         self._measure = measure
@@ -72,13 +72,13 @@ class _Layer:
         self.times: dict[Point, int] = {}
 
     def known(self, points: Sequence[Point]) -> list[int]:
-        """The latencies of some choices, measured if they are not known."""
+        """The latencies of some choices; measures those that are not known."""
         new = [point for point in dict.fromkeys(points) if point not in self.times]
         self.times.update(zip(new, map(int, self._measure(new)) if new else (), strict=True))
         return [self.times[point] for point in points]
 
     def dominated(self, k: int, probes: Sequence[Point], compare: bool) -> bool:
-        """Whether choices are slower than the dense layer, or than one slice of the same rank."""
+        """Whether choices are slower than the dense layer or one slice of the same total rank."""
         if self.known(probes[:1])[0] >= self.times[0, 0]:
             return True
         one = SampledCosts.of_points({p: t for p, t in self.times.items() if p[0] in (0, 1)})
@@ -89,7 +89,7 @@ class _Layer:
         return True
 
     def refine(self, k: int, ranks: Sequence[int]) -> None:
-        """Measures until the ranks between the measured ones are known."""
+        """Measures until the latency at every rank is known within the tolerance."""
         dense = self.known([(0, 0)])[0]
         self.known([(k, ranks[0]), (k, ranks[-1])])
         measured = [i for i, rank in enumerate(ranks) if (k, rank) in self.times]

@@ -1,4 +1,4 @@
-"""`LatencyTable`: how long the layers of a model take, dense and factorized, in a runtime."""
+"""`LatencyTable`: latencies of a model's layers in a runtime, dense and factorized."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured, and in which runtime.
+    """The settings of a measurement.
 
     Attributes:
         quantize: None for float32, or `"int8"`.
         threads: Number of threads.
         target: The runtime, as `target` of `select`.
-        max_slices: Largest number of slices k that is measured, or None.
+        max_slices: Largest number of slices k to measure, or None.
 
     Raises:
-        ValueError: If one is not as above.
+        ValueError: If an attribute is not as above.
     """
 
     quantize: str | None = None
     threads: int = 1
     target: str = "litert"
-    max_slices: int | None = dataclasses.field(default=None, compare=False)  # not what a time is of
+    max_slices: int | None = dataclasses.field(default=None, compare=False)  # affects no time
 
     def __post_init__(self) -> None:
         if self.quantize not in QUANTIZE:
@@ -57,7 +57,7 @@ class Settings:
             positive_int(self.max_slices, "max_slices")
 
     def ranks(self, layer: Any, call: LayerCall) -> dict[int, tuple[int, ...]]:
-        """The ranks of a layer's choices that the target allows and that are smaller, by slices."""
+        """The ranks that the target allows and that make a layer smaller, by number of slices."""
         rule = functools.partial(TARGETS[self.target].ranks, depthwise=len(set(call.strides)) <= 1)
         shape = tuple(map(int, layer.kernel.shape))
         offered = offered_ranks(shape, rule=rule, max_slices=self.max_slices)
@@ -71,7 +71,7 @@ class Settings:
         rank: int = 0,
         **columns: Any,
     ) -> dict[str, Any]:
-        """A row of a latency table: of a choice of a layer, or of the whole model."""
+        """A row of a latency table, for a layer's choice or the whole model."""
         return {
             **dict.fromkeys(COLUMNS, ""),
             "kind": "model",
@@ -88,12 +88,12 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class LatencyTable:
-    """Latencies of a model and of its layers' choices, in one runtime; see `measure_latency`.
+    """Latencies of a model and its layers' choices in one runtime; see `measure_latency`.
 
     Attributes:
         total: Latency of the whole original model, in nanoseconds.
         layers: `SampledCosts` of every layer and input size, in nanoseconds.
-        calls: How often each of them is called in one forward pass.
+        calls: How often each of these is called in one forward pass.
         quantize: None for float32, or `"int8"`.
         threads: Number of threads.
         target: The runtime, as `target` of `select`.
@@ -121,7 +121,7 @@ class LatencyTable:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the table to `path` as CSV; docs/deploy.md has its columns."""
+        """Writes the table to `path` as CSV; docs/deploy.md describes its columns."""
         settings = Settings(self.quantize, self.threads, self.target)
         rows = [settings.row(None, nanoseconds=self.total)]
         for call, costs in self.layers.items():
@@ -134,16 +134,16 @@ class LatencyTable:
         """Reads a table that `save` or the command `latency-read` wrote.
 
         Raises:
-            ValueError: If the file is no such table.
+            ValueError: If the file is not such a table.
         """
         return cls.from_rows(read_rows(path), os.fspath(path))
 
     @classmethod
     def from_rows(cls, rows: Sequence[Mapping[str, Any]], where: str) -> LatencyTable:
-        """The table of the rows of a CSV file.
+        """Makes a table from the rows of a CSV file.
 
         Raises:
-            ValueError: If they are none.
+            ValueError: If they are not a latency table.
         """
         missing = [name for name in COLUMNS if not rows or name not in rows[0]]
         if missing:
@@ -186,7 +186,7 @@ class LatencyTable:
 
 
 def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows of a table as CSV; all have the columns of the first."""
+    """Writes rows as CSV; all have the columns of the first."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -194,7 +194,7 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) 
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
-    """Reads the rows of a CSV file; none of a file that is not text."""
+    """Reads the rows of a CSV file; returns none if the file is not text."""
     with open(path, encoding="utf-8", newline="") as file:
         try:
             return list(csv.DictReader(file))

@@ -1,4 +1,4 @@
-"""How long `.tflite` files take, where other programs run too."""
+"""Times `.tflite` files on machines where other programs run too."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 
 from keras_alds.litert.runs import Runner
 
-#: What is measured at once may hold so many bytes.
+#: Most bytes of the files that are measured together.
 _BATCH_BYTES = 128_000_000
 _ROUNDS = (5, 30)
 _ROUNDS_NS = 10_000_000  # as many rounds as fill this time
-#: Caches are swept with at most so much: the largest cache of common processors is not larger.
+#: Most bytes to sweep caches with; common processors have no larger cache.
 MOST_SWEPT = 40_000_000
 
 
 def clock(threads: int) -> Callable[[], int]:
-    """The clock of measurements, in nanoseconds.
+    """Returns the clock for measurements, in nanoseconds.
 
-    On one thread it is the thread's processor time, to which other programs add little. A runtime
-    of several threads, and systems that count processor time coarsely, take the wall clock.
+    On one thread it is the thread's processor time, which other programs affect little. With
+    several threads, or where the system's processor time is coarse, it is the wall clock.
     """
     if threads == 1 and time.get_clock_info("thread_time").resolution < 1e-6:
         return time.thread_time_ns
@@ -35,16 +35,16 @@ def time_files(
     delegate: bool = True,
     swept: int = 0,
 ) -> list[int]:
-    """Least time of one run of every file.
+    """Measures the least time of one run of every file.
 
-    The files take turns, so that a slow moment of the machine meets all of them.
+    The files take turns, so that a slow moment of the machine affects all of them.
 
     Args:
         files: Functions that make the files; few are held at a time.
         threads: Number of threads.
         delegate: Whether XNNPACK is used.
-        swept: Bytes that are read between two runs, as the rest of a model would be: weights of a
-            model that is larger than the caches are not in them when their layer's turn comes.
+        swept: Bytes to read between two runs, like the rest of a model. If a model is larger than
+            the caches, a layer's weights are not in them when it runs.
 
     Returns:
         Nanoseconds, one for every file.
@@ -73,13 +73,13 @@ def _take_turns(runners: list[Runner], now: Callable[[], int], sweep: np.ndarray
     def run(index: int) -> int:
         runner = runners[index]
         sweep.sum()
-        runner.get_outputs()  # what the layers before and after leave in the caches
+        runner.get_outputs()  # stays in the caches, as the layers around would leave it
         runner.set_inputs(inputs[index])
         start = now()
         runner.invoke()
         return now() - start
 
-    # A first run prepares the weights, and makes outputs whose size the file leaves open.
+    # A first run prepares the weights, and allocates outputs of dynamic size.
     for runner, arrays in zip(runners, inputs, strict=True):
         runner.set_inputs(arrays)
         runner.invoke()

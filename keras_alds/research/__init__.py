@@ -1,4 +1,4 @@
-"""For comparison: the methods that the paper compares with, and sweeps over methods and ratios.
+"""The methods that the paper compares ALDS with, and sweeps over methods and ratios.
 
-The package works without this folder.
+The rest of the package works without this folder.
 """

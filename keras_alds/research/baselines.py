@@ -1,7 +1,7 @@
-"""What the paper compares ALDS with, and its ablations, as methods.
+"""The methods that the paper compares ALDS with, and its ablations.
 
-What one scalar leaves of the budget is not spent: another rank in one layer alone would be another
-method.
+A method with one scalar may not use the whole budget: raising the rank of one layer alone would be
+another method.
 """
 
 from __future__ import annotations

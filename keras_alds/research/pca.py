@@ -24,7 +24,7 @@ from keras_alds.core.spectra import Float64, SliceSpectrum, Spectra
 def centred_spectra(kernel: Array, moment: SecondMoment) -> Spectra:
     """Returns the spectrum of a layer's centred outputs, for one slice.
 
-    Their `"energy"` error is the part of the outputs' variance that is dropped.
+    Their `"energy"` error is the dropped part of the outputs' variance.
 
     Args:
         kernel: Real array `[*spatial, c, f]`.
@@ -34,8 +34,8 @@ def centred_spectra(kernel: Array, moment: SecondMoment) -> Spectra:
         The `Spectra`, of one slice.
 
     Raises:
-        ValueError: If kernel and moment do not fit together, the moment has no mean or several
-            blocks, or the kernel is not finite.
+        ValueError: If kernel and moment do not match, the moment has no mean or several blocks,
+            or the kernel is not finite.
 
     Example:
         >>> moment = SecondMoment(np.diag([5.0, 1.0])[None], 10, np.array([2.0, 0.0]))
@@ -45,7 +45,7 @@ def centred_spectra(kernel: Array, moment: SecondMoment) -> Spectra:
     with single_threaded_blas():
         covariance, square = _covariance(kernel, moment)
         values = np.linalg.eigvalsh(covariance)[::-1][: full_rank(kernel.shape, 1)]
-    # Taking the mean's square off leaves its rounding.
+    # Subtracting the squared mean leaves rounding errors.
     values = np.where(values > kernel.size * np.finfo(np.float64).eps * square, values, 0.0)
     curve = SliceSpectrum(
         np.append(np.sqrt(values), 0.0), np.append(np.cumsum(values[::-1])[::-1], 0.0)
@@ -62,7 +62,7 @@ def centred_spectra_many(
 
 
 def obstacle(moment: SecondMoment) -> str | None:
-    """Returns why there are no principal components for a second moment, or None.
+    """Returns why a second moment allows no principal components, or None.
 
     Args:
         moment: Second moment of a layer's unfolded inputs.
@@ -105,7 +105,7 @@ def factorize_pca(
         `(encoder, decoder, bias)` in the kernel's dtype: `[*spatial, c, j]`, `[j, f]`, `[f]`.
 
     Raises:
-        ValueError: As `centred_spectra`, or if `rank` is out of its range.
+        ValueError: As for `centred_spectra`, or if `rank` is out of range.
 
     Example:
         >>> moment = SecondMoment(np.diag([5.0, 3.0])[None], 10, np.array([2.0, 0.0]))

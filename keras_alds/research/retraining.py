@@ -21,21 +21,21 @@ def retrainer(
 ) -> Callable[[Any], None]:
     """Returns a `retrain` for `sweep`: SGD on images, with the learning rates rewound.
 
-    The protocol of the paper: the weights stay, the optimizer is new, and the learning rates of
-    the training's last epochs are gone through again.
+    This is the paper's protocol: it keeps the weights, starts a new optimizer, and repeats the
+    learning rates of the last training epochs.
 
     Args:
         x: Images `[n, height, width, channels]`.
         y: Their classes, integers `[n]`.
-        learning_rates: Those of the last epochs of the training, in order; each is used for an
+        learning_rates: Learning rates of the last training epochs, in order; each is used for an
             equal part of `epochs`.
         epochs: Epochs of retraining.
         batch_size: Images in a batch.
         augment: Whether to pad by an eighth, crop and flip at random (4 pixels of 32).
-        from_logits: Whether the model gives scores and not probabilities.
+        from_logits: Whether the model outputs logits, not probabilities.
 
     Returns:
-        A function of a model of either Keras.
+        A function that takes a Keras 3 or tf_keras model.
 
     References:
         arXiv 2107.11442, section 4; Renda et al., "Comparing Rewinding and Fine-tuning in Neural

@@ -1,11 +1,11 @@
 """One scalar for all layers: how the methods of the paper's comparison share a budget.
 
-Such a method has a single number, a fraction of the rank, a part of the energy, a price λ, and
-every layer's choice follows from it. As the number moves from its sparing end to its generous
-one, a layer walks along a *chain* of its choices, and takes each at a *level* of the number. So
-the total only changes at the levels of all chains: sorted and summed up once, they give the most
-generous number within the budget exactly. Layers that step at the same level step together. What
-is left of the budget is not spent, since a step in one layer alone would not be the method's.
+Such a method has a single number: a fraction of the rank, a part of the energy or a price λ. It
+determines every layer's choice. As the number moves from its smallest to its largest budget, a
+layer walks along a *chain* of its choices, and takes each at a *level* of the number. So the total
+only changes at the levels of the chains. Sorting and summing these once gives exactly the number
+that uses most of the budget. Layers with the same level step together. The rest of the budget is
+not spent, since the method does not step in one layer alone.
 
 The methods are those of arXiv 2107.11442, section 4.
 """
@@ -32,22 +32,22 @@ from keras_alds.core.solvers import (
 def one_scalar(
     tables: Sequence[ChoiceTable], budgets: Sequence[int], *, chain: ChainOf
 ) -> Solution:
-    """Takes the most generous scalar whose choices are within the budgets, exactly.
+    """Takes exactly the scalar whose choices use most of the budgets without exceeding them.
 
-    Where there are two budgets and the chain depends on what choices cost, the ratio of the
-    budgets' prices is searched, and of all walks the one with the least sum of errors is taken.
+    With two budgets and a chain that depends on the costs of choices, it searches the ratio of the
+    budgets' prices and takes the walk with the least sum of errors.
 
     Args:
-        tables: One table a layer.
+        tables: One table per layer.
         budgets: Largest total costs, integers, one or two.
-        chain: What the scalar means: makes a layer's chain of its table and costs.
+        chain: Defines the scalar: makes a layer's chain from its table and costs.
 
     Returns:
-        The `Solution`; its lower bound is 0, since nothing is minimised over all layers.
+        The `Solution`; its lower bound is 0, since no error is minimised over all layers.
 
     Raises:
-        InfeasibleBudget: If the first choices of all chains together are above a budget.
-        ValueError: As `check_budgets`.
+        InfeasibleBudget: If the first choices of all chains together exceed a budget.
+        ValueError: As for `check_budgets`.
 
     Example:
         >>> from keras_alds.core.choices import choice_table, offered_ranks
@@ -67,13 +67,13 @@ def one_scalar(
 
 
 def fractions_of_rank(table: ChoiceTable, cost: NDArray[Any]) -> Chain:
-    """`"svd"`: a fraction p of the full rank r: the largest rank up to p·r, at least the first.
+    """`"svd"`: the largest rank up to a fraction p of the full rank r, at least the first.
 
-    From the fraction on at which the factors would weigh as much as the kernel, it stays whole.
+    The kernel stays dense once the factors would have as many weights as the kernel.
 
     Args:
         table: The choices of a layer for one number of slices.
-        cost: Not used: a fraction is one whatever ranks cost.
+        cost: Not used: the fraction does not depend on costs.
 
     Returns:
         The chain, by p.
@@ -100,26 +100,27 @@ def errors_of_ranks(table: ChoiceTable, cost: NDArray[Any]) -> Chain:
 
     Args:
         table: The choices of a layer for one number of slices.
-        cost: What they cost; only their order matters.
+        cost: The costs of the choices; only their order matters.
 
     Returns:
         The chain, by −t.
     """
     front = table.front_rows(cost)
     error = table.error[front]
-    # A row is taken as soon as t is below the error of the one before it.
+    # A row is taken as soon as t is below the error of the previous one.
     return Chain.of(front, -np.append(np.inf, error[:-1]))
 
 
 def energy_drops(table: ChoiceTable, cost: NDArray[Any]) -> Chain:
-    """`"pca"`: the ranks whose loss would lower the product of all layers' energies most per cost.
+    """`"pca"`: keeps the ranks whose loss would lower the product of energies most per cost.
 
-    Zhang et al. drop eigenvalues greedily, the one first that lowers Π_l Σ_{m≤j_l} λ_{l,m} least
-    per cost: with E the energy of a choice, the relative drop (E_j − E_{j−1}) / E_j / Δcost.
+    Zhang et al. drop eigenvalues greedily. They first drop the one that lowers
+    Π_l Σ_{m≤j_l} λ_{l,m} least per cost. With E the energy of a choice, this is the relative drop
+    (E_j − E_{j−1}) / E_j / Δcost.
 
     Args:
         table: The choices of a layer for one number of slices; errors are 1 − E.
-        cost: What they cost.
+        cost: The costs of the choices.
 
     Returns:
         The chain, by the negative of the drop.
@@ -134,6 +135,6 @@ def energy_drops(table: ChoiceTable, cost: NDArray[Any]) -> Chain:
 
 
 def _by_rank(table: ChoiceTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows of the factorized choices by rank, and the row of the whole kernel if there is one."""
+    """Rows of the factorized choices by rank, and the row of the dense kernel if there is one."""
     ranked = np.flatnonzero(table.slices > 0)
     return ranked[np.argsort(table.rank[ranked])], np.flatnonzero(table.slices == 0)

@@ -1,4 +1,4 @@
-"""`sweep`: methods × ratios → a table and a plot of accuracy against size."""
+"""`sweep`: tabulates and plots accuracy against size for several methods and ratios."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class SweepRow:
 
     Attributes:
         method: Name of the method.
-        cr: The fraction that was asked to be removed.
+        cr: The requested fraction to remove.
         removed: The fraction that was removed; None if `cr` is not reachable.
-        params: Parameters that are left; None if `cr` is not reachable.
-        score: What `evaluate` gave right after the compression.
-        retrained: What it gave after retraining; None without.
+        params: Remaining parameters; None if `cr` is not reachable.
+        score: The result of `evaluate` right after compression.
+        retrained: Its result after retraining; None without retraining.
         seconds: Time to select and to compress, without calibration and evaluation.
         note: Why there are no figures, or None.
     """
@@ -56,10 +56,10 @@ class SweepRow:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """The figures of `sweep`.
+    """The results of `sweep`.
 
     Attributes:
-        rows: The dense model, then one row for every method and ratio.
+        rows: One row for the dense model, then one for every method and ratio.
         objective: What the ratios count: `"params"`, `"macs"` or `"latency"`.
         name: The model's name.
 
@@ -92,11 +92,11 @@ class Sweep:
         return self.rows[0]
 
     def to_markdown(self, *, retrained: bool = False, digits: int = 1) -> str:
-        """A table of the scores: one line a method, one column a ratio, `–` if not reachable.
+        """A table of scores: one line per method, one column per ratio, `–` if not reachable.
 
         Args:
             retrained: Whether to take the scores after retraining.
-            digits: Digits after the point.
+            digits: Digits after the decimal point.
         """
         figures = {(row.method, row.cr): _score(row, retrained) for row in self.rows}
         base = _score(self.dense, retrained)
@@ -112,7 +112,7 @@ class Sweep:
         return "\n".join(lines)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Writes all figures, one line for each row."""
+        """Writes all figures to `path` as CSV, one line per row."""
         with open(path, "w", newline="", encoding="utf-8") as file:
             names = [field.name for field in dataclasses.fields(SweepRow)]
             writer = csv.DictWriter(file, names, lineterminator="\n")
@@ -120,14 +120,14 @@ class Sweep:
             writer.writerows(dataclasses.asdict(row) for row in self.rows)
 
     def plot(self, path: str | os.PathLike[str], *, label: str = "score") -> None:
-        """Draws the scores against the size, like Figure 1 of the paper, into a picture.
+        """Plots the scores against the size, like Figure 1 of the paper, into an image file.
 
-        The size is the one that was reached, not the one that was asked for. A second panel
-        shows the scores after retraining, if there was some.
+        The size is the achieved one, not the requested one. A second panel shows the scores after
+        retraining, if there was any.
 
         Args:
-            path: File to write; its suffix says which format.
-            label: What the scores are.
+            path: File to write; its suffix sets the format.
+            label: Name of the scores.
 
         Raises:
             ImportError: If matplotlib is not installed.
@@ -174,34 +174,33 @@ def sweep(
     verbose: int = 1,
     **options: Unpack[SelectOptions],
 ) -> Sweep:
-    """Compresses a model by every method to every ratio, and evaluates each result.
+    """Compresses a model with every method to every ratio, and evaluates each result.
 
-    All methods get the same budget, size model and cloning, as `compress` has them; `model` is
-    untouched. Methods that do not choose among fold schemes take scheme 0. The dense model is
-    evaluated too, and a copy of it is retrained like the others, to tell what the retraining
-    itself does.
+    All methods share the budget, size model and cloning of `compress`. `model` is unchanged.
+    Methods that do not choose among fold schemes use scheme 0. The dense model is evaluated too,
+    and a copy of it is retrained like the others, to show the effect of retraining itself.
 
     Args:
         model: A built Keras 3 or tf_keras model.
         evaluate: `evaluate(model)` returns the score of a model, such as its accuracy.
-        methods: Names of methods. Defaults to all of them, with those that need
-            `calibration_data` only if there are some.
+        methods: Names of methods. Defaults to all; those that need `calibration_data` are
+            included only if it is given.
         crs: Fractions to remove. Defaults to 0.2, 0.3 … 0.7.
-        calibration_data: As for `select`, for the methods that use some; the statistics are
+        calibration_data: As for `select`, for the methods that use it; the statistics are
             collected once.
-        retrain: `retrain(model)` trains a compressed model on, in place; it should seed itself, so
-            that all models see the same batches. Defaults to None: no retraining.
-        sequential: As for `compress`, for the methods that can.
-        verbose: 0 for silence, else a progress bar is shown on a terminal. Defaults to 1.
+        retrain: `retrain(model)` retrains a compressed model in place. It should set its seeds, so
+            that all models get the same batches. Defaults to None: no retraining.
+        sequential: As for `compress`, for the methods that support it.
+        verbose: 0 for silence, else shows a progress bar on a terminal. Defaults to 1.
         {options}
 
     Returns:
-        A `Sweep`: rows, Markdown, CSV and a plot. A ratio that a method cannot reach is a row with
-        a note and no figures.
+        A `Sweep`: rows, Markdown, CSV and a plot. A ratio that a method cannot reach gives a row
+        with a note and no figures.
 
     Raises:
-        ValueError: If a method or ratio is none, a method needs calibration data and there are
-            none, or the model cannot be compressed at all.
+        ValueError: If a method or ratio is invalid, a method lacks the calibration data it needs,
+            or the model cannot be compressed at all.
 
     Example:
     ```python
@@ -228,7 +227,7 @@ def sweep(
         raise ValueError(
             f"Expected at least one method and one ratio. Received: methods={chosen!r}, crs={crs!r}"
         )
-    # Complains of what is wrong with the model or the options.
+    # Raises errors about the model or the options early.
     select(model, min(crs), **options)
     calibration = None
     if calibration_data is not None:
@@ -258,7 +257,7 @@ def sweep(
 
 
 def _chosen(methods: str | Iterable[str] | None, *, has_data: bool) -> list[str]:
-    """The names of the methods, by default of all that have what they need."""
+    """The names of the methods; by default all whose requirements are met."""
     if methods is None:
         return [name for name, method in METHODS.items() if has_data or not method.needs_data]
     names = list(dict.fromkeys([methods] if isinstance(methods, str) else methods))
