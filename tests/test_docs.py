@@ -9,10 +9,11 @@ import inspect
 import itertools
 import pkgutil
 import re
-import subprocess
+import runpy
 import sys
 import textwrap
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -250,23 +251,29 @@ def test_documented_texts_exist():
     assert not gone
 
 
-def run_example(*arguments: str) -> str:
-    run = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout
+@pytest.fixture
+def run_example(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs a script of `examples/`, in this process: TensorFlow takes long to load."""
+
+    def run(name: str, *arguments: str) -> str:
+        script = str(ROOT / "examples" / name)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(script, run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["keras", "tf_keras"])
-def test_digits_example_runs(kind: str, tmp_path: Path):
+def test_digits_example_runs(kind: str, tmp_path: Path, run_example: Callable[..., str]):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
     pytest.importorskip(kind)
-    script = str(ROOT / "examples" / "digits.py")
     options = ("--epochs", "2", "--at-epoch", "1", "--keras", kind, "--output", str(tmp_path))
-    printed = run_example(script, *options)
+    printed = run_example("digits.py", *options)
     assert "loaded again and predicts the same" in printed
     assert re.search(r"\| parameters +\| +252,842 \| +6[0-3],\d{3} \|", printed)
     history = (tmp_path / "history.csv").read_text(encoding="utf-8").splitlines()
@@ -282,10 +289,12 @@ def test_digits_example_runs(kind: str, tmp_path: Path):
     ("kind", "file"),
     [("keras", "resnet20_cifar10.keras"), ("tf_keras", "mlperf_tiny_resnet8_cifar10.h5")],
 )
-def test_cifar10_example_runs(kind: str, file: str, data_dir: Path, tmp_path: Path):
+def test_cifar10_example_runs(
+    kind: str, file: str, data_dir: Path, tmp_path: Path, run_example: Callable[..., str]
+):
     pytest.importorskip(kind)
     printed = run_example(
-        str(ROOT / "examples" / "cifar10.py"),
+        "cifar10.py",
         *("--model", str(data_dir / file), "--keras", kind, "--cr", "0.3", "--epochs", "1"),
         *("--data", str(data_dir / "cifar10_dev.npz"), "--limit", "64", "--output", str(tmp_path)),
     )

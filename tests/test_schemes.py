@@ -198,6 +198,11 @@ class TestLayers:
 
 
 class TestPlans:
+    @pytest.fixture
+    def keras_module(self):
+        """Keras 3: a plan does not depend on which Keras a model is of."""
+        return keras
+
     @pytest.mark.parametrize("kind", ["functional", "nested", "shared", "temporal"])
     def test_budgets_are_exact(self, keras_module, kind):
         model = zoo.MODELS[kind](keras_module)

@@ -318,8 +318,8 @@ def test_shared_layers_and_exclusion(runtime: list[Any]):
 
 
 @pytest.mark.parametrize("method", ["alds", "energy", "activation"])
-def test_the_budget_is_kept(method: str, keras_module: ModuleType, runtime: list[Any]):
-    model = wide(keras_module)
+def test_the_budget_is_kept(method: str, runtime: list[Any]):
+    model = wide(keras)
     data = zoo.examples(model, 32) if method == "activation" else None
     table = measure_latency(model, verbose=0)
     calls = calls_of(model)
@@ -375,7 +375,6 @@ def test_what_is_slower_is_never_taken(runtime: list[Any]):
 
 
 def test_in_training_and_by_path(
-    keras_module: ModuleType,
     runtime: list[Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -386,7 +385,7 @@ def test_in_training_and_by_path(
         disabled.append(disable)
         return Progress(disable=disable, **options)
 
-    model = wide(keras_module)
+    model = wide(keras)
     model.compile("sgd", "mse")
     x = zoo.examples(model, 8)
     y = np.zeros((8, 10), np.float32)
@@ -401,12 +400,12 @@ def test_in_training_and_by_path(
     # Nothing given: measured here, and as silently as was asked for.
     monkeypatch.setattr(latency, "Progress", recording)
     silent = keras_alds.ALDSCompress(0.05, objective="latency", max_slices=2, verbose=0, at_epoch=0)
-    fresh = wide(keras_module)
+    fresh = wide(keras)
     fresh.compile("sgd", "mse")
     fresh.fit(x, y, verbose=0, callbacks=[silent])
     assert disabled
     assert all(disabled)
-    plan = keras_alds.select(wide(keras_module), 0.05, objective="latency", max_slices=1)
+    plan = keras_alds.select(wide(keras), 0.05, objective="latency", max_slices=1)
     assert plan.cr >= 0.05
     assert all(choice.slices == 1 for choice in plan.factorized)
 

@@ -122,6 +122,7 @@ class TestEveryKindOfModel:
             np.testing.assert_array_equal(a, b)
         assert select(model, 0.4, calibration_data=stats) == plan
 
+    @pytest.mark.parametrize("keras_module", [keras], ids=["keras"])
     def test_keeps_outputs_better_than_without_data(self, model):
         inputs = zoo.examples(model, 32)
         stats = collect(model, inputs)

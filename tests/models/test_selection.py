@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 
+import keras
 import numpy as np
 import pytest
 import zoo
@@ -17,6 +18,12 @@ from keras_alds.methods import METHODS
 from keras_alds.plan import removed_fraction
 
 WITHOUT_DATA = [name for name, method in METHODS.items() if not method.needs_data]
+
+
+@pytest.fixture
+def keras_module():
+    """Keras 3: nothing here depends on which Keras a model is of."""
+    return keras
 
 
 @pytest.fixture

@@ -6,12 +6,19 @@ import dataclasses
 import json
 import re
 
+import keras
 import numpy as np
 import pytest
 import zoo
 
 from keras_alds import ALDSCompress, CalibrationStats, CompressionPlan, compress, select
 from keras_alds.targets import TARGETS
+
+
+@pytest.fixture
+def keras_module():
+    """Keras 3: nothing here depends on which Keras a model is of."""
+    return keras
 
 
 def network(K):

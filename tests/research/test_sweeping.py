@@ -78,6 +78,7 @@ def test_activation_is_what_compress_gives(model):
         assert result.rows[2].score == distance(keras_alds.compress(model, 0.5))
 
 
+@pytest.mark.parametrize("keras_module", zoo.KERASES, ids=lambda module: module.__name__)
 def test_retraining_starts_alike_and_leaves_the_model_alone(model, tmp_path):
     x, y = zoo.images(48)
     before = model.get_weights()
@@ -101,6 +102,7 @@ def test_retraining_starts_alike_and_leaves_the_model_alone(model, tmp_path):
     assert f"{runs[0].dense.retrained:.1f}" in runs[0].to_markdown(retrained=True)
 
 
+@pytest.mark.parametrize("keras_module", zoo.KERASES, ids=lambda module: module.__name__)
 def test_learning_rates_are_rewound(model, keras_module, monkeypatch):
     """Every given rate is used for an equal part of the epochs, in order, from a new optimizer."""
     seen = []
