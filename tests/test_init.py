@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
 import zoo
 
@@ -38,13 +38,26 @@ print(keras_alds.__version__)
 """
 
 
+# In a process of its own: what other tests did to Keras is not saved with the models.
+SAVE = """
+import sys
+import numpy as np
+sys.path.append(sys.argv[1])
+import keras_alds
+import zoo
+
+x = zoo.images(4)[0]
+np.save("x.npy", x)
+for module in zoo.KERASES:
+    small = keras_alds.compress(zoo.functional(module), 0.4)
+    small.save(f"{module.__name__}.keras")
+    np.save(f"{module.__name__}.npy", small.predict(x, verbose=0))
+"""
+
+
 def test_imports_little_and_saved_models_load(tmp_path):
-    x = zoo.images(4)[0]
-    np.save(tmp_path / "x.npy", x)
-    for module in zoo.KERASES:
-        small = keras_alds.compress(zoo.functional(module), 0.4)
-        small.save(tmp_path / f"{module.__name__}.keras")
-        np.save(tmp_path / f"{module.__name__}.npy", small.predict(x, verbose=0))
+    tests = str(Path(zoo.__file__).parent)
+    subprocess.run([sys.executable, "-c", SAVE, tests], cwd=tmp_path, check=True)
     arguments = [sys.executable, "-c", CODE, *(m.__name__ for m in zoo.KERASES[1:])]
     run = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

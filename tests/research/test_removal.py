@@ -11,6 +11,10 @@ from pathlib import Path
 import keras_alds
 
 CODE = """
+import sys
+
+# An editable installation would find the folder in the original package.
+sys.meta_path = [f for f in sys.meta_path if "editable" not in f.__module__]
 import keras
 import keras_alds
 from keras_alds.methods import METHODS
