@@ -12,7 +12,6 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import pytest
-import zoo
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -42,10 +41,19 @@ def keras_module(request: pytest.FixtureRequest) -> ModuleType:
     return importlib.import_module(request.param)
 
 
-@pytest.fixture(params=list(zoo.MODELS))
+# `zoo` is imported when it is used: TensorFlow's log lines would end the output of `pytest -n`.
+KINDS_OF_MODELS = (
+    *("functional", "sequential", "sequential_built_by_a_call", "nested"),
+    *("shared", "wrapped", "temporal", "subclassed"),
+)
+
+
+@pytest.fixture(params=KINDS_OF_MODELS)
 def model(request: pytest.FixtureRequest, keras_module: ModuleType) -> Any:
     """A model of every kind."""
     keras_module.utils.set_random_seed(0)
+    zoo = importlib.import_module("zoo")
+    assert tuple(zoo.MODELS) == KINDS_OF_MODELS
     return zoo.MODELS[request.param](keras_module)
 
 
@@ -53,7 +61,7 @@ def model(request: pytest.FixtureRequest, keras_module: ModuleType) -> Any:
 def small(keras_module: ModuleType) -> Any:
     """A small Functional model."""
     keras_module.utils.set_random_seed(0)
-    return zoo.functional(keras_module)
+    return importlib.import_module("zoo").functional(keras_module)
 
 
 @pytest.fixture(autouse=True)
