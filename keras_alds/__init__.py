@@ -10,6 +10,7 @@ else works with models of both.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 import wrapt
@@ -87,12 +88,22 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES, *_MODULES})
 
 
-def _register_layers(keras: Any) -> None:
-    """Imports the factorized layers for a Keras, so that it finds them when it loads a model."""
-    home = {"keras": "layers", "tf_keras": "tf_keras"}[keras.__name__]
-    importlib.import_module(f"keras_alds.{home}")
+#: What registering layers needs. Each may be imported in the middle of the import of another one:
+#: with `TF_USE_LEGACY_KERAS`, TensorFlow imports tf_keras, and hides it if that fails.
+_NEEDED = ("tensorflow", "keras", "tf_keras")
+_imported: set[str] = set()
+
+
+def _register_layers(module: Any) -> None:
+    """Registers the factorized layers for what was imported, so that saved models load."""
+    _imported.add(module.__name__)
+    if any(sys.modules.get(name) is not None and name not in _imported for name in _NEEDED):
+        return  # in the middle of an import: called again at its end
+    for name, home in (("keras", "layers"), ("tf_keras", "tf_keras")):
+        if name in _imported:
+            importlib.import_module(f"keras_alds.{home}")
 
 
 # Called at once for what is imported already, else when it is.
-wrapt.register_post_import_hook(_register_layers, "keras")
-wrapt.register_post_import_hook(_register_layers, "tf_keras")
+for _name in _NEEDED:
+    wrapt.register_post_import_hook(_register_layers, _name)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from pathlib import Path
 
+import numpy as np
 import pytest
 import zoo
 
@@ -38,30 +39,49 @@ print(keras_alds.__version__)
 """
 
 
-# In a process of its own: what other tests did to Keras is not saved with the models.
-SAVE = """
-import sys
-import numpy as np
-sys.path.append(sys.argv[1])
+# With this variable, TensorFlow imports tf_keras in the middle of its own import.
+LEGACY = "TF_USE_LEGACY_KERAS"
+LEGACY_CODE = """
 import keras_alds
-import zoo
-
-x = zoo.images(4)[0]
-np.save("x.npy", x)
-for module in zoo.KERASES:
-    small = keras_alds.compress(zoo.functional(module), 0.4)
-    small.save(f"{module.__name__}.keras")
-    np.save(f"{module.__name__}.npy", small.predict(x, verbose=0))
+import numpy as np
+import tensorflow as tf
+model = tf.keras.models.load_model("tf_keras.keras")
+np.testing.assert_allclose(model.predict(np.load("x.npy")), np.load("tf_keras.npy"), 1e-5)
 """
 
 
-def test_imports_little_and_saved_models_load(tmp_path):
-    tests = str(Path(zoo.__file__).parent)
-    subprocess.run([sys.executable, "-c", SAVE, tests], cwd=tmp_path, check=True)
-    arguments = [sys.executable, "-c", CODE, *(m.__name__ for m in zoo.KERASES[1:])]
-    run = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split()[-1] == keras_alds.__version__
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The folder of a compressed model of each Keras, and of its outputs."""
+    folder = tmp_path_factory.mktemp("saved")
+    x = zoo.images(4)[0]
+    np.save(folder / "x.npy", x)
+    for module in zoo.KERASES:
+        small = keras_alds.compress(zoo.functional(module), 0.4)
+        small.save(folder / f"{module.__name__}.keras")
+        np.save(folder / f"{module.__name__}.npy", small.predict(x, verbose=0))
+    return folder
+
+
+def run(code, folder, **variables):
+    # TF-MOT sets the variable for good.
+    environment = {name: value for name, value in os.environ.items() if name != LEGACY}
+    arguments = [sys.executable, "-c", code, *(module.__name__ for module in zoo.KERASES[1:])]
+    found = subprocess.run(
+        arguments, cwd=folder, env=environment | variables, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def test_imports_little_and_saved_models_load(saved):
+    assert run(CODE, saved).split()[-1] == keras_alds.__version__
+
+
+@pytest.mark.skipif(len(zoo.KERASES) == 1, reason="tf_keras is not installed")
+@pytest.mark.parametrize("code", [CODE, LEGACY_CODE], ids=["keras first", "tensorflow first"])
+def test_saved_models_load_where_tensorflow_imports_tf_keras(saved, code):
+    run(code, saved, **{LEGACY: "1"})
 
 
 def test_a_name_that_is_none():
