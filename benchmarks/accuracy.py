@@ -35,9 +35,9 @@ import keras_alds
 
 CONFIGURATIONS = {
     "alds, slice": {"method": "alds"},
-    "alds, bound": {"method": "alds", "error": "bound"},
-    "alds, spectral": {"method": "alds", "error": "spectral"},
-    "alds, energy": {"method": "alds", "error": "energy"},
+    "alds, bound": {"method": "alds", "error_measure": "bound"},
+    "alds, spectral": {"method": "alds", "error_measure": "spectral"},
+    "alds, energy": {"method": "alds", "error_measure": "energy"},
     "energy (min–sum)": {"method": "energy"},
 }
 

@@ -99,7 +99,7 @@ def main() -> None:
             seconds = time.perf_counter() - start
             original = converted(model, quantize)
             for objective, method, schemes, cr in work:
-                own = {"latency": table} if objective == "latency" else {}
+                own = {"latency_table": table} if objective == "latency" else {}
                 own["schemes"] = "all" if schemes == "all" else 0
                 data = {"calibration_data": examples} if method == "activation" else {}
                 own |= {"objective": objective, "method": method, **data}

@@ -151,7 +151,7 @@ def main() -> None:
         def make() -> tuple[Any, str]:
             options: dict[str, Any] = {"objective": objective, "target": "litert"}
             if objective == "latency":
-                options["latency"] = keras_alds.litert.measure_latency(
+                options["latency_table"] = keras_alds.litert.measure_latency(
                     original, quantize=quantize, verbose=0
                 )
             cr = arguments.cr

@@ -95,7 +95,7 @@ def make_kernels(shapes: list[Shape], seed: int) -> list[np.ndarray]:
 
 def solve(spectra: list[Spectra], cr: float) -> Solution:
     method = get_method("alds")
-    tables = [choice_table(spectrum, error=method.error) for spectrum in spectra]
+    tables = [choice_table(spectrum, error_measure=method.error_measure) for spectrum in spectra]
     dense = sum(int(table.weights.max()) for table in tables)
     return method.solve(tables, [int((1 - cr) * dense)])
 

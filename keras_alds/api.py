@@ -288,7 +288,7 @@ def _resources(inventory: Inventory, options: Options, verbose: int) -> list[Res
         return [
             measured_latency(
                 inventory,
-                options.latency,
+                options.latency_table,
                 target=options.target or "litert",
                 max_slices=options.max_slices,
                 verbose=verbose,
@@ -313,8 +313,8 @@ def checked_options(cr: Any, given: Mapping[str, Any], *, has_data: bool, caller
         return options
     from keras_alds.litert.latency import check_table
 
-    table = check_table(options.latency, options.target)
-    return dataclasses.replace(options, latency=table)
+    table = check_table(options.latency_table, options.target)
+    return dataclasses.replace(options, latency_table=table)
 
 
 def wants_data(plan: CompressionPlan) -> bool:

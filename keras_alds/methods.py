@@ -23,22 +23,22 @@ DEFAULT = "energy"
 DEFAULT_WITH_DATA = "activation"
 
 
-def get_method(name: str, error: str | None = None) -> Method:
+def get_method(name: str, error_measure: str | None = None) -> Method:
     """Returns a method by its name, optionally with another error measure.
 
     Args:
         name: One of the keys of `METHODS`.
-        error: Error measure that replaces the method's own.
+        error_measure: Error measure that replaces the method's own.
 
     Returns:
         The `Method`.
 
     Raises:
-        ValueError: If the method or the error measure is unknown, or `error` is given for a
+        ValueError: If the method or the error measure is unknown, or `error_measure` is given for a
             method that needs calibration data.
 
     Example:
-        >>> get_method("alds", error="spectral").error
+        >>> get_method("alds", error_measure="spectral").error_measure
         'spectral'
     """
     try:
@@ -47,25 +47,25 @@ def get_method(name: str, error: str | None = None) -> Method:
         raise ValueError(
             f"Expected a method, one of {sorted(METHODS)}. Received: method={name!r}"
         ) from None
-    if error is None:
+    if error_measure is None:
         return method
     if method.needs_data:
         raise ValueError(
-            f"Expected no `error` with the method {name!r}: it measures the error of outputs. "
-            f"Received: error={error!r}"
+            f"Expected no `error_measure` with the method {name!r}, which measures the error of "
+            f"outputs. Received: error_measure={error_measure!r}"
         )
-    return replace(method, error=get_error(error).name)
+    return replace(method, error_measure=get_error(error_measure).name)
 
 
-def choose_method(name: str | None, *, has_data: bool, error: str | None = None) -> str:
+def choose_method(name: str | None, *, has_data: bool, error_measure: str | None = None) -> str:
     """Returns the name of the method to use, given whether there is calibration data.
 
     Args:
         name: One of the keys of `METHODS`, or None: `"activation"` with data, else `"energy"`.
             These did best in the measured tables (docs/results.md).
         has_data: Whether there is calibration data.
-        error: The requested error measure, if any. With an error measure but no name and no data,
-            the method is `"alds"`.
+        error_measure: The requested error measure, if any. With one, but no name and no data, the
+            method is `"alds"`.
 
     Returns:
         A key of `METHODS`.
@@ -80,7 +80,7 @@ def choose_method(name: str | None, *, has_data: bool, error: str | None = None)
     if name is None:
         if has_data:
             return DEFAULT_WITH_DATA
-        return DEFAULT if error is None else "alds"
+        return DEFAULT if error_measure is None else "alds"
     method = get_method(name)
     if method.needs_data and not has_data:
         raise ValueError(

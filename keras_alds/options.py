@@ -75,7 +75,7 @@ class SelectOptions(TypedDict, total=False):
             the layers' outputs on `calibration_data`. The others are the paper's baselines:
             `"svd"`, `"svd-energy"`, `"l-rank"`, `"pca"` (needs data), `"alds-error"`,
             `"alds-simple"`, `"alds-simple-5"`. Defaults to None: `"activation"` with calibration
-            data, `"alds"` with an `error`, else `"energy"`.""",
+            data, `"alds"` with an `error_measure`, else `"energy"`.""",
             flag={
                 "choices": [name for name, known in METHODS.items() if not known.needs_data],
                 "help": "default: as for `select`",
@@ -91,7 +91,7 @@ class SelectOptions(TypedDict, total=False):
             flag={"choices": OBJECTIVES, "help": "what the fraction counts (default: params)"},
         ),
     ]
-    error: Annotated[
+    error_measure: Annotated[
         str | None,
         Option(
             None,
@@ -151,7 +151,7 @@ class SelectOptions(TypedDict, total=False):
             Defaults to None: no bounds.""",
         ),
     ]
-    latency: Annotated[
+    latency_table: Annotated[
         Any,
         Option(
             None,
@@ -205,13 +205,13 @@ class Options:
     cr: float
     method: str
     objective: str
-    error: str | None
+    error_measure: str | None
     exclude: tuple[Any, ...]
     max_slices: int | None
     rank_multiple: int
     target: str | None
     bounds: tuple[Bound, ...]
-    latency: Any
+    latency_table: Any
     schemes: tuple[int, ...]
     macs_cr: float | None = None
 
@@ -252,15 +252,18 @@ class Options:
                 f"Expected `objective` to be one of {', '.join(map(repr, OBJECTIVES))}. "
                 f"Received: objective={values['objective']!r}"
             )
-        method = choose_method(values["method"], has_data=has_data, error=values["error"])
-        get_method(method, values["error"])
+        method = choose_method(
+            values["method"], has_data=has_data, error_measure=values["error_measure"]
+        )
+        get_method(method, values["error_measure"])
         get_target(values["target"])
         if values["objective"] == "latency":
             values["target"] = values["target"] or "litert"
-        elif values["latency"] is not None:
+        elif values["latency_table"] is not None:
             raise ValueError(
-                "Expected `latency` only with objective='latency'. "
-                f"Received: latency={values['latency']!r}, objective={values['objective']!r}"
+                "Expected `latency_table` only with objective='latency'. "
+                f"Received: latency_table={values['latency_table']!r}, "
+                f"objective={values['objective']!r}"
             )
         if values["max_slices"] is not None:
             values["max_slices"] = positive_int(values["max_slices"], "max_slices")

@@ -221,17 +221,20 @@ class TestOptions:
             assert choice.slices <= 2
             assert choice.rank % 2 == 0
 
-    @pytest.mark.parametrize("error", ["slice", "bound", "spectral", "energy"])
-    def test_error_measures(self, small, error):
-        plan = select(small, 0.4, error=error)
-        assert plan.error_measure == error
+    @pytest.mark.parametrize("measure", ["slice", "bound", "spectral", "energy"])
+    def test_error_measures(self, small, measure):
+        plan = select(small, 0.4, error_measure=measure)
+        assert plan.error_measure == measure
         assert plan.cr >= 0.4
-        if error != "slice":
+        if measure != "slice":
             assert plan.max_error != select(small, 0.4).max_error
 
     def test_energy_beats_min_max_in_its_own_measure(self, small):
         total = {
-            method: sum(c.error for c in select(small, 0.4, method=method, error="energy").choices)
+            method: sum(
+                choice.error
+                for choice in select(small, 0.4, method=method, error_measure="energy").choices
+            )
             for method in ("alds", "energy")
         }
         assert total["energy"] <= total["alds"]
@@ -414,7 +417,7 @@ class TestBadInput:
         [
             ({"method": "magic"}, "Expected a method"),
             ({"objective": "size"}, "Expected `objective`"),
-            ({"error": "worst"}, "Expected an error measure"),
+            ({"error_measure": "worst"}, "Expected an error measure"),
             ({"exclude": "("}, "regular expression"),
             ({"exclude": [3]}, "Expected `exclude`"),
             ({"max_slices": 0}, "Expected `max_slices`"),

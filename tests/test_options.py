@@ -15,7 +15,7 @@ CALLERS = {
     "select": set(),
     "compress": set(),
     "ALDSCompress": set(),
-    "sweep": {"method", "error"},
+    "sweep": {"method", "error_measure"},
 }
 
 

@@ -256,7 +256,7 @@ class TestPlans:
         factors = rng.standard_normal((*own, 16, 2)), rng.standard_normal((*other, 2, 24))
         layer.kernel.assign(np.einsum(axes, *factors))
         for objective in ("params", "macs"):
-            options = {"method": "alds", "error": "energy", "objective": objective}
+            options = {"method": "alds", "error_measure": "energy", "objective": objective}
             own_scheme = select(model, 0.5, **options)
             every = select(model, 0.5, schemes="all", **options)
             assert every.max_error <= own_scheme.max_error

@@ -9,7 +9,7 @@ from keras_alds.cli.models import add_model, read_model
 from keras_alds.options import add_flags, flags
 
 OPTIONS = (
-    *("method", "objective", "latency", "exclude", "max_slices", "rank_multiple", "target"),
+    *("method", "objective", "latency_table", "exclude", "max_slices", "rank_multiple", "target"),
     "schemes",
 )
 

@@ -213,7 +213,7 @@ def choice_table(
     offered: Mapping[int, range] | None = None,
     costs: Sequence[Costs] | None = None,
     *,
-    error: str = "slice",
+    error_measure: str = "slice",
     kernel: Array | None = None,
     scheme: int = 0,
 ) -> ChoiceTable:
@@ -225,7 +225,7 @@ def choice_table(
         spectra: Spectra of the kernel.
         offered: Ranks by number of slices, from `offered_ranks`. Defaults to all smaller choices.
         costs: Costs of the choices, one entry per budget. Defaults to one budget of weights.
-        error: Error measure; one of the keys of `keras_alds.core.errors.ERRORS`.
+        error_measure: Error measure; one of the keys of `keras_alds.core.errors.ERRORS`.
         kernel: The kernel, `[*spatial, c, f]`; needed by the error `"spectral"` only.
         scheme: Fold scheme of the unfolding that gave the spectra.
 
@@ -234,7 +234,7 @@ def choice_table(
         = rank = 0 for the unchanged kernel: error 0 and full cost.
 
     Raises:
-        ValueError: If `error` is unknown, or `offered` holds slices that the spectra lack.
+        ValueError: If `error_measure` is unknown, or `offered` holds slices that the spectra lack.
 
     Example:
         >>> from keras_alds.core.spectra import spectra
@@ -242,7 +242,7 @@ def choice_table(
         >>> [(row.slices, row.rank, row.weights) for row in table]
         [(1, 1, 12), (1, 2, 24), (0, 0, 36)]
     """
-    get_error(error)
+    get_error(error_measure)
     shape = spectra.kernel_shape
     if offered is None:
         every = offered_ranks(shape)
@@ -253,7 +253,7 @@ def choice_table(
     prices = [np.array([[cost.dense for cost in costs]])]
     errors = [np.zeros(1)]
     for k, ranks in offered.items():
-        curve = error_curve(spectra, error, k, kernel, max_rank=ranks[-1])
+        curve = error_curve(spectra, error_measure, k, kernel, max_rank=ranks[-1])
         j = np.array(ranks)
         same = np.broadcast_to([k, spectra.slices[k].rank, scheme], (j.size, 3))
         columns.append(np.column_stack([same, j, weights(shape, k, 1) * j]))

@@ -212,7 +212,7 @@ def get_error(name: str) -> ErrorMeasure:
         return ERRORS[name]
     except (KeyError, TypeError):
         raise ValueError(
-            f"Expected an error measure, one of {sorted(ERRORS)}. Received: error={name!r}"
+            f"Expected an error measure, one of {sorted(ERRORS)}. Received: error_measure={name!r}"
         ) from None
 
 

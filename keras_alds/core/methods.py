@@ -25,9 +25,10 @@ class Method:
 
     Attributes:
         name: Its name.
-        error: Error measure of its choices; one of the keys of `keras_alds.core.errors.ERRORS`.
+        error_measure: Error measure of its choices; one of the keys of
+            `keras_alds.core.errors.ERRORS`.
         solve: `solve(tables, budgets)` returns a `Solution` within the budgets. The tables come
-            from `choice_table` with this method's `error` and `near_slices`.
+            from `choice_table` with this method's `error_measure` and `near_slices`.
         near_slices: The method uses only the number of slices k nearest to this one. Defaults to
             all.
         needs_data: Whether it needs calibration data.
@@ -40,7 +41,7 @@ class Method:
     """
 
     name: str
-    error: str
+    error_measure: str
     solve: Callable[[Sequence[ChoiceTable], Sequence[int]], Solution]
     near_slices: int | None = None
     needs_data: bool = False
@@ -59,19 +60,19 @@ class Method:
 
 ALDS = Method(
     "alds",
-    error="slice",
+    error_measure="slice",
     solve=min_max,
     summary="least largest relative error over the layers, exact (ALDS)",
 )
 ENERGY = Method(
     "energy",
-    error="energy",
+    error_measure="energy",
     solve=min_sum,
     summary="least sum of relative squared errors over the layers",
 )
 ACTIVATION = Method(
     "activation",
-    error="energy",
+    error_measure="energy",
     solve=min_sum,
     needs_data=True,
     summary="least sum of relative squared errors of the layers' outputs on data",

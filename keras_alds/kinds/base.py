@@ -396,20 +396,22 @@ class KernelKind(Kind):
         """The axes over which the encoder of a fold scheme is applied."""
         return self.positions(layer, inputs, outputs)
 
-    def applied(self, layer: Any) -> int:
+    def weights_per_position(self, layer: Any) -> int:
         """How many weights one position of a call multiplies by, biases aside."""
         return math.prod(self.shape(layer))
 
-    def applied_factors(self, layer: Any) -> tuple[int, int]:
+    def factor_weights_per_position(self, layer: Any) -> tuple[int, int]:
         """The same for the encoder of a factorized layer, and for the rest of it."""
         return math.prod(layer.encoder.shape), math.prod(layer.decoder.shape)
 
     def macs(self, layer: Any, inputs: Shape, outputs: Shape) -> int:
-        return size_of(layer, self.positions(layer, inputs, outputs)) * self.applied(layer)
+        return size_of(layer, self.positions(layer, inputs, outputs)) * self.weights_per_position(
+            layer
+        )
 
     def factorized_macs(self, layer: Any, inputs: Shape, outputs: Shape) -> int:
         """Multiply–accumulates of one call of a factorized layer."""
-        encoder, rest = self.applied_factors(layer)
+        encoder, rest = self.factor_weights_per_position(layer)
         everywhere = size_of(layer, self.positions(layer, inputs, outputs))
         first = self.encoder_positions(layer, scheme_of(layer), inputs, outputs)
         return size_of(layer, first) * encoder + everywhere * rest

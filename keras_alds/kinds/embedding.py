@@ -186,10 +186,10 @@ class Embedding(KernelKind):
     def positions(self, layer: Any, inputs: Shape, outputs: Shape) -> Shape:
         return inputs
 
-    def applied(self, layer: Any) -> int:
+    def weights_per_position(self, layer: Any) -> int:
         return 0
 
-    def applied_factors(self, layer: Any) -> tuple[int, int]:
+    def factor_weights_per_position(self, layer: Any) -> tuple[int, int]:
         return 0, math.prod(layer.decoder.shape)
 
     def macs(self, layer: Any, inputs: Shape, outputs: Shape) -> int:

@@ -899,10 +899,11 @@ def _written_out(writer: Writer, layer: Any) -> list[Any]:
     if factors:
         names = ", ".join(dict.fromkeys(name for name, _ in factors))
         whole = sum(math.prod(kernel.kernel_shape) for _, kernel in factors)
+        weights = sum(sum(DENSE.factor_weights_per_position(kernel)) for _, kernel in factors)
         writer.warn(
             f"Factors of '{layer.name}' are multiplied out ({names}: {whole:,} weights for "
-            f"{sum(sum(DENSE.applied_factors(k)) for _, k in factors):,}), because stock recurrent "
-            "layers have no place for them, but for one slice of the inputs of a single layer."
+            f"{weights:,}), because stock recurrent layers "
+            "have no place for them, but for one slice of the inputs of a single layer."
         )
     values, origins = [], []
     for cell in held:

@@ -313,11 +313,11 @@ class Separable(BaseConvolution):
             outputs = chunk.transpose(2, 0, 1) @ taps
             yield outputs.transpose(1, 0, 2).reshape(len(chunk), 1, channels * multiplier)
 
-    def applied(self, layer: Any) -> int:
-        return super().applied(layer) + math.prod(layer.depthwise_kernel.shape)
+    def weights_per_position(self, layer: Any) -> int:
+        return super().weights_per_position(layer) + math.prod(layer.depthwise_kernel.shape)
 
-    def applied_factors(self, layer: Any) -> tuple[int, int]:
-        encoder, decoder = super().applied_factors(layer)
+    def factor_weights_per_position(self, layer: Any) -> tuple[int, int]:
+        encoder, decoder = super().factor_weights_per_position(layer)
         return encoder, decoder + math.prod(layer.depthwise.shape)
 
     def written_out(self, writer: Writer, layer: Any, axes: int) -> list[Any]:

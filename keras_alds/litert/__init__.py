@@ -10,7 +10,7 @@ from keras_alds.litert.equalization import equalize
 from keras_alds.litert.files import LiteRTFile, Operator, Tensor, read_file
 from keras_alds.litert.latency import measure_latency
 from keras_alds.litert.measure import Latency, benchmark
-from keras_alds.litert.runs import check_runs
+from keras_alds.litert.runs import check_file
 from keras_alds.litert.table import LatencyTable
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
     "Operator",
     "Tensor",
     "benchmark",
-    "check_runs",
+    "check_file",
     "compare",
     "convert",
     "equalize",

@@ -18,7 +18,7 @@ from keras_alds.litert.conversion import ConvertOptions, convert_quietly
 from keras_alds.litert.files import contents, read_file
 from keras_alds.litert.measure import Latency, time_together
 from keras_alds.litert.quantized import warn_of_thin_groups
-from keras_alds.litert.runs import Runner, check_runs
+from keras_alds.litert.runs import Runner, check_file, check_local
 from keras_alds.tables import PrintFn, print_table
 
 #: A metric: a function of targets and outputs.
@@ -120,7 +120,7 @@ def compare(
     threads: int = 1,
     runs: int = 100,
     warmup: int = 10,
-    delegate: bool = True,
+    target: str = "litert",
     verbose: int = 1,
 ) -> FileComparison:
     """Compares two models or files: size, latency and accuracy in the LiteRT runtime.
@@ -143,7 +143,7 @@ def compare(
         threads: As for `litert.benchmark`.
         runs: As for `litert.benchmark`; 0 to measure no latency. Defaults to 100.
         warmup: As for `litert.benchmark`.
-        delegate: As for `litert.benchmark`.
+        target: As for `litert.benchmark`.
         verbose: 0 for silence, else shows a progress bar on a terminal. Defaults to 1.
 
     Returns:
@@ -162,6 +162,7 @@ def compare(
     positive_int(threads, "threads")
     int_at_least(runs, "runs", 0)
     int_at_least(warmup, "warmup", 0)
+    check_local(target)
     if data is not None and not (isinstance(data, (tuple, list)) and len(data) == 2):
         raise ValueError(
             "Expected `data` to be a pair (x, y) of inputs and targets. "
@@ -183,16 +184,16 @@ def compare(
         files = []
         for item in (original, compressed):
             files.append(contents(convert_quietly(item, options) if _is_model(item) else item))
-            check_runs(files[-1], delegate=delegate)
+            check_file(files[-1], targets=(target,))
             progress.advance(task)
-        runners = [Runner(file, threads=threads, delegate=delegate) for file in files]
+        runners = [Runner(file, threads=threads, target=target) for file in files]
         values = [_computed(metrics, runner, data) for runner in runners]
         progress.advance(task)
         seconds = time_together(runners, runs=runs, warmup=warmup) if runs else [[], []]
         progress.advance(task)
     warn_of_thin_groups(*files, stacklevel=3)
     latencies = [
-        Latency.of(times, threads=threads, delegate=delegate, size=len(file)) if runs else None
+        Latency.of(times, threads=threads, target=target, size=len(file)) if runs else None
         for file, times in zip(files, seconds, strict=True)
     ]
     before, after = map(FileFigures.of, files, latencies, values)

@@ -24,14 +24,13 @@ from keras_alds.core.checks import positive_int
 from keras_alds.litert import _package
 from keras_alds.litert.files import read_file
 from keras_alds.litert.quantized import check_quantized, warn_of_thin_groups
-from keras_alds.litert.runs import check_runs
+from keras_alds.litert.runs import check_file, check_targets
 from keras_alds.models.data import KeptExamples, with_progress
 from keras_alds.models.inventory import walk
 from keras_alds.models.ranges import equalized
 
 QUANTIZE = (None, "float16", "dynamic", "int8")
 #: Runtimes in which a file can be checked, and whether each uses XNNPACK.
-RUNTIMES = {"xnnpack": True, "reference": False}
 _IO_TYPES = ("float32", "int8", "uint8")
 
 
@@ -45,7 +44,7 @@ def convert(
     inference_input_type: Any = "float32",
     inference_output_type: Any = "float32",
     batch_size: int = 1,
-    runtimes: Sequence[str] = ("xnnpack",),
+    targets: Sequence[str] = ("litert",),
     verbose: int = 1,
 ) -> bytes:
     """Converts a model to a LiteRT (TensorFlow Lite) file, and returns its bytes.
@@ -79,9 +78,9 @@ def convert(
         inference_output_type: The same for the outputs.
         batch_size: Integer. Examples per run of the file. A fixed batch size avoids operators
             that compute shapes. Defaults to 1.
-        runtimes: Runtimes that run the file once to check it, at least one: `"xnnpack"`, the
-            default on CPUs, and `"reference"`, the built-in kernels alone. Defaults to
-            `("xnnpack",)`.
+        targets: Where the file is run once to check it: `"litert"` (with XNNPACK, the default on
+            CPUs), `"litert-reference"` (the built-in kernels alone), or both. Defaults to
+            `("litert",)`.
         verbose: 0 for silence, else shows a progress bar on a terminal, and a line for what
             `"dynamic"` left in float. Defaults to 1.
 
@@ -111,7 +110,7 @@ def convert(
         inference_input_type=inference_input_type,
         inference_output_type=inference_output_type,
         batch_size=batch_size,
-        runtimes=runtimes,
+        targets=targets,
         verbose=verbose,
     )
     content = convert_quietly(model, options, path)
@@ -133,7 +132,7 @@ class ConvertOptions:
     inference_input_type: Any = "float32"
     inference_output_type: Any = "float32"
     batch_size: int = 1
-    runtimes: Sequence[str] = ("xnnpack",)
+    targets: Sequence[str] = ("litert",)
     verbose: int = 1
 
     def __post_init__(self) -> None:
@@ -143,15 +142,7 @@ class ConvertOptions:
                 f"Received: quantize={self.quantize!r}"
             )
         positive_int(self.batch_size, "batch_size")
-        if (
-            not isinstance(self.runtimes, (list, tuple, set, frozenset))
-            or not self.runtimes
-            or any(runtime not in [*RUNTIMES] for runtime in self.runtimes)
-        ):
-            raise ValueError(
-                f"Expected `runtimes` to hold some of {', '.join(map(repr, RUNTIMES))}. "
-                f"Received: runtimes={self.runtimes!r}"
-            )
+        check_targets(self.targets)
         _ = self.types  # raises if they are invalid
 
     @property
@@ -194,8 +185,7 @@ def convert_quietly(
         content = _converted(model, specs, options, aware, progress)
         progress.advance(task)
         left = check_quantized(read_file(content), options.quantize) if options.quantize else []
-        for runtime in options.runtimes:
-            check_runs(content, delegate=RUNTIMES[runtime])
+        check_file(content, targets=options.targets)
         progress.advance(task)
         if left and options.verbose:
             text = f"Left in float32 by the converter: {'; '.join(left)}"

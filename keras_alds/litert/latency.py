@@ -19,6 +19,7 @@ from keras_alds.core.costs import Costs, SampledCosts, sum_costs
 from keras_alds.litert import _package
 from keras_alds.litert.conversion import ConvertOptions, convert_quietly
 from keras_alds.litert.layer_files import Calls, LayerCall, empty_file, layer_calls, layer_file
+from keras_alds.litert.runs import check_local
 from keras_alds.litert.sampling import sample_costs
 from keras_alds.litert.table import LatencyTable, Settings
 from keras_alds.litert.timing import MOST_SWEPT, time_files
@@ -28,7 +29,6 @@ from keras_alds.naming import check_exclude
 from keras_alds.plan import Skip, Skipped
 
 #: Targets whose runtime is on this machine, and whether each uses XNNPACK.
-LOCAL = {"litert": True, "litert-reference": False}
 
 
 class MeasuredLatency:
@@ -127,7 +127,7 @@ def measure_latency(
     print(f"{table.total / 1e6:.3f} ms, {len(table.layers)} layers")
     ```
     """
-    _check_local(target)
+    check_local(target)
     settings = Settings(quantize, threads, target, max_slices)
     inventory = measurable(model, exclude, stacklevel=2)
     return _measured(inventory, settings, representative_data, verbose)
@@ -159,20 +159,20 @@ def measured_records(inventory: Inventory) -> list[LayerRecord]:
 
 
 def check_table(latency: Any, target: str | None) -> LatencyTable | None:
-    """Returns the table for `latency=` of `select`, or None if latency must be measured.
+    """Returns the table for `latency_table=` of `select`, or None if latency must be measured.
 
     Raises:
         ValueError: If it is not a table, is for another target, or is missing but required.
     """
     if latency is None:
-        _check_local(target)
+        check_local(target)
         return None
     if isinstance(latency, (str, os.PathLike)):
         latency = LatencyTable.load(latency)
     if not isinstance(latency, LatencyTable):
         raise ValueError(
-            "Expected `latency` to be a `keras_alds.litert.LatencyTable` or the path of one. "
-            f"Received: latency={latency!r}"
+            "Expected `latency_table` to be a `keras_alds.litert.LatencyTable` or the path of one. "
+            f"Received: latency_table={latency!r}"
         )
     if latency.target != target:
         raise ValueError(
@@ -243,17 +243,8 @@ _LAYERS: dict[tuple, SampledCosts] = {}
 _MODELS: weakref.WeakKeyDictionary[Any, dict[tuple, tuple[int, int]]] = weakref.WeakKeyDictionary()
 
 
-def _check_local(target: Any) -> None:
-    if target not in LOCAL:
-        raise ValueError(
-            f"Expected target={' or '.join(map(repr, LOCAL))}, to measure latency here. Received: "
-            f"target={target!r}. Measure on a device: `python -m keras_alds latency-files`."
-        )
-
-
 def _times(settings: Settings, files: Sequence[Any], swept: int = 0) -> list[int]:
-    delegate = LOCAL[settings.target]
-    return time_files(files, threads=settings.threads, delegate=delegate, swept=swept)
+    return time_files(files, threads=settings.threads, target=settings.target, swept=swept)
 
 
 def _measured(

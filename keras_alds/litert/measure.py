@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from keras_alds.core.checks import int_at_least, positive_int
 from keras_alds.litert.files import File, contents
-from keras_alds.litert.runs import Runner, check_runs
+from keras_alds.litert.runs import Runner, check_file, check_local
 from keras_alds.tables import PrintFn
 
 
@@ -26,7 +26,8 @@ class Latency:
         fastest: Seconds of the fastest run.
         runs: Number of timed runs.
         threads: Number of threads.
-        delegate: Whether XNNPACK ran the operators it supports.
+        target: `"litert"` if XNNPACK ran the operators that it supports, else
+            `"litert-reference"`.
         size: Bytes of the file.
     """
 
@@ -36,11 +37,11 @@ class Latency:
     fastest: float
     runs: int
     threads: int
-    delegate: bool
+    target: str
     size: int
 
     @classmethod
-    def of(cls, seconds: Sequence[float], *, threads: int, delegate: bool, size: int) -> Latency:
+    def of(cls, seconds: Sequence[float], *, threads: int, target: str, size: int) -> Latency:
         """The record of the seconds per run."""
         lower, median, upper = np.quantile(seconds, (0.25, 0.5, 0.75))
         return cls(
@@ -50,7 +51,7 @@ class Latency:
             fastest=float(min(seconds)),
             runs=len(seconds),
             threads=threads,
-            delegate=delegate,
+            target=target,
             size=size,
         )
 
@@ -58,7 +59,7 @@ class Latency:
     def runtime(self) -> str:
         """The runtime that was measured, such as `"1 thread, XNNPACK"`."""
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        return f"{threads}, {'XNNPACK' if self.delegate else 'built-in kernels'}"
+        return f"{threads}, {'XNNPACK' if self.target == 'litert' else 'built-in kernels'}"
 
     def __str__(self) -> str:
         return (
@@ -81,7 +82,7 @@ def benchmark(
     threads: int = 1,
     runs: int = 100,
     warmup: int = 10,
-    delegate: bool = True,
+    target: str = "litert",
     verbose: int = 1,
 ) -> Latency:
     """Measures how long one run of a `.tflite` file takes on this machine.
@@ -91,8 +92,8 @@ def benchmark(
         threads: Integer. Number of threads. Defaults to 1.
         runs: Integer. Number of timed runs. Defaults to 100.
         warmup: Integer. Number of untimed runs before them. Defaults to 10.
-        delegate: Boolean. Whether XNNPACK, the runtime's default on CPUs, runs the operators it
-            supports; otherwise the built-in kernels do. Defaults to `True`.
+        target: `"litert"`, where XNNPACK runs the operators that it supports, as by default on
+            CPUs, or `"litert-reference"`, the built-in kernels alone. Defaults to `"litert"`.
         verbose: 0 for silence, else shows a progress bar on a terminal. Defaults to 1.
 
     Returns:
@@ -111,13 +112,14 @@ def benchmark(
     positive_int(threads, "threads")
     positive_int(runs, "runs")
     int_at_least(warmup, "warmup", 0)
+    check_local(target)
     content = contents(file)
-    check_runs(content, delegate=delegate)
-    runner = Runner(content, threads=threads, delegate=delegate)
+    check_file(content, targets=(target,))
+    runner = Runner(content, threads=threads, target=target)
     with Progress(transient=True, disable=not verbose) as progress:
         progress.add_task("benchmark", total=None)  # updating the bar would cost time
         (seconds,) = time_together([runner], runs=runs, warmup=warmup)
-    return Latency.of(seconds, threads=threads, delegate=delegate, size=len(content))
+    return Latency.of(seconds, threads=threads, target=target, size=len(content))
 
 
 def time_together(

@@ -14,6 +14,33 @@ from keras_alds.litert.files import File, LiteRTFile, Operator, contents, read_f
 #: One array, or one for each input: by name, or in the file's order.
 Inputs = Array | Sequence[Array] | Mapping[str, Array]
 
+#: The targets that run on this machine: with XNNPACK, LiteRT's default on CPUs, and without.
+LOCAL = ("litert", "litert-reference")
+
+
+def check_local(target: Any) -> None:
+    """Raises a ValueError unless files for `target` can run on this machine."""
+    if target not in LOCAL:
+        raise ValueError(
+            f"Expected target={' or '.join(map(repr, LOCAL))}, which can run on this machine. "
+            f"Received: target={target!r}. For the latency of a device, use "
+            "`python -m keras_alds latency-files`."
+        )
+
+
+def check_targets(targets: Any) -> Sequence[str]:
+    """Returns `targets`, or raises a ValueError unless it holds some of `LOCAL`."""
+    if (
+        not isinstance(targets, (list, tuple, set, frozenset))
+        or not targets
+        or any(target not in LOCAL for target in targets)
+    ):
+        raise ValueError(
+            f"Expected `targets` to hold some of {', '.join(map(repr, LOCAL))}. "
+            f"Received: targets={targets!r}"
+        )
+    return tuple(targets)
+
 
 class Runner:
     """A file loaded in the LiteRT runtime, with its tensors allocated.
@@ -21,22 +48,22 @@ class Runner:
     Args:
         file: Bytes of a `.tflite` file, or its path.
         threads: Number of threads.
-        delegate: Whether XNNPACK, the runtime's default on CPUs, runs the operators it supports.
-            Otherwise the built-in kernels run all of them.
+        target: `"litert"`: XNNPACK, the default on CPUs, runs the operators it supports.
+            `"litert-reference"`: the built-in kernels run all of them.
 
     Raises:
         ImportError: If LiteRT is not installed.
         RuntimeError: If the runtime cannot load the file.
     """
 
-    def __init__(self, file: File, *, threads: int = 1, delegate: bool = True) -> None:
+    def __init__(self, file: File, *, threads: int = 1, target: str = "litert") -> None:
         module = _package.interpreter()
         kinds = module.OpResolverType
         self.interpreter = module.Interpreter(
             model_content=contents(file),
             num_threads=threads,
             experimental_op_resolver_type=(
-                kinds.BUILTIN if delegate else kinds.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+                kinds.BUILTIN if target == "litert" else kinds.BUILTIN_WITHOUT_DEFAULT_DELEGATES
             ),
         )
         self.interpreter.allocate_tensors()
@@ -150,7 +177,7 @@ class Runner:
         return arrays
 
 
-def check_runs(file: File, *, delegate: bool | None = None) -> None:
+def check_file(file: File, *, targets: Sequence[str] = LOCAL) -> None:
     """Raises an error unless a file runs: checks its scales, then runs it once on noise.
 
     XNNPACK refuses a whole file if a single channel of one int8 convolution or dense layer has a
@@ -159,8 +186,8 @@ def check_runs(file: File, *, delegate: bool | None = None) -> None:
 
     Args:
         file: Bytes of a `.tflite` file, or its path.
-        delegate: Whether it must run with XNNPACK, the runtime's default on CPUs (True), or with
-            the built-in kernels alone (False). Defaults to None: both.
+        targets: What it must run on: `"litert"` (with XNNPACK, the default on CPUs),
+            `"litert-reference"` (the built-in kernels alone), or both. Defaults to both.
 
     Raises:
         ImportError: If LiteRT is not installed.
@@ -169,21 +196,21 @@ def check_runs(file: File, *, delegate: bool | None = None) -> None:
     Example:
     ```python
     content = keras_alds.litert.convert(model, verbose=0)
-    keras_alds.litert.check_runs(content)
+    keras_alds.litert.check_file(content)
     ```
     """
     content = contents(file)
-    for chosen in (True, False) if delegate is None else (delegate,):
-        if chosen:
+    for target in check_targets(targets):
+        if target == "litert":
             check_scales(read_file(content))
         try:
-            runner = Runner(content, delegate=chosen)
+            runner = Runner(content, target=target)
             runner.set_random_inputs()
             runner.invoke()
         except (RuntimeError, ValueError) as error:
             raise ValueError(
                 "Expected a file that the LiteRT runtime runs. Received: one that fails "
-                f"{'with' if chosen else 'without'} XNNPACK ({error})"
+                f"{'with' if target == 'litert' else 'without'} XNNPACK ({error})"
             ) from error
 
 

@@ -103,7 +103,7 @@ class LatencyTable:
     table = keras_alds.litert.measure_latency(model, quantize="int8", verbose=0)
     table.save("latency.csv")
     table = keras_alds.litert.LatencyTable.load("latency.csv")
-    # plan = keras_alds.select(model, cr=0.3, objective="latency", latency=table)
+    # plan = keras_alds.select(model, cr=0.3, objective="latency", latency_table=table)
     ```
     """
 

@@ -32,7 +32,7 @@ def time_files(
     files: Sequence[Callable[[], bytes]],
     *,
     threads: int = 1,
-    delegate: bool = True,
+    target: str = "litert",
     swept: int = 0,
 ) -> list[int]:
     """Measures the least time of one run of every file.
@@ -42,7 +42,7 @@ def time_files(
     Args:
         files: Functions that make the files; few are held at a time.
         threads: Number of threads.
-        delegate: Whether XNNPACK is used.
+        target: As for `Runner`.
         swept: Bytes to read between two runs, like the rest of a model. If a model is larger than
             the caches, a layer's weights are not in them when it runs.
 
@@ -62,7 +62,7 @@ def time_files(
         while len(times) + len(runners) < len(files) and (not runners or held < _BATCH_BYTES):
             content = files[len(times) + len(runners)]()
             held += len(content)
-            runners.append(Runner(content, threads=threads, delegate=delegate))
+            runners.append(Runner(content, threads=threads, target=target))
         times += _take_turns(runners, now, sweep)
     return times
 

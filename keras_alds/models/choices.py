@@ -47,7 +47,9 @@ def choice_tables(
     tables = {}
     for group in _together(others):
         for record, entry in zip(group, _entries(group), strict=True):
-            found = [entry.table(method.error, s, *offer(record, s)) for s in record.schemes]
+            found = [
+                entry.table(method.error_measure, s, *offer(record, s)) for s in record.schemes
+            ]
             tables[record.path] = join_tables(found)
     for group in _together(measured):
         if stats is None:
@@ -58,7 +60,9 @@ def choice_tables(
             if record.moment is not None
         }
         for record, spectra in zip(group, stats.spectra(seen, method.spectra), strict=True):
-            tables[record.path] = choice_table(spectra, *offer(record, 0), error=method.error)
+            tables[record.path] = choice_table(
+                spectra, *offer(record, 0), error_measure=method.error_measure
+            )
         del seen  # before the next kernels are read
     return [tables[record.path] for record in records]
 
@@ -98,7 +102,7 @@ class _Entry:
                 kernel = kernel_values(self.layer(), scheme)
             spectra = self.spectra[scheme]
             self.tables[key] = choice_table(
-                spectra, offered, costs, error=error, scheme=scheme, kernel=kernel
+                spectra, offered, costs, error_measure=error, scheme=scheme, kernel=kernel
             )
         return self.tables[key]
 

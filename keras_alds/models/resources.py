@@ -97,7 +97,7 @@ class Macs:
 
     def costs(self, record: LayerRecord) -> Costs:
         """One per weight and position at which it is applied."""
-        unit = self.of(record) // max(record.kind.applied(record.layer), 1)
+        unit = self.of(record) // max(record.kind.weights_per_position(record.layer), 1)
         forms = tuple(
             (scheme, record.shape_in(scheme), self._encoder_unit(record, scheme, unit))
             for scheme in record.schemes

@@ -134,7 +134,7 @@ class Selection:
     @functools.cached_property
     def method(self) -> Method:
         """The method, with the chosen error measure."""
-        return get_method(self.options.method, self.options.error)
+        return get_method(self.options.method, self.options.error_measure)
 
     @functools.cached_property
     def params(self) -> Params:
@@ -327,7 +327,7 @@ class Selection:
         return CompressionPlan(
             requested_cr=self.options.cr,
             method=self.options.method,
-            error_measure=self.method.error,
+            error_measure=self.method.error_measure,
             objective=self.options.objective,
             params_before=self.inventory.params,
             params_after=self.inventory.params - saved("params"),

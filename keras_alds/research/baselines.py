@@ -21,14 +21,14 @@ from keras_alds.research.scalars import (
 BASELINES = (
     Method(
         "svd",
-        error="energy",
+        error_measure="energy",
         solve=partial(one_scalar, chain=fractions_of_rank),
         near_slices=1,
         summary="the same fraction of the full rank in every layer, one slice",
     ),
     Method(
         "svd-energy",
-        error="energy",
+        error_measure="energy",
         solve=partial(one_scalar, chain=errors_of_ranks),
         near_slices=1,
         summary="the same part of the squared singular values in every layer, one slice",
@@ -37,14 +37,14 @@ BASELINES = (
     # Each Layer", CVPR 2020, equation 5.
     Method(
         "l-rank",
-        error="residual",
+        error_measure="residual",
         solve=partial(one_scalar, chain=hull_chain),
         near_slices=1,
         summary="least λ·cost + squared error of every layer, one λ, one slice",
     ),
     Method(
         "pca",
-        error="energy",
+        error_measure="energy",
         solve=partial(one_scalar, chain=energy_drops),
         near_slices=1,
         needs_data=True,
@@ -55,21 +55,21 @@ BASELINES = (
     ),
     Method(
         "alds-error",
-        error="slice",
+        error_measure="slice",
         solve=min_max,
         near_slices=3,
         summary='ranks as "alds" chooses them, for slices nearest to 3',
     ),
     Method(
         "alds-simple",
-        error="slice",
+        error_measure="slice",
         solve=partial(one_scalar, chain=fractions_of_rank),
         near_slices=3,
         summary="the same fraction of the full rank in every layer, slices nearest to 3",
     ),
     Method(
         "alds-simple-5",
-        error="slice",
+        error_measure="slice",
         solve=partial(one_scalar, chain=fractions_of_rank),
         near_slices=5,
         summary="the same fraction of the full rank in every layer, slices nearest to 5",

@@ -161,7 +161,7 @@ class Sweep:
         figure.savefig(path, dpi=110)
 
 
-@takes_options(leave_out=("method", "error"))
+@takes_options(leave_out=("method", "error_measure"))
 def sweep(
     model: KerasModel,
     evaluate: Callable[[Any], float],
@@ -217,7 +217,7 @@ def sweep(
     References:
         Figure 1 of arXiv 2107.11442.
     """
-    check_names(options, "sweep", leave_out=("method", "error"))
+    check_names(options, "sweep", leave_out=("method", "error_measure"))
     check_sequential(sequential, calibration_data)
     crs = (float(crs),) if isinstance(crs, (int, float)) else tuple(crs)
     for cr in crs:

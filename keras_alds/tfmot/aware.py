@@ -45,8 +45,8 @@ def quantize_aware_training(
     optimizer: Any = None,
     loss: Any = None,
     metrics: Any = None,
-    quantize: Callable[[Any], Any] | None = None,
-    fit: Callable[[Any], object] | None = None,
+    quantize_fn: Callable[[Any], Any] | None = None,
+    fit_fn: Callable[[Any], object] | None = None,
     validation_data: Any = None,
     path: str | os.PathLike[str] | None = None,
     convert_options: Mapping[str, Any] | None = None,
@@ -75,10 +75,10 @@ def quantize_aware_training(
             model's optimizer and a tenth of its current learning rate.
         loss: As for `compile` of tf_keras. Defaults to the model's loss.
         metrics: As for `compile` of tf_keras. Defaults to the model's metrics.
-        quantize: Function from the expanded tf_keras model to the model to train, for annotated
+        quantize_fn: Function from the expanded tf_keras model to the model to train, for annotated
             layers or TF-MOT's schemes that preserve sparsity or clusters. Defaults to
             `tensorflow_model_optimization.quantization.keras.quantize_model`.
-        fit: Function that trains the compiled model, for custom training loops. Defaults to
+        fit_fn: Function that trains the compiled model, for custom training loops. Defaults to
             `model.fit(x, y, **fit_options)`.
         validation_data: Examples with targets for the comparison, also passed to Keras's `fit`:
             `(x, y)` or `(x, y, sample_weight)` of arrays, a batched `tf.data.Dataset` or a
@@ -111,14 +111,15 @@ def quantize_aware_training(
     )
     ```
     """
-    if fit is None and x is None:
+    if fit_fn is None and x is None:
         raise ValueError(
-            "Expected training data `x` (and `y`), or a function `fit` that trains. Received: none"
+            "Expected training data `x` (and `y`), or a function `fit_fn` that trains. "
+            "Received: neither"
         )
-    if fit is not None and (x is not None or y is not None or fit_options):
+    if fit_fn is not None and (x is not None or y is not None or fit_options):
         raise ValueError(
-            "Expected either training data or a function `fit`. Received: both, or options of "
-            f"Keras's `fit` with a function `fit` ({', '.join(fit_options) or 'x, y'})"
+            "Expected either training data or a function `fit_fn`. Received: both, or options of "
+            f"Keras's `fit` with a function `fit_fn` ({', '.join(fit_options) or 'x, y'})"
         )
     options = _checked_options(compress, convert_options, optimizer, fit_options)
     check_folder(path)
@@ -137,11 +138,11 @@ def quantize_aware_training(
     x, y, fit_options, validation_data = _hold_out(x, y, fit_options, validation_data)
     held_out = _batches(validation_data)
     after = _after_training(model, held_out, options)
-    quantized = _quantized(model, quantize or tfmot.quantization.keras.quantize_model)
+    quantized = _quantized(model, quantize_fn or tfmot.quantization.keras.quantize_model)
     target.use_plain_convolutions([layer for _, layer in walk(quantized)])
     quantized.compile(**arguments)
-    if fit is not None:
-        fit(quantized)
+    if fit_fn is not None:
+        fit_fn(quantized)
     else:
         quantized.fit(x, y, **fit_options)
     content = convert_quietly(quantized, options, path)
@@ -236,7 +237,7 @@ def _hold_out(
     x: Any, y: Any, options: dict[str, Any], validation_data: Any
 ) -> tuple[Any, Any, dict[str, Any], Any]:
     """The training data, the options of `fit`, and the examples for the comparison."""
-    if x is None:  # the user's own `fit`
+    if x is None:  # the user's own `fit_fn`
         return x, y, options, validation_data
     if validation_data is not None:
         return x, y, {**options, "validation_data": validation_data}, validation_data
@@ -363,7 +364,7 @@ def _keep_names_apart(backend: _backend.Backend, model: Any) -> None:
             pass
 
 
-def _quantized(model: Any, quantize: Callable[[Any], Any]) -> Any:
+def _quantized(model: Any, quantize_fn: Callable[[Any], Any]) -> Any:
     backend = _backend.backend_of(model)
     inner = [path for path, layer in walk(model) if backend.is_model(layer)]
     if inner:
@@ -374,10 +375,10 @@ def _quantized(model: Any, quantize: Callable[[Any], Any]) -> Any:
         )
     _keep_names_apart(backend, model)
     try:
-        return quantize(model)
+        return quantize_fn(model)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"Expected a model that TF-MOT can quantize. Received: '{model.name}', for which it "
-            f"fails ({error}). Remedy: pass `quantize`, a function that annotates the layers to "
+            f"fails ({error}). Remedy: pass `quantize_fn`, a function that annotates the layers to "
             "quantize, or quantize after training with `litert.convert`."
         ) from error

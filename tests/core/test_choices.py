@@ -33,7 +33,7 @@ def table_of(rows):
 def test_table_holds_every_smaller_choice(shape, name):
     kernel = kernel_of(shape)
     found = spectra(kernel)
-    table = choice_table(found, error=name, kernel=kernel)
+    table = choice_table(found, error_measure=name, kernel=kernel)
     dense = int(np.prod(shape))
     expected = {(0, 0): (dense, 0.0)}
     for k in divisors(shape[-2]):
@@ -134,8 +134,8 @@ def test_bad_options(name, value):
 
 
 def test_bad_tables_and_errors():
-    with pytest.raises(ValueError, match="Received: error='nope'"):
-        choice_table(spectra(kernel_of((2, 2))), error="nope")
+    with pytest.raises(ValueError, match="Received: error_measure='nope'"):
+        choice_table(spectra(kernel_of((2, 2))), error_measure="nope")
     column = np.zeros(2, np.int64)
     with pytest.raises(ValueError, match="one length"):
         ChoiceTable(column, column, column, column, column, column[:, None], np.zeros(3))

@@ -97,7 +97,9 @@ def test_solvers_against_brute_force(seed: int, name: str):
     for _ in range(3):
         kernel = rng.normal(size=(6, 6))
         costs = random_costs(rng, kernel)
-        tables.append(choice_table(spectra(kernel), error=method.error, costs=[costs]))
+        tables.append(
+            choice_table(spectra(kernel), error_measure=method.error_measure, costs=[costs])
+        )
     everything = [
         (sum(row.cost[0] for row in rows), [row.error for row in rows])
         for rows in itertools.product(*tables)

@@ -116,7 +116,7 @@ def test_max_rank_shortens_the_curve(name):
 
 def test_errors_state_what_was_received():
     found = spectra(kernel_of((4, 6)))
-    with pytest.raises(ValueError, match=r"\['bound', 'energy', .*Received: error='l2'"):
+    with pytest.raises(ValueError, match=r"\['bound', 'energy', .*Received: error_measure='l2'"):
         error_curve(found, "l2", 1)
     with pytest.raises(ValueError, match=r"\[1, 2, 4\]. Received: k=3"):
         error_curve(found, "slice", 3)

@@ -128,7 +128,7 @@ def test_schemes_that_coincide_count_once():
 def test_one_table_holds_the_choices_of_all_schemes(error):
     kernel = kernel_of((3, 2, 4, 6))
     units = {0: 7, 1: 9, 2: 21, 3: 40}
-    tables = tables_of(kernel, error=error, units=units)
+    tables = tables_of(kernel, error_measure=error, units=units)
     table = join_tables(tables)
     rows = {(r.scheme, r.slices, r.rank): r for r in table}
     expected = {(0, 0, 0)}
@@ -172,7 +172,7 @@ def _svd(matrix):
 
 def test_equal_choices_are_taken_in_the_least_scheme():
     kernel = np.ones((3, 3, 2, 2))  # of rank one in every scheme
-    table = join_tables(tables_of(kernel, schemes=(3, 2, 1, 0), error="energy"))
+    table = join_tables(tables_of(kernel, schemes=(3, 2, 1, 0), error_measure="energy"))
     cheapest = table.front()[0]
     same = [r for r in table if (r.cost, r.error) == (cheapest.cost, cheapest.error)]
     assert len(same) > 1
@@ -195,7 +195,7 @@ def test_the_best_of_all_schemes(seed, budget):
     limit = int(budget * 3 * sum(kernel.size for kernel in kernels))
     for name in ("energy", "alds"):
         method = METHODS[name]
-        options = {"error": method.error, "units": units}
+        options = {"error_measure": method.error_measure, "units": units}
         tables = [join_tables(tables_of(kernel, **options)) for kernel in kernels]
         total = max if name == "alds" else sum
         best = min(

@@ -212,7 +212,7 @@ def test_methods_stay_within_every_budget(name):
         choice_table(
             spectra(rng.standard_normal(shape)),
             offered_ranks(shape, near_slices=method.near_slices),
-            error=method.error,
+            error_measure=method.error_measure,
         )
         for shape in shapes
     ]
@@ -297,13 +297,13 @@ def test_min_sum_against_integer_programming(seed, budgets):
 def test_method_registry():
     assert get_method("alds").error == "slice"
     assert get_method("energy").error == "energy"
-    changed = get_method("alds", error="spectral")
+    changed = get_method("alds", error_measure="spectral")
     assert (changed.name, changed.error) == ("alds", "spectral")
     assert changed.solve is min_max
     assert get_method("alds").error == "slice"
     with pytest.raises(ValueError, match=r"'alds', .*'energy', .*Received: method='magic'"):
         get_method("magic")
-    with pytest.raises(ValueError, match="Received: error='magic'"):
-        get_method("alds", error="magic")
+    with pytest.raises(ValueError, match="Received: error_measure='magic'"):
+        get_method("alds", error_measure="magic")
     with pytest.raises(TypeError):
         METHODS["magic"] = get_method("alds")

@@ -27,7 +27,7 @@ def tables_of(shapes, units, seed, method="energy"):
             spectra(rng.standard_normal(shape)),
             offered_ranks(shape, near_slices=method.near_slices),
             [WeightCosts(((0, shape, each),), each) for each in (1, unit)],
-            error=method.error,
+            error_measure=method.error_measure,
         )
         for shape, unit in zip(shapes, units, strict=True)
     ]

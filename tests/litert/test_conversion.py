@@ -17,7 +17,7 @@ import zoo
 import keras_alds
 from keras_alds import litert
 from keras_alds.litert.quantized import check_quantized
-from keras_alds.litert.runs import Runner, check_runs
+from keras_alds.litert.runs import LOCAL, Runner, check_file
 
 pytest.importorskip("ai_edge_litert")
 
@@ -41,9 +41,9 @@ def test_factorized_models_of_every_kind_convert(module: str, kind: str):
     small = keras_alds.compress(model, 0.4)
     x = zoo.examples(small)
     before = small.get_weights()
-    content = litert.convert(small, runtimes=("xnnpack", "reference"), verbose=0)
-    for delegate in (True, False):
-        runner = Runner(content, delegate=delegate)
+    content = litert.convert(small, targets=("litert", "litert-reference"), verbose=0)
+    for target in LOCAL:
+        runner = Runner(content, target=target)
         for ours, theirs in zip(
             flat(runner.predict(x)), flat(small(x, training=False)), strict=True
         ):
@@ -177,7 +177,7 @@ def test_int8_inputs_and_outputs_and_batches(dense_and_conv: Any, data: np.ndarr
         inference_input_type=tf.int8,
         inference_output_type="uint8",
         batch_size=16,
-        runtimes=("xnnpack", "reference"),
+        targets=("litert", "litert-reference"),
         verbose=0,
     )
     file = litert.read_file(content)
@@ -259,9 +259,9 @@ def test_state_does_not_leak_from_one_example_to_the_next():
         ({"inference_input_type": "int8"}, "to be 'float32' unless quantize='int8'"),
         ({"inference_output_type": "int16"}, "Expected `inference_output_type` to be one of"),
         ({"batch_size": 0}, "Expected `batch_size` to be a positive integer"),
-        ({"runtimes": "xnnpack"}, "Expected `runtimes` to hold some of"),
-        ({"runtimes": ()}, "Expected `runtimes` to hold some of"),
-        ({"runtimes": None}, "Expected `runtimes` to hold some of"),
+        ({"targets": "litert"}, "Expected `targets` to hold some of"),
+        ({"targets": ()}, "Expected `targets` to hold some of"),
+        ({"targets": None}, "Expected `targets` to hold some of"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], text: str, dense_and_conv: Any, tmp_path: Path):
@@ -324,7 +324,7 @@ def test_files_that_do_not_run_are_not_handed_out(
 
     content = litert.convert(dense_and_conv, verbose=0)
     monkeypatch.setattr("ai_edge_litert.interpreter.Interpreter.allocate_tensors", broken)
-    for call in (litert.benchmark, check_runs):
+    for call in (litert.benchmark, check_file):
         with pytest.raises(ValueError, match="Expected a file that the LiteRT runtime runs"):
             call(content)
     monkeypatch.undo()
@@ -337,7 +337,7 @@ def test_files_that_do_not_run_are_not_handed_out(
 def test_what_is_no_file(tmp_path: Path, contents: dict[str | None, bytes]):
     path = tmp_path / "model.tflite"
     path.write_bytes(b"no such file")
-    for read in (litert.read_file, litert.benchmark, check_runs):
+    for read in (litert.read_file, litert.benchmark, check_file):
         with pytest.raises(ValueError, match=r"Expected a \.tflite file"):
             read(path)
     with pytest.raises(ValueError, match="Expected the path or the bytes"):
@@ -367,14 +367,14 @@ def test_litert_is_not_installed(
 def test_benchmark(contents: dict[str | None, bytes], tmp_path: Path):
     path = tmp_path / "model.tflite"
     path.write_bytes(contents["int8"])
-    for delegate in (True, False):
-        latency = litert.benchmark(path, runs=5, warmup=1, delegate=delegate, verbose=0)
+    for target in LOCAL:
+        latency = litert.benchmark(path, runs=5, warmup=1, target=target, verbose=0)
         assert 0 < latency.fastest <= latency.lower <= latency.median <= latency.upper
-        assert (latency.runs, latency.threads, latency.delegate) == (5, 1, delegate)
+        assert (latency.runs, latency.threads, latency.target) == (5, 1, target)
         assert latency.size == len(contents["int8"])
         printed: list[str] = []
         latency.summary(printed.append)
-        kernels = "XNNPACK" if delegate else "built-in kernels"
+        kernels = "XNNPACK" if target == "litert" else "built-in kernels"
         assert printed == [f"{latency.size:,} bytes, 1 thread, {kernels}: {latency}"]
     for options in ({"runs": 0}, {"threads": 0}, {"warmup": -1}, {"runs": 2.5}):
         with pytest.raises(ValueError, match=f"Expected `{next(iter(options))}` to be a"):

@@ -294,7 +294,7 @@ def test_measure_latency_and_csv_round_trip(
     int8 = measure_latency(model, quantize="int8", threads=2, max_slices=1, verbose=0)
     assert (int8.quantize, int8.threads) == ("int8", 2)
     assert all(k <= 1 for costs in int8.layers.values() for k, _ in costs.points)
-    options = {"objective": "latency", "latency": int8, "max_slices": 1}
+    options = {"objective": "latency", "latency_table": int8, "max_slices": 1}
     plan = keras_alds.select(model, 0.02, **options)
     assert plan.latency_runtime == "int8, 2 threads"
 
@@ -307,7 +307,7 @@ def test_shared_layers_and_exclusion(runtime: list[Any]):
     assert all(call not in table.layers for call in calls[names["down"]])
     first, second = calls[names["shared"]]
     plan = keras_alds.select(
-        model, 0.05, objective="latency", latency=table, exclude="down", method="energy"
+        model, 0.05, objective="latency", latency_table=table, exclude="down", method="energy"
     )
     choice = next(choice for choice in plan.choices if choice.layer == "shared")
     assert choice.latency_before == table.layers[first].dense + table.layers[second].dense
@@ -328,7 +328,12 @@ def test_the_budget_is_kept(method: str, runtime: list[Any]):
     for part in (0.2, 0.5, 0.7):
         cr = part * dense / TOTAL
         plan = keras_alds.select(
-            model, cr, method=method, objective="latency", latency=table, calibration_data=data
+            model,
+            cr,
+            method=method,
+            objective="latency",
+            latency_table=table,
+            calibration_data=data,
         )
         assert plan.cr >= cr
         assert plan.latency_after <= (1 - cr) * plan.latency_before
@@ -366,12 +371,12 @@ def test_what_is_slower_is_never_taken(runtime: list[Any]):
         for call, costs in table.layers.items()
     }
     table = LatencyTable(table.total, slow, table.calls)
-    plan = keras_alds.select(model, 0.0005, objective="latency", latency=table)
+    plan = keras_alds.select(model, 0.0005, objective="latency", latency_table=table)
     assert {choice.kind for choice in plan.factorized} == {"Dense"}
     reasons = [choice.reason for choice in plan.choices if choice.kind == "Conv2D"]
     assert all("no allowed choice is smaller and faster" in str(reason) for reason in reasons)
     with pytest.raises(ValueError, match=r"is not reachable .*'latency': expected 0 < cr <= 0\.00"):
-        keras_alds.select(model, 0.5, objective="latency", latency=table)
+        keras_alds.select(model, 0.5, objective="latency", latency_table=table)
 
 
 def test_in_training_and_by_path(
@@ -391,7 +396,7 @@ def test_in_training_and_by_path(
     y = np.zeros((8, 10), np.float32)
     measure_latency(model, verbose=0).save(tmp_path / "latency.csv")
     alds = keras_alds.ALDSCompress(
-        0.05, at_epoch=1, objective="latency", latency=tmp_path / "latency.csv", verbose=0
+        0.05, at_epoch=1, objective="latency", latency_table=tmp_path / "latency.csv", verbose=0
     )
     before = len(runtime)
     model.fit(x, y, epochs=2, verbose=0, callbacks=[alds])
@@ -414,23 +419,29 @@ def test_bad_arguments(runtime: list[Any], tmp_path: Path, monkeypatch: pytest.M
     model = wide(keras)
     table = measure_latency(model, verbose=0)
     cases = [
-        ({"latency": table}, "only with objective='latency'"),
-        ({"objective": "latency", "latency": 3}, "to be a `keras_alds.litert.LatencyTable`"),
-        ({"objective": "latency", "latency": table, "target": "gpu-delegate"}, "measured for"),
+        ({"latency_table": table}, "only with objective='latency'"),
+        ({"objective": "latency", "latency_table": 3}, "to be a `keras_alds.litert.LatencyTable`"),
+        (
+            {"objective": "latency", "latency_table": table, "target": "gpu-delegate"},
+            "measured for",
+        ),
         ({"objective": "latency", "target": "gpu-delegate"}, "Measure on a device"),
-        ({"plan": keras_alds.select(model, 0.2), "latency": table}, "no options beside `plan`"),
+        (
+            {"plan": keras_alds.select(model, 0.2), "latency_table": table},
+            "no options beside `plan`",
+        ),
     ]
     for options, text in cases:
         with pytest.raises(ValueError, match=text):
             keras_alds.compress(model, None if "plan" in options else 0.1, **options)
     other = keras.Sequential([keras.Input((8, 8, 16)), keras.layers.Conv2D(64, 3, name="other")])
     with pytest.raises(ValueError, match=r"without its layer 'other'.*latency-files"):
-        keras_alds.select(other, 0.1, objective="latency", latency=table)
+        keras_alds.select(other, 0.1, objective="latency", latency_table=table)
     for options, text in (
         ({"quantize": "float16"}, "None or 'int8', to measure"),
         ({"threads": 0}, "`threads` to be a positive integer"),
         ({"max_slices": 0}, "`max_slices` to be a positive integer"),
-        ({"target": "gpu-delegate"}, "to measure latency here"),
+        ({"target": "gpu-delegate"}, "which can run on this machine"),
         ({"exclude": ".*"}, "to measure its latency"),
     ):
         with pytest.raises(ValueError, match=text):
@@ -476,7 +487,7 @@ def test_tables_of_other_models_with_the_same_layers(runtime: list[Any]):
         return keras.Sequential([keras.Input((8, 8, 64)), *convolutions])
 
     table = measure_latency(net(2), verbose=0)
-    options = {"objective": "latency", "latency": table}
+    options = {"objective": "latency", "latency_table": table}
     for depth in (1, 3):
         with pytest.raises(ValueError, match=rf"one of another model.* has {depth}\. Measure"):
             keras_alds.select(net(depth), 0.01, **options)
@@ -599,7 +610,7 @@ def test_device_commands(
     for call, costs in table.layers.items():
         for point, time in costs.points.items():
             assert abs(time - made_up(call, *point)) <= 1
-    arguments = ["plan", "model.keras", "--objective", "latency", "--latency", "phone.csv"]
+    arguments = ["plan", "model.keras", "--objective", "latency", "--latency-table", "phone.csv"]
     assert main([*arguments, "--cr", "0.05", "--output", "plan.json"]) == 0
     assert CompressionPlan.load("plan.json").reduction("latency") >= 0.05
     assert "Latency, µs" in capsys.readouterr().out

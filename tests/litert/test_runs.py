@@ -20,11 +20,10 @@ from keras_alds.targets import TARGETS
 
 pytest.importorskip("ai_edge_litert")
 
-from keras_alds.litert import check_runs, convert, equalize, read_file
-from keras_alds.litert.runs import Runner, check_scales, requantization_scales
+from keras_alds.litert import check_file, convert, equalize, read_file
+from keras_alds.litert.runs import LOCAL, Runner, check_scales, requantization_scales
 
 L = keras.layers
-SIDES = (True, False)
 
 
 def raw_int8(model: Any, x: np.ndarray) -> bytes:
@@ -47,10 +46,10 @@ def converted(converter: Any, x: np.ndarray) -> bytes:
     return bytes(converter.convert())
 
 
-def runs(content: bytes, *, delegate: bool) -> bool:
+def runs(content: bytes, *, target: str) -> bool:
     """Whether the runtime itself loads and runs a file."""
     try:
-        runner = Runner(content, delegate=delegate)
+        runner = Runner(content, target=target)
         runner.invoke()
     except RuntimeError:
         return False
@@ -105,14 +104,14 @@ def test_xnnpack_refuses_requantization_scales_from_256_on(kind: str):
             file = with_scale(content, name, channel, scale)
             (operator,) = [op for op in read_file(file).operators if op.name == name]
             computed = requantization_scales(operator)[channel]
-            assert runs(file, delegate=True) == accepted == (computed < 256), (scale, computed)
-            assert runs(file, delegate=False)
+            assert runs(file, target="litert") == accepted == (computed < 256), (scale, computed)
+            assert runs(file, target="litert-reference")
             if accepted:
-                check_runs(file)
+                check_file(file)
             else:
                 with pytest.raises(ValueError, match=f"below 256.*{name}.*channel {channel}: "):
                     check_scales(read_file(file))
-                check_runs(file, delegate=False)
+                check_file(file, targets=("litert-reference",))
 
 
 def test_float_and_dynamic_files_have_no_such_scales():
@@ -120,7 +119,7 @@ def test_float_and_dynamic_files_have_no_such_scales():
     zoo.spread(small, 6)
     for quantize in ("float16", "dynamic"):
         content = convert(small, quantize=quantize, verbose=0)
-        check_runs(content)
+        check_file(content)
         assert all(requantization_scales(op) is None for op in read_file(content).operators)
 
 
@@ -133,23 +132,23 @@ def test_unbalanced_factors_do_not_run_and_balanced_ones_do(keras_module: Any, f
     if form == "expanded":
         small = keras_alds.expand(small)
     broken = raw_int8(small, x)
-    assert not runs(broken, delegate=True)
-    assert runs(broken, delegate=False)
+    assert not runs(broken, target="litert")
+    assert runs(broken, target="litert-reference")
     with pytest.raises(ValueError, match=r"below 256.*channel \d+: .* = \d") as caught:
-        check_runs(broken)
+        check_file(broken)
     assert "keras_alds.litert.equalize" in str(caught.value)
     # The same product, balanced on the way; the model is as it was, bit for bit.
     before = small.get_weights()
     content = convert(small, quantize="int8", representative_data=x, verbose=0)
     for old, new in zip(before, small.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
-    check_runs(content)
-    for delegate in SIDES:
-        found = Runner(content, delegate=delegate).predict(x)
+    check_file(content)
+    for target in LOCAL:
+        found = Runner(content, target=target).predict(x)
         assert np.abs(found - expected).max() < 0.06 * np.abs(expected).max()
     # And in place, for other converters.
     equalize(small, x if form == "factorized" else None, verbose=0)
-    assert runs(raw_int8(small, x), delegate=True)
+    assert runs(raw_int8(small, x), target="litert")
 
 
 def test_a_dead_layer_is_named():
@@ -251,9 +250,9 @@ def test_every_plan_under_a_target_runs(target: str, seed: int):
     size = np.abs(expected).max()
     for quantize, data, tolerance in ((None, None, 1e-4), ("int8", x, 0.1)):
         content = convert(small, quantize=quantize, representative_data=data, verbose=0)
-        for delegate in SIDES:
-            found = Runner(content, delegate=delegate).predict(x)
-            assert np.abs(found - expected).max() < tolerance * size, (quantize, delegate)
+        for target in LOCAL:
+            found = Runner(content, target=target).predict(x)
+            assert np.abs(found - expected).max() < tolerance * size, (quantize, target)
             assert np.sqrt(np.mean((found - expected) ** 2)) < tolerance / 3 * size
 
 
@@ -278,4 +277,4 @@ def test_factors_that_drifted_apart_in_quantization_aware_training_are_caught():
     with pytest.raises(ValueError, match=r"below 256.*before quantization-aware training"):
         file(small)
     equalize(small, x, verbose=0)
-    check_runs(file(small))
+    check_file(file(small))

@@ -341,8 +341,8 @@ class TestBadData:
             select(small, 0.4, method="activation")
         with pytest.raises(ValueError, match="Received: method='alds'"):
             compress(small, 0.4, method="alds", calibration_data=self.X)
-        with pytest.raises(ValueError, match="Received: error='slice'"):
-            select(small, 0.4, error="slice", calibration_data=self.X)
+        with pytest.raises(ValueError, match="Received: error_measure='slice'"):
+            select(small, 0.4, error_measure="slice", calibration_data=self.X)
 
     def test_max_examples(self, small):
         for value in (3, 20.5, "all"):

@@ -78,7 +78,7 @@ def layers_and_solution(method, problem, moments=None):
             s,
             offered_ranks(s.kernel_shape, near_slices=method.near_slices),
             [WeightCosts(((0, s.kernel_shape, unit),), unit)],
-            error=method.error,
+            error_measure=method.error_measure,
         )
         for s, unit in zip(found, units, strict=True)
     ]
@@ -219,7 +219,7 @@ def test_rank_multiples_and_limits_hold(name):
             offered_ranks(
                 (3, 3, 12, 16), near_slices=method.near_slices, max_slices=2, rank_multiple=4
             ),
-            error=method.error,
+            error_measure=method.error_measure,
         )
         for _ in range(2)
     ]

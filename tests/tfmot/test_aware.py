@@ -83,7 +83,7 @@ def test_single_steps_give_the_same_file():
 
     options = {"cr": 0.4, "max_slices": 1}
     quantized, content = aware(
-        model, fit=fit, compress=options, convert_options={"inference_input_type": "int8"}
+        model, fit_fn=fit, compress=options, convert_options={"inference_input_type": "int8"}
     )
     assert seen == [quantized]
     small = keras_alds.to_tf_keras(keras_alds.expand(keras_alds.compress(model, **options)))
@@ -130,7 +130,7 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     with pytest.raises(ValueError, match="Expected training data `x`"):
         aware(model)
     with pytest.raises(ValueError, match=r"Expected either training data or .*\(epochs\)"):
-        aware(model, fit=lambda model: None, epochs=2)
+        aware(model, fit_fn=lambda model: None, epochs=2)
     for options, text in (
         ({"compress": 0.5}, r"Expected `compress` to be a dict of options.*compress=0\.5"),
         ({"convert_options": {"quantize": None}}, r"always int8.*Received: quantize$"),
@@ -152,13 +152,13 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         ({"convert_options": {"bits": 8}}, r"`convert_options` to hold.*Received: 'bits'"),
     ):
         with pytest.raises(TypeError, match=text):
-            aware(model, fit=train, **wrong)
+            aware(model, fit_fn=train, **wrong)
     with pytest.raises(TypeError, match=r"`fit_options` to hold options of `fit`.*'epoch', 'lr'"):
         aware(model, x, y, epoch=3, lr=0.1)
     with pytest.raises(ValueError, match="Expected `batch_size` to be a positive integer"):
-        aware(model, fit=train, convert_options={"batch_size": 0})
+        aware(model, fit_fn=train, convert_options={"batch_size": 0})
     with pytest.raises(FileNotFoundError, match="Expected `path` to lie in a folder"):
-        aware(model, fit=train, path=tmp_path / "none" / "file.tflite")
+        aware(model, fit_fn=train, path=tmp_path / "none" / "file.tflite")
     assert not trained
     with pytest.raises(ValueError, match=r"Expected a model without nested models.*'middle'"):
         aware(compiled(zoo.nested(keras), keras), x, y)
@@ -321,12 +321,12 @@ def test_layers_left_in_float_are_found():
     model = compiled(zoo.functional(keras), keras)
     x, y = zoo.images(16)
     with pytest.raises(ValueError, match=r"Expected every convolution.*hidden.*float32"):
-        aware(model, x, y, quantize=annotate_convolutions, verbose=0)
+        aware(model, x, y, quantize_fn=annotate_convolutions, verbose=0)
     _, content = aware(
         model,
         x,
         y,
-        quantize=annotate_convolutions,
+        quantize_fn=annotate_convolutions,
         convert_options={"representative_data": x},
         verbose=0,
     )

@@ -199,7 +199,7 @@ class TestSpectra:
     def test_promise_the_error_after_the_joint_refit(self, rng, k):
         kernel, moment = kernel_of(rng), moment_of(inputs_of(rng))
         spectra = output_spectra(kernel, moment)
-        for row in choice_table(spectra, error="energy"):
+        for row in choice_table(spectra, error_measure="energy"):
             if row.slices == k and row.rank < spectra.slices[k].rank:
                 factors = factorize_outputs(kernel, moment, k, row.rank, sweeps=0)
                 error = output_error(kernel, recompose(*factors, k), moment)
@@ -240,7 +240,7 @@ class TestSpectra:
 
     def test_make_a_table_of_choices(self, rng):
         spectra = output_spectra(kernel_of(rng), moment_of(inputs_of(rng)))
-        table = choice_table(spectra, error="energy")
+        table = choice_table(spectra, error_measure="energy")
         assert {row.slices for row in table} >= {0, 1, 2, 4}
         assert all(0 <= row.error <= 1 + 1e-9 for row in table if row.slices == 1)
 
@@ -378,7 +378,7 @@ class TestRankDeficientMoments:
         encoder, decoder = factorize_outputs(kernel, moment, k, 2)
         assert not encoder.any() or not decoder.any()
         assert np.isfinite(encoder).all()
-        assert choice_table(output_spectra(kernel, moment), error="energy").error.max() == 0
+        assert choice_table(output_spectra(kernel, moment), error_measure="energy").error.max() == 0
 
 
 class TestArguments:
@@ -409,5 +409,5 @@ class TestArguments:
                 continue
             with pytest.raises(ValueError, match="calibration_data"):
                 choose_method(name, has_data=data)
-        with pytest.raises(ValueError, match="Received: error='slice'"):
+        with pytest.raises(ValueError, match="Received: error_measure='slice'"):
             get_method("activation", "slice")
