@@ -296,9 +296,9 @@ def _resources(inventory: Inventory, options: Options, verbose: int) -> list[Res
         ]
     known: dict[str, Resource] = {
         "params": Params(inventory, METHODS[options.method]),
-        "macs": Macs(inventory, only=options.macs_cr is None),
+        "macs": Macs(inventory, only=len(options.limits) == 1),
     }
-    return [known[name] for name in options.resources]
+    return [known[name] for name in options.limits]
 
 
 def checked_options(cr: Any, given: Mapping[str, Any], *, has_data: bool, caller: str) -> Options:

@@ -33,7 +33,8 @@ from keras_alds.options import (
     documented,
     takes_options,
 )
-from keras_alds.plan import CompressionPlan, removed_fraction
+from keras_alds.plan import CompressionPlan
+from keras_alds.resources import removed_fraction
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -299,7 +300,7 @@ class ALDSCompress(_backend.Callback):
     @property
     def _needs_forward(self) -> bool:
         """Whether the model has to be run, or its calls traced."""
-        limits_calls = isinstance(self._source, Options) and self._source.resources != ("params",)
+        limits_calls = isinstance(self._source, Options) and [*self._source.limits] != ["params"]
         return self._needs_data or limits_calls
 
     def _training_inputs(self) -> Any:

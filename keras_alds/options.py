@@ -20,11 +20,8 @@ from keras_alds.core.slicing import SCHEMES
 from keras_alds.methods import METHODS, choose_method, get_method
 from keras_alds.naming import Bound, check_bounds, check_exclude
 from keras_alds.plan import CompressionPlan, check_plan
+from keras_alds.resources import JOINT, RESOURCES
 from keras_alds.targets import TARGETS, get_target
-
-OBJECTIVES = ("params", "macs", "latency")
-#: The resources that `cr` can limit together.
-LIMITS = ("params", "macs")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -88,7 +85,7 @@ class SelectOptions(TypedDict, total=False):
             "params",
             """String, what `cr` counts: `"params"`, `"macs"` or `"latency"`. With `"latency"`, no
             layer becomes slower than its dense form. Defaults to `"params"`.""",
-            flag={"choices": OBJECTIVES, "help": "what the fraction counts (default: params)"},
+            flag={"choices": list(RESOURCES), "help": "what the fraction counts (default: params)"},
         ),
     ]
     error_measure: Annotated[
@@ -195,14 +192,12 @@ class Options:
     """Checked and normalised options.
 
     Attributes:
-        cr: The fraction to remove of the objective.
-        macs_cr: With limits on parameters and MACs, the fraction of MACs to remove; `cr` is then
-            the fraction of parameters. None otherwise.
+        limits: The fraction to remove of each limited resource.
 
     The other fields are the options of `SelectOptions`.
     """
 
-    cr: float
+    limits: Mapping[str, float]
     method: str
     objective: str
     error_measure: str | None
@@ -213,16 +208,6 @@ class Options:
     bounds: tuple[Bound, ...]
     latency_table: Any
     schemes: tuple[int, ...]
-    macs_cr: float | None = None
-
-    @property
-    def resources(self) -> tuple[str, ...]:
-        """The limited resources: the objective, or both parameters and MACs."""
-        return (self.objective,) if self.macs_cr is None else LIMITS
-
-    def cr_of(self, resource: str) -> float:
-        """The fraction of a resource to remove."""
-        return self.macs_cr if self.macs_cr is not None and resource == "macs" else self.cr
 
     @classmethod
     def checked(
@@ -242,24 +227,15 @@ class Options:
         """
         check_names(given, caller)
         values = {name: given.get(name, declared(name).default) for name in OPTION_NAMES}
-        if isinstance(cr, Mapping):
-            cr, values["objective"], macs_cr = _limits(cr, values["objective"])
-        else:
-            macs_cr = None
-        check_cr(cr)
-        if values["objective"] not in OBJECTIVES:
-            raise ValueError(
-                f"Expected `objective` to be one of {', '.join(map(repr, OBJECTIVES))}. "
-                f"Received: objective={values['objective']!r}"
-            )
+        limits = _limits(cr, values["objective"])
+        values["objective"] = next(iter(limits))
         method = choose_method(
             values["method"], has_data=has_data, error_measure=values["error_measure"]
         )
         get_method(method, values["error_measure"])
         get_target(values["target"])
-        if values["objective"] == "latency":
-            values["target"] = values["target"] or "litert"
-        elif values["latency_table"] is not None:
+        values["target"] = values["target"] or RESOURCES[values["objective"]].target
+        if values["latency_table"] is not None and values["objective"] != "latency":
             raise ValueError(
                 "Expected `latency_table` only with objective='latency'. "
                 f"Received: latency_table={values['latency_table']!r}, "
@@ -270,8 +246,7 @@ class Options:
         options = cls(
             **{
                 **values,
-                "cr": float(cr),
-                "macs_cr": macs_cr,
+                "limits": limits,
                 "method": method,
                 "rank_multiple": positive_int(values["rank_multiple"], "rank_multiple"),
                 "exclude": check_exclude(values["exclude"]),
@@ -291,10 +266,13 @@ class Options:
             able = ", ".join(repr(name) for name, method in METHODS.items() if method.folds)
             received = f"method={self.method!r}"
             remedy += f"use one of the methods {able}, without calibration data"
-        elif self.objective == "latency":
+        elif RESOURCES[self.objective].measured:
             received, remedy = f"objective={self.objective!r}", f"{remedy}use another objective"
-        elif self.macs_cr is not None:
-            received, remedy = "limits on parameters and MACs", f"{remedy}limit one of the two"
+        elif len(self.limits) > 1:
+            received, remedy = (
+                f"limits on {' and '.join(self.limits)}",
+                f"{remedy}limit one of them",
+            )
         else:
             return
         raise ValueError(
@@ -322,19 +300,24 @@ def check_names(
             raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}.{hint}")
 
 
-def _limits(limits: Mapping[Any, Any], objective: Any) -> tuple[float, str, float | None]:
-    """The fraction to remove, what it counts, and the fraction of MACs as a second limit."""
-    if not limits or not set(limits) <= set(LIMITS) or objective != "params":
+def _limits(cr: Any, objective: Any) -> dict[str, float]:
+    """The fraction to remove of each limited resource; the first one is the objective."""
+    if objective not in RESOURCES:
         raise ValueError(
-            "Expected the keys of `cr` to be 'params', 'macs' or both, and no `objective`. "
-            f"Received: cr={dict(limits)!r}, objective={objective!r}"
+            f"Expected `objective` to be one of {', '.join(map(repr, RESOURCES))}. "
+            f"Received: objective={objective!r}"
+        )
+    limits = cr if isinstance(cr, Mapping) else {objective: cr}
+    if isinstance(cr, Mapping) and (
+        not cr or not set(cr) <= set(JOINT) or objective != declared("objective").default
+    ):
+        raise ValueError(
+            f"Expected the keys of `cr` to be some of {', '.join(map(repr, JOINT))}, and no "
+            f"`objective`. Received: cr={dict(cr)!r}, objective={objective!r}"
         )
     for fraction in limits.values():
         check_cr(fraction)
-    if len(limits) == 1:
-        ((name, fraction),) = limits.items()
-        return fraction, name, None
-    return limits["params"], "params", float(limits["macs"])
+    return {name: float(limits[name]) for name in RESOURCES if name in limits}
 
 
 def check_schemes(schemes: Any) -> tuple[int, ...]:

@@ -6,13 +6,14 @@ import dataclasses
 import enum
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from keras_alds.core.slicing import SCHEMES
+from keras_alds.resources import Cost
 from keras_alds.tables import print_plan
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 class Skip(str, enum.Enum):
@@ -59,17 +60,13 @@ class LayerChoice:
         scheme: Fold scheme of the unfolding, or None if the layer is skipped. In scheme 0 the
             matrix is filters × (channels, window). In 1, 2 and 3 the height, the width and the
             whole window move to the filters' side.
-        params_before: Parameters of the dense layer, biases included.
-        params_after: Parameters of the layer after compression.
-        macs_before: Multiply–accumulates of the dense layer in one forward pass of one example,
-            summed over the calls of a shared layer; None unless the plan limits MACs.
-        macs_after: Multiply–accumulates after compression.
+        costs: What the layer uses of each resource, as `Cost(before, after)`. `"params"` are
+            always there, biases included. If the plan limits them, so are `"macs"` in one
+            forward pass of one example, and measured `"latency"` in nanoseconds, both summed over
+            the calls of a shared layer. `"latency"` is missing for layers that are not measured.
         error: The error measure of the choice; 0 if the layer is skipped.
         reason: Why the layer is skipped, or None if it is factorized.
         note: A remark about the choice, or None.
-        latency_before: Measured latency of the dense layer, in nanoseconds, summed over the calls
-            of a shared layer; None unless the objective is `"latency"` and the layer was measured.
-        latency_after: Latency after compression by the same measurements, in nanoseconds.
         reason_code: The reason in one word, one of `Skip`, or None if the layer is factorized.
     """
 
@@ -79,16 +76,21 @@ class LayerChoice:
     slices: int | None
     rank: int | None
     scheme: int | None
-    params_before: int
-    params_after: int
-    macs_before: int | None
-    macs_after: int | None
+    costs: Mapping[str, Cost] = dataclasses.field(hash=False)
     error: float
     reason: str | None
     note: str | None = None
-    latency_before: int | None = None
-    latency_after: int | None = None
     reason_code: str | None = None
+
+    @property
+    def params_before(self) -> int:
+        """Parameters of the dense layer."""
+        return self.costs["params"].before
+
+    @property
+    def params_after(self) -> int:
+        """Parameters of the layer after compression."""
+        return self.costs["params"].after
 
     @property
     def factorized(self) -> bool:
@@ -109,14 +111,15 @@ class CompressionPlan:
     same model.
 
     Attributes:
-        requested_cr: The requested fraction to remove.
+        requested: The requested fraction to remove of each limited resource, such as
+            `{"params": 0.5}`.
         method: Name of the method, such as `"alds"`.
         error_measure: Name of the error measure, such as `"slice"`.
         objective: What `cr` counts: `"params"`, `"macs"` or `"latency"`.
-        params_before: Parameters of the original model, as `model.count_params()`.
-        params_after: Parameters after compression.
-        macs_before: Multiply–accumulates of the original model; None unless MACs are limited.
-        macs_after: Multiply–accumulates after compression.
+        costs: What the model uses of each resource, as `Cost(before, after)`: always `"params"`,
+            as `model.count_params()`, and all that is limited. The `"latency"` is in nanoseconds;
+            before, it is measured, or the sum over the layers where that is larger; after, it is
+            predicted from the measurements of the layers.
         choices: One `LayerChoice` for every layer with weights, in the model's order.
         target: The runtime that constrains the choices, or None.
         output_error: With calibration data and a target, except for latency: the relative squared
@@ -124,14 +127,8 @@ class CompressionPlan:
             layers. None otherwise.
         output_error_without_target: The same sum for the choices under the same budget without
             the target's constraints. None otherwise.
-        requested_macs_cr: With limits on parameters and MACs: the requested fraction of MACs to
-            remove. `requested_cr` and `cr` then count parameters, and `reduction("macs")` is at
-            least this value. None otherwise.
-        latency_before: Measured latency of the original model in nanoseconds, or the sum over its
-            layers where that is larger; None unless the objective is `"latency"`.
-        latency_after: Latency predicted from the measurements of the layers, in nanoseconds.
-        latency_runtime: The measured configuration, such as `"int8, 1 thread"`. The ratios do not
-            hold for other configurations. None unless the objective is `"latency"`.
+        runtime: The measured configuration, such as `"int8, 1 thread"`. The ratios do not hold for
+            other configurations. None unless the objective is `"latency"`.
         version: Version of the JSON format.
 
     Example:
@@ -143,28 +140,37 @@ class CompressionPlan:
     ```
     """
 
-    requested_cr: float
+    requested: Mapping[str, float] = dataclasses.field(hash=False)
     method: str
     error_measure: str
     objective: str
-    params_before: int
-    params_after: int
-    macs_before: int | None
-    macs_after: int | None
+    costs: Mapping[str, Cost] = dataclasses.field(hash=False)
     choices: tuple[LayerChoice, ...]
     target: str | None = None
     output_error: float | None = None
     output_error_without_target: float | None = None
-    requested_macs_cr: float | None = None
-    latency_before: int | None = None
-    latency_after: int | None = None
-    latency_runtime: str | None = None
+    runtime: str | None = None
     version: int = PLAN_VERSION
+
+    @property
+    def requested_cr(self) -> float:
+        """The requested fraction to remove of what the objective counts."""
+        return self.requested[self.objective]
 
     @property
     def cr(self) -> float:
         """The removed fraction of what the objective counts; at least `requested_cr`."""
         return self.reduction(self.objective)
+
+    @property
+    def params_before(self) -> int:
+        """Parameters of the original model."""
+        return self.costs["params"].before
+
+    @property
+    def params_after(self) -> int:
+        """Parameters after compression."""
+        return self.costs["params"].after
 
     def reduction(self, objective: str) -> float:
         """The fraction of `"params"`, `"macs"` or `"latency"` that the plan removes.
@@ -172,17 +178,12 @@ class CompressionPlan:
         Raises:
             ValueError: If the plan was not made with this objective.
         """
-        before, after = {
-            "params": (self.params_before, self.params_after),
-            "macs": (self.macs_before, self.macs_after),
-            "latency": (self.latency_before, self.latency_after),
-        }[objective]
-        if before is None or after is None:
+        if objective not in self.costs:
             raise ValueError(
                 f"Expected a plan that was made with objective={objective!r}. "
                 f"Received: one made with objective={self.objective!r}"
             )
-        return removed_fraction(before, after)
+        return self.costs[objective].removed
 
     @property
     def factorized(self) -> tuple[LayerChoice, ...]:
@@ -227,10 +228,12 @@ class CompressionPlan:
                     **{
                         **choice,
                         "kernel_shape": choice["kernel_shape"] and tuple(choice["kernel_shape"]),
+                        "costs": _costs(choice["costs"]),
                     }
                 )
                 for choice in fields["choices"]
             )
+            fields["costs"] = _costs(fields["costs"])
             plan = cls(**fields)
         except (KeyError, TypeError) as error:
             raise ValueError(
@@ -280,19 +283,8 @@ class CompressionPlan:
         print_plan(self, print_fn=print_fn, line_length=line_length)
 
 
-def removed_fraction(before: int, after: int) -> float:
-    """The fraction `cr` that was removed, 1 - after / before."""
-    return 1 - after / before
-
-
-def allowed_after(before: int, cr: float) -> int:
-    """The largest count that `removed_fraction` still reports as at least `cr`."""
-    after = int((1 - cr) * before)
-    while removed_fraction(before, after) < cr:
-        after -= 1
-    while removed_fraction(before, after + 1) >= cr:
-        after += 1
-    return after
+def _costs(costs: Mapping[str, Any]) -> dict[str, Cost]:
+    return {name: Cost(*cost) for name, cost in costs.items()}
 
 
 def check_plan(plan: Any) -> None:

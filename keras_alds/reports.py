@@ -12,7 +12,7 @@ from keras_alds._backend import tensors
 from keras_alds._backend.layers import KerasModel
 from keras_alds.models.inventory import count_params
 from keras_alds.models.resources import count_macs
-from keras_alds.plan import removed_fraction
+from keras_alds.resources import removed_fraction
 from keras_alds.tables import PrintFn, print_table
 
 

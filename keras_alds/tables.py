@@ -10,6 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from keras_alds.resources import RESOURCES
+
 if TYPE_CHECKING:
     from keras_alds.plan import CompressionPlan
 
@@ -20,12 +22,9 @@ def print_plan(
     plan: CompressionPlan, *, print_fn: PrintFn | None = None, line_length: int | None = None
 ) -> None:
     """Prints the choices of `plan`; see `CompressionPlan.summary`."""
-    macs = plan.macs_before is not None
-    columns = ["Layer (type)", "Kernel", "Slices", "Rank", "Params"]
-    if plan.folded:
-        columns.insert(2, "Scheme")
-    latency = plan.latency_before is not None
-    columns += (["MACs"] if macs else []) + (["Latency, µs"] if latency else []) + ["Error"]
+    resources = [RESOURCES[name] for name in plan.costs]
+    columns = ["Layer (type)", "Kernel", *(["Scheme"] if plan.folded else []), "Slices", "Rank"]
+    columns += [*(info.column for info in resources), "Error"]
     rows, without_kernel = [], []
     for choice in plan.choices:
         if not choice.has_kernel:
@@ -36,31 +35,17 @@ def print_plan(
             "×".join(map(str, choice.kernel_shape or ())) or "–",
             str(choice.slices or "–"),
             str(choice.rank or "–"),
-            _change(choice.params_before, choice.params_after),
+            *(info.text(choice.costs.get(info.name)) for info in resources),
         ]
         if plan.folded:
             row.insert(2, str(choice.scheme) if choice.factorized else "–")
-        if macs:
-            row.append(_change(choice.macs_before or 0, choice.macs_after or 0))
-        if latency:
-            row.append(_microseconds(choice.latency_before, choice.latency_after))
         row.append(f"{choice.error:.4f}" if choice.factorized else f"skipped: {choice.reason}")
         rows.append(row)
-    lines = [
-        f"Total params: {_change(plan.params_before, plan.params_after)}"
-        f" ({plan.reduction('params'):.2%} removed)"
-    ]
-    if macs:
-        lines.append(
-            f"Total MACs: {_change(plan.macs_before or 0, plan.macs_after or 0)}"
-            f" ({plan.reduction('macs'):.2%} removed)"
-        )
-    if latency:
-        lines.append(
-            f"Predicted latency, µs ({plan.latency_runtime}): "
-            f"{_microseconds(plan.latency_before, plan.latency_after)}"
-            f" ({plan.reduction('latency'):.2%} removed)"
-        )
+    lines = []
+    for info in resources:
+        runtime = f" ({plan.runtime})" if info.measured else ""
+        cost = plan.costs[info.name]
+        lines.append(f"{info.total}{runtime}: {info.text(cost)} ({cost.removed:.2%} removed)")
     lines += _target_lines(plan)
     lines += [f"{choice.layer}: {choice.note}" for choice in plan.choices if choice.note]
     if without_kernel:
@@ -70,10 +55,12 @@ def print_plan(
             f"Left alone, with no kernel to factorize: {len(without_kernel)} layers ({kinds}), "
             f"{params:,} params"
         )
+    limits = "".join(
+        f"{cr:g} of {name} requested, {plan.reduction(name):.4f} achieved; "
+        for name, cr in plan.requested.items()
+    )
     title = (
-        f"Compression plan: cr={plan.requested_cr:g} of {plan.objective} requested, "
-        f"{plan.cr:.4f} achieved; {_second(plan)}"
-        f"method={plan.method!r}, error={plan.error_measure!r}"
+        f"Compression plan: cr={limits}method={plan.method!r}, error_measure={plan.error_measure!r}"
     )
     print_table(title, columns, rows, lines, print_fn=print_fn, line_length=line_length)
 
@@ -91,24 +78,6 @@ def _target_lines(plan: CompressionPlan) -> list[str]:
         f"{line}; sum of the relative errors of the layers' outputs: {own:.4f}, and {free:.4f} "
         f"without its constraints{ratio}. Measure the model's accuracy with `evaluate`"
     ]
-
-
-def _second(plan: CompressionPlan) -> str:
-    """The second limit of a joint budget."""
-    if plan.requested_macs_cr is None:
-        return ""
-    return f"{plan.requested_macs_cr:g} of macs requested, {plan.reduction('macs'):.4f} achieved; "
-
-
-def _microseconds(before: int | None, after: int | None) -> str:
-    if before is None or after is None:
-        return "–"
-    old, new = f"{before / 1000:,.1f}", f"{after / 1000:,.1f}"
-    return old if before == after else f"{old} → {new}"
-
-
-def _change(before: int, after: int) -> str:
-    return f"{before:,}" if before == after else f"{before:,} → {after:,}"
 
 
 def print_table(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from keras_alds import CompressionPlan, select
-from keras_alds.plan import allowed_after, removed_fraction
+from keras_alds.resources import allowed_after, removed_fraction
 
 
 def other_scheme(plan):
@@ -23,8 +23,8 @@ def test_plan_files(small, tmp_path):
     for text, message in (
         ("{", "not JSON"),
         ("[]", "Expected the JSON of a keras_alds compression plan"),
-        ('{"format": "keras_alds.CompressionPlan", "version": 99}', "of version 1"),
-        ('{"format": "keras_alds.CompressionPlan", "version": 1}', "other fields"),
+        ('{"format": "keras_alds.CompressionPlan", "version": 99}', "of version 2"),
+        ('{"format": "keras_alds.CompressionPlan", "version": 2}', "other fields"),
         (json.dumps(other_scheme(select(small, 0.4))), "the fold schemes of a plan"),
     ):
         path.write_text(text)

@@ -34,7 +34,7 @@ FORMS = ("grouped", "split", "merged", "recomposed")
 
 
 def choice_of(shape, scheme, slices, rank):
-    return LayerChoice("layer", "Conv", shape, slices, rank, scheme, 0, 0, None, None, 0.0, None)
+    return LayerChoice("layer", "Conv", shape, slices, rank, scheme, {}, 0.0, None)
 
 
 def stock_layer(K, window, x_shape, seed=0, **options):
@@ -219,11 +219,11 @@ class TestPlans:
             assert (plan.params_before, plan.params_after) == (before[0], after[0])
             if objective == "macs":
                 assert any(schemes_of(plan).values())
-                assert (plan.macs_before, plan.macs_after) == (before[1], after[1])
+                assert plan.costs["macs"] == (before[1], after[1])
                 inventory = Inventory.of(small)
                 own = {record.path: Macs(inventory).of(record) for record in inventory.records}
                 assert [own[choice.layer] for choice in plan.choices] == [
-                    choice.macs_after for choice in plan.choices
+                    choice.costs["macs"].after for choice in plan.choices
                 ]
 
     @pytest.mark.parametrize("padding", ["same", "valid"])
@@ -333,7 +333,7 @@ class TestPlans:
             ({"method": "svd"}, "method='svd'"),
             ({"method": "alds-error"}, "method='alds-error'"),
             ({"objective": "latency"}, "objective='latency'"),
-            ({"cr": {"params": 0.3, "macs": 0.3}}, "limits on parameters and MACs"),
+            ({"cr": {"params": 0.3, "macs": 0.3}}, "limits on params and macs"),
         ):
             with pytest.raises(ValueError, match=f"`schemes` to be 0 with.*{received}"):
                 select(model, **{"cr": 0.3, "schemes": "all", **options})

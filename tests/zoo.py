@@ -19,6 +19,7 @@ from keras_alds.models.factorize import replacement
 from keras_alds.models.inventory import LayerRecord, walk
 from keras_alds.models.ranges import find_pairs
 from keras_alds.plan import CompressionPlan, Skip
+from keras_alds.resources import Cost
 from keras_alds.targets import TARGETS
 
 IMAGE = (12, 12, 3)
@@ -275,7 +276,12 @@ def random_plan(model: Any, random: np.random.Generator, target: str | None) -> 
                 j = int(random.choice([rank for slices, rank in options if slices == k]))
                 size = choice.params_before - int(np.prod(shape)) + weights(shape, int(k), j)
                 choice = dataclasses.replace(
-                    choice, slices=int(k), rank=j, scheme=0, params_after=size, reason=None
+                    choice,
+                    slices=int(k),
+                    rank=j,
+                    scheme=0,
+                    costs={"params": Cost(choice.params_before, size)},
+                    reason=None,
                 )
                 window = shape[:-2]
                 known = sorted(set(distinct_schemes(window).values()))
@@ -287,7 +293,11 @@ def random_plan(model: Any, random: np.random.Generator, target: str | None) -> 
                         j = int(random.choice(ranks))
                         size = choice.params_before - int(np.prod(shape)) + weights(read, 1, j)
                         choice = dataclasses.replace(
-                            choice, slices=1, rank=j, scheme=scheme, params_after=size
+                            choice,
+                            slices=1,
+                            rank=j,
+                            scheme=scheme,
+                            costs={"params": Cost(choice.params_before, size)},
                         )
         choices.append(choice)
     return dataclasses.replace(plan, choices=tuple(choices), target=target)

@@ -28,8 +28,6 @@ from keras_alds.models.inventory import Inventory, LayerRecord, already_compress
 from keras_alds.naming import check_exclude
 from keras_alds.plan import Skip, Skipped
 
-#: Targets whose runtime is on this machine, and whether each uses XNNPACK.
-
 
 class MeasuredLatency:
     """Measured latency in nanoseconds, as a `models.resources.Resource` for `select`.
@@ -64,7 +62,11 @@ class MeasuredLatency:
         }
         self.total = max(table.total, sum(cost.dense for cost in self._costs.values()))
         threads = f"{table.threads} thread{'s' if table.threads > 1 else ''}"
-        self.runtime = f"{table.quantize or 'float32'}, {threads}"
+        self.runtime: str | None = f"{table.quantize or 'float32'}, {threads}"
+
+    def of(self, record: LayerRecord) -> int | None:
+        """The latency of a layer, or None if it is skipped and was not measured."""
+        return None if record.skipped else self.costs(record).dense
 
     def costs(self, record: LayerRecord) -> Costs:
         """The costs of a layer's choices, summed over all its calls."""

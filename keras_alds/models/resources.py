@@ -1,7 +1,8 @@
-"""Resources that a plan can limit: parameters and multiply–accumulates.
+"""Counts the resources that a plan can limit: parameters and multiply–accumulates.
 
-A resource gives the cost of a whole model and of every choice of a layer. To add one, write a class
-with the four members of `Resource`, and make it in `api._resources`. `litert.latency` has one.
+A resource gives the cost of a whole model, of a layer, and of every choice for it. To add one,
+write a class with the members of `Resource`, name it in `keras_alds.resources`, and make it in
+`api._resources`. `litert.latency` has one.
 """
 
 from __future__ import annotations
@@ -21,14 +22,19 @@ class Resource(Protocol):
     """Something that a model uses and a plan can limit.
 
     Attributes:
-        name: Its name, as in `objective`.
+        name: Its name in `keras_alds.resources.RESOURCES`.
+        runtime: What it was measured with, or None if it is counted.
     """
 
     name: str
+    runtime: str | None
 
     @property
     def total(self) -> int:
         """The cost of the whole model."""
+
+    def of(self, record: LayerRecord) -> int | None:
+        """The cost of a layer as it is, or None if this is unknown."""
 
     def costs(self, record: LayerRecord) -> Costs:
         """The costs of a layer's choices, summed over its calls."""
@@ -41,6 +47,7 @@ class Params:
     """Parameters: the weights of kernels and factors, and biases that a method adds."""
 
     name = "params"
+    runtime: str | None = None
 
     def __init__(self, inventory: Inventory, method: Method) -> None:
         self._inventory, self._method = inventory, method
@@ -49,6 +56,10 @@ class Params:
     def total(self) -> int:
         """All parameters of the model."""
         return self._inventory.params
+
+    def of(self, record: LayerRecord) -> int:
+        """Parameters of one layer, biases included."""
+        return record.params
 
     def added(self, record: LayerRecord) -> int:
         """Parameters that the method adds to a layer: a bias, if it has none."""
@@ -77,6 +88,7 @@ class Macs:
     """
 
     name = "macs"
+    runtime: str | None = None
 
     def __init__(self, inventory: Inventory, *, only: bool = True) -> None:
         self._inventory, self._only = inventory, only

@@ -22,16 +22,15 @@ from keras_alds.methods import get_method
 from keras_alds.models.calibration import CalibrationStats
 from keras_alds.models.choices import choice_tables
 from keras_alds.models.inventory import Inventory, LayerRecord, already_compressed
-from keras_alds.models.resources import Macs, Params, Resource
+from keras_alds.models.resources import Params, Resource
 from keras_alds.options import Options
 from keras_alds.plan import (
     CompressionPlan,
     LayerChoice,
     Skip,
     Skipped,
-    allowed_after,
-    removed_fraction,
 )
+from keras_alds.resources import RESOURCES, Cost, allowed_after
 from keras_alds.targets import get_target
 
 
@@ -220,19 +219,19 @@ class Selection:
 
     def budget_of(self, resource: Resource) -> int:
         """The total budget for the candidates' kernels."""
-        cr = self.options.cr_of(resource.name)
+        cr = self.options.limits[resource.name]
         return allowed_after(resource.total, cr) - self.fixed_cost(resource)
 
     def unreachable(self, required: int, index: int = 0) -> ValueError:
         """The error for a `cr` that is out of reach even with the smallest choice everywhere."""
         resource = self.resources[index]
         total, fixed = resource.total, self.fixed_cost(resource)
-        cr = self.options.cr_of(resource.name)
+        cr = self.options.limits[resource.name]
         start = (
             f"cr={cr} is not reachable for the model '{self.inventory.model.name}' with "
             f"objective={resource.name!r}: "
         )
-        best = removed_fraction(total, required + fixed)
+        best = Cost(total, required + fixed).removed
         if best <= 0:
             return ValueError(
                 f"{start}expected an allowed choice that is {self._better} than its layer "
@@ -242,7 +241,7 @@ class Selection:
         return ValueError(
             f"{start}expected 0 < cr <= {_rounded_down(best)}, with the smallest allowed choice "
             f"everywhere ({self._limits}). Received: cr={cr}. Then, of "
-            f"{total:,}{' ns' if resource.name == 'latency' else ''}, {required:,} remain in the "
+            f"{total:,}{RESOURCES[resource.name].unit}, {required:,} remain in the "
             f"layers that can be factorized and {fixed:,} in everything else: biases, and layers "
             "that are skipped (see `select(…).summary()`)."
         )
@@ -250,7 +249,7 @@ class Selection:
     @property
     def _better(self) -> str:
         """The required improvement of a choice, for messages."""
-        return "smaller and faster" if self.resources[0].name == "latency" else "smaller"
+        return RESOURCES[self.resources[0].name].better
 
     @property
     def _limits(self) -> str:
@@ -314,37 +313,31 @@ class Selection:
             for record in self.inventory.records
         )
         errors: tuple[float | None, float | None] = (None, None)
-        if self.stats is not None and self.options.target and not self._resource("latency"):
+        measured = [r.runtime for r in self.resources if r.runtime is not None]
+        if self.stats is not None and self.options.target and not measured:
             errors = _total_error(tables, solution), self._error_without_target()
-        macs, latency = self._resource("macs"), self._resource("latency")
-
-        def saved(resource: str) -> int:
-            pairs = [
-                (getattr(c, f"{resource}_before"), getattr(c, f"{resource}_after")) for c in choices
-            ]
-            return sum((before or 0) - (after or 0) for before, after in pairs)
-
+        costs = {}
+        for resource in self.reported:
+            of_layers = [c.costs[resource.name] for c in choices if resource.name in c.costs]
+            saved = sum(cost.saved for cost in of_layers)
+            costs[resource.name] = Cost(resource.total, resource.total - saved)
         return CompressionPlan(
-            requested_cr=self.options.cr,
+            requested=dict(self.options.limits),
             method=self.options.method,
             error_measure=self.method.error_measure,
             objective=self.options.objective,
-            params_before=self.inventory.params,
-            params_after=self.inventory.params - saved("params"),
-            macs_before=None if macs is None else macs.total,
-            macs_after=None if macs is None else macs.total - saved("macs"),
+            costs=costs,
             choices=choices,
             target=self.options.target,
             output_error=errors[0],
             output_error_without_target=errors[1],
-            requested_macs_cr=self.options.macs_cr,
-            latency_before=None if latency is None else latency.total,
-            latency_after=None if latency is None else latency.total - saved("latency"),
-            latency_runtime=getattr(latency, "runtime", None),
+            runtime=next(iter(measured), None),
         )
 
-    def _resource(self, name: str) -> Resource | None:
-        return next((resource for resource in self.resources if resource.name == name), None)
+    @property
+    def reported(self) -> tuple[Resource, ...]:
+        """The resources that the plan reports: parameters, and all that are limited."""
+        return (self.params, *(r for r in self.resources if r.name != self.params.name))
 
     def _error_without_target(self) -> float:
         """The total output error without the target's constraints."""
@@ -355,9 +348,7 @@ class Selection:
     def left(self, record: LayerRecord, skipped: Skipped | None = None) -> LayerChoice:
         """The plan's entry for a layer that is skipped."""
         skipped = skipped or record.skipped
-        macs, latency = self._resource("macs"), self._resource("latency")
-        counted = macs.of(record) if isinstance(macs, Macs) else None
-        time = latency.costs(record).dense if latency and not record.skipped else None
+        counted = {resource.name: resource.of(record) for resource in self.reported}
         return LayerChoice(
             layer=record.path,
             kind=record.class_name,
@@ -365,14 +356,9 @@ class Selection:
             slices=None,
             rank=None,
             scheme=None,
-            params_before=record.params,
-            params_after=record.params,
-            macs_before=counted,
-            macs_after=counted,
+            costs={name: Cost(cost, cost) for name, cost in counted.items() if cost is not None},
             error=0.0,
             reason=skipped and skipped.detail,
-            latency_before=time,
-            latency_after=time,
             reason_code=skipped and skipped.code.value,
         )
 
@@ -385,22 +371,20 @@ class Selection:
             detail = f"no allowed choice is {self._better} ({self._limits})"
             return self.left(record, Skipped(Skip.NO_CHOICE, detail))
 
-        def saved(resource: Resource) -> int:
-            costs = resource.costs(record)
-            after = costs.of(chosen.slices, [chosen.rank], chosen.scheme)
-            return costs.dense - int(after[0])
-
-        left, macs, latency = self.left(record), self._resource("macs"), self._resource("latency")
+        left = self.left(record)
+        costs = {}
+        for resource in self.reported:
+            of_choices, before = resource.costs(record), left.costs[resource.name].before
+            (after,) = of_choices.of(chosen.slices, [chosen.rank], chosen.scheme)
+            costs[resource.name] = Cost(before, before - of_choices.dense + int(after))
         return dataclasses.replace(
             left,
             slices=chosen.slices,
             rank=chosen.rank,
             scheme=chosen.scheme,
-            params_after=record.params - saved(self.params),
-            macs_after=None if macs is None else (left.macs_before or 0) - saved(macs),
+            costs=costs,
             error=chosen.error,
             note=self.note(record),
-            latency_after=None if latency is None else (left.latency_before or 0) - saved(latency),
         )
 
     def note(self, record: LayerRecord) -> str | None:

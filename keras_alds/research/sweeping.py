@@ -20,6 +20,7 @@ from keras_alds.models.calibration import Calibration
 from keras_alds.models.in_place import check_sequential
 from keras_alds.models.inventory import Inventory, count_params
 from keras_alds.options import SelectOptions, check_cr, check_names, takes_options
+from keras_alds.resources import RESOURCES
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -154,7 +155,7 @@ class Sweep:
                 )
             axis.axhline(_score(self.dense, retrained), color="0.5", linestyle=":", label=DENSE)
             axis.set_title("after retraining" if retrained else "no retraining")
-            axis.set_xlabel(f"fraction of {_counted(self.objective)} that is left")
+            axis.set_xlabel(f"fraction of {RESOURCES[self.objective].counted} that is left")
             axis.grid(alpha=0.3)
         axes[0].set_ylabel(label)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
@@ -324,8 +325,3 @@ def _score(row: SweepRow, retrained: bool) -> float | None:
 
 def _text(figure: float | None, digits: int) -> str:
     return "–" if figure is None else f"{figure:.{digits}f}"
-
-
-def _counted(objective: str) -> str:
-    names = {"params": "the parameters", "macs": "the multiply–accumulates"}
-    return names.get(objective, objective)

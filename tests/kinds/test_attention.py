@@ -87,7 +87,7 @@ def test_counted_and_calibrated(keras_module):
     model = attention_model(keras_module)
     x, _ = attention_data()
     plan = select(model, 0.2, objective="macs", exclude="head")
-    assert count_macs(compress(model, plan=plan)) == plan.macs_after
+    assert count_macs(compress(model, plan=plan)) == plan.costs["macs"].after
     small = compress(model, 0.3, calibration_data=x, exclude="head")
     assert type(small.get_layer("attention")).__name__ == "FactorizedMultiHeadAttention"
 

@@ -94,7 +94,7 @@ def test_a_kind_is_one_registration(made_up):
     x = np.random.default_rng(0).standard_normal((16, 5, 24)).astype("float32")
     plan = select(model, 0.4, objective="macs")
     assert {choice.layer for choice in plan.factorized} == {"first", "second"}
-    assert plan.macs_before == count_macs(model) == 5 * 2 * 24 * 32
+    assert plan.costs["macs"].before == count_macs(model) == 5 * 2 * 24 * 32
     small = keras_alds.compress(model, 0.4, calibration_data=x)
     assert type(small.get_layer("first")) is FactorizedProjection
     assert small.count_params() < 0.6 * model.count_params()

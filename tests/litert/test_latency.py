@@ -296,7 +296,7 @@ def test_measure_latency_and_csv_round_trip(
     assert all(k <= 1 for costs in int8.layers.values() for k, _ in costs.points)
     options = {"objective": "latency", "latency_table": int8, "max_slices": 1}
     plan = keras_alds.select(model, 0.02, **options)
-    assert plan.latency_runtime == "int8, 2 threads"
+    assert plan.runtime == "int8, 2 threads"
 
 
 def test_shared_layers_and_exclusion(runtime: list[Any]):
@@ -310,7 +310,7 @@ def test_shared_layers_and_exclusion(runtime: list[Any]):
         model, 0.05, objective="latency", latency_table=table, exclude="down", method="energy"
     )
     choice = next(choice for choice in plan.choices if choice.layer == "shared")
-    assert choice.latency_before == table.layers[first].dense + table.layers[second].dense
+    assert choice.costs["latency"].before == table.layers[first].dense + table.layers[second].dense
     twins = keras.Sequential(
         [keras.Input((8, 8, 64))] + [keras.layers.Conv2D(64, 3, padding="same") for _ in range(3)]
     )
@@ -336,17 +336,18 @@ def test_the_budget_is_kept(method: str, runtime: list[Any]):
             calibration_data=data,
         )
         assert plan.cr >= cr
-        assert plan.latency_after <= (1 - cr) * plan.latency_before
+        assert plan.costs["latency"].after <= (1 - cr) * plan.costs["latency"].before
         assert plan.target == "litert"
         saved = 0
         for choice in plan.factorized:
-            assert choice.latency_after < choice.latency_before
+            cost = choice.costs["latency"]
+            assert cost.after < cost.before
             found = calls[layers[choice.layer]]
             truth = sum(made_up(call, choice.slices, choice.rank) for call in found)
-            assert abs(choice.latency_after - truth) <= 0.05 * choice.latency_before
-            saved += choice.latency_before - choice.latency_after
-        assert plan.latency_after == TOTAL - saved
-        assert plan.latency_runtime == "float32, 1 thread"
+            assert abs(cost.after - truth) <= 0.05 * cost.before
+            saved += cost.saved
+        assert plan.costs["latency"].after == TOTAL - saved
+        assert plan.runtime == "float32, 1 thread"
         assert CompressionPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     small = keras_alds.compress(model, plan=plan, calibration_data=data)
     assert small.count_params() == plan.params_after
@@ -425,7 +426,7 @@ def test_bad_arguments(runtime: list[Any], tmp_path: Path, monkeypatch: pytest.M
             {"objective": "latency", "latency_table": table, "target": "gpu-delegate"},
             "measured for",
         ),
-        ({"objective": "latency", "target": "gpu-delegate"}, "Measure on a device"),
+        ({"objective": "latency", "target": "gpu-delegate"}, "For the latency of a device"),
         (
             {"plan": keras_alds.select(model, 0.2), "latency_table": table},
             "no options beside `plan`",
@@ -494,7 +495,7 @@ def test_tables_of_other_models_with_the_same_layers(runtime: list[Any]):
     model = net(2)
     # What is excluded is not known to be of another model.
     plan = keras_alds.select(model, 0.01, exclude=model.layers[0].name, **options)
-    assert plan.latency_before == TOTAL
+    assert plan.costs["latency"].before == TOTAL
     assert len(plan.factorized) == 1
 
 

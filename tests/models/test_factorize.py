@@ -46,9 +46,7 @@ class TestFullRank:
         expected = value(layer(x))
         kernel = tuple(layer.kernel.shape)
         rank = min(int(np.prod(kernel[:-1])) // slices, kernel[-1])
-        choice = keras_alds.LayerChoice(
-            layer.name, kind, kernel, slices, rank, 0, 0, 0, None, None, 0.0, None
-        )
+        choice = keras_alds.LayerChoice(layer.name, kind, kernel, slices, rank, 0, {}, 0.0, None)
         result = value(zoo.factorized_layer(layer, choice)(x))
         assert np.abs(result - expected).max() <= 1e-4 * np.abs(expected).max()
 
