@@ -240,7 +240,7 @@ def test_what_files_are_compared_on(kind: str):
         options["validation_split"] = 0.25
     elif kind == "own fit":
         data, held = (), 48
-        options["fit"] = lambda quantized: quantized.fit(x[48:], y[48:], verbose=0)
+        options["fit_fn"] = lambda quantized: quantized.fit(x[48:], y[48:], verbose=0)
         options["validation_data"] = (x[:48], y[:48], np.ones(48))
     else:
         data, held = ((batches.batch(32),) if kind == "dataset" else (x, y)), 48
