@@ -24,7 +24,7 @@ class TestLeftAlone:
         model = K.Model(inputs, x)
         reasons = self.reasons(model)
         assert reasons["conv"] is None
-        assert "filters every channel by itself" in reasons["depthwise"]
+        assert "filters each channel separately" in reasons["depthwise"]
         assert reasons["bn"] == "BatchNormalization has no kernel to factorize"
         assert "kernel_constraint NonNeg" in reasons["transposed"]
         assert "kernel_constraint NonNeg" in reasons["constrained"]
