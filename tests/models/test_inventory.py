@@ -95,8 +95,8 @@ class TestLeftAlone:
         x = L.Dense(12, name="back")(hidden)
         model = K.Model(inputs, Decode(dense, name="decode")(x))
         reasons = self.reasons(model)
-        assert reasons["encode"] == "its kernel is held by 'decode' too"
-        assert "held by" not in (reasons["more"] or "")
+        assert reasons["encode"] == "its kernel is shared with 'decode'"
+        assert "shared with" not in (reasons["more"] or "")
 
     def test_what_the_budget_leaves_whole(self, small):
         plan = select(small, 0.05)
