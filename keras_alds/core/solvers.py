@@ -135,8 +135,8 @@ def check_budgets(tables: Sequence[ChoiceTable], budgets: Sequence[int]) -> Int6
             or (np.diff(table.cost[order], axis=0) < 0).any()
         ):
             raise ValueError(
-                "Expected at least one choice, one cost for each choice and budget, and budgets that "
-                f"order a layer's choices alike. Received: a table for layer {layer} that differs"
+                "Expected at least one choice, one cost for each choice and budget, and budgets "
+                f"that order a layer's choices alike. Received: an invalid one for layer {layer}"
             )
     required = sum((table.cost.min(axis=0) for table in tables), start=np.zeros_like(limits))
     for resource in np.flatnonzero(required > limits):

@@ -333,8 +333,8 @@ class KernelKind(Kind):
             setting = self.setting_name(layer, "constraint")
             return Skipped(
                 Skip.CONSTRAINT,
-                f"its {setting} {type(constraint).__name__} cannot be kept by two factors; set "
-                f"`layer.{setting} = None` to have it factorized",
+                f"two factors cannot keep its {setting} {type(constraint).__name__}; set "
+                f"`layer.{setting} = None` to factorize it",
             )
         if not self.can_shrink(layer, set(self.schemes(layer).values())):
             detail = f"no factorization of its kernel {unfolded_shape(layer)} is smaller"

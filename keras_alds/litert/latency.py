@@ -75,7 +75,7 @@ class MeasuredLatency:
     def skipped(self, record: LayerRecord) -> Skipped | None:
         """Why a layer has no measured latency: its kind is not measured, or it is never called."""
         if not record.kind.measured:
-            detail = f"latency is not measured of {record.class_name}"
+            detail = f"the latency of {record.class_name} is not measured"
             return Skipped(Skip.NOT_COUNTED, detail)
         if record.layer not in self._costs:
             return Skipped(Skip.NOT_COUNTED, "the forward pass does not call it")

@@ -180,8 +180,8 @@ class CalibrationStats:
             raise ValueError(
                 f"Expected calibration statistics of the model '{inventory.model.name}', or of one "
                 "of the same architecture. Received: statistics of "
-                f"{counted(len(self.moments), 'layer')}, where the model has {len(records)} that can "
-                "be factorized, or other kernels. Collect them again."
+                f"{counted(len(self.moments), 'layer')}, where the model has {len(records)} that "
+                "can be factorized, or other kernels. Collect them again."
             )
         return inventory.map(
             lambda record: dataclasses.replace(record, moment=moments.get(record.path))
