@@ -554,7 +554,7 @@ def observable(layer: Any) -> bool:
 
 @contextlib.contextmanager
 def calling_kernels(model: Any, layers: Iterable[Any], *, values: bool = True) -> Iterator[None]:
-    """Within this context, recurrent and similar layers call their kernels as layers.
+    """Within this context, recurrent layers call their kernels as layers.
 
     So an observer of layer calls gets the kernels' inputs.
 

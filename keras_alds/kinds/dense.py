@@ -207,7 +207,7 @@ class Dense(KernelKind):
         )
         if isinstance(encoder, writer.layers.Dense) or len(shape) == 4:
             return [encoder, decoder]
-        if merged:  # shared: called before where a Reshape fits
+        if merged:  # shared, and replaced before in a call that allows a Reshape
             raise ValueError(
                 f"Expected all calls of the shared layer '{layer.name}' to have a mask, or none. "
                 "Received: some of both. Remedy: skip it with `exclude=` when compressing, or "

@@ -65,8 +65,8 @@ def expand(model: KerasModel, *, fold_batch_norm: bool = False) -> KerasModel:
             runs without normalization. Defaults to `False`.
 
     Returns:
-        A new model of Keras 3 or tf_keras, as `model`, and of the same class if that can be
-        constructed from inputs and outputs.
+        A new Keras 3 or tf_keras model, like `model`, of the same class if that can be constructed
+        from inputs and outputs.
 
     Raises:
         ValueError: If `model` is not built or is a subclassed model, or if a subclassed model or
