@@ -447,7 +447,7 @@ def test_added_losses_are_said_to_be_left_out():
     x = factorized(K).FactorizedDense(4, slices=2, rank=2)(inputs)
     model = K.Model(inputs, x)
     model.add_loss(tf.reduce_mean(x))
-    with pytest.warns(UserWarning, match="`add_metric` added to"):
+    with pytest.warns(UserWarning, match="`add_metric` are not copied"):
         assert_expanded(model, zoo.examples(model))
 
 
