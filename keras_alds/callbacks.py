@@ -35,6 +35,7 @@ from keras_alds.options import (
 )
 from keras_alds.plan import CompressionPlan
 from keras_alds.resources import removed_fraction
+from keras_alds.tables import counted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -56,7 +57,7 @@ class ALDSCompress(_backend.Callback):
     RMSprop, Adagrad and Adadelta. Any other state of a factor (RMSprop's momentum and average
     gradient, Adamax's norm, the state of other optimizers) starts at its initial value.
 
-    The compression also resets what other callbacks remember of the dense model: the best value
+    The compression also resets what other callbacks stored about the dense model: the best value
     and weights of `EarlyStopping`, the patience count of `ReduceLROnPlateau`, and the best value
     of `ModelCheckpoint(save_best_only=True)`, whose file will hold the best *compressed* model.
     `BackupAndRestore` cannot restore a dense model's backup into a compressed model, or the other
@@ -245,8 +246,8 @@ class ALDSCompress(_backend.Callback):
         self._watched = [(layer.decoder, backend.value(layer.decoder)) for layer in layers]
         self._say(
             f"epoch {epoch}: {self._params_before:,} → {count_params(self.model):,} parameters "
-            f"(cr={self._cr():.4f}), {len(chosen.plan.factorized)} layers factorized in "
-            f"{time.perf_counter() - start:.1f} s"
+            f"(cr={self._cr():.4f}), {counted(len(chosen.plan.factorized), 'layer')} "
+            f"factorized in {time.perf_counter() - start:.1f} s"
         )
 
     def _choose(self) -> Chosen:

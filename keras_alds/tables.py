@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 PrintFn = Callable[[str], object]
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with its noun, in the plural unless the number is 1."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def print_plan(
     plan: CompressionPlan, *, print_fn: PrintFn | None = None, line_length: int | None = None
 ) -> None:
@@ -52,7 +57,7 @@ def print_plan(
         kinds = ", ".join(sorted({choice.kind for choice in without_kernel}))
         params = sum(choice.params_before for choice in without_kernel)
         lines.append(
-            f"Left alone, with no kernel to factorize: {len(without_kernel)} layers ({kinds}), "
+            f"Without a kernel to factorize: {counted(len(without_kernel), 'layer')} ({kinds}), "
             f"{params:,} params"
         )
     limits = "".join(

@@ -1,7 +1,7 @@
 """The factorized layers for tf_keras (Keras 2), registered for loading without `custom_objects`.
 
-They are made here from the layers for Keras 3, of which they have the names, arguments, weights,
-errors and help texts. When a program imports both `keras_alds` and tf_keras, this module is
+They are made here from the layers for Keras 3, with the same names, arguments, weights, errors and
+help texts. When a program imports both `keras_alds` and tf_keras, this module is
 imported, so that saved tf_keras models with factorized layers load.
 
 Example:
@@ -22,7 +22,7 @@ import tf_keras
 
 from keras_alds.kinds.base import KINDS, Kind
 
-# What every factorized layer asks of its Keras.
+# What differs from Keras 3 in every factorized layer.
 _OF_TF_KERAS = {
     "_keras": tf_keras,
     "_shape_type": tf.TensorShape,
@@ -45,7 +45,7 @@ def _layer(cls: type, kind: Kind) -> type | None:
     names = {
         "__doc__": (inspect.getdoc(cls) or "")
         .replace("from keras_alds.layers", f"from {__name__}")
-        # An example that names Keras names the one of the layer.
+        # Examples import the Keras of the layer.
         .replace(">>> import keras\n", ">>> import tf_keras as keras\n"),
         "__module__": __name__,
         "__qualname__": cls.__name__,

@@ -17,7 +17,7 @@ def test_the_report_and_the_summary(small, capsys):
         if choice.kernel_shape:
             assert f"{choice.layer} ({choice.kind})" in text
     assert "removed)" in text
-    assert "Left alone, with no kernel to factorize: 1 layers (BatchNormalization)" in text
+    assert "Without a kernel to factorize: 1 layer (BatchNormalization)" in text
     noted = dataclasses.replace(plan.choices[0], note="only diagonal blocks were kept")
     noted_plan = dataclasses.replace(plan, choices=(noted, *plan.choices[1:]))
     noted_plan.summary(print_fn=lines.append)

@@ -81,7 +81,7 @@ def _spectral_error(spectra: Spectra, k: int, kernel: Array | None, max_rank: in
         )
     if tuple(kernel.shape) != spectra.kernel_shape:
         raise ValueError(
-            f"Expected the kernel of shape {spectra.kernel_shape} that the spectra were made of. "
+            f"Expected the kernel of shape {spectra.kernel_shape} that the spectra belong to. "
             f"Received: kernel.shape={tuple(kernel.shape)}"
         )
     if spectra.norm == 0:

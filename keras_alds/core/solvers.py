@@ -136,7 +136,7 @@ def check_budgets(tables: Sequence[ChoiceTable], budgets: Sequence[int]) -> Int6
         ):
             raise ValueError(
                 "Expected at least one choice, one cost for each choice and budget, and budgets "
-                f"that order the choices of a layer alike. Received: others for layer {layer}"
+                f"that order a layer's choices alike. Received: a bad table for layer {layer}"
             )
     required = sum((table.cost.min(axis=0) for table in tables), start=np.zeros_like(limits))
     for resource in np.flatnonzero(required > limits):

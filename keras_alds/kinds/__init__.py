@@ -1,6 +1,6 @@
 """The kinds of layers, one file each.
 
-A file holds the factorized layers of a kind and all that is special about the kind: its kernel,
+A file holds the factorized layers of a kind and all that is specific to the kind: its kernel,
 its inputs, its MACs, its stock layers for `expand`. It registers itself. To add a kind, add its
 file, a line here, and its public name in `layers.py`; to remove one, remove all three.
 """

@@ -1,4 +1,4 @@
-"""Attention layers: each of their projections can be an einsum layer of two factors."""
+"""Attention layers, whose projections can be factorized einsum layers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class BaseFactorizedAttention(_Base):
                 given, kernel, _ = factorized.terms
                 sizes = dict(zip(kernel, dense.kernel.shape, strict=True))
                 factorized.build(tuple(sizes.get(letter) for letter in given))
-            # The same object: the order of the layer's weights goes by its projections.
+            # The same object, because the layer orders its weights by projection.
             backend.transplant(dense, factorized, kind.kept)
 
     def get_config(self) -> dict[str, Any]:
@@ -76,16 +76,16 @@ class BaseFactorizedAttention(_Base):
 
 
 class Keras3Attention(BaseFactorizedAttention):
-    """Factorizes the projections where a layer of Keras 3 makes them."""
+    """Factorizes the projections where a Keras 3 layer creates them."""
 
     def build(self, query_shape: Any, value_shape: Any, key_shape: Any = None) -> None:
-        """Create the stock layer's projections and factorize those that are to be."""
+        """Create the stock layer's projections and factorize the chosen ones."""
         super().build(query_shape, value_shape, key_shape)
         self._factorize_projections()
 
 
 class TfKerasAttention(BaseFactorizedAttention):
-    """Factorizes the projections where a layer of tf_keras makes them."""
+    """Factorizes the projections where a tf_keras layer creates them."""
 
     def _build_from_signature(self, query: Any, value: Any, key: Any = None) -> None:
         super()._build_from_signature(query, value, key)
@@ -96,8 +96,8 @@ class TfKerasAttention(BaseFactorizedAttention):
 class FactorizedGroupQueryAttention(Keras3Attention, keras.layers.GroupQueryAttention):
     """A stock `GroupQueryAttention` in which some projections are `FactorizedEinsumDense` layers.
 
-    Everything else, call, masks and arguments, is that of the stock layer. `compress` and
-    `ALDSCompress` make stock layers to such ones where they factorize a projection.
+    Call, masks and other arguments are those of the stock layer. `compress` and `ALDSCompress`
+    convert a stock layer to this class when they factorize one of its projections.
 
     Args:
         *args: The stock layer's arguments.
@@ -107,7 +107,7 @@ class FactorizedGroupQueryAttention(Keras3Attention, keras.layers.GroupQueryAtte
         **kwargs: The stock layer's keyword arguments.
 
     Raises:
-        ValueError: If `projections` is no such dict, or names one that the layer has not.
+        ValueError: If `projections` is not such a dict, or names one that the layer lacks.
 
     Source:
         Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
@@ -130,8 +130,8 @@ class FactorizedGroupQueryAttention(Keras3Attention, keras.layers.GroupQueryAtte
 class FactorizedMultiHeadAttention(Keras3Attention, keras.layers.MultiHeadAttention):
     """A stock `MultiHeadAttention` in which some projections are `FactorizedEinsumDense` layers.
 
-    Everything else, call, masks and arguments, is that of the stock layer. `compress` and
-    `ALDSCompress` make stock layers to such ones where they factorize a projection.
+    Call, masks and other arguments are those of the stock layer. `compress` and `ALDSCompress`
+    convert a stock layer to this class when they factorize one of its projections.
 
     Args:
         *args: The stock layer's arguments.
@@ -141,7 +141,7 @@ class FactorizedMultiHeadAttention(Keras3Attention, keras.layers.MultiHeadAttent
         **kwargs: The stock layer's keyword arguments.
 
     Raises:
-        ValueError: If `projections` is no such dict, or names one that the layer has not.
+        ValueError: If `projections` is not such a dict, or names one that the layer lacks.
 
     Source:
         Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise

@@ -1,8 +1,8 @@
-"""What the package asks of a kind of layer, with defaults, and the register of all kinds.
+"""The interface of a kind of layer, with defaults, and the register of all kinds.
 
-A `Kind` describes a class of stock layers: where its kernel is, how the kernel is read as a matrix
-for every slice, what its factorized layer is made with, what a call costs. Inspection,
-factorization, calibration, counting, `expand` and the rest ask it. They know no kind by name.
+A `Kind` describes a class of stock layers: where its kernel is, how the kernel unfolds to
+matrices, the arguments of its factorized layer, the cost of a call. Inspection, factorization,
+calibration, counting and `expand` use only this interface. They know no kind by name.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ KINDS: dict[str, Kind] = {}
 # The kinds by the classes that this package adds: factorized ones, and kernels as layers.
 _OWN: dict[type, Kind] = {}
 
-# What a forward pass consists of: a subclass that keeps all of it counts as its stock layer.
+# The parts of a forward pass: a subclass that keeps all of them counts as its stock layer.
 _FORWARD = ("call", "convolution_op", "build", "kernel", "embeddings", "compute_mask")
 
 
 class Writer(Protocol):
-    """What `expand` offers to a kind that writes a layer out as stock layers."""
+    """Helpers that `expand` gives to a kind that replaces a layer by stock layers."""
 
     @property
     def layers(self) -> Any:
         """The module of stock layers."""
 
     def once(self, layer: Any, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make()` gives, made once for a layer and a key."""
+        """The result of `make()`, called once for each layer and key."""
 
     def value(self, variable: Any) -> np.ndarray:
         """The values of a variable."""
@@ -55,9 +55,9 @@ class Writer(Protocol):
         values: list[np.ndarray] | None = None,
         origins: list[Any] | None = None,
     ) -> None:
-        """Remembers that `new` gets the flags of `old`, and these weights, once all are built.
+        """Gives `new` the flags of `old`, and these weights, once all layers are built.
 
-        `origins` are the old weights, or None, in whose place the new ones are.
+        `origins` are the old weights that the new ones replace, or None.
         """
 
     def unique(self, name: str) -> str:
@@ -67,18 +67,18 @@ class Writer(Protocol):
         """Warns the user once the model is rebuilt."""
 
     def encoder_options(self, layer: Any) -> dict[str, Any]:
-        """The arguments of a stock layer that an encoder becomes, its sizes aside."""
+        """The arguments, except sizes, of the stock layer that replaces an encoder."""
 
     def decoder_options(self, layer: Any) -> dict[str, Any]:
-        """The arguments of a stock layer that a decoder becomes, its sizes aside."""
+        """The arguments, except sizes, of the stock layer that replaces a decoder."""
 
     def copied(self, initializer: Any) -> Any:
-        """A new initializer like another."""
+        """A copy of an initializer."""
 
     def pair(
         self, layer: Any, encoder: Any, decoder: Any, kernel: np.ndarray | None = None
     ) -> list[Any]:
-        """Both stock layers, the decoder with its weights and the bias."""
+        """Both stock layers; the decoder gets its weights and the bias."""
 
 
 class Kind:
@@ -86,15 +86,15 @@ class Kind:
 
     Attributes:
         name: Name of the stock class.
-        layers: The factorized classes, by the name of their Keras.
-        in_tf_keras: What the factorized class of tf_keras has in place of attributes of that of
+        layers: The factorized classes, by the name of their backend.
+        in_tf_keras: Attributes that the factorized class has in tf_keras instead of those in
             Keras 3.
-        bases_in_tf_keras: The same for its bases.
-        output_axes: The axes of its kernel that are the output channels, if a BatchNormalization
-            after it can be multiplied into the kernel.
-        encodes: Whether, without activation, it may be the first of two stock layers whose middle
-            channels can be scaled.
-        decodes: Whether it may be the second.
+        bases_in_tf_keras: The same for its base classes.
+        output_axes: The kernel's axes of output channels, if a BatchNormalization after the layer
+            can be folded into the kernel.
+        encodes: Whether a linear layer of the class may be the first of two stock layers whose
+            middle channels can be scaled.
+        decodes: Whether a layer of the class may be the second.
     """
 
     bases_in_tf_keras: ClassVar[Mapping[type, type]] = {}
@@ -112,24 +112,24 @@ class Kind:
             self.add_layer(keras.__name__, layer)
 
     def add_layer(self, keras: str, layer: type) -> None:
-        """Registers the factorized class for a Keras."""
+        """Registers the factorized class for Keras 3 or tf_keras."""
         self.layers[keras] = layer
         _OWN[layer] = self
 
     def layer_class(self, backend: _backend.Backend) -> Any:
-        """The factorized class for a Keras, or None if it has no such layer."""
+        """The factorized class for a backend, or None if the backend lacks the layer."""
         return self.layers.get(backend.name)
 
     def stock_class(self, backend: _backend.Backend) -> Any:
-        """The stock class of a Keras, or None if it has no such layer."""
+        """The stock class of a backend, or None if the backend lacks the layer."""
         return getattr(backend.keras.layers, self.name, None)
 
     def is_stock(self, layer: Any) -> bool:
-        """Whether a layer is of the stock class itself."""
+        """Whether a layer is of the stock class, not of a subclass."""
         return type(layer) is self.stock_class(_backend.backend_of(layer))
 
     def is_encoder(self, layer: Any) -> bool:
-        """Whether a layer is a stock one that may be the first of two; see `encodes`."""
+        """Whether a layer is a stock layer that may be the first of two; see `encodes`."""
         linear = _backend.backend_of(layer).keras.activations.linear
         return (
             self.encodes
@@ -139,7 +139,7 @@ class Kind:
         )
 
     def is_decoder(self, layer: Any, bias: bool) -> bool:
-        """Whether it is a stock one that may be the second, after one with a bias or without."""
+        """Whether a stock layer may be the second; `bias` says whether the first has a bias."""
         return self.decodes and self.is_stock(layer)
 
     def skipped(self, layer: Any) -> Skipped | None:
@@ -160,44 +160,44 @@ class Kind:
     # -- Layers that hold others -------------------------------------------------------------
 
     def kernels(self, layer: Any) -> dict[str, Any]:
-        """Kernels of the layer that count as layers of their own, by name."""
+        """Kernels of the layer that are treated as layers, by name."""
         return {}
 
     def obstacle(self, layer: Any, inner: Any, holders: Sequence[Any]) -> str | None:
-        """Why the layer keeps `inner` from being factorized, or None.
+        """Why the layer prevents the factorization of `inner`, or None.
 
         Args:
             layer: A layer of this kind.
-            inner: A layer at any depth of it.
+            inner: A layer inside it, at any depth.
             holders: All layers around `inner`, the outermost first.
         """
         return None
 
     def adopt(self, backend: _backend.Backend, layer: Any) -> Undo | None:
-        """Makes a layer save and load what was factorized in it.
+        """Lets a layer save and load its factorized parts.
 
         Returns:
-            A function that puts everything back, or None if there is nothing to do.
+            A function that undoes the change, or None if there is nothing to do.
         """
         return None
 
     def calling_kernels(
         self, layer: Any, wanted: Collection[Any], values: bool
     ) -> contextlib.AbstractContextManager[None]:
-        """Lets the layer call its `kernels` as layers while inside; see `calling_kernels`."""
+        """Within this context, the layer calls its `kernels` as layers; see `calling_kernels`."""
         return contextlib.nullcontext()
 
-    # -- Writing out as stock layers ---------------------------------------------------------
+    # -- Replacement by stock layers ---------------------------------------------------------
 
     def is_written_out(self, layer: Any) -> bool:
-        """Whether `expand` makes other layers of a layer, with `pieces`."""
+        """Whether `expand` replaces a layer by its `pieces`."""
         return False
 
     def pieces(self, writer: Writer, layer: Any, shape: Shape, masked: bool) -> list[Any]:
-        """The stock layers for a layer, one after the other.
+        """The stock layers that replace a layer, in the order of their calls.
 
         Args:
-            writer: What offers help, and keeps weights and warnings.
+            writer: Helper that collects weights and warnings.
             layer: The layer.
             shape: The shape of the input of one call.
             masked: Whether that input carries a Keras mask.
@@ -207,10 +207,10 @@ class Kind:
     def last_call(
         self, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the last of several `pieces` is called on.
+        """The arguments of the last of several `pieces`.
 
         Args:
-            value: What the pieces before it have made of the first tensor.
+            value: The output of the pieces before it.
             args: The arguments of the layer's own call.
             kwargs: Its keyword arguments.
         """
@@ -221,18 +221,18 @@ class KernelKind(Kind):
     """A class of stock layers that has a factorized form.
 
     Attributes:
-        kernel: The layer's attribute that is its kernel.
-        part: What initializer, regularizer and constraint of the kernel are named after.
+        kernel: Name of the attribute that holds the kernel.
+        part: Prefix of the names of the kernel's initializer, regularizer and constraint.
         kept: Weights that the factorized layer takes over: `{stock attribute: its attribute}`.
-        copied: Constructor arguments that are attributes of the stock layer of the same name.
-        sample: Positional arguments that any layer of the class can be made with.
+        copied: Constructor arguments to copy from the stock layer's attributes of that name.
+        sample: Positional arguments that are valid for any layer of the class.
         max_slices: Largest number of slices, or None.
-        principal: Whether the bias has one number for every column of the kernel as it is read,
-            as the method `"pca"` needs.
-        lookup: Whether the kernel is a table that a call reads from and does not multiply by.
-        measured: Whether LiteRT's latency of it is measured, and targets know its sliced forms.
-        equalized: Whether its middle channels are the encoder's last axis and the decoder's last
-            but one, so that they can be scaled.
+        principal: Whether the bias has one entry for each column of the unfolded kernel, as the
+            method `"pca"` requires.
+        lookup: Whether a call looks up rows of the kernel instead of multiplying by it.
+        measured: Whether its latency in LiteRT is measured and targets know its sliced forms.
+        equalized: Whether its middle channels can be scaled: they are the encoder's last axis and
+            the decoder's second-to-last.
     """
 
     kernel: ClassVar[str] = "kernel"
@@ -256,7 +256,7 @@ class KernelKind(Kind):
         return tuple(int(size) for size in self.variable(layer).shape)
 
     def setting_name(self, layer: Any, name: str) -> str:
-        """What the layer calls the kernel's `"initializer"`, `"regularizer"` or `"constraint"`."""
+        """The layer's name for the kernel's `"initializer"`, `"regularizer"` or `"constraint"`."""
         return f"{self.part}_{name}"
 
     def setting(self, layer: Any, name: str) -> Any:
@@ -264,7 +264,7 @@ class KernelKind(Kind):
         return getattr(layer, self.setting_name(layer, name))
 
     def unfolding(self, layer: Any) -> Unfolding:
-        """How the kernel is read as `[*spatial, c, f]` in fold scheme 0."""
+        """How the kernel unfolds to `[*spatial, c, f]` in fold scheme 0."""
         raise NotImplementedError
 
     def schemes(self, layer: Any) -> dict[int, int]:
@@ -272,11 +272,11 @@ class KernelKind(Kind):
         return distinct_schemes(())
 
     def folded(self, layer: Any, scheme: int) -> Unfolding:
-        """How the kernel is read in a fold scheme, one of the values of `schemes`."""
+        """How the kernel unfolds in a fold scheme, one of the values of `schemes`."""
         return self.unfolding(layer)
 
     def can_shrink(self, layer: Any, schemes: Iterable[int]) -> bool:
-        """Whether a layer has a factorization that is smaller, in some fold schemes."""
+        """Whether a factorization in one of the fold schemes is smaller than the layer."""
         for scheme in schemes:
             shape = self.folded(layer, scheme).shape(self.shape(layer))
             slices = [k for k in divisors(shape[-2]) if k <= (self.max_slices or k)]
@@ -294,7 +294,7 @@ class KernelKind(Kind):
         )
 
     def own_code(self, layer: Any) -> list[str]:
-        """What a user's subclass adds, that a factorized layer would not have."""
+        """What a user's subclass adds and a factorized layer would lose."""
         stock = self.stock_class(_backend.backend_of(layer))
         if type(layer) is stock:
             return []
@@ -312,7 +312,7 @@ class KernelKind(Kind):
         return sorted(methods | (attributes - set(vars(plain)) - built))
 
     def refusal(self, layer: Any) -> str | None:
-        """Why a layer of this kind cannot be factorized because of its settings, or None."""
+        """Why the settings of a layer prevent its factorization, or None."""
         return None
 
     def skipped(self, layer: Any) -> Skipped | None:
@@ -333,8 +333,8 @@ class KernelKind(Kind):
             setting = self.setting_name(layer, "constraint")
             return Skipped(
                 Skip.CONSTRAINT,
-                f"its {setting} {type(constraint).__name__} cannot be kept by two factors; set "
-                f"`layer.{setting} = None` to have it factorized",
+                f"two factors cannot keep its {setting} {type(constraint).__name__}; set "
+                f"`layer.{setting} = None` to factorize it",
             )
         if not self.can_shrink(layer, set(self.schemes(layer).values())):
             detail = f"no factorization of its kernel {unfolded_shape(layer)} is smaller"
@@ -344,7 +344,7 @@ class KernelKind(Kind):
     # -- The factorized layer ----------------------------------------------------------------
 
     def arguments(self, layer: Any) -> dict[str, Any]:
-        """What the factorized layer is made with, beside slices, rank and what every layer has."""
+        """The factorized layer's arguments besides slices, rank and those of every layer."""
         return {
             **{name: getattr(layer, name) for name in self.copied},
             "activation": layer.activation,
@@ -353,14 +353,14 @@ class KernelKind(Kind):
         }
 
     def input_shape(self, layer: Any) -> Shape:
-        """A shape that the factorized layer can be built on."""
+        """An input shape to build the factorized layer."""
         raise NotImplementedError
 
     def standing_for(self, layer: Any, factorized: Any) -> contextlib.AbstractContextManager[None]:
-        """Lets the stock layer compute what a factorized one does while inside, by `call`."""
+        """Within this context, the stock layer's `call` computes what the factorized one does."""
         return contextlib.nullcontext()
 
-    # -- What calls see ----------------------------------------------------------------------
+    # -- Inputs of calls ---------------------------------------------------------------------
 
     def observable(self, layer: Any) -> bool:
         """Whether the second moment of the layer's inputs can be collected."""
@@ -375,11 +375,11 @@ class KernelKind(Kind):
         return np.reshape(inputs, (-1, inputs.shape[-1]))
 
     def encoded(self, layer: Any, inputs: Array) -> Array:
-        """What the encoder of a factorized layer makes of a call's inputs, channels last."""
+        """The output of a factorized layer's encoder for a call's inputs, channels last."""
         raise NotImplementedError
 
     def timed_call(self, layer: Any, shape: Sequence[int]) -> dict[str, Any]:
-        """One call on inputs of a shape, as far as its time in LiteRT depends on it.
+        """The properties of a call that determine its time in LiteRT, for an input shape.
 
         Returns:
             The fields of a `litert.layer_files.LayerCall`.
@@ -397,11 +397,11 @@ class KernelKind(Kind):
         return self.positions(layer, inputs, outputs)
 
     def weights_per_position(self, layer: Any) -> int:
-        """How many weights one position of a call multiplies by, biases aside."""
+        """The number of weights that each position is multiplied by, without biases."""
         return math.prod(self.shape(layer))
 
     def factor_weights_per_position(self, layer: Any) -> tuple[int, int]:
-        """The same for the encoder of a factorized layer, and for the rest of it."""
+        """The same for a factorized layer: of the encoder, and of the rest."""
         return math.prod(layer.encoder.shape), math.prod(layer.decoder.shape)
 
     def macs(self, layer: Any, inputs: Shape, outputs: Shape) -> int:
@@ -416,7 +416,7 @@ class KernelKind(Kind):
         first = self.encoder_positions(layer, scheme_of(layer), inputs, outputs)
         return size_of(layer, first) * encoder + everywhere * rest
 
-    # -- Writing out as stock layers ---------------------------------------------------------
+    # -- Replacement by stock layers ---------------------------------------------------------
 
     def is_written_out(self, layer: Any) -> bool:
         return is_factorized(layer)
@@ -425,10 +425,10 @@ class KernelKind(Kind):
         return writer.once(layer, "pieces", lambda: self.written_out(writer, layer, len(shape)))
 
     def written_out(self, writer: Writer, layer: Any, axes: int) -> list[Any]:
-        """The stock layers for a factorized layer, the same ones for all of its calls.
+        """The stock layers that replace a factorized layer, the same for all of its calls.
 
         Args:
-            writer: What offers help, and keeps weights and warnings.
+            writer: Helper that collects weights and warnings.
             layer: The layer.
             axes: Number of axes of its input.
         """
@@ -442,13 +442,13 @@ _NOTHING = Kind("")
 
 
 def register(*kinds: Kind) -> None:
-    """Makes kinds known, by the names of their stock classes."""
+    """Registers kinds by the names of their stock classes."""
     KINDS.update((kind.name, kind) for kind in kinds)
     _stock_kinds.cache_clear()
 
 
 def register_own(cls: type, kind: Kind) -> None:
-    """Makes a kind known for a layer class of this package that is no stock one."""
+    """Registers a kind for a layer class of this package."""
     _OWN[cls] = kind
 
 
@@ -458,7 +458,7 @@ def factorizable_names() -> tuple[str, ...]:
 
 
 def stock_kind(layer: Any) -> Kind:
-    """The kind of the nearest stock class that a layer is of or is the factorized form of."""
+    """The kind of a layer's nearest stock class, or of the one whose factorized form it is."""
     stock = _stock_kinds(_backend.backend_of(layer))
     for cls in type(layer).__mro__:
         kind = _OWN.get(cls) or stock.get(cls)
@@ -469,7 +469,7 @@ def stock_kind(layer: Any) -> Kind:
 
 @functools.cache
 def _stock_kinds(backend: _backend.Backend) -> dict[type, Kind]:
-    """The kinds by the stock classes of a Keras."""
+    """The kinds by the stock classes of a backend."""
     return {kind.stock_class(backend): kind for kind in KINDS.values()}
 
 
@@ -485,7 +485,7 @@ def known_kind(layer: Any) -> KernelKind:
     """The kind of a layer that can be factorized.
 
     Raises:
-        ValueError: If it is of no such kind.
+        ValueError: If the layer is of another kind.
     """
     kind = kind_of(layer)
     if kind is None:
@@ -494,12 +494,12 @@ def known_kind(layer: Any) -> KernelKind:
 
 
 def factorized_kind(layer: Any) -> KernelKind:
-    """The kind of stock layer that a factorized layer stands for."""
+    """The kind of stock layer that a factorized layer replaces."""
     return cast(KernelKind, stock_kind(layer))
 
 
 def is_own(layer: Any) -> bool:
-    """Whether `layer` is of a class of this package: factorized, or made to hold such layers."""
+    """Whether `layer` is of a class of this package: factorized, or a holder of such layers."""
     return any(cls in _OWN for cls in type(layer).__mro__)
 
 
@@ -508,11 +508,11 @@ def is_factorized(layer: Any) -> bool:
     return isinstance(layer, FactorizedLayer)
 
 
-# -- What is asked of any layer ------------------------------------------------------------------
+# -- Questions about any layer -------------------------------------------------------------------
 
 
 def skipped_by_kind(layer: Any) -> Skipped | None:
-    """Why a layer cannot be factorized, or None; what holds it aside."""
+    """Why a layer cannot be factorized, regardless of the layers around it, or None."""
     if is_factorized(layer):
         return Skipped(Skip.FACTORIZED, "already factorized")
     return stock_kind(layer).skipped(layer)
@@ -522,7 +522,7 @@ def macs_of_call(layer: Any, inputs: Shape, outputs: Shape) -> int:
     """Multiply–accumulates of one call of a layer.
 
     Raises:
-        ValueError: If an axis that matters has an unknown length.
+        ValueError: If a relevant axis has an unknown length.
     """
     if is_factorized(layer):
         return factorized_kind(layer).factorized_macs(layer, inputs, outputs)
@@ -530,13 +530,13 @@ def macs_of_call(layer: Any, inputs: Shape, outputs: Shape) -> int:
 
 
 def unfolded_shape(layer: Any, scheme: int = 0) -> tuple[int, ...]:
-    """The shape `(*spatial, c, f)` that a stock layer's kernel is read as in a fold scheme."""
+    """The unfolded shape `(*spatial, c, f)` of a stock layer's kernel in a fold scheme."""
     kind = known_kind(layer)
     return kind.folded(layer, scheme).shape(kind.shape(layer))
 
 
 def kernel_values(layer: Any, scheme: int = 0) -> Array:
-    """The kernel of a stock layer as it is read, `[*spatial, c, f]` in float32 or float64."""
+    """The unfolded kernel of a stock layer, `[*spatial, c, f]` in float32 or float64."""
     kind = known_kind(layer)
     kernel = _backend.backend_of(layer).value(kind.variable(layer))
     if kernel.dtype not in (np.float32, np.float64):
@@ -554,14 +554,14 @@ def observable(layer: Any) -> bool:
 
 @contextlib.contextmanager
 def calling_kernels(model: Any, layers: Iterable[Any], *, values: bool = True) -> Iterator[None]:
-    """Lets layers whose kernels count as layers of their own call these while inside.
+    """Within this context, recurrent layers call their kernels as layers.
 
-    So whoever watches the calls of layers sees what the kernels are multiplied by.
+    So an observer of layer calls gets the kernels' inputs.
 
     Args:
         model: The model that holds the layers.
-        layers: The kernels to be called. Others that are no such kernels may be among them.
-        values: Whether the values matter, and not only the shapes. Defaults to True.
+        layers: The kernels to call. Other layers are ignored.
+        values: Whether values are needed, not only shapes. Defaults to True.
     """
     wanted = set(layers)
     with contextlib.ExitStack() as stack:
@@ -571,17 +571,17 @@ def calling_kernels(model: Any, layers: Iterable[Any], *, values: bool = True) -
 
 
 def below(layer: Any) -> Iterator[Any]:
-    """Every layer inside a layer, at any depth; one that is held twice comes twice."""
+    """Every layer inside a layer, at any depth; a layer held twice is listed twice."""
     for child in _backend.backend_of(layer).children(layer):
         yield child
         yield from below(child)
 
 
-# -- What kinds share ----------------------------------------------------------------------------
+# -- Helpers of kinds ----------------------------------------------------------------------------
 
 
 def no_kernel(layer: Any) -> Skipped | None:
-    """Why a layer without a kernel cannot be factorized; None for another one."""
+    """Why a layer without a kernel cannot be factorized; None for a layer with a kernel."""
     variables = _backend.backend_of(layer).own_variables(layer)
     if all(len(variable.shape) <= 1 for variable in variables):
         return Skipped(Skip.NO_KERNEL, f"{type(layer).__name__} has no kernel to factorize")
@@ -600,7 +600,7 @@ def scheme_of(layer: Any) -> int:
 
 
 def without_channels(layer: Any, shape: Shape) -> Shape:
-    """A shape without the axis of channels, by the layer's `data_format`."""
+    """A shape without the channel axis, by the layer's `data_format`."""
     if layer.data_format == "channels_first":
         channels = len(shape) - 1 - len(layer.kernel_size)
         return (*shape[:channels], *shape[channels + 1 :])
@@ -608,7 +608,7 @@ def without_channels(layer: Any, shape: Shape) -> Shape:
 
 
 def channels_last(layer: Any, values: Array) -> Array:
-    """Inputs or outputs with the axis of channels last, by the layer's `data_format`."""
+    """Inputs or outputs with the channel axis last, by the layer's `data_format`."""
     if getattr(layer, "data_format", None) != "channels_first":
         return values
     return np.moveaxis(values, -1 - len(layer.kernel_size), -1)
@@ -623,7 +623,7 @@ def size_of(layer: Any, shape: Shape) -> int:
     if None in shape:
         raise ValueError(
             "Expected a known input size, to count multiply–accumulates. Received: layer "
-            f"'{layer.name}' works on the shape {shape}. Make the model anew on inputs of a fixed "
+            f"'{layer.name}' works on the shape {shape}. Create the model again with a fixed "
             'shape (`Input(shape)` without None) and set its weights, or use objective="params".'
         )
     return math.prod(int(n or 0) for n in shape)

@@ -1,4 +1,4 @@
-"""Convolutions: a grouped encoder and a pointwise decoder, or windows shared by fold schemes."""
+"""Convolutions: a grouped encoder and a pointwise decoder; fold schemes split the window."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class BaseFactorizedConv(FactorizedLayer):
 
     _dimensions: ClassVar[int]
     _paddings: ClassVar[tuple[str, ...]] = ("valid", "same")
-    # Whether the window may be shared between encoder and decoder by a fold scheme.
+    # Whether a fold scheme may split the window between encoder and decoder.
     _folds: ClassVar[bool] = True
 
     def __init__(
@@ -109,7 +109,7 @@ class BaseFactorizedConv(FactorizedLayer):
     def _set_window(
         self, *, kernel_size: Any, strides: Any, padding: Any, data_format: Any, dilation_rate: Any
     ) -> None:
-        """Check and store what a convolution has beside its weights."""
+        """Check and store the window, padding and data format."""
         self.kernel_size = _int_tuple(kernel_size, self._dimensions, "kernel_size")
         self.strides = _int_tuple(strides, self._dimensions, "strides")
         self.dilation_rate = _int_tuple(dilation_rate, self._dimensions, "dilation_rate")
@@ -144,14 +144,14 @@ class BaseFactorizedConv(FactorizedLayer):
 
     @property
     def unfolding(self) -> Unfolding:
-        """How the dense kernel `[*kernel_size, channels, filters]` is read; see `core.slicing`."""
+        """How the dense kernel `[*kernel_size, channels, filters]` unfolds; see `core.slicing`."""
         return convolution_unfolding(self._dimensions, self.scheme)
 
     def window(self, *, decoder: bool) -> dict[str, Any]:
         """Kernel size, strides, padding, dilation and data format of one of the two convolutions.
 
         Args:
-            decoder: bool, whether of the decoder; else of the encoder.
+            decoder: bool, whether the decoder's are returned; else the encoder's.
         """
         axes = decoder_axes(self.scheme, self._dimensions)
         sizes = enumerate(self.kernel_size)
@@ -180,7 +180,7 @@ class BaseFactorizedConv(FactorizedLayer):
         """Create encoder, decoder and bias for inputs of `input_shape`."""
         shape = tuple(input_shape)
         axis = self._channel_axis()
-        self.compute_output_shape(shape)  # complains of inputs that are too small
+        self.compute_output_shape(shape)  # raises for inputs that are too small
         channels = self._known_channels(shape[axis])
         self._add_weights(channels)
         self.input_spec = self._keras.layers.InputSpec(
@@ -222,8 +222,8 @@ class BaseFactorizedConv(FactorizedLayer):
             last = self.data_format == "channels_last"
             bias = tensors.cast(tensors.tensor(self.bias), y.dtype)
             shape = [1, *ones, self.filters] if last else [1, self.filters, *ones]
-            # As the stock layer does: Keras 3 takes a channels-first bias for one of columns where
-            # there are as many columns as filters. A trained model relies on that.
+            # As in the stock layer: Keras 3 adds a channels-first bias along the columns if there
+            # are as many columns as filters. A trained model relies on that.
             y = self._add(y, tensors.reshape(bias, shape))
         if batch_shape is not None:
             tail = tensors.shape(y)[1:]
@@ -282,7 +282,7 @@ class BaseFactorizedConv(FactorizedLayer):
         return self._shape_type([*batch, *out_rest])
 
     def _output_length(self, length: Any, axis: int) -> Any:
-        """How long a spatial axis of the output is: below 1 for an input that is too short."""
+        """The length of a spatial axis of the output; below 1 for an input that is too short."""
         reach = self.dilation_rate[axis] * (self.kernel_size[axis] - 1)
         if self.padding != "valid":
             reach = 0
@@ -529,7 +529,7 @@ class FactorizedConv3D(BaseFactorizedConv, keras.layers.Layer):
 
 
 class BaseConvolution(KernelKind):
-    """What all layers with a window share."""
+    """The base of all kinds with a window."""
 
     copied: ClassVar[tuple[str, ...]] = (
         "filters",
@@ -584,7 +584,7 @@ class Convolution(BaseConvolution):
         return convolution_unfolding(len(layer.kernel_size), scheme)
 
     def is_decoder(self, layer: Any, bias: bool) -> bool:
-        # Where a window reaches over the edge it sees zeros, and no bias.
+        # A padded window reads zeros, not the first layer's bias.
         pointwise = math.prod(layer.kernel_size) == 1
         return super().is_decoder(layer, bias) and layer.groups == 1 and (pointwise or not bias)
 
@@ -628,7 +628,7 @@ class Convolution(BaseConvolution):
         }
 
     def encoder_positions(self, layer: Any, scheme: int, inputs: Shape, outputs: Shape) -> Shape:
-        # Along the decoder's axes it works on the input as it is, along its own on the output.
+        # The encoder's outputs have the input's length along the decoder's axes.
         found = list(self.positions(layer, inputs, outputs))
         before = without_channels(layer, inputs)
         first = len(found) - len(layer.kernel_size)
@@ -644,13 +644,13 @@ class Convolution(BaseConvolution):
 
 
 class Convolution3D(Convolution):
-    """`Conv3D`; LiteRT's convolutions that are measured and quantized have two axes at most."""
+    """`Conv3D`; LiteRT measures and quantizes convolutions of at most two axes."""
 
     measured = encodes = decodes = False
 
 
 def pointwise(layer: Any) -> dict[str, Any]:
-    """The settings of a convolution of one position, in place of those of a layer."""
+    """The settings of a pointwise convolution with a layer's data format."""
     ones = (1,) * len(layer.kernel_size)
     return {
         "kernel_size": ones,
@@ -664,10 +664,10 @@ def pointwise(layer: Any) -> dict[str, Any]:
 def encoder_convolution(
     writer: Writer, layer: Any, axes: int, *, constrained: bool = True, **settings: Any
 ) -> Any:
-    """An encoder as a stock convolution, grouped or depthwise, and its weights.
+    """The stock convolution, grouped or depthwise, that replaces an encoder, with its weights.
 
     Args:
-        writer: What offers help, and keeps weights and warnings.
+        writer: Helper that collects weights and warnings.
         layer: The factorized layer.
         axes: Number of axes of its input.
         constrained: Whether the encoder's constraint is kept. Defaults to True.

@@ -65,7 +65,7 @@ class BaseFactorizedDense(FactorizedLayer):
 
     @property
     def unfolding(self) -> Unfolding:
-        """How the dense kernel `[channels, units]` is read; see `core.slicing`."""
+        """How the dense kernel `[channels, units]` unfolds; see `core.slicing`."""
         return convolution_unfolding(0)
 
     def build(self, input_shape: Any) -> None:
@@ -207,7 +207,7 @@ class Dense(KernelKind):
         )
         if isinstance(encoder, writer.layers.Dense) or len(shape) == 4:
             return [encoder, decoder]
-        if merged:  # shared: called before where a Reshape fits
+        if merged:  # shared, and replaced before in a call that allows a Reshape
             raise ValueError(
                 f"Expected all calls of the shared layer '{layer.name}' to have a mask, or none. "
                 "Received: some of both. Remedy: skip it with `exclude=` when compressing, or "
@@ -224,12 +224,12 @@ class Dense(KernelKind):
         ]
 
     def _factors(self, writer: Writer, layer: Any, merged: bool) -> list[Any]:
-        """Encoder and decoder; a merged encoder has its zeros written out."""
+        """Encoder and decoder; a merged encoder stores its zeros as weights."""
         decoder = writer.layers.Dense(layer.units, **writer.decoder_options(layer))
         if layer.slices > 1 and not merged:
             if layer.encoder_constraint is not None:
                 writer.warn(
-                    f"The encoder_constraint of '{layer.name}' is not carried over: its "
+                    f"The encoder_constraint of '{layer.name}' is not copied: its "
                     "encoder becomes a convolution, whose kernel has other axes."
                 )
             encoder = encoder_convolution(
@@ -252,7 +252,7 @@ class Dense(KernelKind):
                 layer,
                 values,
                 "Dense",
-                "a mask or several unknown sizes leave no room for a Reshape",
+                "a mask or several unknown sizes prevent a Reshape",
             )
         encoder = writer.layers.Dense(layer.slices * layer.rank, **writer.encoder_options(layer))
         writer.record(layer, encoder, [values], [layer.encoder])
@@ -262,8 +262,8 @@ class Dense(KernelKind):
 def warn_of_zeros(writer: Writer, layer: Any, values: np.ndarray, kind: str, why: str) -> None:
     """Warns that the zeros of a block-diagonal encoder become weights."""
     writer.warn(
-        f"The encoder of '{layer.name}' is written out as one {kind} layer, its zeros included "
-        f"({values.size:,} weights for {layer.encoder.shape[0]}×{layer.encoder.shape[1]}), "
+        f"The encoder of '{layer.name}' becomes one {kind} layer that stores its zeros too "
+        f"({values.size:,} weights instead of {layer.encoder.shape[0]}×{layer.encoder.shape[1]}), "
         f"because {why}."
     )
 
@@ -276,6 +276,6 @@ def _reshape(writer: Writer, layer: Any, suffix: str, target: tuple[int, ...]) -
     return writer.once(layer, (suffix, target), make)
 
 
-#: The kind of `Dense`, which others hold too.
+#: The kind of `Dense`, which other kinds use too.
 DENSE = Dense("Dense", FactorizedDense)
 register(DENSE)

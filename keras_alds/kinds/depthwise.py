@@ -18,7 +18,7 @@ class Depthwise(Kind):
     def skipped(self, layer: Any) -> Skipped | None:
         return Skipped(
             Skip.NO_FORM,
-            "its kernel filters every channel by itself: there is no matrix to cut the rank of",
+            "its kernel filters each channel separately, so it has no matrix to factorize",
         )
 
     def variable(self, layer: Any) -> Any:
@@ -30,7 +30,7 @@ class Depthwise(Kind):
 
 
 class Depthwise2D(Depthwise):
-    """`DepthwiseConv2D`, which is what LiteRT has."""
+    """`DepthwiseConv2D`, the only one that LiteRT has."""
 
     encodes = True
 

@@ -26,7 +26,7 @@ from keras_alds.kinds.factorized import FactorizedLayer
 
 
 class BaseFactorizedEinsumDense(FactorizedLayer):
-    """An einsum of inputs and a kernel that is read as one matrix, in two factors."""
+    """An einsum whose kernel unfolds to one matrix, held as two factors."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class BaseFactorizedEinsumDense(FactorizedLayer):
 
     @property
     def unfolding(self) -> Unfolding:
-        """How the dense kernel is read as a matrix, by the equation; see `core.slicing`."""
+        """How the dense kernel unfolds to a matrix, by the equation; see `core.slicing`."""
         return einsum_unfolding(self.equation)
 
     def _sizes(self, input_shape: Any) -> tuple[dict[str, Any], list[Any]]:
@@ -177,7 +177,7 @@ class BaseFactorizedEinsumDense(FactorizedLayer):
     def get_config(self) -> dict[str, Any]:
         """Return every constructor argument."""
         config = {**super().get_config(), **self._shared_config()}
-        del config["use_bias"]  # `bias_axes` says it
+        del config["use_bias"]  # `bias_axes` implies it
         return {
             **config,
             "equation": self.equation,
@@ -195,8 +195,8 @@ def _einsum(equation: str, x: Any) -> Any:
 class FactorizedEinsumDense(BaseFactorizedEinsumDense, keras.layers.Layer):
     """An einsum dense layer held as a block-diagonal encoder and a dense decoder.
 
-    The kernel's axes that the input has too are read as one axis of inputs, those that the output
-    has as one of outputs; the layer computes `activation(decoder(encoder(x)) + bias)` on it. It
+    The kernel axes that the input has too are merged into one axis of inputs; those that the output
+    has, into one of outputs. The layer computes `activation(decoder(encoder(x)) + bias)` on it. It
     equals a stock `EinsumDense` of the same equation with the kernel `layer.kernel`.
 
     Weights, in this order: `encoder` `[inputs / slices, slices * rank]` (slice i owns the columns
@@ -206,8 +206,8 @@ class FactorizedEinsumDense(BaseFactorizedEinsumDense, keras.layers.Layer):
     Args:
         equation: str, `"inputs,kernel->outputs"`, with or without an ellipsis. Every axis of the
             kernel is in exactly one of inputs and outputs.
-        output_shape: int or tuple of int and None, the output's shape without the batch and what
-            an ellipsis stands for.
+        output_shape: int or tuple of int and None, the output's shape without the batch axis and
+            the axes of an ellipsis.
         slices: int, number of contiguous slices of the inputs, k. Must divide their number.
         rank: int, rank per slice, j; at most `min(inputs / slices, outputs)`.
         activation: str, callable or None, applied to the decoder's output.
@@ -235,8 +235,8 @@ class FactorizedEinsumDense(BaseFactorizedEinsumDense, keras.layers.Layer):
         As the equation says.
 
     Raises:
-        ValueError: If an argument is out of its range, if the kernel of `equation` is no matrix
-            from inputs to outputs, or if `slices` or `rank` do not fit the input.
+        ValueError: If an argument is out of its range, if the kernel of `equation` is not a
+            matrix from inputs to outputs, or if `slices` or `rank` do not fit the input.
 
     Source:
         Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
@@ -311,7 +311,7 @@ class EinsumDense(KernelKind):
         )
 
     def macs(self, layer: Any, inputs: Shape, outputs: Shape) -> int:
-        # Also where the kernel is no matrix: every output sums over what it does not name.
+        # Valid for any kernel: every output sums over the kernel axes that it lacks.
         _, kernel, result = einsum_terms(layer.equation)
         sizes = zip(kernel, self.shape(layer), strict=True)
         return size_of(layer, outputs) * math.prod(n for axis, n in sizes if axis not in result)

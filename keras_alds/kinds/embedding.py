@@ -1,4 +1,4 @@
-"""Embeddings: a narrow table, and a matrix that widens what is looked up."""
+"""Embeddings: a narrow table, and a matrix that widens its rows."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ class BaseFactorizedEmbedding(FactorizedLayer):
 
     @property
     def unfolding(self) -> Unfolding:
-        """How the table is read: as the matrix that it is."""
+        """How the table unfolds: it is a matrix already."""
         return convolution_unfolding(0)
 
     @property
     def embeddings(self) -> Any:
-        """The table that the factors stand for, `[input_dim, output_dim]`; `kernel` by its name."""
+        """The table that the factors represent, `[input_dim, output_dim]`; `kernel` by its name."""
         return self.kernel
 
     def build(self, input_shape: Any = None) -> None:
@@ -112,8 +112,8 @@ class FactorizedEmbedding(BaseFactorizedEmbedding, keras.layers.Layer):
     """An embedding held as a narrow table and a matrix that widens its rows.
 
     The layer looks `rank` numbers up for every input and multiplies them by the decoder. It equals
-    a stock `Embedding` with the table `layer.embeddings`. There is one slice always: the words of a
-    vocabulary are in no order that slices could follow.
+    a stock `Embedding` with the table `layer.embeddings`. It always has one slice: the words of a
+    vocabulary have no meaningful order to slice by.
 
     Weights, in this order: `encoder` `[input_dim, rank]`, `decoder` `[rank, output_dim]`.
 
@@ -181,7 +181,7 @@ class Embedding(KernelKind):
         return (None, None)
 
     def observable(self, layer: Any) -> bool:
-        return False  # its input are words, whose second moment says how often each occurs
+        return False  # the second moment of word indices only counts how often each occurs
 
     def positions(self, layer: Any, inputs: Shape, outputs: Shape) -> Shape:
         return inputs

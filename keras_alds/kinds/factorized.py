@@ -1,4 +1,4 @@
-"""What all factorized layers share: arguments, weights, forms, config."""
+"""The base of all factorized layers: arguments, weights, forms, config."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def checked_factorizations(
 
     Args:
         argument: str, the constructor argument, for the error.
-        value: what was given for it; None is no part.
+        value: its value; None means no parts.
         names: sequence of str, the parts that the layer has.
 
     Raises:
-        ValueError: If `value` is no such dict.
+        ValueError: If `value` is not such a dict.
     """
     if value is None:
         return {}
@@ -57,20 +57,20 @@ class FactorizedLayer(_Base):
     A subclass adds a Keras `Layer` as the last base.
     """
 
-    # What Keras 3 and tf_keras give differently: this is Keras 3's, `keras_alds.tf_keras` replaces
-    # it. Shapes are what `compute_output_shape` returns.
+    # Where Keras 3 and tf_keras differ: these are Keras 3's, and `keras_alds.tf_keras` replaces
+    # them. `compute_output_shape` returns a `_shape_type`.
     _keras: ClassVar[Any] = keras
     _shape_type: ClassVar[Any] = tuple
     _add: ClassVar[Any] = staticmethod(keras.ops.add)
     _not_equal: ClassVar[Any] = staticmethod(keras.ops.not_equal)
-    # Every further weight that has an initializer, a regularizer and a constraint of its own.
+    # All weights that have an initializer, a regularizer and a constraint of their own.
     _parts: ClassVar[tuple[str, ...]] = PARTS
-    # Shape of the dense kernel that the factors stand for, in the stock layer's layout.
+    # Shape of the dense kernel that the factors represent, in the stock layer's layout.
     kernel_shape: tuple[int, ...]
 
     @property
     def unfolding(self) -> Unfolding:
-        """How the dense kernel is read as a matrix for every slice; see `core.slicing`."""
+        """How the dense kernel unfolds to a matrix for every slice; see `core.slicing`."""
         raise NotImplementedError
 
     def _set_arguments(
@@ -158,10 +158,10 @@ class FactorizedLayer(_Base):
 
     @property
     def kernel(self) -> Any:
-        """The dense kernel that the factors stand for: a tensor of the stock kernel's shape.
+        """The dense kernel that the factors represent: a tensor of the stock kernel's shape.
 
-        It is multiplied out at every access, in the variables' dtype, and gradients flow through it
-        to both factors. Assign to `encoder` and `decoder`; the product cannot be assigned to.
+        Every access multiplies the factors, in the variables' dtype. Gradients flow through it to
+        both factors. To change it, assign to `encoder` and `decoder`.
         """
         if not self.built:
             raise AttributeError("You must build the layer before accessing `kernel`.")
@@ -170,7 +170,7 @@ class FactorizedLayer(_Base):
     def _recomposed(self, encoder: Any, decoder: Any) -> Any:
         return forms.dense_kernel(encoder, decoder, self.slices, self.unfolding, self.kernel_shape)
 
-    # What TF-MOT asks of a layer of one's own, by these names.
+    # TF-MOT calls these methods of custom layers.
 
     def get_prunable_weights(self) -> list[Any]:
         """The weights that TF-MOT's `prune_low_magnitude` prunes: both factors."""
@@ -187,9 +187,9 @@ class FactorizedLayer(_Base):
         """Say why the layer stays in float; Keras 3's `model.quantize` prints it as a warning."""
         raise NotImplementedError(
             f"{type(self).__name__} '{self.name}' stays in float: Keras quantizes Dense and "
-            "Embedding layers, and no convolutions. Remedy: `keras_alds.expand` writes factorized "
-            "dense layers of one slice out as two Dense layers, which it quantizes; for int8 "
-            "convolutions see `keras_alds.litert.convert`."
+            "Embedding layers, and no convolutions. Remedy: `keras_alds.expand` replaces "
+            "factorized dense layers of one slice by two Dense layers, which Keras quantizes; for "
+            "int8 convolutions see `keras_alds.litert.convert`."
         )
 
     def _factors(self, dtype: Any) -> tuple[Any, Any]:

@@ -1,14 +1,13 @@
-"""The arithmetic of a factorized layer, and the choice among its equal forms.
+"""The arithmetic of a factorized layer, and the choice among its equivalent forms.
 
 A factorized layer computes `decoder(encoder(x))`; the encoder is block-diagonal over `slices`
-groups of channels. The same numbers (to float rounding) come out of four *forms*, which differ in
-speed:
+groups of channels. Four *forms* compute the same numbers (to float rounding) at different speeds:
 
 - `"grouped"`: one grouped convolution (a batched matrix product for dense layers), then the
   decoder.
 - `"split"`: `slices` convolutions side by side, concatenated, then the decoder.
 - `"merged"`: the encoder written as one dense, block-diagonal kernel, then the decoder.
-- `"recomposed"`: encoder times decoder is multiplied out first, inside the step, and one dense
+- `"recomposed"`: encoder and decoder are multiplied first, inside the step, and one dense
   kernel is applied. Gradients flow to both factors.
 
 Everything here works on plain tensors and knows nothing of Keras.
@@ -26,7 +25,7 @@ from keras_alds.core.slicing import Unfolding, convolution_unfolding, decoder_ax
 
 FORMS = ("grouped", "split", "merged", "recomposed")
 
-_ASSUMED_BATCH = 32  # Keras's own default, for a batch size that the trace does not know
+_ASSUMED_BATCH = 32  # Keras's default, for a trace of unknown batch size
 # Up to this many multiply-adds one product of the block-diagonal encoder (with its zeros) beats a
 # batched product over slices with its two transpositions: 0.04 ms against 0.18 for 16 channels,
 # even at about this size (64 channels, 2 to 8 slices), forward and gradients on two CPU cores.
@@ -48,24 +47,23 @@ def choose_form(
 ) -> str:
     """Choose the form of `encoder_form="auto"` for a device and a phase.
 
-    The rules, and what was measured for them (TensorFlow 2.21, two CPU cores, batch 64, half the
+    The rules, and the measurements behind them (TensorFlow 2.21, two CPU cores, batch 64, half the
     parameters; figures are the time of forward and gradients relative to the dense convolution's):
 
-    - **GPU, TPU**: `"grouped"`, cuDNN's road. Not measured here.
+    - **GPU, TPU**: `"grouped"`, which cuDNN runs. Not measured here.
     - **CPU, inference**: `"grouped"`. An exported graph keeps the small weights (a recomposed
-      kernel would be folded back to the dense one). Where this machine's kernels cannot
+      kernel would be folded back to the dense one). If this machine's kernels cannot
       differentiate grouped convolutions (see `grouped_convolution_trains`), `"split"`.
     - **CPU, training**: the cheapest by a small cost model. `"recomposed"` was 1.00–1.15 for every
-      `slices` and size. `"grouped"` grows worse with more slices and better with more channels:
+      `slices` and size. `"grouped"` gets slower with more slices and faster with more channels:
       3×3, 64 channels at 32×32: 0.66, 0.80, 0.96, 1.18, 1.5, 1.8 for 1, 2, 4, 8, 16, 32 slices;
       256 channels at 14×14: 0.59, 0.59, 0.62, 0.72, 0.78, 0.77 for 1, 2, 4, 8, 16, 64 slices;
       16 channels at 32×32: 1.03 to 2.0. `"split"` was never much better than `"grouped"` and up to
       twice as slow for many slices. For pointwise kernels `"merged"` was 0.6–1.0 while the grouped
       one was 1.3–5. Recomposing costs about as much as `rank` / 2 more positions, so wide dense
-      layers on few rows (2048 channels, 64 rows: 1.3–4.9) never take it.
-    - **XLA on CPU**: as in training, but never a grouped or depthwise convolution, whose gradient
-      is compiled into something 100 to 200 times slower than the dense one, and whose forward pass
-      is 1.5 to 14 times slower.
+      layers on few rows (2048 channels, 64 rows: 1.3–4.9) never use it.
+    - **XLA on CPU**: as in training, but never a grouped or depthwise convolution. Compiled, its
+      gradient is 100 to 200 times slower than the dense one; its forward pass 1.5 to 14 times.
 
     Args:
         slices: int, number of channel slices (k).
@@ -74,9 +72,9 @@ def choose_form(
         filters: int, output channels.
         kernel_size: sequence of int, the spatial kernel; empty for a dense layer.
         positions: int, rows that the kernel is applied to (batch times output pixels).
-        training: bool, whether gradients are about to be taken.
+        training: bool, whether gradients will be computed.
         dtype: str, the compute dtype.
-        cpu: bool, whether only CPUs are there.
+        cpu: bool, whether only CPUs are available.
         xla: bool, whether the trace is compiled by XLA.
 
     Returns:
@@ -96,7 +94,7 @@ def choose_form(
     area = math.prod(kernel_size)
     dense = channels * area * filters
     width = min(channels, filters)
-    # Costs relative to the dense kernel: multiply–adds, times or plus what small matrices waste.
+    # Costs relative to the dense kernel: multiply–adds, and the overhead of small matrices.
     costs = {"recomposed": 1.0 + 0.5 * rank / positions + (0.0 if convolution else 0.3)}
     if not unsafe and not (convolution and area == 1 and slices > 1):
         waste = 1.0 + 5.5 * slices**0.45 / width**0.6
@@ -104,7 +102,7 @@ def choose_form(
     if area == 1 and slices > 1:
         costs["merged"] = slices * rank * (channels + filters) / dense + 2.4 / math.sqrt(width)
     best = min(costs, key=lambda form: costs[form])
-    # A forecast gain below a tenth is noise; the recomposed form is the one known to be even.
+    # A predicted gain below a tenth is noise; "recomposed" is known to match the dense speed.
     if convolution and costs[best] > 0.9 * costs["recomposed"]:
         return "recomposed"
     return best
@@ -155,7 +153,7 @@ def dense_kernel(
         encoder: tensor, the layer's encoder.
         decoder: tensor, the layer's decoder.
         slices: int, number of channel slices.
-        unfolding: how the dense kernel is read as `[*spatial, channels, filters]`.
+        unfolding: how the dense kernel unfolds to `[*spatial, channels, filters]`.
         kernel_shape: sequence of int, the dense kernel's shape.
 
     Returns:
@@ -211,9 +209,9 @@ def factorized_convolution(
 ) -> Any:
     """Apply encoder and decoder of a factorized convolution, without bias and activation.
 
-    Every axis of the window is slid by the factor that owns it, with that axis's stride, padding
-    and dilation; the other factor has length 1 along it. Padding what the encoder gives with zeros
-    is exact, since it has no bias.
+    Each axis of the window belongs to one factor, which slides along it with its stride, padding
+    and dilation; the other factor has length 1 there. Padding the encoder's output with zeros is
+    exact, since the encoder has no bias.
 
     Args:
         x: tensor `[batch, *spatial, channels]`, or `[batch, channels, *spatial]`.
@@ -253,12 +251,12 @@ def owned(settings: dict[str, Any], axes: Sequence[int], *, decoder: bool) -> di
     """The settings of one factor of a convolution, given which axes the decoder owns.
 
     Args:
-        settings: `strides` and `dilation_rate` of the whole, beside others.
+        settings: the whole convolution's settings, `strides` and `dilation_rate` among them.
         axes: axes of the window that the decoder owns.
         decoder: bool, whether the factor is the decoder.
 
     Returns:
-        The settings with strides and dilation 1 along the axes that are not the factor's.
+        The settings with strides and dilation 1 along the other factor's axes.
     """
     return {
         **settings,
@@ -382,11 +380,11 @@ def encode(x: Any, encoder: Any, *, slices: int, form: str) -> Any:
 
 
 def count_positions(shape: Sequence[int | None], strides: Sequence[int] = ()) -> int:
-    """Estimate the rows a kernel is applied to, from what is known of the input's shape.
+    """Estimate the rows a kernel is applied to, from the known part of the input's shape.
 
     Args:
         shape: sequence of int or None, `[batch, *spatial]`.
-        strides: sequence of int, one a spatial axis (none for dense layers).
+        strides: sequence of int, one per spatial axis (none for dense layers).
 
     Returns:
         Positive int; an unknown batch counts as 32, another unknown axis as 1.

@@ -1,9 +1,9 @@
-"""Recurrent layers: their cells' kernels count as layers of their own and can be two factors.
+"""Recurrent layers: the kernels of their cells are treated as layers and can be factorized.
 
-A cell holds two kernels as variables, and every step multiplies by both. Everything that is done
-to kernels is done to layers, so a `CellKernel` stands for each: the dense layer that it is. A
-factorized cell is a stock cell in which a kernel, or both, is a `FactorizedDense` layer instead of
-a variable. A step multiplies by encoder and decoder; everything else is the stock arithmetic.
+A cell holds two kernels as variables, and every step multiplies by both. The package works on
+layers, so a `CellKernel`, a linear layer, represents each kernel. In a factorized cell one kernel
+or both are `FactorizedDense` layers instead of variables. A step multiplies by encoder and decoder;
+everything else is the stock arithmetic.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class BaseFactorizedCell(_Base):
     A subclass adds `Keras3Cell` or `TfKerasCell` and the stock cell as the last bases.
     """
 
-    # Columns of the kernels belong to so many gates, `units` each.
+    # Number of gates. Each has `units` columns of a kernel.
     _gates: ClassVar[int]
 
     def __init__(self, *args: Any, kernels: Any = None, **kwargs: Any) -> None:
@@ -66,7 +66,7 @@ class BaseFactorizedCell(_Base):
         """Raise a ValueError if `kernels` do not fit the cell's other settings."""
 
     def add_weight(self, *args: Any, name: Any = None, **kwargs: Any) -> Any:
-        """Create a variable as the stock cell asks for it, or a layer of factors in its place."""
+        """Create the variable that the stock cell asks for, or a factorized layer instead."""
         if name not in getattr(self, "kernels", {}):
             return super().add_weight(*args, name=name, **kwargs)
         rows, columns = kwargs["shape"]
@@ -90,7 +90,7 @@ class BaseFactorizedCell(_Base):
         return dense
 
     def _copied(self, module: str, name: str) -> Any:
-        # tf_keras warns of an initializer object that is used twice.
+        # tf_keras warns if an initializer object is used twice.
         functions = getattr(_backend.backend_of(self).keras, module)
         return functions.get(functions.serialize(getattr(self, name)))
 
@@ -238,7 +238,7 @@ class BaseFactorizedSimpleRNNCell(BaseFactorizedCell):
 
 
 class Keras3Cell(_Base):
-    """Dropout as the cells of Keras 3 have it."""
+    """Dropout as in Keras 3 cells."""
 
     def _dropped(self, x: Any, h: Any, training: Any) -> tuple[list[Any], list[Any]]:
         """Inputs and states under their dropout masks: one for all gates, or one for each."""
@@ -258,7 +258,7 @@ class Keras3Cell(_Base):
 
 
 class TfKerasCell(_Base):
-    """Dropout as the cells of tf_keras have it."""
+    """Dropout as in tf_keras cells."""
 
     _gates: ClassVar[int]
 
@@ -273,7 +273,7 @@ class TfKerasCell(_Base):
             if not 0 < rate < 1:
                 found.append([value])
                 continue
-            masks = mask(value, training, count=self._gates)  # ones but in training
+            masks = mask(value, training, count=self._gates)  # ones outside of training
             masks = masks if isinstance(masks, list) else [masks]
             each = getattr(self, "implementation", 2) == 1
             found.append([value * item for item in (masks if each else masks[:1])])
@@ -281,21 +281,21 @@ class TfKerasCell(_Base):
 
 
 class BaseFactorizedRecurrent(_Base):
-    """A stock recurrent layer with a factorized cell, which is run in the ordinary loop.
+    """A stock recurrent layer with a factorized cell, which runs in the ordinary loop.
 
     A subclass adds the stock layer as the last base.
     """
 
     def __init__(self, *args: Any, kernels: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # In place: the layer has made its cell already, and tracks it.
+        # In place, because the layer already tracks the cell that it created.
         attributes = {"kernels": checked_factorizations("kernels", kernels, KERNELS)}
         backend = _backend.backend_of(self)
         backend.adopt(self.cell, stock_kind(self.cell).layer_class(backend), attributes)
         self.cell._check_kernels()
 
     def get_prunable_weights(self) -> list[Any]:
-        """What TF-MOT's `prune_low_magnitude` prunes: whole kernels, and both factors of others."""
+        """What TF-MOT's `prune_low_magnitude` prunes: dense kernels, and factors."""
         kernels = [(name, getattr(self.cell, name)) for name in KERNELS]
         return [
             weight
@@ -314,7 +314,7 @@ class BaseFactorizedRecurrent(_Base):
 
 
 class Keras3Recurrent(BaseFactorizedRecurrent):
-    """The loop of Keras 3's `RNN`; cuDNN's takes whole kernels."""
+    """The loop of Keras 3's `RNN`; cuDNN's loop needs dense kernels."""
 
     def inner_loop(
         self, sequences: Any, initial_state: Any, mask: Any, training: Any = False
@@ -325,13 +325,13 @@ class Keras3Recurrent(BaseFactorizedRecurrent):
 
 
 class TfKerasRecurrent(BaseFactorizedRecurrent):
-    """The loop of tf_keras's `RNN`; the fused one takes whole kernels."""
+    """The loop of tf_keras's `RNN`; the fused loop needs dense kernels."""
 
     _could_use_gpu_kernel = property(lambda self: False, lambda self, value: None)
 
 
 def plain_kernels(kernels: Any) -> dict[str, dict[str, int]]:
-    """The argument `kernels` as dicts, whatever a Keras has wrapped them in."""
+    """The argument `kernels` as plain dicts, without the wrappers of Keras."""
     return {name: dict(choice) for name, choice in dict(kernels).items()}
 
 
@@ -339,8 +339,8 @@ def plain_kernels(kernels: Any) -> dict[str, dict[str, int]]:
 class FactorizedGRUCell(BaseFactorizedGRUCell, Keras3Cell, keras.layers.GRUCell):
     """A stock `GRUCell` in which one kernel or both are factorized.
 
-    `cell.kernel` and `cell.recurrent_kernel` are `FactorizedDense` layers where they are
-    factorized, and variables else. Every step multiplies by encoder and decoder; the rest is the
+    `cell.kernel` and `cell.recurrent_kernel` are `FactorizedDense` layers if they are
+    factorized, and variables if not. Every step multiplies by encoder and decoder; the rest is the
     arithmetic of the stock cell.
 
     Args:
@@ -351,7 +351,7 @@ class FactorizedGRUCell(BaseFactorizedGRUCell, Keras3Cell, keras.layers.GRUCell)
         **kwargs: The stock cell's keyword arguments.
 
     Raises:
-        ValueError: If `kernels` is no such dict, or does not fit the cell.
+        ValueError: If `kernels` is not such a dict, or does not fit the cell.
 
     Source:
         Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
@@ -373,8 +373,8 @@ class FactorizedGRUCell(BaseFactorizedGRUCell, Keras3Cell, keras.layers.GRUCell)
 class FactorizedLSTMCell(BaseFactorizedLSTMCell, Keras3Cell, keras.layers.LSTMCell):
     """A stock `LSTMCell` in which one kernel or both are factorized.
 
-    `cell.kernel` and `cell.recurrent_kernel` are `FactorizedDense` layers where they are
-    factorized, and variables else. Every step multiplies by encoder and decoder; the rest is the
+    `cell.kernel` and `cell.recurrent_kernel` are `FactorizedDense` layers if they are
+    factorized, and variables if not. Every step multiplies by encoder and decoder; the rest is the
     arithmetic of the stock cell.
 
     Args:
@@ -385,7 +385,7 @@ class FactorizedLSTMCell(BaseFactorizedLSTMCell, Keras3Cell, keras.layers.LSTMCe
         **kwargs: The stock cell's keyword arguments.
 
     Raises:
-        ValueError: If `kernels` is no such dict.
+        ValueError: If `kernels` is not such a dict.
 
     Source:
         Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
@@ -407,8 +407,8 @@ class FactorizedLSTMCell(BaseFactorizedLSTMCell, Keras3Cell, keras.layers.LSTMCe
 class FactorizedSimpleRNNCell(BaseFactorizedSimpleRNNCell, Keras3Cell, keras.layers.SimpleRNNCell):
     """A stock `SimpleRNNCell` in which one kernel or both are factorized.
 
-    `cell.kernel` and `cell.recurrent_kernel` are `FactorizedDense` layers where they are
-    factorized, and variables else. Every step multiplies by encoder and decoder; the rest is the
+    `cell.kernel` and `cell.recurrent_kernel` are `FactorizedDense` layers if they are
+    factorized, and variables if not. Every step multiplies by encoder and decoder; the rest is the
     arithmetic of the stock cell.
 
     Args:
@@ -419,7 +419,7 @@ class FactorizedSimpleRNNCell(BaseFactorizedSimpleRNNCell, Keras3Cell, keras.lay
         **kwargs: The stock cell's keyword arguments.
 
     Raises:
-        ValueError: If `kernels` is no such dict.
+        ValueError: If `kernels` is not such a dict.
 
     Source:
         Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
@@ -439,9 +439,9 @@ class FactorizedSimpleRNNCell(BaseFactorizedSimpleRNNCell, Keras3Cell, keras.lay
 class FactorizedGRU(Keras3Recurrent, keras.layers.GRU):
     """A stock `GRU` in which one kernel or both are factorized; see `FactorizedGRUCell`.
 
-    Everything else, call, masks, states and arguments, is that of the stock layer, but that its
-    steps are run in the ordinary loop, never in cuDNN's. `compress` and `ALDSCompress` make stock
-    layers to such ones where they factorize a kernel.
+    Call, masks, states and other arguments are those of the stock layer, but the steps run in the
+    ordinary loop, never in cuDNN's. `compress` and `ALDSCompress` convert a stock layer to this
+    class when they factorize one of its kernels.
 
     Args:
         *args: The stock layer's arguments.
@@ -451,7 +451,7 @@ class FactorizedGRU(Keras3Recurrent, keras.layers.GRU):
         **kwargs: The stock layer's keyword arguments.
 
     Raises:
-        ValueError: If `kernels` is no such dict, or does not fit the layer.
+        ValueError: If `kernels` is not such a dict, or does not fit the layer.
 
     Source:
         Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
@@ -472,9 +472,9 @@ class FactorizedGRU(Keras3Recurrent, keras.layers.GRU):
 class FactorizedLSTM(Keras3Recurrent, keras.layers.LSTM):
     """A stock `LSTM` in which one kernel or both are factorized; see `FactorizedLSTMCell`.
 
-    Everything else, call, masks, states and arguments, is that of the stock layer, but that its
-    steps are run in the ordinary loop, never in cuDNN's. `compress` and `ALDSCompress` make stock
-    layers to such ones where they factorize a kernel.
+    Call, masks, states and other arguments are those of the stock layer, but the steps run in the
+    ordinary loop, never in cuDNN's. `compress` and `ALDSCompress` convert a stock layer to this
+    class when they factorize one of its kernels.
 
     Args:
         *args: The stock layer's arguments.
@@ -484,7 +484,7 @@ class FactorizedLSTM(Keras3Recurrent, keras.layers.LSTM):
         **kwargs: The stock layer's keyword arguments.
 
     Raises:
-        ValueError: If `kernels` is no such dict.
+        ValueError: If `kernels` is not such a dict.
 
     Source:
         Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
@@ -505,8 +505,8 @@ class FactorizedLSTM(Keras3Recurrent, keras.layers.LSTM):
 class FactorizedSimpleRNN(Keras3Recurrent, keras.layers.SimpleRNN):
     """A stock `SimpleRNN` in which kernels are factorized; see `FactorizedSimpleRNNCell`.
 
-    Everything else, call, masks, states and arguments, is that of the stock layer. `compress` and
-    `ALDSCompress` make stock layers to such ones where they factorize a kernel.
+    Call, masks, states and other arguments are those of the stock layer. `compress` and
+    `ALDSCompress` convert a stock layer to this class when they factorize one of its kernels.
 
     Args:
         *args: The stock layer's arguments.
@@ -516,7 +516,7 @@ class FactorizedSimpleRNN(Keras3Recurrent, keras.layers.SimpleRNN):
         **kwargs: The stock layer's keyword arguments.
 
     Raises:
-        ValueError: If `kernels` is no such dict.
+        ValueError: If `kernels` is not such a dict.
 
     Source:
         Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
@@ -537,11 +537,11 @@ class FactorizedSimpleRNN(Keras3Recurrent, keras.layers.SimpleRNN):
 class CellKernel(_Base):
     """A kernel of a recurrent cell as a linear layer that shares the cell's variable.
 
-    Only `calling_kernels` calls it. A subclass adds the `Layer` of a Keras as the last base.
+    Only `calling_kernels` calls it. A subclass adds the `Layer` class as the last base.
 
     Args:
         cell: The built cell.
-        name: The cell's attribute that is the kernel.
+        name: Name of the cell's attribute that holds the kernel.
     """
 
     def __init__(self, cell: Any, name: str) -> None:
@@ -563,7 +563,7 @@ class CellKernel(_Base):
 
     @property
     def scope(self) -> str:
-        """The name scope of the variable, and of the factors in its place."""
+        """The name scope of the variable, or of the factors that replace it."""
         return (getattr(self.kernel, "path", None) or self.kernel.name).partition(":")[0]
 
     def call(self, inputs: Any) -> Any:
@@ -585,10 +585,10 @@ def _kernel_class(base: type, name: str) -> type:
 
 
 def cell_kernels(cell: Any) -> dict[str, Any]:
-    """The kernels that a built cell holds as variables, as layers by their names.
+    """The layers that represent the kernel variables of a built cell, by name.
 
-    The same objects are returned as long as the cell holds the same variables. There are none of
-    another layer, and none in place of a factorized kernel.
+    Returns the same objects as long as the cell holds the same variables. Factorized kernels are
+    left out. Other layers have none.
     """
     if not is_cell(cell) or not cell.built:
         return {}
@@ -606,7 +606,7 @@ def cell_kernels(cell: Any) -> dict[str, Any]:
 
 
 def all_kernels(cell: Any) -> dict[str, Any]:
-    """Both kernels of a built cell as layers: factorized ones, and stand-ins for whole ones."""
+    """Both kernels of a built cell as layers: a `FactorizedDense` or a `CellKernel` each."""
     if not is_cell(cell) or not cell.built:
         return {}
     whole = cell_kernels(cell)
@@ -622,7 +622,7 @@ def is_cell(layer: Any) -> bool:
 
 
 def cells(layer: Any) -> list[Any]:
-    """The cells of LSTM, GRU and SimpleRNN layers that a layer is or wraps, in order."""
+    """The stock or factorized cells in a layer, at any depth, in order."""
     if is_cell(layer):
         return [layer]
     children = _backend.backend_of(layer).children(layer)
@@ -630,7 +630,7 @@ def cells(layer: Any) -> list[Any]:
 
 
 class CellKernelKind(Dense):
-    """A kernel of a recurrent cell; its factors are a dense layer in the cell."""
+    """A kernel of a recurrent cell; a factorized dense layer in the cell replaces it."""
 
     kept: ClassVar[dict[str, str]] = {}
     principal = False
@@ -720,7 +720,7 @@ class Cell(Kind):
 
 
 def _follows_steps(layer: Any) -> bool:
-    """Whether a layer runs its cell as the stock layers do, so that its steps can be followed."""
+    """Whether a layer runs its cell as stock layers do, so that its steps can be followed."""
     kind = stock_kind(layer)
     return isinstance(kind, Running) and kind.is_stock(layer)
 
@@ -729,7 +729,7 @@ def _follows_steps(layer: Any) -> bool:
 
 
 class Running(Kind):
-    """`RNN`, and what layers that run a cell over time steps share."""
+    """`RNN`, and the base of all layers that run a cell over time steps."""
 
     bases_in_tf_keras: ClassVar[Mapping[type, type]] = {Keras3Recurrent: TfKerasRecurrent}
 
@@ -750,8 +750,8 @@ class Running(Kind):
 
     @contextlib.contextmanager
     def calling_kernels(self, layer: Any, wanted: Collection[Any], values: bool) -> Iterator[None]:
-        # On all time steps at once. Steps that a mask takes out are left out. Stateful layers have
-        # their states back afterwards.
+        # On all time steps at once, without masked steps. Stateful layers get their states back
+        # afterwards.
         cell = getattr(layer, "cell", None)
         kernels = {} if cell is None else all_kernels(cell)
         kernels = {name: kernel for name, kernel in kernels.items() if kernel in wanted}
@@ -792,7 +792,7 @@ class ConvolutionalLSTM(Kind):
         return "its kernels convolve between its time steps" if inner is layer.cell else None
 
 
-# -- What the kernels are called on --------------------------------------------------------------
+# -- Inputs of the kernels -----------------------------------------------------------------------
 
 
 def _calling(layer: Any, kernels: dict[str, Any], values: bool) -> Callable[..., Any]:
@@ -834,7 +834,7 @@ def _calling(layer: Any, kernels: dict[str, Any], values: bool) -> Callable[...,
 def _hidden(
     layer: Any, call: Callable[..., Any], args: Any, kwargs: Any, initial: list[Any], made: Any
 ) -> Any:
-    """The hidden states that all steps of a call begin with; `made` says which steps are made."""
+    """The hidden states before each step of a call; `made` tells which steps are not masked."""
     states = _states(layer)
     flags = {"return_sequences": True, "return_state": False, "zero_output_for_mask": False}
     flags = {name: value for name, value in flags.items() if name in layer.__dict__}
@@ -855,7 +855,7 @@ def _hidden(
     states = tensors.concat([first, tensors.slice_(after, [0, 0, 0], tensors.stack(steps))], axis)
     if made is None:
         return states
-    # Until the first one is made, the outputs are zeros, whatever the state is.
+    # Before the first unmasked step the outputs are zeros, whatever the state is.
     begun = tensors.cumsum(tensors.cast(made, tensors.int32), axis, exclusive=True) > 0
     return tensors.where(begun[..., None], states, first)
 
@@ -871,7 +871,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _states(layer: Any) -> list[Any]:
-    """The values of a stateful layer's states; none of another layer."""
+    """The values of a stateful layer's states; empty for other layers."""
     if not layer.stateful or layer.states is None:
         return []
     known = [state for state in tensors.flatten(layer.states) if state is not None]
@@ -884,11 +884,11 @@ def _restore(layer: Any, states: list[Any]) -> None:
             state.assign(value)
 
 
-# -- Writing out ---------------------------------------------------------------------------------
+# -- Replacement by stock layers -----------------------------------------------------------------
 
 
 def _written_out(writer: Writer, layer: Any) -> list[Any]:
-    """The stock layer, after a dense one for the factors of the inputs of a single layer."""
+    """The stock layer, after a dense encoder if a single layer's input kernel has one slice."""
     held = cells(layer)
     kernels = [(name, k) for cell in held for name, k in all_kernels(cell).items()]
     factors = [(name, kernel) for name, kernel in kernels if is_factorized(kernel)]
@@ -901,9 +901,9 @@ def _written_out(writer: Writer, layer: Any) -> list[Any]:
         whole = sum(math.prod(kernel.kernel_shape) for _, kernel in factors)
         weights = sum(sum(DENSE.factor_weights_per_position(kernel)) for _, kernel in factors)
         writer.warn(
-            f"Factors of '{layer.name}' are multiplied out ({names}: {whole:,} weights for "
-            f"{weights:,}), because stock recurrent layers "
-            "have no place for them, but for one slice of the inputs of a single layer."
+            f"'{layer.name}' gets dense kernels instead of factors ({names}: {whole:,} weights, "
+            f"not {weights:,}). Stock layers can keep only the factors of a single layer's input "
+            "kernel, in one slice."
         )
     values, origins = [], []
     for cell in held:
@@ -934,7 +934,7 @@ def _written_out(writer: Writer, layer: Any) -> list[Any]:
 
 
 def stock_config(layer: Any) -> dict[str, Any]:
-    """The name and the config of the stock layer that a recurrent layer stands for."""
+    """The class name and config of the stock layer that a recurrent layer replaces."""
     return _stock({"class_name": type(layer).__name__, "config": layer.get_config()})
 
 

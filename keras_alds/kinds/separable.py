@@ -92,7 +92,7 @@ class BaseFactorizedSeparableConv(BaseFactorizedConv):
 
     @property
     def pointwise_kernel(self) -> Any:
-        """The dense pointwise kernel that the factors stand for; `kernel` by its stock name."""
+        """The dense pointwise kernel that the factors represent: `kernel` under its stock name."""
         return self.kernel
 
     def _convolve(self, x: Any, data_format: str, training: Any) -> Any:
@@ -305,7 +305,7 @@ class Separable(BaseConvolution):
         return int(layer.depthwise_kernel.shape[-2])
 
     def patches(self, layer: Any, inputs: Array) -> Iterator[Array]:
-        # What the pointwise kernel sees: the depthwise outputs.
+        # The pointwise kernel's inputs are the depthwise outputs.
         kernel = _backend.backend_of(layer).value(layer.depthwise_kernel)
         *_, channels, multiplier = kernel.shape
         taps = kernel.reshape(-1, channels, multiplier).transpose(1, 0, 2).astype(inputs.dtype)

@@ -25,13 +25,13 @@ from keras_alds.kinds.convolution import (
 class BaseFactorizedConvTranspose(BaseFactorizedConv):
     """A factorized transposed convolution over `_dimensions` spatial axes.
 
-    The encoder is pointwise and the decoder is the transposed convolution, so that both work at the
-    input's positions: per weight this takes the fewest multiply–accumulates, since an upsampled map
-    has more positions.
+    The encoder is pointwise and the decoder is the transposed convolution. Both work at the input's
+    positions, which are fewer than those of the upsampled map. So a weight takes the fewest
+    multiply–accumulates.
     """
 
     _folds: ClassVar[bool] = False
-    # Whether the stock layer heeds its `dilation_rate`.
+    # Whether the stock layer applies its `dilation_rate`.
     _dilates: ClassVar[bool] = True
 
     def __init__(
@@ -62,14 +62,14 @@ class BaseFactorizedConvTranspose(BaseFactorizedConv):
             or any(item >= stride for item, stride in zip(items, self.strides, strict=True))
         ):
             raise ValueError(
-                "Expected `output_padding` to be None, or along every axis an integer from 0 to "
-                f"the stride less 1. Received: output_padding={value!r}, strides={self.strides}"
+                "Expected `output_padding` to be None, or an integer from 0 to stride - 1 along "
+                f"every axis. Received: output_padding={value!r}, strides={self.strides}"
             )
         return items
 
     @property
     def unfolding(self) -> Unfolding:
-        """How the dense kernel `[*kernel_size, filters, channels]` is read; see `core.slicing`."""
+        """How the dense kernel `[*kernel_size, filters, channels]` unfolds; see `core.slicing`."""
         return transposed_unfolding(self._dimensions)
 
     def _dense_shape(self, channels: int) -> tuple[int, ...]:
@@ -138,7 +138,7 @@ class FactorizedConv1DTranspose(BaseFactorizedConvTranspose, keras.layers.Layer)
 
     The layer computes `activation(decoder(encoder(x)) + bias)`. The encoder is a pointwise
     convolution over `slices` groups of channels, `rank` outputs each; the decoder is a transposed
-    convolution with the layer's kernel size, strides, padding and dilation. So both work at the
+    convolution with the layer's kernel size, strides, padding and dilation. Both work at the
     input's positions, which takes fewer multiply–accumulates per weight than an encoder that
     upsamples. It equals a stock `Conv1DTranspose` whose kernel is `layer.kernel`.
 
@@ -209,7 +209,7 @@ class FactorizedConv2DTranspose(BaseFactorizedConvTranspose, keras.layers.Layer)
 
     The layer computes `activation(decoder(encoder(x)) + bias)`. The encoder is a pointwise
     convolution over `slices` groups of channels, `rank` outputs each; the decoder is a transposed
-    convolution with the layer's kernel size, strides, padding and dilation. So both work at the
+    convolution with the layer's kernel size, strides, padding and dilation. Both work at the
     input's positions, which takes fewer multiply–accumulates per weight than an encoder that
     upsamples. It equals a stock `Conv2DTranspose` whose kernel is `layer.kernel`.
 
@@ -280,7 +280,7 @@ class FactorizedConv3DTranspose(BaseFactorizedConvTranspose, keras.layers.Layer)
 
     The layer computes `activation(decoder(encoder(x)) + bias)`. The encoder is a pointwise
     convolution over `slices` groups of channels, `rank` outputs each; the decoder is a transposed
-    convolution with the layer's kernel size, strides, padding and dilation. So both work at the
+    convolution with the layer's kernel size, strides, padding and dilation. Both work at the
     input's positions, which takes fewer multiply–accumulates per weight than an encoder that
     upsamples. It equals a stock `Conv3DTranspose` whose kernel is `layer.kernel`.
 

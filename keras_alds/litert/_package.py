@@ -1,4 +1,4 @@
-"""The optional package ai-edge-litert, imported where it is needed."""
+"""The optional package ai-edge-litert, imported on first use."""
 
 from __future__ import annotations
 

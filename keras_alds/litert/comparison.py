@@ -93,8 +93,8 @@ class FileComparison:
                 ["ms, quartiles", *(f"{1e3 * t.lower:.3f}–{1e3 * t.upper:.3f}" for t in pair), ""]
             )
             lines.append(
-                f"Latency: {pair[0].runs} runs each, in turns, {pair[0].runtime}; the ratio is the "
-                "median of those of the pairs"
+                f"Latency: {pair[0].runs} runs each, alternating, {pair[0].runtime}; the ratio is "
+                "the median over pairs of runs"
             )
         for name, value in before.metrics.items():
             change = f"{after.metrics[name] - value:+.4f}"
@@ -173,7 +173,7 @@ def compare(
         quantize is not None or representative_data is not None
     ):
         raise ValueError(
-            "Expected `quantize` and `representative_data` only where a model is to be converted. "
+            "Expected `quantize` and `representative_data` only with a model to convert. "
             "Received: two files"
         )
     if isinstance(representative_data, Iterator):
@@ -253,7 +253,7 @@ def _metric(metric: Any, backend: _backend.Backend | None) -> tuple[str, Compute
         return metric.name, compute
     if not callable(metric):
         raise ValueError(
-            "Expected `metric` to be a function of targets and outputs, a Keras metric or, beside "
+            "Expected `metric` to be a function of targets and outputs, a Keras metric or, with "
             f"a Keras model, the name of one. Received: metric={metric!r}"
         )
     return getattr(metric, "__name__", "metric"), lambda y, o: float(
@@ -270,7 +270,7 @@ def accuracy(y: Any, outputs: Any) -> float:
         )
     targets, scores = np.asarray(y), np.asarray(outputs)
     classes = scores.argmax(-1)
-    if scores.shape[-1] == 1:  # two classes in one score, as Keras reads it
+    if scores.shape[-1] == 1:  # two classes in one score, as in Keras
         classes = (scores[..., 0] > 0.5).astype(np.int64)
     if targets.shape == scores.shape != (*classes.shape, 1):
         known = np.allclose(targets.sum(-1), 1)  # one-hot, or a distribution
@@ -283,6 +283,6 @@ def accuracy(y: Any, outputs: Any) -> float:
         raise ValueError(
             "Expected targets to be class numbers or one-hot classes, for the metric 'accuracy'. "
             f"Received: targets of shape {np.shape(y)} for outputs of shape {scores.shape}, or "
-            "values that are none; pass a function as `metric`"
+            "values that are neither; pass a function as `metric`"
         )
     return float(np.mean(classes == targets))

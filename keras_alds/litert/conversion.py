@@ -216,8 +216,8 @@ def _check_float(model: Any) -> None:
     if policies:
         raise ValueError(
             "Expected a model that computes in float32: the runtime has no operators for other "
-            f"types. Received: '{model.name}' with {', '.join(sorted(policies))}. Remedy: build it "
-            'anew under the dtype policy "float32" and copy the weights by `set_weights`.'
+            f"types. Received: '{model.name}' with {', '.join(sorted(policies))}. Create it "
+            'again under the dtype policy "float32" and copy the weights with `set_weights`.'
         )
     quantized = [
         f"'{path}' ({layer.quantization_mode})"
@@ -226,9 +226,9 @@ def _check_float(model: Any) -> None:
     ]
     if quantized:
         raise ValueError(
-            "Expected a model whose layers compute in float: the TFLite converter takes no layers "
+            "Expected a model whose layers compute in float: the TFLite converter rejects layers "
             f"that Keras's `quantize` changed. Received: '{model.name}' with "
-            f"{', '.join(quantized)}. Remedy: convert the model as it was before, with `quantize`."
+            f"{', '.join(quantized)}. Remedy: convert the original model, with `quantize`."
         )
 
 
@@ -238,8 +238,8 @@ def _input_specs(model: Any, batch_size: int) -> Any:
     if unknown:
         raise ValueError(
             "Expected a model whose input sizes are known. Received: "
-            f"'{model.name}' with inputs of shape {', '.join(map(str, unknown))}. Remedy: make an "
-            "input of a fixed shape and call the model on it, `keras.Model(fixed, model(fixed))`."
+            f"'{model.name}' with inputs of shape {', '.join(map(str, unknown))}. Remedy: call "
+            "the model on an input of a fixed shape, `keras.Model(fixed, model(fixed))`."
         )
     return tf.nest.map_structure(
         lambda spec: tf.TensorSpec((batch_size, *spec.shape[1:]), spec.dtype), specs
@@ -402,7 +402,7 @@ def _check_loops(folder: str, model: Any) -> None:
         raise ValueError(
             "Expected a model without loops for quantize='int8' with `representative_data`: the "
             f"converter crashes on them. Received: '{model.name}' with {', '.join(loops)}. Remedy: "
-            "make recurrent layers with `unroll=True`, or take quantize='dynamic'."
+            "create recurrent layers with `unroll=True`, or use quantize='dynamic'."
         )
 
 
@@ -415,6 +415,6 @@ def _run(converter: Any, model: Any) -> bytes:
         except Exception as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), "")
             raise ValueError(
-                f"Expected a model that the TFLite converter takes. Received: '{model.name}', for "
-                f"which it fails ({type(error).__name__}: {reason[:500]})"
+                f"Expected a model that the TFLite converter accepts. Received: '{model.name}', "
+                f"for which it fails ({type(error).__name__}: {reason[:500]})"
             ) from error

@@ -96,7 +96,7 @@ def read_latency_log(folder: str | os.PathLike[str], log: str | os.PathLike[str]
         folder: The folder with `candidates.csv`.
         log: Path of the log. For every file, the lines `Graph: […]` and `count=… avg=…` or
             `Inference timings in us: … Inference (avg): …` are read. A median is preferred where
-            the tool prints one. If a file was measured several times, the least time counts.
+            the tool prints one. If a file was measured several times, the shortest time counts.
 
     Returns:
         A `LatencyTable`.
@@ -121,7 +121,7 @@ def read_latency_log(folder: str | os.PathLike[str], log: str | os.PathLike[str]
     if [row.get("kind") for row in rows[:2]] != ["model", "empty"] or "file" not in rows[0]:
         raise ValueError(
             f"Expected {os.fspath(index)!r} as `latency-files` wrote it, with the rows of the "
-            "whole model and of the empty file first. Received: another file. Write the files anew."
+            "whole model and of the empty file first. Received: another file. Write it again."
         )
     times = parse_log(Path(log).read_text(encoding="utf-8", errors="replace"))
     missing = [row["file"] for row in rows if row["file"] not in times]

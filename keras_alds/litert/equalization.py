@@ -30,7 +30,7 @@ def equalize(
     `equalize` before quantization-aware training, or before your own converter.
 
     It handles factorized layers and, in Functional and Sequential models, the pairs that `expand`
-    writes (a linear layer whose output goes only to one pointwise layer), but not those inside
+    makes (a linear layer whose output goes only to one pointwise layer), but not those inside
     wrappers such as `TimeDistributed`.
 
     Args:

@@ -341,12 +341,12 @@ def contents(file: File) -> bytes:
     else:
         raise ValueError(
             "Expected the path or the bytes of a .tflite file. "
-            f"Received: {type(file).__name__}. Models are converted by `keras_alds.litert.convert`."
+            f"Received: {type(file).__name__}. Convert models with `keras_alds.litert.convert`."
         )
     if content[4:8] != b"TFL3":
         raise ValueError(
-            f"Expected a .tflite file. Received: {where}, which do not begin like one. "
-            "Models are converted by `keras_alds.litert.convert`."
+            f"Expected a .tflite file. Received: {where}, with other content. "
+            "Convert models with `keras_alds.litert.convert`."
         )
     return content
 

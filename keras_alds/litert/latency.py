@@ -75,7 +75,7 @@ class MeasuredLatency:
     def skipped(self, record: LayerRecord) -> Skipped | None:
         """Why a layer has no measured latency: its kind is not measured, or it is never called."""
         if not record.kind.measured:
-            detail = f"latency is not measured of {record.class_name}"
+            detail = f"the latency of {record.class_name} is not measured"
             return Skipped(Skip.NOT_COUNTED, detail)
         if record.layer not in self._costs:
             return Skipped(Skip.NOT_COUNTED, "the forward pass does not call it")
@@ -100,7 +100,7 @@ def measure_latency(
     encoder and decoder of a choice (k, j). Only some ranks are measured, enough to know the others
     to about 4 % of the dense layer's time. Measurements are cached for the process. One forward
     pass takes one example. On one thread, processor time is measured, so that other programs
-    disturb little.
+    have little effect.
 
     Args:
         model: A built Keras 3 or tf_keras model, not compressed, whose input sizes are known.
@@ -232,8 +232,8 @@ def _check_of_model(
         if here > there or (complete and here < there):
             raise ValueError(
                 f"Expected a latency table of the model '{name}'. Received: one of another model, "
-                f"whose time as a whole is not known of this one: {there} calls of {call}, where "
-                f"'{name}' has {here}. Measure this model."
+                f"with another total time: it has {there} calls of {call}, where '{name}' has "
+                f"{here}. Measure this model."
             )
 
 

@@ -84,7 +84,7 @@ def _call(record: LayerRecord, shape: tuple[int | None, ...]) -> LayerCall:
     if any(size is None for size in shape):
         raise ValueError(
             f"Expected a known input size, to measure latency. Received: layer '{record.path}' "
-            f"works on the shape {shape}. Make the model anew on inputs of a fixed shape "
+            f"works on the shape {shape}. Create the model again with a fixed shape "
             "(`Input(shape)` without None) and set its weights."
         )
     sizes = [int(size or 0) for size in shape]

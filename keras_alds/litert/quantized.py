@@ -56,11 +56,11 @@ def check_quantized(file: LiteRTFile, quantize: str) -> list[str]:
     if wrong:
         remedy = (
             "`keras_alds.expand` the model before quantization-aware training, or quantize after "
-            "training with `representative_data`; or take another `quantize`."
+            "training with `representative_data`; or use another `quantize`."
         )
         if never := {step.name for step in file.weighted if step.name in _FLOAT}:
             remedy = (
-                f"take another `quantize`: LiteRT has no int8 form of {', '.join(sorted(never))}, "
+                f"use another `quantize`: LiteRT has no int8 form of {', '.join(sorted(never))}, "
                 "which 'dynamic' leaves in float."
             )
         raise ValueError(
@@ -90,8 +90,8 @@ def warn_of_thin_groups(*files: File, stacklevel: int) -> None:
         f"{THIN} channels, which make a network up to 15 times slower on processors with int8 "
         f"matrix units: {', '.join(names)}. Remedy: compress with `max_slices=1`; or with "
         "`objective='latency'` and an int8 table that was measured on that processor. "
-        "`target='litert'` allows groups of 16 channels and more, which were fast on a processor "
-        "without such units only.",
+        "`target='litert'` allows groups of 16 channels and more, which were fast only on a "
+        "processor without such units.",
         stacklevel=stacklevel,
     )
 

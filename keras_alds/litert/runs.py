@@ -257,11 +257,11 @@ def check_scales(file: LiteRTFile) -> None:
         raise ValueError(
             "Expected requantization scales s_input·s_weights/s_output below 256 in every channel "
             'of an int8 layer: XNNPACK refuses the whole file otherwise ("failed to create '
-            f'XNNPACK runtime"). Received: {"; ".join(wrong)}. Either the weights are huge for '
-            "inputs whose range another channel sets: `keras_alds.litert.convert` with "
+            f'XNNPACK runtime"). Received: {"; ".join(wrong)}. Either the weights are huge, for '
+            "inputs in a range that another channel determines: `keras_alds.litert.convert` with "
             "`representative_data` equalizes the ranks of a compressed model, and "
             "`keras_alds.litert.equalize` does so before quantization-aware training. Or the "
-            "layer's output is next to always 0 on the data (dead units): take data that excite "
+            "layer's output is almost always 0 on the data (dead units): use data that activate "
             "it, or train it again."
         )
 

@@ -73,7 +73,7 @@ def _take_turns(runners: list[Runner], now: Callable[[], int], sweep: np.ndarray
     def run(index: int) -> int:
         runner = runners[index]
         sweep.sum()
-        runner.get_outputs()  # stays in the caches, as the layers around would leave it
+        runner.get_outputs()  # stays in the caches, as between the layers of a model
         runner.set_inputs(inputs[index])
         start = now()
         runner.invoke()

@@ -30,6 +30,7 @@ from keras_alds.models.data import (
 )
 from keras_alds.models.inventory import Inventory
 from keras_alds.models.observe import Observer
+from keras_alds.tables import counted
 
 STATS_VERSION = 1
 # Entries of a weight that are copied at once for the fingerprint.
@@ -87,7 +88,9 @@ class CalibrationStats:
         self._spectra: dict[tuple[str, Decompose], tuple[bytes, Spectra]] = {}
 
     def __repr__(self) -> str:
-        return f"<CalibrationStats of {len(self.moments)} layers, {self.examples} examples>"
+        return (
+            f"<CalibrationStats of {counted(len(self.moments), 'layer')}, {self.examples} examples>"
+        )
 
     @classmethod
     def collect(
@@ -177,8 +180,8 @@ class CalibrationStats:
             raise ValueError(
                 f"Expected calibration statistics of the model '{inventory.model.name}', or of one "
                 "of the same architecture. Received: statistics of "
-                f"{len(self.moments)} layers, where the model has {len(records)} that can be "
-                "factorized, or other kernels. Collect them again."
+                f"{counted(len(self.moments), 'layer')}, where the model has {len(records)} that "
+                "can be factorized, or other kernels. Collect them again."
             )
         return inventory.map(
             lambda record: dataclasses.replace(record, moment=moments.get(record.path))
@@ -194,7 +197,7 @@ class CalibrationStats:
             decompose: Computes spectra from kernels and moments; see `Method.spectra`.
 
         Returns:
-            One `Spectra` a layer, in order.
+            One `Spectra` per layer, in order.
         """
         new = {
             path: value

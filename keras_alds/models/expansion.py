@@ -39,7 +39,7 @@ def expand(model: KerasModel, *, fold_batch_norm: bool = False) -> KerasModel:
     - an LSTM, GRU or SimpleRNN layer: for an input kernel of one slice, `name_encoder`, a `Dense`
       without bias, then `name`, the stock layer with j inputs (to which its `dropout` then
       applies). Stock layers cannot hold other factors: recurrent kernels, kernels of several
-      slices, and kernels inside `Bidirectional` and `RNN` are multiplied out, with a warning;
+      slices, and kernels inside `Bidirectional` and `RNN` become dense again, with a warning;
     - an einsum layer: `name_encoder` and `name`, both `EinsumDense`. They have no groups: for
       k > 1 the encoder is a block-diagonal matrix stored with its zeros, with a warning;
     - a dense layer: `name_encoder` and `name`, both `Dense`, for k = 1. Otherwise `name_rows`
@@ -65,8 +65,8 @@ def expand(model: KerasModel, *, fold_batch_norm: bool = False) -> KerasModel:
             runs without normalization. Defaults to `False`.
 
     Returns:
-        A new model of the same Keras, and of the same class if that can be constructed from inputs
-        and outputs.
+        A new Keras 3 or tf_keras model, like `model`, of the same class if that can be constructed
+        from inputs and outputs.
 
     Raises:
         ValueError: If `model` is not built or is a subclassed model, or if a subclassed model or

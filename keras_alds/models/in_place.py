@@ -86,7 +86,7 @@ def _warn_of_code(inventory: Inventory, pairs: Pairs, *, stacklevel: int) -> Non
         names = ", ".join(f"'{item.name}' ({type(item).__name__})" for item in found[:3])
         warnings.warn(
             f"The code of {names}{', …' if len(found) > 3 else ''} creates dense layers when a "
-            "saved model is loaded, which the weights of the factors do not fit. Save the plan "
+            "saved model is loaded, and the saved factors do not fit them. Save the plan "
             "too: `plan.save(path)`, with the plan of `select` or the callback's `plan`. To load, "
             "create the model in code, build it, call `apply_plan(model, plan)`, then "
             "`load_weights`.",

@@ -32,6 +32,7 @@ from keras_alds.kinds.base import (
 )
 from keras_alds.naming import Bound, described, matches
 from keras_alds.plan import Skip, Skipped
+from keras_alds.tables import counted
 
 #: The shapes of the inputs and the outputs of every call of a layer.
 Calls = list[tuple[tuple[int, ...], tuple[int, ...]]]
@@ -172,7 +173,7 @@ class Inventory:
 
     @property
     def backend(self) -> _backend.Backend:
-        """The backend of the model's Keras."""
+        """The model's backend, Keras 3 or tf_keras."""
         return _backend.backend_of(self.model)
 
     @property
@@ -273,8 +274,8 @@ def already_compressed(records: Sequence[LayerRecord]) -> ValueError:
     shown = ", ".join(record.path for record in records[:3]) + (", …" if len(records) > 3 else "")
     return ValueError(
         "Expected a model that is not compressed yet. Received: a model with "
-        f"{len(records)} factorized layers ({shown}). Compress the original model with a larger "
-        "`cr` instead. If these layers are part of its design, skip them with "
+        f"{counted(len(records), 'factorized layer')} ({shown}). Compress the original model with "
+        "a larger `cr` instead. If these layers are part of its design, skip them with "
         "`exclude=[type(layer), …]`."
     )
 
@@ -361,7 +362,7 @@ def made_by_code(inventory: Inventory, records: Sequence[LayerRecord]) -> list[A
 
 
 def _kernels(layer: Any) -> dict[str, Any]:
-    """Kernels of a layer that count as layers of their own."""
+    """Kernels of a layer that are treated as layers."""
     return stock_kind(layer).kernels(layer)
 
 
@@ -391,7 +392,7 @@ def _records(
             own_path = path.rpartition("/")[0] if apart else path
             others = [name for name in holders[id(kind.variable(layer))] if name != own_path]
             if others:
-                skipped = Skipped(Skip.SHARED, f"its kernel is held by '{others[0]}' too")
+                skipped = Skipped(Skip.SHARED, f"its kernel is shared with '{others[0]}'")
         params = sum(math.prod(tuple(variable.shape)) for variable in own)
         able = skipped is None
         yield LayerRecord(path, layer, int(params), shape, skipped, able, inside=inside)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from keras_alds.models.inventory import Inventory, LayerRecord, already_compressed
 from keras_alds.plan import CompressionPlan, LayerChoice
+from keras_alds.tables import counted
 
 Pairs = list[tuple[LayerRecord, LayerChoice]]
 
@@ -26,7 +27,7 @@ def match(inventory: Inventory, plan: CompressionPlan) -> Pairs:
                 return [(record, choice) for record, choice in pairs if record is not None]
     if factorized := inventory.factorized:
         raise already_compressed(factorized)
-    wrong = f"{len(plan.choices)} layers, where the model has {len(records)}"
+    wrong = f"{counted(len(plan.choices), 'layer')}, where the model has {len(records)}"
     padded = [*records, *[None] * len(plan.choices)]
     for record, choice in zip(padded, plan.choices, strict=False):
         if not _fits(record, choice):

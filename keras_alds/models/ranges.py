@@ -38,7 +38,7 @@ class Pair:
         layer: The factorized layer, or the stock layer that is the encoder.
         encoder: The encoder's weights; the middle channels are its last axis, or for a stock
             depthwise convolution its last two.
-        decoder: The decoder's weights; the middle channels are its last axis but one.
+        decoder: The decoder's weights; the middle channels are its second-to-last axis.
         bias: The encoder's bias, or None.
     """
 
@@ -195,7 +195,7 @@ def find_pairs(model: Any) -> list[Pair]:
         if backend.is_model(layer) and backend.is_symbolic(layer) and getattr(layer, "inputs", None)
     ]
     pairs += _stock_pairs(backend, symbolic)
-    # Weights that are in two pairs, or held by another layer too, stay as they are.
+    # Weights in two pairs, or shared with another layer, do not change.
     held = Counter(id(variable) for layer in layers for variable in backend.own_variables(layer))
     return [pair for pair in pairs if held[id(pair.encoder)] == held[id(pair.decoder)] == 1]
 
@@ -223,7 +223,7 @@ def _stock_pairs(backend: _backend.Backend, models: list[Any]) -> list[Pair]:
 class _Graph:
     """Which layers of symbolic models write tensors, and which read them.
 
-    Reshapes that keep the channels are passed over.
+    Reshapes that keep the channels are skipped.
 
     Attributes:
         calls: The calls of every layer.

@@ -160,8 +160,8 @@ class GraphRebuilder:
                 steps.append((call, self.pieces(call)))
             if type(call.layer).__name__ in ("AddLoss", "AddMetric"):
                 self.warn(
-                    f"What `add_loss` or `add_metric` added to '{model.name}' is not copied: add "
-                    "it to the new model."
+                    f"Losses and metrics of '{model.name}' from `add_loss` or `add_metric` are not "
+                    "copied: add them to the new model."
                 )
         layers = [piece for _, pieces in steps for piece in pieces]
         if isinstance(model, self.source.keras.Sequential) and all(
@@ -212,7 +212,7 @@ class GraphRebuilder:
                 raise ValueError(
                     f"Expected the new layer '{new.name}' ({type(new).__name__}), made from the "
                     "old one's config, to have weights of the same shapes. Received: "
-                    f"{[tuple(weight.shape) for weight in new.weights]} for {shapes}. Make "
+                    f"{[tuple(weight.shape) for weight in new.weights]} for {shapes}. Let "
                     "`get_config()` of the layer return every constructor argument."
                 )
             new.set_weights(values)

@@ -31,6 +31,7 @@ from keras_alds.plan import (
     Skipped,
 )
 from keras_alds.resources import RESOURCES, Cost, allowed_after
+from keras_alds.tables import counted
 from keras_alds.targets import get_target
 
 
@@ -235,8 +236,8 @@ class Selection:
         if best <= 0:
             return ValueError(
                 f"{start}expected an allowed choice that is {self._better} than its layer "
-                f"({self._limits}). Received: none ({len(self.inventory.candidates)} layers can be "
-                "factorized)"
+                f"({self._limits}). Received: none "
+                f"({counted(len(self.inventory.candidates), 'layer')} can be factorized)"
             )
         return ValueError(
             f"{start}expected 0 < cr <= {_rounded_down(best)}, with the smallest allowed choice "
@@ -390,7 +391,7 @@ class Selection:
     def note(self, record: LayerRecord) -> str | None:
         """A remark for the user about a choice, or None."""
         if record.moment is None and self.stats is not None:
-            return "its inputs were not measured, and are taken as uncorrelated with equal variance"
+            return "its inputs were not measured, and are assumed uncorrelated with equal variance"
         if record.moment is None:
             return None
         notes, moment = [], record.moment
@@ -401,7 +402,7 @@ class Selection:
             )
         if moment.relative_ridge > RIDGE and self.method.factorize_with_bias is None:
             notes.append(
-                f"regularized, as only {moment.count} unfolded inputs were seen for the "
+                f"regularized, as only {moment.count} unfolded inputs are available for the "
                 f"{moment.side} rows of their second moment: use more examples"
             )
         return "; ".join(notes) or None

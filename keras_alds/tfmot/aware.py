@@ -170,7 +170,7 @@ def _checked_options(
     _check_names("convert_options", convert_options or {}, convert)
     if isinstance(optimizer, keras.optimizers.Optimizer):
         raise ValueError(
-            "Expected a tf_keras optimizer, as the training runs in tf_keras, or its name. "
+            "Expected a tf_keras optimizer or its name, as the training runs in tf_keras. "
             f"Received: {type(optimizer).__name__} of Keras 3"
         )
     verbose = fit_options.get("verbose", 1)

@@ -1,4 +1,4 @@
-"""Rebuilds a Keras 3 model in tf_keras, which is what TF-MOT takes."""
+"""Rebuilds a Keras 3 model in tf_keras, which TF-MOT requires."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from keras_alds.tfmot.settings import (
 def to_tf_keras(model: Any) -> Any:
     """Returns a tf_keras model with the layers, weights and outputs of a Keras 3 model.
 
-    TF-MOT and other tools take tf_keras models only. `model` is untouched. Layers keep their
+    TF-MOT and other tools accept only tf_keras models. `model` is not changed. Layers keep their
     names, weights, dtype policies, regularizers, constraints and trainable flags; shared layers
-    stay shared and nested models nested. A Sequential model stays Sequential where every layer
-    has a counterpart that is one layer or a chain of them. A compiled model comes back compiled,
-    with a new optimizer of the same class and settings, if tf_keras has all it was compiled with;
-    else a warning says what it lacks and the model is not compiled. A `train_step` of the model's
-    class, written for Keras 3, is left behind.
+    stay shared and nested models nested. A Sequential model stays Sequential if every layer
+    becomes one layer or a chain of layers. A compiled model stays compiled, with a new optimizer of
+    the same class and settings, if tf_keras has everything it was compiled with. Otherwise a
+    warning names what is missing and the new model is not compiled. A `train_step` of the model's
+    class is not copied, because it was written for Keras 3.
 
-    What tf_keras says in another way is translated: operators and `keras.ops` functions between
-    layers (`x / 255`, `a + b`, `keras.ops.mean(x, axis=1)`, …) become stock layers (`Rescaling`,
-    `Add`, …) or TensorFlow operation layers; Keras 3's `hard_sigmoid` and `hard_silu`, which
-    tf_keras computes otherwise or not at all, become `Rescaling`, `ReLU` and `Multiply`; the
-    private layers of `keras.applications` become stock layers. Factorized layers become those of
-    `keras_alds.tf_keras`; `expand` them first where stock layers are wanted.
+    Other constructs are translated. Operators and `keras.ops` functions between layers (`x / 255`,
+    `a + b`, `keras.ops.mean(x, axis=1)`, …) become stock layers (`Rescaling`, `Add`, …) or
+    TensorFlow operation layers. Keras 3's `hard_sigmoid` and `hard_silu`, which tf_keras computes
+    differently or lacks, become `Rescaling`, `ReLU` and `Multiply`. The private layers of
+    `keras.applications` become stock layers. Factorized layers become those of
+    `keras_alds.tf_keras`; to get stock layers, `expand` the model first.
 
     The penalties of activity regularizers differ: tf_keras divides them by the batch size. It also
     counts the weight regularizers of frozen layers, which Keras 3 leaves out.
@@ -60,7 +60,7 @@ def to_tf_keras(model: Any) -> Any:
     Raises:
         ImportError: If tf_keras is not installed.
         ValueError: If `model` is not a built Functional or Sequential Keras 3 model, or holds
-            layers that cannot be carried over; the text names all of them, and why.
+            layers that cannot be converted; the text names all of them, and why.
 
     Example:
     ```python
@@ -84,7 +84,7 @@ def to_tf_keras(model: Any) -> Any:
         except Exception as error:
             warnings.warn(
                 f"The tf_keras model '{model.name}' is not compiled, because what the Keras 3 one "
-                f"was compiled with could not be carried over ({error}): call `compile()` on it.",
+                f"was compiled with could not be converted ({error}): call `compile()` on it.",
                 stacklevel=2,
             )
     return new
@@ -94,7 +94,7 @@ def to_tf_keras(model: Any) -> Any:
 
 #: Arguments of the same meaning with another name.
 _RENAMED = {("LeakyReLU", "negative_slope"): "alpha"}
-#: What chooses an implementation or a random stream and changes no output.
+#: Arguments that choose an implementation or a random stream and change no output.
 _IGNORED = frozenset(["autocast", "flash_attention", "quantization_config", "seed", "use_cudnn"])
 _APPLICATIONS = ("StochasticDepth", "LayerScale", "CustomScaleLayer")
 
@@ -110,7 +110,7 @@ class _Translator(GraphRebuilder):
         self._recurrent = (stock.RNN, stock.SimpleRNNCell, stock.GRUCell, stock.LSTMCell)
 
     def check(self, model: Any) -> None:
-        """Translates every layer, and raises one ValueError for all that cannot be."""
+        """Translates every layer; raises one ValueError for all layers without a translation."""
         self.names |= {layer.name for _, layer in walk(model)}
         problems: dict[Any, str] = {}
         graphs = [model, *(m for _, m in walk(model) if self.source.is_symbolic(m))]
@@ -133,7 +133,7 @@ class _Translator(GraphRebuilder):
         if problems:
             raise ValueError(
                 f"Expected a model whose layers tf_keras has too. Received: '{model.name}' with "
-                f"{len(problems)} that cannot be carried over: {'; '.join(problems.values())}. "
+                f"{len(problems)} that cannot be converted: {'; '.join(problems.values())}. "
                 "Replace them by stock layers, or build the model in tf_keras and copy the "
                 "weights."
             )
@@ -141,7 +141,7 @@ class _Translator(GraphRebuilder):
     # -- The graph ---------------------------------------------------------------------------
 
     def calls(self, model: Any) -> list[_backend.GraphCall]:
-        # Keras 3 computes masks by operations in the graph; tf_keras hands them on by itself.
+        # Keras 3 computes masks by operations in the graph; tf_keras passes them on by itself.
         calls = [_without_implicit(self.source, call) for call in self.source.graph(model)]
         needed = {id(tensor) for tensor in tf.nest.flatten(self.source.graph_ends(model)[1])}
         live = []
@@ -241,12 +241,12 @@ class _Translator(GraphRebuilder):
                 raise UnsupportedError(f"tf_keras has no {type(inner).__name__}, which it wraps")
             config, tail = self._config(inner, cls)
             if tail is not None:
-                raise UnsupportedError(f"the activation of '{inner.name}' inside it")
+                raise UnsupportedError(f"tf_keras lacks the activation of '{inner.name}' inside it")
             found[argument] = cls(**config)
         return found
 
     def _class_like(self, layer: Any) -> Any:
-        """The class in tf_keras for that of a layer, or None."""
+        """The tf_keras class that corresponds to a layer's class, or None."""
         if is_own(layer):
             return stock_kind(layer).layer_class(self.target)
         return getattr(self.target.keras.layers, type(layer).__name__, None)
@@ -254,12 +254,12 @@ class _Translator(GraphRebuilder):
     def _config(
         self, layer: Any, cls: Any
     ) -> tuple[dict[str, Any], Callable[[str], list[Piece]] | None]:
-        """The arguments of `cls`, and what makes the activation if that is a layer of its own."""
+        """The arguments of `cls`, and a function that makes the activation if it becomes layers."""
         kind, config = type(layer).__name__, {}
         known, defaults = parameters(cls), parameters(type(layer))
         tail = None
         if issubclass(cls, self.target.keras.layers.RNN):
-            known["zero_output_for_mask"] = False  # only ever in its **kwargs
+            known["zero_output_for_mask"] = False  # accepted only in **kwargs
         given = layer.get_config()
         given.pop("layer", None)
         given.pop("backward_layer", None)
@@ -272,9 +272,9 @@ class _Translator(GraphRebuilder):
             elif key.endswith("activation"):
                 config[key], special = self._activation(layer, key)
                 if special is not None:
-                    raise UnsupportedError(f"{key}={value!r} is computed otherwise in tf_keras")
+                    raise UnsupportedError(f"{key}={value!r} is computed differently in tf_keras")
             elif key.endswith("_initializer"):
-                # The weights are copied: it matters to whoever makes the layer anew.
+                # Weights are copied. An initializer matters only if the layer is created again.
                 with contextlib.suppress(UnsupportedError):
                     config[key] = self._counterpart(key, value)
             elif key.endswith(("_regularizer", "_constraint")):
@@ -293,7 +293,7 @@ class _Translator(GraphRebuilder):
         return config, tail
 
     def _counterpart(self, key: str, value: Any) -> Any:
-        """The initializer, regularizer or constraint in tf_keras for a serialized one."""
+        """The tf_keras initializer, regularizer or constraint for a serialized one."""
         module = f"{key.rpartition('_')[2]}s"
         try:
             obj = getattr(self.source.keras, module).get(value)
@@ -322,7 +322,7 @@ class _Translator(GraphRebuilder):
     def _activation(
         self, layer: Any, key: str = "activation"
     ) -> tuple[str | None, Callable[[str], list[Piece]] | None]:
-        """The name of the activation in tf_keras, or "linear" and what makes layers of it."""
+        """The name of the tf_keras activation, or "linear" and a function that makes its layers."""
         function = getattr(layer, key)
         if function is None:
             return None, None
@@ -376,7 +376,7 @@ class _Translator(GraphRebuilder):
             return [layers.Dropout(layer.drop_path_rate, noise_shape=shape, **common)]
         if kind == "LayerScale":
             if axes != 4:
-                raise UnsupportedError("its input is no batch of images")
+                raise UnsupportedError("its input is not a batch of images")
             new = layers.DepthwiseConv2D(1, use_bias=False, data_format="channels_last", **common)
             self.record(layer, new, [self.source.value(layer.gamma).reshape(1, 1, -1, 1)])
             return [new]
@@ -392,7 +392,7 @@ def _is_symbolic(source: _backend.Backend, value: Any) -> bool:
 
 
 def _without_implicit(source: _backend.Backend, call: _backend.GraphCall) -> _backend.GraphCall:
-    """A call without what Keras 3 filled in by itself: `training`, masks of its tensors."""
+    """A call without the arguments that Keras 3 adds: `training`, and masks of its tensors."""
     leaves = tf.nest.flatten((call.args, list(call.kwargs.values())))
     masks = [mask for leaf in leaves if (mask := mask_of(leaf)) is not None]
     kwargs = {
@@ -411,7 +411,7 @@ def _without_implicit(source: _backend.Backend, call: _backend.GraphCall) -> _ba
 
 
 def _is_same(source: _backend.Backend, a: Any, b: Any) -> bool:
-    """Whether two values in a graph are computed alike: copies of a model compute masks twice."""
+    """Whether two values in a graph have equal computations: model copies compute masks twice."""
     if a is b:
         return True
     if not (_is_symbolic(source, a) and _is_symbolic(source, b)):
@@ -420,7 +420,7 @@ def _is_same(source: _backend.Backend, a: Any, b: Any) -> bool:
     first, second = (call.layer for call in calls)
     is_layer = isinstance(first, source.keras.layers.Layer)
     if is_layer or type(first) is not type(second) or indices[0] != indices[1]:
-        return False  # of layers, one call is like no other
+        return False  # no two calls of layers are the same
     configs = [{**operation.get_config(), "name": None} for operation in (first, second)]
     given = [tf.nest.flatten((call.args, list(call.kwargs.values()))) for call in calls]
     return (

@@ -52,9 +52,9 @@ _TF_OPERATIONS: dict[str, Callable[..., Any]] = {
 def translated(
     target: _backend.Backend, operation: Any, values: Sequence[Any], symbolic: Sequence[bool]
 ) -> Piece:
-    """What computes in tf_keras what an operation of Keras 3 does.
+    """A function that computes a Keras 3 operation in tf_keras.
 
-    Keras 3 makes the classes of operations known by their names only.
+    Only the names of Keras 3's operation classes are public.
 
     Args:
         target: The backend of tf_keras.
@@ -82,7 +82,7 @@ def translated(
         return layers.Activation(kind.lower(), name=name)
     if kind in _TF_OPERATIONS:
         return functools.partial(_TF_OPERATIONS[kind], operation)
-    raise UnsupportedError("an operation for which no translation is known")
+    raise UnsupportedError("no translation of this operation is known")
 
 
 def _as_rescaling(

@@ -1,4 +1,4 @@
-"""What layers and models of Keras 3 are made and compiled with, for tf_keras."""
+"""Converts arguments of Keras 3 layers and of `compile` to tf_keras."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ SAME_ACTIVATIONS = frozenset(
 
 
 class UnsupportedError(ValueError):
-    """Why a layer, or what it was configured with, has no counterpart."""
+    """Why a layer or one of its settings has no counterpart."""
 
 
 def parameters(cls: Any) -> dict[str, Any]:
-    """Names and defaults of all that the constructors of `cls` and of its bases take."""
+    """Names and defaults of all constructor arguments of `cls` and its bases."""
     found: dict[str, Any] = {}
     for base in cls.__mro__:
         if "__init__" in vars(base) and base is not object:
@@ -50,14 +50,14 @@ def parameters(cls: Any) -> dict[str, Any]:
 
 
 def equal(value: Any, default: Any) -> bool:
-    """Whether a setting has the value of its default, lists and tuples alike."""
+    """Whether a setting equals its default, regardless of list or tuple."""
     if isinstance(value, (list, tuple)) and isinstance(default, (list, tuple)):
         return list(value) == list(default)
     return bool(np.all(value == default))
 
 
 def class_name(serialized: Any) -> str:
-    """What a serialized object is called in texts."""
+    """The name of a serialized object, for messages."""
     if not isinstance(serialized, dict):
         return repr(serialized)
     if serialized.get("class_name") == "function":
@@ -66,15 +66,15 @@ def class_name(serialized: Any) -> str:
 
 
 def counterpart(target: _backend.Backend, module: str, obj: Any) -> Any:
-    """The object of tf_keras with the settings of one of Keras 3.
+    """The tf_keras object with the settings of a Keras 3 object.
 
     Args:
         target: The backend of tf_keras.
-        module: Where both are: `"losses"`, `"initializers"`, ….
-        obj: The object, or a name or None, which stay as they are.
+        module: The module of both: `"losses"`, `"initializers"`, ….
+        obj: The object; a name or None is returned unchanged.
 
     Raises:
-        UnsupportedError: If tf_keras has no such object, or not with these settings.
+        UnsupportedError: If tf_keras lacks the object or one of its settings.
     """
     if obj is None or isinstance(obj, str):
         return obj
@@ -123,7 +123,7 @@ def compile_arguments(
         module = "losses" if key == "loss" else "metrics"
         value = given.pop(key, None)
         found[key] = _each(value, functools.partial(counterpart, target, module))
-    jit = given.pop("jit_compile", None)  # Keras 3's "auto" is decided by Keras 3
+    jit = given.pop("jit_compile", None)  # tf_keras does not know "auto"
     return {**found, **given, "jit_compile": jit is True}
 
 

@@ -135,7 +135,7 @@ def test_errors_say_which_budget():
                 solver(tables, budgets)
             assert (info.value.resource, info.value.required) == (index, int(least[index]))
     turned = dataclasses.replace(tables[1], cost=tables[1].cost * [1, -1])
-    with pytest.raises(ValueError, match=r"order the choices of a layer alike.*layer 1"):
+    with pytest.raises(ValueError, match=r"order a layer's choices alike.*layer 1"):
         min_max([tables[0], turned], [10**6, 10**6])
     with pytest.raises(ValueError, match=r"one cost for each choice and budget.*layer 0"):
         min_max(tables, [10**6])

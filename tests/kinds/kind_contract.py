@@ -255,7 +255,7 @@ class InAModel:
         _, x = made(keras_module, case)
         factorize_in_place(model.get_layer("layer"), slices)
         einsum = case[0] == "EinsumDense" and slices > 1
-        with pytest.warns(UserWarning, match="zeros included") if einsum else nullcontext():
+        with pytest.warns(UserWarning, match="stores its zeros") if einsum else nullcontext():
             stock = keras_alds.expand(model)
         names = [layer.name for layer in stock.layers]
         assert {"layer_encoder", "layer"} <= set(names)

@@ -307,7 +307,7 @@ class TestInAModel:
         x, _ = task()
         small = compress(model, 0.3, exclude=["head", ".*/recurrent_kernel"], max_slices=1)
         plain = place[1] == "layer"
-        with nullcontext() if plain else pytest.warns(UserWarning, match="are multiplied out"):
+        with nullcontext() if plain else pytest.warns(UserWarning, match="gets dense kernels"):
             stock = keras_alds.expand(small)
         assert not any(is_factorized(layer) for _, layer in walked(stock))
         assert all(
@@ -316,7 +316,7 @@ class TestInAModel:
         assert_close(predict(stock, x), predict(small, x))
         assert ("rec_encoder" in [layer.name for layer in stock.layers]) == plain
         assert stock.count_params() == (small if plain else model).count_params()
-        with pytest.warns(UserWarning, match="are multiplied out .*recurrent_kernel: "):
+        with pytest.warns(UserWarning, match="gets dense kernels .*recurrent_kernel: "):
             stock = keras_alds.expand(compress(model, 0.3, exclude=["head", ".*/kernel"]))
         assert stock.count_params() == model.count_params()
         if keras_module is keras:
@@ -540,7 +540,7 @@ def test_shared_and_wrapped_layers(keras_module):
     small = compress(model, plan=plan)
     rng = np.random.default_rng(0)
     x = [rng.standard_normal((2, *shape)).astype("f") for shape in ((4, 16), (3, 4, 16))]
-    with pytest.warns(UserWarning, match="are multiplied out"):
+    with pytest.warns(UserWarning, match="gets dense kernels"):
         stock = keras_alds.expand(small)
     assert_close(predict(stock, x), predict(small, x))
 
@@ -563,7 +563,7 @@ def test_padded_texts(tmp_path):
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert_close(predict(loaded, x), expected)
     assert_close(predict(keras_alds.to_tf_keras(loaded), x), expected)
-    with pytest.warns(UserWarning, match="are multiplied out") as record:
+    with pytest.warns(UserWarning, match="gets dense kernels") as record:
         stock = keras_alds.expand(small)
     assert {warning.filename for warning in record} == {__file__}
     assert_close(predict(stock, x), expected)

@@ -464,7 +464,7 @@ def test_compare_metrics(contents: dict[str | None, bytes], dense_and_conv: Any,
     ):
         with pytest.raises(ValueError, match=text):
             of(contents[None], y, metric)
-    with pytest.raises(ValueError, match="only where a model is to be converted"):
+    with pytest.raises(ValueError, match="only with a model to convert"):
         litert.compare(contents[None], contents[None], quantize="float16")
     with pytest.raises(ValueError, match=r"Expected `data` to be a pair \(x, y\)"):
         litert.compare(contents[None], contents[None], data)

@@ -160,7 +160,7 @@ def test_dense_where_no_reshape_can_go(keras_module: ModuleType):
     layer = factorized(keras_module).FactorizedDense(6, slices=2, rank=2, name="dense")
     model = single(keras_module, (None, None, None, 8), layer)
     x = np.random.default_rng(0).standard_normal((3, 2, 3, 4, 8)).astype("float32")
-    with pytest.warns(UserWarning, match="'dense' is written out as one Dense layer, its zeros"):
+    with pytest.warns(UserWarning, match="'dense' becomes one Dense layer that stores its zeros"):
         assert_expanded(model, x)
 
 
@@ -301,7 +301,7 @@ def test_compiled_models_with_another_number_of_weights(keras_module: ModuleType
         model.compile("adam", "mse", run_eagerly=True)
         small = keras_alds.compress(model, 0.5)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*multiplied out")
+            warnings.filterwarnings("ignore", ".*gets dense kernels")
             stock = keras_alds.expand(small, **options)
         assert len(stock.weights) != len(small.weights)
         x = zoo.examples(small)
@@ -447,7 +447,7 @@ def test_added_losses_are_said_to_be_left_out():
     x = factorized(K).FactorizedDense(4, slices=2, rank=2)(inputs)
     model = K.Model(inputs, x)
     model.add_loss(tf.reduce_mean(x))
-    with pytest.warns(UserWarning, match="`add_metric` added to"):
+    with pytest.warns(UserWarning, match="`add_metric` are not copied"):
         assert_expanded(model, zoo.examples(model))
 
 

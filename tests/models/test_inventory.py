@@ -24,7 +24,7 @@ class TestLeftAlone:
         model = K.Model(inputs, x)
         reasons = self.reasons(model)
         assert reasons["conv"] is None
-        assert "filters every channel by itself" in reasons["depthwise"]
+        assert "filters each channel separately" in reasons["depthwise"]
         assert reasons["bn"] == "BatchNormalization has no kernel to factorize"
         assert "kernel_constraint NonNeg" in reasons["transposed"]
         assert "kernel_constraint NonNeg" in reasons["constrained"]
@@ -95,8 +95,8 @@ class TestLeftAlone:
         x = L.Dense(12, name="back")(hidden)
         model = K.Model(inputs, Decode(dense, name="decode")(x))
         reasons = self.reasons(model)
-        assert reasons["encode"] == "its kernel is held by 'decode' too"
-        assert "held by" not in (reasons["more"] or "")
+        assert reasons["encode"] == "its kernel is shared with 'decode'"
+        assert "shared with" not in (reasons["more"] or "")
 
     def test_what_the_budget_leaves_whole(self, small):
         plan = select(small, 0.05)
