@@ -19,9 +19,10 @@ and the solution reports the best one. No budget is ever exceeded.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,7 @@ Float64 = NDArray[np.float64]
 # round), or once the sum is this close to its lower bound.
 _EXCHANGE_ROWS = 400_000
 _EXCHANGE_GAP = 1e-3
-# Halvings of the angle between two prices.
+# Halvings of the angle between two prices; rises of each of more prices.
 _HALVINGS = 24
 
 
@@ -255,7 +256,7 @@ def min_sum(tables: Sequence[ChoiceTable], budgets: Sequence[int]) -> Solution:
 
     Args:
         tables: One table of choices per layer.
-        budgets: Largest total costs, integers, one or two.
+        budgets: Largest total costs, integers.
 
     Returns:
         The `Solution`; its `lower_bound` is the best Lagrangian bound found.
@@ -451,7 +452,7 @@ def walks(
 
     Args:
         tables: One table per layer.
-        limits: One or two budgets, from `check_budgets`.
+        limits: The budgets, from `check_budgets`.
         chain: Makes a layer's chain.
         together: Whether steps of one level are taken all together or not at all.
 
@@ -461,18 +462,40 @@ def walks(
     Raises:
         InfeasibleBudget: If the first choices of all chains together exceed a budget.
     """
-    low, high = 0.0, math.pi / 2
-    # First price each budget alone, then both: the price of the one that stops the walk rises.
-    for step in range(2 + _HALVINGS):
-        angle = (low, high)[step] if step < 2 else (low + high) / 2
-        weight = np.array([math.cos(angle), math.sin(angle)])[: limits.size] * _scale(limits)
+    ratios = _ratios(limits.size)
+    ratio = next(ratios)
+    for step in itertools.count():
+        weight = ratio * _scale(limits)
         chains = [chain(table, (table.cost * weight).sum(axis=1)) for table in tables]
         rows, stopped_by, level = _walk(tables, chains, limits, together)
         yield rows, max(-level, 0.0) * weight
         if stopped_by is None or step == stopped_by:
-            return  # at the optimum the other budget has price 0
-        if step >= 2:
-            low, high = (angle, high) if stopped_by == 1 else (low, angle)
+            return  # at the optimum the other budgets have price 0
+        try:
+            ratio = ratios.send(stopped_by)
+        except StopIteration:
+            return
+
+
+def _ratios(count: int) -> Generator[Float64, int, None]:
+    """Ratios of the budgets' prices: each budget alone, then all.
+
+    It is sent the budget that stopped the walk, whose price then rises.
+    """
+    if count <= 2:
+        low, high = 0.0, math.pi / 2
+        for step in range(2 + _HALVINGS):
+            angle = (low, high)[step] if step < 2 else (low + high) / 2
+            stopped_by = yield np.array([math.cos(angle), math.sin(angle)])[:count]
+            if step >= 2:
+                low, high = (angle, high) if stopped_by == 1 else (low, angle)
+        return
+    for index in range(count):
+        yield np.eye(count)[index]
+    ratio = np.ones(count)
+    for step in range(count * _HALVINGS):
+        stopped_by = yield ratio / np.linalg.norm(ratio)
+        ratio[stopped_by] *= 1 + 0.9**step
 
 
 def _scale(limits: Int64) -> Float64:

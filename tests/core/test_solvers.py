@@ -295,12 +295,12 @@ def test_min_sum_against_integer_programming(seed, budgets):
 
 
 def test_method_registry():
-    assert get_method("alds").error == "slice"
-    assert get_method("energy").error == "energy"
+    assert get_method("alds").error_measure == "slice"
+    assert get_method("energy").error_measure == "energy"
     changed = get_method("alds", error_measure="spectral")
-    assert (changed.name, changed.error) == ("alds", "spectral")
+    assert (changed.name, changed.error_measure) == ("alds", "spectral")
     assert changed.solve is min_max
-    assert get_method("alds").error == "slice"
+    assert get_method("alds").error_measure == "slice"
     with pytest.raises(ValueError, match=r"'alds', .*'energy', .*Received: method='magic'"):
         get_method("magic")
     with pytest.raises(ValueError, match="Received: error_measure='magic'"):

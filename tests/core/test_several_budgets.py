@@ -1,4 +1,4 @@
-"""Two budgets at once, against every selection."""
+"""Several budgets at once, against every selection."""
 
 from __future__ import annotations
 
@@ -122,6 +122,42 @@ def test_a_loose_second_budget_changes_nothing(name, seed):
         first, _ = budgets_of(tables, share, 1)
         one, both = method.solve(alone, [first]), method.solve(tables, [first, 10**9])
         assert one.indices == both.indices
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_three_budgets(seed):
+    rng = np.random.default_rng(seed)
+    shapes = [SHAPES[i] for i in rng.integers(0, len(SHAPES), 4)]
+    tables = [
+        dataclasses.replace(table, cost=table.cost[:, :1] * [1, *rng.integers(1, 9, 2)])
+        for table in tables_of(shapes, [1] * 4, seed)
+    ]
+    for shares in itertools.product((0.3, 0.6), repeat=3):
+        budgets = np.array(budgets_of(tables, *shares))
+        sums, maxima = [], []
+        for errors in every_selection(tables, budgets):
+            sums.append(sum(errors))
+            maxima.append(max(errors))
+        exact, near = min_max(tables, budgets), min_sum(tables, budgets)
+        assert exact.lower_bound == min(maxima)
+        assert near.lower_bound - 1e-9 <= min(sums) <= near.sum_error + 1e-9
+        # Three budgets leave at most two layers between two hull choices each.
+        steps = sorted((float(t.error.max()) for t in tables), reverse=True)[:3]
+        assert near.sum_error <= near.lower_bound + sum(steps) + 1e-9
+        for solution in (exact, near):
+            assert (np.array(solution.total_cost) <= budgets).all()
+
+
+def test_three_budgets_of_many_layers_are_near_their_bound():
+    rng = np.random.default_rng(0)
+    shapes = [SHAPES[i] for i in rng.integers(0, len(SHAPES), 40)]
+    tables = [
+        dataclasses.replace(table, cost=table.cost[:, :1] * [1, *rng.integers(1, 200, 2)])
+        for table in tables_of(shapes, [1] * 40, 0)
+    ]
+    for shares in itertools.product((0.2, 0.5, 0.8), repeat=3):
+        solution = min_sum(tables, budgets_of(tables, *shares))
+        assert solution.lower_bound - 1e-9 <= solution.sum_error <= 1.08 * solution.lower_bound
 
 
 def test_errors_say_which_budget():
