@@ -57,7 +57,8 @@ class ResourceInfo:
         decimals: Digits after the decimal point.
         unit: Its unit, for error messages.
         better: What a choice has to be, for error messages.
-        joint: Whether `cr` can limit it together with others.
+        joint: Whether `cr` can limit it together with others. It has to order a layer's choices as
+            parameters do.
         target: The target that it is measured for, if the user names none. None if it is counted,
             not measured.
     """

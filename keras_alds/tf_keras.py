@@ -35,7 +35,7 @@ def _layer(cls: type, kind: Kind) -> type | None:
     """The class for tf_keras that corresponds to one for Keras 3; None without a stock layer."""
     bases_in_tf_keras = {
         keras.layers.Layer: tf_keras.layers.Layer,
-        getattr(keras.layers, kind.name): getattr(tf_keras.layers, kind.name, None),
+        getattr(keras.layers, kind.name, None): getattr(tf_keras.layers, kind.name, None),
         **kind.bases_in_tf_keras,
     }
     bases: tuple[Any, ...] = tuple(bases_in_tf_keras.get(base, base) for base in cls.__bases__)
