@@ -20,6 +20,7 @@ import keras
 import tensorflow as tf
 import tf_keras
 
+from keras_alds.kinds import holders
 from keras_alds.kinds.base import KINDS, Kind
 
 # What differs from Keras 3 in every factorized layer.
@@ -66,6 +67,14 @@ _LAYERS = {
     if (made := _layer(cls, kind)) is not None
 }
 globals().update(_LAYERS)
+
+# tf_keras looks here for a registered name that it does not know yet.
+globals()[">".join(holders.REGISTERED)] = holders.BASES[tf_keras.__name__] = types.new_class(
+    holders.WithFactorizedLayers.__name__,
+    (holders.WithFactorizedLayers,),
+    exec_body=lambda body: body.update({"_keras": tf_keras, "__module__": __name__}),
+)
+tf_keras.saving.register_keras_serializable(*holders.REGISTERED)(holders.BASES[tf_keras.__name__])
 
 __all__ = sorted(_LAYERS)
 

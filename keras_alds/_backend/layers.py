@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
@@ -69,6 +70,26 @@ class Layers:
         """The layers directly inside `layer`, in creation order (no metrics)."""
         return list(layer._flatten_layers(include_self=False, recursive=False))
 
+    def attributes(self, layer: Layer) -> list[tuple[str, Any]]:
+        """The attributes that may hold layers, in the order in which Keras saves their weights.
+
+        First come the `layers` of a Functional or Sequential model, then what its code has set,
+        private names last.
+        """
+        own = vars(layer).keys() - self._of_every_layer
+        names = sorted(own, key=lambda name: (name.startswith("_"), name))
+        found = [(name, vars(layer)[name]) for name in names]
+        return [("layers", layer.layers), *found] if self.is_symbolic(layer) else found
+
+    @functools.cached_property
+    def _of_every_layer(self) -> set[str]:
+        # With names, so that those of the user's next layers do not count on.
+        return {*vars(self.keras.layers.Layer(name="any")), *vars(self.keras.Model(name="any"))}
+
+    def is_symbolic(self, model: Model) -> bool:
+        """Whether `model` is Functional or Sequential, and so has a graph of layers."""
+        raise NotImplementedError
+
     def own_variables(self, layer: Layer) -> list[Variable]:
         """The weights of `layer`, without those of the layers inside it."""
         inside = {id(v) for child in self.children(layer) for v in child.weights}
@@ -112,24 +133,54 @@ class Layers:
         remain valid. The kept variables also stay the same objects, so optimizers keep their state.
 
         Args:
-            old: A built layer.
-            new: A built layer with the same inputs and outputs.
+            old: A layer, built if `new` is.
+            new: A layer with the same inputs and outputs. If it is not built, `old` builds itself
+                as the new layer later.
             kept: Variables of `old` to keep, as `{attribute of old: attribute of new}`, in the
                 order of the last variables of `new`. Defaults to none.
 
         Returns:
             A function that undoes the change.
         """
+        if not new.built:
+            self._build_later(old, new)
         for theirs, ours in (kept or {}).items():
             if getattr(old, theirs, None) is not None and getattr(new, ours, None) is not None:
                 self._share(getattr(old, theirs), new, ours)
         before, before_class = dict(old.__dict__), type(old)
-        state = {key: value for key, value in new.__dict__.items() if key not in self._bound}
+        state = self._unbound(new) if new.built else dict(new.__dict__)
         state.update({key: before[key] for key in self._place if key in before})
         state.update(self._losses_of(old, new))
 
         become(old, type(new), state)
         return lambda: become(old, before_class, before)
+
+    def _unbound(self, layer: Layer) -> dict[str, Any]:
+        """The attributes of a layer that another object may have too."""
+        return {key: value for key, value in layer.__dict__.items() if key not in self._bound}
+
+    def _build_later(self, old: Layer, new: Layer) -> None:
+        """Lets `old`, which is about to get the class and state of `new`, be built like it."""
+
+    def reclass(self, layer: Layer, cls: type) -> Undo:
+        """Changes the class of `layer` to a subclass or a base of it.
+
+        Returns:
+            A function that undoes the change.
+        """
+        before = type(layer)
+        object.__setattr__(layer, "__class__", cls)
+        return lambda: object.__setattr__(layer, "__class__", before)
+
+    def trial(self, make: Callable[[], Any]) -> str | None:
+        """Why `make` cannot make a layer or a model, in short; or None."""
+        try:
+            with tf.device("CPU:0"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                make()
+        except Exception as error:  # the user's code
+            return f"{type(error).__name__}: {str(error).strip()[:300]}"
+        return None
 
     def renew_bidirectional(self, layer: Layer) -> Undo:
         """Updates the configs of its two layers in a `Bidirectional`, for saving and copying.
@@ -183,6 +234,19 @@ class Keras3Layers(Layers):
     def copy_trainable(self, old: Variable, new: Variable) -> None:
         if new.trainable != old.trainable:
             new.trainable = old.trainable
+
+    def _build_later(self, old: Layer, new: Layer) -> None:
+        # Keras puts a function that builds `new` itself among its attributes.
+        build = new.build
+
+        @functools.wraps(build)
+        def build_both(*args: Any, **kwargs: Any) -> None:
+            new.__dict__.update(self._unbound(old))
+            build(*args, **kwargs)
+            become(old, type(new), self._unbound(new))
+
+        new.name = old.name
+        new.__dict__["build"] = build_both
 
     def _share(self, variable: Variable, new: Layer, name: str) -> None:
         trainable = variable.trainable

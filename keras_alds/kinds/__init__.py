@@ -11,6 +11,7 @@ from keras_alds.kinds import dense as dense
 from keras_alds.kinds import depthwise as depthwise
 from keras_alds.kinds import einsum as einsum
 from keras_alds.kinds import embedding as embedding
+from keras_alds.kinds import holders as holders
 from keras_alds.kinds import recurrent as recurrent
 from keras_alds.kinds import separable as separable
 from keras_alds.kinds import transposed as transposed

@@ -14,12 +14,13 @@ from keras_alds._backend import wrappers
 from keras_alds._backend.functions import forget_graphs
 from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.methods import FactorizeWithBias
+from keras_alds.kinds import holders
 from keras_alds.kinds.base import observable, stock_kind
 from keras_alds.methods import METHODS
 from keras_alds.models.calibration import Calibration, CalibrationStats
 from keras_alds.models.data import KeptExamples
 from keras_alds.models.factorize import Replacement, replacement
-from keras_alds.models.inventory import Inventory, made_by_code
+from keras_alds.models.inventory import Inventory, outermost_holders
 from keras_alds.models.matching import Pairs, match
 from keras_alds.models.optimizer import carry_optimizers
 from keras_alds.models.sequential import Walk, most_reruns
@@ -75,26 +76,29 @@ def apply(
                 replacement(record, choice, moment=moments[record.path], make=make)
                 for record, choice in pairs
             ]
-    _warn_of_code(inventory, pairs, stacklevel=stacklevel + 1)
-    _change(inventory, made)
+    _change(inventory, made, stacklevel=stacklevel + 1)
 
 
-def _warn_of_code(inventory: Inventory, pairs: Pairs, *, stacklevel: int) -> None:
-    """Warns of layers that a model's code creates dense again when it is loaded."""
-    found = made_by_code(inventory, [record for record, _ in pairs])
-    if found:
-        names = ", ".join(f"'{item.name}' ({type(item).__name__})" for item in found[:3])
+def _warn_of_holders(inventory: Inventory, *, stacklevel: int) -> None:
+    """Warns of the user's own layers and models that a saved file cannot bring back."""
+    reasons = {
+        f"'{path}' ({type(holder).__name__})": reason
+        for path, holder in outermost_holders(inventory)
+        if (reason := holders.does_not_load(holder)) is not None
+    }
+    if reasons:
+        names = ", ".join([*reasons][:3]) + (", …" if len(reasons) > 3 else "")
         warnings.warn(
-            f"The code of {names}{', …' if len(found) > 3 else ''} creates dense layers when a "
-            "saved model is loaded, and the saved factors do not fit them. Save the plan "
-            "too: `plan.save(path)`, with the plan of `select` or the callback's `plan`. To load, "
+            f"A saved model cannot be loaded: it cannot make {names} again, with the factorized "
+            f"layers inside, from the config ({next(iter(reasons.values()))}). Save the plan too: "
+            "`plan.save(path)`, with the plan of `select` or the callback's `plan`. To load, "
             "create the model in code, build it, call `apply_plan(model, plan)`, then "
             "`load_weights`.",
             stacklevel=stacklevel + 1,
         )
 
 
-def _change(inventory: Inventory, made: Sequence[Replacement]) -> None:
+def _change(inventory: Inventory, made: Sequence[Replacement], *, stacklevel: int) -> None:
     """Replaces layers, masks and optimizer state together; undoes everything if a step fails."""
     backend, model = inventory.backend, inventory.model
     undo: list[Callable[[], None]] = []
@@ -107,9 +111,9 @@ def _change(inventory: Inventory, made: Sequence[Replacement]) -> None:
                 undo.append(functools.partial(r.layer.bias.assign, backend.value(r.layer.bias)))
                 r.layer.bias.assign(r.bias)
         # Cells come before the layers that run them.
-        for _, layer in reversed(inventory.layers):
-            if (step := stock_kind(layer).adopt(backend, layer)) is not None:
-                undo.append(step)
+        for layer in (*(layer for _, layer in reversed(inventory.layers)), model):
+            undo += filter(None, (stock_kind(layer).adopt(backend, layer), holders.adopt(layer)))
+        _warn_of_holders(inventory, stacklevel=stacklevel + 1)
         undo.append(forget_graphs(model))
         factorized = {id(kernel): r.layer for kernel, r in zip(kernels, made, strict=True)}
         changed = {r.layer for r in made}

@@ -30,6 +30,7 @@ from keras_alds.kinds.base import (
     stock_kind,
     unfolded_shape,
 )
+from keras_alds.kinds.holders import WithFactorizedLayers
 from keras_alds.naming import Bound, described, matches
 from keras_alds.plan import Skip, Skipped
 from keras_alds.tables import counted
@@ -344,21 +345,19 @@ def scan(model: Any) -> tuple[tuple[tuple[str, Any], ...], tuple[Any, ...]]:
     return tuple(layers), tuple(wrapper for wrapper in pruning if wrapper.built)
 
 
-def made_by_code(inventory: Inventory, records: Sequence[LayerRecord]) -> list[Any]:
-    """The outermost models or layers whose code creates some layers when the model is loaded."""
-    chains = [
-        [inventory.model, *(holder for _, holder in record.inside), record.layer]
-        for record in records
-    ]
-    held: dict[Any, dict[Any, None]] = {}
-    for chain in chains:
-        for holder, layer in itertools.pairwise(chain):
-            held.setdefault(holder, {})[layer] = None
-    code = {
-        holder for holder, layers in held.items() if not inventory.backend.saves(holder, layers)
-    }
-    outermost = [next((item for item in chain if item in code), None) for chain in chains]
-    return list(dict.fromkeys(item for item in outermost if item is not None))
+def outermost_holders(inventory: Inventory) -> list[tuple[str, Any]]:
+    """The outermost models or layers of a user's own classes that save what is factorized in them.
+
+    Each comes with its path, the model itself with its name.
+    """
+    found: list[tuple[str, Any]] = []
+    for path, layer in ((inventory.model.name, inventory.model), *inventory.layers):
+        within = any(path.startswith(f"{outer}/") for outer, _ in found)
+        if isinstance(layer, WithFactorizedLayers) and not within:
+            found.append((path, layer))
+            if layer is inventory.model:
+                break
+    return found
 
 
 def _kernels(layer: Any) -> dict[str, Any]:
