@@ -162,6 +162,22 @@ class Layers:
     def _build_later(self, old: Layer, new: Layer) -> None:
         """Lets `old`, which is about to get the class and state of `new`, be built like it."""
 
+    def after_build(self, layer: Layer, act: Callable[[], None]) -> None:
+        """Calls `act` once `layer` has been built."""
+        build = layer.build
+        before = layer.__dict__.get("build")
+
+        @functools.wraps(build)
+        def build_and_act(*args: Any, **kwargs: Any) -> None:
+            build(*args, **kwargs)
+            if layer.__dict__.get("build") is build_and_act:
+                del layer.__dict__["build"]
+                if before is not None:
+                    layer.__dict__["build"] = before
+            act()
+
+        layer.__dict__["build"] = build_and_act
+
     def reclass(self, layer: Layer, cls: type) -> Undo:
         """Changes the class of `layer` to a subclass or a base of it.
 

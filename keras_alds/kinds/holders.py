@@ -9,8 +9,9 @@ fit, and `load_model`, `clone_model`, `copy` and `pickle` work as for the origin
 from __future__ import annotations
 
 import functools
+import itertools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import keras
@@ -45,12 +46,13 @@ class WithFactorizedLayers(_Base):
         """Return the config of the user's class and those of the factorized layers."""
         own, saving = self._own, self._keras.saving
         carried = {
-            "module": own.__module__,
-            "class_name": own.__name__,
-            "registered_name": saving.get_registered_name(own),
-            "build_config": self.get_build_config(),
+            **_named(saving, own),
             "layers": {
-                path: saving.serialize_keras_object(layer)
+                path: {
+                    **_named(saving, type(layer)),
+                    "config": layer.get_config(),
+                    "build_config": layer.get_build_config(),
+                }
                 for path, layer in layers_in(self)
                 if is_own(layer)
             },
@@ -62,36 +64,15 @@ class WithFactorizedLayers(_Base):
         """Make the user's layer or model, with the factorized layers in their places.
 
         Raises:
-            ValueError: If the user's class is unknown, or does not make a layer in the place of
-                every factorized one.
+            ValueError: If the user's class is unknown, or does not make a layer for every
+                factorized one. For layers made in `build`, the error comes there.
         """
         if KEY not in config:  # a user's code calls it with arguments of its own class
             return cls._own.from_config(config)
-        carried = config[KEY]
         arguments = {key: value for key, value in config.items() if key != KEY}
-        named = {key: carried[key] for key in ("module", "class_name", "registered_name")}
         with cls._keras.saving.custom_object_scope(custom_objects or {}):
-            try:
-                made = cls._keras.saving.deserialize_keras_object({**named, "config": arguments})
-            except TypeError as error:  # Keras would print the whole config
-                reason = str(error).partition("config")[0].strip()
-                raise ValueError(
-                    f"Expected the class '{carried['class_name']}' of module {carried['module']} "
-                    "to be known and to take its own config, to load a layer that holds "
-                    f"factorized ones. Received: {reason[:300]} … Import the module that registers "
-                    "it, or pass `custom_objects`."
-                ) from error
-            lost = _put(made, carried["layers"])
-            if lost and carried["build_config"] and not made.built:  # `build` makes them
-                made.build_from_config(carried["build_config"])
-                lost = _put(made, {path: carried["layers"][path] for path in lost})
-        if lost:
-            raise ValueError(
-                f"Expected {carried['class_name']} to make layers in `__init__` or `build`, which "
-                f"become the factorized ones. Received: no such layers as {', '.join(lost[:3])}. "
-                "Create the model in code, build it, call `apply_plan` with the saved plan, then "
-                "`load_weights`."
-            )
+            made = _made(cls._keras.saving, {**config[KEY], "config": arguments})
+            _put(made, config[KEY]["layers"])
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -133,8 +114,17 @@ def does_not_load(holder: Any) -> str | None:
     inside = [layer for layer in (holder, *below(holder)) if isinstance(layer, WithFactorizedLayers)]
     classes = {layer._own.__name__: layer._own for layer in inside}
     backend = _backend.backend_of(holder)
+
+    def make() -> None:
+        config = holder.get_config()
+        made, wanted = holder.from_config(config), config[KEY]["layers"]
+        build_config = holder.get_build_config()
+        if _places(made, wanted)[1] and build_config and not made.built:
+            made.build_from_config(build_config)
+        _places(made, wanted)
+
     with backend.keras.saving.custom_object_scope(classes):
-        return backend.trial(lambda: holder.from_config(holder.get_config()))
+        return backend.trial(make)
 
 
 def layers_in(holder: Any) -> Iterator[tuple[str, Any]]:
@@ -165,30 +155,72 @@ def layers_in(holder: Any) -> Iterator[tuple[str, Any]]:
         yield from visit(name, value)
 
 
-def _put(made: Any, configs: dict[str, Any]) -> list[str]:
-    """Puts factorized layers in their places in a layer; returns the paths where there is none."""
+def _named(saving: Any, cls: type) -> dict[str, Any]:
+    """What a class is found by."""
+    names = {"module": cls.__module__, "class_name": cls.__name__}
+    return {**names, "registered_name": saving.get_registered_name(cls)}
+
+
+def _made(saving: Any, saved: dict[str, Any]) -> Any:
+    """A new layer or model, not built, of a class that `_named` has described.
+
+    Raises:
+        ValueError: If the class is unknown.
+    """
+    for name in ("registered_name", "class_name"):
+        if (cls := saving.get_registered_object(saved[name])) is not None:
+            return cls.from_config(saved["config"])
+    names = ("module", "class_name", "registered_name", "config")
+    try:  # Keras imports the modules of KerasHub by itself
+        return saving.deserialize_keras_object({name: saved[name] for name in names})
+    except (TypeError, ValueError) as error:  # Keras prints the whole config
+        raise ValueError(
+            f"Expected the class '{saved['class_name']}' of the module {saved['module']} to be "
+            "registered, or in `custom_objects`, to load a layer that holds factorized ones. "
+            f"Received: an unknown class. Import the module before loading."
+        ) from error
+
+
+def _put(made: Any, configs: dict[str, Any]) -> None:
+    """Puts factorized layers in their places in a layer, now or once the places are built."""
     backend = _backend.backend_of(made)
-    there = dict(layers_in(made))
-    lost = []
-    for path, config in configs.items():
-        old = there.get(path)
-        if old is not None and is_own(old):
-            continue  # a holder inside has loaded it
-        build_config = config.get("build_config")
-        unbuilt = {key: value for key, value in config.items() if key != "build_config"}
-        new = backend.keras.saving.deserialize_keras_object(unbuilt)
-        if old is None or stock_kind(old) is not stock_kind(new):
-            lost.append(path)
-            continue
-        if old.built and build_config:
+    places, later = _places(made, configs)
+    for path, old in places.items():
+        new = _made(backend.keras.saving, configs[path])
+        if old.built:
             with backend.name_scope(old):
-                new.build_from_config(build_config)
+                new.build_from_config(configs[path]["build_config"])
         backend.transplant(old, new)
-    for layer in reversed(list(dict.fromkeys(below(made)))):
+    for layer, paths in later.items():
+        backend.after_build(layer, functools.partial(_put, made, {p: configs[p] for p in paths}))
+    for layer in (*reversed(list(dict.fromkeys(below(made)))), made):
         stock_kind(layer).adopt(backend, layer)
         adopt(layer)
-    adopt(made)
-    return lost
+
+
+def _places(made: Any, paths: Iterable[str]) -> tuple[dict[str, Any], dict[Any, list[str]]]:
+    """Where factorized layers go: the layers that are there, and those to be built before that.
+
+    Raises:
+        ValueError: If there is no place for one, and everything around it is built.
+    """
+    there = dict(layers_in(made))
+    now, later = {}, {}
+    for path in paths:
+        above = itertools.accumulate(path.split("/")[:-1], "{}/{}".format)
+        if path not in there:
+            around = [made, *(there[name] for name in above if name in there)]
+            if around[-1].built:
+                raise ValueError(
+                    f"Expected {type(made).__name__} to make its layers in `__init__` or `build`. "
+                    f"Received: no layer '{path}' to become a factorized one in '{made.name}'. "
+                    "Create the model in code, build it, call `apply_plan` with the saved plan, "
+                    "then `load_weights`."
+                )
+            later.setdefault(around[-1], []).append(path)
+        elif not is_own(there[path]):  # else a holder inside has loaded it
+            now[path] = there[path]
+    return now, later
 
 
 @functools.cache
