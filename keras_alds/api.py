@@ -106,9 +106,11 @@ def compress(
     a fresh optimizer state.
 
     Functional and Sequential models are cloned. A subclassed model is copied with
-    `from_config(get_config())`, and the copy's layers are factorized in place. The class itself
-    still creates dense layers. To load saved weights later, apply the plan to a new instance
-    first: `apply_plan(MyModel(), plan)`, then `load_weights`.
+    `from_config(get_config())`, and the copy's layers are factorized in place. A saved model loads
+    as before, also with layers of your own that hold factorized ones: these and subclassed models
+    get a subclass of their class, whose config has the factorized layers. To load weights only,
+    apply the plan to a new instance first: `apply_plan(MyModel(), plan)`, then `load_weights`. A
+    warning names the layers and models that cannot be made again from their config.
 
     Args:
         model: A built `keras.Model` or `tf_keras.Model`.
@@ -192,8 +194,9 @@ def apply_plan(
     state of unchanged variables; see `ALDSCompress` for the rest. Compiled step functions are
     made again. If anything fails, the model is left unchanged.
 
-    Use this to load the saved weights of a compressed *subclassed* model, whose code creates dense
-    layers. Otherwise use `compress`, which returns a new model.
+    Use this for a model that cannot be copied, or to load the weights of a compressed model into a
+    new instance, whose code creates dense layers. Otherwise use `compress`, which returns a new
+    model. Files are saved and loaded as after `compress`.
 
     Args:
         model: A built Keras 3 or tf_keras model.

@@ -68,13 +68,13 @@ _LAYERS = {
 }
 globals().update(_LAYERS)
 
-# tf_keras looks here for a registered name that it does not know yet.
-globals()[">".join(holders.REGISTERED)] = holders.BASES[tf_keras.__name__] = types.new_class(
+WithFactorizedLayers = types.new_class(
     holders.WithFactorizedLayers.__name__,
     (holders.WithFactorizedLayers,),
     exec_body=lambda body: body.update({"_keras": tf_keras, "__module__": __name__}),
 )
-tf_keras.saving.register_keras_serializable(*holders.REGISTERED)(holders.BASES[tf_keras.__name__])
+tf_keras.saving.register_keras_serializable(*holders.REGISTERED)(WithFactorizedLayers)
+holders.BASES[tf_keras.__name__] = WithFactorizedLayers
 
 __all__ = sorted(_LAYERS)
 

@@ -1,7 +1,7 @@
-"""A user's own layers and models that hold Keras layers, in every way of making and keeping them.
+"""A user's own layers and models that hold Keras layers, however these are made and kept.
 
-Each is registered, and maps `[batch, WIDTH]` to `[batch, WIDTH]`. A program that loads a saved model
-imports this module first, as it would a user's own.
+Each is registered, and maps `[batch, WIDTH]` to `[batch, WIDTH]`. A program that loads a saved
+model imports this module first, as it would a user's own.
 """
 
 from __future__ import annotations
@@ -56,19 +56,30 @@ def own_classes(K: ModuleType) -> dict[str, type]:
 
     class InList(Own):
         def make(self):
-            self.blocks = [L.Dense(self.n, "relu"), [L.Dense(self.n), L.Dropout(0.1)]]
+            self.blocks = [L.Dense(self.n, "relu"), L.Dropout(0.1), L.Dense(self.n)]
 
         def call(self, x):
-            first, (second, dropout) = self.blocks
-            return dropout(second(first(x)))
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    class InLists(Own):
+        def make(self):
+            self.blocks = [[L.Dense(self.n, "relu")], {"second": (L.Dense(self.n), L.ReLU())}]
+
+        def call(self, x):
+            (first,), later = self.blocks
+            second, relu = later["second"]
+            return relu(second(first(x)))
 
     class InDict(Own):
         def make(self):
-            self.parts = {"b": L.Dense(self.n, "relu"), "a": (L.Dense(self.n), L.ReLU())}
+            self.parts = {"b/c": L.Dense(self.n, "relu"), "a": L.Dense(self.n)}
+            self.pair = L.Dense(self.n), L.ReLU()
 
         def call(self, x):
-            dense, relu = self.parts["a"]
-            return relu(dense(self.parts["b"](x)))
+            dense, relu = self.pair
+            return relu(dense(self.parts["a"](self.parts["b/c"](x))))
 
     class InSequential(Own):
         def make(self):
@@ -194,23 +205,40 @@ def own_classes(K: ModuleType) -> dict[str, type]:
     return {cls.__name__: K.saving.register_keras_serializable("own")(cls) for cls in found}
 
 
-def model_with(K: ModuleType, name: str) -> Any:
-    """A compiled model with one of the layers or models inside, or that is one of the models."""
-    cls, _, where = name.partition(" ")
-    own = own_classes(K)[cls](name=cls.lower())
-    if where:
-        model = own
-        model(np.zeros((2, WIDTH), "float32"))
-    else:
-        model = K.Sequential([K.Input((WIDTH,)), own, K.layers.Dense(3, name="head")])
-    model.compile("sgd", K.losses.MeanSquaredError())
+#: Layers and models of `own_classes` that stand in other models.
+INSIDE = (
+    *("InInit", "InBuild", "BuiltInBuild", "InList", "InLists", "InDict", "InSequential"),
+    *("InFunctional", "InOwn", "InOwnInBuild", "Shared", "Frozen", "StockHolders", "InConfig"),
+    *("NoConfig", "Subclassed", "OwnFunctional"),
+)
+#: What tf_keras does not save, compressed or not: layers in nested lists, and in h5 files layers
+#: whose `build` is called by code, or that are made by code from the config.
+NOT_IN_TF_KERAS = {
+    ".keras": {"InLists"},
+    ".h5": {"InBuild", "BuiltInBuild", "InOwn", "InOwnInBuild", "Subclassed", "InConfig"},
+}
+
+
+def names_for(K: ModuleType, suffix: str) -> list[str]:
+    """The layers and models that can be saved in a format before they are compressed."""
+    if not suffix:  # a SavedModel takes seconds for each layer
+        return ["InInit", "InOwnInBuild", "OwnFunctional"]
+    left_out = NOT_IN_TF_KERAS[suffix] if K.__name__ == "tf_keras" else set()
+    return [name for name in INSIDE if name not in left_out]
+
+
+def model_of(K: ModuleType, *names: str) -> Any:
+    """A compiled model that calls layers and models of `own_classes` one by one."""
+    x = inputs = K.Input((WIDTH,))
+    outputs = [x := own_classes(K)[name](name=name.lower())(x) for name in names]
+    model = K.Model(inputs, outputs)
+    model.compile("sgd", [K.losses.MeanSquaredError() for _ in names])
     return model
 
 
-#: What `model_with` takes: layers and models inside a model, and models by themselves.
-INSIDE = (
-    *("InInit", "InBuild", "BuiltInBuild", "InList", "InDict", "InSequential", "InFunctional"),
-    *("InOwn", "InOwnInBuild", "Shared", "Frozen", "StockHolders", "InConfig", "NoConfig"),
-    *("Subclassed", "OwnFunctional"),
-)
-ALONE = ("Subclassed alone", "OwnFunctional alone")
+def alone(K: ModuleType, name: str) -> Any:
+    """One of the models of `own_classes`, compiled and called."""
+    model = own_classes(K)[name](name=name.lower())
+    model.compile("sgd", K.losses.MeanSquaredError())
+    model(np.zeros((2, WIDTH), "float32"))
+    return model

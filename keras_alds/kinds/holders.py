@@ -60,7 +60,7 @@ class WithFactorizedLayers(_Base):
         return {**own.get_config(self), KEY: carried}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+    def from_config(cls, config: dict[str, Any]) -> Any:
         """Make the user's layer or model, with the factorized layers in their places.
 
         Raises:
@@ -70,23 +70,27 @@ class WithFactorizedLayers(_Base):
         if KEY not in config:  # a user's code calls it with arguments of its own class
             return cls._own.from_config(config)
         arguments = {key: value for key, value in config.items() if key != KEY}
-        with cls._keras.saving.custom_object_scope(custom_objects or {}):
-            made = _made(cls._keras.saving, {**config[KEY], "config": arguments})
-            _put(made, config[KEY]["layers"])
+        made = _made(cls._keras.saving, {**config[KEY], "config": arguments})
+        _put(made, config[KEY]["layers"])
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # `pickle` finds the user's class by its name, but not one that is made here.
-        reduced = super().__reduce_ex__(protocol)
-        if not isinstance(reduced, tuple) or getattr(reduced[0], "__self__", None) is not type(self):
-            return reduced
-        return getattr(self._own, reduced[0].__name__), *reduced[1:]
+        function, *rest = super().__reduce_ex__(protocol)
+        if getattr(function, "__self__", None) is type(self):
+            function = getattr(self._own, function.__name__)
+        return function, *rest
 
 
 keras.saving.register_keras_serializable(*REGISTERED)(WithFactorizedLayers)
 
 #: What the classes of holders inherit from, by the name of their Keras.
 BASES: dict[str, type] = {keras.__name__: WithFactorizedLayers}
+
+
+def own_class(layer: Any) -> type:
+    """A layer's class, that of the user for a holder."""
+    return layer._own if isinstance(layer, WithFactorizedLayers) else type(layer)
 
 
 def adopt(layer: Any) -> Undo | None:
@@ -106,12 +110,15 @@ def adopt(layer: Any) -> Undo | None:
     ]
     if not changed or backend.saves(layer, changed):
         return None
-    return backend.reclass(layer, _class_of_holder(type(layer), BASES[backend.name]))
+    own: Any = type(layer)
+    return backend.reclass(layer, _class_of_holder(own, BASES[backend.name]))
 
 
 def does_not_load(holder: Any) -> str | None:
     """Why a holder cannot be made again from its config, with the factorized layers; or None."""
-    inside = [layer for layer in (holder, *below(holder)) if isinstance(layer, WithFactorizedLayers)]
+    inside = [
+        layer for layer in (holder, *below(holder)) if isinstance(layer, WithFactorizedLayers)
+    ]
     classes = {layer._own.__name__: layer._own for layer in inside}
     backend = _backend.backend_of(holder)
 
@@ -123,8 +130,11 @@ def does_not_load(holder: Any) -> str | None:
             made.build_from_config(build_config)
         _places(made, wanted)
 
-    with backend.keras.saving.custom_object_scope(classes):
-        return backend.trial(make)
+    if (reason := backend.trial(make)) is not None:
+        # `load_model` is given classes that are not registered.
+        with backend.keras.saving.custom_object_scope(classes):
+            reason = backend.trial(make)
+    return reason
 
 
 def layers_in(holder: Any) -> Iterator[tuple[str, Any]]:
@@ -187,6 +197,8 @@ def _put(made: Any, configs: dict[str, Any]) -> None:
     places, later = _places(made, configs)
     for path, old in places.items():
         new = _made(backend.keras.saving, configs[path])
+        if stock_kind(old) is not stock_kind(new):
+            raise _no_place(made, path, f"a {type(old).__name__}")
         if old.built:
             with backend.name_scope(old):
                 new.build_from_config(configs[path]["build_config"])
@@ -205,26 +217,31 @@ def _places(made: Any, paths: Iterable[str]) -> tuple[dict[str, Any], dict[Any, 
         ValueError: If there is no place for one, and everything around it is built.
     """
     there = dict(layers_in(made))
-    now, later = {}, {}
+    now: dict[str, Any] = {}
+    later: dict[Any, list[str]] = {}
     for path in paths:
         above = itertools.accumulate(path.split("/")[:-1], "{}/{}".format)
         if path not in there:
             around = [made, *(there[name] for name in above if name in there)]
             if around[-1].built:
-                raise ValueError(
-                    f"Expected {type(made).__name__} to make its layers in `__init__` or `build`. "
-                    f"Received: no layer '{path}' to become a factorized one in '{made.name}'. "
-                    "Create the model in code, build it, call `apply_plan` with the saved plan, "
-                    "then `load_weights`."
-                )
+                raise _no_place(made, path, "no layer")
             later.setdefault(around[-1], []).append(path)
         elif not is_own(there[path]):  # else a holder inside has loaded it
             now[path] = there[path]
     return now, later
 
 
+def _no_place(made: Any, path: str, found: str) -> ValueError:
+    return ValueError(
+        f"Expected {type(made).__name__} to make the stock layer '{path}', which becomes a "
+        f"factorized one, in `__init__` or `build`. Received: {found}, in the layer '{made.name}'. "
+        "Create the model in code, build it, call `apply_plan` with the saved plan, then "
+        "`load_weights`."
+    )
+
+
 @functools.cache
-def _class_of_holder(own: type, base: Any) -> type:
+def _class_of_holder(own: Any, base: Any) -> type:
     """The class of holders of a user's class."""
     # Keras asks whether `get_config` is its own.
     get_config = functools.wraps(own.get_config)(lambda self: base.get_config(self))

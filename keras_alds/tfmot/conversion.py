@@ -15,6 +15,7 @@ from keras_alds import _backend
 from keras_alds._backend.graphs import mask_of
 from keras_alds._backend.layers import dtype_policy
 from keras_alds.kinds.base import is_own, stock_kind
+from keras_alds.kinds.holders import own_class
 from keras_alds.models.inventory import walk
 from keras_alds.models.rebuild import GraphRebuilder, Piece, check_symbolic, first_tensor
 from keras_alds.tfmot.operations import translated
@@ -180,7 +181,7 @@ class _Translator(GraphRebuilder):
 
     def _translated(self, layer: Any, axes: int) -> list[Piece]:
         stock, kind = self.source.keras.layers, type(layer).__name__
-        module = type(layer).__module__
+        module = own_class(layer).__module__
         if not is_own(layer) and module.partition(".")[0] != self.source.keras.__name__:
             raise UnsupportedError(f"a class of {module}, not of Keras")
         if kind in _APPLICATIONS:
