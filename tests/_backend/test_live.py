@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_alds import apply_plan, select
 from keras_alds._backend import backend_of
 from keras_alds._backend.live import Holders, empty, live, variables_of
 
@@ -52,18 +53,26 @@ def test_objects_whose_constructor_failed_are_left_out(keras_module):
         def __init__(self):
             errors.append(self)
 
-    with contextlib.suppress(Exception):
-        Broken()
+    class BrokenModel(K.Model):
+        def __init__(self):
+            errors.append(self)
+
+    for cls in (Broken, BrokenModel):
+        with contextlib.suppress(Exception):
+            cls()
     kinds = [K.optimizers, *([K.optimizers.legacy] if K.__name__ == "tf_keras" else [])]
     for kind in kinds:
         with pytest.raises((TypeError, ValueError)) as error:
             kind.Adam(typo=1)
         errors.append(error)
-    model = K.Sequential([K.Input((4,)), K.layers.Dense(3)])
+    model = K.Sequential([K.Input((32,)), K.layers.Dense(24)])
     holders = Holders.of(backend_of(model), model)
     assert next(iter(holders.layers)) is model
     assert not any(hasattr(item, "typo") for item in holders.optimizers)
-    assert all(holders.layers[item] == [] for item in errors if isinstance(item, Broken))
+    broken = [item for item in errors if isinstance(item, K.layers.Layer)]
+    assert len(broken) == 2
+    assert all(holders.layers[item] == [] for item in broken)
+    apply_plan(model, select(model, 0.3))
 
 
 class TestEmpty:

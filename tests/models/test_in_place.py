@@ -252,6 +252,22 @@ class TestOtherModels:
         step()
         assert all((a != b).any() for a, b in zip(before, model.get_weights(), strict=True))
 
+    def test_variables_that_no_layer_holds(self, keras_module):
+        # tf_keras's optimizers only keep keys of what they update.
+        K = keras_module
+        model, optimizer = Family(K).encoder, K.optimizers.Adam(0.01)
+        other = K.Variable(1.0) if K.__name__ == "keras" else tf.Variable(1.0)
+        optimizer.build([*model.trainable_variables, other])
+        plan = select(model, 0.3)
+        if K.__name__ == "keras":
+            apply_plan(model, plan)
+            variables = [*model.trainable_variables, other]
+            optimizer.apply_gradients([(tf.ones(v.shape), v) for v in variables])
+            return
+        with pytest.raises(ValueError, match="also built for 1 other variables"):
+            apply_plan(model, plan)
+        assert not factorized_layers(model)
+
     def test_a_failure_at_the_end_leaves_them_as_they_were(self, keras_module, monkeypatch):
         from keras_alds.models import in_place
 
