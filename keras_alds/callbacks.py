@@ -205,9 +205,9 @@ class ALDSCompress(_backend.Callback):
             value = _backend.backend_of(self.model).value
             if all(np.array_equal(value(variable), old) for variable, old in self._watched):
                 warnings.warn(
-                    "No factor has changed in the first epoch after the compression. If the "
-                    "learning rate is not zero, a `tf.function` outside the model and its layers "
-                    "still runs the dense model. Let Keras wrap `train_step`.",
+                    "No factor has changed in the first epoch after the compression. Expected a "
+                    "learning rate other than zero, and a `train_step` that reads "
+                    "`trainable_variables` in every step.",
                     stacklevel=2,
                 )
             self._watched = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
+import functools
 import pickle
 import shutil
 import tempfile
@@ -276,11 +277,26 @@ class TestWaysToTrain:
         model = Stepping(base.input, base.output)
         model = compiled(K, model=model, run_eagerly=True, metrics=None)
         moved = Spy(K, lambda m: [value(la.encoder) for la in factorized(m)])
-        if method:
-            fit(model, [ALDSCompress(0.4, at_epoch=1, verbose=0), moved], epochs=2)
-            for before, after in zip(moved.seen[2], moved.seen[3], strict=True):
-                assert np.abs(after - before).max() > 0
-            return
+        fit(model, [ALDSCompress(0.4, at_epoch=1, verbose=0), moved], epochs=2)
+        for before, after in zip(moved.seen[2], moved.seen[3], strict=True):
+            assert np.abs(after - before).max() > 0
+
+    def test_a_step_with_a_list_of_old_variables_warns(self, keras_module):
+        class Stepping(keras_module.Model):
+            def train_step(self, data):
+                x, y = data
+                with tf.GradientTape() as tape:
+                    error = self(x, training=True) - tf.one_hot(tf.cast(y, tf.int32), 10)
+                    loss = tf.reduce_mean(tf.square(error))
+                gradients = tape.gradient(loss, old)
+                for variable, gradient in zip(old, gradients, strict=True):
+                    if gradient is not None:
+                        variable.assign_sub(0.01 * gradient)
+                return {"loss": loss}
+
+        base = zoo.functional(keras_module)
+        model = compiled(keras_module, model=Stepping(base.input, base.output), metrics=None)
+        old = model.trainable_variables
         with pytest.warns(UserWarning, match="No factor has changed"):
             fit(model, [ALDSCompress(0.4, at_epoch=1, verbose=0)], epochs=2)
 
@@ -548,6 +564,102 @@ STATEFUL = {
 }
 
 
+VECTORS = np.random.default_rng(0).normal(size=(16, 32)).astype("float32")
+
+
+@pytest.fixture(scope="module")
+def walked():
+    """A function that makes a compressed model which was trained before and after.
+
+    It is an autoencoder of models, with a layer that is called twice. With `apply_plan` it is
+    another model round the encoder of such a one.
+    """
+
+    @functools.cache
+    def make(K, way):
+        L = K.layers
+        encoder = K.Sequential([K.Input((32,)), L.Dense(48, "relu"), L.Dense(24)], name="encoder")
+        decoder = K.Sequential([K.Input((24,)), L.Dense(48, "relu"), L.Dense(32)], name="decoder")
+        inputs, twice = K.Input((32,)), L.Dense(32, name="twice")
+        whole = K.Model(inputs, decoder(encoder(twice(twice(inputs)))))
+        beside = K.Model(inputs, L.Dense(32, name="head")(encoder(inputs)))
+        for model, optimizer in ((whole, "adam"), (beside, K.optimizers.SGD(0.01, momentum=0.9))):
+            model.compile(optimizer, K.losses.MeanSquaredError(), **EAGER)
+            model.fit(VECTORS, VECTORS, verbose=0)
+        callbacks = [ALDSCompress(0.3, at_epoch=1, verbose=0)] if way == "fit" else []
+        if way == "apply_plan":
+            apply_plan(whole, select(whole, 0.3))
+        model = {"fit": whole, "apply_plan": beside}.get(way) or compress(whole, 0.3)
+        model.fit(VECTORS, VECTORS, epochs=2, verbose=0, callbacks=callbacks)
+        assert factorized(model)
+        return model
+
+    return make
+
+
+def with_weights(model, other):
+    other.set_weights(model.get_weights())
+    return other(VECTORS)
+
+
+def through_cloudpickle(K, model, folder):
+    cloudpickle = pytest.importorskip("cloudpickle")
+    return cloudpickle.loads(cloudpickle.dumps(model))(VECTORS)
+
+
+def through_an_export(K, model, folder):
+    model.export(str(folder / "exported"))
+    exported = tf.saved_model.load(str(folder / "exported"))
+    return exported.serve(VECTORS)
+
+
+def through_an_archive(K, model, folder):
+    archive = K.export.ExportArchive()
+    archive.track(model)
+    archive.add_endpoint("serve", model.call, [tf.TensorSpec((None, 32))])
+    archive.write_out(str(folder / "archive"))
+    exported = tf.saved_model.load(str(folder / "archive"))
+    return exported.serve(VECTORS)
+
+
+def through_weights(K, model, folder):
+    model.save_weights(str(folder / "model.weights.h5"))
+    other = K.models.clone_model(model)
+    other.load_weights(str(folder / "model.weights.h5"))
+    return other(VECTORS)
+
+
+def through_a_checkpoint(K, model, folder):
+    other = copy.deepcopy(model)
+    path = tf.train.Checkpoint(model=model).save(str(folder / "checkpoint"))
+    other.set_weights([weight * 0 for weight in other.get_weights()])
+    tf.train.Checkpoint(model=other).restore(path).assert_existing_objects_matched()
+    return other(VECTORS)
+
+
+def to_a_plot(K, model, folder):
+    pytest.importorskip("pydot")
+    K.utils.model_to_dot(model, expand_nested=True, show_shapes=True).to_string()
+
+
+WALKS = {
+    "deepcopy": lambda K, model, folder: copy.deepcopy(model)(VECTORS),
+    "pickle": lambda K, model, folder: pickle.loads(pickle.dumps(model))(VECTORS),
+    "cloudpickle": through_cloudpickle,
+    "clone": lambda K, model, folder: with_weights(model, K.models.clone_model(model)),
+    "config": lambda K, model, folder: with_weights(
+        model, type(model).from_config(model.get_config())
+    ),
+    "summary": lambda K, model, folder: model.summary(expand_nested=True, print_fn=str),
+    "plot": to_a_plot,
+    "export": through_an_export,
+    "archive": through_an_archive,
+    "saved_model": lambda K, model, folder: tf.saved_model.save(model, str(folder / "saved")),
+    "weights": through_weights,
+    "checkpoint": through_a_checkpoint,
+}
+
+
 class TestSavedAfterwards:
     @pytest.mark.parametrize("name", list(STATEFUL))
     def test_checkpoints_and_saved_models(self, keras_module, name, tmp_path):
@@ -563,22 +675,13 @@ class TestSavedAfterwards:
             np.testing.assert_array_equal(a, b)
         tf.saved_model.save(model, str(tmp_path / "saved"))
 
-    def test_exports(self, keras_module, tmp_path):
-        model, _, x = trained_through(keras_module, STATEFUL["adam"](keras_module))
-        model.export(str(tmp_path / "exported"))
-        exported = tf.saved_model.load(str(tmp_path / "exported"))
-        np.testing.assert_allclose(
-            exported.serve(x), model.predict(x, verbose=0), rtol=0, atol=1e-5
-        )
-
-    def test_copies(self, keras_module):
-        model, _, x = trained_through(keras_module, STATEFUL["adam"](keras_module))
-        clone = keras_module.models.clone_model(model)
-        clone.set_weights(model.get_weights())
-        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), clone):
-            assert factorized(copied)
-            outputs = (m.predict(x, verbose=0) for m in (copied, model))
-            np.testing.assert_allclose(*outputs, rtol=0, atol=1e-6)
+    @pytest.mark.parametrize("way", ["fit", "compress", "apply_plan"])
+    @pytest.mark.parametrize("name", list(WALKS))
+    def test_whatever_walks_the_model(self, walked, keras_module, way, name, tmp_path):
+        model = walked(keras_module, way)
+        result = WALKS[name](keras_module, model, tmp_path)
+        if result is not None:
+            np.testing.assert_allclose(value(result), value(model(VECTORS)), rtol=0, atol=1e-5)
 
     def test_state_of_a_legacy_optimizer_is_loaded(self, tmp_path):
         K = pytest.importorskip("tf_keras")

@@ -51,6 +51,13 @@ class Cloning(Graphs, Training):
                 f"{len(model.weights)} in the model, or other shapes. Make `get_config()` of "
                 f"{type(model).__name__} and of its layers return every constructor argument."
             )
+        ours = {id(variable) for variable in model.variables}
+        if any(id(variable) in ours for variable in copy.variables):
+            raise ValueError(
+                f"Expected a copy of the model '{model.name}', made from its config, to have "
+                f"weights of its own. Received: a {type(model).__name__} that holds layers of the "
+                "model. Let `get_config()` return configs of layers, not the layers."
+            )
         copy.set_weights(model.get_weights())
         layers = zip(self._flatten(model), self._flatten(copy), strict=True)
         # Setting `trainable` also sets it for all layers inside, so outer layers come first.

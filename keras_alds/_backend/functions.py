@@ -1,22 +1,19 @@
 """`tf.function`s in the code of custom layers and models.
 
-A traced graph keeps the layers as they were: it ignores later replacements, and its calls of layers
-cannot be watched.
+A traced graph keeps the layers as they were: its calls of layers cannot be watched.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
 
 from keras_alds import _backend
-from keras_alds._backend.graphs import forget_graph
 
-# Packages whose classes and functions are not custom code. `Backend.reset_functions` resets the
-# graphs that Keras 3 and tf_keras make for a model.
+# Packages whose classes are not custom code.
 _NOT_OWN = (*_backend.KERASES, "tensorflow", "tensorflow_model_optimization", "keras_alds")
 
 
@@ -38,34 +35,6 @@ def run_as_code(model: Any) -> Iterator[None]:
         tf.config.run_functions_eagerly(False)
 
 
-def forget_graphs(model: Any) -> Callable[[], None]:
-    """Drops the graphs of `tf.function`s in a model's custom code; the next call traces again.
-
-    Returns:
-        A function that restores the graphs.
-    """
-    undo = [forget_graph(function) for function in _own_functions(model)]
-
-    def bring_back() -> None:
-        for step in undo:
-            step()
-
-    return bring_back
-
-
-def _own_functions(model: Any) -> list[Any]:
-    """The `tf.function`s that a model and its layers have as methods or attributes."""
-    found: dict[int, Any] = {}
-    for layer in _layers(model):
-        names = {
-            name for cls in type(layer).__mro__ for name, v in vars(cls).items() if _is_function(v)
-        }
-        bound = [getattr(layer, name) for name in sorted(names - vars(layer).keys())]
-        held = [value for value in vars(layer).values() if _is_function(value)]
-        found.update((id(function), function) for function in [*bound, *held])
-    return list(found.values())
-
-
 def _layers(model: Any) -> list[Any]:
     """A model and all layers in it."""
     backend = _backend.backend_of(model)
@@ -79,12 +48,6 @@ def _layers(model: Any) -> list[Any]:
     return list(found.values())
 
 
-def _is_function(value: Any) -> bool:
-    return isinstance(value, tf.types.experimental.PolymorphicFunction) and _is_own(
-        value.python_function
-    )
-
-
 def _is_own(code: Any) -> bool:
-    """Whether a class or function is custom code."""
+    """Whether a class is custom code."""
     return (getattr(code, "__module__", None) or "").split(".")[0] not in _NOT_OWN

@@ -76,7 +76,7 @@ class Training(Layers):
 
     def optimizers(self, model: Model) -> list[Optimizer]:
         """Every optimizer of `model`: its own and those of a custom `train_step`."""
-        base = self._optimizer_classes()
+        base = self.optimizer_classes()
         found: dict[Optimizer, None] = {}
 
         def visit(value: Any, depth: int = 0) -> None:
@@ -97,7 +97,8 @@ class Training(Layers):
             visit(value)
         return list(found)
 
-    def _optimizer_classes(self) -> tuple[type, ...]:
+    def optimizer_classes(self) -> tuple[type, ...]:
+        """The classes of all optimizers."""
         raise NotImplementedError
 
     def inner_optimizer(self, optimizer: Optimizer) -> Optimizer | None:
@@ -108,12 +109,15 @@ class Training(Layers):
         """Whether `optimizer` has created its variables."""
         raise NotImplementedError
 
-    def optimizer_targets(self, optimizer: Optimizer, known: list[Variable]) -> list[Variable]:
-        """The model variables that a built optimizer was built for, in order.
+    def optimizer_targets(
+        self, optimizer: Optimizer, known: list[Variable]
+    ) -> list[Variable | None]:
+        """The variables that a built optimizer was built for, in order; None if not among `known`.
 
         Args:
             optimizer: A built optimizer.
-            known: The model's variables, as tf_keras's optimizers keep only keys of them.
+            known: All variables that it may have been built for, as tf_keras's optimizers keep
+                only keys of them.
         """
         raise NotImplementedError
 
@@ -173,15 +177,6 @@ class Training(Layers):
         known = getattr(optimizer, "_exclude_from_weight_decay", ())
         optimizer._exclude_from_weight_decay = [*known, *map(optimizer._var_key, variables)]
         return lambda: setattr(optimizer, "_exclude_from_weight_decay", known)
-
-    def reset_functions(self, model: Model) -> None:
-        """Drops the compiled step functions, and makes a new train function during `fit`."""
-        training = model.train_function is not None
-        model.train_function = None
-        model.test_function = None
-        model.predict_function = None
-        if training:
-            model.make_train_function(force=True)
 
     def calling_fit(self, model: Model) -> tuple[Any, list[Any]]:
         """The data and the callbacks of the running `fit` call of `model`.
@@ -250,7 +245,7 @@ class Keras3Training(Training):
     def is_compiled(self, model: Model) -> bool:
         return bool(model.compiled)
 
-    def _optimizer_classes(self) -> tuple[type, ...]:
+    def optimizer_classes(self) -> tuple[type, ...]:
         return (keras.optimizers.Optimizer,)
 
     def inner_optimizer(self, optimizer: Optimizer) -> Optimizer | None:
@@ -259,7 +254,9 @@ class Keras3Training(Training):
     def is_optimizer_built(self, optimizer: Optimizer) -> bool:
         return bool(optimizer.built)
 
-    def optimizer_targets(self, optimizer: Optimizer, known: list[Variable]) -> list[Variable]:
+    def optimizer_targets(
+        self, optimizer: Optimizer, known: list[Variable]
+    ) -> list[Variable | None]:
         return list(optimizer._trainable_variables)
 
     def rebuild_optimizer(
@@ -322,7 +319,7 @@ class TfKerasTraining(Training):
     def is_compiled(self, model: Model) -> bool:
         return model.compiled_loss is not None
 
-    def _optimizer_classes(self) -> tuple[type, ...]:
+    def optimizer_classes(self) -> tuple[type, ...]:
         optimizers = self.keras.optimizers
         return (optimizers.Optimizer, optimizers.legacy.Optimizer)
 
@@ -341,21 +338,16 @@ class TfKerasTraining(Training):
             return len(optimizer.weights) > 1  # the first is `iterations`
         return bool(getattr(optimizer, "_built", False))
 
-    def optimizer_targets(self, optimizer: Optimizer, known: list[Variable]) -> list[Variable]:
+    def optimizer_targets(
+        self, optimizer: Optimizer, known: list[Variable]
+    ) -> list[Variable | None]:
         if self._is_legacy(optimizer):
             names = optimizer.get_slot_names()
             return [
                 v for v in known if any(_legacy_slot(optimizer, v, n) is not None for n in names)
             ]
         by_key = {optimizer._var_key(v): v for v in known}
-        keys = sorted(optimizer._index_dict, key=optimizer._index_dict.get)
-        if not all(key in by_key for key in keys):
-            raise ValueError(
-                f"Expected the optimizer '{optimizer.name}' to update only variables of the model. "
-                f"Received: an optimizer that was also built for {len(set(keys) - set(by_key))} "
-                "other variables. Give each model its own optimizer."
-            )
-        return [by_key[key] for key in keys]
+        return [by_key.get(k) for k in sorted(optimizer._index_dict, key=optimizer._index_dict.get)]
 
     def slots(
         self, optimizer: Optimizer, targets: list[Variable]

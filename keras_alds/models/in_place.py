@@ -11,7 +11,7 @@ import numpy as np
 from rich.progress import Progress
 
 from keras_alds._backend import wrappers
-from keras_alds._backend.functions import forget_graphs
+from keras_alds._backend.live import Holders, empty, variables_of
 from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.methods import FactorizeWithBias
 from keras_alds.kinds import holders
@@ -99,12 +99,15 @@ def _warn_of_holders(inventory: Inventory, *, stacklevel: int) -> None:
 
 
 def _change(inventory: Inventory, made: Sequence[Replacement], *, stacklevel: int) -> None:
-    """Replaces layers, masks and optimizer state together; undoes everything if a step fails."""
+    """Replaces layers, masks, optimizer state and graphs together; undoes all if a step fails.
+
+    The optimizers and graphs of other models that hold a layer too are part of it.
+    """
     backend, model = inventory.backend, inventory.model
     undo: list[Callable[[], None]] = []
     try:
-        known = list(model.variables)
-        kernels = [r.kind.variable(r.layer) for r in made]
+        alive = Holders.of(backend, model)
+        kernels = {r.layer: r.kind.variable(r.layer) for r in made}
         for r in made:  # one by one, so that a failure can undo the earlier ones
             undo.append(backend.transplant(r.layer, r.factorized, r.kind.kept))
             if r.bias is not None:
@@ -114,20 +117,40 @@ def _change(inventory: Inventory, made: Sequence[Replacement], *, stacklevel: in
         for layer in (*(layer for _, layer in reversed(inventory.layers)), model):
             undo += filter(None, (stock_kind(layer).adopt(backend, layer), holders.adopt(layer)))
         _warn_of_holders(inventory, stacklevel=stacklevel + 1)
-        undo.append(forget_graphs(model))
-        factorized = {id(kernel): r.layer for kernel, r in zip(kernels, made, strict=True)}
-        changed = {r.layer for r in made}
         with backend.creation_scope(model):
             for wrapper in inventory.pruning:
-                if wrapper.layer in changed:
+                if wrapper.layer in kernels:
                     undo += [wrappers.renew_masks(backend, wrapper)]
-            carry_optimizers(backend, model, known, factorized, undo)
-        backend.reset_functions(model)
+            slots = carry_optimizers(backend, alive, kernels, undo)
+        alive.forget_graphs([*kernels.values(), *slots], undo)
+        tied = _tied(alive, kernels)
+        for layer, holder in tied.items():
+            warnings.warn(
+                f"The kernel of layer '{layer.name}' is also a weight of the layer "
+                f"'{holder.name}' outside of the model, which goes on with the dense kernel: they "
+                f"are not tied any more. exclude=['{layer.name}'] keeps them tied.",
+                stacklevel=stacklevel + 1,
+            )
+        for layer, kernel in kernels.items():
+            if layer not in tied:
+                undo.append(empty(kernel))
     except BaseException:
         for step in reversed(undo):
             step()
-        backend.reset_functions(model)
         raise
+
+
+def _tied(alive: Holders, kernels: dict[Any, Any]) -> dict[Any, Any]:
+    """The factorized layers whose kernel is still a weight of another layer, and that layer."""
+    layers = {id(kernel): layer for layer, kernel in kernels.items()}
+    found: dict[Any, Any] = {}
+    # A layer comes before those that hold it.
+    for holder, before in sorted(alive.layers.items(), key=lambda item: len(item[1])):
+        if any(id(variable) in layers for variable in before):
+            for variable in variables_of(holder):
+                if id(variable) in layers:
+                    found.setdefault(layers[id(variable)], holder)
+    return found
 
 
 # -- Factors ---------------------------------------------------------------------------------------

@@ -15,54 +15,91 @@ from typing import Any
 import numpy as np
 
 from keras_alds import _backend
+from keras_alds._backend.live import Holders, variables_of
 from keras_alds._backend.training import AVERAGE, SQUARED, slot_meaning
 from keras_alds.core.slicing import fold_encoder, unfold, unfold_encoder
 
 
 def carry_optimizers(
     backend: _backend.Backend,
-    model: Any,
-    known: list[Any],
-    factorized: dict[int, Any],
+    holders: Holders,
+    kernels: dict[Any, Any],
     undo: list[Callable[[], None]],
-) -> None:
-    """Rebuilds every optimizer of `model` for its current variables and converts its state.
+) -> list[Any]:
+    """Rebuilds every optimizer that updates a replaced kernel, and converts its state.
 
     Args:
-        backend: The model's backend.
-        model: A model whose layers were just factorized in place.
-        known: The model's variables before that.
-        factorized: The factorized layer by the id of the kernel variable that it replaces.
+        backend: The backend of the layers.
+        holders: What was alive before the layers were factorized in place.
+        kernels: The replaced kernel variables, by their factorized layers.
         undo: A list to which functions are appended that restore the optimizers.
+
+    Returns:
+        The optimizers' variables that are not used any more.
+
+    Raises:
+        ValueError: If tf_keras cannot tell which other variables an optimizer updates.
     """
-    for optimizer in backend.optimizers(model):
+    factorized = {id(kernel): layer for layer, kernel in kernels.items()}
+    models = [layer for layer in holders.layers if backend.is_model(layer)]
+    owners = {optimizer: m for m in reversed(models) for optimizer in backend.optimizers(m)}
+    everything = [variable for held in holders.layers.values() for variable in held]
+    gone = []
+    for optimizer in holders.optimizers:
         if backend.inner_optimizer(optimizer) is None:
-            for target in known:
-                layer = factorized.get(id(target))
-                if layer is not None and backend.is_excluded_from_weight_decay(optimizer, target):
+            for layer, kernel in kernels.items():
+                if backend.is_excluded_from_weight_decay(optimizer, kernel):
                     factors = [layer.encoder, layer.decoder]
                     undo.append(backend.exclude_from_weight_decay(optimizer, factors))
-        if not backend.is_optimizer_built(optimizer):
-            continue
-        old = backend.optimizer_targets(optimizer, known)
-        if not any(id(target) in factorized for target in old):
-            continue
-        new = []
-        for target in old:
-            layer = factorized.get(id(target))
-            new += [target] if layer is None else [layer.encoder, layer.decoder]
-        before = backend.slots(optimizer, old)
-        in_order = all(a is b for a, b in zip(_in_order(old, known), old, strict=True))
-        built = _in_order(new, model.variables) if in_order else new
-        backend.rebuild_optimizer(optimizer, old, built, undo)
-        places = {id(variable): place for place, variable in enumerate(built)}
-        after = {
-            name: [slot[places[id(variable)]] for variable in new]
-            for name, slot in backend.slots(optimizer, built).items()
-        }
-        for name, slot in after.items():
-            if name in before:
-                _carry(backend, slot_meaning(optimizer, name), old, before[name], slot, factorized)
+        if backend.is_optimizer_built(optimizer):
+            owner = owners.get(optimizer)
+            known = [] if owner is None else holders.layers[owner]
+            now = [] if owner is None else variables_of(owner)
+            unique = {id(variable): variable for variable in [*known, *everything]}
+            old = backend.optimizer_targets(optimizer, list(unique.values()))
+            gone += _carry_optimizer(backend, optimizer, old, known, now, factorized, undo)
+    return gone
+
+
+def _carry_optimizer(
+    backend: _backend.Backend,
+    optimizer: Any,
+    old: list[Any],
+    known: list[Any],
+    now: list[Any],
+    factorized: dict[int, Any],
+    undo: list[Callable[[], None]],
+) -> list[Any]:
+    """Rebuilds one optimizer, whose model had the variables `known` and has those in `now`."""
+    kept = set(map(id, now))  # a kernel may be a weight of another layer too
+    factorized = {key: layer for key, layer in factorized.items() if key not in kept}
+    if not any(id(target) in factorized for target in old):
+        return []
+    lost = sum(target is None for target in old)
+    if lost:
+        raise ValueError(
+            f"Expected the optimizer '{optimizer.name}' to update only variables of layers. "
+            f"Received: an optimizer that was also built for {lost} other variables. Give the "
+            "model an optimizer of its own."
+        )
+    new = []
+    for target in old:
+        layer = factorized.get(id(target))
+        new += [target] if layer is None else [layer.encoder, layer.decoder]
+    before = backend.slots(optimizer, old)
+    in_order = all(a is b for a, b in zip(_in_order(old, known), old, strict=True))
+    built = _in_order(new, now) if in_order else new
+    backend.rebuild_optimizer(optimizer, old, built, undo)
+    places = {id(variable): place for place, variable in enumerate(built)}
+    after = {
+        name: [slot[places[id(variable)]] for variable in new]
+        for name, slot in backend.slots(optimizer, built).items()
+    }
+    for name, slot in after.items():
+        if name in before:
+            _carry(backend, slot_meaning(optimizer, name), old, before[name], slot, factorized)
+    used = {id(variable) for slot in after.values() for variable in slot}
+    return [v for slot in before.values() for v in slot if v is not None and id(v) not in used]
 
 
 def _in_order(targets: list[Any], variables: list[Any]) -> list[Any]:

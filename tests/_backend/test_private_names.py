@@ -15,6 +15,7 @@ from keras_alds import _backend
 from keras_alds._backend import layers as backend_layers
 from keras_alds._backend import training
 from keras_alds._backend.graphs import forget_graph, mask_of, set_mask
+from keras_alds._backend.live import Holders
 
 tf_keras = pytest.importorskip("tf_keras")
 
@@ -301,6 +302,25 @@ def test_clone():
     undo()
     function(tf.zeros(2))
     assert len(traced) == 2
+
+
+def test_function_cache(keras_module):
+    """The graphs of a `tf.function`. Without it other models go on running dense layers."""
+    model = chain(keras_module)
+    run, other = tf.function(model), tf.function(lambda x: x + 1)
+    graphs = [f.get_concrete_function(tf.ones((2, 6))) for f in (run, other)]
+    undo = []
+    holders = Holders.of(backend_of(keras_module), model)
+    holders.forget_graphs([model.layers[1].kernel], undo)
+    traced = [f.experimental_get_tracing_count() for f in (run, other)]
+    assert traced == [0, 1]
+    with pytest.raises(RuntimeError, match="a concrete function of the model as it is now"):
+        graphs[0](tf.ones((2, 6)))
+    graphs[1](tf.ones((2, 6)))
+    for step in reversed(undo):
+        step()
+    graphs[0](tf.ones((2, 6)))
+    assert run.experimental_get_tracing_count() == 1
 
 
 # -- training.py: what slots hold ------------------------------------------------------------------
