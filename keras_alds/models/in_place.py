@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from rich.progress import Progress
 
+from keras_alds import _backend
 from keras_alds._backend import wrappers
 from keras_alds._backend.functions import forget_graphs
 from keras_alds.core.calibration.moments import SecondMoment
@@ -21,7 +24,7 @@ from keras_alds.models.data import KeptExamples
 from keras_alds.models.factorize import Replacement, replacement
 from keras_alds.models.inventory import Inventory, made_by_code
 from keras_alds.models.matching import Pairs, match
-from keras_alds.models.optimizer import carry_optimizers
+from keras_alds.models.optimizer import Exchange, carried, carry_optimizers
 from keras_alds.models.sequential import Walk, most_reruns
 from keras_alds.plan import CompressionPlan
 
@@ -35,6 +38,7 @@ def apply(
     calibration: Calibration | None = None,
     sequential: bool | None = None,
     *,
+    trainer: Any | None = None,
     last: bool = False,
     verbose: int = 1,
     stacklevel: int = 1,
@@ -49,6 +53,8 @@ def apply(
         calibration: Statistics or examples of the layers' inputs. Defaults to None: the factors
             approximate the kernels.
         sequential: As for `compress`.
+        trainer: Another model that trains these layers. Its optimizers and compiled functions
+            follow the change. Defaults to None.
         last: Whether the statistics are not used again, so that they can be dropped.
         verbose: 0 prints nothing; otherwise a terminal shows a progress bar.
         stacklevel: The frame that warnings name; 1 is the caller of this function.
@@ -76,7 +82,7 @@ def apply(
                 for record, choice in pairs
             ]
     _warn_of_code(inventory, pairs, stacklevel=stacklevel + 1)
-    _change(inventory, made)
+    _change(inventory, made, trainer)
 
 
 def _warn_of_code(inventory: Inventory, pairs: Pairs, *, stacklevel: int) -> None:
@@ -94,12 +100,11 @@ def _warn_of_code(inventory: Inventory, pairs: Pairs, *, stacklevel: int) -> Non
         )
 
 
-def _change(inventory: Inventory, made: Sequence[Replacement]) -> None:
+def _change(inventory: Inventory, made: Sequence[Replacement], trainer: Any | None = None) -> None:
     """Replaces layers, masks and optimizer state together; undoes everything if a step fails."""
-    backend, model = inventory.backend, inventory.model
-    undo: list[Callable[[], None]] = []
-    try:
-        known = list(model.variables)
+    backend = inventory.backend
+    with surgery(inventory, trainer) as operation:
+        undo = operation.undo
         kernels = [r.kind.variable(r.layer) for r in made]
         for r in made:  # one by one, so that a failure can undo the earlier ones
             undo.append(backend.transplant(r.layer, r.factorized, r.kind.kept))
@@ -110,20 +115,77 @@ def _change(inventory: Inventory, made: Sequence[Replacement]) -> None:
         for _, layer in reversed(inventory.layers):
             if (step := stock_kind(layer).adopt(backend, layer)) is not None:
                 undo.append(step)
-        undo.append(forget_graphs(model))
-        factorized = {id(kernel): r.layer for kernel, r in zip(kernels, made, strict=True)}
         changed = {r.layer for r in made}
-        with backend.creation_scope(model):
-            for wrapper in inventory.pruning:
-                if wrapper.layer in changed:
-                    undo += [wrappers.renew_masks(backend, wrapper)]
-            carry_optimizers(backend, model, known, factorized, undo)
-        backend.reset_functions(model)
+        for wrapper in inventory.pruning:
+            if wrapper.layer in changed:
+                undo += [wrappers.renew_masks(backend, wrapper)]
+        operation.carry(
+            [_factorized(backend, r.layer, kernel) for r, kernel in zip(made, kernels, strict=True)]
+        )
+
+
+def _factorized(backend: _backend.Backend, layer: Any, kernel: Any) -> Exchange:
+    """A kernel in whose place are the factors of a layer."""
+
+    def convert(meaning: str, states: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        return carried(backend, meaning, states[0], layer)
+
+    return Exchange((kernel,), (layer.encoder, layer.decoder), convert)
+
+
+@dataclasses.dataclass
+class Surgery:
+    """A change of a model's layers that is under way.
+
+    Attributes:
+        backend: The model's backend.
+        models: The one that trains the layers, and after it the one whose layers change.
+        known: Their variables before the change.
+        undo: Functions that undo the steps so far, the first step first.
+        carried: Whether the optimizers have followed.
+    """
+
+    backend: _backend.Backend
+    models: list[Any]
+    known: list[Any]
+    undo: list[Callable[[], None]]
+    carried: bool = False
+
+    def carry(self, exchanges: Sequence[Exchange]) -> None:
+        """Makes optimizers and compiled functions follow the changed variables."""
+        self.carried = True
+        self.undo += [forget_graphs(model) for model in self.models]
+        carry_optimizers(self.backend, self.models, self.known, exchanges, self.undo)
+
+    def revert(self) -> None:
+        """Undoes all steps."""
+        while self.undo:
+            self.undo.pop()()
+
+
+@contextlib.contextmanager
+def surgery(inventory: Inventory, trainer: Any | None = None) -> Iterator[Surgery]:
+    """Undoes all steps if one fails inside; makes compiled functions follow them otherwise.
+
+    Args:
+        inventory: The model whose layers change.
+        trainer: Another model that trains these layers, or None.
+    """
+    backend = inventory.backend
+    # The one that trains them first: its order of variables is that of its optimizer.
+    models = list(dict.fromkeys([inventory.model if trainer is None else trainer, inventory.model]))
+    known = list({id(v): v for model in models for v in model.variables}.values())
+    operation = Surgery(backend, models, known, [])
+    try:
+        with backend.creation_scope(models[0]):
+            yield operation
     except BaseException:
-        for step in reversed(undo):
-            step()
-        backend.reset_functions(model)
+        operation.revert()
         raise
+    finally:
+        for model in models:
+            if operation.carried and backend.is_model(model):
+                backend.reset_functions(model)
 
 
 # -- Factors ---------------------------------------------------------------------------------------
