@@ -42,6 +42,10 @@ def select(
     its values change. A second call for the same model, with any `cr`, method or objective,
     therefore takes only milliseconds. The same weights always give exactly the same plan.
 
+    The plan for a compressed model is chosen for its dense form, in which every kernel is the
+    product of its factors. `cr` counts against the parameters of that form, so a larger `cr`
+    compresses the model further.
+
     Args:
         model: A built `keras.Model` or `tf_keras.Model` of any kind: Functional, Sequential,
             nested, or subclassed.
@@ -66,7 +70,7 @@ def select(
     Raises:
         TypeError: If an option's name is unknown.
         ValueError: If an argument is invalid; if the model is not built, has no layer that can be
-            factorized, is already compressed, or has weights that are not finite; if the
+            factorized, or has weights that are not finite; if the
             calibration data do not fit the model, contain NaN or infinity, have fewer than 8
             examples, or are not used by the method; if no choice for a layer satisfies its
             `bounds`; if `cr` is not reachable (the message says what is); or if the latency table
@@ -116,6 +120,10 @@ def compress(
     still creates dense layers. To load saved weights later, apply the plan to a new instance
     first: `apply_plan(MyModel(), plan)`, then `load_weights`.
 
+    A compressed model is compressed further if `cr` is larger; see `select`. If it is compressed
+    already as asked or further, the new model is a copy, and a warning says so. Latency is always
+    chosen anew.
+
     Args:
         model: A built `keras.Model` or `tf_keras.Model`.
         cr: Float, 0 < cr < 1, or dict. The fraction to remove; see `select`.
@@ -139,7 +147,8 @@ def compress(
     Raises:
         TypeError: If an option's name is unknown.
         ValueError: As for `select`; if both or neither of `cr` and `plan` are given; if `plan` was
-            made for another model; or if a subclassed model cannot be made from its config.
+            made for another model, or keeps more parameters than a compressed model has left; or
+            if a subclassed model cannot be made from its config.
 
     Example:
     ```python
@@ -201,6 +210,9 @@ def apply_plan(
     state of unchanged variables; see `ALDSCompress` for the rest. Compiled step functions are
     made again. If anything fails, the model is left unchanged.
 
+    In a compressed model, the factorized layers become dense first. If they are factorized already
+    as `plan` says, nothing changes, and a warning says so.
+
     Use this to load the saved weights of a compressed *subclassed* model, whose code creates dense
     layers. Otherwise use `compress`, which returns a new model.
 
@@ -213,8 +225,9 @@ def apply_plan(
         sequential: As for `compress`.
 
     Raises:
-        ValueError: If `plan` was made for another model, a kernel is not finite, or the
-            calibration data do not fit the model or `sequential`.
+        ValueError: If `plan` was made for another model, or keeps more parameters than a
+            compressed model has left, a kernel is not finite, or the calibration data do not fit
+            the model or `sequential`.
 
     Example:
     ```python

@@ -67,10 +67,23 @@ class ALDSCompress(_backend.Callback):
     compression, first factorize the model with `apply_plan` and the saved plan.
 
     The logs of every epoch contain `alds_cr`, the fraction of parameters removed so far, and
-    `alds_params`, the number of parameters.
+    `alds_params`, the number of parameters. If callbacks in one `fit` compress different
+    submodels, the names end in that of the submodel, as in `alds_cr_student`.
 
-    If training starts after `at_epoch` (`initial_epoch`), a dense model is compressed before its
-    first epoch, and a compressed model is trained as it is.
+    If training starts after `at_epoch` (`initial_epoch`), the model is compressed before its first
+    epoch.
+
+    A model that is compressed already, as far as asked or further, is trained on as it is. Before
+    the first epoch, a line says so. Otherwise it is compressed further: in place, each factorized
+    layer becomes dense again (W = E D), and slices and ranks are chosen anew. `cr` counts against
+    the parameters of the dense model. So several callbacks with growing `cr` compress step by step
+    in one `fit`, or in several. The optimizers follow both ways. State that is linear in gradients
+    keeps the part that the factors hold; squared gradients are taken to be products of a row and a
+    column, as in Adafactor.
+
+    In a model that trains others, such as a teacher and its student, name the one to compress as
+    `submodel`. Without it, the model must hold no frozen model among the layers to compress, since
+    its factors could not be trained.
 
     Args:
         cr: Float, 0 < cr < 1, or dict. The fraction to remove; see `select`.
@@ -78,11 +91,17 @@ class ALDSCompress(_backend.Callback):
             `initial_epoch`. 0 compresses the weights that `fit` starts with; use it only for a
             model that is already trained.
         plan: A `CompressionPlan` to apply instead of selecting one. Excludes `cr`.
+        submodel: The part to compress: its attribute path in the model that is being trained, such
+            as `"student"`, `"wrapped.encoder"` or `"blocks.0"`, or the model or layer itself.
+            `cr`, the plan, the logs and the printed line count this part only. With calibration
+            data or an objective other than `"params"`, it must be a model. Defaults to None: the
+            whole model.
         calibration_data: As for `select`. It is run through the model just before the compression.
             Defaults to None: if the method needs data, as `"activation"` does, up to 1024 examples
             of the `x` of `fit` are used (evenly spaced in arrays; a data set or PyDataset is
             iterated once more). If `x` is a generator, which cannot be restarted, pass examples
-            here.
+            here. With `submodel` these are inputs of the submodel, and a method that needs data
+            takes none from `fit`.
         sequential: As for `compress`.
         callbacks: The other callbacks of `fit`. Defaults to None: they are taken from the `fit`
             call that is running.
@@ -90,12 +109,13 @@ class ALDSCompress(_backend.Callback):
         {options}
 
     Attributes:
-        plan: The `CompressionPlan`, or None until the model is compressed.
+        plan: The `CompressionPlan`, or None as long as the callback has compressed nothing.
 
     Raises:
         TypeError: From the constructor, if `at_epoch` is missing or an option's name is unknown.
         ValueError: From the constructor, if an argument is invalid. From `fit`, if the model
-            cannot be compressed (see `select`) or a backup of `BackupAndRestore` does not fit it.
+            cannot be compressed (see `select`), holds no such submodel or a frozen model, a backup
+            of `BackupAndRestore` does not fit it, or several of these callbacks contradict.
             `fit` checks this when training starts, except for what depends on the weights, and
             changes nothing before the checks pass.
 
