@@ -7,16 +7,18 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from keras_alds._backend import wrappers
+from keras_alds._backend import backend_of, wrappers
 from keras_alds._backend.layers import KerasModel
 from keras_alds.methods import METHODS
 from keras_alds.models.calibration import Calibration
 from keras_alds.models.choices import kernels
 from keras_alds.models.in_place import apply, check_folded, check_sequential
-from keras_alds.models.inventory import Inventory
+from keras_alds.models.inventory import Inventory, check_is_model
 from keras_alds.models.matching import match
+from keras_alds.models.recompose import Request, already, inspected, recomposed, to_recompose
 from keras_alds.models.resources import Macs, Params, Resource
 from keras_alds.models.selection import Selection, candidates_of
+from keras_alds.models.submodels import frozen_part
 from keras_alds.options import Options, SelectOptions, check_cr_or_plan, takes_options
 from keras_alds.plan import CompressionPlan, check_plan
 
@@ -39,6 +41,10 @@ def select(
     The model is not changed. The singular values of each kernel are computed once and cached until
     its values change. A second call for the same model, with any `cr`, method or objective,
     therefore takes only milliseconds. The same weights always give exactly the same plan.
+
+    The plan for a compressed model is chosen for its dense form, in which every kernel is the
+    product of its factors. `cr` counts against the parameters of that form, so a larger `cr`
+    compresses the model further.
 
     Args:
         model: A built `keras.Model` or `tf_keras.Model` of any kind: Functional, Sequential,
@@ -64,7 +70,7 @@ def select(
     Raises:
         TypeError: If an option's name is unknown.
         ValueError: If an argument is invalid; if the model is not built, has no layer that can be
-            factorized, is already compressed, or has weights that are not finite; if the
+            factorized, or has weights that are not finite; if the
             calibration data do not fit the model, contain NaN or infinity, have fewer than 8
             examples, or are not used by the method; if no choice for a layer satisfies its
             `bounds`; if `cr` is not reachable (the message says what is); or if the latency table
@@ -84,7 +90,11 @@ def select(
     """
     has_data = calibration_data is not None
     checked = checked_options(cr, options, has_data=has_data, caller="select")
-    return choose(model, checked, calibration_data, stacklevel=2).plan
+    inventory = inspected(model, checked)
+    with recomposed(inventory, to_recompose(inventory, checked)):
+        chosen = choose(model, checked, calibration_data, stacklevel=2)
+        _warn_of_frozen(chosen, stacklevel=2)
+    return chosen.plan
 
 
 @takes_options()
@@ -112,6 +122,10 @@ def compress(
     apply the plan to a new instance first: `apply_plan(MyModel(), plan)`, then `load_weights`. A
     warning names the layers and models that cannot be made again from their config.
 
+    A compressed model is compressed further if `cr` is larger; see `select`. If it is compressed
+    already as asked or further, the new model is a copy, and a warning says so. Latency is always
+    chosen anew.
+
     Args:
         model: A built `keras.Model` or `tf_keras.Model`.
         cr: Float, 0 < cr < 1, or dict. The fraction to remove; see `select`.
@@ -135,7 +149,8 @@ def compress(
     Raises:
         TypeError: If an option's name is unknown.
         ValueError: As for `select`; if both or neither of `cr` and `plan` are given; if `plan` was
-            made for another model; or if a subclassed model cannot be made from its config.
+            made for another model, or keeps more parameters than a compressed model has left; or
+            if a subclassed model cannot be made from its config.
 
     Example:
     ```python
@@ -146,37 +161,40 @@ def compress(
     check_cr_or_plan(cr, plan, options, "compress")
     method = options.get("method") if plan is None else plan.method
     check_sequential(sequential, calibration_data, method)
-    keep, has_data = sequential is not False, calibration_data is not None
+    has_data = calibration_data is not None
     if plan is None:
-        checked = checked_options(cr, options, has_data=has_data, caller="compress")
-        chosen = choose(model, checked, calibration_data, keep=keep, stacklevel=2)
+        request: Request = checked_options(cr, options, has_data=has_data, caller="compress")
     else:
-        inventory = Inventory.of(model)
-        match(inventory, plan)
+        request = plan
         check_folded(plan, calibration_data)
-        calibration = None
-        if has_data:
-            calibration = Calibration.of(inventory, calibration_data, keep=keep, stacklevel=2)
-        if calibration is None and wants_data(plan):
+        if not has_data and wants_data(plan):
             warnings.warn(
                 "Expected `calibration_data` with a plan that was chosen with data (method "
                 f"{plan.method!r}). Received: None. The factors approximate the kernels instead "
                 "of the outputs, which costs accuracy. Pass the same data, or `CalibrationStats`.",
                 stacklevel=2,
             )
-        chosen = Chosen(plan, inventory, calibration)
-    backend = chosen.inventory.backend
-    with backend.creation_scope(model):
-        copy = backend.copy_model(model)
-    apply(
-        chosen.inventory.of_copy(copy),
-        chosen.plan,
-        chosen.calibration,
-        sequential,
+    check_is_model(model)
+    inventory = inspected(model, request)
+    met = already(inventory, request)
+    if met is not None:
+        warnings.warn(f"The model '{model.name}' is {met}: a copy is returned.", stacklevel=2)
+        return _copy(model)
+    if not to_recompose(inventory, request):
+        chosen = make_choice(model, request, calibration_data, sequential, stacklevel=2)
+        copy = _copy(model)
+        changed = chosen.inventory.of_copy(copy)
         # Statistics collected here are not used again.
-        last=chosen.calibration is not calibration_data,
-        stacklevel=2,
-    )
+        last = chosen.calibration is not calibration_data
+        apply(changed, chosen.plan, chosen.calibration, sequential, last=last, stacklevel=2)
+    else:
+        copy = _copy(model)
+        inventory = inspected(copy, request)
+        with recomposed(inventory, to_recompose(inventory, request), keep=True):
+            chosen = make_choice(copy, request, calibration_data, sequential, stacklevel=2)
+            apply(chosen.inventory, chosen.plan, chosen.calibration, sequential, stacklevel=2)
+    if plan is None:
+        _warn_of_frozen(chosen, stacklevel=2)
     return copy
 
 
@@ -194,6 +212,9 @@ def apply_plan(
     state of unchanged variables; see `ALDSCompress` for the rest. Compiled step functions are
     made again. If anything fails, the model is left unchanged.
 
+    In a compressed model, the factorized layers become dense first. If they are factorized already
+    as `plan` says, nothing changes, and a warning says so.
+
     Use this for a model that cannot be copied, or to load the weights of a compressed model into a
     new instance, whose code creates dense layers. Otherwise use `compress`, which returns a new
     model. Files are saved and loaded as after `compress`.
@@ -207,8 +228,9 @@ def apply_plan(
         sequential: As for `compress`.
 
     Raises:
-        ValueError: If `plan` was made for another model, a kernel is not finite, or the
-            calibration data do not fit the model or `sequential`.
+        ValueError: If `plan` was made for another model, or keeps more parameters than a
+            compressed model has left, a kernel is not finite, or the calibration data do not fit
+            the model or `sequential`.
 
     Example:
     ```python
@@ -221,13 +243,14 @@ def apply_plan(
     check_plan(plan)
     check_sequential(sequential, calibration_data, plan.method)
     check_folded(plan, calibration_data)
-    inventory = Inventory.of(model)
-    match(inventory, plan)
-    calibration = None
-    if calibration_data is not None:
-        keep = sequential is not False
-        calibration = Calibration.of(inventory, calibration_data, keep=keep, stacklevel=2)
-    apply(inventory, plan, calibration, sequential, stacklevel=2)
+    inventory = inspected(model, plan)
+    met = already(inventory, plan)
+    if met is not None:
+        warnings.warn(f"The model '{model.name}' is {met}: it is left as it is.", stacklevel=2)
+        return
+    with recomposed(inventory, to_recompose(inventory, plan), keep=True):
+        chosen = make_choice(model, plan, calibration_data, sequential, stacklevel=2)
+        apply(chosen.inventory, plan, chosen.calibration, sequential, stacklevel=2)
 
 
 # -- Shared with the callback and `sweep` ----------------------------------------------------------
@@ -240,6 +263,31 @@ class Chosen:
     plan: CompressionPlan
     inventory: Inventory
     calibration: Calibration | None
+
+
+def make_choice(
+    model: KerasModel,
+    request: Request,
+    calibration_data: Any,
+    sequential: bool | None,
+    *,
+    verbose: int = 1,
+    stacklevel: int = 1,
+) -> Chosen:
+    """What a compression needs: a new plan or the given one, and the calibration statistics."""
+    keep = sequential is not False
+    if isinstance(request, Options):
+        return choose(
+            model, request, calibration_data, keep=keep, verbose=verbose, stacklevel=stacklevel + 1
+        )
+    inventory = Inventory.of(model)
+    match(inventory, request)
+    calibration = None
+    if calibration_data is not None:
+        calibration = Calibration.of(
+            inventory, calibration_data, keep=keep, verbose=verbose, stacklevel=stacklevel + 1
+        )
+    return Chosen(request, inventory, calibration)
 
 
 def choose(
@@ -264,6 +312,27 @@ def choose(
         )
         selection = selection.calibrated(calibration.collected(inventory, verbose=verbose))
     return Chosen(selection.plan(), inventory, calibration)
+
+
+def _warn_of_frozen(chosen: Chosen, *, stacklevel: int) -> None:
+    """Warns if frozen models in a subclassed model are cut, such as a teacher."""
+    inventory = chosen.inventory
+    if inventory.backend.is_symbolic(inventory.model):
+        return
+    rows = zip(inventory.records, chosen.plan.choices, strict=True)
+    found = frozen_part(inventory.model, [record for record, c in rows if c.factorized])
+    if found is not None:
+        warnings.warn(
+            f"The plan factorizes {found}. To compress a model inside it only, pass that model. To "
+            "leave the frozen part as it is, exclude it.",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _copy(model: Any) -> Any:
+    backend = backend_of(model)
+    with backend.creation_scope(model):
+        return backend.copy_model(model)
 
 
 def selection_of(

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keras_alds import _backend
-from keras_alds.api import Chosen, checked_options, choose, selection_of, wants_data
+from keras_alds.api import checked_options, make_choice, selection_of, wants_data
 from keras_alds.kinds.base import is_factorized
 from keras_alds.methods import METHODS
-from keras_alds.models.calibration import Calibration, check_data
+from keras_alds.models.calibration import check_data
 from keras_alds.models.in_place import apply, check_folded, check_sequential
 from keras_alds.models.inventory import (
     Inventory,
@@ -26,6 +26,8 @@ from keras_alds.models.inventory import (
     walk,
 )
 from keras_alds.models.matching import match
+from keras_alds.models.recompose import Request, already, inspected, recomposed, to_recompose
+from keras_alds.models.submodels import find_submodel, frozen_part
 from keras_alds.options import (
     Options,
     SelectOptions,
@@ -65,10 +67,23 @@ class ALDSCompress(_backend.Callback):
     compression, first factorize the model with `apply_plan` and the saved plan.
 
     The logs of every epoch contain `alds_cr`, the fraction of parameters removed so far, and
-    `alds_params`, the number of parameters.
+    `alds_params`, the number of parameters. If callbacks in one `fit` compress different
+    submodels, the names end in that of the submodel, as in `alds_cr_student`.
 
-    If training starts after `at_epoch` (`initial_epoch`), a dense model is compressed before its
-    first epoch, and a compressed model is trained as it is.
+    If training starts after `at_epoch` (`initial_epoch`), the model is compressed before its first
+    epoch.
+
+    A model that is compressed already, as far as asked or further, is trained on as it is. Before
+    the first epoch, a line says so. Otherwise it is compressed further: in place, each factorized
+    layer becomes dense again (W = E D), and slices and ranks are chosen anew. `cr` counts against
+    the parameters of the dense model. So several callbacks with growing `cr` compress step by step
+    in one `fit`, or in several. The optimizers follow both ways. State that is linear in gradients
+    keeps the part that the factors hold; squared gradients are taken to be products of a row and a
+    column, as in Adafactor.
+
+    In a model that trains others, such as a teacher and its student, name the one to compress as
+    `submodel`. Without it, the model must hold no frozen model among the layers to compress, since
+    its factors could not be trained.
 
     Args:
         cr: Float, 0 < cr < 1, or dict. The fraction to remove; see `select`.
@@ -76,11 +91,17 @@ class ALDSCompress(_backend.Callback):
             `initial_epoch`. 0 compresses the weights that `fit` starts with; use it only for a
             model that is already trained.
         plan: A `CompressionPlan` to apply instead of selecting one. Excludes `cr`.
+        submodel: The part to compress: its attribute path in the model that is being trained, such
+            as `"student"`, `"wrapped.encoder"` or `"blocks.0"`, or the model or layer itself.
+            `cr`, the plan, the logs and the printed line count this part only. With calibration
+            data or an objective other than `"params"`, it must be a model. Defaults to None: the
+            whole model.
         calibration_data: As for `select`. It is run through the model just before the compression.
             Defaults to None: if the method needs data, as `"activation"` does, up to 1024 examples
             of the `x` of `fit` are used (evenly spaced in arrays; a data set or PyDataset is
             iterated once more). If `x` is a generator, which cannot be restarted, pass examples
-            here.
+            here. With `submodel` these are inputs of the submodel, and a method that needs data
+            takes none from `fit`.
         sequential: As for `compress`.
         callbacks: The other callbacks of `fit`. Defaults to None: they are taken from the `fit`
             call that is running.
@@ -88,12 +109,13 @@ class ALDSCompress(_backend.Callback):
         {options}
 
     Attributes:
-        plan: The `CompressionPlan`, or None until the model is compressed.
+        plan: The `CompressionPlan`, or None as long as the callback has compressed nothing.
 
     Raises:
         TypeError: From the constructor, if `at_epoch` is missing or an option's name is unknown.
         ValueError: From the constructor, if an argument is invalid. From `fit`, if the model
-            cannot be compressed (see `select`) or a backup of `BackupAndRestore` does not fit it.
+            cannot be compressed (see `select`), holds no such submodel or a frozen model, a backup
+            of `BackupAndRestore` does not fit it, or several of these callbacks contradict.
             `fit` checks this when training starts, except for what depends on the weights, and
             changes nothing before the checks pass.
 
@@ -109,7 +131,8 @@ class ALDSCompress(_backend.Callback):
     plan: CompressionPlan | None
     at_epoch: int
     verbose: int
-    _source: Options | CompressionPlan
+    _source: Request
+    _submodel: Any
     _calibration_data: Any
     _sequential: bool | None
     _callbacks: Sequence[Any] | None
@@ -121,6 +144,7 @@ class ALDSCompress(_backend.Callback):
         *,
         at_epoch: int,
         plan: CompressionPlan | None = None,
+        submodel: Any = None,
         calibration_data: Any = None,
         sequential: bool | None = None,
         callbacks: Sequence[Any] | None = None,
@@ -142,8 +166,15 @@ class ALDSCompress(_backend.Callback):
         else:
             check_folded(plan, calibration_data)
             self._source = plan
+        if submodel is not None and calibration_data is None and self._needs_data:
+            raise ValueError(
+                "Expected `calibration_data`, inputs of the submodel, for a method that needs "
+                "data: the `x` of `fit` are inputs of the whole model. "
+                f"Received: calibration_data=None, submodel={submodel!r}"
+            )
         data = () if calibration_data is None and self._needs_data else calibration_data
         check_sequential(sequential, data, self._source.method)
+        self._submodel = submodel
         self._calibration_data = calibration_data
         self._sequential = sequential
         self._callbacks = callbacks
@@ -155,14 +186,17 @@ class ALDSCompress(_backend.Callback):
     def _start_training(self) -> None:
         self._done = False
         self._started = False
+        self._checked = False
+        self._suffix = ""
         self._params_before: int | None = None
         self._watched: list[tuple[Any, np.ndarray]] = []
 
     # -- Methods that Keras calls ------------------------------------------------------------
 
     def set_model(self, model: Any) -> None:
-        """Raises if a backup does not fit the model, before any callback restores it."""
+        """Raises if there is no such submodel, or a backup that would be restored does not fit."""
         super().set_model(model)
+        self._part = find_submodel(model, self._submodel)
         for callback in self._siblings():
             missing = _backend.backend_of(model).missing_in_backup(callback, model)
             if missing is not None:
@@ -171,36 +205,35 @@ class ALDSCompress(_backend.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Raises every error that can be found before the first epoch."""
         self._start_training()
+        self._check_others()
         if self._calibration_data is not None or self._needs_forward:
-            _backend.backend_of(self.model).check_call(self.model)
-        if has_weights(self.model):
-            self._params_before = dense_params(self.model)
-            if not self._factorized_layers():
-                inventory = self._check()
-                if self._calibration_data is not None:
-                    check_data(inventory, self._calibration_data)
-        if self._needs_data and self._calibration_data is None:
+            self._check_forward()
+        if has_weights(self._part):
+            self._params_before = dense_params(self._part)
+            if not self._is_met():
+                self._check()
+        if self._needs_data and self._calibration_data is None and not self._done:
             self._training_inputs()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Compresses the model before epoch `at_epoch`."""
         resumed = not self._started and epoch > self.at_epoch
-        if not self._started and not resumed and self._factorized_layers():
-            self._check()  # raises, as the model is already compressed
         self._started = True
-        if self._done or epoch < self.at_epoch:
+        if self._done or epoch < self.at_epoch or self._is_met():
             return
-        if resumed and self._factorized_layers():
+        if resumed and self._measured and self._factorized_layers():
             self._done = True
-            self._say(f"epoch {epoch}: the model is already compressed, training continues")
+            self._say(f"epoch {epoch}: {self._named}already compressed, training on")
             return
+        if not self._checked:  # the model had no weights when training began
+            self._check()
         self._compress(epoch)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Adds `alds_cr` and `alds_params` to the logs."""
         if logs is not None:
-            logs["alds_cr"] = self._cr()
-            logs["alds_params"] = count_params(self.model)
+            logs[f"alds_cr{self._suffix}"] = self._cr()
+            logs[f"alds_params{self._suffix}"] = count_params(self._part)
         if self._watched:
             value = _backend.backend_of(self.model).value
             if all(np.array_equal(value(variable), old) for variable, old in self._watched):
@@ -226,65 +259,138 @@ class ALDSCompress(_backend.Callback):
 
     def _compress(self, epoch: int) -> None:
         start = time.perf_counter()
-        check_model(self.model)
-        self._params_before = dense_params(self.model)
-        chosen = self._choose()
-        apply(
-            chosen.inventory,
-            chosen.plan,
-            chosen.calibration,
-            self._sequential,
-            last=True,
-            verbose=self.verbose,
-            stacklevel=3,
-        )
+        check_model(self._part)
+        if self._params_before is None:
+            self._params_before = dense_params(self._part)
+        before = count_params(self._part)
+        inventory = inspected(self._part, self._source)
+        factorized, trainer = to_recompose(inventory, self._source), self.model
+        with recomposed(inventory, factorized, keep=True, trainer=trainer):
+            data = self._calibration_data
+            if data is None and self._needs_data:
+                data = self._training_inputs()
+            chosen = make_choice(
+                self._part,
+                self._source,
+                data,
+                self._sequential,
+                verbose=self.verbose,
+                stacklevel=4,
+            )
+            apply(
+                chosen.inventory,
+                chosen.plan,
+                chosen.calibration,
+                self._sequential,
+                trainer=trainer,
+                last=True,
+                verbose=self.verbose,
+                stacklevel=3,
+            )
         self.plan, self._done = chosen.plan, True
         backend = chosen.inventory.backend
         for callback in self._siblings():
             backend.forget_best(callback)
         layers = [layer for layer in self._factorized_layers() if layer.trainable]
         self._watched = [(layer.decoder, backend.value(layer.decoder)) for layer in layers]
+        frozen = len(self._factorized_layers()) - len(layers)
         self._say(
-            f"epoch {epoch}: {self._params_before:,} → {count_params(self.model):,} parameters "
-            f"(cr={self._cr():.4f}), {counted(len(chosen.plan.factorized), 'layer')} "
-            f"factorized in {time.perf_counter() - start:.1f} s"
+            f"epoch {epoch}: {self._named}{before:,} → {count_params(self._part):,} parameters "
+            f"(cr={self._cr():.4f}), {counted(len(chosen.plan.factorized), 'layer')} factorized "
+            f"{f'({frozen} of them frozen) ' if frozen else ''}in "
+            f"{time.perf_counter() - start:.1f} s"
         )
 
-    def _choose(self) -> Chosen:
-        """The plan for the current weights, with the inventory and calibration statistics."""
-        data = self._calibration_data
-        if data is None and self._needs_data:
-            data = self._training_inputs()
-        keep = self._sequential is not False
-        if isinstance(self._source, Options):
-            return choose(
-                self.model, self._source, data, keep=keep, verbose=self.verbose, stacklevel=4
-            )
-        inventory = Inventory.of(self.model)
-        match(inventory, self._source)
-        calibration = None
-        if data is not None:
-            calibration = Calibration.of(
-                inventory, data, keep=keep, verbose=self.verbose, stacklevel=4
-            )
-        return Chosen(self._source, inventory, calibration)
+    def _is_met(self) -> bool:
+        """Whether the model is compressed already as asked; says so once."""
+        met = already(inspected(self._part, self._source), self._source)
+        if met is not None:
+            self._done = True
+            self._say(f"{self._named}{met}, training on")
+        return met is not None
 
-    def _check(self) -> Inventory:
+    def _check(self) -> None:
         """Raises every error of model and options that does not depend on the weights."""
+        inventory = inspected(self._part, self._source)
+        with recomposed(inventory, to_recompose(inventory, self._source)):
+            if isinstance(self._source, Options):
+                selection = selection_of(
+                    self._part, self._source, verbose=self.verbose, stacklevel=4
+                )
+                inventory, chosen = selection.inventory, selection.inventory.candidates
+            else:
+                inventory = Inventory.of(self._part)
+                pairs = match(inventory, self._source)
+                chosen = tuple(record for record, choice in pairs if choice.factorized)
+            if self._calibration_data is not None:
+                check_data(inventory, self._calibration_data)
+        self._checked = True
+        if self._submodel is not None or (found := frozen_part(self._part, chosen)) is None:
+            return
+        raise ValueError(
+            "Expected `submodel` or `exclude` to say what to compress of a model with frozen "
+            f"parts, whose factors would not be trained. Received: {found}. Pass the path of the "
+            "model to compress as `submodel`, exclude the frozen part (it still counts in `cr`), "
+            "or pass submodel=model to compress all of it."
+        )
+
+    def _check_forward(self) -> None:
+        """Raises a ValueError if the part to compress cannot be run."""
+        backend = _backend.backend_of(self._part)
+        if not backend.is_model(self._part):
+            raise ValueError(
+                "Expected `submodel` to be a model, which calibration data and objectives other "
+                f"than \"params\" require. Received: the layer '{self._part.name}' of type "
+                f"{type(self._part).__name__}"
+            )
+        backend.check_call(self._part)
+
+    def _check_others(self) -> None:
+        """Raises a ValueError if another `ALDSCompress` contradicts this one."""
+        others = [c for c in self._siblings() if isinstance(c, ALDSCompress)]
+        if any(other._part is not self._part for other in others):
+            self._suffix = f"_{self._part_name}"
+        for other in others:
+            if other._part is not self._part or other.at_epoch > self.at_epoch:
+                continue
+            earlier, later = other._limits, self._limits
+            if other.at_epoch == self.at_epoch or any(
+                later[name] <= earlier[name] for name in earlier.keys() & later.keys()
+            ):
+                raise ValueError(
+                    "Expected several ALDSCompress callbacks for one model to remove more and "
+                    f"more. Received: {_limits_text(earlier)} at epoch {other.at_epoch}, then "
+                    f"{_limits_text(later)} at epoch {self.at_epoch}"
+                )
+
+    @property
+    def _limits(self) -> dict[str, float]:
+        """The fractions to remove."""
         if isinstance(self._source, Options):
-            return selection_of(
-                self.model, self._source, verbose=self.verbose, stacklevel=3
-            ).inventory
-        inventory = Inventory.of(self.model)
-        match(inventory, self._source)
-        return inventory
+            return dict(self._source.limits)
+        return {name: cost.removed for name, cost in self._source.costs.items()}
+
+    @property
+    def _measured(self) -> bool:
+        """Whether it cannot be counted how far a compressed model is compressed."""
+        return isinstance(self._source, Options) and "latency" in self._source.limits
+
+    @property
+    def _part_name(self) -> str:
+        """What the user calls the submodel."""
+        return self._submodel if isinstance(self._submodel, str) else self._part.name
+
+    @property
+    def _named(self) -> str:
+        """The beginning of messages about a submodel."""
+        return "" if self._part is self.model else f"{self._part_name}: "
 
     def _cr(self) -> float:
         before = self._params_before
-        return removed_fraction(before, count_params(self.model)) if before else 0.0
+        return removed_fraction(before, count_params(self._part)) if before else 0.0
 
     def _factorized_layers(self) -> list[Any]:
-        return [layer for _, layer in walk(self.model) if is_factorized(layer)]
+        return [layer for _, layer in walk(self._part) if is_factorized(layer)]
 
     def _say(self, line: str) -> None:
         if self.verbose:
@@ -336,6 +442,12 @@ class ALDSCompress(_backend.Callback):
             f"{os.fspath(callback.backup_dir)!r}, without {missing}. To resume, {remedy}. To start "
             "over, delete the folder."
         )
+
+
+def _limits_text(limits: Mapping[str, float]) -> str:
+    if len(limits) == 1:
+        return f"cr={next(iter(limits.values())):g}"
+    return ", ".join(f"{name}={fraction:g}" for name, fraction in limits.items())
 
 
 ALDSCompress.__doc__ = documented(ALDSCompress.__doc__)

@@ -16,6 +16,7 @@ from keras_alds import CalibrationStats, CompressionPlan, apply_plan, compress, 
 from keras_alds.kinds.base import is_factorized
 from keras_alds.models.inventory import Inventory, walk
 from keras_alds.models.matching import match
+from keras_alds.models.recompose import recomposed
 from keras_alds.resources import removed_fraction
 
 
@@ -449,16 +450,6 @@ class TestBadInput:
         with pytest.raises(ValueError, match="either `cr` or `plan`"):
             compress(small, 0.5, plan=select(small, 0.4))
 
-    def test_compressing_twice(self, small):
-        compressed = compress(small, 0.4)
-        for twice in (
-            lambda: select(compressed, 0.2),
-            lambda: compress(compressed, 0.2),
-            lambda: compress(compressed, plan=select(small, 0.4)),
-        ):
-            with pytest.raises(ValueError, match="not compressed yet"):
-                twice()
-
     def test_factorized_layers_of_the_users_own_can_be_left_alone(self, small):
         compressed = compress(small, 0.2, exclude=["hidden", "head"])
         kinds = [type(layer) for layer in factorized_layers(compressed)]
@@ -472,6 +463,80 @@ class TestBadInput:
         assert select(model, 0.3).cr >= 0.3
         with pytest.raises(ValueError, match=r"known input size.*'conv'"):
             select(model, 0.3, objective="macs")
+
+
+# -- Compressed models -----------------------------------------------------------------------------
+
+
+class TestCompressedModels:
+    def test_are_compressed_further_against_the_original(self, small):
+        compressed = compress(small, 0.3)
+        x = zoo.examples(small)
+        expected, weights = zoo.outputs(compressed, x), compressed.get_weights()
+        plan = select(compressed, 0.6)
+        smaller = compress(compressed, 0.6)
+        assert plan.params_before == small.count_params()
+        assert smaller.count_params() == plan.params_after <= 0.4 * small.count_params()
+        inventory = Inventory.of(compressed)
+        with recomposed(inventory, inventory.factorized):
+            small.set_weights(compressed.get_weights())  # the products of the factors
+        by_hand = compress(small, 0.6)
+        for a, b in zip(smaller.get_weights(), by_hand.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(zoo.outputs(compressed, x), expected)
+        for a, b in zip(weights, compressed.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert compress(smaller, {"params": 0.7, "macs": 0.4}).count_params() <= (
+            0.3 * small.count_params()
+        )
+
+    def test_calibration_data_are_used_again(self, small):
+        x = zoo.examples(small, 32)
+        compressed = compress(small, 0.3, calibration_data=x)
+        smaller = compress(compressed, 0.6, calibration_data=x)
+        assert smaller.count_params() <= 0.4 * small.count_params()
+        stats = CalibrationStats.collect(small, x, verbose=0)
+        with pytest.warns(UserWarning, match="weights"):
+            assert select(compressed, 0.6, calibration_data=stats).cr >= 0.6
+
+    def test_a_compressed_model_is_copied_with_a_word(self, small):
+        compressed, x = compress(small, 0.4), zoo.examples(small)
+        for options in (
+            {"cr": 0.2},
+            {"cr": {"params": 0.4}},
+            {"cr": 0.1, "objective": "macs"},
+            {"plan": select(small, 0.4)},
+        ):
+            with pytest.warns(UserWarning, match=r"is already compressed to cr=0\.\d\d.*a copy"):
+                again = compress(compressed, **options)
+            assert again is not compressed
+            np.testing.assert_array_equal(zoo.outputs(again, x), zoo.outputs(compressed, x))
+
+    def test_plans_in_place(self, small):
+        less, plan, more = (select(small, cr) for cr in (0.2, 0.4, 0.6))
+        layer, bias = small.get_layer("down"), small.get_layer("down").bias
+        dense = small.count_params()
+        apply_plan(small, plan)
+        weights = small.get_weights()
+        with pytest.warns(UserWarning, match="already compressed to cr=.* left as it is"):
+            apply_plan(small, plan)
+        for apply in (apply_plan, lambda model, plan: compress(model, plan=plan)):
+            with pytest.raises(ValueError, match="not compressed yet"):
+                apply(small, less)
+        for a, b in zip(weights, small.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+        apply_plan(small, more)
+        assert 1 - small.count_params() / dense == more.cr
+        assert small.get_layer("down") is layer
+        assert layer.bias is bias
+
+    def test_layers_that_are_excluded_stay_factorized(self, small):
+        compressed = compress(small, 0.3)
+        (layer,) = factorized_layers(compressed)
+        shape = layer.encoder.shape
+        smaller = compress(compressed, 0.05, exclude=layer.name)
+        assert smaller.get_layer(layer.name).encoder.shape == shape
+        assert smaller.count_params() <= 0.95 * compressed.count_params()
 
 
 # -- Warnings --------------------------------------------------------------------------------------

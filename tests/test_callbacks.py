@@ -895,23 +895,6 @@ class TestErrors:
         assert [(path, type(layer)) for path, layer in walk(model)] == kinds
         assert len(fit(model, [], epochs=1).history["loss"]) == 1  # the optimizer is whole
 
-    def test_compressing_twice(self, keras_module):
-        model = compiled(keras_module)
-        fit(model, [ALDSCompress(cr=0.4, at_epoch=0, verbose=0)], epochs=1)
-        weights = model.get_weights()
-        with pytest.raises(ValueError, match="not compressed yet"):
-            fit(model, [ALDSCompress(cr=0.2, at_epoch=0)], epochs=1)
-        for a, b in zip(weights, model.get_weights(), strict=True):
-            np.testing.assert_array_equal(a, b)
-
-    def test_compressing_twice_is_told_before_the_first_epoch(self, keras_module):
-        model = compiled(keras_module)
-        fit(model, [ALDSCompress(cr=0.4, at_epoch=0, verbose=0)], epochs=1)
-        steps = int(model.optimizer.iterations)
-        with pytest.raises(ValueError, match="not compressed yet"):
-            fit(model, [ALDSCompress(cr=0.2, at_epoch=2)], epochs=3)
-        assert int(model.optimizer.iterations) == steps
-
     def test_a_plan_for_another_model_is_told_before_the_first_epoch(self, keras_module):
         model = compiled(keras_module)
         plan = select(zoo.sequential(keras_module), 0.3)

@@ -96,6 +96,7 @@ class Cloning(Graphs, Training):
                 lambda inputs: copy(inputs, training=False), autograph=False
             ).get_concrete_function(specs)
         except Exception as error:
+            parts = ", ".join(f"`compress(model.{name}, …)`" for name in self.parts(model))
             raise ValueError(
                 f"A copy of the subclassed model '{model.name}' could not be made from its config "
                 f"({type(error).__name__}: {error}). Expected `get_config()` of "
@@ -103,6 +104,7 @@ class Cloning(Graphs, Training):
                 "to build the model from them. Remedy: implement both; or create a second instance "
                 "yourself and compress it with `apply_plan(instance, plan)`; or compress in "
                 "training with `ALDSCompress`, which needs no copy."
+                + (f" Or compress a model inside it: {parts}." if parts else "")
             ) from error
         return copy
 

@@ -53,10 +53,12 @@ class Graphs(Layers):
     def check_call(self, model: Model) -> None:
         """Raises a ValueError for a model with a `train_step` but no `call`."""
         if type(model).call is self.keras.Model.call:
+            parts = self.parts(model)
+            inside = f"Compress a model inside it ({', '.join(parts)}), write" if parts else "Write"
             raise ValueError(
                 f"Expected the model '{model.name}' to have a `call`, which calibration data and "
                 f'objectives other than "params" require. Received: {type(model).__name__} without '
-                'one. Write one, or use objective="params" without calibration data.'
+                f'one. {inside} one, or use objective="params" without calibration data.'
             )
 
     def input_specs(self, model: Model) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -65,6 +65,10 @@ class Layers:
     def is_model(self, obj: object) -> bool:
         """Whether `obj` is a model."""
         return isinstance(obj, self.keras.Model)
+
+    def parts(self, model: Model) -> list[str]:
+        """The attributes of `model` that are models."""
+        return [n for n, v in vars(model).items() if self.is_model(v) and not n.startswith("_")]
 
     def children(self, layer: Layer) -> list[Layer]:
         """The layers directly inside `layer`, in creation order (no metrics)."""
@@ -126,7 +130,7 @@ class Layers:
         with strategy.scope() if strategy is not None else contextlib.nullcontext():
             yield
 
-    def transplant(self, old: Layer, new: Layer, kept: Mapping[str, str] | None = None) -> Undo:
+    def transplant(self, old: Layer, new: Layer, kept: Mapping[Any, str] | None = None) -> Undo:
         """Gives the layer object `old` the class and state of `new`; do not use `new` afterwards.
 
         The object itself, its name and its place in every graph stay, so references to the layer
@@ -137,7 +141,8 @@ class Layers:
             new: A layer with the same inputs and outputs. If it is not built, `old` builds itself
                 as the new layer later.
             kept: Variables of `old` to keep, as `{attribute of old: attribute of new}`, in the
-                order of the last variables of `new`. Defaults to none.
+                order of the last variables of `new`. The key None stands for a variable that `new`
+                has of its own, at this place in the order. Defaults to none.
 
         Returns:
             A function that undoes the change.
@@ -145,8 +150,9 @@ class Layers:
         if not new.built:
             self._build_later(old, new)
         for theirs, ours in (kept or {}).items():
-            if getattr(old, theirs, None) is not None and getattr(new, ours, None) is not None:
-                self._share(getattr(old, theirs), new, ours)
+            variable = getattr(new, ours) if theirs is None else getattr(old, theirs, None)
+            if variable is not None and getattr(new, ours, None) is not None:
+                self._share(variable, new, ours)
         before, before_class = dict(old.__dict__), type(old)
         state = self._unbound(new) if new.built else dict(new.__dict__)
         state.update({key: before[key] for key in self._place if key in before})
@@ -206,14 +212,17 @@ class Layers:
         """
         return lambda: None
 
-    def adopt(self, layer: Layer, cls: type, attributes: dict[str, Any]) -> Undo:
-        """Changes the class of `layer` to a subclass, with further attributes.
+    def adopt(
+        self, layer: Layer, cls: type, attributes: dict[str, Any], forget: Collection[str] = ()
+    ) -> Undo:
+        """Changes the class of `layer` to a sub- or superclass, with and without some attributes.
 
         Returns:
             A function that undoes the change.
         """
         before, before_class = dict(layer.__dict__), type(layer)
-        become(layer, cls, {**before, **attributes})
+        kept = {name: value for name, value in before.items() if name not in forget}
+        become(layer, cls, {**kept, **attributes})
         return lambda: become(layer, before_class, before)
 
     def _losses_of(self, old: Layer, new: Layer) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import keras
@@ -65,6 +66,21 @@ class Holders:
             [item for item in found if isinstance(item, optimizers) and _is_whole(backend, item)],
             [item for item in found if isinstance(item, (_FUNCTION, _CONCRETE))],
         )
+
+    def holding(self, variables: Iterable[Variable], but: Collection[Layer] = ()) -> list[Layer]:
+        """The layers that held one of some variables, each before those that hold it.
+
+        Args:
+            variables: The variables.
+            but: Layers to leave out.
+        """
+        wanted = set(map(id, variables))
+        found = [
+            (len(held), layer)
+            for layer, held in self.layers.items()
+            if layer not in but and not wanted.isdisjoint(map(id, held))
+        ]
+        return [layer for _, layer in sorted(found, key=lambda item: item[0])]
 
     def forget_graphs(self, gone: list[Variable], undo: list[Undo]) -> None:
         """Drops the graphs that read variables which are gone; their functions trace again.

@@ -180,6 +180,11 @@ class Attention(Kind):
             return None
         return backend.adopt(layer, self.layer_class(backend), {"projections": found})
 
+    def release(self, backend: _backend.Backend, layer: Any) -> Undo | None:
+        if type(layer) is not self.layer_class(backend):
+            return None
+        return backend.adopt(layer, self.stock_class(backend), {}, forget=("projections",))
+
 
 register(
     Attention("GroupQueryAttention", FactorizedGroupQueryAttention),

@@ -17,6 +17,7 @@ import keras
 import numpy as np
 
 from keras_alds import _backend
+from keras_alds._backend.layers import dtype_policy
 from keras_alds.core.calibration.moments import moment_blocks
 from keras_alds.core.calibration.patches import patch_chunks
 from keras_alds.core.slicing import Array, Unfolding, distinct_schemes, divisors, weights
@@ -181,6 +182,16 @@ class Kind:
         """
         return None
 
+    def release(self, backend: _backend.Backend, layer: Any) -> Undo | None:
+        """The inverse of `adopt`, for a layer in which everything is to be dense again.
+
+        Kernels in `kernels` are still factorized, and become dense here.
+
+        Returns:
+            A function that puts everything back, or None if there is nothing to do.
+        """
+        return None
+
     def calling_kernels(
         self, layer: Any, wanted: Collection[Any], values: bool
     ) -> contextlib.AbstractContextManager[None]:
@@ -224,6 +235,8 @@ class KernelKind(Kind):
         kernel: Name of the attribute that holds the kernel.
         part: Prefix of the names of the kernel's initializer, regularizer and constraint.
         kept: Weights that the factorized layer takes over: `{stock attribute: its attribute}`.
+        kept_back: The same for a stock layer in place of a factorized one, in the order of the
+            stock layer's weights. The key None stands for its kernel, if that is not the first.
         copied: Constructor arguments to copy from the stock layer's attributes of that name.
         sample: Positional arguments that are valid for any layer of the class.
         max_slices: Largest number of slices, or None.
@@ -238,6 +251,7 @@ class KernelKind(Kind):
     kernel: ClassVar[str] = "kernel"
     part: ClassVar[str] = "kernel"
     kept: ClassVar[dict[str, str]] = {"bias": "bias"}
+    kept_back: ClassVar[dict[str | None, str]] = {"bias": "bias"}
     copied: ClassVar[tuple[str, ...]] = ()
     sample: ClassVar[tuple[Any, ...]] = (1, 1)
     max_slices: ClassVar[int | None] = None
@@ -252,7 +266,9 @@ class KernelKind(Kind):
         return getattr(layer, self.kernel)
 
     def shape(self, layer: Any) -> tuple[int, ...]:
-        """The kernel's shape in the layer's own layout."""
+        """The kernel's shape in the stock layer's own layout."""
+        if is_factorized(layer):
+            return tuple(layer.kernel_shape)
         return tuple(int(size) for size in self.variable(layer).shape)
 
     def setting_name(self, layer: Any, name: str) -> str:
@@ -344,7 +360,10 @@ class KernelKind(Kind):
     # -- The factorized layer ----------------------------------------------------------------
 
     def arguments(self, layer: Any) -> dict[str, Any]:
-        """The factorized layer's arguments besides slices, rank and those of every layer."""
+        """The factorized layer's arguments besides slices, rank and those of every layer.
+
+        A stock layer in place of a factorized one is made with the same.
+        """
         return {
             **{name: getattr(layer, name) for name in self.copied},
             "activation": layer.activation,
@@ -355,6 +374,26 @@ class KernelKind(Kind):
     def input_shape(self, layer: Any) -> Shape:
         """An input shape to build the factorized layer."""
         raise NotImplementedError
+
+    def stock(self, layer: Any) -> Any:
+        """A new built stock layer that does what a factorized layer does, bias and kernel aside."""
+        backend = _backend.backend_of(layer)
+        stock = self.stock_class(backend)(
+            **self.arguments(layer),
+            # The values are assigned later; tf_keras warns of an initializer that is used twice.
+            **{f"{self.part}_initializer": "zeros"},
+            **{f"{self.part}_regularizer": layer.encoder_regularizer},
+            activity_regularizer=layer.activity_regularizer,
+            name=layer.name,
+            trainable=layer.trainable,
+            dtype=dtype_policy(layer),
+        )
+        with backend.name_scope(layer):
+            stock.build(self.input_shape(layer))
+        setattr(stock, self.setting_name(stock, "initializer"), layer.encoder_initializer)
+        if layer.trainable:
+            backend.copy_trainable(layer.encoder, self.variable(stock))
+        return stock
 
     def standing_for(self, layer: Any, factorized: Any) -> contextlib.AbstractContextManager[None]:
         """Within this context, the stock layer's `call` computes what the factorized one does."""

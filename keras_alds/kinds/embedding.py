@@ -161,6 +161,7 @@ class Embedding(KernelKind):
     kernel: ClassVar[str] = "embeddings"
     part: ClassVar[str] = "embeddings"
     kept: ClassVar[dict[str, str]] = {}
+    kept_back: ClassVar[dict[str | None, str]] = {}
     copied: ClassVar[tuple[str, ...]] = ("input_dim", "output_dim", "mask_zero")
     max_slices: ClassVar[int | None] = 1
     principal = False

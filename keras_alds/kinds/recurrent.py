@@ -704,19 +704,40 @@ class Cell(Kind):
         kernels = {n: k for n, k in _KERNELS.get(layer, {}).items() if is_factorized(k)}
         if not kernels or not self.is_stock(layer):
             return None
-        cls = self.layer_class(backend)
         found = {name: {"slices": k.slices, "rank": k.rank} for name, k in kernels.items()}
-        new = cls.from_config({**layer.get_config(), "kernels": found})
-        for name in ("implementation", "dropout_mask_count"):  # not in every config
-            if name in layer.__dict__:
-                setattr(new, name, layer.__dict__[name])
-        new.build((None, int(layer.kernel.shape[0])))
+        new = _like(layer, self.layer_class(backend), {"kernels": found})
         for name, kernel in kernels.items():
             backend.transplant(getattr(new, name), kernel)
-        if hasattr(layer, "seed_generator"):
-            new.seed_generator.state.assign(layer.seed_generator.state)
         kept = [name for name in (*KERNELS, "bias") if name not in kernels]
         return backend.transplant(layer, new, {name: name for name in kept})
+
+    def release(self, backend: _backend.Backend, layer: Any) -> Undo | None:
+        if type(layer) is not self.layer_class(backend):
+            return None
+        new = _like(layer, self.stock_class(backend))
+        factorized = {n: k for n, k in all_kernels(layer).items() if is_factorized(k)}
+        for name, kernel in factorized.items():
+            getattr(new, name).assign(kernel.kernel)
+        # The weights that are kept come last, so the recurrent kernel comes after a kept kernel.
+        order: dict[str | None, str] = {
+            None if name in factorized else name: name for name in (*KERNELS, "bias")
+        }
+        return backend.transplant(layer, new, order)
+
+
+def _like(cell: Any, cls: type, more: Mapping[str, Any] | None = None) -> Any:
+    """A new built cell of another class with the settings of `cell`, and `more`."""
+    config = {name: value for name, value in cell.get_config().items() if name != "kernels"}
+    new = cls.from_config({**config, **(more or {})})  # type: ignore[attr-defined]
+    for name in ("implementation", "dropout_mask_count"):  # not in every config
+        if name in cell.__dict__:
+            setattr(new, name, cell.__dict__[name])
+    kernel = cell.kernel
+    rows = kernel.kernel_shape[0] if is_factorized(kernel) else kernel.shape[0]
+    new.build((None, int(rows)))
+    if hasattr(cell, "seed_generator"):
+        new.seed_generator.state.assign(cell.seed_generator.state)
+    return new
 
 
 def _follows_steps(layer: Any) -> bool:
@@ -777,12 +798,24 @@ class Recurrent(Running):
             return None
         return backend.adopt(layer, self.layer_class(backend), {})
 
+    def release(self, backend: _backend.Backend, layer: Any) -> Undo | None:
+        if type(layer) is not self.layer_class(backend):
+            return None
+        # A layer that was loaded lacks what the loop of the stock layer has beside.
+        cls = self.stock_class(backend)
+        stock = cls.from_config(cls.get_config(layer))
+        more = {name: v for name, v in vars(stock).items() if name not in vars(layer)}
+        return backend.adopt(layer, cls, more)
+
 
 class Bidirectional(Running):
     """`Bidirectional`."""
 
     def adopt(self, backend: _backend.Backend, layer: Any) -> Undo | None:
         return backend.renew_bidirectional(layer) if self.is_written_out(layer) else None
+
+    def release(self, backend: _backend.Backend, layer: Any) -> Undo | None:
+        return backend.renew_bidirectional(layer)
 
 
 class ConvolutionalLSTM(Kind):

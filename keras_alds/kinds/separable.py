@@ -289,6 +289,11 @@ class Separable(BaseConvolution):
     kernel: ClassVar[str] = "pointwise_kernel"
     part: ClassVar[str] = "pointwise"
     kept: ClassVar[dict[str, str]] = {"depthwise_kernel": "depthwise", "bias": "bias"}
+    kept_back: ClassVar[dict[str | None, str]] = {
+        "depthwise": "depthwise_kernel",
+        None: "pointwise_kernel",
+        "bias": "bias",
+    }
     copied: ClassVar[tuple[str, ...]] = (
         *BaseConvolution.copied,
         "depth_multiplier",

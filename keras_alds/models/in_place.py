@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from rich.progress import Progress
 
+from keras_alds import _backend
 from keras_alds._backend import wrappers
 from keras_alds._backend.live import Holders, empty, variables_of
 from keras_alds.core.calibration.moments import SecondMoment
@@ -22,7 +25,7 @@ from keras_alds.models.data import KeptExamples
 from keras_alds.models.factorize import Replacement, replacement
 from keras_alds.models.inventory import Inventory, outermost_holders
 from keras_alds.models.matching import Pairs, match
-from keras_alds.models.optimizer import carry_optimizers
+from keras_alds.models.optimizer import Exchange, carried, carry_optimizers
 from keras_alds.models.sequential import Walk, most_reruns
 from keras_alds.plan import CompressionPlan
 
@@ -36,6 +39,7 @@ def apply(
     calibration: Calibration | None = None,
     sequential: bool | None = None,
     *,
+    trainer: Any | None = None,
     last: bool = False,
     verbose: int = 1,
     stacklevel: int = 1,
@@ -50,6 +54,8 @@ def apply(
         calibration: Statistics or examples of the layers' inputs. Defaults to None: the factors
             approximate the kernels.
         sequential: As for `compress`.
+        trainer: Another model that trains these layers. Its optimizers and compiled functions
+            follow the change. Defaults to None.
         last: Whether the statistics are not used again, so that they can be dropped.
         verbose: 0 prints nothing; otherwise a terminal shows a progress bar.
         stacklevel: The frame that warnings name; 1 is the caller of this function.
@@ -76,7 +82,7 @@ def apply(
                 replacement(record, choice, moment=moments[record.path], make=make)
                 for record, choice in pairs
             ]
-    _change(inventory, made, stacklevel=stacklevel + 1)
+    _change(inventory, made, trainer, stacklevel=stacklevel + 1)
 
 
 def _warn_of_holders(inventory: Inventory, *, stacklevel: int) -> None:
@@ -98,15 +104,17 @@ def _warn_of_holders(inventory: Inventory, *, stacklevel: int) -> None:
         )
 
 
-def _change(inventory: Inventory, made: Sequence[Replacement], *, stacklevel: int) -> None:
-    """Replaces layers, masks, optimizer state and graphs together; undoes all if a step fails.
-
-    The optimizers and graphs of other models that hold a layer too are part of it.
-    """
-    backend, model = inventory.backend, inventory.model
-    undo: list[Callable[[], None]] = []
-    try:
-        alive = Holders.of(backend, model)
+def _change(
+    inventory: Inventory,
+    made: Sequence[Replacement],
+    trainer: Any | None = None,
+    *,
+    stacklevel: int,
+) -> None:
+    """Replaces layers, masks, optimizer state and graphs together; undoes all if a step fails."""
+    backend = inventory.backend
+    with surgery(inventory, trainer) as operation:
+        undo = operation.undo
         kernels = {r.layer: r.kind.variable(r.layer) for r in made}
         for r in made:  # one by one, so that a failure can undo the earlier ones
             undo.append(backend.transplant(r.layer, r.factorized, r.kind.kept))
@@ -114,16 +122,51 @@ def _change(inventory: Inventory, made: Sequence[Replacement], *, stacklevel: in
                 undo.append(functools.partial(r.layer.bias.assign, backend.value(r.layer.bias)))
                 r.layer.bias.assign(r.bias)
         # Cells come before the layers that run them.
-        for layer in (*(layer for _, layer in reversed(inventory.layers)), model):
+        inside = dict.fromkeys(
+            [*(layer for _, layer in reversed(inventory.layers)), inventory.model]
+        )
+        for layer in (*inside, *operation.alive.holding(kernels.values(), but=inside)):
             undo += filter(None, (stock_kind(layer).adopt(backend, layer), holders.adopt(layer)))
         _warn_of_holders(inventory, stacklevel=stacklevel + 1)
-        with backend.creation_scope(model):
-            for wrapper in inventory.pruning:
-                if wrapper.layer in kernels:
-                    undo += [wrappers.renew_masks(backend, wrapper)]
-            slots = carry_optimizers(backend, alive, kernels, undo)
-        alive.forget_graphs([*kernels.values(), *slots], undo)
-        tied = _tied(alive, kernels)
+        for wrapper in inventory.pruning:
+            if wrapper.layer in kernels:
+                undo += [wrappers.renew_masks(backend, wrapper)]
+        exchanges = [_factorized(backend, layer, kernel) for layer, kernel in kernels.items()]
+        operation.carry(exchanges, stacklevel=stacklevel + 1)
+
+
+def _factorized(backend: _backend.Backend, layer: Any, kernel: Any) -> Exchange:
+    """A kernel in whose place are the factors of a layer."""
+
+    def convert(meaning: str, states: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        return carried(backend, meaning, states[0], layer)
+
+    return Exchange(layer, (kernel,), (layer.encoder, layer.decoder), convert)
+
+
+@dataclasses.dataclass
+class Surgery:
+    """A change of a model's layers that is under way.
+
+    Attributes:
+        backend: The model's backend.
+        alive: What may hold the layers, as it was before the change.
+        undo: Functions that undo the steps so far, the first step first.
+    """
+
+    backend: _backend.Backend
+    alive: Holders
+    undo: list[Callable[[], None]]
+
+    def carry(self, exchanges: Sequence[Exchange], *, stacklevel: int = 1) -> None:
+        """Makes optimizers and graphs follow the exchanged variables, whoever holds them.
+
+        Nothing can compute with the old variables afterwards.
+        """
+        gone = [variable for e in exchanges for variable in e.old]
+        slots = carry_optimizers(self.backend, self.alive, exchanges, self.undo)
+        self.alive.forget_graphs([*gone, *slots], self.undo)
+        tied = _tied(self.alive, exchanges)
         for layer, holder in tied.items():
             warnings.warn(
                 f"The kernel of layer '{layer.name}' is also a weight of the layer "
@@ -131,25 +174,42 @@ def _change(inventory: Inventory, made: Sequence[Replacement], *, stacklevel: in
                 f"are not tied any more. exclude=['{layer.name}'] keeps them tied.",
                 stacklevel=stacklevel + 1,
             )
-        for layer, kernel in kernels.items():
-            if layer not in tied:
-                undo.append(empty(kernel))
+        self.undo += [empty(v) for e in exchanges if e.layer not in tied for v in e.old]
+
+    def revert(self) -> None:
+        """Undoes all steps."""
+        while self.undo:
+            self.undo.pop()()
+
+
+@contextlib.contextmanager
+def surgery(inventory: Inventory, trainer: Any | None = None) -> Iterator[Surgery]:
+    """Undoes all steps if one fails inside.
+
+    Args:
+        inventory: The model whose layers change.
+        trainer: Another model that trains these layers, or None.
+    """
+    backend = inventory.backend
+    # The one that trains them first: its order of variables is that of its optimizer.
+    first = inventory.model if trainer is None else trainer
+    operation = Surgery(backend, Holders.of(backend, first), [])
+    try:
+        with backend.creation_scope(first):
+            yield operation
     except BaseException:
-        for step in reversed(undo):
-            step()
+        operation.revert()
         raise
 
 
-def _tied(alive: Holders, kernels: dict[Any, Any]) -> dict[Any, Any]:
-    """The factorized layers whose kernel is still a weight of another layer, and that layer."""
-    layers = {id(kernel): layer for layer, kernel in kernels.items()}
+def _tied(alive: Holders, exchanges: Sequence[Exchange]) -> dict[Any, Any]:
+    """The changed layers whose old variable is still a weight of another layer, and that layer."""
+    layers = {id(variable): e.layer for e in exchanges for variable in e.old}
     found: dict[Any, Any] = {}
-    # A layer comes before those that hold it.
-    for holder, before in sorted(alive.layers.items(), key=lambda item: len(item[1])):
-        if any(id(variable) in layers for variable in before):
-            for variable in variables_of(holder):
-                if id(variable) in layers:
-                    found.setdefault(layers[id(variable)], holder)
+    for holder in alive.holding([variable for e in exchanges for variable in e.old]):
+        for variable in variables_of(holder):
+            if id(variable) in layers:
+                found.setdefault(layers[id(variable)], holder)
     return found
 
 

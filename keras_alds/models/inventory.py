@@ -241,17 +241,23 @@ _CALLS: weakref.WeakKeyDictionary[Any, list[tuple[weakref.ref[Any], type, Calls]
 )
 
 
-def check_model(model: Any) -> None:
-    """Raises a ValueError unless `model` is a Keras model with weights.
-
-    A model with its own `train_step` need not be built or have a `call`.
-    """
+def check_is_model(model: Any) -> None:
+    """Raises a ValueError unless `model` is a Keras model."""
     backend = _backend.backend_of(model)
     if not backend.is_model(model):
         raise ValueError(
             f"Expected `model` to be a `{backend.name}.Model`. "
             f"Received: model={model!r} of type {type(model).__name__}"
         )
+
+
+def check_model(model: Any) -> None:
+    """Raises a ValueError unless `model` is a Keras model, or a layer of layers, with weights.
+
+    A model with its own `train_step` need not be built or have a `call`.
+    """
+    if not _backend.backend_of(model).children(model):
+        check_is_model(model)
     if not has_weights(model):
         raise ValueError(
             f"Expected the model '{model.name}' to be built. Received: a model without weights. "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from keras_alds.kinds.base import factorized_kind, is_factorized, scheme_of
 from keras_alds.models.inventory import Inventory, LayerRecord, already_compressed
-from keras_alds.plan import CompressionPlan, LayerChoice
+from keras_alds.plan import CompressionPlan, LayerChoice, Skip
 from keras_alds.tables import counted
 
 Pairs = list[tuple[LayerRecord, LayerChoice]]
@@ -51,3 +52,20 @@ def _fits(record: LayerRecord | None, choice: LayerChoice) -> bool:
         return False
     known = not choice.scheme or choice.scheme in record.kind.schemes(record.layer).values()
     return known and record.params == choice.params_before
+
+
+def is_applied(inventory: Inventory, plan: CompressionPlan) -> bool:
+    """Whether the layers of a model are factorized as a plan says."""
+    records = inventory.records
+    return len(records) == len(plan.choices) and all(map(_is_as_chosen, records, plan.choices))
+
+
+def _is_as_chosen(record: LayerRecord, choice: LayerChoice) -> bool:
+    layer = record.layer
+    if not is_factorized(layer):
+        return not choice.factorized and record.params == choice.params_before
+    if not choice.factorized:
+        return choice.reason_code == Skip.FACTORIZED.value
+    shape = factorized_kind(layer).folded(layer, 0).shape(layer.kernel_shape)
+    found = layer.slices, layer.rank, scheme_of(layer), shape
+    return found == (choice.slices, choice.rank, choice.scheme, choice.kernel_shape)

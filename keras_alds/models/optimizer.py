@@ -1,15 +1,18 @@
-"""Converts optimizer state from a kernel W to its factors E and D, W ≈ E D.
+"""Converts optimizer state between a kernel W and its factors E and D, W ≈ E D.
 
 If G is the gradient of the loss with respect to W, those with respect to the factors are G Dᵀ and
 Eᵀ G. State that is linear in past gradients (momentum, first moments, accumulated gradients) is
 converted by these products. Averages of squared gradients are converted by the products with the
 squared factors, their expectation for uncorrelated entries of G. An average of weights starts at
 the factor itself, and any other state at its initial value.
+
+`gathered` converts the other way, where factors become a dense kernel again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,21 +20,39 @@ import numpy as np
 from keras_alds import _backend
 from keras_alds._backend.live import Holders, variables_of
 from keras_alds._backend.training import AVERAGE, SQUARED, slot_meaning
-from keras_alds.core.slicing import fold_encoder, unfold, unfold_encoder
+from keras_alds.core.slicing import Unfolding, fold_encoder, unfold, unfold_encoder
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Exchange:
+    """Variables that take the place of others.
+
+    Attributes:
+        layer: The layer that they belong to.
+        old: A kernel, or an encoder and a decoder.
+        new: What replaces it.
+        convert: `convert(meaning, values)` returns the optimizer's state of the new variables from
+            the values of the old variables' state. `meaning` is one of `slot_meaning`.
+    """
+
+    layer: Any
+    old: tuple[Any, ...]
+    new: tuple[Any, ...]
+    convert: Callable[[str, list[np.ndarray]], Sequence[np.ndarray]]
 
 
 def carry_optimizers(
     backend: _backend.Backend,
     holders: Holders,
-    kernels: dict[Any, Any],
+    exchanges: Sequence[Exchange],
     undo: list[Callable[[], None]],
 ) -> list[Any]:
-    """Rebuilds every optimizer that updates a replaced kernel, and converts its state.
+    """Rebuilds every optimizer that updates an exchanged variable, and converts its state.
 
     Args:
         backend: The backend of the layers.
-        holders: What was alive before the layers were factorized in place.
-        kernels: The replaced kernel variables, by their factorized layers.
+        holders: What was alive before the layers were changed in place.
+        exchanges: The variables that were replaced.
         undo: A list to which functions are appended that restore the optimizers.
 
     Returns:
@@ -40,40 +61,38 @@ def carry_optimizers(
     Raises:
         ValueError: If tf_keras cannot tell which other variables an optimizer updates.
     """
-    factorized = {id(kernel): layer for layer, kernel in kernels.items()}
     models = [layer for layer in holders.layers if backend.is_model(layer)]
     owners = {optimizer: m for m in reversed(models) for optimizer in backend.optimizers(m)}
     everything = [variable for held in holders.layers.values() for variable in held]
     gone = []
     for optimizer in holders.optimizers:
         if backend.inner_optimizer(optimizer) is None:
-            for layer, kernel in kernels.items():
-                if backend.is_excluded_from_weight_decay(optimizer, kernel):
-                    factors = [layer.encoder, layer.decoder]
-                    undo.append(backend.exclude_from_weight_decay(optimizer, factors))
+            for e in exchanges:
+                if any(backend.is_excluded_from_weight_decay(optimizer, v) for v in e.old):
+                    undo += [backend.exclude_from_weight_decay(optimizer, list(e.new))]
         if backend.is_optimizer_built(optimizer):
             owner = owners.get(optimizer)
             known = [] if owner is None else holders.layers[owner]
             now = [] if owner is None else variables_of(owner)
             unique = {id(variable): variable for variable in [*known, *everything]}
             old = backend.optimizer_targets(optimizer, list(unique.values()))
-            gone += _carry_optimizer(backend, optimizer, old, known, now, factorized, undo)
+            gone += _carry_one(backend, optimizer, old, known, now, exchanges, undo)
     return gone
 
 
-def _carry_optimizer(
+def _carry_one(
     backend: _backend.Backend,
     optimizer: Any,
     old: list[Any],
     known: list[Any],
     now: list[Any],
-    factorized: dict[int, Any],
+    exchanges: Sequence[Exchange],
     undo: list[Callable[[], None]],
 ) -> list[Any]:
     """Rebuilds one optimizer, whose model had the variables `known` and has those in `now`."""
     kept = set(map(id, now))  # a kernel may be a weight of another layer too
-    factorized = {key: layer for key, layer in factorized.items() if key not in kept}
-    if not any(id(target) in factorized for target in old):
+    exchange_of = {id(v): e for e in exchanges for v in e.old if id(v) not in kept}
+    if not any(id(target) in exchange_of for target in old):
         return []
     lost = sum(target is None for target in old)
     if lost:
@@ -82,23 +101,22 @@ def _carry_optimizer(
             f"Received: an optimizer that was also built for {lost} other variables. Give the "
             "model an optimizer of its own."
         )
-    new = []
+    new: dict[int, Any] = {}
     for target in old:
-        layer = factorized.get(id(target))
-        new += [target] if layer is None else [layer.encoder, layer.decoder]
+        found = exchange_of.get(id(target))
+        new.update((id(v), v) for v in ([target] if found is None else found.new))
     before = backend.slots(optimizer, old)
     in_order = all(a is b for a, b in zip(_in_order(old, known), old, strict=True))
-    built = _in_order(new, now) if in_order else new
+    built = _in_order([*new.values()], now) if in_order else [*new.values()]
     backend.rebuild_optimizer(optimizer, old, built, undo)
-    places = {id(variable): place for place, variable in enumerate(built)}
-    after = {
-        name: [slot[places[id(variable)]] for variable in new]
-        for name, slot in backend.slots(optimizer, built).items()
-    }
-    for name, slot in after.items():
+    used = set()
+    for name, slot in backend.slots(optimizer, built).items():
+        used |= set(map(id, slot))
         if name in before:
-            _carry(backend, slot_meaning(optimizer, name), old, before[name], slot, factorized)
-    used = {id(variable) for slot in after.values() for variable in slot}
+            states = {id(t): state for t, state in zip(old, before[name], strict=True)}
+            places = {id(t): place for t, place in zip(built, slot, strict=True)}
+            changed = list(dict.fromkeys(exchange_of.values()))
+            _carry(backend, slot_meaning(optimizer, name), states, places, changed)
     return [v for slot in before.values() for v in slot if v is not None and id(v) not in used]
 
 
@@ -114,25 +132,22 @@ def _in_order(targets: list[Any], variables: list[Any]) -> list[Any]:
 def _carry(
     backend: _backend.Backend,
     meaning: str | None,
-    old: list[Any],
-    before: list[Any],
-    after: list[Any],
-    factorized: dict[int, Any],
+    states: dict[int, Any],
+    places: dict[int, Any],
+    exchanges: Sequence[Exchange],
 ) -> None:
-    index = 0
-    for target, state in zip(old, before, strict=True):
-        layer = factorized.get(id(target))
-        places = after[index : index + (1 if layer is None else 2)]
-        index += len(places)
-        if state is None or any(place is None for place in places):
+    """Assigns one slot's state, by the ids of its variables."""
+    for key in states.keys() & places.keys():
+        if states[key] is not None and places[key] is not None:
+            places[key].assign(states[key])
+    for e in exchanges:
+        old = [states[id(v)] for v in e.old if states.get(id(v)) is not None]
+        new = [places[id(v)] for v in e.new if places.get(id(v)) is not None]
+        if meaning is None or len(old) < len(e.old) or len(new) < len(e.new):
             continue
-        if layer is None:
-            places[0].assign(state)
-        elif meaning is not None:
-            for place, value in zip(
-                places, carried(backend, meaning, backend.value(state), layer), strict=True
-            ):
-                place.assign(np.reshape(value, tuple(place.shape)))
+        values = e.convert(meaning, [backend.value(state) for state in old])
+        for place, value in zip(new, values, strict=True):
+            place.assign(np.reshape(value, tuple(place.shape)))
 
 
 def carried(
@@ -149,20 +164,89 @@ def carried(
     Returns:
         Arrays in the shapes of `layer.encoder` and `layer.decoder`.
     """
-    encoder, decoder = backend.value(layer.encoder), backend.value(layer.decoder)
+    factors = Factors.of(backend, layer)
     if meaning == AVERAGE:
-        return encoder, decoder
-    slices, rank = layer.slices, layer.rank
-    unfolding, shape = layer.unfolding, layer.kernel_shape
-    *spatial, channels, _ = unfolding.shape(shape)
-    folded = encoder.astype(np.float64).reshape(*spatial, channels // slices, slices * rank)
-    E = unfold_encoder(folded, slices)
-    D = unfolding.read_decoder(decoder.astype(np.float64), shape).reshape(slices, rank, -1)
-    G = unfold(unfolding.read(state.astype(np.float64)), slices)
+        return factors.encoder, factors.decoder
+    E, D = factors.matrices(factors.encoder, factors.decoder)
+    G = unfold(factors.unfolding.read(state.astype(np.float64)), factors.slices)
     if meaning == SQUARED:
         E, D = E**2, D**2
-    d_encoder = G @ D.transpose(0, 2, 1)
-    d_decoder = E.transpose(0, 2, 1) @ G
-    d_decoder = unfolding.write_decoder(d_decoder.reshape(slices * rank, -1), shape)
-    folded = fold_encoder(d_encoder, spatial)
-    return folded.reshape(encoder.shape), d_decoder.reshape(decoder.shape)
+    return factors.written(G @ D.transpose(0, 2, 1), E.transpose(0, 2, 1) @ G)
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """The values of a factorized layer's factors, and how they are read as matrices."""
+
+    encoder: np.ndarray
+    decoder: np.ndarray
+    slices: int
+    rank: int
+    unfolding: Unfolding
+    kernel_shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, backend: _backend.Backend, layer: Any) -> Factors:
+        """Those of a factorized layer."""
+        values = backend.value(layer.encoder), backend.value(layer.decoder)
+        return cls(*values, layer.slices, layer.rank, layer.unfolding, tuple(layer.kernel_shape))
+
+    def matrices(self, encoder: np.ndarray, decoder: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Arrays in the factors' shapes as `[k, (c/k)·κ, j]` and `[k, j, f]` in float64."""
+        *spatial, channels, _ = self.unfolding.shape(self.kernel_shape)
+        hidden = self.slices * self.rank
+        folded = encoder.astype(np.float64).reshape(*spatial, channels // self.slices, hidden)
+        read = self.unfolding.read_decoder(decoder.astype(np.float64), self.kernel_shape)
+        return unfold_encoder(folded, self.slices), read.reshape(self.slices, self.rank, -1)
+
+    def written(self, encoder: np.ndarray, decoder: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The inverse of `matrices`."""
+        *spatial, _, _ = self.unfolding.shape(self.kernel_shape)
+        rows = decoder.reshape(self.slices * self.rank, -1)
+        written = self.unfolding.write_decoder(rows, self.kernel_shape)
+        folded = fold_encoder(encoder, spatial)
+        return folded.reshape(self.encoder.shape), written.reshape(self.decoder.shape)
+
+    def kernel(self, matrices: np.ndarray) -> np.ndarray:
+        """Matrices `[k, (c/k)·κ, f]` as a kernel in the layer's own layout."""
+        *spatial, channels, filters = self.unfolding.shape(self.kernel_shape)
+        dense = np.moveaxis(matrices.reshape(channels, *spatial, filters), 0, -2)
+        return self.unfolding.write(dense, self.kernel_shape)
+
+    @property
+    def product(self) -> np.ndarray:
+        """The dense kernel that they stand for."""
+        E, D = self.matrices(self.encoder, self.decoder)
+        return self.kernel(E @ D).astype(self.encoder.dtype)
+
+
+def gathered(meaning: str, states: Sequence[np.ndarray], factors: Factors) -> np.ndarray:
+    """The state of a dense kernel, converted from the states of its encoder and decoder.
+
+    The inverse of `carried`, as far as there is one. Of gradients G, the states G Dᵀ and Eᵀ G of
+    the factors hold the part that lies in the column space of E or in the row space of D; this
+    part is returned. Squared gradients are taken to be products of a row and a column, as in
+    Adafactor.
+
+    Args:
+        meaning: As for `carried`.
+        states: The optimizer's states for encoder and decoder, in their shapes.
+        factors: The factors.
+
+    Returns:
+        An array in the shape of the dense kernel.
+    """
+    if meaning == AVERAGE:
+        return factors.product
+    E, D = factors.matrices(factors.encoder, factors.decoder)
+    of_encoder, of_decoder = factors.matrices(*states)
+    if meaning == SQUARED:
+        rows = of_encoder.sum(2)[:, :, None]
+        columns = of_decoder.sum(1)[:, None, :]
+        scale = (columns * np.square(D).sum(1)[:, None, :]).sum(2, keepdims=True)
+        return factors.kernel(rows * columns / np.where(scale > 0, scale, np.inf))
+    left, right = np.linalg.pinv(E), np.linalg.pinv(D)
+    from_decoder = of_decoder - E.transpose(0, 2, 1) @ of_encoder @ right.transpose(0, 2, 1)
+    return factors.kernel(
+        of_encoder @ right.transpose(0, 2, 1) + left.transpose(0, 2, 1) @ from_decoder
+    )

@@ -1,0 +1,187 @@
+"""Makes the factorized layers of a model dense again in place, to choose anew.
+
+The dense kernel of a factorized layer is the product of its factors, W = E D. So a compressed model
+can be compressed further: its layers become dense, and slices and ranks are chosen as for any
+model, against the parameters of the dense model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from keras_alds._backend.layers import Undo
+from keras_alds.kinds.base import factorized_kind, is_factorized, stock_kind
+from keras_alds.models.in_place import surgery
+from keras_alds.models.inventory import Inventory, LayerRecord, already_compressed, count_params
+from keras_alds.models.matching import is_applied
+from keras_alds.models.optimizer import Exchange, Factors, gathered
+from keras_alds.models.resources import Macs
+from keras_alds.options import Options
+from keras_alds.plan import CompressionPlan, Skip
+from keras_alds.resources import removed_fraction
+
+#: What a compression is asked to reach.
+Request = Options | CompressionPlan
+
+
+def inspected(model: Any, request: Request) -> Inventory:
+    """The inventory of a model, for a request."""
+    return Inventory.of(model, request.exclude if isinstance(request, Options) else ())
+
+
+def to_recompose(inventory: Inventory, request: Request) -> list[LayerRecord]:
+    """The factorized layers for which a request asks to choose anew, or has chosen."""
+    if isinstance(request, Options):
+        return [record for record in inventory.factorized if not record.excluded]
+    kept = Skip.FACTORIZED.value
+    pairs = zip(inventory.records, request.choices, strict=False)
+    return [r for r, choice in pairs if is_factorized(r.layer) and choice.reason_code != kept]
+
+
+def already(inventory: Inventory, request: Request) -> str | None:
+    """What is true of a model that meets a request already; None of one to compress.
+
+    Fractions count against the model with dense kernels in place of all factors. A model never
+    counts as meeting a limit of latency, as its dense form is not measured.
+
+    Raises:
+        ValueError: If a plan keeps more parameters than the model has left.
+    """
+    records = to_recompose(inventory, request)
+    if not records:
+        return None
+    if isinstance(request, CompressionPlan):
+        if is_applied(inventory, request):
+            return f"already compressed to cr={request.cr:.2f} by this plan"
+        if request.params_after >= inventory.params:
+            raise already_compressed(records)
+        return None
+    if "latency" in request.limits:
+        return None
+    after = {name: _total(inventory, name) for name in request.limits}
+    with recomposed(inventory, records):
+        dense = Inventory.of(inventory.model)
+        before = {name: _total(dense, name) for name in request.limits}
+    reached = {name: removed_fraction(before[name], after[name]) for name in request.limits}
+    if any(reached[name] < limit for name, limit in request.limits.items()):
+        return None
+    return "already compressed to " + ", ".join(
+        f"{'cr' if len(reached) == 1 else name}={fraction:.2f}"
+        for name, fraction in reached.items()
+    )
+
+
+def _total(inventory: Inventory, resource: str) -> int:
+    if resource == "params":
+        return count_params(inventory.model, inventory.pruning)
+    return Macs(inventory).total
+
+
+@contextlib.contextmanager
+def recomposed(
+    inventory: Inventory,
+    records: Sequence[LayerRecord],
+    *,
+    keep: bool = False,
+    trainer: Any | None = None,
+) -> Iterator[None]:
+    """Makes factorized layers dense while inside.
+
+    The layers stay the same objects, and so do biases and all other weights. If anything inside
+    fails, the layers are factorized as before.
+
+    Args:
+        inventory: The model.
+        records: The records of its layers to make dense. Of two kernels of one recurrent cell, both
+            or none become dense.
+        keep: Whether the layers stay dense afterwards. Then the model's optimizers follow. Defaults
+            to False: the layers are factorized again, with their own factors.
+        trainer: Another model that trains these layers, or None.
+
+    Raises:
+        ValueError: If TF-MOT prunes one of the layers.
+    """
+    if not records:
+        yield
+        return
+    _check_pruning(inventory, records)
+    with surgery(inventory, trainer) as operation:
+        exchanges = _recompose(inventory, records, operation.undo)
+        if keep:
+            operation.carry(exchanges)
+        yield
+        if not keep:
+            operation.revert()
+
+
+def _recompose(
+    inventory: Inventory, records: Sequence[LayerRecord], undo: list[Undo]
+) -> list[Exchange]:
+    """Makes layers dense, and returns the kernels that took the places of factors."""
+    backend = inventory.backend
+    wanted = {record.layer for record in records}
+    parts: list[tuple[Any, str]] = []  # of layers whose kernels count as layers of their own
+    inside: set[Any] = set()
+    for _, layer in inventory.layers:
+        kernels = stock_kind(layer).kernels(layer)
+        factorized = {n: k for n, k in kernels.items() if is_factorized(k)}
+        inside |= set(factorized.values())
+        if factorized and wanted >= set(factorized.values()):
+            parts += [(layer, name) for name in factorized]
+    cells = {cell for cell, _ in parts}
+    single = [record.layer for record in records if record.layer not in inside]
+    found = [
+        ((layer.encoder, layer.decoder), Factors.of(backend, layer))
+        for layer in [*single, *(stock_kind(cell).kernels(cell)[name] for cell, name in parts)]
+    ]
+    for layer, (_, factors) in zip(single, found, strict=False):
+        kind = factorized_kind(layer)
+        stock = kind.stock(layer)
+        kind.variable(stock).assign(factors.product)
+        undo.append(backend.transplant(layer, stock, kind.kept_back))
+    for layer in _holders(inventory, [*single, *cells]):
+        if (step := stock_kind(layer).release(backend, layer)) is not None:
+            undo += [step]
+    changed = [*single, *(cell for cell, _ in parts)]
+    kernels_now = [
+        *(stock_kind(layer).variable(layer) for layer in single),
+        *(getattr(cell, name) for cell, name in parts),
+    ]
+    return [
+        _exchange(layer, old, kernel, factors)
+        for layer, (old, factors), kernel in zip(changed, found, kernels_now, strict=True)
+    ]
+
+
+def _exchange(layer: Any, old: tuple[Any, Any], kernel: Any, factors: Factors) -> Exchange:
+    def convert(meaning: str, states: list[np.ndarray]) -> list[np.ndarray]:
+        return [gathered(meaning, states, factors)]
+
+    return Exchange(layer, old, (kernel,), convert)
+
+
+def _holders(inventory: Inventory, layers: Collection[Any]) -> list[Any]:
+    """The layers and all that hold one of them, inner ones first."""
+    at = dict(inventory.layers)
+    changed = {path for path, layer in inventory.layers if layer in set(layers)}
+    return [
+        at[path]
+        for path, _ in reversed(inventory.layers)
+        if path in changed or any(inner.startswith(f"{path}/") for inner in changed)
+    ]
+
+
+def _check_pruning(inventory: Inventory, records: Sequence[LayerRecord]) -> None:
+    """Raises a ValueError if TF-MOT prunes a layer: new masks would cut the dense kernel."""
+    layers = {record.layer for record in records}
+    pruned = [wrapper.layer.name for wrapper in inventory.pruning if wrapper.layer in layers]
+    if pruned:
+        raise ValueError(
+            "Expected no pruning of factorized layers of a model that is to be compressed "
+            f"further. Received: '{pruned[0]}' in a PruneLowMagnitude. Remedy: `strip_pruning` "
+            "first."
+        )

@@ -1,0 +1,69 @@
+"""Parts of a model by their attribute paths, and frozen ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from keras_alds.models.inventory import Inventory
+from keras_alds.models.submodels import find_submodel, frozen_part
+
+
+def net(K, name):
+    return K.Sequential([K.Input((8,)), K.layers.Dense(8)], name=name)
+
+
+def trainer(K):
+    class Trainer(K.Model):
+        def __init__(self):
+            super().__init__()
+            self.student, self.teacher = net(K, "small"), net(K, "large")
+            self.blocks = [net(K, "first"), net(K, "second")]
+            self.by_name = {"head": net(K, "head")}
+            self.student.inner = self.blocks[1]
+
+    return Trainer()
+
+
+class TestFind:
+    def test_paths_and_objects(self, keras_module):
+        model = trainer(keras_module)
+        for given, found in {
+            None: model,
+            model: model,
+            "student": model.student,
+            "student.inner": model.blocks[1],
+            "blocks.0": model.blocks[0],
+            "by_name.head": model.by_name["head"],
+            "large": model.teacher,  # the name of a layer, as Functional models have only these
+            model.blocks[0]: model.blocks[0],
+        }.items():
+            assert find_submodel(model, given) is found
+
+    @pytest.mark.parametrize("path", ["studnet", "blocks.2", "blocks.x", "by_name.x", "", "call"])
+    def test_wrong_paths(self, keras_module, path):
+        text = f"Received: submodel='{path}'. Its models: 'student', 'teacher'"
+        with pytest.raises(ValueError, match=text):
+            find_submodel(trainer(keras_module), path)
+
+    def test_models_of_another_trainer(self, keras_module):
+        other = trainer(keras_module)
+        with pytest.raises(ValueError, match=r"not inside it\. Its models: 'student', 'teacher'"):
+            find_submodel(trainer(keras_module), other.student)
+
+    def test_single_layers(self, keras_module):
+        with pytest.raises(ValueError, match=r"of type Dense\. To compress single layers, `excl"):
+            find_submodel(trainer(keras_module), "student.layers.0")
+
+
+class TestFrozen:
+    def test_is_found_beside_what_is_trained(self, keras_module):
+        model = trainer(keras_module)
+        records = Inventory.of(model).candidates
+        assert frozen_part(model, records) is None
+        model.teacher.trainable = False
+        assert "'large', a frozen part of" in frozen_part(model, records)
+        assert frozen_part(model, records).endswith("that are trained, such as 'student'")
+        others = Inventory.of(model, ["large"]).candidates
+        assert frozen_part(model, others) is None
+        model.trainable = False
+        assert frozen_part(model, records) is None  # nothing is trained
