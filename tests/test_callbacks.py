@@ -105,7 +105,8 @@ class TestTraining:
         assert f"{params:,} → {model.count_params():,} parameters" in line[0]
 
     def test_silent(self, keras_module, capsys):
-        fit(compiled(keras_module), [ALDSCompress(cr=0.4, at_epoch=1, verbose=0)], epochs=2)
+        model = compiled(keras_module, **EAGER)
+        fit(model, [ALDSCompress(cr=0.4, at_epoch=1, verbose=0)], epochs=2)
         assert "ALDSCompress" not in capsys.readouterr().out
 
     def test_compression_before_the_first_epoch_equals_compress_then_fit(self, keras_module):
@@ -439,7 +440,7 @@ class TestOptimizers:
 
     def test_average_of_weights_starts_at_the_factors(self, keras_module):
         K = keras_module
-        model = compiled(K, K.optimizers.SGD(0.01, use_ema=True, ema_momentum=0.9))
+        model = compiled(K, K.optimizers.SGD(0.01, use_ema=True, ema_momentum=0.9), **EAGER)
         fit(model, [], epochs=1)
         from keras_alds import apply_plan
 
@@ -455,7 +456,7 @@ class TestOptimizers:
     def test_learning_rate_schedule_carries_on(self, keras_module):
         K = keras_module
         schedule = K.optimizers.schedules.PiecewiseConstantDecay([2], [0.1, 0.001])
-        model = compiled(K, K.optimizers.SGD(schedule))
+        model = compiled(K, K.optimizers.SGD(schedule), **EAGER)
         fit(model, [ALDSCompress(0.4, at_epoch=1, verbose=0)], epochs=2)
         assert int(model.optimizer.iterations) == 4
         assert float(value(model.optimizer.learning_rate)) == pytest.approx(0.001)
@@ -486,7 +487,7 @@ class TestOptimizers:
         optimizer = make_optimizer(K, "adamw")
         model = zoo.functional(K)
         optimizer.exclude_from_weight_decay(var_list=[model.get_layer("down").kernel])
-        model = compiled(K, optimizer, model=model)
+        model = compiled(K, optimizer, model=model, **EAGER)
         fit(model, [], epochs=1)
         backend, plan = backend_of(model), select(model, 0.4)
         whole = compress(model, plan=select(model, 0.05, exclude="down"))
@@ -741,7 +742,7 @@ class TestBesideOtherCallbacks:
     @pytest.mark.parametrize("first", [True, False])
     def test_early_stopping_restores_compressed_weights(self, keras_module, first):
         K = keras_module
-        model = compiled(K)
+        model = compiled(K, **EAGER)
         x, y = zoo.images(32)
         # A rate at which the first epochs are the best.
         stopping = K.callbacks.EarlyStopping("loss", patience=1, restore_best_weights=True)
@@ -754,7 +755,7 @@ class TestBesideOtherCallbacks:
         assert np.isfinite(model.evaluate(x, y, verbose=0)[0])
 
     def test_plan_instead_of_cr(self, keras_module):
-        model = compiled(keras_module)
+        model = compiled(keras_module, **EAGER)
         plan = select(model, 0.3)
         callback = ALDSCompress(plan=plan, at_epoch=1, verbose=0)
         fit(model, [callback], epochs=2)
@@ -786,12 +787,39 @@ def run(K, folder, *, first=True, killed_at=None, model=None, at_epoch=2, **opti
     return model, compress, begun
 
 
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """The folder of a backup of the compressed model and its plan, made once for each Keras."""
+
+    @functools.cache
+    def backup(K):
+        folder = tmp_path_factory.mktemp("backup")
+        _, callback, _ = run(K, folder, killed_at=4)
+        return folder, callback.plan
+
+    return backup
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The model of a training that went on to its end, made once for each Keras."""
+
+    @functools.cache
+    def whole(K):
+        model, _, _ = run(K, tmp_path_factory.mktemp("whole"))
+        return model
+
+    return whole
+
+
 class TestBackups:
     """`BackupAndRestore` in the list; a restart has a new model and new callbacks."""
 
     @pytest.mark.parametrize("first", [True, False])
-    def test_a_backup_of_the_compressed_model_is_refused(self, keras_module, tmp_path, first):
-        run(keras_module, tmp_path, first=first, killed_at=4)
+    def test_a_backup_of_the_compressed_model_is_refused(
+        self, keras_module, interrupted, tmp_path, first
+    ):
+        shutil.copytree(interrupted(keras_module)[0], tmp_path, dirs_exist_ok=True)
         model = compiled(keras_module)
         weights = model.get_weights()
         begun = []
@@ -818,30 +846,31 @@ class TestBackups:
 
     @pytest.mark.parametrize("first", [True, False])
     def test_training_goes_on_from_a_backup_before_the_compression(
-        self, keras_module, tmp_path, first
+        self, keras_module, uninterrupted, tmp_path, first
     ):
-        whole, _, _ = run(keras_module, tmp_path / "whole", first=first)
         run(keras_module, tmp_path / "b", first=first, killed_at=1)
         model, callback, begun = run(keras_module, tmp_path / "b", first=first)
         assert begun == [1, 2, 3, 4]
         assert model.count_params() == callback.plan.params_after
+        whole = uninterrupted(keras_module)
         for a, b in zip(whole.get_weights(), model.get_weights(), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
-    def test_the_saved_plan_is_the_remedy(self, keras_module, tmp_path):
-        whole, _, _ = run(keras_module, tmp_path / "whole")
-        _, callback, _ = run(keras_module, tmp_path / "b", killed_at=4)
-        callback.plan.save(tmp_path / "plan.json")
+    def test_the_saved_plan_is_the_remedy(self, keras_module, interrupted, uninterrupted, tmp_path):
+        folder, plan = interrupted(keras_module)
+        shutil.copytree(folder, tmp_path / "b")
+        plan.save(tmp_path / "plan.json")
         model = compiled(keras_module, keras_module.optimizers.Adam(0.01), **EAGER)
         apply_plan(model, CompressionPlan.load(tmp_path / "plan.json"))
         _, _, begun = run(keras_module, tmp_path / "b", model=model)
         assert begun == [4]
+        whole = uninterrupted(keras_module)
         assert int(model.optimizer.iterations) == int(whole.optimizer.iterations)
         for a, b in zip(whole.get_weights(), model.get_weights(), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
-    def test_a_deleted_folder_is_the_remedy(self, keras_module, tmp_path):
-        run(keras_module, tmp_path / "b", killed_at=4)
+    def test_a_deleted_folder_is_the_remedy(self, keras_module, interrupted, tmp_path):
+        shutil.copytree(interrupted(keras_module)[0], tmp_path / "b")
         shutil.rmtree(tmp_path / "b")
         assert run(keras_module, tmp_path / "b")[2] == [0, 1, 2, 3, 4]
 
@@ -865,7 +894,7 @@ class TestErrors:
             ALDSCompress(cr=0.5, at_epoch=at_epoch)
 
     def test_unreachable_cr_stops_before_the_first_epoch(self, keras_module):
-        model = compiled(keras_module)
+        model = compiled(keras_module, **EAGER)
         weights = model.get_weights()
         with pytest.raises(ValueError, match="not reachable"):
             fit(model, [ALDSCompress(cr=0.99, at_epoch=2)])
@@ -874,7 +903,7 @@ class TestErrors:
 
     def test_weights_that_are_not_finite_stop_training_unchanged(self, keras_module):
         K = keras_module
-        model = compiled(K)
+        model = compiled(K, **EAGER)
         kinds = [(path, type(layer)) for path, layer in walk(model)]
 
         class Poison(K.callbacks.Callback):
@@ -888,7 +917,7 @@ class TestErrors:
         assert len(fit(model, [], epochs=1).history["loss"]) == 1  # the optimizer is whole
 
     def test_a_plan_for_another_model_is_told_before_the_first_epoch(self, keras_module):
-        model = compiled(keras_module)
+        model = compiled(keras_module, **EAGER)
         plan = select(zoo.sequential(keras_module), 0.3)
         with pytest.raises(ValueError, match="Expected a plan made for the model"):
             fit(model, [ALDSCompress(plan=plan, at_epoch=2)], epochs=3)
@@ -896,7 +925,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("data", ["shape", "few", "kind", "statistics", "data set"])
     def test_bad_calibration_data_are_told_before_the_first_epoch(self, keras_module, data):
-        model, (x, _) = compiled(keras_module), zoo.images(16)
+        model, (x, _) = compiled(keras_module, **EAGER), zoo.images(16)
         data, message = {
             "shape": (x[:, :5], r"Received: shape=\(16, 5, 12, 3\)"),
             "few": (x[:5], "at least 8 examples"),
@@ -931,7 +960,7 @@ class TestErrors:
     def test_warnings_do_not_name_this_package(self, keras_module):
         callback = ALDSCompress(0.4, at_epoch=1, exclude="nothing", verbose=0)
         with pytest.warns(UserWarning, match="`exclude` entry") as found:
-            fit(compiled(keras_module), [callback], epochs=2)
+            fit(compiled(keras_module, **EAGER), [callback], epochs=2)
         assert not [w.filename for w in found if "keras_alds" in w.filename.split("/")]
 
     @pytest.mark.parametrize("name", ["adam", "legacy_adam", "sgd"])
@@ -963,7 +992,7 @@ class TestErrors:
         assert int(model.optimizer.iterations) == 4
 
     def test_at_epoch_beyond_the_end_warns(self, keras_module):
-        model = compiled(keras_module)
+        model = compiled(keras_module, **EAGER)
         with pytest.warns(UserWarning, match=r"was not compressed.*at_epoch=7.*epochs=2"):
             fit(model, [ALDSCompress(cr=0.4, at_epoch=7)], epochs=2)
         assert not factorized(model)
@@ -971,7 +1000,11 @@ class TestErrors:
     def test_a_good_run_warns_of_nothing(self, keras_module):
         with warnings.catch_warnings():
             warnings.filterwarnings("error", module="keras_alds")
-            fit(compiled(keras_module), [ALDSCompress(0.4, at_epoch=1, verbose=0)], epochs=2)
+            fit(
+                compiled(keras_module, **EAGER),
+                [ALDSCompress(0.4, at_epoch=1, verbose=0)],
+                epochs=2,
+            )
 
 
 class TestWithoutCall:

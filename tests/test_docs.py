@@ -10,6 +10,7 @@ import itertools
 import pkgutil
 import re
 import runpy
+import shutil
 import sys
 import textwrap
 import warnings
@@ -145,21 +146,33 @@ def test_some_docstrings_hold_snippets():
     assert {"select", "compress", "ALDSCompress"} <= {name for name, _ in DOCSTRING_SNIPPETS}
 
 
-@pytest.mark.parametrize(
-    ("name", "blocks"), DOCSTRING_SNIPPETS, ids=[n for n, _ in DOCSTRING_SNIPPETS]
-)
-def test_docstring_snippets_run(
-    name: str, blocks: list[tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.chdir(tmp_path)
-    values = namespace()
-    # What an earlier process has saved.
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """What an earlier process has saved, and the model that it was."""
+    folder = tmp_path_factory.mktemp("saved")
     trained = MyModel()
     trained.build((None, 32, 32, 3))
     plan = keras_alds.select(trained, cr=0.4)
     small = keras_alds.compress(trained, plan=plan)
-    small.save_weights("compressed.weights.h5")
-    plan.save("plan.json")
+    small.save_weights(folder / "compressed.weights.h5")
+    plan.save(folder / "plan.json")
+    return folder, small
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"), DOCSTRING_SNIPPETS, ids=[n for n, _ in DOCSTRING_SNIPPETS]
+)
+def test_docstring_snippets_run(
+    name: str,
+    blocks: list[tuple[int, str]],
+    saved: tuple[Path, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    values = namespace()
+    folder, small = saved
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     with warnings.catch_warnings():
         # The package's own docstring shows `fit` without its number of epochs.
         warnings.filterwarnings("ignore", "The model was not compressed")

@@ -25,33 +25,45 @@ from keras_alds import compress
 from keras_alds.kinds.base import factorizable_names
 
 ROOT = pathlib.Path(__file__).parents[2]
+# One process for each Keras: TensorFlow takes long to load.
 LOAD = """
-import sys
+import importlib, json, sys
 import numpy as np
-folder, kind = sys.argv[1:]
-x = np.load(folder + "/x.npy")
-for name in {names!r}:
-    path = folder + "/" + name
-    if kind == "exported":
-        import tensorflow as tf
-        artifact = tf.saved_model.load(path)
-        y = artifact.serve(x)
-        assert not any(module.startswith("keras_alds") for module in sys.modules)
-    else:
-        if kind == "keras":
-            import keras, keras_alds.layers as layers
-        else:
-            import tf_keras as keras, keras_alds.tf_keras as layers
-        model = keras.models.load_model(path)
-        assert isinstance(model.layers[1], layers.FactorizedConv2D), type(model.layers[1])
-        assert model.layers[1].kernel.shape == (3, 3, 4, 6)
-        assert model.get_layer("second").encoder_form == "merged"
-        y = model.predict(x, verbose=0)
-        if name.endswith(".h5"):  # Keras 3 reads an optimizer from `.h5` that knows no variables
-            model.compile("sgd", "mse")
-        model.fit(x, y, verbose=0)
-    np.testing.assert_allclose(y, np.load(folder + "/y.npy"), rtol=1e-4, atol=1e-5)
-    print("loaded", name)
+
+K, layers, exported, every_kind, own = json.loads(sys.argv[1])
+
+def check(y, path):
+    np.testing.assert_allclose(y, np.load(path), rtol=1e-4, atol=1e-5)
+
+for path, x, y in exported:
+    import tensorflow as tf
+    artifact = tf.saved_model.load(path)
+    check(artifact.serve(np.load(x)), y)
+    assert not any(module.startswith("keras_alds") for module in sys.modules)
+    print("served", path)
+
+import keras_alds
+K = importlib.import_module(K)
+for path, x, y in every_kind:
+    expected = np.load(y)
+    found = K.models.load_model(path).predict(np.load(x), verbose=0)
+    difference = np.abs(np.asarray(found) - expected).max()
+    assert difference <= 1e-5 * max(np.abs(expected).max(), 1.0), (path, difference)
+    print("loaded", path)
+
+layers = importlib.import_module(layers)
+for path, x, y in own:
+    x = np.load(x)
+    model = K.models.load_model(path)
+    assert isinstance(model.layers[1], layers.FactorizedConv2D), type(model.layers[1])
+    assert model.layers[1].kernel.shape == (3, 3, 4, 6)
+    assert model.get_layer("second").encoder_form == "merged"
+    found = model.predict(x, verbose=0)
+    if path.endswith(".h5"):  # Keras 3 reads an optimizer from `.h5` that knows no variables
+        model.compile("sgd", "mse")
+    model.fit(x, found, verbose=0)
+    check(found, y)
+    print("trained", path)
 """
 
 
@@ -82,53 +94,6 @@ def make_model(side):
         if layer.weights:
             randomize(layer, seed)
     return model
-
-
-def load_elsewhere(folder, kind, names):
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        [sys.executable, "-c", LOAD.format(names=names), str(folder), kind],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.split() == [word for name in names for word in ("loaded", name)]
-
-
-def save_reference(model, folder):
-    x = np.random.default_rng(0).normal(size=(3, 9, 8, 4)).astype("float32")
-    np.save(folder / "x.npy", x)
-    np.save(folder / "y.npy", model.predict(x, verbose=0))
-
-
-@pytest.mark.slow
-def test_keras_files_load_in_a_fresh_process(tmp_path):
-    model = make_model(KERASES["keras"])
-    save_reference(model, tmp_path)
-    names = ["model.keras", "model.h5"]
-    for name in names:
-        model.save(tmp_path / name)
-    load_elsewhere(tmp_path, "keras", names)
-
-
-@pytest.mark.slow
-def test_tf_keras_files_load_in_a_fresh_process(tmp_path):
-    model = make_model(KERASES["tf_keras"])
-    save_reference(model, tmp_path)
-    for name in ("model.keras", "model.h5"):
-        model.save(tmp_path / name)
-    model.save(tmp_path / "saved_model", save_format="tf")
-    load_elsewhere(tmp_path, "tf_keras", ["model.keras", "model.h5", "saved_model"])
-
-
-@pytest.mark.slow
-def test_exported_graphs_serve_without_keras_alds(tmp_path):
-    model = make_model(KERASES["keras"])
-    save_reference(model, tmp_path)
-    model.export(str(tmp_path / "exported"), verbose=False)
-    load_elsewhere(tmp_path, "exported", ["exported"])
 
 
 @pytest.mark.parametrize("name", list(KERASES))
@@ -166,20 +131,6 @@ def test_a_converted_file_keeps_the_factors(name, slices):
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
 
-_LOADER = """
-import importlib, json, sys
-import numpy as np
-import keras_alds
-K = importlib.import_module(sys.argv[1])
-for file, x, y in json.loads(sys.argv[2]):
-    model = K.models.load_model(file)
-    expected = np.load(y)
-    difference = np.abs(np.asarray(model.predict(np.load(x), verbose=0)) - expected).max()
-    assert difference <= 1e-5 * max(np.abs(expected).max(), 1.0), (file, difference)
-print("loaded", len(json.loads(sys.argv[2])))
-"""
-
-
 def models_of_every_kind(K):
     L = K.layers
     for module in (test_convolution, test_transposed, test_separable, test_einsum, test_embedding):
@@ -192,12 +143,17 @@ def models_of_every_kind(K):
         yield kind, test_recurrent.model_of(K, kind, where)
 
 
-@pytest.mark.slow
-def test_every_kind_loads_in_a_fresh_process(keras_module, tmp_path):
-    K, files = keras_module, []
-    rng = np.random.default_rng(0)
+def save_data(folder, name, x, y):
+    paths = [str(folder / f"{name}_x.npy"), str(folder / f"{name}_y.npy")]
+    np.save(paths[0], x)
+    np.save(paths[1], y)
+    return paths
+
+
+def save_every_kind(K, folder):
+    files, rng = [], np.random.default_rng(0)
     models = list(models_of_every_kind(K))
-    # Cells are part of their layers, and the first test of this file loads the other kinds.
+    # Cells are part of their layers, and `own` below has the other kinds.
     elsewhere = {"Conv1D", "Conv2D", "Dense", "SimpleRNN", "LSTMCell", "GRUCell", "SimpleRNNCell"}
     there = {kind for kind in factorizable_names() if hasattr(K.layers, kind)}
     assert {kind for kind, _ in models} == there - elsewhere
@@ -206,11 +162,40 @@ def test_every_kind_loads_in_a_fresh_process(keras_module, tmp_path):
         shape = (4, *tuple(model.inputs[0].shape)[1:])
         x = rng.integers(0, 50, shape) if kind == "Embedding" else rng.standard_normal(shape)
         x = x.astype("int32" if kind == "Embedding" else "float32")
-        paths = [str(tmp_path / f"{n}{end}") for end in (".keras", "_x.npy", "_y.npy")]
-        small.save(paths[0])
-        np.save(paths[1], x)
-        np.save(paths[2], test_recurrent.predict(small, x))
-        files.append(paths)
-    command = [sys.executable, "-c", _LOADER, K.__name__, json.dumps(files)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.stdout.strip() == f"loaded {len(files)}", done.stderr[-2000:]
+        path = str(folder / f"{n}.keras")
+        small.save(path)
+        files.append([path, *save_data(folder, n, x, test_recurrent.predict(small, x))])
+    return files
+
+
+@pytest.mark.slow
+def test_every_kind_and_format_loads_in_a_fresh_process(keras_module, tmp_path):
+    K, exported = keras_module, []
+    model = make_model(KERASES[K.__name__])
+    x = np.random.default_rng(0).normal(size=(3, 9, 8, 4)).astype("float32")
+    data = save_data(tmp_path, "own", x, model.predict(x, verbose=0))
+    own = [[str(tmp_path / name), *data] for name in ("model.keras", "model.h5")]
+    for path, *_ in own:
+        model.save(path)
+    if K.__name__ == "keras":
+        layers = "keras_alds.layers"
+        exported.append([str(tmp_path / "exported"), *data])
+        model.export(exported[0][0], verbose=False)  # served without keras_alds
+    else:
+        layers = "keras_alds.tf_keras"
+        own.append([str(tmp_path / "saved_model"), *data])
+        model.save(own[-1][0], save_format="tf")
+    every_kind = save_every_kind(K, tmp_path)
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD, json.dumps([K.__name__, layers, exported, every_kind, own])],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(ROOT)},
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    wanted = {"served": exported, "loaded": every_kind, "trained": own}
+    assert run.stdout.splitlines() == [
+        f"{word} {path}" for word, files in wanted.items() for path, *_ in files
+    ]

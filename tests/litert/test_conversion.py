@@ -56,8 +56,8 @@ def test_factorized_models_of_every_kind_convert(module: str, kind: str):
     assert file.size == len(content)
 
 
-def test_int8_tensors(keras_module: ModuleType):
-    small = keras_alds.compress(zoo.functional(keras_module), 0.4)
+def test_int8_tensors():
+    small = keras_alds.compress(zoo.functional(keras), 0.4)
     x = zoo.examples(small, 32)
     content = litert.convert(small, quantize="int8", representative_data=x, verbose=0)
     file = litert.read_file(content)
@@ -317,12 +317,15 @@ def test_wrong_models(keras_module: ModuleType):
 
 
 def test_files_that_do_not_run_are_not_handed_out(
-    dense_and_conv: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    contents: dict[str | None, bytes],
+    dense_and_conv: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ):
     def broken(self: Any) -> None:
         raise RuntimeError("failed to create XNNPACK runtime")
 
-    content = litert.convert(dense_and_conv, verbose=0)
+    content = contents[None]
     monkeypatch.setattr("ai_edge_litert.interpreter.Interpreter.allocate_tensors", broken)
     for call in (litert.benchmark, check_file):
         with pytest.raises(ValueError, match="Expected a file that the LiteRT runtime runs"):

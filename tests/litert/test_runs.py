@@ -123,9 +123,10 @@ def test_float_and_dynamic_files_have_no_such_scales():
         assert all(requantization_scales(op) is None for op in read_file(content).operators)
 
 
+# What `equalize` does in both Keras: tests/models/test_ranges.py.
 @pytest.mark.parametrize("form", ["factorized", "expanded"])
-def test_unbalanced_factors_do_not_run_and_balanced_ones_do(keras_module: Any, form: str):
-    small = keras_alds.compress(zoo.functional(keras_module), 0.4, target="litert")
+def test_unbalanced_factors_do_not_run_and_balanced_ones_do(form: str):
+    small = keras_alds.compress(zoo.functional(keras), 0.4, target="litert")
     x = zoo.examples(small, 32)
     expected = np.asarray(small(x, training=False))
     zoo.spread(small, 4)
