@@ -177,7 +177,7 @@ class TestOptions:
         assert reasons["down"] == "excluded by exclude='down'"
 
     def test_exclude_that_matches_nothing_warns(self, small):
-        with pytest.warns(UserWarning, match="'dwon' matches no layer"):
+        with pytest.warns(UserWarning, match=r"'dwon' matches no layer .*\. Did you mean 'down'\?"):
             select(small, 0.2, exclude="dwon")
 
     def test_exclude_by_path_in_a_nested_model(self, keras_module):

@@ -162,7 +162,7 @@ def compare(
     positive_int(threads, "threads")
     int_at_least(runs, "runs", 0)
     int_at_least(warmup, "warmup", 0)
-    check_local(target)
+    target = check_local(target)
     if data is not None and not (isinstance(data, (tuple, list)) and len(data) == 2):
         raise ValueError(
             "Expected `data` to be a pair (x, y) of inputs and targets. "

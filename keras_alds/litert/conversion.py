@@ -20,7 +20,7 @@ from rich.progress import Progress
 
 from keras_alds import _backend
 from keras_alds._backend import wrappers
-from keras_alds.core.checks import positive_int
+from keras_alds.core.checks import did_you_mean, positive_int
 from keras_alds.litert import _package
 from keras_alds.litert.files import read_file
 from keras_alds.litert.quantized import check_quantized, warn_of_thin_groups
@@ -139,7 +139,7 @@ class ConvertOptions:
         if self.quantize not in QUANTIZE:
             raise ValueError(
                 f"Expected `quantize` to be one of {', '.join(map(repr, QUANTIZE))}. "
-                f"Received: quantize={self.quantize!r}"
+                f"Received: quantize={self.quantize!r}{did_you_mean(self.quantize, QUANTIZE)}"
             )
         positive_int(self.batch_size, "batch_size")
         check_targets(self.targets)

@@ -129,7 +129,7 @@ def measure_latency(
     print(f"{table.total / 1e6:.3f} ms, {len(table.layers)} layers")
     ```
     """
-    check_local(target)
+    target = check_local(target)
     settings = Settings(quantize, threads, target, max_slices)
     inventory = measurable(model, exclude, stacklevel=2)
     return _measured(inventory, settings, representative_data, verbose)

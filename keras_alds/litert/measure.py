@@ -112,7 +112,7 @@ def benchmark(
     positive_int(threads, "threads")
     positive_int(runs, "runs")
     int_at_least(warmup, "warmup", 0)
-    check_local(target)
+    target = check_local(target)
     content = contents(file)
     check_file(content, targets=(target,))
     runner = Runner(content, threads=threads, target=target)

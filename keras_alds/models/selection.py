@@ -103,7 +103,8 @@ class Selection:
             if not any(record.is_named_by(bound.item) for record in self.inventory.candidates):
                 warnings.warn(
                     f"`bounds` entry {bound.item!r} matches no layer of the model "
-                    f"'{self.inventory.model.name}' that can be factorized.",
+                    f"'{self.inventory.model.name}' that can be factorized"
+                    f"{self.inventory.nearest(bound.item) or '.'}",
                     stacklevel=stacklevel + 1,
                 )
 

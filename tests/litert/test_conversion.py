@@ -260,6 +260,8 @@ def test_state_does_not_leak_from_one_example_to_the_next():
         ({"inference_output_type": "int16"}, "Expected `inference_output_type` to be one of"),
         ({"batch_size": 0}, "Expected `batch_size` to be a positive integer"),
         ({"targets": "litert"}, "Expected `targets` to hold some of"),
+        ({"quantize": "INT8"}, r"Received: quantize='INT8'\. Did you mean 'int8'\?"),
+        ({"targets": ["litert_reference"]}, r"Did you mean 'litert-reference'\?"),
         ({"targets": ()}, "Expected `targets` to hold some of"),
         ({"targets": None}, "Expected `targets` to hold some of"),
     ],

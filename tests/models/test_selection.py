@@ -173,6 +173,8 @@ class TestBounds:
     def test_entries_that_match_nothing_warn(self, model):
         with pytest.warns(UserWarning, match=r"`bounds` entry 'nothing' matches no layer"):
             select(model, 0.2, bounds={"nothing": (0.1, 0.2)})
+        with pytest.warns(UserWarning, match=r"that can be factorized\. Did you mean 'stem'\?"):
+            select(model, 0.2, bounds={"Steem": (0.1, 0.2)})
         with pytest.warns(UserWarning, match=r"`bounds` entry 'bn' .* that can be factorized"):
             select(model, 0.2, bounds={"bn": (0.1, 0.2)})
         with warnings.catch_warnings():
