@@ -46,8 +46,8 @@ def get_method(name: str, error_measure: str | None = None) -> Method:
         method = METHODS[name]
     except (KeyError, TypeError):
         raise ValueError(
-            f"Expected a method, one of {sorted(METHODS)}. Received: method={name!r}"
-            + did_you_mean(name, METHODS)
+            f"Expected a method, one of {sorted(METHODS)}. "
+            f"Received: method={name!r}{did_you_mean(name, METHODS)}"
         ) from None
     if error_measure is None:
         return method

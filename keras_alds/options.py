@@ -312,7 +312,7 @@ def _limits(cr: Any, objective: Any) -> dict[str, float]:
         raise ValueError(
             f"Expected the keys of `cr` to be some of {', '.join(map(repr, JOINT))}, and no "
             f"`objective`. Received: cr={dict(cr)!r}, objective={objective!r}"
-            + did_you_mean(next((key for key in cr if key not in JOINT), None), JOINT)
+            f"{did_you_mean(next((key for key in cr if key not in JOINT), None), JOINT)}"
         )
     for fraction in limits.values():
         check_cr(fraction)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from keras_alds import _backend
 from keras_alds._backend import tensors
 from keras_alds._backend.layers import KerasModel
-from keras_alds.models.inventory import count_params
+from keras_alds.models.inventory import contains_factorized, count_params, dense_params
 from keras_alds.models.resources import count_macs
 from keras_alds.resources import removed_fraction
 from keras_alds.tables import PrintFn, print_table
@@ -71,6 +72,17 @@ def report(
     ```
     """
     before, after = sizes(model), sizes(compressed)
+    if (
+        contains_factorized(model)
+        and not contains_factorized(compressed)
+        and dense_params(model) == after["parameters"]
+    ):
+        warnings.warn(
+            "Expected the original model first, `report(model, compressed)`. Received: first "
+            f"'{model.name}', which is compressed, and then '{compressed.name}', which has as many "
+            "parameters as that had before.",
+            stacklevel=2,
+        )
     rows: dict[str, tuple[Any, Any]] = {key: (before[key], after[key]) for key in before}
     rows["cr (parameters removed)"] = (
         0.0,

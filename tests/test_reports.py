@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+
+import pytest
 
 import keras_alds
 from keras_alds import compress, select
@@ -29,3 +32,14 @@ def test_the_report_and_the_summary(small, capsys):
     printed = capsys.readouterr().out
     assert "| accuracy" in printed
     assert "0.889" in printed
+
+
+def test_swapped_models_are_told_from_others(small):
+    compressed = compress(small, 0.4)
+    with pytest.warns(UserWarning, match=r"Expected the original model first.*is compressed"):
+        keras_alds.report(compressed, small)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        keras_alds.report(small, compressed)
+        keras_alds.report(compressed, compressed)
+        keras_alds.report(compressed, keras_alds.expand(compressed))

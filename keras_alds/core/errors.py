@@ -213,8 +213,8 @@ def get_error(name: str) -> ErrorMeasure:
         return ERRORS[name]
     except (KeyError, TypeError):
         raise ValueError(
-            f"Expected an error measure, one of {sorted(ERRORS)}. Received: error_measure={name!r}"
-            + did_you_mean(name, ERRORS)
+            f"Expected an error measure, one of {sorted(ERRORS)}. "
+            f"Received: error_measure={name!r}{did_you_mean(name, ERRORS)}"
         ) from None
 
 

@@ -200,8 +200,9 @@ def sweep(
         with a note and no figures.
 
     Raises:
-        ValueError: If a method or ratio is invalid, a method lacks the calibration data it needs,
-            or the model cannot be compressed at all.
+        ValueError: If `evaluate` or `retrain` is not a function, `evaluate` returns no number, a
+            method or ratio is invalid, a method lacks the calibration data it needs, or the model
+            cannot be compressed at all.
 
     Example:
     ```python
@@ -219,6 +220,7 @@ def sweep(
         Figure 1 of arXiv 2107.11442.
     """
     check_names(options, "sweep", leave_out=("method", "error_measure"))
+    _check_functions(evaluate, retrain)
     check_sequential(sequential, calibration_data)
     crs = (float(crs),) if isinstance(crs, (int, float)) else tuple(crs)
     for cr in crs:
@@ -271,16 +273,42 @@ def _chosen(methods: str | Iterable[str] | None, *, has_data: bool) -> list[str]
     return names
 
 
+def _check_functions(evaluate: Any, retrain: Any) -> None:
+    """Raises a ValueError unless both are functions; `retrain` may be None."""
+    examples = {
+        "evaluate": "`lambda model: model.evaluate(x, y, return_dict=True)['accuracy']`",
+        "retrain": "`lambda model: model.fit(x, y)`, or None",
+    }
+    for name, value in {"evaluate": evaluate, "retrain": retrain}.items():
+        if not callable(value) and (name == "evaluate" or value is not None):
+            raise ValueError(
+                f"Expected `{name}` to be a function of a model, such as {examples[name]}. "
+                f"Received: {name} of type {type(value).__name__}"
+            )
+
+
+def _scored(evaluate: Callable[[Any], float], model: Any) -> float:
+    score = evaluate(model)
+    try:
+        return float(score)
+    except (TypeError, ValueError):
+        raise ValueError(
+            "Expected `evaluate(model)` to return one number, the score. "
+            f"Received: {score!r}. If these are the loss and metrics of `model.evaluate`, "
+            "return one of them."
+        ) from None
+
+
 def _dense_row(
     model: Any, evaluate: Callable[[Any], float], retrain: Callable[[Any], object] | None
 ) -> SweepRow:
-    score, retrained = float(evaluate(model)), None
+    score, retrained = _scored(evaluate, model), None
     if retrain is not None:
         backend = _backend.backend_of(model)
         with backend.creation_scope(model):
             copy = backend.copy_model(model)
         retrain(copy)
-        retrained = float(evaluate(copy))
+        retrained = _scored(evaluate, copy)
     return SweepRow(DENSE, 0.0, 0.0, count_params(model), score, retrained, None)
 
 
@@ -301,10 +329,10 @@ def _row(
         return SweepRow(method, cr, None, None, None, None, None, str(error))
     small = compress(model, plan=plan, calibration_data=calibration, sequential=sequential)
     seconds = time.perf_counter() - start
-    score, retrained = float(evaluate(small)), None
+    score, retrained = _scored(evaluate, small), None
     if retrain is not None:
         retrain(small)
-        retrained = float(evaluate(small))
+        retrained = _scored(evaluate, small)
     return SweepRow(method, cr, plan.cr, plan.params_after, score, retrained, seconds)
 
 

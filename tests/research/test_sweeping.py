@@ -29,6 +29,19 @@ def distance(model):  # tells small changes of the weights
     return float(np.abs(np.asarray(model.predict(x, verbose=0))).sum())
 
 
+@pytest.mark.parametrize(
+    ("evaluate", "retrain", "text"),
+    [
+        (zoo.images(8), None, "Expected `evaluate` to be a function of a model.* type tuple"),
+        (accuracy, zoo.images(8), "Expected `retrain` to be a function of a model.* type tuple"),
+        (lambda model: [1.0, 0.5], None, r"to return one number.* Received: \[1.0, 0.5\]"),
+    ],
+)
+def test_what_the_functions_have_to_be(model, evaluate, retrain, text):
+    with pytest.raises(ValueError, match=text):
+        keras_alds.sweep(model, evaluate, retrain=retrain, crs=0.3, verbose=0)
+
+
 def test_rows_are_those_of_compress(model, tmp_path):
     x, _ = zoo.images(32)
     before = model.get_weights()
