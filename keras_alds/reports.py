@@ -17,7 +17,7 @@ from keras_alds.resources import removed_fraction
 from keras_alds.tables import PrintFn, print_table
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Comparison:
     """Figures of a model before and after compression, as returned by `report`.
 
@@ -27,12 +27,19 @@ class Comparison:
 
     rows: Mapping[str, tuple[Any, Any]]
 
+    def __repr__(self) -> str:
+        figures = ", ".join(
+            f"{name} {_figure(before)} → {_figure(after)}"
+            for name, (before, after) in self.rows.items()
+        )
+        return f"<Comparison: {figures}. summary() prints a table>"
+
     def summary(self, print_fn: PrintFn | None = None, line_length: int | None = None) -> None:
         """Prints the figures as a table.
 
         Args:
             print_fn: Called with the text; default: standard output, in colour on a terminal.
-            line_length: Width of the table in characters; default: the terminal's.
+            line_length: Width in characters; default: the terminal's, else 100.
         """
         rows = [
             [name, _figure(before), _figure(after), _ratio(before, after)]

@@ -22,12 +22,13 @@ from keras_alds import _backend
 from keras_alds._backend import wrappers
 from keras_alds.core.checks import did_you_mean, positive_int
 from keras_alds.litert import _package
-from keras_alds.litert.files import read_file
+from keras_alds.litert.files import FileBytes, read_file
 from keras_alds.litert.quantized import check_quantized, warn_of_thin_groups
 from keras_alds.litert.runs import check_file, check_targets
 from keras_alds.models.data import KeptExamples, with_progress
 from keras_alds.models.inventory import walk
 from keras_alds.models.ranges import equalized
+from keras_alds.progress import progress_bar
 
 QUANTIZE = (None, "float16", "dynamic", "int8")
 #: Runtimes in which a file can be checked, and whether each uses XNNPACK.
@@ -85,7 +86,8 @@ def convert(
             `"dynamic"` left in float. Defaults to 1.
 
     Returns:
-        The file's bytes. Its inputs and outputs have the model's names and order.
+        The file's bytes. They print as their number. The file's inputs and outputs have the
+        model's names and order.
 
     Raises:
         ImportError: If LiteRT is not installed.
@@ -180,9 +182,9 @@ def convert_quietly(
     specs = _input_specs(model, options.batch_size)
     aware = any(wrappers.is_quantized(layer) for _, layer in walk(model))
     _check_data(model, options, aware)
-    with Progress(transient=True, disable=not options.verbose) as progress:
+    with progress_bar(options.verbose) as progress:
         task = progress.add_task("conversion", total=2)
-        content = _converted(model, specs, options, aware, progress)
+        content = FileBytes(_converted(model, specs, options, aware, progress))
         progress.advance(task)
         left = check_quantized(read_file(content), options.quantize) if options.quantize else []
         check_file(content, targets=options.targets)

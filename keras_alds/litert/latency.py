@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from rich.progress import Progress
 
 from keras_alds import _backend
 from keras_alds._backend import wrappers
@@ -27,6 +26,7 @@ from keras_alds.models.data import MIN_EXAMPLES
 from keras_alds.models.inventory import Inventory, LayerRecord, already_compressed
 from keras_alds.naming import check_exclude
 from keras_alds.plan import Skip, Skipped
+from keras_alds.progress import progress_bar
 
 
 class MeasuredLatency:
@@ -264,7 +264,7 @@ def _measured(
     swept = min(1 << (size - 1).bit_length(), MOST_SWEPT)
     costs: dict[LayerCall, SampledCosts] = {}
     overhead = None
-    with Progress(transient=True, disable=not verbose) as progress:
+    with progress_bar(verbose) as progress:
         for call in progress.track(sorted(layers), description="latency of layers"):
             ranks = settings.ranks(layers[call], call)
             key = (call, settings, swept, tuple(ranks.items()))

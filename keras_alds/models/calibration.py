@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress
 
 from keras_alds._backend import tensors
 from keras_alds._backend.functions import run_as_code
@@ -30,6 +29,7 @@ from keras_alds.models.data import (
 )
 from keras_alds.models.inventory import Inventory
 from keras_alds.models.observe import Observer
+from keras_alds.progress import progress_bar
 from keras_alds.tables import counted
 
 STATS_VERSION = 1
@@ -139,7 +139,7 @@ class CalibrationStats:
         observer = Observer(records)
         examples = 0
         with (
-            Progress(transient=True, disable=not verbose) as progress,
+            progress_bar(verbose) as progress,
             run_as_code(model),
             observer.watching(model),
         ):

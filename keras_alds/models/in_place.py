@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress
 
 from keras_alds._backend import wrappers
 from keras_alds._backend.functions import forget_graphs
@@ -24,6 +23,7 @@ from keras_alds.models.matching import Pairs, match
 from keras_alds.models.optimizer import carry_optimizers
 from keras_alds.models.sequential import Walk, most_reruns
 from keras_alds.plan import CompressionPlan
+from keras_alds.progress import progress_bar
 
 #: The most layers for which sequential compression reruns one piece of Python code by default.
 MOST_RERUNS = 8
@@ -173,7 +173,7 @@ def _sequential(
 
     given = [(r.layer, r.factorized) for r in made.values()]
     layers = [layer for layer in by_layer if layer not in made]
-    with Progress(transient=True, disable=not verbose) as progress:
+    with progress_bar(verbose) as progress:
         task = progress.add_task("compression", total=len(layers))
         walk = Walk(inventory.model, layers, examples, given=given)
         walk.run(decide, lambda: progress.advance(task))

@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import Progress
-
 from keras_alds import _backend
 from keras_alds._backend.layers import KerasModel
 from keras_alds.api import compress, select
@@ -20,6 +18,7 @@ from keras_alds.models.calibration import Calibration
 from keras_alds.models.in_place import check_sequential
 from keras_alds.models.inventory import Inventory, count_params
 from keras_alds.options import SelectOptions, check_cr, check_names, takes_options
+from keras_alds.progress import progress_bar
 from keras_alds.resources import RESOURCES
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ class SweepRow:
     note: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Sweep:
     """The results of `sweep`.
 
@@ -76,6 +75,13 @@ class Sweep:
     rows: tuple[SweepRow, ...]
     objective: str
     name: str
+
+    def __repr__(self) -> str:
+        crs = ", ".join(f"{cr:g}" for cr in self.crs)
+        return (
+            f"<Sweep of {self.name!r}: {len(self.methods)} methods, cr={crs} of {self.objective}, "
+            f"dense score {self.dense.score}. print(….to_markdown()) shows the scores>"
+        )
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -241,7 +247,7 @@ def sweep(
         )
         calibration.collected(inventory, verbose=verbose)
     rows = []
-    with Progress(transient=True, disable=not verbose) as progress:
+    with progress_bar(verbose) as progress:
         task = progress.add_task("dense", total=1 + len(chosen) * len(crs))
         rows.append(_dense_row(model, evaluate, retrain))
         progress.advance(task)
