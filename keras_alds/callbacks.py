@@ -65,7 +65,8 @@ class ALDSCompress(_backend.Callback):
     compression, first factorize the model with `apply_plan` and the saved plan.
 
     The logs of every epoch contain `alds_cr`, the fraction of parameters removed so far, and
-    `alds_params`, the number of parameters.
+    `alds_params`, the number of parameters. `History` and `CSVLogger` have them from the first
+    epoch on, since `CSVLogger` fixes its columns there. Keras prints them from the compression on.
 
     If training starts after `at_epoch` (`initial_epoch`), a dense model is compressed before its
     first epoch, and a compressed model is trained as it is.
@@ -171,6 +172,10 @@ class ALDSCompress(_backend.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Raises every error that can be found before the first epoch."""
         self._start_training()
+        for callback in self._siblings():
+            _backend.backend_of(self.model).hide_logs(
+                callback, ("alds_cr", "alds_params"), lambda: not self._done
+            )
         if self._calibration_data is not None or self._needs_forward:
             _backend.backend_of(self.model).check_call(self.model)
         if has_weights(self.model):
