@@ -70,8 +70,9 @@ def convert(
         representative_data: A few hundred unlabelled examples that set the ranges of int8
             activations, preprocessed as for training. Accepts the same types as
             `calibration_data` of `select`: an array, a list or dict of arrays for several inputs,
-            a batched `tf.data.Dataset`, a `keras.utils.PyDataset`, a generator or an iterable of
-            batches. Labels are ignored.
+            a batched `tf.data.Dataset`, a `keras.utils.PyDataset`, an iterable of batches,
+            or a function that returns one of these, such as the generator function that TFLite's
+            converter takes. Labels are ignored.
         max_examples: Integer of at least 8, or None for all. Largest number of examples to use;
             arrays are sampled at even spacing. Defaults to 256.
         inference_input_type: Type of an int8 file's inputs: `"float32"`, `"int8"`, `"uint8"`, or

@@ -109,8 +109,8 @@ class CalibrationStats:
         Args:
             model: A built Keras 3 or tf_keras model of any kind.
             data: Examples: an array; a list or dict of arrays for several inputs; a batched
-                `tf.data.Dataset`; a `keras.utils.PyDataset`; or any generator or iterable of
-                batches. Labels, as in `(x, y)`, are ignored.
+                `tf.data.Dataset`; a `keras.utils.PyDataset`; any generator or iterable of batches;
+                or a function that returns one of these. Labels, as in `(x, y)`, are ignored.
             max_examples: Largest number of examples to use: evenly spaced rows of arrays, and
                 the first examples of everything else. None for all. Defaults to 1024.
             verbose: 0 prints nothing; otherwise a terminal shows a progress bar. Defaults to 1.

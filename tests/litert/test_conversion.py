@@ -195,7 +195,7 @@ def test_int8_inputs_and_outputs_and_batches(dense_and_conv: Any, data: np.ndarr
     content = litert.convert(
         dense_and_conv,
         quantize="int8",
-        representative_data=(data[i : i + 8] for i in range(0, 40, 8)),
+        representative_data=lambda: ([data[i : i + 1]] for i in range(40)),
         inference_input_type=tf.int8,
         inference_output_type="uint8",
         batch_size=16,
