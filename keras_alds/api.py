@@ -259,7 +259,8 @@ def choose(
         calibration = Calibration.of(
             inventory, calibration_data, keep=keep, verbose=verbose, stacklevel=stacklevel + 1
         )
-        selection = selection.calibrated(calibration.collected(inventory, verbose=verbose))
+        stats = calibration.collected(inventory, verbose=verbose, stacklevel=stacklevel + 1)
+        selection = selection.calibrated(stats)
     return Chosen(selection.plan(), inventory, calibration)
 
 

@@ -26,6 +26,7 @@ from keras_alds.models.inventory import (
     walk,
 )
 from keras_alds.models.matching import match
+from keras_alds.models.scale import warn_of_other_inputs
 from keras_alds.options import (
     Options,
     SelectOptions,
@@ -184,6 +185,8 @@ class ALDSCompress(_backend.Callback):
                 inventory = self._check()
                 if self._calibration_data is not None:
                     check_data(inventory, self._calibration_data)
+                    x, _ = inventory.backend.calling_fit(self.model)
+                    warn_of_other_inputs(self.model, self._calibration_data, x, stacklevel=2)
         if self._needs_data and self._calibration_data is None:
             self._training_inputs()
 

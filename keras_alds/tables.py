@@ -44,7 +44,7 @@ def print_plan(
     skipped = [c for c in plan.choices if c.has_kernel and not c.factorized]
     rows = []
     for choice in plan.choices:
-        if choice in without_kernel or (choice in skipped and not show_skipped):
+        if not choice.has_kernel or not (choice.factorized or show_skipped):
             continue
         row = [
             f"{choice.layer} ({choice.kind})",
@@ -93,8 +93,8 @@ def _skipped_lines(skipped: Sequence[LayerChoice]) -> list[str]:
         names = ", ".join(choice.layer for choice in choices[:3]) + ", …" * (len(choices) > 3)
         params = sum(choice.params_before for choice in choices)
         lines.append(
-            f"Skipped ({choices[0].reason_code}): {len(choices)} layers, {params:,} params "
-            f"({names}): {choices[0].reason if len(reasons) == 1 else general}"
+            f"Skipped ({choices[0].reason_code}): {counted(len(choices), 'layer')}, {params:,} "
+            f"params ({names}): {choices[0].reason if len(reasons) == 1 else general}"
         )
     return lines
 

@@ -128,7 +128,8 @@ def load_model(path: str | os.PathLike[str], name: str = KERASES[0]) -> Model:
         other = next(kind for kind in KERASES if kind != name)
         reason = _reason(error, file, module)
         raise ValueError(
-            f"Expected a model that {name} can load. Received: {file} ({reason}). If {other} saved it, choose {other}."
+            f"Expected a model that {name} can load. Received: {file} ({reason}). If {other} saved "
+            f"it, choose {other}."
         ) from error
 
 

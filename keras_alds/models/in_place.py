@@ -21,6 +21,7 @@ from keras_alds.models.factorize import Replacement, replacement
 from keras_alds.models.inventory import Inventory, made_by_code
 from keras_alds.models.matching import Pairs, match
 from keras_alds.models.optimizer import carry_optimizers
+from keras_alds.models.scale import check_scale
 from keras_alds.models.sequential import Walk, most_reruns
 from keras_alds.plan import CompressionPlan
 from keras_alds.progress import progress_bar
@@ -65,11 +66,13 @@ def apply(
         elif calibration.examples is not None and _is_sequential(
             inventory, pairs, make, sequential, stacklevel=stacklevel + 1
         ):
+            if calibration.stats is None:
+                check_scale(inventory, calibration.examples, stacklevel=stacklevel + 1)
             if last:
                 calibration.stats = None
             made = _sequential(inventory, pairs, calibration.examples, verbose)
         else:
-            stats = calibration.collected(inventory, verbose=verbose)
+            stats = calibration.collected(inventory, verbose=verbose, stacklevel=stacklevel + 1)
             moments = {r.path: r.moment for r in stats.match(inventory).records}
             made = [
                 replacement(record, choice, moment=moments[record.path], make=make)

@@ -245,7 +245,7 @@ def sweep(
         calibration = Calibration.of(
             inventory, calibration_data, keep=keep, verbose=verbose, stacklevel=2
         )
-        calibration.collected(inventory, verbose=verbose)
+        calibration.collected(inventory, verbose=verbose, stacklevel=2)
     rows = []
     with progress_bar(verbose) as progress:
         task = progress.add_task("dense", total=1 + len(chosen) * len(crs))
