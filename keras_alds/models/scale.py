@@ -18,14 +18,14 @@ from keras_alds.models.inventory import Inventory
 from keras_alds.models.observe import when_known
 
 # Standard deviations that differ by more than this are those of other data.
-_FACTOR = 4.0
+_FACTOR = 3.0
 # How many BatchNormalization layers are compared, from the input on.
 _LAYERS = 3
 # How many examples are compared.
 _EXAMPLES = 256
 _REMEDY = (
-    "Preprocess the examples as for training, for example to images in 0–1 instead of 0–255. If "
-    "they are right, ignore this warning."
+    "Preprocess the examples as for training, for example to images in 0–1 instead of 0–255, or "
+    "not at all if the model does it."
 )
 
 
