@@ -195,7 +195,9 @@ def compare(
         task = progress.add_task("comparison", total=4)
         files = []
         for item in (original, compressed):
-            files.append(contents(convert_quietly(item, options) if _is_model(item) else item))
+            if _is_model(item):
+                item = convert_quietly(item, options, stacklevel=3)
+            files.append(contents(item))
             check_file(files[-1], targets=(target,))
             progress.advance(task)
         runners = [Runner(file, threads=threads, target=target) for file in files]

@@ -28,6 +28,7 @@ from keras_alds.litert.runs import check_file, check_targets
 from keras_alds.models.data import KeptExamples, with_progress
 from keras_alds.models.inventory import walk
 from keras_alds.models.ranges import equalized
+from keras_alds.models.scale import check_scale
 from keras_alds.progress import progress_bar
 
 QUANTIZE = (None, "float16", "dynamic", "int8")
@@ -116,7 +117,7 @@ def convert(
         targets=targets,
         verbose=verbose,
     )
-    content = convert_quietly(model, options, path)
+    content = convert_quietly(model, options, path, stacklevel=3)
     warn_of_thin_groups(content, stacklevel=3)
     return content
 
@@ -173,9 +174,16 @@ class ConvertOptions:
 
 
 def convert_quietly(
-    model: Any, options: ConvertOptions, path: str | os.PathLike[str] | None = None
+    model: Any,
+    options: ConvertOptions,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    stacklevel: int | None = None,
 ) -> bytes:
-    """`convert` without its warning, for callers that warn at another stack level or not at all."""
+    """`convert` without its warning, for callers that warn at another stack level or not at all.
+
+    `stacklevel` is for the warning of data of another scale; None for no such warning.
+    """
     check_folder(path)
     _package.interpreter()  # fails before the work starts
     wrappers.check_stripped(model, "litert.convert", quantized=True)
@@ -185,7 +193,12 @@ def convert_quietly(
     _check_data(model, options, aware)
     with progress_bar(options.verbose) as progress:
         task = progress.add_task("conversion", total=2)
-        content = FileBytes(_converted(model, specs, options, aware, progress))
+        data, examples = options.representative_data, None
+        if data is not None:
+            examples = KeptExamples(model, data, options.max_examples, "representative_data")
+            if stacklevel is not None and not aware:
+                check_scale(model, examples, stacklevel=stacklevel)
+        content = FileBytes(_converted(model, specs, options, examples, aware, progress))
         progress.advance(task)
         left = check_quantized(read_file(content), options.quantize) if options.quantize else []
         check_file(content, targets=options.targets)
@@ -274,12 +287,14 @@ def _check_data(model: Any, options: ConvertOptions, aware: bool) -> None:
 
 
 def _converted(
-    model: Any, specs: Any, options: ConvertOptions, aware: bool, progress: Progress
+    model: Any,
+    specs: Any,
+    options: ConvertOptions,
+    examples: KeptExamples | None,
+    aware: bool,
+    progress: Progress,
 ) -> bytes:
     """The converted model."""
-    data, examples = options.representative_data, None
-    if data is not None:
-        examples = KeptExamples(model, data, options.max_examples, "representative_data")
     signature = _Signature(model, specs)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())

@@ -142,7 +142,7 @@ class CalibrationStats:
         stacklevel: int,
     ) -> CalibrationStats:
         model, records = inventory.model, inventory.factorizable
-        observer, scales = Observer(records), ScaleCheck(inventory)
+        observer, scales = Observer(records), ScaleCheck(model)
         examples = 0
         with (
             progress_bar(verbose) as progress,

@@ -67,7 +67,7 @@ def apply(
             inventory, pairs, make, sequential, stacklevel=stacklevel + 1
         ):
             if calibration.stats is None:
-                check_scale(inventory, calibration.examples, stacklevel=stacklevel + 1)
+                check_scale(inventory.model, calibration.examples, stacklevel=stacklevel + 1)
             if last:
                 calibration.stats = None
             made = _sequential(inventory, pairs, calibration.examples, verbose)
@@ -194,7 +194,7 @@ def check_sequential(sequential: object, data: object, method: str | None = None
         raise ValueError(
             "Expected examples as `calibration_data` with sequential=True, to run the layers on "
             "them again. "
-            f"Received: calibration_data={data!r}"
+            f"Received: calibration_data of type {type(data).__name__}"
         )
     if sequential and factorize_with_bias(method):
         raise ValueError(

@@ -10,19 +10,21 @@ from typing import Any
 
 import numpy as np
 
+from keras_alds import _backend
 from keras_alds._backend import tensors
 from keras_alds._backend.functions import run_as_code
 from keras_alds.core.slicing import Array
 from keras_alds.models.data import Examples, KeptExamples
-from keras_alds.models.inventory import Inventory
+from keras_alds.models.inventory import walk
 from keras_alds.models.observe import when_known
 
 # Standard deviations that differ by more than this are those of other data.
 _FACTOR = 3.0
 # How many BatchNormalization layers are compared, from the input on.
 _LAYERS = 3
-# How many examples are compared.
-_EXAMPLES = 256
+# How many examples are compared with the training data, and with how many the model is run if it is
+# run for this alone.
+_EXAMPLES, _RUN = 256, 32
 _REMEDY = (
     "Preprocess the examples as for training, for example to images in 0–1 instead of 0–255, or "
     "not at all if the model does it."
@@ -78,23 +80,28 @@ class ScaleCheck:
     """Compares the inputs of the first BatchNormalization layers with their moving variance.
 
     Args:
-        inventory: The model, before it is run on the examples.
+        model: The model, before it is run on the examples.
     """
 
-    def __init__(self, inventory: Inventory) -> None:
-        self._inventory = inventory
-        norm = inventory.backend.keras.layers.BatchNormalization
+    def __init__(self, model: Any) -> None:
+        self._model, self._backend = model, _backend.backend_of(model)
+        norm = self._backend.keras.layers.BatchNormalization
         self._seen: dict[Any, Channels] = {}
         self._paths: dict[Any, str] = {}
-        for path, layer in inventory.layers:
+        for path, layer in walk(model):
             if not isinstance(layer, norm) or not layer.built or len(self._seen) == _LAYERS:
                 continue
             axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
             if len(axes) == 1 and (self._variance(layer) != 1).any():
                 self._seen[layer], self._paths[layer] = Channels(axes[0]), path
 
+    @property
+    def layers(self) -> list[Any]:
+        """The layers that are compared."""
+        return list(self._seen)
+
     def _variance(self, layer: Any) -> Array:
-        return self._inventory.backend.value(layer.moving_variance)
+        return self._backend.value(layer.moving_variance)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -103,7 +110,7 @@ class ScaleCheck:
         def see(layer: Any, inputs: Any, outputs: Any) -> Any:
             return when_known(inputs, outputs, self._seen[layer].add)
 
-        with self._inventory.backend.watching_calls(list(self._seen), see):
+        with self._backend.watching_calls(self.layers, see):
             yield
 
     def warn(self, *, stacklevel: int) -> None:
@@ -120,9 +127,9 @@ class ScaleCheck:
                 return
 
     def _factor(self, layer: Any, variance: Array) -> float:
-        optimizer = getattr(self._inventory.model, "optimizer", None)
+        optimizer = getattr(self._model, "optimizer", None)
         iterations = getattr(optimizer, "iterations", None)
-        steps = 0 if iterations is None else int(self._inventory.backend.value(iterations))
+        steps = 0 if iterations is None else int(self._backend.value(iterations))
         # A moving variance starts at 1. After n steps it still holds momentumⁿ of that, unless it
         # comes from an earlier training.
         expected = self._variance(layer)
@@ -133,15 +140,17 @@ class ScaleCheck:
         return min(factors, key=lambda factor: abs(math.log(factor)) if factor else math.inf)
 
 
-def check_scale(inventory: Inventory, examples: KeptExamples, *, stacklevel: int) -> None:
-    """Runs the model on some examples, and warns as `ScaleCheck.warn` does."""
-    scales, model = ScaleCheck(inventory), inventory.model
+def check_scale(model: Any, examples: KeptExamples, *, stacklevel: int) -> None:
+    """Runs the model on the first examples, and warns as `ScaleCheck.warn` does."""
+    scales = ScaleCheck(model)
+    if not scales.layers:
+        return
     with run_as_code(model), scales.watching():
         seen = 0
         for batch, count in examples:
             model(batch, training=False)
             seen += count
-            if seen >= _EXAMPLES:
+            if seen >= _RUN:
                 break
     scales.warn(stacklevel=stacklevel + 1)
 

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 import zoo
 
-from keras_alds import ALDSCompress, CalibrationStats, apply_plan, compress, select
+from keras_alds import ALDSCompress, CalibrationStats, apply_plan, compress, litert, select
 
 OFF = "seem to be of another scale than the training data: the inputs of BatchNormalization 'bn'"
 
@@ -88,6 +88,17 @@ def test_data_of_another_scale_warn(keras_module, trained, scale, text):
     assert len(found) == 5
     assert all(re.match(f"The examples {OFF} {text}", str(item.message)) for item in found)
     assert {item.filename for item in found} == {__file__}
+
+
+def test_representative_data(keras_module, trained):
+    pytest.importorskip("ai_edge_litert")
+    small = compress(settle(keras_module, trained()), 0.3, max_slices=1)
+    x = images(16, seed=1)[0]
+    options = {"quantize": "int8", "verbose": 0}
+    quietly(litert.convert, small, representative_data=x, **options)
+    with pytest.warns(UserWarning, match=OFF) as caught:
+        litert.convert(small, representative_data=255 * x, **options)
+    assert caught[0].filename == __file__
 
 
 def test_after_a_short_training_it_is_still_seen(trained):
