@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import json
 import os
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -312,5 +313,5 @@ def check_plan(plan: Any) -> None:
     if not isinstance(plan, CompressionPlan):
         raise ValueError(
             "Expected `plan` to be a CompressionPlan (see `select` and `CompressionPlan.load`). "
-            f"Received: plan={plan!r} of type {type(plan).__name__}"
+            f"Received: plan={reprlib.repr(plan)} of type {type(plan).__name__}"
         )

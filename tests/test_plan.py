@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from keras_alds import CompressionPlan, select
+from keras_alds import CompressionPlan, compress, select
 from keras_alds.resources import allowed_after, removed_fraction
 
 
@@ -38,6 +38,17 @@ def test_the_budget_is_the_largest_that_keeps_the_promise(before):
         after = allowed_after(before, cr)
         assert removed_fraction(before, after) >= cr
         assert removed_fraction(before, after + 1) < cr
+
+
+def test_errors_print_shortly_what_they_got(small):
+    plan = select(small, 0.4)
+    for call in (
+        lambda: compress(small, plan=plan.to_dict()),
+        lambda: compress([np.zeros(3).tolist()] * 1000, plan=plan),
+    ):
+        with pytest.raises(ValueError, match="Received: ") as info:
+            call()
+        assert len(str(info.value)) < 1000
 
 
 def test_plans_and_choices_print_shortly(small):

@@ -19,6 +19,7 @@ import importlib
 import json
 import os
 import re
+import reprlib
 import sys
 import zipfile
 from typing import Any
@@ -177,5 +178,5 @@ def backend_of(model: object) -> Backend:
             return _BACKENDS[name]
     raise ValueError(
         "Expected `model` to be a built `keras.Model` or `tf_keras.Model`. "
-        f"Received: model={model!r} of type {type(model).__name__}"
+        f"Received: model={reprlib.repr(model)} of type {type(model).__name__}"
     )

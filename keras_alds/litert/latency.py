@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import os
+import reprlib
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -174,7 +175,7 @@ def check_table(latency: Any, target: str | None) -> LatencyTable | None:
     if not isinstance(latency, LatencyTable):
         raise ValueError(
             "Expected `latency_table` to be a `keras_alds.litert.LatencyTable` or the path of one. "
-            f"Received: latency_table={latency!r}"
+            f"Received: latency_table={reprlib.repr(latency)}"
         )
     if latency.target != target:
         raise ValueError(

@@ -35,9 +35,9 @@ def complaint(capsys, *arguments):
 def test_plan(saved, tmp_path, capsys):
     model, path, options = saved
     output = tmp_path / "plan.json"
-    arguments = ["plan", str(path), *options, "--cr", "0.4", "--max-slices", "4"]
+    arguments = ["plan", str(path), *options, "--cr", "0.4", "--target", "tflite"]
     assert main([*arguments, "--exclude", "head", "--output", str(output)]) == 0
-    assert CompressionPlan.load(output) == select(model, 0.4, max_slices=4, exclude=["head"])
+    assert CompressionPlan.load(output) == select(model, 0.4, target="litert", exclude=["head"])
     assert "Compression plan: cr=0.4 of params requested" in capsys.readouterr().out
 
 
