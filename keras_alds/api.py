@@ -59,9 +59,9 @@ def select(
             `{"params": 0.5, "macs": 0.4}` removes at least these fractions.
         calibration_data: A calibration set: a few hundred unlabelled examples on which the error
             of every choice is measured. An array, a list or dict of arrays for several inputs, a
-            batched `tf.data.Dataset`, a `keras.utils.PyDataset`, an iterable of batches, or
-            `CalibrationStats`. Labels are ignored, and at most 1024 examples are used. Defaults
-            to None.
+            batched `tf.data.Dataset`, a `keras.utils.PyDataset`, an iterable of batches, a
+            function that returns one of these, or `CalibrationStats`. Labels are ignored, and at
+            most 1024 examples are used. Defaults to None.
         {options}
 
     Returns:
@@ -310,7 +310,8 @@ def choose(
         calibration = Calibration.of(
             inventory, calibration_data, keep=keep, verbose=verbose, stacklevel=stacklevel + 1
         )
-        selection = selection.calibrated(calibration.collected(inventory, verbose=verbose))
+        stats = calibration.collected(inventory, verbose=verbose, stacklevel=stacklevel + 1)
+        selection = selection.calibrated(stats)
     return Chosen(selection.plan(), inventory, calibration)
 
 

@@ -27,6 +27,7 @@ from keras_alds.models.inventory import (
 )
 from keras_alds.models.matching import match
 from keras_alds.models.recompose import Request, already, inspected, recomposed, to_recompose
+from keras_alds.models.scale import warn_of_other_inputs
 from keras_alds.models.submodels import find_submodel, frozen_part
 from keras_alds.options import (
     Options,
@@ -67,8 +68,10 @@ class ALDSCompress(_backend.Callback):
     compression, first factorize the model with `apply_plan` and the saved plan.
 
     The logs of every epoch contain `alds_cr`, the fraction of parameters removed so far, and
-    `alds_params`, the number of parameters. If callbacks in one `fit` compress different
-    submodels, the names end in that of the submodel, as in `alds_cr_student`.
+    `alds_params`, the number of parameters. `History` and `CSVLogger` have them from the first
+    epoch on, since `CSVLogger` fixes its columns there. Keras prints them from the compression on.
+    If callbacks in one `fit` compress different submodels, the names end in that of the submodel,
+    as in `alds_cr_student`.
 
     If training starts after `at_epoch` (`initial_epoch`), the model is compressed before its first
     epoch.
@@ -206,12 +209,19 @@ class ALDSCompress(_backend.Callback):
         """Raises every error that can be found before the first epoch."""
         self._start_training()
         self._check_others()
+        names = (f"alds_cr{self._suffix}", f"alds_params{self._suffix}")
+        backend = _backend.backend_of(self.model)
+        for callback in self._siblings():
+            backend.hide_logs(callback, names, lambda: not self._done)
         if self._calibration_data is not None or self._needs_forward:
             self._check_forward()
         if has_weights(self._part):
             self._params_before = dense_params(self._part)
             if not self._is_met():
                 self._check()
+                if self._calibration_data is not None and self._part is self.model:
+                    x, _ = backend.calling_fit(self.model)
+                    warn_of_other_inputs(self.model, self._calibration_data, x, stacklevel=2)
         if self._needs_data and self._calibration_data is None and not self._done:
             self._training_inputs()
 

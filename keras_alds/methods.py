@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
+from keras_alds.core.checks import did_you_mean
 from keras_alds.core.errors import get_error
 from keras_alds.core.methods import ACTIVATION, ALDS, ENERGY, Method
 
@@ -45,7 +46,8 @@ def get_method(name: str, error_measure: str | None = None) -> Method:
         method = METHODS[name]
     except (KeyError, TypeError):
         raise ValueError(
-            f"Expected a method, one of {sorted(METHODS)}. Received: method={name!r}"
+            f"Expected a method, one of {sorted(METHODS)}. "
+            f"Received: method={name!r}{did_you_mean(name, METHODS)}"
         ) from None
     if error_measure is None:
         return method

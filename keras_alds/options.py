@@ -8,20 +8,19 @@ values, and `add_flags` adds them to an argument parser.
 # No `from __future__ import annotations`: the annotations of `SelectOptions` are read at run time.
 
 import dataclasses
-import difflib
 import inspect
 import numbers
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, TypedDict, TypeVar
 
-from keras_alds.core.checks import positive_int
+from keras_alds.core.checks import did_you_mean, positive_int
 from keras_alds.core.slicing import SCHEMES
 from keras_alds.methods import METHODS, choose_method, get_method
 from keras_alds.naming import Bound, check_bounds, check_exclude
 from keras_alds.plan import CompressionPlan, check_plan
 from keras_alds.resources import JOINT, RESOURCES
-from keras_alds.targets import TARGETS, get_target
+from keras_alds.targets import ALIASES, TARGETS, get_target
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -130,12 +129,12 @@ class SelectOptions(TypedDict, total=False):
         Option(
             None,
             """String or None. The runtime that the model is for: `"litert"` (LiteRT on a CPU with
-            XNNPACK), `"litert-reference"` (its built-in kernels, microcontrollers) or
-            `"gpu-delegate"`. Only slices and ranks that run well there are chosen. With
-            calibration data, and unless the objective is `"latency"`, the plan shows how much error
-            this adds. Defaults to None: no constraints, or `"litert"` with
+            XNNPACK; `"tflite"` means the same), `"litert-reference"` (its built-in kernels,
+            microcontrollers) or `"gpu-delegate"`. Only slices and ranks that run well there are
+            chosen. With calibration data, and unless the objective is `"latency"`, the plan shows
+            how much error this adds. Defaults to None: no constraints, or `"litert"` with
             `objective="latency"`.""",
-            flag={"choices": list(TARGETS), "help": "the runtime that the model is for"},
+            flag={"choices": [*TARGETS, *ALIASES], "help": "the runtime that the model is for"},
         ),
     ]
     bounds: Annotated[
@@ -233,8 +232,8 @@ class Options:
             values["method"], has_data=has_data, error_measure=values["error_measure"]
         )
         get_method(method, values["error_measure"])
-        get_target(values["target"])
-        values["target"] = values["target"] or RESOURCES[values["objective"]].target
+        target = get_target(values["target"])
+        values["target"] = target.name if target else RESOURCES[values["objective"]].target
         if values["latency_table"] is not None and values["objective"] != "latency":
             raise ValueError(
                 "Expected `latency_table` only with objective='latency'. "
@@ -295,9 +294,8 @@ def check_names(
     known = [name for name in OPTION_NAMES if name not in set(leave_out)]
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, [*known, *more], n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}.{hint}")
+            hint = did_you_mean(name, [*known, *more]) or "."
+            raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}{hint}")
 
 
 def _limits(cr: Any, objective: Any) -> dict[str, float]:
@@ -305,7 +303,7 @@ def _limits(cr: Any, objective: Any) -> dict[str, float]:
     if objective not in RESOURCES:
         raise ValueError(
             f"Expected `objective` to be one of {', '.join(map(repr, RESOURCES))}. "
-            f"Received: objective={objective!r}"
+            f"Received: objective={objective!r}{did_you_mean(objective, RESOURCES)}"
         )
     limits = cr if isinstance(cr, Mapping) else {objective: cr}
     if isinstance(cr, Mapping) and (
@@ -314,6 +312,7 @@ def _limits(cr: Any, objective: Any) -> dict[str, float]:
         raise ValueError(
             f"Expected the keys of `cr` to be some of {', '.join(map(repr, JOINT))}, and no "
             f"`objective`. Received: cr={dict(cr)!r}, objective={objective!r}"
+            f"{did_you_mean(next((key for key in cr if key not in JOINT), None), JOINT)}"
         )
     for fraction in limits.values():
         check_cr(fraction)

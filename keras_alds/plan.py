@@ -6,11 +6,12 @@ import dataclasses
 import enum
 import json
 import os
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from keras_alds.core.slicing import SCHEMES
-from keras_alds.resources import Cost
+from keras_alds.resources import RESOURCES, Cost
 from keras_alds.tables import print_plan
 
 PLAN_VERSION = 2
@@ -46,7 +47,7 @@ class Skipped(NamedTuple):
     detail: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LayerChoice:
     """The plan for one layer with weights.
 
@@ -82,6 +83,13 @@ class LayerChoice:
     note: str | None = None
     reason_code: str | None = None
 
+    def __repr__(self) -> str:
+        choice = f"skipped: {self.reason}"
+        if self.factorized:
+            choice = f"slices={self.slices}, rank={self.rank}, error={self.error:.4f}"
+        params = RESOURCES["params"].text(self.costs.get("params"))
+        return f"<LayerChoice {self.layer!r} ({self.kind}): {params} params, {choice}>"
+
     @property
     def params_before(self) -> int:
         """Parameters of the dense layer."""
@@ -103,7 +111,7 @@ class LayerChoice:
         return self.reason_code != Skip.NO_KERNEL.value
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class CompressionPlan:
     """The slices and rank of every layer of a model, as chosen by `keras_alds.select`.
 
@@ -151,6 +159,14 @@ class CompressionPlan:
     output_error_without_target: float | None = None
     runtime: str | None = None
     version: int = PLAN_VERSION
+
+    def __repr__(self) -> str:
+        removed = ", ".join(f"{cost.removed:.2%} of {name}" for name, cost in self.costs.items())
+        return (
+            f"<CompressionPlan by method {self.method!r}: removes {removed}; "
+            f"{len(self.factorized)} of {len(self.choices)} layers factorized. "
+            "summary() shows them>"
+        )
 
     @property
     def requested_cr(self) -> float:
@@ -272,15 +288,20 @@ class CompressionPlan:
         return cls.from_dict(data)
 
     def summary(
-        self, print_fn: Callable[[str], object] | None = None, line_length: int | None = None
+        self,
+        print_fn: Callable[[str], object] | None = None,
+        line_length: int | None = None,
+        show_skipped: bool = False,
     ) -> None:
         """Prints a table of the choices, like Keras's `Model.summary()`.
 
         Args:
             print_fn: Called with the text; default: standard output, in colour on a terminal.
-            line_length: Width of the table in characters; default: the terminal's.
+            line_length: Width in characters; default: the terminal's, else 100.
+            show_skipped: Boolean. Whether skipped layers have rows of their own. Defaults to
+                False: one line below the table for each reason.
         """
-        print_plan(self, print_fn=print_fn, line_length=line_length)
+        print_plan(self, print_fn=print_fn, line_length=line_length, show_skipped=show_skipped)
 
 
 def _costs(costs: Mapping[str, Any]) -> dict[str, Cost]:
@@ -292,5 +313,5 @@ def check_plan(plan: Any) -> None:
     if not isinstance(plan, CompressionPlan):
         raise ValueError(
             "Expected `plan` to be a CompressionPlan (see `select` and `CompressionPlan.load`). "
-            f"Received: plan={plan!r} of type {type(plan).__name__}"
+            f"Received: plan={reprlib.repr(plan)} of type {type(plan).__name__}"
         )

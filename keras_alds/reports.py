@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from keras_alds import _backend
 from keras_alds._backend import tensors
 from keras_alds._backend.layers import KerasModel
-from keras_alds.models.inventory import count_params
+from keras_alds.models.inventory import contains_factorized, count_params, dense_params
 from keras_alds.models.resources import count_macs
 from keras_alds.resources import removed_fraction
 from keras_alds.tables import PrintFn, print_table
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Comparison:
     """Figures of a model before and after compression, as returned by `report`.
 
@@ -26,12 +27,19 @@ class Comparison:
 
     rows: Mapping[str, tuple[Any, Any]]
 
+    def __repr__(self) -> str:
+        figures = ", ".join(
+            f"{name} {_figure(before)} → {_figure(after)}"
+            for name, (before, after) in self.rows.items()
+        )
+        return f"<Comparison: {figures}. summary() prints a table>"
+
     def summary(self, print_fn: PrintFn | None = None, line_length: int | None = None) -> None:
         """Prints the figures as a table.
 
         Args:
             print_fn: Called with the text; default: standard output, in colour on a terminal.
-            line_length: Width of the table in characters; default: the terminal's.
+            line_length: Width in characters; default: the terminal's, else 100.
         """
         rows = [
             [name, _figure(before), _figure(after), _ratio(before, after)]
@@ -71,6 +79,17 @@ def report(
     ```
     """
     before, after = sizes(model), sizes(compressed)
+    if (
+        contains_factorized(model)
+        and not contains_factorized(compressed)
+        and dense_params(model) == after["parameters"]
+    ):
+        warnings.warn(
+            "Expected the original model first, `report(model, compressed)`. Received: first "
+            f"'{model.name}', which is compressed, and then '{compressed.name}', which has as many "
+            "parameters as that had before.",
+            stacklevel=2,
+        )
     rows: dict[str, tuple[Any, Any]] = {key: (before[key], after[key]) for key in before}
     rows["cr (parameters removed)"] = (
         0.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,14 @@ from rich.table import Table
 from keras_alds.resources import RESOURCES
 
 if TYPE_CHECKING:
-    from keras_alds.plan import CompressionPlan
+    from keras_alds.plan import CompressionPlan, LayerChoice
 
 PrintFn = Callable[[str], object]
+
+#: The width of what is not printed to a terminal.
+WIDTH = 100
+# What differs between the reasons of two layers: shapes, names, numbers.
+_DETAIL = re.compile(r"\([^()]*\)|'[^']*'|\d+")
 
 
 def counted(count: int, noun: str) -> str:
@@ -24,16 +30,21 @@ def counted(count: int, noun: str) -> str:
 
 
 def print_plan(
-    plan: CompressionPlan, *, print_fn: PrintFn | None = None, line_length: int | None = None
+    plan: CompressionPlan,
+    *,
+    print_fn: PrintFn | None = None,
+    line_length: int | None = None,
+    show_skipped: bool = False,
 ) -> None:
     """Prints the choices of `plan`; see `CompressionPlan.summary`."""
     resources = [RESOURCES[name] for name in plan.costs]
     columns = ["Layer (type)", "Kernel", *(["Scheme"] if plan.folded else []), "Slices", "Rank"]
     columns += [*(info.column for info in resources), "Error"]
-    rows, without_kernel = [], []
+    without_kernel = [choice for choice in plan.choices if not choice.has_kernel]
+    skipped = [c for c in plan.choices if c.has_kernel and not c.factorized]
+    rows = []
     for choice in plan.choices:
-        if not choice.has_kernel:
-            without_kernel.append(choice)
+        if not choice.has_kernel or not (choice.factorized or show_skipped):
             continue
         row = [
             f"{choice.layer} ({choice.kind})",
@@ -44,7 +55,7 @@ def print_plan(
         ]
         if plan.folded:
             row.insert(2, str(choice.scheme) if choice.factorized else "–")
-        row.append(f"{choice.error:.4f}" if choice.factorized else f"skipped: {choice.reason}")
+        row.append(f"{choice.error:.4f}" if choice.factorized else str(choice.reason_code))
         rows.append(row)
     lines = []
     for info in resources:
@@ -53,6 +64,7 @@ def print_plan(
         lines.append(f"{info.total}{runtime}: {info.text(cost)} ({cost.removed:.2%} removed)")
     lines += _target_lines(plan)
     lines += [f"{choice.layer}: {choice.note}" for choice in plan.choices if choice.note]
+    lines += _skipped_lines(skipped)
     if without_kernel:
         kinds = ", ".join(sorted({choice.kind for choice in without_kernel}))
         params = sum(choice.params_before for choice in without_kernel)
@@ -68,6 +80,23 @@ def print_plan(
         f"Compression plan: cr={limits}method={plan.method!r}, error_measure={plan.error_measure!r}"
     )
     print_table(title, columns, rows, lines, print_fn=print_fn, line_length=line_length)
+
+
+def _skipped_lines(skipped: Sequence[LayerChoice]) -> list[str]:
+    """A line for every reason why layers are skipped. What differs between them is left out."""
+    groups: dict[str, list[LayerChoice]] = {}
+    for choice in skipped:
+        groups.setdefault(_DETAIL.sub("…", choice.reason or ""), []).append(choice)
+    lines = []
+    for general, choices in groups.items():
+        reasons = {choice.reason for choice in choices}
+        names = ", ".join(choice.layer for choice in choices[:3]) + ", …" * (len(choices) > 3)
+        params = sum(choice.params_before for choice in choices)
+        lines.append(
+            f"Skipped ({choices[0].reason_code}): {counted(len(choices), 'layer')}, {params:,} "
+            f"params ({names}): {choices[0].reason if len(reasons) == 1 else general}"
+        )
+    return lines
 
 
 def _target_lines(plan: CompressionPlan) -> list[str]:
@@ -102,13 +131,13 @@ def print_table(
         rows: The cells.
         lines: Lines below the table.
         print_fn: Called once with the whole text; default: standard output.
-        line_length: Width in characters; default: the terminal's, else as wide as needed.
+        line_length: Width in characters; default: the terminal's, else 100.
     """
     console = Console(width=line_length, highlight=False)
     plain = print_fn is not None or not console.is_terminal
     buffer = io.StringIO()
     if plain:
-        console = Console(width=line_length or 400, file=buffer, highlight=False)
+        console = Console(width=line_length or WIDTH, file=buffer, highlight=False)
     table = Table(box=box.MARKDOWN if plain else box.ROUNDED, header_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from keras_alds.core.checks import did_you_mean
 from keras_alds.core.slicing import full_rank
 
 
@@ -142,11 +143,20 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
 )
 
 
+#: Other names of targets.
+ALIASES = {"tflite": "litert"}
+
+
+def canonical(name: Any) -> Any:
+    """A target's name in `TARGETS`, for one of `ALIASES`; anything else as it is."""
+    return ALIASES.get(name, name) if isinstance(name, str) else name
+
+
 def get_target(name: Any) -> Target | None:
     """Returns a target by its name.
 
     Args:
-        name: One of the keys of `TARGETS`, or None.
+        name: One of the keys of `TARGETS` or `ALIASES`, or None.
 
     Returns:
         The `Target`; None for None.
@@ -155,15 +165,15 @@ def get_target(name: Any) -> Target | None:
         ValueError: If there is no such target.
 
     Example:
-        >>> get_target("litert").rank_multiple
-        8
+        >>> get_target("tflite").name
+        'litert'
     """
     if name is None:
         return None
     try:
-        return TARGETS[name]
+        return TARGETS[canonical(name)]
     except (KeyError, TypeError):
         raise ValueError(
             f"Expected `target` to be None or one of {', '.join(map(repr, TARGETS))}. "
-            f"Received: target={name!r}"
+            f"Received: target={name!r}{did_you_mean(name, [*TARGETS, *ALIASES])}"
         ) from None

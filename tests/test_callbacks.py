@@ -77,6 +77,14 @@ class Spy:
 
 
 class TestTraining:
+    def test_the_progress_line_shows_what_is_compressed_only_then(self, keras_module, capsys):
+        model = compiled(keras_module)
+        history = fit(model, [ALDSCompress(cr=0.4, at_epoch=1, verbose=0)], epochs=2, verbose=2)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "loss:" in line]
+        assert ["alds_" in line for line in lines] == [False, True]
+        assert f"alds_cr: {history.history['alds_cr'][1]:.4f}" in lines[1]
+        assert len(history.history["alds_params"]) == 2
+
     def test_same_model_is_compressed_and_goes_on_training(self, keras_module, capsys):
         model = compiled(keras_module)
         layers = dict(walk(model))

@@ -50,6 +50,31 @@ def test_an_option_that_is_none_names_the_nearest(name):
         getattr(keras_alds, name)(*arguments, max_slice=2, **needed)
 
 
+@pytest.mark.parametrize(
+    ("options", "near"),
+    [
+        ({"method": "SVD"}, "svd"),
+        ({"method": "ALDS"}, "alds"),
+        ({"objective": "param"}, "params"),
+        ({"error_measure": "Spectral"}, "spectral"),
+        ({"target": "gpu_delegate"}, "gpu-delegate"),
+        ({"target": "TFLite"}, "tflite"),
+    ],
+)
+def test_a_value_that_is_none_names_the_nearest(options, near):
+    with pytest.raises(ValueError, match=rf"Received: .*\. Did you mean '{near}'\?$"):
+        Options.checked(0.5, options, has_data=False)
+
+
+def test_the_key_of_a_limit_names_the_nearest():
+    with pytest.raises(ValueError, match=r"Did you mean 'macs'\?$"):
+        Options.checked({"params": 0.5, "mac": 0.4}, {}, has_data=False)
+
+
+def test_tflite_is_litert():
+    assert Options.checked(0.5, {"target": "tflite"}, has_data=False).target == "litert"
+
+
 def test_nothing_near_is_not_guessed():
     with pytest.raises(TypeError, match=r"^select\(\) got an unexpected keyword argument 'zzz'\.$"):
         Options.checked(0.5, {"zzz": 1}, has_data=False)

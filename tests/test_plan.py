@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from keras_alds import CompressionPlan, select
+from keras_alds import CompressionPlan, compress, select
 from keras_alds.resources import allowed_after, removed_fraction
 
 
@@ -38,3 +38,42 @@ def test_the_budget_is_the_largest_that_keeps_the_promise(before):
         after = allowed_after(before, cr)
         assert removed_fraction(before, after) >= cr
         assert removed_fraction(before, after + 1) < cr
+
+
+def test_errors_print_shortly_what_they_got(small):
+    plan = select(small, 0.4)
+    for call in (
+        lambda: compress(small, plan=plan.to_dict()),
+        lambda: compress([np.zeros(3).tolist()] * 1000, plan=plan),
+    ):
+        with pytest.raises(ValueError, match="Received: ") as info:
+            call()
+        assert len(str(info.value)) < 1000
+
+
+def test_plans_and_choices_print_shortly(small):
+    plan = select(small, 0.4)
+    assert len(repr(plan)) < 200
+    assert f"removes {plan.cr:.2%} of params; {len(plan.factorized)} of 5 layers" in repr(plan)
+    texts = {choice.layer: repr(choice) for choice in plan.choices}
+    assert max(map(len, texts.values())) < 160
+    assert texts["bn"].endswith("skipped: BatchNormalization has no kernel to factorize>")
+    (down,) = (choice for choice in plan.choices if choice.layer == "down")
+    assert f"slices={down.slices}, rank={down.rank}, " in texts["down"]
+
+
+def test_the_summary_shows_factorized_layers_and_a_line_for_every_reason(small):
+    plan = select(small, 0.1, exclude=["stem", "hidden", "head"], max_slices=1)
+    printed = []
+    plan.summary(printed.append)
+    plan.summary(printed.append, show_skipped=True)
+    short, long = printed
+    assert max(map(len, [*short.splitlines(), *long.splitlines()])) <= 100
+    rows = [[line for line in text.splitlines() if line.startswith("| ")][1:] for text in printed]
+    assert [row.split()[1] for row in rows[0]] == ["down"]
+    assert [row.split()[1] for row in rows[1]] == ["stem", "down", "hidden", "head"]
+    assert "excluded |" in rows[1][0]
+    for text in printed:
+        text = " ".join(text.split())
+        assert "Skipped (excluded): 3 layers, " in text
+        assert "(stem, hidden, head): excluded by exclude=…" in text

@@ -25,7 +25,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # above its own.
 ROWS = (
     ("_version", "core", "_backend", "naming", "resources"),
-    ("tables",),
+    ("tables", "progress"),
     ("targets", "plan", "research"),
     ("methods", "kinds"),
     ("options",),

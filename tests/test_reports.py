@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+
+import pytest
 
 import keras_alds
 from keras_alds import compress, select
@@ -11,7 +14,7 @@ from keras_alds import compress, select
 def test_the_report_and_the_summary(small, capsys):
     plan = select(small, 0.4)
     lines = []
-    plan.summary(print_fn=lines.append)
+    plan.summary(print_fn=lines.append, show_skipped=True)
     text = "\n".join(lines)
     for choice in plan.choices:
         if choice.kernel_shape:
@@ -29,3 +32,21 @@ def test_the_report_and_the_summary(small, capsys):
     printed = capsys.readouterr().out
     assert "| accuracy" in printed
     assert "0.889" in printed
+
+
+def test_swapped_models_are_told_from_others(small):
+    compressed = compress(small, 0.4)
+    with pytest.warns(UserWarning, match=r"Expected the original model first.*is compressed"):
+        keras_alds.report(compressed, small)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        keras_alds.report(small, compressed)
+        keras_alds.report(compressed, compressed)
+        keras_alds.report(compressed, keras_alds.expand(compressed))
+
+
+def test_a_comparison_prints_shortly(small):
+    found = keras_alds.report(small, compress(small, 0.4), {"accuracy": (0.9, 0.8)})
+    assert len(repr(found)) < 250
+    assert f"parameters {small.count_params():,} → " in repr(found)
+    assert "accuracy 0.9000 → 0.8000" in repr(found)

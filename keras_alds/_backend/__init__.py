@@ -15,10 +15,17 @@ may use Keras 3 and tf_keras. tf_keras is optional.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
 import os
+import re
+import reprlib
 import sys
+import zipfile
+from typing import Any
 
+import h5py
 import keras
 
 from keras_alds._backend.cloning import Cloning, Keras3Cloning, TfKerasCloning
@@ -60,6 +67,25 @@ class TfKeras(TfKerasLayers, TfKerasGraphs, TfKerasTraining, TfKerasCloning, Bac
 #: Keras 3 and tf_keras by the names of their modules.
 KERASES = ("keras", "tf_keras")
 
+
+def _unregistered(config: Any, module: Any) -> list[str]:
+    """The classes in the config of a .keras file that are not of Keras and not registered."""
+    if isinstance(config, list):
+        return [name for item in config for name in _unregistered(item, module)]
+    if not isinstance(config, dict):
+        return []
+    name, home = config.get("registered_name"), config.get("module")
+    own = name and home != "builtins" and str(home).partition(".")[0] not in KERASES
+    found = [config["class_name"]] if own and not module.saving.get_registered_object(name) else []
+    return found + _unregistered(list(config.values()), module)
+
+
+# How Keras 3 and tf_keras say that they do not know a class or a function.
+_UNKNOWN = (
+    r"(?:Could not locate (?:class|function)|Unknown \w+:|deserialize object of type) ['`](\w+)",
+    r"'class_name': 'function', 'config': '(\w+)'",
+)
+
 _BACKENDS: dict[str, Backend] = {}
 
 
@@ -91,16 +117,52 @@ def load_model(path: str | os.PathLike[str], name: str = KERASES[0]) -> Model:
         raise ValueError(
             f"Expected the file of a saved model. Received: {file}, which does not exist"
         )
+    if (other := _other_than_a_model(file, name)) is not None:
+        raise ValueError(
+            f"Expected the file of a saved model, .keras or .h5. Received: {file}, {other}. "
+            "Write one with `model.save`."
+        )
     module = tf_keras_backend().keras if name == KERASES[1] else keras
     try:
         # A compile state may need a user's own loss or metric.
         return module.models.load_model(file, compile=False)
     except (TypeError, ValueError, OSError) as error:
         other = next(kind for kind in KERASES if kind != name)
+        reason = _reason(error, file, module)
         raise ValueError(
-            f"Expected a model that {name} can load. Received: {file} ({error}). If {other} saved "
+            f"Expected a model that {name} can load. Received: {file} ({reason}). If {other} saved "
             f"it, choose {other}."
         ) from error
+
+
+def _other_than_a_model(file: str, name: str) -> str | None:
+    """What a file is that holds no model, or None."""
+    if os.path.isdir(file):
+        is_model = name == KERASES[1] and os.path.exists(os.path.join(file, "keras_metadata.pb"))
+        return None if is_model else "a folder"
+    if zipfile.is_zipfile(file):
+        return None
+    if not h5py.is_hdf5(file):
+        return "a file of another kind"
+    with h5py.File(file, "r") as h5:
+        return None if "model_config" in h5.attrs else "which holds weights without their model"
+
+
+def _reason(error: Exception, file: str, module: Any) -> str:
+    """Why Keras cannot load a model, in one sentence without its config."""
+    text = str(error)
+    found = [name for pattern in _UNKNOWN for name in re.findall(pattern, text)]
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as saved, contextlib.suppress(KeyError):
+            found = _unregistered(json.loads(saved.read("config.json")), module) or found
+    if found:
+        return (
+            f"its class or function {found[0]!r} is not known here: load the model in a script "
+            "that registers it with `register_keras_serializable`"
+        )
+    innermost = text.rpartition("Exception encountered:")[2].strip()
+    sentence = re.split(r"\.\s|\n| (?:using )?config=", innermost)[0]
+    return sentence[:200].rstrip(".")
 
 
 def backend_of(model: object) -> Backend:
@@ -117,5 +179,5 @@ def backend_of(model: object) -> Backend:
             return _BACKENDS[name]
     raise ValueError(
         "Expected `model` to be a built `keras.Model` or `tf_keras.Model`. "
-        f"Received: model={model!r} of type {type(model).__name__}"
+        f"Received: model={reprlib.repr(model)} of type {type(model).__name__}"
     )

@@ -7,6 +7,7 @@ import copy
 import inspect
 import os
 import tempfile
+from collections.abc import Callable, Collection
 from typing import Any
 
 import h5py
@@ -196,6 +197,26 @@ class Training(Layers):
                 callbacks = owner.callbacks
             frame = frame.f_back
         return x, list(callbacks or [])
+
+    def hide_logs(self, callback: Any, names: Collection[str], hidden: Callable[[], bool]) -> None:
+        """Leaves logs out of the line that Keras prints after an epoch.
+
+        All other callbacks still see them.
+
+        Args:
+            callback: Any callback; only Keras's `ProgbarLogger` is changed.
+            names: The names of the logs.
+            hidden: Whether to leave them out now.
+        """
+        if not isinstance(callback, self.keras.callbacks.ProgbarLogger):
+            return
+        show = callback.on_epoch_end
+
+        def on_epoch_end(epoch: int, logs: dict[str, Any] | None = None) -> None:
+            left_out = names if hidden() else ()
+            show(epoch, {k: v for k, v in (logs or {}).items() if k not in left_out})
+
+        callback.on_epoch_end = on_epoch_end
 
     def forget_best(self, callback: Any) -> None:
         """Resets the best value and weights that a stock callback remembers."""

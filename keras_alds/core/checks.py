@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -47,6 +49,25 @@ def int_at_least(value: Any, name: str, least: int) -> int:
             f"Expected `{name}` to be an integer >= {least}. Received: {name}={value!r}"
         )
     return number
+
+
+def did_you_mean(name: Any, known: Iterable[Any]) -> str:
+    """The end of a message about an unknown name: the nearest known one, if any is near.
+
+    Args:
+        name: What the user wrote, of any type. Upper and lower case do not differ.
+        known: The known names; what is not a string is left out.
+
+    Returns:
+        A sentence, after the stop that ends the one before it, or an empty string.
+
+    Example:
+        >>> did_you_mean("SVD", ["alds", "svd"])
+        ". Did you mean 'svd'?"
+    """
+    names = {other.lower(): other for other in known if isinstance(other, str)}
+    near = difflib.get_close_matches(name.lower(), names, n=1) if isinstance(name, str) else []
+    return f". Did you mean {names[near[0]]!r}?" if near else ""
 
 
 def _as_int(value: Any) -> int | None:

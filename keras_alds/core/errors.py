@@ -22,6 +22,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from keras_alds.core.checks import did_you_mean
 from keras_alds.core.parallel import single_threaded_blas
 from keras_alds.core.slicing import Array, unfold
 from keras_alds.core.spectra import Float64, SliceSpectrum, Spectra, check_kernel, slice_vectors
@@ -212,7 +213,8 @@ def get_error(name: str) -> ErrorMeasure:
         return ERRORS[name]
     except (KeyError, TypeError):
         raise ValueError(
-            f"Expected an error measure, one of {sorted(ERRORS)}. Received: error_measure={name!r}"
+            f"Expected an error measure, one of {sorted(ERRORS)}. "
+            f"Received: error_measure={name!r}{did_you_mean(name, ERRORS)}"
         ) from None
 
 

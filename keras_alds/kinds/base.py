@@ -342,7 +342,10 @@ class KernelKind(Kind):
         if getattr(layer, "lora_enabled", False):
             return Skipped(Skip.LORA, "LoRA is enabled on it; merge the adapter first")
         if getattr(layer, "quantization_mode", None):
-            return Skipped(Skip.QUANTIZED, f"it is quantized ({layer.quantization_mode})")
+            return Skipped(
+                Skip.QUANTIZED,
+                f"it is quantized ({layer.quantization_mode}); compress before `quantize`",
+            )
         if (refusal := self.refusal(layer)) is not None:
             return Skipped(Skip.SETTINGS, refusal)
         if (constraint := self.setting(layer, "constraint")) is not None:

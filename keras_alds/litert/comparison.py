@@ -10,7 +10,6 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress
 
 from keras_alds import _backend
 from keras_alds.core.checks import int_at_least, positive_int
@@ -19,6 +18,7 @@ from keras_alds.litert.files import contents, read_file
 from keras_alds.litert.measure import Latency, time_together
 from keras_alds.litert.quantized import warn_of_thin_groups
 from keras_alds.litert.runs import Runner, check_file, check_local
+from keras_alds.progress import progress_bar
 from keras_alds.tables import PrintFn, print_table
 
 #: A metric: a function of targets and outputs.
@@ -55,7 +55,7 @@ class FileFigures:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class FileComparison:
     """Two files side by side; made by `keras_alds.litert.compare`.
 
@@ -70,12 +70,24 @@ class FileComparison:
     compressed: FileFigures
     latency_ratio: float | None
 
+    def __repr__(self) -> str:
+        before, after = self.original, self.compressed
+        ratio = "" if self.latency_ratio is None else f", latency × {self.latency_ratio:.3f}"
+        metrics = "".join(
+            f", {name} {value:.4f} → {after.metrics[name]:.4f}"
+            for name, value in before.metrics.items()
+        )
+        return (
+            f"<FileComparison: {before.size:,} → {after.size:,} bytes{ratio}{metrics}. "
+            "summary() prints a table>"
+        )
+
     def summary(self, print_fn: PrintFn | None = None, line_length: int | None = None) -> None:
         """Prints the figures as a table.
 
         Args:
             print_fn: Called with the text; default: standard output, in colour on a terminal.
-            line_length: Width of the table in characters; default: the terminal's.
+            line_length: Width in characters; default: the terminal's, else 100.
         """
         before, after = self.original, self.compressed
         rows = [
@@ -162,7 +174,7 @@ def compare(
     positive_int(threads, "threads")
     int_at_least(runs, "runs", 0)
     int_at_least(warmup, "warmup", 0)
-    check_local(target)
+    target = check_local(target)
     if data is not None and not (isinstance(data, (tuple, list)) and len(data) == 2):
         raise ValueError(
             "Expected `data` to be a pair (x, y) of inputs and targets. "
@@ -179,11 +191,13 @@ def compare(
     if isinstance(representative_data, Iterator):
         representative_data = list(representative_data)  # both models need it
     options = ConvertOptions(quantize=quantize, representative_data=representative_data, verbose=0)
-    with Progress(transient=True, disable=not verbose) as progress:
+    with progress_bar(verbose) as progress:
         task = progress.add_task("comparison", total=4)
         files = []
         for item in (original, compressed):
-            files.append(contents(convert_quietly(item, options) if _is_model(item) else item))
+            if _is_model(item):
+                item = convert_quietly(item, options, stacklevel=3)
+            files.append(contents(item))
             check_file(files[-1], targets=(target,))
             progress.advance(task)
         runners = [Runner(file, threads=threads, target=target) for file in files]

@@ -20,14 +20,16 @@ from rich.progress import Progress
 
 from keras_alds import _backend
 from keras_alds._backend import wrappers
-from keras_alds.core.checks import positive_int
+from keras_alds.core.checks import did_you_mean, positive_int
 from keras_alds.litert import _package
-from keras_alds.litert.files import read_file
+from keras_alds.litert.files import FileBytes, read_file
 from keras_alds.litert.quantized import check_quantized, warn_of_thin_groups
 from keras_alds.litert.runs import check_file, check_targets
 from keras_alds.models.data import KeptExamples, with_progress
 from keras_alds.models.inventory import walk
 from keras_alds.models.ranges import equalized
+from keras_alds.models.scale import check_scale
+from keras_alds.progress import progress_bar
 
 QUANTIZE = (None, "float16", "dynamic", "int8")
 #: Runtimes in which a file can be checked, and whether each uses XNNPACK.
@@ -69,8 +71,9 @@ def convert(
         representative_data: A few hundred unlabelled examples that set the ranges of int8
             activations, preprocessed as for training. Accepts the same types as
             `calibration_data` of `select`: an array, a list or dict of arrays for several inputs,
-            a batched `tf.data.Dataset`, a `keras.utils.PyDataset`, a generator or an iterable of
-            batches. Labels are ignored.
+            a batched `tf.data.Dataset`, a `keras.utils.PyDataset`, an iterable of batches,
+            or a function that returns one of these, such as the generator function that TFLite's
+            converter takes. Labels are ignored.
         max_examples: Integer of at least 8, or None for all. Largest number of examples to use;
             arrays are sampled at even spacing. Defaults to 256.
         inference_input_type: Type of an int8 file's inputs: `"float32"`, `"int8"`, `"uint8"`, or
@@ -85,7 +88,8 @@ def convert(
             `"dynamic"` left in float. Defaults to 1.
 
     Returns:
-        The file's bytes. Its inputs and outputs have the model's names and order.
+        The file's bytes. They print as their number. The file's inputs and outputs have the
+        model's names and order.
 
     Raises:
         ImportError: If LiteRT is not installed.
@@ -113,7 +117,7 @@ def convert(
         targets=targets,
         verbose=verbose,
     )
-    content = convert_quietly(model, options, path)
+    content = convert_quietly(model, options, path, stacklevel=3)
     warn_of_thin_groups(content, stacklevel=3)
     return content
 
@@ -139,7 +143,7 @@ class ConvertOptions:
         if self.quantize not in QUANTIZE:
             raise ValueError(
                 f"Expected `quantize` to be one of {', '.join(map(repr, QUANTIZE))}. "
-                f"Received: quantize={self.quantize!r}"
+                f"Received: quantize={self.quantize!r}{did_you_mean(self.quantize, QUANTIZE)}"
             )
         positive_int(self.batch_size, "batch_size")
         check_targets(self.targets)
@@ -170,9 +174,16 @@ class ConvertOptions:
 
 
 def convert_quietly(
-    model: Any, options: ConvertOptions, path: str | os.PathLike[str] | None = None
+    model: Any,
+    options: ConvertOptions,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    stacklevel: int | None = None,
 ) -> bytes:
-    """`convert` without its warning, for callers that warn at another stack level or not at all."""
+    """`convert` without its warning, for callers that warn at another stack level or not at all.
+
+    `stacklevel` is for the warning of data of another scale; None for no such warning.
+    """
     check_folder(path)
     _package.interpreter()  # fails before the work starts
     wrappers.check_stripped(model, "litert.convert", quantized=True)
@@ -180,9 +191,14 @@ def convert_quietly(
     specs = _input_specs(model, options.batch_size)
     aware = any(wrappers.is_quantized(layer) for _, layer in walk(model))
     _check_data(model, options, aware)
-    with Progress(transient=True, disable=not options.verbose) as progress:
+    with progress_bar(options.verbose) as progress:
         task = progress.add_task("conversion", total=2)
-        content = _converted(model, specs, options, aware, progress)
+        data, examples = options.representative_data, None
+        if data is not None:
+            examples = KeptExamples(model, data, options.max_examples, "representative_data")
+            if stacklevel is not None and not aware:
+                check_scale(model, examples, stacklevel=stacklevel)
+        content = FileBytes(_converted(model, specs, options, examples, aware, progress))
         progress.advance(task)
         left = check_quantized(read_file(content), options.quantize) if options.quantize else []
         check_file(content, targets=options.targets)
@@ -271,12 +287,14 @@ def _check_data(model: Any, options: ConvertOptions, aware: bool) -> None:
 
 
 def _converted(
-    model: Any, specs: Any, options: ConvertOptions, aware: bool, progress: Progress
+    model: Any,
+    specs: Any,
+    options: ConvertOptions,
+    examples: KeptExamples | None,
+    aware: bool,
+    progress: Progress,
 ) -> bytes:
     """The converted model."""
-    data, examples = options.representative_data, None
-    if data is not None:
-        examples = KeptExamples(model, data, options.max_examples, "representative_data")
     signature = _Signature(model, specs)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())

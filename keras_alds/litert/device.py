@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
-
 from keras_alds.litert.latency import converted, measurable, measured_records
 from keras_alds.litert.layer_files import empty_file, layer_calls, layer_file
 from keras_alds.litert.table import LatencyTable, Settings, read_rows, write_rows
+from keras_alds.progress import progress_bar
 
 INDEX = "candidates.csv"
 _MODEL, _EMPTY = "model.tflite", "empty.tflite"
@@ -75,16 +74,15 @@ def write_latency_files(
     (path / _MODEL).write_bytes(converted(model, quantize, representative_data, verbose))
     (path / _EMPTY).write_bytes(empty_file())
     rows = [settings.row(None, file=_MODEL), settings.row(None, kind="empty", file=_EMPTY)]
-    for call in track(
-        sorted(layers), description="files of layers", transient=True, disable=not verbose
-    ):
-        ranks = settings.ranks(layers[call], call)
-        points = [(0, 0), *((k, rank) for k, row in ranks.items() for rank in _spread(row))]
-        count = sum(found.count(call) for found in calls.values())
-        for slices, rank in points:
-            name = f"{len(rows) - 1:05}.tflite"
-            (path / name).write_bytes(layer_file(call, slices, rank, quantize=quantize))
-            rows.append(settings.row(call, count, slices, rank, file=name))
+    with progress_bar(verbose) as progress:
+        for call in progress.track(sorted(layers), description="files of layers"):
+            ranks = settings.ranks(layers[call], call)
+            points = [(0, 0), *((k, rank) for k, row in ranks.items() for rank in _spread(row))]
+            count = sum(found.count(call) for found in calls.values())
+            for slices, rank in points:
+                name = f"{len(rows) - 1:05}.tflite"
+                (path / name).write_bytes(layer_file(call, slices, rank, quantize=quantize))
+                rows.append(settings.row(call, count, slices, rank, file=name))
     write_rows(path / INDEX, rows)
     return len(rows)
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.progress import Progress
-
 from keras_alds import _backend
 from keras_alds.models import ranges
 from keras_alds.models.data import Examples, with_progress
 from keras_alds.models.inventory import has_weights
+from keras_alds.progress import progress_bar
 
 
 def equalize(
@@ -61,6 +60,6 @@ def equalize(
         ranges.equalize(model)
         return
     examples = Examples(model, representative_data, max_examples, "representative_data")
-    with Progress(transient=True, disable=not verbose) as progress:
+    with progress_bar(verbose) as progress:
         batches = with_progress(examples, progress, "equalization")
         ranges.equalize(model, (inputs for inputs, _ in batches))

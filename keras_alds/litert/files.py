@@ -16,6 +16,22 @@ from keras_alds.litert import _package
 #: A file's bytes, or its path.
 File = bytes | str | os.PathLike[str]
 
+
+class FileBytes(bytes):
+    """The bytes of a `.tflite` file, which print as their number.
+
+    A copy, also in a pickle, is of plain `bytes`.
+    """
+
+    def __repr__(self) -> str:
+        return f"<{len(self):,} bytes of a .tflite file>"
+
+    __str__ = __repr__
+
+    def __reduce__(self) -> tuple[type[bytes], tuple[bytes]]:
+        return bytes, (bytes(self),)
+
+
 # Operators whose second input is a kernel.
 _WEIGHTED = frozenset(
     {
@@ -32,7 +48,7 @@ _WEIGHTED = frozenset(
 _TRANSPOSED = ("TRANSPOSE_CONV", "CONV_3D_TRANSPOSE")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Tensor:
     """A tensor of a file.
 
@@ -59,6 +75,9 @@ class Tensor:
     axis: int | None
     size: int
     buffer: int
+
+    def __repr__(self) -> str:
+        return f"<Tensor {self.name!r}: {self.dtype} {self.shape}>"
 
     @property
     def constant(self) -> bool:
@@ -145,7 +164,7 @@ class Operator:
         return f"{self.name} '{self.outputs[0].name if self.outputs else self.index}'"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LiteRTFile:
     """The content of a `.tflite` file; made by `keras_alds.litert.read_file`.
 
@@ -165,7 +184,13 @@ class LiteRTFile:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     metadata: Mapping[str, int]
-    buffers: tuple[np.ndarray | None, ...] = dataclasses.field(repr=False, compare=False)
+    buffers: tuple[np.ndarray | None, ...] = dataclasses.field(compare=False)
+
+    def __repr__(self) -> str:
+        return (
+            f"<LiteRTFile: {self.size:,} bytes, {len(self.operators)} operators, "
+            f"{len(self.tensors)} tensors, {self.parameters:,} parameters>"
+        )
 
     @property
     def weighted(self) -> tuple[Operator, ...]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import collections
 import functools
 import os
+import reprlib
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from rich.progress import Progress
 
 from keras_alds import _backend
 from keras_alds._backend import wrappers
@@ -27,6 +27,7 @@ from keras_alds.models.data import MIN_EXAMPLES
 from keras_alds.models.inventory import Inventory, LayerRecord, already_compressed
 from keras_alds.naming import check_exclude
 from keras_alds.plan import Skip, Skipped
+from keras_alds.progress import progress_bar
 
 
 class MeasuredLatency:
@@ -129,7 +130,7 @@ def measure_latency(
     print(f"{table.total / 1e6:.3f} ms, {len(table.layers)} layers")
     ```
     """
-    check_local(target)
+    target = check_local(target)
     settings = Settings(quantize, threads, target, max_slices)
     inventory = measurable(model, exclude, stacklevel=2)
     return _measured(inventory, settings, representative_data, verbose)
@@ -174,7 +175,7 @@ def check_table(latency: Any, target: str | None) -> LatencyTable | None:
     if not isinstance(latency, LatencyTable):
         raise ValueError(
             "Expected `latency_table` to be a `keras_alds.litert.LatencyTable` or the path of one. "
-            f"Received: latency_table={latency!r}"
+            f"Received: latency_table={reprlib.repr(latency)}"
         )
     if latency.target != target:
         raise ValueError(
@@ -264,7 +265,7 @@ def _measured(
     swept = min(1 << (size - 1).bit_length(), MOST_SWEPT)
     costs: dict[LayerCall, SampledCosts] = {}
     overhead = None
-    with Progress(transient=True, disable=not verbose) as progress:
+    with progress_bar(verbose) as progress:
         for call in progress.track(sorted(layers), description="latency of layers"):
             ranks = settings.ranks(layers[call], call)
             key = (call, settings, swept, tuple(ranks.items()))

@@ -7,11 +7,11 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
-from rich.progress import Progress
 
 from keras_alds.core.checks import int_at_least, positive_int
 from keras_alds.litert.files import File, contents
 from keras_alds.litert.runs import Runner, check_file, check_local
+from keras_alds.progress import progress_bar
 from keras_alds.tables import PrintFn
 
 
@@ -112,11 +112,11 @@ def benchmark(
     positive_int(threads, "threads")
     positive_int(runs, "runs")
     int_at_least(warmup, "warmup", 0)
-    check_local(target)
+    target = check_local(target)
     content = contents(file)
     check_file(content, targets=(target,))
     runner = Runner(content, threads=threads, target=target)
-    with Progress(transient=True, disable=not verbose) as progress:
+    with progress_bar(verbose) as progress:
         progress.add_task("benchmark", total=None)  # updating the bar would cost time
         (seconds,) = time_together([runner], runs=runs, warmup=warmup)
     return Latency.of(seconds, threads=threads, target=target, size=len(content))

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from keras_alds.core.checks import did_you_mean
 from keras_alds.core.slicing import Array
 from keras_alds.litert import _package
 from keras_alds.litert.files import File, LiteRTFile, Operator, contents, read_file
+from keras_alds.targets import canonical
 
 #: One array, or one for each input: by name, or in the file's order.
 Inputs = Array | Sequence[Array] | Mapping[str, Array]
@@ -18,28 +20,29 @@ Inputs = Array | Sequence[Array] | Mapping[str, Array]
 LOCAL = ("litert", "litert-reference")
 
 
-def check_local(target: Any) -> None:
-    """Raises a ValueError unless files for `target` can run on this machine."""
-    if target not in LOCAL:
+def check_local(target: Any) -> str:
+    """Returns the name of `target`, or raises a ValueError if its files cannot run here."""
+    name = canonical(target)
+    if name not in LOCAL:
         raise ValueError(
             f"Expected target={' or '.join(map(repr, LOCAL))}, which can run on this machine. "
             f"Received: target={target!r}. For the latency of a device, use "
             "`python -m keras_alds latency-files`."
         )
+    return str(name)
 
 
 def check_targets(targets: Any) -> Sequence[str]:
-    """Returns `targets`, or raises a ValueError unless it holds some of `LOCAL`."""
-    if (
-        not isinstance(targets, (list, tuple, set, frozenset))
-        or not targets
-        or any(target not in LOCAL for target in targets)
-    ):
+    """Returns the names of `targets`, or raises a ValueError unless they are some of `LOCAL`."""
+    several = isinstance(targets, (list, tuple, set, frozenset)) and len(targets) > 0
+    names = tuple(map(canonical, targets)) if several else ()
+    if not names or any(name not in LOCAL for name in names):
+        wrong = next((name for name in names if name not in LOCAL), targets)
         raise ValueError(
             f"Expected `targets` to hold some of {', '.join(map(repr, LOCAL))}. "
-            f"Received: targets={targets!r}"
+            f"Received: targets={targets!r}{did_you_mean(wrong, LOCAL)}"
         )
-    return tuple(targets)
+    return names
 
 
 class Runner:

@@ -9,11 +9,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keras_alds.core.checks import positive_int
+from keras_alds.core.checks import did_you_mean, positive_int
 from keras_alds.core.choices import offered_ranks
 from keras_alds.core.costs import SampledCosts
 from keras_alds.litert.layer_files import LayerCall
-from keras_alds.targets import TARGETS
+from keras_alds.targets import TARGETS, canonical
 
 QUANTIZE = (None, "int8")
 COLUMNS = (
@@ -45,13 +45,14 @@ class Settings:
         if self.quantize not in QUANTIZE:
             raise ValueError(
                 f"Expected `quantize` to be None or 'int8', to measure latency. "
-                f"Received: quantize={self.quantize!r}"
+                f"Received: quantize={self.quantize!r}{did_you_mean(self.quantize, QUANTIZE)}"
             )
         positive_int(self.threads, "threads")
+        object.__setattr__(self, "target", canonical(self.target))
         if self.target not in TARGETS:
             raise ValueError(
                 f"Expected `target` to be one of {', '.join(map(repr, TARGETS))}. "
-                f"Received: target={self.target!r}"
+                f"Received: target={self.target!r}{did_you_mean(self.target, TARGETS)}"
             )
         if self.max_slices is not None:
             positive_int(self.max_slices, "max_slices")

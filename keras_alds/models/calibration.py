@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress
 
 from keras_alds._backend import tensors
 from keras_alds._backend.functions import run_as_code
@@ -30,6 +29,8 @@ from keras_alds.models.data import (
 )
 from keras_alds.models.inventory import Inventory
 from keras_alds.models.observe import Observer
+from keras_alds.models.scale import ScaleCheck
+from keras_alds.progress import progress_bar
 from keras_alds.tables import counted
 
 STATS_VERSION = 1
@@ -109,8 +110,8 @@ class CalibrationStats:
         Args:
             model: A built Keras 3 or tf_keras model of any kind.
             data: Examples: an array; a list or dict of arrays for several inputs; a batched
-                `tf.data.Dataset`; a `keras.utils.PyDataset`; or any generator or iterable of
-                batches. Labels, as in `(x, y)`, are ignored.
+                `tf.data.Dataset`; a `keras.utils.PyDataset`; any generator or iterable of batches;
+                or a function that returns one of these. Labels, as in `(x, y)`, are ignored.
             max_examples: Largest number of examples to use: evenly spaced rows of arrays, and
                 the first examples of everything else. None for all. Defaults to 1024.
             verbose: 0 prints nothing; otherwise a terminal shows a progress bar. Defaults to 1.
@@ -129,23 +130,30 @@ class CalibrationStats:
         ```
         """
         source = Examples(model, data, max_examples)
-        return cls._observed(Inventory.of(model), source, verbose)
+        return cls._observed(Inventory.of(model), source, verbose, stacklevel=2)
 
     @classmethod
     def _observed(
-        cls, inventory: Inventory, source: Examples | KeptExamples, verbose: int
+        cls,
+        inventory: Inventory,
+        source: Examples | KeptExamples,
+        verbose: int,
+        *,
+        stacklevel: int,
     ) -> CalibrationStats:
         model, records = inventory.model, inventory.factorizable
-        observer = Observer(records)
+        observer, scales = Observer(records), ScaleCheck(model)
         examples = 0
         with (
-            Progress(transient=True, disable=not verbose) as progress,
+            progress_bar(verbose) as progress,
             run_as_code(model),
             observer.watching(model),
+            scales.watching(),
         ):
             for batch, count in with_progress(source, progress, "calibration"):
                 model(batch, training=False)
                 examples += count
+        scales.warn(stacklevel=stacklevel + 1)
         found = observer.moments()
         return cls(
             {record.path: found.get(record.path) for record in records},
@@ -343,12 +351,17 @@ class Calibration:
         if keep:
             return cls(examples=KeptExamples(inventory.model, data))
         source = Examples(inventory.model, data, DEFAULT_EXAMPLES)
-        return cls(stats=CalibrationStats._observed(inventory, source, verbose))
+        stats = CalibrationStats._observed(inventory, source, verbose, stacklevel=stacklevel + 1)
+        return cls(stats=stats)
 
-    def collected(self, inventory: Inventory, *, verbose: int = 1) -> CalibrationStats:
-        """The statistics, collected on the first call."""
+    def collected(
+        self, inventory: Inventory, *, verbose: int = 1, stacklevel: int = 1
+    ) -> CalibrationStats:
+        """The statistics, collected on the first call. `stacklevel` is as for `Calibration.of`."""
         if self.stats is None and self.examples is not None:
-            self.stats = CalibrationStats._observed(inventory, self.examples, verbose)
+            self.stats = CalibrationStats._observed(
+                inventory, self.examples, verbose, stacklevel=stacklevel + 1
+            )
         if self.stats is None:
             raise ValueError("Expected statistics or examples. Received: neither")
         return self.stats

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -58,6 +60,8 @@ class Examples:
         structure = self._input_specs(model)
         self._single = structure is not None and not tensors.is_nested(structure)
         self._specs: list[Any] = [] if structure is None else tensors.flatten(structure)
+        if inspect.isroutine(data) or isinstance(data, functools.partial):
+            data = data()  # a generator function, such as TFLite's `representative_dataset`
         data = self._without_labels(data)
         arrays = self._as_arrays(data)
         self.total: int | None = None
@@ -82,7 +86,8 @@ class Examples:
         else:
             raise ValueError(
                 f"Expected `{argument}` to be an array, a list or dict of arrays for several "
-                "inputs, a tf.data.Dataset, a PyDataset or an iterable of batches. "
+                "inputs, a tf.data.Dataset, a PyDataset, an iterable of batches or a function "
+                "without arguments that returns one of these. "
                 f"Received: {type(data).__name__}"
             )
 

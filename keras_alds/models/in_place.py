@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress
 
 from keras_alds import _backend
 from keras_alds._backend import wrappers
@@ -26,8 +25,10 @@ from keras_alds.models.factorize import Replacement, replacement
 from keras_alds.models.inventory import Inventory, outermost_holders
 from keras_alds.models.matching import Pairs, match
 from keras_alds.models.optimizer import Exchange, carried, carry_optimizers
+from keras_alds.models.scale import check_scale
 from keras_alds.models.sequential import Walk, most_reruns
 from keras_alds.plan import CompressionPlan
+from keras_alds.progress import progress_bar
 
 #: The most layers for which sequential compression reruns one piece of Python code by default.
 MOST_RERUNS = 8
@@ -72,11 +73,13 @@ def apply(
         elif calibration.examples is not None and _is_sequential(
             inventory, pairs, make, sequential, stacklevel=stacklevel + 1
         ):
+            if calibration.stats is None:
+                check_scale(inventory.model, calibration.examples, stacklevel=stacklevel + 1)
             if last:
                 calibration.stats = None
             made = _sequential(inventory, pairs, calibration.examples, verbose)
         else:
-            stats = calibration.collected(inventory, verbose=verbose)
+            stats = calibration.collected(inventory, verbose=verbose, stacklevel=stacklevel + 1)
             moments = {r.path: r.moment for r in stats.match(inventory).records}
             made = [
                 replacement(record, choice, moment=moments[record.path], make=make)
@@ -183,17 +186,21 @@ class Surgery:
 
 
 @contextlib.contextmanager
-def surgery(inventory: Inventory, trainer: Any | None = None) -> Iterator[Surgery]:
+def surgery(
+    inventory: Inventory, trainer: Any | None = None, *, carries: bool = True
+) -> Iterator[Surgery]:
     """Undoes all steps if one fails inside.
 
     Args:
         inventory: The model whose layers change.
         trainer: Another model that trains these layers, or None.
+        carries: Whether optimizers and graphs will follow. Looking for them takes 0.2 s.
     """
     backend = inventory.backend
     # The one that trains them first: its order of variables is that of its optimizer.
     first = inventory.model if trainer is None else trainer
-    operation = Surgery(backend, Holders.of(backend, first), [])
+    alive = Holders.of(backend, first) if carries else Holders({}, [], [])
+    operation = Surgery(backend, alive, [])
     try:
         with backend.creation_scope(first):
             yield operation
@@ -260,7 +267,7 @@ def _sequential(
 
     given = [(r.layer, r.factorized) for r in made.values()]
     layers = [layer for layer in by_layer if layer not in made]
-    with Progress(transient=True, disable=not verbose) as progress:
+    with progress_bar(verbose) as progress:
         task = progress.add_task("compression", total=len(layers))
         walk = Walk(inventory.model, layers, examples, given=given)
         walk.run(decide, lambda: progress.advance(task))
@@ -278,7 +285,7 @@ def check_sequential(sequential: object, data: object, method: str | None = None
         raise ValueError(
             "Expected examples as `calibration_data` with sequential=True, to run the layers on "
             "them again. "
-            f"Received: calibration_data={data!r}"
+            f"Received: calibration_data of type {type(data).__name__}"
         )
     if sequential and factorize_with_bias(method):
         raise ValueError(

@@ -19,6 +19,7 @@ from keras_alds import _backend
 from keras_alds._backend import wrappers
 from keras_alds._backend.functions import run_as_code
 from keras_alds.core.calibration.moments import SecondMoment
+from keras_alds.core.checks import did_you_mean
 from keras_alds.kinds.base import (
     KernelKind,
     below,
@@ -229,9 +230,15 @@ class Inventory:
         for item in self.unmatched:
             warnings.warn(
                 f"`exclude` entry {item!r} matches no layer with weights of the model "
-                f"'{self.model.name}'.",
+                f"'{self.model.name}'{self.nearest(item) or '.'}",
                 stacklevel=stacklevel + 1,
             )
+
+    def nearest(self, item: Any) -> str:
+        """The end of a message about an item of `exclude` or `bounds` that matches no layer."""
+        named = [(r.path, r.layer) for r in self.records]
+        named += [holder for record in self.records for holder in record.inside]
+        return did_you_mean(item, [n for path, layer in named for n in (path, layer.name)])
 
 
 # Cached calls of a model's layers, as (layer, its class, its calls): tracing a large network takes

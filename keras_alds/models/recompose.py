@@ -109,7 +109,7 @@ def recomposed(
         yield
         return
     _check_pruning(inventory, records)
-    with surgery(inventory, trainer) as operation:
+    with surgery(inventory, trainer, carries=keep) as operation:
         exchanges = _recompose(inventory, records, operation.undo)
         if keep:
             operation.carry(exchanges)

@@ -6,7 +6,7 @@ import dataclasses
 import decimal
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,18 +45,34 @@ def candidates_of(inventory: Inventory, options: Options, *, stacklevel: int) ->
         raise already_compressed(factorized)
     inventory = inventory.map(lambda record: record.folded(options.schemes))
     if not inventory.candidates:
-        reasons = "; ".join(
-            f"'{record.path}': {record.skipped.detail}"
-            for record in inventory.records[:5]
-            if record.skipped
-        )
+        reasons = skipped_parts([(record, record.params) for record in inventory.records])
         raise ValueError(
             f"Expected the model '{inventory.model.name}' to hold a layer that can be factorized "
             f"({', '.join(factorizable_names())}). "
-            f"Received: none ({reasons or 'no weights at all'})"
+            f"Received: none ({'; '.join(reasons) or 'no weights at all'})"
         )
     inventory.warn_of_unmatched(stacklevel=stacklevel + 1)
     return inventory
+
+
+def skipped_parts(amounts: Iterable[tuple[LayerRecord, int]]) -> list[str]:
+    """What is skipped and why, as in `"'head' (4,096): it is quantized (int8)"`.
+
+    Args:
+        amounts: Layers, and what each of them uses of a resource.
+
+    Returns:
+        The three reasons that hold for most of the resource, most first.
+    """
+    found: dict[str, list[tuple[str, int]]] = {}
+    for record, amount in amounts:
+        if record.skipped and amount:
+            found.setdefault(record.skipped.detail, []).append((record.path, amount))
+    parts = []
+    for reason, layers in sorted(found.items(), key=lambda item: -sum(n for _, n in item[1])):
+        names = f"'{layers[0][0]}'" + f" and {len(layers) - 1} more" * (len(layers) > 1)
+        parts.append(f"{names} ({sum(amount for _, amount in layers):,}): {reason}")
+    return parts[:3]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,7 +119,8 @@ class Selection:
             if not any(record.is_named_by(bound.item) for record in self.inventory.candidates):
                 warnings.warn(
                     f"`bounds` entry {bound.item!r} matches no layer of the model "
-                    f"'{self.inventory.model.name}' that can be factorized.",
+                    f"'{self.inventory.model.name}' that can be factorized"
+                    f"{self.inventory.nearest(bound.item) or '.'}",
                     stacklevel=stacklevel + 1,
                 )
 
@@ -233,18 +250,20 @@ class Selection:
             f"objective={resource.name!r}: "
         )
         best = Cost(total, required + fixed).removed
+        left = skipped_parts((r, resource.of(r) or 0) for r in self.inventory.records)
+        skipped = f" Skipped: {'; '.join(left)}." if left else ""
         if best <= 0:
             return ValueError(
                 f"{start}expected an allowed choice that is {self._better} than its layer "
                 f"({self._limits}). Received: none "
-                f"({counted(len(self.inventory.candidates), 'layer')} can be factorized)"
+                f"({counted(len(self.inventory.candidates), 'layer')} can be factorized).{skipped}"
             )
         return ValueError(
             f"{start}expected 0 < cr <= {_rounded_down(best)}, with the smallest allowed choice "
             f"everywhere ({self._limits}). Received: cr={cr}. Then, of "
             f"{total:,}{RESOURCES[resource.name].unit}, {required:,} remain in the "
             f"layers that can be factorized and {fixed:,} in everything else: biases, and layers "
-            "that are skipped (see `select(…).summary()`)."
+            f"that are skipped.{skipped}"
         )
 
     @property

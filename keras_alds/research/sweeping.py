@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import Progress
-
 from keras_alds import _backend
 from keras_alds._backend.layers import KerasModel
 from keras_alds.api import compress, select
@@ -20,6 +18,7 @@ from keras_alds.models.calibration import Calibration
 from keras_alds.models.in_place import check_sequential
 from keras_alds.models.inventory import Inventory, count_params
 from keras_alds.options import SelectOptions, check_cr, check_names, takes_options
+from keras_alds.progress import progress_bar
 from keras_alds.resources import RESOURCES
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ class SweepRow:
     note: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Sweep:
     """The results of `sweep`.
 
@@ -76,6 +75,13 @@ class Sweep:
     rows: tuple[SweepRow, ...]
     objective: str
     name: str
+
+    def __repr__(self) -> str:
+        crs = ", ".join(f"{cr:g}" for cr in self.crs)
+        return (
+            f"<Sweep of {self.name!r}: {len(self.methods)} methods, cr={crs} of {self.objective}, "
+            f"dense score {self.dense.score}. print(….to_markdown()) shows the scores>"
+        )
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -200,8 +206,9 @@ def sweep(
         with a note and no figures.
 
     Raises:
-        ValueError: If a method or ratio is invalid, a method lacks the calibration data it needs,
-            or the model cannot be compressed at all.
+        ValueError: If `evaluate` or `retrain` is not a function, `evaluate` returns no number, a
+            method or ratio is invalid, a method lacks the calibration data it needs, or the model
+            cannot be compressed at all.
 
     Example:
     ```python
@@ -219,6 +226,7 @@ def sweep(
         Figure 1 of arXiv 2107.11442.
     """
     check_names(options, "sweep", leave_out=("method", "error_measure"))
+    _check_functions(evaluate, retrain)
     check_sequential(sequential, calibration_data)
     crs = (float(crs),) if isinstance(crs, (int, float)) else tuple(crs)
     for cr in crs:
@@ -237,9 +245,9 @@ def sweep(
         calibration = Calibration.of(
             inventory, calibration_data, keep=keep, verbose=verbose, stacklevel=2
         )
-        calibration.collected(inventory, verbose=verbose)
+        calibration.collected(inventory, verbose=verbose, stacklevel=2)
     rows = []
-    with Progress(transient=True, disable=not verbose) as progress:
+    with progress_bar(verbose) as progress:
         task = progress.add_task("dense", total=1 + len(chosen) * len(crs))
         rows.append(_dense_row(model, evaluate, retrain))
         progress.advance(task)
@@ -271,16 +279,42 @@ def _chosen(methods: str | Iterable[str] | None, *, has_data: bool) -> list[str]
     return names
 
 
+def _check_functions(evaluate: Any, retrain: Any) -> None:
+    """Raises a ValueError unless both are functions; `retrain` may be None."""
+    examples = {
+        "evaluate": "`lambda model: model.evaluate(x, y, return_dict=True)['accuracy']`",
+        "retrain": "`lambda model: model.fit(x, y)`, or None",
+    }
+    for name, value in {"evaluate": evaluate, "retrain": retrain}.items():
+        if not callable(value) and (name == "evaluate" or value is not None):
+            raise ValueError(
+                f"Expected `{name}` to be a function of a model, such as {examples[name]}. "
+                f"Received: {name} of type {type(value).__name__}"
+            )
+
+
+def _scored(evaluate: Callable[[Any], float], model: Any) -> float:
+    score = evaluate(model)
+    try:
+        return float(score)
+    except (TypeError, ValueError):
+        raise ValueError(
+            "Expected `evaluate(model)` to return one number, the score. "
+            f"Received: {score!r}. If these are the loss and metrics of `model.evaluate`, "
+            "return one of them."
+        ) from None
+
+
 def _dense_row(
     model: Any, evaluate: Callable[[Any], float], retrain: Callable[[Any], object] | None
 ) -> SweepRow:
-    score, retrained = float(evaluate(model)), None
+    score, retrained = _scored(evaluate, model), None
     if retrain is not None:
         backend = _backend.backend_of(model)
         with backend.creation_scope(model):
             copy = backend.copy_model(model)
         retrain(copy)
-        retrained = float(evaluate(copy))
+        retrained = _scored(evaluate, copy)
     return SweepRow(DENSE, 0.0, 0.0, count_params(model), score, retrained, None)
 
 
@@ -301,10 +335,10 @@ def _row(
         return SweepRow(method, cr, None, None, None, None, None, str(error))
     small = compress(model, plan=plan, calibration_data=calibration, sequential=sequential)
     seconds = time.perf_counter() - start
-    score, retrained = float(evaluate(small)), None
+    score, retrained = _scored(evaluate, small), None
     if retrain is not None:
         retrain(small)
-        retrained = float(evaluate(small))
+        retrained = _scored(evaluate, small)
     return SweepRow(method, cr, plan.cr, plan.params_after, score, retrained, seconds)
 
 

@@ -35,9 +35,9 @@ def complaint(capsys, *arguments):
 def test_plan(saved, tmp_path, capsys):
     model, path, options = saved
     output = tmp_path / "plan.json"
-    arguments = ["plan", str(path), *options, "--cr", "0.4", "--max-slices", "4"]
+    arguments = ["plan", str(path), *options, "--cr", "0.4", "--target", "tflite"]
     assert main([*arguments, "--exclude", "head", "--output", str(output)]) == 0
-    assert CompressionPlan.load(output) == select(model, 0.4, max_slices=4, exclude=["head"])
+    assert CompressionPlan.load(output) == select(model, 0.4, target="litert", exclude=["head"])
     assert "Compression plan: cr=0.4 of params requested" in capsys.readouterr().out
 
 
@@ -46,12 +46,47 @@ def test_bad_input_ends_with_status_2(saved, tmp_path, capsys):
     _, path, options = saved
     assert "which does not exist" in complaint(capsys, "plan", tmp_path / "none.keras")
     (tmp_path / "bad.keras").write_text("no model")
-    assert "Expected a model that" in complaint(capsys, "plan", tmp_path / "bad.keras", *options)
+    text = complaint(capsys, "plan", tmp_path / "bad.keras", *options)
+    assert "bad.keras, a file of another kind. Write one with `model.save`" in text
+    assert f"{tmp_path}, a folder." in complaint(capsys, "plan", tmp_path, *options)
     assert "0 < cr < 1" in complaint(capsys, "plan", path, *options, "--cr", "50")
     assert "is not reachable" in complaint(capsys, "plan", path, *options, "--cr", "0.9999")
     for method in ("magic", "activation"):  # there are no data to calibrate with
         assert "invalid choice" in complaint(capsys, "plan", path, "--method", method)
     assert "required: command" in complaint(capsys)
+
+
+def scaled(x):
+    return 2 * x
+
+
+@pytest.mark.filterwarnings("ignore:You are saving")
+@pytest.mark.parametrize("ending", ["keras", "h5"])
+def test_files_that_do_not_load_give_one_sentence(keras_module, ending, tmp_path, capsys):
+    L = keras_module.layers
+
+    class Own(L.Layer):
+        def call(self, x):
+            return x
+
+    Own.__module__ = scaled.__module__ = "elsewhere"  # a script that is not imported here
+
+    def complaint_of(*layers, path=tmp_path / f"model.{ending}"):
+        model = keras_module.Sequential([keras_module.Input((8,)), *layers])
+        model.save(path)
+        model.save_weights(tmp_path / "model.weights.h5")
+        return complaint(capsys, "plan", path, "--keras", keras_module.__name__)
+
+    unknown = "its class or function {!r} is not known here"
+    for layer, name in ((Own(), "Own"), (L.Dense(4, activation=scaled), "scaled")):
+        text = complaint_of(L.Dense(9, activation="relu"), layer)
+        assert unknown.format(name) in text
+        assert len(text) < 500
+    text = complaint(
+        capsys, "plan", tmp_path / "model.weights.h5", "--keras", keras_module.__name__
+    )
+    assert "model.weights.h5, which holds weights without their model." in text
+    assert len(text) < 300
 
 
 # Everything about a fresh process in one: what is loaded, and what is written.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
+import pickle
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +18,7 @@ import zoo
 
 import keras_alds
 from keras_alds import litert
+from keras_alds.litert import _package
 from keras_alds.litert.quantized import check_quantized
 from keras_alds.litert.runs import LOCAL, Runner, check_file
 
@@ -169,11 +172,30 @@ def test_the_check_reads_tensors_and_names_layers(contents: dict[str | None, byt
             assert "hidden" in str(error.value)
 
 
+def test_the_bytes_print_as_their_number(contents: dict[str | None, bytes], tmp_path: Path):
+    content = contents[None]
+    text = f"<{len(content):,} bytes of a .tflite file>"
+    assert repr(content) == str(content) == f"{content}" == text
+    assert isinstance(content, bytes)
+    assert content[4:8] == b"TFL3"
+    plain = bytes(content)
+    assert (type(plain), plain, hash(plain)) == (bytes, content, hash(content))
+    assert type(pickle.loads(pickle.dumps(content))) is bytes
+    assert pickle.loads(pickle.dumps(content)) == copy.deepcopy(content) == content
+    (tmp_path / "file.tflite").write_bytes(content)
+    assert (tmp_path / "file.tflite").read_bytes() == content
+    for interpreter in (tf.lite.Interpreter, _package.interpreter().Interpreter):
+        interpreter(model_content=content).allocate_tensors()
+    file = litert.read_file(content)
+    assert len(repr(file)) < 100
+    assert max(len(repr(tensor)) for tensor in file.tensors) < 200
+
+
 def test_int8_inputs_and_outputs_and_batches(dense_and_conv: Any, data: np.ndarray):
     content = litert.convert(
         dense_and_conv,
         quantize="int8",
-        representative_data=(data[i : i + 8] for i in range(0, 40, 8)),
+        representative_data=lambda: ([data[i : i + 1]] for i in range(40)),
         inference_input_type=tf.int8,
         inference_output_type="uint8",
         batch_size=16,
@@ -260,6 +282,8 @@ def test_state_does_not_leak_from_one_example_to_the_next():
         ({"inference_output_type": "int16"}, "Expected `inference_output_type` to be one of"),
         ({"batch_size": 0}, "Expected `batch_size` to be a positive integer"),
         ({"targets": "litert"}, "Expected `targets` to hold some of"),
+        ({"quantize": "INT8"}, r"Received: quantize='INT8'\. Did you mean 'int8'\?"),
+        ({"targets": ["litert_reference"]}, r"Did you mean 'litert-reference'\?"),
         ({"targets": ()}, "Expected `targets` to hold some of"),
         ({"targets": None}, "Expected `targets` to hold some of"),
     ],
@@ -399,6 +423,8 @@ def test_compare(contents: dict[str | None, bytes], dense_and_conv: Any, data: n
         assert dict(figures.metrics) == {"accuracy": np.mean(predicted == labels)}
         assert figures.latency.runs == 3
     assert found.latency_ratio > 0
+    assert f"{found.original.size:,} → {found.compressed.size:,} bytes, latency × " in repr(found)
+    assert len(repr(found)) < 150
     # Two models, quantized; another metric; no latency.
     found = litert.compare(
         dense_and_conv,

@@ -617,6 +617,7 @@ def test_device_commands(
     assert "Latency, µs" in capsys.readouterr().out
     for options, text in (
         ({"quantize": "dynamic"}, "Expected `quantize` to be None or 'int8'"),
+        ({"quantize": "INT8"}, r"Did you mean 'int8'\?"),
         ({"threads": 0}, "Expected `threads` to be a positive integer"),
         ({"target": "abacus"}, "Expected `target` to be one of 'litert', "),
     ):

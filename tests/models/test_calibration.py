@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 
@@ -17,6 +18,13 @@ from keras_alds.core.calibration.refit import output_error
 from keras_alds.kinds.base import is_factorized, kernel_values, known_kind
 from keras_alds.models.calibration import CalibrationStats
 from keras_alds.models.inventory import walk
+
+
+def tflite_style(*inputs, names=None):
+    """Yields examples one by one, as TFLite's `representative_dataset` does: lists or dicts."""
+    for i in range(len(inputs[0])):
+        example = [x[i : i + 1] for x in inputs]
+        yield dict(zip(names, example, strict=True)) if names else example
 
 
 def collect(model, data, **options):
@@ -187,6 +195,8 @@ class TestKindsOfData:
             ((x[i : i + 8], y[i : i + 8]) for i in range(0, 40, 8)),
             (x[i : i + 8] for i in range(0, 40, 8)),
             [x[i : i + 8] for i in range(0, 40, 8)],
+            lambda: x,
+            functools.partial(tflite_style, x),
             collect(small, x),
         )
 
@@ -200,6 +210,8 @@ class TestKindsOfData:
             (a, b),
             ([a, b], labels),
             {"a": a, "b": b},
+            lambda: tflite_style(a, b),
+            lambda: tflite_style(b, a, names="ba"),
             tf.data.Dataset.from_tensor_slices(((a, b), labels)).batch(8),
             tf.data.Dataset.from_tensor_slices(({"b": b, "a": a}, labels)).batch(8),
         )

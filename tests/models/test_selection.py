@@ -36,6 +36,32 @@ def removed(choice):
     return removed_fraction(choice.params_before, choice.params_after)
 
 
+class TestWhatIsOutOfReach:
+    """The error says which layers hold what cannot be removed, and why."""
+
+    def test_of_a_quantized_model(self, model):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Keras warns of every layer that it cannot quantize
+            model.quantize("int8")
+        with pytest.raises(ValueError, match=r"not reachable .*'hidden' and 1 more .*quantized"):
+            select(model, 0.9)
+        layers = [keras.Input((16,)), keras.layers.Dense(24)]
+        dense = keras.Sequential(layers)
+        dense.quantize("int8")
+        with pytest.raises(ValueError, match=r"Received: none \('dense.*' .*quantized \(int8\)"):
+            select(dense, 0.5)
+
+    def test_of_a_model_with_lora(self, model):
+        model.get_layer("hidden").enable_lora(2)
+        with pytest.raises(ValueError, match=r"not reachable .*'hidden' \(.*\): LoRA is enabled"):
+            select(model, 0.9)
+
+    @pytest.mark.parametrize("objective", ["params", "macs"])
+    def test_by_size(self, model, objective):
+        with pytest.raises(ValueError, match=r"Skipped: 'down' \(.*='down'; 'stem' \(.*='stem'"):
+            select(model, 0.9, objective=objective, exclude=["stem", "down"])
+
+
 class TestTwoLimits:
     @pytest.mark.parametrize("limits", [{"params": 0.5, "macs": 0.3}, {"params": 0.2, "macs": 0.5}])
     def test_both_are_kept(self, model, limits, tmp_path):
@@ -173,6 +199,8 @@ class TestBounds:
     def test_entries_that_match_nothing_warn(self, model):
         with pytest.warns(UserWarning, match=r"`bounds` entry 'nothing' matches no layer"):
             select(model, 0.2, bounds={"nothing": (0.1, 0.2)})
+        with pytest.warns(UserWarning, match=r"that can be factorized\. Did you mean 'stem'\?"):
+            select(model, 0.2, bounds={"Steem": (0.1, 0.2)})
         with pytest.warns(UserWarning, match=r"`bounds` entry 'bn' .* that can be factorized"):
             select(model, 0.2, bounds={"bn": (0.1, 0.2)})
         with warnings.catch_warnings():

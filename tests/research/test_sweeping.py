@@ -29,6 +29,19 @@ def distance(model):  # tells small changes of the weights
     return float(np.abs(np.asarray(model.predict(x, verbose=0))).sum())
 
 
+@pytest.mark.parametrize(
+    ("evaluate", "retrain", "text"),
+    [
+        (zoo.images(8), None, "Expected `evaluate` to be a function of a model.* type tuple"),
+        (accuracy, zoo.images(8), "Expected `retrain` to be a function of a model.* type tuple"),
+        (lambda model: [1.0, 0.5], None, r"to return one number.* Received: \[1.0, 0.5\]"),
+    ],
+)
+def test_what_the_functions_have_to_be(model, evaluate, retrain, text):
+    with pytest.raises(ValueError, match=text):
+        keras_alds.sweep(model, evaluate, retrain=retrain, crs=0.3, verbose=0)
+
+
 def test_rows_are_those_of_compress(model, tmp_path):
     x, _ = zoo.images(32)
     before = model.get_weights()
@@ -53,6 +66,7 @@ def test_rows_are_those_of_compress(model, tmp_path):
     for old, new in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
 
+    assert "3 methods, cr=0.3, 0.99, 0.5 of params, dense score " in repr(result)
     lines = result.to_markdown(digits=3).splitlines()
     assert lines[0] == f"| cr (dense: {result.dense.score:.3f}) | 0.3 | 0.99 | 0.5 |"
     cells = [cell.strip() for cell in lines[3].strip("|").split("|")]

@@ -207,6 +207,7 @@ def warned(*arguments: Any, **options: Any) -> tuple[bytes, list[str]]:
         warnings.simplefilter("always")
         _, content = aware(*arguments, convert_options={"verbose": 0}, **options)
     texts = [str(warning.message) for warning in caught if warning.filename == __file__]
+    assert repr(content) == f"<{len(content):,} bytes of a .tflite file>"
     return content, [text for text in texts if "made a worse file" in text]
 
 

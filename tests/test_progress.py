@@ -1,0 +1,50 @@
+"""The progress bar in a notebook, and that all of the package uses it."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import warnings
+from pathlib import Path
+
+import pytest
+import rich
+
+from keras_alds.progress import progress_bar
+
+PACKAGE = Path(__file__).resolve().parent.parent / "keras_alds"
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    """rich as it is in a notebook without ipywidgets."""
+    if importlib.util.find_spec("ipywidgets"):
+        pytest.skip("ipywidgets is installed")
+    rich.reconfigure(force_jupyter=True, file=io.StringIO())
+    yield
+    rich.reconfigure()
+
+
+def steps():
+    with progress_bar(verbose=1) as progress:
+        return list(progress.track(range(3)))
+
+
+def test_no_warning_in_a_notebook(notebook):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert steps() == [0, 1, 2]
+
+
+def test_it_is_shown_where_it_can_be():
+    rich.reconfigure(force_terminal=True, file=(text := io.StringIO()))
+    try:
+        steps()
+    finally:
+        rich.reconfigure()
+    assert "100%" in text.getvalue()
+
+
+def test_no_other_is_made():
+    made = [path.name for path in PACKAGE.rglob("*.py") if "Progress(" in path.read_text("utf-8")]
+    assert made == ["progress.py"]
