@@ -7,6 +7,7 @@ cannot be watched.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,15 +28,27 @@ def run_as_code(model: Any) -> Iterator[None]:
     Calls of layers in a traced graph cannot be watched, and a graph traced while they are watched
     would keep the watching code.
     """
-    own = any(_is_own(type(layer)) for layer in _layers(model))
-    if tf.config.functions_run_eagerly() or not own:
+    if not any(_is_own(type(layer)) for layer in layers_of(model)):
         yield
         return
-    tf.config.run_functions_eagerly(True)
+    user = object()
     try:
+        with _lock:
+            if not _users:
+                _users["before"] = tf.config.functions_run_eagerly()
+            _users[user] = True
+            tf.config.run_functions_eagerly(True)
         yield
     finally:
-        tf.config.run_functions_eagerly(False)
+        with _lock:
+            _users.pop(user, None)
+            if len(_users) == 1:
+                tf.config.run_functions_eagerly(_users.pop("before"))
+
+
+# The setting is that of the whole process: the last thread to leave restores it.
+_lock = threading.Lock()
+_users: dict[object, bool] = {}
 
 
 def forget_graphs(model: Any) -> Callable[[], None]:
@@ -56,7 +69,7 @@ def forget_graphs(model: Any) -> Callable[[], None]:
 def _own_functions(model: Any) -> list[Any]:
     """The `tf.function`s that a model and its layers have as methods or attributes."""
     found: dict[int, Any] = {}
-    for layer in _layers(model):
+    for layer in layers_of(model):
         names = {
             name for cls in type(layer).__mro__ for name, v in vars(cls).items() if _is_function(v)
         }
@@ -66,8 +79,8 @@ def _own_functions(model: Any) -> list[Any]:
     return list(found.values())
 
 
-def _layers(model: Any) -> list[Any]:
-    """A model and all layers in it."""
+def layers_of(model: Any) -> list[Any]:
+    """A model and all layers in it, the model first."""
     backend = _backend.backend_of(model)
     found: dict[int, Any] = {}
     waiting = [model]

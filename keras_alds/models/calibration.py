@@ -16,7 +16,6 @@ import numpy as np
 from rich.progress import Progress
 
 from keras_alds._backend import tensors
-from keras_alds._backend.functions import run_as_code
 from keras_alds._backend.layers import KerasModel
 from keras_alds.core.calibration.moments import FewInputs, SecondMoment
 from keras_alds.core.slicing import Array
@@ -140,11 +139,10 @@ class CalibrationStats:
         examples = 0
         with (
             Progress(transient=True, disable=not verbose) as progress,
-            run_as_code(model),
-            observer.watching(model),
+            observer.watching(model) as run,
         ):
             for batch, count in with_progress(source, progress, "calibration"):
-                model(batch, training=False)
+                run(batch)
                 examples += count
         found = observer.moments()
         return cls(

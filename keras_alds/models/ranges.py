@@ -19,7 +19,8 @@ import numpy as np
 
 from keras_alds import _backend
 from keras_alds._backend import tensors as nest
-from keras_alds._backend.functions import run_as_code
+from keras_alds._backend.calls import replaced_calls, watched
+from keras_alds._backend.loops import compiled_loops, passing
 from keras_alds.core.slicing import Array
 from keras_alds.kinds.base import channels_last, factorized_kind, is_factorized, stock_kind
 from keras_alds.models.inventory import walk
@@ -284,7 +285,6 @@ def _ranges(
     model: Any, pairs: list[Pair], batches: Iterable[Any]
 ) -> dict[Any, tuple[Array, float]]:
     """Largest absolute middle values and input value, by the encoding layer."""
-    backend = _backend.backend_of(model)
     counts = {pair.layer: int(pair.decoder.shape[-2]) for pair in pairs}
     middles: dict[Any, Array] = {}
     peaks: dict[Any, float] = {}
@@ -305,9 +305,11 @@ def _ranges(
             return outputs
         return when_known(outputs, outputs, lambda y: note_middle(layer, channels_last(layer, y)))
 
-    with run_as_code(model), backend.watching_calls(list(counts), watch):
+    replacements = compiled_loops(model), watched(counts, watch)
+    with passing(model):
         for batch in batches:
-            model(batch, training=False)
+            with replaced_calls(*replacements):
+                model(batch, training=False)
     return {
         layer: (middle, peaks[layer])
         for layer, middle in middles.items()
