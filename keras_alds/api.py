@@ -17,6 +17,7 @@ from keras_alds.models.inventory import Inventory
 from keras_alds.models.matching import match
 from keras_alds.models.resources import Macs, Params, Resource
 from keras_alds.models.selection import Selection, candidates_of
+from keras_alds.models.turns import alone
 from keras_alds.options import Options, SelectOptions, check_cr_or_plan, takes_options
 from keras_alds.plan import CompressionPlan, check_plan
 
@@ -84,7 +85,8 @@ def select(
     """
     has_data = calibration_data is not None
     checked = checked_options(cr, options, has_data=has_data, caller="select")
-    return choose(model, checked, calibration_data, stacklevel=2).plan
+    with alone(model):
+        return choose(model, checked, calibration_data, stacklevel=2).plan
 
 
 @takes_options()
@@ -145,37 +147,39 @@ def compress(
     method = options.get("method") if plan is None else plan.method
     check_sequential(sequential, calibration_data, method)
     keep, has_data = sequential is not False, calibration_data is not None
-    if plan is None:
-        checked = checked_options(cr, options, has_data=has_data, caller="compress")
-        chosen = choose(model, checked, calibration_data, keep=keep, stacklevel=2)
-    else:
-        inventory = Inventory.of(model)
-        match(inventory, plan)
-        check_folded(plan, calibration_data)
-        calibration = None
-        if has_data:
-            calibration = Calibration.of(inventory, calibration_data, keep=keep, stacklevel=2)
-        if calibration is None and wants_data(plan):
-            warnings.warn(
-                "Expected `calibration_data` with a plan that was chosen with data (method "
-                f"{plan.method!r}). Received: None. The factors approximate the kernels instead "
-                "of the outputs, which costs accuracy. Pass the same data, or `CalibrationStats`.",
-                stacklevel=2,
-            )
-        chosen = Chosen(plan, inventory, calibration)
-    backend = chosen.inventory.backend
-    with backend.creation_scope(model):
-        copy = backend.copy_model(model)
-    apply(
-        chosen.inventory.of_copy(copy),
-        chosen.plan,
-        chosen.calibration,
-        sequential,
-        # Statistics collected here are not used again.
-        last=chosen.calibration is not calibration_data,
-        stacklevel=2,
-    )
-    return copy
+    with alone(model):
+        if plan is None:
+            checked = checked_options(cr, options, has_data=has_data, caller="compress")
+            chosen = choose(model, checked, calibration_data, keep=keep, stacklevel=2)
+        else:
+            inventory = Inventory.of(model)
+            match(inventory, plan)
+            check_folded(plan, calibration_data)
+            calibration = None
+            if has_data:
+                calibration = Calibration.of(inventory, calibration_data, keep=keep, stacklevel=2)
+            if calibration is None and wants_data(plan):
+                warnings.warn(
+                    "Expected `calibration_data` with a plan that was chosen with data (method "
+                    f"{plan.method!r}). Received: None. The factors approximate the kernels "
+                    "instead of the outputs, which costs accuracy. Pass the same data, or "
+                    "`CalibrationStats`.",
+                    stacklevel=2,
+                )
+            chosen = Chosen(plan, inventory, calibration)
+        backend = chosen.inventory.backend
+        with backend.creation_scope(model):
+            copy = backend.copy_model(model)
+        apply(
+            chosen.inventory.of_copy(copy),
+            chosen.plan,
+            chosen.calibration,
+            sequential,
+            # Statistics collected here are not used again.
+            last=chosen.calibration is not calibration_data,
+            stacklevel=2,
+        )
+        return copy
 
 
 def apply_plan(
@@ -218,13 +222,14 @@ def apply_plan(
     check_plan(plan)
     check_sequential(sequential, calibration_data, plan.method)
     check_folded(plan, calibration_data)
-    inventory = Inventory.of(model)
-    match(inventory, plan)
-    calibration = None
-    if calibration_data is not None:
-        keep = sequential is not False
-        calibration = Calibration.of(inventory, calibration_data, keep=keep, stacklevel=2)
-    apply(inventory, plan, calibration, sequential, stacklevel=2)
+    with alone(model):
+        inventory = Inventory.of(model)
+        match(inventory, plan)
+        calibration = None
+        if calibration_data is not None:
+            keep = sequential is not False
+            calibration = Calibration.of(inventory, calibration_data, keep=keep, stacklevel=2)
+        apply(inventory, plan, calibration, sequential, stacklevel=2)
 
 
 # -- Shared with the callback and `sweep` ----------------------------------------------------------

@@ -26,6 +26,7 @@ from keras_alds.models.inventory import (
     walk,
 )
 from keras_alds.models.matching import match
+from keras_alds.models.turns import alone
 from keras_alds.options import (
     Options,
     SelectOptions,
@@ -228,16 +229,17 @@ class ALDSCompress(_backend.Callback):
         start = time.perf_counter()
         check_model(self.model)
         self._params_before = dense_params(self.model)
-        chosen = self._choose()
-        apply(
-            chosen.inventory,
-            chosen.plan,
-            chosen.calibration,
-            self._sequential,
-            last=True,
-            verbose=self.verbose,
-            stacklevel=3,
-        )
+        with alone(self.model):
+            chosen = self._choose()
+            apply(
+                chosen.inventory,
+                chosen.plan,
+                chosen.calibration,
+                self._sequential,
+                last=True,
+                verbose=self.verbose,
+                stacklevel=3,
+            )
         self.plan, self._done = chosen.plan, True
         backend = chosen.inventory.backend
         for callback in self._siblings():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import tensorflow as tf
 
 from keras_alds._backend.calls import replaced_calls, watched
 from keras_alds._backend.layers import Layer, Layers, Model, Undo, become, static_shape
+from keras_alds._backend.quiet import ignored_warnings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +149,7 @@ class Graphs(Layers):
     def graph_inputs(self, model: Model, inputs: Any) -> list[Any]:
         """The inputs of a symbolic model as a flat list, in the order of its graph's inputs."""
         starts, _ = self.graph_ends(model)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Keras 3 warned when `model` was made
+        with ignored_warnings():  # Keras 3 warned when `model` was made
             # An identity model sorts its inputs like `model`.
             return tf.nest.flatten(self.keras.Model(starts, model.inputs, name=model.name)(inputs))
 

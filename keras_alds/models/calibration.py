@@ -29,6 +29,7 @@ from keras_alds.models.data import (
 )
 from keras_alds.models.inventory import Inventory
 from keras_alds.models.observe import Observer
+from keras_alds.models.turns import alone
 from keras_alds.tables import counted
 
 STATS_VERSION = 1
@@ -127,8 +128,9 @@ class CalibrationStats:
         stats = keras_alds.CalibrationStats.collect(model, x, max_examples=512, verbose=0)
         ```
         """
-        source = Examples(model, data, max_examples)
-        return cls._observed(Inventory.of(model), source, verbose)
+        with alone(model):
+            source = Examples(model, data, max_examples)
+            return cls._observed(Inventory.of(model), source, verbose)
 
     @classmethod
     def _observed(

@@ -25,6 +25,7 @@ from keras_alds.core.slicing import Array
 from keras_alds.kinds.base import channels_last, factorized_kind, is_factorized, stock_kind
 from keras_alds.models.inventory import walk
 from keras_alds.models.observe import when_known
+from keras_alds.models.turns import alone
 
 # XNNPACK rejects s_in·s_w/s_out >= 256; in the encoder that ratio is |E|·|x| / (127·|h|). Ranks
 # with very small activations are scaled to at most an eighth of the limit.
@@ -107,11 +108,12 @@ def equalize(model: Any, batches: Iterable[Any] | None = None) -> Callable[[], N
 @contextlib.contextmanager
 def equalized(model: Any, batches: Iterable[Any] | None = None) -> Iterator[None]:
     """Applies `equalize` inside the context, then restores exactly the old values."""
-    undo = equalize(model, batches)
-    try:
-        yield
-    finally:
-        undo()
+    with alone(model):
+        undo = equalize(model, batches)
+        try:
+            yield
+        finally:
+            undo()
 
 
 def scales_for_ranges(left: Array, right: Array, ranges: Array, peak: float) -> Array:

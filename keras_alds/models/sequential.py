@@ -32,6 +32,9 @@ from keras_alds.models.data import KeptExamples
 from keras_alds.models.observe import PARTS, check_finite, when_known
 from keras_alds.models.storage import Store
 
+# The most entries of inputs that are joined.
+_JOINED_ENTRIES = 1 << 20
+
 Decide = Callable[[Any, SecondMoment, Array], Any]
 
 
@@ -367,7 +370,7 @@ class Walk:
                 f"network as in the original one. Received: {len(seen[-1])} and {len(seen[0])} "
                 "calls, which depend on the data. Use `sequential=False`."
             )
-        yield from zip(seen[0], seen[-1], strict=True)
+        yield from _joined(zip(seen[0], seen[-1], strict=True))
 
     def _is_same(self, step: _Step) -> bool:
         """Whether both versions of a step compute the same."""
@@ -471,6 +474,27 @@ def _checked(values: Array, layer: Any) -> Array:
 def held_out(chunks: int) -> list[int]:
     """The chunks held out to choose ρ: every fourth, or the last of two or three, or none."""
     return list(range(3, chunks, 4)) or list(range(chunks))[1:][-1:]
+
+
+def _joined(pairs: Iterable[tuple[Array, Array]]) -> Iterator[tuple[Array, Array]]:
+    """The inputs of calls, those of many small calls joined: a loop calls a layer at every step."""
+    waiting: list[tuple[Array, Array]] = []
+    for pair in pairs:
+        sizes = [x.size for x, _ in [*waiting, pair]]
+        same = not waiting or waiting[0][0].shape[1:] == pair[0].shape[1:]
+        if waiting and (not same or sum(sizes) > _JOINED_ENTRIES):
+            yield _concatenated(waiting)
+            waiting = []
+        waiting.append(pair)
+    if waiting:
+        yield _concatenated(waiting)
+
+
+def _concatenated(pairs: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+    if len(pairs) == 1:
+        return pairs[0]
+    x, x_hat = map(np.concatenate, zip(*pairs, strict=True))
+    return x, (x if all(a is b for a, b in pairs) else x_hat)
 
 
 def _parts(layer: Any, x_hat: Array, x: Array, parts: int) -> list[tuple[Any, Any]]:
