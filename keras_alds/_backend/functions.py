@@ -18,7 +18,7 @@ from keras_alds._backend.graphs import forget_graph
 
 # Packages whose classes and functions are not custom code. `Backend.reset_functions` resets the
 # graphs that Keras 3 and tf_keras make for a model.
-_NOT_OWN = (*_backend.KERASES, "tensorflow", "tensorflow_model_optimization", "keras_alds")
+_NOT_OWN = ("tensorflow", "tensorflow_model_optimization", "keras_alds")
 
 
 @contextlib.contextmanager
@@ -100,4 +100,7 @@ def _is_function(value: Any) -> bool:
 
 def _is_own(code: Any) -> bool:
     """Whether a class or function is custom code."""
-    return (getattr(code, "__module__", None) or "").split(".")[0] not in _NOT_OWN
+    return (getattr(code, "__module__", None) or "").split(".")[0] not in (
+        *_backend.KERASES,
+        *_NOT_OWN,
+    )

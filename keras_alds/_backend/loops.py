@@ -7,6 +7,7 @@ than in `predict`.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import tensorflow as tf
 from keras_alds import _backend
 from keras_alds._backend.calls import Replacement, replacements_of
 from keras_alds._backend.functions import layers_of, run_as_code
+from keras_alds._backend.layers import like
 from keras_alds._backend.tensors import keeping_errors
 
 
@@ -77,6 +79,18 @@ def compiled_loops(model: Any) -> dict[Any, Replacement]:
     """Replacements that run the recurrent layers of a model as graphs."""
     recurrent = _backend.backend_of(model).keras.layers.RNN
     return {layer: InGraph(layer) for layer in layers_of(model) if isinstance(layer, recurrent)}
+
+
+def all_steps_of(layer: Any) -> Callable[..., Any]:
+    """The call of a recurrent layer, but it returns the outputs of all steps and the last states.
+
+    Masked steps repeat the output before them, and the states of a stateful layer do not change.
+    """
+    flags = dict.fromkeys(("return_sequences", "return_state"), True)
+    flags |= dict.fromkeys(("zero_output_for_mask", "stateful", "_stateful"), False)
+    # Of a second layer with the same cell: other threads may be using this one.
+    other = like(layer, **{name: flag for name, flag in flags.items() if name in vars(layer)})
+    return functools.partial(type(layer).call, other)
 
 
 def states_of(model: Any) -> list[Any]:

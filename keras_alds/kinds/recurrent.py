@@ -21,8 +21,8 @@ import keras
 from keras_alds import _backend
 from keras_alds._backend import tensors
 from keras_alds._backend.calls import Replacement, replacements_of
-from keras_alds._backend.layers import dtype_policy, like
-from keras_alds._backend.loops import InGraph, restored, states_of
+from keras_alds._backend.layers import dtype_policy
+from keras_alds._backend.loops import InGraph, all_steps_of, restored, states_of
 from keras_alds.kinds import forms
 from keras_alds.kinds.base import (
     Kind,
@@ -793,11 +793,7 @@ class _Run:
         self._time = 0 if getattr(layer, "time_major", False) else 1
         self._signature = inspect.signature(type(layer).call)
         self._in_graph = InGraph(layer)
-        # A second layer with the same cell: other threads may be using this one.
-        flags = dict.fromkeys(("zero_output_for_mask", "stateful", "_stateful"), False)
-        flags |= dict.fromkeys(("return_sequences", "return_state"), True)
-        flags = {name: value for name, value in flags.items() if name in vars(layer)}
-        self._all_steps = functools.partial(type(layer).call, like(layer, **flags))
+        self._all_steps = all_steps_of(layer)
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = self._signature.bind(self._layer, *args, **kwargs)
