@@ -196,6 +196,8 @@ class Walk:
         self._places = [*layers, *(layer for layer, _ in given)]
         self._compressed = dict(given)
         self._running = running(model)
+        self._watchers = {layer: _Watcher(layer) for layer in layers}
+        self._originals: dict[Any, dict[tuple[int, int], list[Any]]] = {x: {} for x in layers}
         self._states = states_of(model)
         self._values: dict[int, _Pair] = {}
         self._provisional: dict[int, _Pair] = {}
@@ -312,6 +314,9 @@ class Walk:
         self._done.add(layer)
         if compressed is not None:
             self._compressed[layer] = compressed
+        for inputs in self._originals.pop(layer).values():
+            for x in inputs:
+                self._store.drop(x)
         for pair in self._provisional.values():
             self._drop(pair)
         self._provisional.clear()
@@ -328,13 +333,12 @@ class Walk:
         part = 1 / ((len(self._pending(inputs)) + 1) * self._chunks + len(held))
         self._ensure(inputs, lambda: progress(part))
         sums = PairAccumulator(kernel_values(layer), overwrite=True)
-        watcher = _Watcher(layer)
         with threads() as pool:
 
             def parts(chunks: Iterable[int]) -> Iterator[list[tuple[Any, Any]]]:
                 for chunk in chunks:
                     for n in calls:
-                        for x, x_hat in self._seen(watcher, self._steps[n], chunk):
+                        for x, x_hat in self._seen(layer, n, chunk):
                             yield _parts(layer, x_hat, x, PARTS if sums.side <= 2048 else 2)
                     progress(part)
 
@@ -349,9 +353,9 @@ class Walk:
                 sums.add_parts(some, pool)
         return sums.result(ridge)
 
-    def _seen(self, watcher: _Watcher, step: _Step, chunk: int) -> Iterator[tuple[Array, Array]]:
+    def _seen(self, layer: Any, number: int, chunk: int) -> Iterator[tuple[Array, Array]]:
         """The inputs `(x, x̂)` of all calls of a layer in one step."""
-        layer = watcher.layer
+        step = self._steps[number]
         if step.layer is layer:
             args, kwargs = step.args, step.kwargs
             first = args[0] if args else next(iter(kwargs.values()))
@@ -360,17 +364,41 @@ class Walk:
             same = pair[0] is pair[1]
             yield x, (x if same else _array(layer, self._store.load(pair[1][chunk])))
             return
-        seen: list[list[Array]] = []
-        for version in (0,) if self._is_same(step) else (0, 1):
-            self._call(step, version, chunk, watcher.calls)
-            seen.append(watcher.found())
-        if len(seen[0]) != len(seen[-1]):
+        original = compressed = self._original(layer, number, chunk)
+        if not self._is_same(step):
+            watcher = self._watchers[layer]
+            self._call(step, 1, chunk, watcher.calls)
+            compressed = watcher.found()
+        if len(original) != len(compressed):
             raise ValueError(
                 f"Expected the layer '{layer.name}' to be called as often in the compressed "
-                f"network as in the original one. Received: {len(seen[-1])} and {len(seen[0])} "
+                f"network as in the original one. Received: {len(compressed)} and {len(original)} "
                 "calls, which depend on the data. Use `sequential=False`."
             )
-        yield from _joined(zip(seen[0], seen[-1], strict=True))
+        for x, x_hat in _joined(zip(original, compressed, strict=True)):
+            yield _checked(x, layer), _checked(x_hat, layer)
+
+    def _original(self, layer: Any, number: int, chunk: int) -> list[Array]:
+        """The inputs of all calls of a layer in one step of the original network.
+
+        Those of all layers in the step are seen in one run, and kept where there is room.
+        """
+        known = self._originals[layer].get((number, chunk))
+        if known is not None:
+            return [self._store.load(kept).numpy() for kept in known]
+        step = self._steps[number]
+        left = [item for item in self._calls if item in step.inside and item not in self._done]
+        calls = [self._watchers[item].calls for item in left]
+        self._call(step, 0, chunk, {item: call for some in calls for item, call in some.items()})
+        for item in left:
+            found = self._watchers[item].found()
+            tensors = [nest.tensor(values) for values in found]
+            if item is layer:
+                inputs = found
+            if all(map(self._store.has_room, tensors)):
+                kept = [self._store.keep(tensor) for tensor in tensors]
+                self._originals[item][number, chunk] = kept
+        return inputs
 
     def _is_same(self, step: _Step) -> bool:
         """Whether both versions of a step compute the same."""
@@ -447,12 +475,11 @@ class _Watcher:
     """Notes the inputs of all calls of a layer in a run of the model."""
 
     def __init__(self, layer: Any) -> None:
-        self.layer = layer
         self._found: list[Array] = []
         self.calls = watched([layer], self._watch)
 
     def _watch(self, layer: Any, inputs: Any, outputs: Any) -> Any:
-        return when_known(inputs, outputs, lambda x: self._found.append(_checked(x, layer)))
+        return when_known(inputs, outputs, lambda x: self._found.append(x))
 
     def found(self) -> list[Array]:
         """The inputs since the last call of this method."""
