@@ -19,6 +19,7 @@ from keras_alds.models.recompose import Request, already, inspected, recomposed,
 from keras_alds.models.resources import Macs, Params, Resource
 from keras_alds.models.selection import Selection, candidates_of
 from keras_alds.models.submodels import frozen_part
+from keras_alds.models.turns import alone
 from keras_alds.options import Options, SelectOptions, check_cr_or_plan, takes_options
 from keras_alds.plan import CompressionPlan, check_plan
 
@@ -90,11 +91,12 @@ def select(
     """
     has_data = calibration_data is not None
     checked = checked_options(cr, options, has_data=has_data, caller="select")
-    inventory = inspected(model, checked)
-    with recomposed(inventory, to_recompose(inventory, checked)):
-        chosen = choose(model, checked, calibration_data, stacklevel=2)
-        _warn_of_frozen(chosen, stacklevel=2)
-    return chosen.plan
+    with alone(model):
+        inventory = inspected(model, checked)
+        with recomposed(inventory, to_recompose(inventory, checked)):
+            chosen = choose(model, checked, calibration_data, stacklevel=2)
+            _warn_of_frozen(chosen, stacklevel=2)
+        return chosen.plan
 
 
 @takes_options()
@@ -175,27 +177,8 @@ def compress(
                 stacklevel=2,
             )
     check_is_model(model)
-    inventory = inspected(model, request)
-    met = already(inventory, request)
-    if met is not None:
-        warnings.warn(f"The model '{model.name}' is {met}: a copy is returned.", stacklevel=2)
-        return _copy(model)
-    if not to_recompose(inventory, request):
-        chosen = make_choice(model, request, calibration_data, sequential, stacklevel=2)
-        copy = _copy(model)
-        changed = chosen.inventory.of_copy(copy)
-        # Statistics collected here are not used again.
-        last = chosen.calibration is not calibration_data
-        apply(changed, chosen.plan, chosen.calibration, sequential, last=last, stacklevel=2)
-    else:
-        copy = _copy(model)
-        inventory = inspected(copy, request)
-        with recomposed(inventory, to_recompose(inventory, request), keep=True):
-            chosen = make_choice(copy, request, calibration_data, sequential, stacklevel=2)
-            apply(chosen.inventory, chosen.plan, chosen.calibration, sequential, stacklevel=2)
-    if plan is None:
-        _warn_of_frozen(chosen, stacklevel=2)
-    return copy
+    with alone(model):
+        return _compressed(model, request, calibration_data, sequential, stacklevel=2)
 
 
 def apply_plan(
@@ -243,14 +226,57 @@ def apply_plan(
     check_plan(plan)
     check_sequential(sequential, calibration_data, plan.method)
     check_folded(plan, calibration_data)
-    inventory = inspected(model, plan)
-    met = already(inventory, plan)
+    with alone(model):
+        inventory = inspected(model, plan)
+        met = already(inventory, plan)
+        if met is not None:
+            warnings.warn(f"The model '{model.name}' is {met}: it is left as it is.", stacklevel=2)
+            return
+        with recomposed(inventory, to_recompose(inventory, plan), keep=True):
+            chosen = make_choice(model, plan, calibration_data, sequential, stacklevel=2)
+            apply(chosen.inventory, plan, chosen.calibration, sequential, stacklevel=2)
+
+
+def _compressed(
+    model: Model, request: Request, data: Any, sequential: bool | None, *, stacklevel: int
+) -> Model:
+    """A copy of a model, compressed as requested."""
+    inventory = inspected(model, request)
+    met = already(inventory, request)
     if met is not None:
-        warnings.warn(f"The model '{model.name}' is {met}: it is left as it is.", stacklevel=2)
-        return
-    with recomposed(inventory, to_recompose(inventory, plan), keep=True):
-        chosen = make_choice(model, plan, calibration_data, sequential, stacklevel=2)
-        apply(chosen.inventory, plan, chosen.calibration, sequential, stacklevel=2)
+        warnings.warn(
+            f"The model '{model.name}' is {met}: a copy is returned.", stacklevel=stacklevel + 1
+        )
+        return _copy(model)
+    if not to_recompose(inventory, request):
+        chosen = make_choice(model, request, data, sequential, stacklevel=stacklevel + 1)
+        copy = _copy(model)
+        changed = chosen.inventory.of_copy(copy)
+        # Statistics collected here are not used again.
+        last = chosen.calibration is not data
+        apply(
+            changed,
+            chosen.plan,
+            chosen.calibration,
+            sequential,
+            last=last,
+            stacklevel=stacklevel + 1,
+        )
+    else:
+        copy = _copy(model)
+        inventory = inspected(copy, request)
+        with recomposed(inventory, to_recompose(inventory, request), keep=True):
+            chosen = make_choice(copy, request, data, sequential, stacklevel=stacklevel + 1)
+            apply(
+                chosen.inventory,
+                chosen.plan,
+                chosen.calibration,
+                sequential,
+                stacklevel=stacklevel + 1,
+            )
+    if isinstance(request, Options):
+        _warn_of_frozen(chosen, stacklevel=stacklevel + 1)
+    return copy
 
 
 # -- Shared with the callback and `sweep` ----------------------------------------------------------

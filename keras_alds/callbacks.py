@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keras_alds import _backend
-from keras_alds.api import checked_options, make_choice, selection_of, wants_data
+from keras_alds.api import Chosen, checked_options, make_choice, selection_of, wants_data
 from keras_alds.kinds.base import is_factorized
 from keras_alds.methods import METHODS
 from keras_alds.models.calibration import check_data
@@ -29,6 +29,7 @@ from keras_alds.models.matching import match
 from keras_alds.models.recompose import Request, already, inspected, recomposed, to_recompose
 from keras_alds.models.scale import warn_of_other_inputs
 from keras_alds.models.submodels import find_submodel, frozen_part
+from keras_alds.models.turns import alone
 from keras_alds.options import (
     Options,
     SelectOptions,
@@ -273,30 +274,8 @@ class ALDSCompress(_backend.Callback):
         if self._params_before is None:
             self._params_before = dense_params(self._part)
         before = count_params(self._part)
-        inventory = inspected(self._part, self._source)
-        factorized, trainer = to_recompose(inventory, self._source), self.model
-        with recomposed(inventory, factorized, keep=True, trainer=trainer):
-            data = self._calibration_data
-            if data is None and self._needs_data:
-                data = self._training_inputs()
-            chosen = make_choice(
-                self._part,
-                self._source,
-                data,
-                self._sequential,
-                verbose=self.verbose,
-                stacklevel=4,
-            )
-            apply(
-                chosen.inventory,
-                chosen.plan,
-                chosen.calibration,
-                self._sequential,
-                trainer=trainer,
-                last=True,
-                verbose=self.verbose,
-                stacklevel=3,
-            )
+        with alone(self.model):
+            chosen = self._change()
         self.plan, self._done = chosen.plan, True
         backend = chosen.inventory.backend
         for callback in self._siblings():
@@ -310,6 +289,34 @@ class ALDSCompress(_backend.Callback):
             f"{f'({frozen} of them frozen) ' if frozen else ''}in "
             f"{time.perf_counter() - start:.1f} s"
         )
+
+    def _change(self) -> Chosen:
+        """Chooses slices and ranks, and factorizes the layers."""
+        inventory, trainer = inspected(self._part, self._source), self.model
+        factorized = to_recompose(inventory, self._source)
+        with recomposed(inventory, factorized, keep=True, trainer=trainer):
+            data = self._calibration_data
+            if data is None and self._needs_data:
+                data = self._training_inputs()
+            chosen = make_choice(
+                self._part,
+                self._source,
+                data,
+                self._sequential,
+                verbose=self.verbose,
+                stacklevel=5,
+            )
+            apply(
+                chosen.inventory,
+                chosen.plan,
+                chosen.calibration,
+                self._sequential,
+                trainer=trainer,
+                last=True,
+                verbose=self.verbose,
+                stacklevel=4,
+            )
+        return chosen
 
     def _is_met(self) -> bool:
         """Whether the model is compressed already as asked; says so once."""

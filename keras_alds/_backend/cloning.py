@@ -13,7 +13,8 @@ import keras
 import tensorflow as tf
 
 from keras_alds._backend.graphs import Graphs
-from keras_alds._backend.layers import Layer, Model, Optimizer, Pairs, static_shape
+from keras_alds._backend.layers import Layer, Model, Optimizer, Pairs, like, static_shape
+from keras_alds._backend.quiet import ignored_warnings
 from keras_alds._backend.training import Training
 
 
@@ -148,11 +149,12 @@ class Cloning(Graphs, Training):
         if not isinstance(schedule, self.keras.optimizers.schedules.LearningRateSchedule):
             return _copy_config(optimizer)
         any_schedule = self.keras.optimizers.schedules.ExponentialDecay(1.0, 1, 1.0)
-        inner.__dict__["_learning_rate"] = any_schedule
-        try:
-            copy = _copy_config(optimizer)
-        finally:
-            inner.__dict__["_learning_rate"] = schedule
+        plain = like(inner, _learning_rate=any_schedule)
+        if optimizer is inner:
+            copy = _copy_config(plain)
+        else:
+            held = {name: plain for name, value in vars(optimizer).items() if value is inner}
+            copy = _copy_config(like(optimizer, **held))
         (self.inner_optimizer(copy) or copy)._learning_rate = schedule
         return copy
 
@@ -209,14 +211,10 @@ class Keras3Cloning(Cloning):
                 self.copy_trainable(theirs, ours)
 
     def _clone(self, model: Model) -> Model:
-        with warnings.catch_warnings():
-            # Keras would try to copy the compile state, which `copy_compile_state` does.
-            warnings.simplefilter("ignore")
-            compiled, model.compiled = model.compiled, False
-            try:
-                return keras.models.clone_model(model, recursive=True, clone_function=_clone_layer)
-            finally:
-                model.compiled = compiled
+        # Keras would try to copy the compile state, which `copy_compile_state` does.
+        model = like(model, compiled=False)
+        with ignored_warnings():
+            return keras.models.clone_model(model, recursive=True, clone_function=_clone_layer)
 
 
 class TfKerasCloning(Cloning):

@@ -6,6 +6,7 @@ A traced graph keeps the layers as they were: its calls of layers cannot be watc
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,19 +25,31 @@ def run_as_code(model: Any) -> Iterator[None]:
     Calls of layers in a traced graph cannot be watched, and a graph traced while they are watched
     would keep the watching code.
     """
-    own = any(_is_own(type(layer)) for layer in _layers(model))
-    if tf.config.functions_run_eagerly() or not own:
+    if not any(_is_own(type(layer)) for layer in layers_of(model)):
         yield
         return
-    tf.config.run_functions_eagerly(True)
+    user = object()
     try:
+        with _lock:
+            if not _users:
+                _users["before"] = tf.config.functions_run_eagerly()
+            _users[user] = True
+            tf.config.run_functions_eagerly(True)
         yield
     finally:
-        tf.config.run_functions_eagerly(False)
+        with _lock:
+            _users.pop(user, None)
+            if len(_users) == 1:
+                tf.config.run_functions_eagerly(_users.pop("before"))
 
 
-def _layers(model: Any) -> list[Any]:
-    """A model and all layers in it."""
+# The setting is that of the whole process: the last thread to leave restores it.
+_lock = threading.Lock()
+_users: dict[object, bool] = {}
+
+
+def layers_of(model: Any) -> list[Any]:
+    """A model and all layers in it, the model first."""
     backend = _backend.backend_of(model)
     found: dict[int, Any] = {}
     waiting = [model]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import inspect
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from keras_alds._backend.calls import replaced_calls, watched
 from keras_alds._backend.layers import Layer, Layers, Model, Undo, become, static_shape
+from keras_alds._backend.quiet import ignored_warnings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,38 +78,6 @@ class Graphs(Layers):
             )
         return specs_from_shapes(shapes, model)
 
-    @contextlib.contextmanager
-    def watching_calls(
-        self, layers: Sequence[Layer], watch: Callable[[Layer, Any, Any], Any]
-    ) -> Iterator[None]:
-        """Watches every call of `layers` inside the context.
-
-        Args:
-            layers: The layers, at any depth of a model.
-            watch: `watch(layer, inputs, outputs)` is called after every call with its first
-                argument and its result, and returns the result to pass on.
-        """
-
-        def watched(layer: Layer, call: Callable[..., Any]) -> Callable[..., Any]:
-            @functools.wraps(call)
-            def inner(*args: Any, **kwargs: Any) -> Any:
-                outputs = call(*args, **kwargs)
-                inputs = args[0] if args else next(iter(kwargs.values()))
-                return watch(layer, inputs, outputs)
-
-            return inner
-
-        before = [(layer, layer.__dict__.get("call")) for layer in layers]
-        try:
-            for layer in layers:
-                layer.__dict__["call"] = watched(layer, layer.call)
-            yield
-        finally:
-            for layer, call in before:
-                layer.__dict__.pop("call", None)
-                if call is not None:
-                    layer.__dict__["call"] = call
-
     def trace_shapes(self, model: Model, layers: Sequence[Layer]) -> dict[Layer, list[tuple]]:
         """Input and output shapes of every call of `layers` in one forward pass of `model`.
 
@@ -131,13 +99,17 @@ class Graphs(Layers):
             return outputs
 
         try:
-            with self.watching_calls(layers, watch):
+            with replaced_calls(watched(layers, watch)):
                 tf.function(
                     lambda inputs: model(inputs, training=False), autograph=False
                 ).get_concrete_function(specs)
         finally:
-            model._clear_losses()  # the traced graph has added activity regularization losses
+            self.clear_losses(model)
         return calls
+
+    def clear_losses(self, model: Model) -> None:
+        """Forgets the losses that the last call of a model has added, such as a traced graph's."""
+        model._clear_losses()
 
     def graph(self, model: Model) -> list[GraphCall]:
         """The calls of a built symbolic model in topological order, inputs first."""
@@ -179,8 +151,7 @@ class Graphs(Layers):
     def graph_inputs(self, model: Model, inputs: Any) -> list[Any]:
         """The inputs of a symbolic model as a flat list, in the order of its graph's inputs."""
         starts, _ = self.graph_ends(model)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Keras 3 warned when `model` was made
+        with ignored_warnings():  # Keras 3 warned when `model` was made
             # An identity model sorts its inputs like `model`.
             return tf.nest.flatten(self.keras.Model(starts, model.inputs, name=model.name)(inputs))
 

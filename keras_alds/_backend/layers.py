@@ -357,6 +357,13 @@ def become(obj: Any, cls: type, attributes: dict[str, Any]) -> None:
     obj.__dict__.update(attributes)
 
 
+def like(obj: Any, **attributes: Any) -> Any:
+    """A second object with the attributes of `obj`, except for those given."""
+    other = object.__new__(type(obj))
+    other.__dict__.update({**vars(obj), **attributes})
+    return other
+
+
 def static_shape(value: Any) -> tuple[int | None, ...] | None:
     """The shape of a tensor or variable, or None if it has none."""
     shape = getattr(value, "shape", None)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,14 +106,37 @@ def after_running(use: Callable[[np.ndarray], None], x: Any, outputs: Any) -> An
     Returns:
         The outputs to pass on; they depend on the call.
     """
+    errors = getattr(_tracing, "errors", None)
 
     def run(values: np.ndarray) -> np.bool_:
-        use(values)
+        try:
+            use(values)
+        except BaseException as error:
+            if errors is not None:
+                errors.append(error)
+            raise
         return np.bool_(True)
 
     done = tf.numpy_function(run, [x], tf.bool, stateful=True)
     with tf.control_dependencies([done]):
         return tf.nest.map_structure(tf.identity, outputs)
+
+
+_tracing = threading.local()
+
+
+@contextlib.contextmanager
+def keeping_errors(errors: list[BaseException]) -> Iterator[None]:
+    """Lets graphs that are traced inside keep what `after_running` raises in them.
+
+    TensorFlow raises an error of its own in its place, which holds the text alone.
+    """
+    before = getattr(_tracing, "errors", None)
+    _tracing.errors = errors
+    try:
+        yield
+    finally:
+        _tracing.errors = before
 
 
 def known_shape(x: Any, count: int) -> list[Any]:

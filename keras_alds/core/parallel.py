@@ -35,8 +35,35 @@ def threads(executor: Executor | None = None) -> Iterator[Executor]:
     if executor is not None:
         yield executor
         return
-    with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="keras_alds") as pool:
+    with _Pool(os.cpu_count() or 1, thread_name_prefix="keras_alds") as pool:
         yield pool
+
+
+class _Pool(ThreadPoolExecutor):
+    """A pool that works in the calling thread where Python starts no more threads.
+
+    That is so at the end of the program, when only other threads still run, and where the
+    system's limit is reached.
+    """
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        result: Future[Any] = Future()
+        once = threading.Lock()
+
+        def run() -> None:
+            # A pool that cannot start a thread may still have taken the call.
+            if not once.acquire(blocking=False) or not result.set_running_or_notify_cancel():
+                return
+            try:
+                result.set_result(fn(*args, **kwargs))
+            except BaseException as error:
+                result.set_exception(error)
+
+        try:
+            super().submit(run)
+        except RuntimeError:
+            run()
+        return result
 
 
 def map_within(
@@ -97,6 +124,19 @@ _users = 0
 _limiter: Any = None
 
 
+def _forget_threads() -> None:
+    """Forgets the callers in the threads of a parent process."""
+    global _lock, _users
+    _lock = threading.Lock()
+    if _users:
+        _users = 0
+        _leave()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
+
+
 @cache
 def _controller() -> threadpoolctl.ThreadpoolController:
     # Finding the loaded libraries takes milliseconds, and NumPy's BLAS no longer changes.
@@ -134,18 +174,26 @@ def single_threaded_blas() -> Iterator[None]:
         with _controller().limit(limits=1, user_api="blas"):
             yield
         return
-    with _lock:
-        if _users == 0:
-            _free_control()
-            _limiter = _controller().limit(limits=1, user_api="blas")
-        _users += 1
+    inside = 0
     try:
+        with _lock:
+            if _users == 0:
+                _free_control()
+                _limiter = _controller().limit(limits=1, user_api="blas")
+            inside = 1
+            _users += 1
         yield
     finally:
         with _lock:
-            _users -= 1
+            _users -= inside
             if _users == 0:
-                _free_control()
-                _limiter.restore_original_limits()
-                _free_control()
-                _limiter = None
+                _leave()
+
+
+def _leave() -> None:
+    global _limiter
+    if _limiter is not None:
+        _free_control()
+        _limiter.restore_original_limits()
+        _free_control()
+        _limiter = None

@@ -10,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, cast
 
 import keras
 import numpy as np
 
 from keras_alds import _backend
+from keras_alds._backend.calls import Replacement, StandIn, replaced_calls
 from keras_alds._backend.layers import dtype_policy
+from keras_alds._backend.loops import compiled_loops
 from keras_alds.core.calibration.moments import moment_blocks
 from keras_alds.core.calibration.patches import patch_chunks
 from keras_alds.core.slicing import Array, Unfolding, distinct_schemes, divisors, weights
@@ -192,11 +194,9 @@ class Kind:
         """
         return None
 
-    def calling_kernels(
-        self, layer: Any, wanted: Collection[Any], values: bool
-    ) -> contextlib.AbstractContextManager[None]:
-        """Within this context, the layer calls its `kernels` as layers; see `calling_kernels`."""
-        return contextlib.nullcontext()
+    def running(self, layer: Any, values: bool) -> Replacement | None:
+        """A replacement of the layer's call that calls its `kernels` as layers; see `running`."""
+        return None
 
     # -- Replacement by stock layers ---------------------------------------------------------
 
@@ -399,8 +399,8 @@ class KernelKind(Kind):
         return stock
 
     def standing_for(self, layer: Any, factorized: Any) -> contextlib.AbstractContextManager[None]:
-        """Within this context, the stock layer's `call` computes what the factorized one does."""
-        return contextlib.nullcontext()
+        """Within this context, the layer computes what a factorized one does, in this thread."""
+        return replaced_calls({layer: StandIn(factorized)})
 
     # -- Inputs of calls ---------------------------------------------------------------------
 
@@ -594,22 +594,24 @@ def observable(layer: Any) -> bool:
     return kind.observable(layer) and (kind.max_slices is None or blocks <= kind.max_slices)
 
 
-@contextlib.contextmanager
-def calling_kernels(model: Any, layers: Iterable[Any], *, values: bool = True) -> Iterator[None]:
-    """Within this context, recurrent layers call their kernels as layers.
+def running(model: Any, *, values: bool = True) -> dict[Any, Replacement]:
+    """How the recurrent layers of a model run, so that their kernels can be watched, and fast.
 
-    So an observer of layer calls gets the kernels' inputs.
+    The steps run as graphs. If a kernel is watched, its layer calls it as a layer. So an observer
+    of layer calls gets the kernel's inputs.
 
     Args:
-        model: The model that holds the layers.
-        layers: The kernels to call. Other layers are ignored.
+        model: The model.
         values: Whether values are needed, not only shapes. Defaults to True.
+
+    Returns:
+        Replacements of the layers' calls for one pass.
     """
-    wanted = set(layers)
-    with contextlib.ExitStack() as stack:
-        for layer in dict.fromkeys(below(model)):
-            stack.enter_context(stock_kind(layer).calling_kernels(layer, wanted, values))
-        yield
+    found = compiled_loops(model) if values else {}
+    for layer in dict.fromkeys([model, *below(model)]):
+        if (call := stock_kind(layer).running(layer, values)) is not None:
+            found[layer] = call
+    return found
 
 
 def below(layer: Any) -> Iterator[Any]:

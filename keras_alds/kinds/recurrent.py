@@ -13,14 +13,16 @@ import functools
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import keras
 
 from keras_alds import _backend
 from keras_alds._backend import tensors
+from keras_alds._backend.calls import Replacement, replacements_of
 from keras_alds._backend.layers import dtype_policy
+from keras_alds._backend.loops import InGraph, all_steps_of, restored, states_of
 from keras_alds.kinds import forms
 from keras_alds.kinds.base import (
     Kind,
@@ -537,7 +539,7 @@ class FactorizedSimpleRNN(Keras3Recurrent, keras.layers.SimpleRNN):
 class CellKernel(_Base):
     """A kernel of a recurrent cell as a linear layer that shares the cell's variable.
 
-    Only `calling_kernels` calls it. A subclass adds the `Layer` class as the last base.
+    Only `running` calls it. A subclass adds the `Layer` class as the last base.
 
     Args:
         cell: The built cell.
@@ -663,12 +665,9 @@ class CellKernelKind(Dense):
     @contextlib.contextmanager
     def standing_for(self, layer: Any, factorized: Any) -> Iterator[None]:
         # The cell multiplies by the variable itself.
-        before = tensors.identity(tensors.tensor(layer.kernel))
-        layer.kernel.assign(factorized.kernel)
-        try:
+        with restored([layer.kernel]):
+            layer.kernel.assign(factorized.kernel)
             yield
-        finally:
-            layer.kernel.assign(before)
 
 
 # -- Cells ---------------------------------------------------------------------------------------
@@ -769,25 +768,9 @@ class Running(Kind):
         _, *states = _as_list(args[0])
         return ([value, *states] if states else value, *args[1:]), kwargs
 
-    @contextlib.contextmanager
-    def calling_kernels(self, layer: Any, wanted: Collection[Any], values: bool) -> Iterator[None]:
-        # On all time steps at once, without masked steps. Stateful layers get their states back
-        # afterwards.
+    def running(self, layer: Any, values: bool) -> Replacement | None:
         cell = getattr(layer, "cell", None)
-        kernels = {} if cell is None else all_kernels(cell)
-        kernels = {name: kernel for name, kernel in kernels.items() if kernel in wanted}
-        if not kernels:
-            yield
-            return
-        before, states = layer.__dict__.get("call"), _states(layer)
-        layer.__dict__["call"] = _calling(layer, kernels, values)
-        try:
-            yield
-        finally:
-            layer.__dict__.pop("call", None)
-            if before is not None:
-                layer.__dict__["call"] = before
-            _restore(layer, states)
+        return None if cell is None or not is_cell(cell) else _Run(layer, values)
 
 
 class Recurrent(Running):
@@ -828,93 +811,90 @@ class ConvolutionalLSTM(Kind):
 # -- Inputs of the kernels -----------------------------------------------------------------------
 
 
-def _calling(layer: Any, kernels: dict[str, Any], values: bool) -> Callable[..., Any]:
-    call = layer.call
-    signature = inspect.signature(call)
+class _Run:
+    """Runs a recurrent layer as a graph, and its watched kernels on all time steps at once.
 
-    @functools.wraps(call)
-    def inner(*args: Any, **kwargs: Any) -> Any:
-        given = dict(signature.bind(*args, **kwargs).arguments)
-        x, *initial = _as_list(next(iter(given.values())))
-        initial = _as_list(given.get("initial_state")) or initial
-        mask = given.get("mask")
+    The hidden states that the recurrent kernel multiplies are the outputs of all steps.
+
+    Args:
+        layer: A layer with one cell, a stock one or a factorized one.
+        values: Whether values are needed, not only shapes.
+    """
+
+    def __init__(self, layer: Any, values: bool) -> None:
+        self._layer, self._values = layer, values
+        self._time = 0 if getattr(layer, "time_major", False) else 1
+        self._signature = inspect.signature(type(layer).call)
+        self._in_graph = InGraph(layer)
+        self._all_steps = all_steps_of(layer)
+
+    def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = self._signature.bind(self._layer, *args, **kwargs)
+        kernels = all_kernels(self._layer.cell)
+        watched = [name for name in kernels if any(replacements_of([kernels[name]]))]
+        x = tensors.tensor(_as_list(given.args[1])[0])
+        x = tensors.cast(x, self._layer.compute_dtype)
+        mask = given.arguments.get("mask")
         mask = mask[0] if isinstance(mask, (list, tuple)) else mask
-        steps = {"kernel": None, "recurrent_kernel": None}  # which ones are made
-        if values and mask is not None:
-            mask = tensors.cast(tensors.tensor(mask), tensors.boolean)
-            made = tensors.reverse(mask, [_time_axis(layer)]) if layer.go_backwards else mask
-            steps = {"kernel": mask, "recurrent_kernel": made}
-        x = tensors.cast(tensors.tensor(x), layer.compute_dtype)
         seen = {"kernel": x}
-        if "recurrent_kernel" in kernels:
-            if values:
-                made = steps["recurrent_kernel"]
-                seen["recurrent_kernel"] = _hidden(layer, call, args, kwargs, initial, made)
-            else:
-                seen["recurrent_kernel"] = x[..., :1] * tensors.zeros([layer.cell.units], x.dtype)
-        outputs = call(*args, **kwargs)
-        for name, kernel in kernels.items():
+        outputs = None
+        if not self._values:
+            seen["recurrent_kernel"] = x[..., :1] * tensors.zeros([self._layer.cell.units], x.dtype)
+            outputs, mask = call(*args, **kwargs), None
+        elif "recurrent_kernel" in watched or self._derives_outputs(mask):
+            seen["recurrent_kernel"], outputs = self._followed(given, mask)
+        if outputs is None:
+            outputs = self._in_graph(call, *args, **kwargs)
+        for name in watched:
             rows = seen[name]
-            if steps[name] is not None:
-                rows = tensors.boolean_mask(rows, steps[name])
+            if mask is not None:
+                rows = tensors.boolean_mask(rows, self._made(mask, name))
             if rows.shape.rank and rows.shape[0] != 0:
-                kernel.call(rows)
+                kernels[name].call(rows)
         return outputs
 
-    return inner
+    def _derives_outputs(self, mask: Any) -> bool:
+        """Whether the outputs of the layer follow from the outputs of all steps."""
+        return mask is None and not self._layer.stateful
 
+    def _followed(self, given: inspect.BoundArguments, mask: Any) -> tuple[Any, Any]:
+        """The hidden states at the start of every step, and the outputs if they follow."""
+        _, *initial = _as_list(given.args[1])
+        initial = _as_list(given.arguments.get("initial_state")) or initial
+        if not initial and (states := states_of(self._layer)):
+            initial = given.arguments["initial_state"] = [tensors.tensor(s) for s in states]
+        found = self._in_graph(self._all_steps, *given.args[1:], **given.kwargs)
+        after, *last = found
+        steps = tensors.unstack(tensors.shape(after))
+        steps[self._time] -= 1
+        first = tensors.zeros_like(tensors.gather(after, 0, axis=self._time))
+        if initial:
+            first = tensors.cast(initial[0], after.dtype)
+        first = tensors.expand_dims(first, self._time)
+        earlier = tensors.slice_(after, [0, 0, 0], tensors.stack(steps))
+        hidden = tensors.concat([first, earlier], self._time)
+        if mask is not None:
+            # Before the first unmasked step the outputs are zeros, whatever the state is.
+            made = tensors.cast(self._made(mask, "recurrent_kernel"), tensors.int32)
+            begun = tensors.cumsum(made, self._time, exclusive=True) > 0
+            hidden = tensors.where(begun[..., None], hidden, first)
+        if not self._derives_outputs(mask):
+            return hidden, None
+        if not self._layer.return_sequences:
+            after = tensors.gather(after, tensors.shape(after)[self._time] - 1, axis=self._time)
+        return hidden, type(found)((after, *last)) if self._layer.return_state else after
 
-def _hidden(
-    layer: Any, call: Callable[..., Any], args: Any, kwargs: Any, initial: list[Any], made: Any
-) -> Any:
-    """The hidden states before each step of a call; `made` tells which steps are not masked."""
-    states = _states(layer)
-    flags = {"return_sequences": True, "return_state": False, "zero_output_for_mask": False}
-    flags = {name: value for name, value in flags.items() if name in layer.__dict__}
-    before = {name: layer.__dict__[name] for name in flags}
-    try:
-        layer.__dict__.update(flags)
-        after = call(*args, **kwargs)
-    finally:
-        layer.__dict__.update(before)
-        _restore(layer, states)
-    axis = _time_axis(layer)
-    steps = tensors.unstack(tensors.shape(after))
-    steps[axis] -= 1
-    first = (initial or states or [None])[0]
-    if first is None:
-        first = tensors.zeros_like(tensors.gather(after, 0, axis=axis))
-    first = tensors.expand_dims(tensors.cast(first, after.dtype), axis)
-    states = tensors.concat([first, tensors.slice_(after, [0, 0, 0], tensors.stack(steps))], axis)
-    if made is None:
-        return states
-    # Before the first unmasked step the outputs are zeros, whatever the state is.
-    begun = tensors.cumsum(tensors.cast(made, tensors.int32), axis, exclusive=True) > 0
-    return tensors.where(begun[..., None], states, first)
-
-
-def _time_axis(layer: Any) -> int:
-    return 0 if getattr(layer, "time_major", False) else 1
+    def _made(self, mask: Any, name: str) -> Any:
+        """Which steps are not masked, in the order in which a kernel sees them."""
+        made = tensors.cast(tensors.tensor(mask), tensors.boolean)
+        backwards = name == "recurrent_kernel" and self._layer.go_backwards
+        return tensors.reverse(made, [self._time]) if backwards else made
 
 
 def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _states(layer: Any) -> list[Any]:
-    """The values of a stateful layer's states; empty for other layers."""
-    if not layer.stateful or layer.states is None:
-        return []
-    known = [state for state in tensors.flatten(layer.states) if state is not None]
-    return [tensors.identity(tensors.tensor(state)) for state in known]
-
-
-def _restore(layer: Any, states: list[Any]) -> None:
-    if states:
-        for state, value in zip(tensors.flatten(layer.states), states, strict=True):
-            state.assign(value)
 
 
 # -- Replacement by stock layers -----------------------------------------------------------------

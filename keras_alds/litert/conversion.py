@@ -9,7 +9,6 @@ import itertools
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from rich.progress import Progress
 
 from keras_alds import _backend
 from keras_alds._backend import wrappers
+from keras_alds._backend.quiet import ignored_warnings
 from keras_alds.core.checks import did_you_mean, positive_int
 from keras_alds.litert import _package
 from keras_alds.litert.files import FileBytes, read_file
@@ -425,9 +425,8 @@ def _check_loops(folder: str, model: Any) -> None:
 
 
 def _run(converter: Any, model: Any) -> bytes:
-    with warnings.catch_warnings():
-        # The converter itself uses the interpreter that TensorFlow deprecates.
-        warnings.filterwarnings("ignore", r"\s*Warning: tf.lite.Interpreter is deprecated")
+    # The converter itself uses the interpreter that TensorFlow deprecates.
+    with ignored_warnings(r"\s*Warning: tf.lite.Interpreter is deprecated"):
         try:
             return bytes(converter.convert())
         except Exception as error:

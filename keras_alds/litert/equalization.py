@@ -8,6 +8,7 @@ from keras_alds import _backend
 from keras_alds.models import ranges
 from keras_alds.models.data import Examples, with_progress
 from keras_alds.models.inventory import has_weights
+from keras_alds.models.turns import alone
 from keras_alds.progress import progress_bar
 
 
@@ -57,9 +58,10 @@ def equalize(
             f"Received: model={model!r} of type {type(model).__name__}"
         )
     if representative_data is None:
-        ranges.equalize(model)
+        with alone(model):
+            ranges.equalize(model)
         return
     examples = Examples(model, representative_data, max_examples, "representative_data")
-    with progress_bar(verbose) as progress:
+    with alone(model), progress_bar(verbose) as progress:
         batches = with_progress(examples, progress, "equalization")
         ranges.equalize(model, (inputs for inputs, _ in batches))

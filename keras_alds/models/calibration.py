@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from keras_alds._backend import tensors
-from keras_alds._backend.functions import run_as_code
 from keras_alds._backend.layers import KerasModel
 from keras_alds.core.calibration.moments import FewInputs, SecondMoment
 from keras_alds.core.slicing import Array
@@ -30,6 +29,7 @@ from keras_alds.models.data import (
 from keras_alds.models.inventory import Inventory
 from keras_alds.models.observe import Observer
 from keras_alds.models.scale import ScaleCheck
+from keras_alds.models.turns import alone
 from keras_alds.progress import progress_bar
 from keras_alds.tables import counted
 
@@ -129,8 +129,9 @@ class CalibrationStats:
         stats = keras_alds.CalibrationStats.collect(model, x, max_examples=512, verbose=0)
         ```
         """
-        source = Examples(model, data, max_examples)
-        return cls._observed(Inventory.of(model), source, verbose, stacklevel=2)
+        with alone(model):
+            source = Examples(model, data, max_examples)
+            return cls._observed(Inventory.of(model), source, verbose, stacklevel=2)
 
     @classmethod
     def _observed(
@@ -146,12 +147,10 @@ class CalibrationStats:
         examples = 0
         with (
             progress_bar(verbose) as progress,
-            run_as_code(model),
-            observer.watching(model),
-            scales.watching(),
+            observer.watching(model, scales.watched()) as run,
         ):
             for batch, count in with_progress(source, progress, "calibration"):
-                model(batch, training=False)
+                run(batch)
                 examples += count
         scales.warn(stacklevel=stacklevel + 1)
         found = observer.moments()

@@ -270,7 +270,7 @@ def _sequential(
     with progress_bar(verbose) as progress:
         task = progress.add_task("compression", total=len(layers))
         walk = Walk(inventory.model, layers, examples, given=given)
-        walk.run(decide, lambda: progress.advance(task))
+        walk.run(decide, lambda part: progress.advance(task, part))
     # No example reaches the remaining layers.
     return [made.get(layer) or replacement(*pair) for layer, pair in by_layer.items()]
 

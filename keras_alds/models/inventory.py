@@ -17,16 +17,17 @@ from typing import Any
 
 from keras_alds import _backend
 from keras_alds._backend import wrappers
+from keras_alds._backend.calls import replaced_calls
 from keras_alds._backend.functions import run_as_code
 from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.checks import did_you_mean
 from keras_alds.kinds.base import (
     KernelKind,
     below,
-    calling_kernels,
     is_factorized,
     kind_of,
     known_kind,
+    running,
     skipped_by_kind,
     stock_kind,
     unfolded_shape,
@@ -203,7 +204,8 @@ class Inventory:
         layers = [record.layer for record in self.records]
         known = _CALLS.get(self.model, [])
         if [(ref(), cls) for ref, cls, _ in known] != [(layer, type(layer)) for layer in layers]:
-            with run_as_code(self.model), calling_kernels(self.model, layers, values=False):
+            shapes = running(self.model, values=False)
+            with run_as_code(self.model), replaced_calls(shapes):
                 traced = self.backend.trace_shapes(self.model, layers)
             known = [(weakref.ref(layer), type(layer), traced[layer]) for layer in layers]
             _CALLS[self.model] = known

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from keras_alds import _backend
 from keras_alds._backend import tensors
+from keras_alds._backend.calls import Replacement, replaced_calls, watched
+from keras_alds._backend.loops import passing
 from keras_alds.core.calibration.accumulators import MomentAccumulator
 from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.calibration.patches import CHUNK_ROWS
 from keras_alds.core.parallel import threads
 from keras_alds.core.slicing import Array, kernel_sizes
-from keras_alds.kinds.base import calling_kernels, observable
+from keras_alds.kinds.base import observable, running
 from keras_alds.models.inventory import LayerRecord
 
 # The squares of smaller values can be summed in float32.
@@ -38,15 +39,24 @@ class Observer:
         self._sums: dict[Any, MomentAccumulator] = {}
 
     @contextlib.contextmanager
-    def watching(self, model: Any) -> Iterator[None]:
-        """Observes every call of the layers inside the context."""
-        layers = list(self._records)
-        with (
-            threads() as self._pool,
-            _backend.backend_of(model).watching_calls(layers, self._see),
-            calling_kernels(model, layers),
-        ):
-            yield
+    def watching(
+        self, model: Any, *also: Mapping[Any, Replacement]
+    ) -> Iterator[Callable[[Any], None]]:
+        """Yields a function that runs `model` on a batch and observes the calls of the layers.
+
+        `also` replaces more calls in these runs.
+
+        Only the calls in these runs are observed: neither those of other threads, nor those of
+        code that makes the batches.
+        """
+        replacements = running(model), watched(self._records, self._see), *also
+
+        def run(batch: Any) -> None:
+            with replaced_calls(*replacements):
+                model(batch, training=False)
+
+        with threads() as self._pool, passing(model):
+            yield run
 
     def _see(self, layer: Any, inputs: Any, outputs: Any) -> Any:
         return when_known(inputs, outputs, lambda x: self._add(layer, x))

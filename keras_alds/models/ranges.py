@@ -19,11 +19,13 @@ import numpy as np
 
 from keras_alds import _backend
 from keras_alds._backend import tensors as nest
-from keras_alds._backend.functions import run_as_code
+from keras_alds._backend.calls import replaced_calls, watched
+from keras_alds._backend.loops import compiled_loops, passing
 from keras_alds.core.slicing import Array
 from keras_alds.kinds.base import channels_last, factorized_kind, is_factorized, stock_kind
 from keras_alds.models.inventory import walk
 from keras_alds.models.observe import when_known
+from keras_alds.models.turns import alone
 
 # XNNPACK rejects s_in·s_w/s_out >= 256; in the encoder that ratio is |E|·|x| / (127·|h|). Ranks
 # with very small activations are scaled to at most an eighth of the limit.
@@ -106,11 +108,12 @@ def equalize(model: Any, batches: Iterable[Any] | None = None) -> Callable[[], N
 @contextlib.contextmanager
 def equalized(model: Any, batches: Iterable[Any] | None = None) -> Iterator[None]:
     """Applies `equalize` inside the context, then restores exactly the old values."""
-    undo = equalize(model, batches)
-    try:
-        yield
-    finally:
-        undo()
+    with alone(model):
+        undo = equalize(model, batches)
+        try:
+            yield
+        finally:
+            undo()
 
 
 def scales_for_ranges(left: Array, right: Array, ranges: Array, peak: float) -> Array:
@@ -284,7 +287,6 @@ def _ranges(
     model: Any, pairs: list[Pair], batches: Iterable[Any]
 ) -> dict[Any, tuple[Array, float]]:
     """Largest absolute middle values and input value, by the encoding layer."""
-    backend = _backend.backend_of(model)
     counts = {pair.layer: int(pair.decoder.shape[-2]) for pair in pairs}
     middles: dict[Any, Array] = {}
     peaks: dict[Any, float] = {}
@@ -305,9 +307,11 @@ def _ranges(
             return outputs
         return when_known(outputs, outputs, lambda y: note_middle(layer, channels_last(layer, y)))
 
-    with run_as_code(model), backend.watching_calls(list(counts), watch):
+    replacements = compiled_loops(model), watched(counts, watch)
+    with passing(model):
         for batch in batches:
-            model(batch, training=False)
+            with replaced_calls(*replacements):
+                model(batch, training=False)
     return {
         layer: (middle, peaks[layer])
         for layer, middle in middles.items()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from keras_alds import _backend
 from keras_alds._backend import tensors
-from keras_alds._backend.functions import run_as_code
+from keras_alds._backend.calls import Replacement, replaced_calls, watched
+from keras_alds._backend.loops import passing
 from keras_alds.core.slicing import Array
 from keras_alds.models.data import Examples, KeptExamples
 from keras_alds.models.inventory import walk
@@ -103,15 +102,13 @@ class ScaleCheck:
     def _variance(self, layer: Any) -> Array:
         return self._backend.value(layer.moving_variance)
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Watches the layers inside the context."""
+    def watched(self) -> dict[Any, Replacement]:
+        """Replacements of calls that watch the layers."""
 
         def see(layer: Any, inputs: Any, outputs: Any) -> Any:
             return when_known(inputs, outputs, self._seen[layer].add)
 
-        with self._backend.watching_calls(self.layers, see):
-            yield
+        return watched(self.layers, see)
 
     def warn(self, *, stacklevel: int) -> None:
         """Warns if the variances of a layer's inputs were far from those in training."""
@@ -145,10 +142,11 @@ def check_scale(model: Any, examples: KeptExamples, *, stacklevel: int) -> None:
     scales = ScaleCheck(model)
     if not scales.layers:
         return
-    with run_as_code(model), scales.watching():
+    with passing(model):
         seen = 0
         for batch, count in examples:
-            model(batch, training=False)
+            with replaced_calls(scales.watched()):
+                model(batch, training=False)
             seen += count
             if seen >= _RUN:
                 break

@@ -14,22 +14,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from keras_alds import _backend
 from keras_alds._backend import tensors as nest
-from keras_alds._backend.functions import run_as_code
+from keras_alds._backend.calls import Replacement, replaced_calls, watched
+from keras_alds._backend.loops import passing, restored, states_of
 from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.calibration.regression import TARGET_RIDGES, PairAccumulator
 from keras_alds.core.parallel import threads
 from keras_alds.core.slicing import Array
-from keras_alds.kinds.base import below, calling_kernels, kernel_values, known_kind, stock_kind
+from keras_alds.kinds.base import below, kernel_values, known_kind, running, stock_kind
 from keras_alds.models.data import KeptExamples
 from keras_alds.models.observe import PARTS, check_finite, when_known
 from keras_alds.models.storage import Store
+
+# The most entries of inputs that are joined.
+_JOINED_ENTRIES = 1 << 20
 
 Decide = Callable[[Any, SecondMoment, Array], Any]
 
@@ -191,6 +195,10 @@ class Walk:
         self._layers = list(layers)
         self._places = [*layers, *(layer for layer, _ in given)]
         self._compressed = dict(given)
+        self._running = running(model)
+        self._watchers = {layer: _Watcher(layer) for layer in layers}
+        self._originals: dict[Any, dict[tuple[int, int], list[Any]]] = {x: {} for x in layers}
+        self._states = states_of(model)
         self._values: dict[int, _Pair] = {}
         self._provisional: dict[int, _Pair] = {}
         self._done = set(self._compressed)
@@ -224,12 +232,7 @@ class Walk:
             first_calls.setdefault(layer, len(first_calls))
             return outputs
 
-        layers = self._layers
-        with (
-            run_as_code(model),
-            self._backend.watching_calls(layers, watch),
-            calling_kernels(model, layers),
-        ):
+        with passing(model), replaced_calls(self._running, watched(self._layers, watch)):
             model(batch, training=False)
         program = _Program(model, self._places)
         if self._backend.runs_graph(model):
@@ -293,44 +296,51 @@ class Walk:
 
     # -- The walk ----------------------------------------------------------------------------
 
-    def run(self, decide: Decide, progress: Callable[[], object] = lambda: None) -> None:
+    def run(self, decide: Decide, progress: Callable[[float], object] = lambda part: None) -> None:
         """Compresses one layer after the other.
 
         Args:
             decide: `decide(layer, moment, target)` returns a built replacement of `layer` with
                 the same inputs and outputs, or None to keep the layer.
-            progress: Called after every layer.
+            progress: Called with the part of a layer that is done, several times a layer.
         """
-        with run_as_code(self._program.model):
+        with passing(self._program.model):
             for layer in self.order:
-                self._compress(layer, decide)
-                progress()
+                self._compress(layer, decide, progress)
 
-    def _compress(self, layer: Any, decide: Decide) -> None:
-        moment, target = self._observe(layer)
+    def _compress(self, layer: Any, decide: Decide, progress: Callable[[float], object]) -> None:
+        moment, target = self._observe(layer, progress)
         compressed = decide(layer, moment, target)
         self._done.add(layer)
         if compressed is not None:
             self._compressed[layer] = compressed
+        for inputs in self._originals.pop(layer).values():
+            for x in inputs:
+                self._store.drop(x)
         for pair in self._provisional.values():
             self._drop(pair)
         self._provisional.clear()
         for number in self._calls[layer]:
             self._release(self._steps[number].inputs)
 
-    def _observe(self, layer: Any) -> tuple[SecondMoment, Array]:
+    def _observe(
+        self, layer: Any, progress: Callable[[float], object]
+    ) -> tuple[SecondMoment, Array]:
         """The second moment of a layer's current inputs, and the best dense kernel for them."""
         calls = self._calls[layer]
-        self._ensure([tensor for n in calls for tensor in self._steps[n].inputs])
-        sums = PairAccumulator(kernel_values(layer), overwrite=True)
+        inputs = [tensor for n in calls for tensor in self._steps[n].inputs]
         held = held_out(self._chunks)
+        part = 1 / ((len(self._pending(inputs)) + 1) * self._chunks + len(held))
+        self._ensure(inputs, lambda: progress(part))
+        sums = PairAccumulator(kernel_values(layer), overwrite=True)
         with threads() as pool:
 
             def parts(chunks: Iterable[int]) -> Iterator[list[tuple[Any, Any]]]:
                 for chunk in chunks:
                     for n in calls:
-                        for x, x_hat in self._seen(layer, self._steps[n], chunk):
+                        for x, x_hat in self._seen(layer, n, chunk):
                             yield _parts(layer, x_hat, x, PARTS if sums.side <= 2048 else 2)
+                    progress(part)
 
             for some in parts(chunk for chunk in range(self._chunks) if chunk not in held):
                 sums.add_parts(some, pool)
@@ -343,60 +353,70 @@ class Walk:
                 sums.add_parts(some, pool)
         return sums.result(ridge)
 
-    def _seen(self, layer: Any, step: _Step, chunk: int) -> Iterator[tuple[Array, Array]]:
+    def _seen(self, layer: Any, number: int, chunk: int) -> Iterator[tuple[Array, Array]]:
         """The inputs `(x, x̂)` of all calls of a layer in one step."""
+        step = self._steps[number]
         if step.layer is layer:
             args, kwargs = step.args, step.kwargs
             first = args[0] if args else next(iter(kwargs.values()))
             pair = self._pair(first.tensor)
-            x = self._array(layer, self._store.load(pair[0][chunk]))
+            x = _array(layer, self._store.load(pair[0][chunk]))
             same = pair[0] is pair[1]
-            yield x, (x if same else self._array(layer, self._store.load(pair[1][chunk])))
+            yield x, (x if same else _array(layer, self._store.load(pair[1][chunk])))
             return
-        seen: list[list[Array]] = []
-        for version in (0, 1):
-            found: list[Array] = []
-
-            def watch(layer: Any, inputs: Any, outputs: Any, found: list[Array] = found) -> Any:
-                return when_known(inputs, outputs, lambda x: found.append(self._checked(x, layer)))
-
-            with (
-                self._backend.watching_calls([layer], watch),
-                calling_kernels(self._program.model, [layer]),
-            ):
-                self._call(step, version, chunk)
-            seen.append(found)
-        if len(seen[0]) != len(seen[1]):
+        original = compressed = self._original(layer, number, chunk)
+        if not self._is_same(step):
+            watcher = self._watchers[layer]
+            self._call(step, 1, chunk, watcher.calls)
+            compressed = watcher.found()
+        if len(original) != len(compressed):
             raise ValueError(
                 f"Expected the layer '{layer.name}' to be called as often in the compressed "
-                f"network as in the original one. Received: {len(seen[1])} and {len(seen[0])} "
+                f"network as in the original one. Received: {len(compressed)} and {len(original)} "
                 "calls, which depend on the data. Use `sequential=False`."
             )
-        yield from zip(*seen, strict=True)
+        for x, x_hat in _joined(zip(original, compressed, strict=True)):
+            yield _checked(x, layer), _checked(x_hat, layer)
 
-    def _array(self, layer: Any, tensor: Any) -> Array:
-        found: list[Array] = []
-        when_known(tensor, None, found.append)
-        return self._checked(found[0], layer)
+    def _original(self, layer: Any, number: int, chunk: int) -> list[Array]:
+        """The inputs of all calls of a layer in one step of the original network.
 
-    @staticmethod
-    def _checked(values: Array, layer: Any) -> Array:
-        check_finite(values, layer.name)
-        return values
+        Those of all layers in the step are seen in one run, and kept where there is room.
+        """
+        known = self._originals[layer].get((number, chunk))
+        if known is not None:
+            return [self._store.load(kept).numpy() for kept in known]
+        step = self._steps[number]
+        left = [item for item in self._calls if item in step.inside and item not in self._done]
+        calls = [self._watchers[item].calls for item in left]
+        self._call(step, 0, chunk, {item: call for some in calls for item, call in some.items()})
+        for item in left:
+            found = self._watchers[item].found()
+            tensors = [nest.tensor(values) for values in found]
+            if item is layer:
+                inputs = found
+            if all(map(self._store.has_room, tensors)):
+                kept = [self._store.keep(tensor) for tensor in tensors]
+                self._originals[item][number, chunk] = kept
+        return inputs
+
+    def _is_same(self, step: _Step) -> bool:
+        """Whether both versions of a step compute the same."""
+        return not step.inside & self._compressed.keys() and all(
+            pair[0] is pair[1] for pair in map(self._pair, step.inputs)
+        )
 
     def _pair(self, tensor: int) -> _Pair:
         return self._provisional.get(tensor) or self._values[tensor]
 
-    def _ensure(self, tensors: Iterable[int]) -> None:
+    def _ensure(self, tensors: Iterable[int], progress: Callable[[], object]) -> None:
         for number in self._pending(tensors):
             step = self._steps[number]
             provisional = not step.inside <= self._done or any(
                 tensor in self._provisional for tensor in step.inputs
             )
-            same = not step.inside & self._compressed.keys() and all(
-                pair[0] is pair[1] for pair in map(self._pair, step.inputs)
-            )
-            outputs = self._outputs(step, 0)
+            same = self._is_same(step)
+            outputs = self._outputs(step, 0, progress)
             pairs = list(zip(outputs, outputs if same else self._outputs(step, 1), strict=True))
             target = self._provisional if provisional else self._values
             target.update(zip(step.outputs, pairs, strict=True))
@@ -407,22 +427,35 @@ class Walk:
                     if not self._uses.get(tensor):
                         self._drop(self._values.pop(tensor))
 
-    def _outputs(self, step: _Step, version: int) -> list[list[Any]]:
-        chunks = [
-            [self._store.keep(output) for output in self._call(step, version, chunk)]
-            for chunk in range(self._chunks)
-        ]
+    def _outputs(
+        self, step: _Step, version: int, progress: Callable[[], object] = lambda: None
+    ) -> list[list[Any]]:
+        chunks: list[list[Any]] = []
+        for chunk in range(self._chunks):
+            chunks.append([self._store.keep(x) for x in self._call(step, version, chunk)])
+            progress()
         return [list(values) for values in zip(*chunks, strict=True)]
 
-    def _call(self, step: _Step, version: int, chunk: int) -> list[Any]:
+    def _call(
+        self,
+        step: _Step,
+        version: int,
+        chunk: int,
+        watching: Mapping[Any, Replacement] | None = None,
+    ) -> list[Any]:
         def value(leaf: Any) -> Any:
             if not _is_slot(leaf):
                 return leaf
             return self._store.load(self._pair(leaf.tensor)[version][chunk])
 
         args, kwargs = nest.map_structure(value, (step.args, step.kwargs))
-        inside = [pair for pair in self._compressed.items() if version and pair[0] in step.inside]
-        with _in_place_of(inside):
+        inside = step.inside & self._compressed.keys() if version else ()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(restored(self._states))
+            stack.enter_context(replaced_calls(self._running, watching or {}))
+            for layer in inside:
+                factorized = self._compressed[layer]
+                stack.enter_context(known_kind(layer).standing_for(layer, factorized))
             outputs = self._backend.infer(step.layer, args, kwargs)
         return nest.flatten(outputs)
 
@@ -438,9 +471,57 @@ class Walk:
                 self._store.drop(kept)
 
 
+class _Watcher:
+    """Notes the inputs of all calls of a layer in a run of the model."""
+
+    def __init__(self, layer: Any) -> None:
+        self._found: list[Array] = []
+        self.calls = watched([layer], self._watch)
+
+    def _watch(self, layer: Any, inputs: Any, outputs: Any) -> Any:
+        return when_known(inputs, outputs, lambda x: self._found.append(x))
+
+    def found(self) -> list[Array]:
+        """The inputs since the last call of this method."""
+        found, self._found = self._found, []
+        return found
+
+
+def _array(layer: Any, tensor: Any) -> Array:
+    found: list[Array] = []
+    when_known(tensor, None, found.append)
+    return _checked(found[0], layer)
+
+
+def _checked(values: Array, layer: Any) -> Array:
+    check_finite(values, layer.name)
+    return values
+
+
 def held_out(chunks: int) -> list[int]:
     """The chunks held out to choose ρ: every fourth, or the last of two or three, or none."""
     return list(range(3, chunks, 4)) or list(range(chunks))[1:][-1:]
+
+
+def _joined(pairs: Iterable[tuple[Array, Array]]) -> Iterator[tuple[Array, Array]]:
+    """The inputs of calls, those of many small calls joined: a loop calls a layer at every step."""
+    waiting: list[tuple[Array, Array]] = []
+    for pair in pairs:
+        sizes = [x.size for x, _ in [*waiting, pair]]
+        same = not waiting or waiting[0][0].shape[1:] == pair[0].shape[1:]
+        if waiting and (not same or sum(sizes) > _JOINED_ENTRIES):
+            yield _concatenated(waiting)
+            waiting = []
+        waiting.append(pair)
+    if waiting:
+        yield _concatenated(waiting)
+
+
+def _concatenated(pairs: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+    if len(pairs) == 1:
+        return pairs[0]
+    x, x_hat = map(np.concatenate, zip(*pairs, strict=True))
+    return x, (x if all(a is b for a, b in pairs) else x_hat)
 
 
 def _parts(layer: Any, x_hat: Array, x: Array, parts: int) -> list[tuple[Any, Any]]:
@@ -452,24 +533,6 @@ def _parts(layer: Any, x_hat: Array, x: Array, parts: int) -> list[tuple[Any, An
         for now, before in zip(*pairs, strict=True)
         if now.size
     ]
-
-
-@contextlib.contextmanager
-def _in_place_of(pairs: Sequence[tuple[Any, Any]]) -> Iterator[None]:
-    """Lets layers compute like their replacements inside the context, without other changes."""
-    before = [(layer, layer.__dict__.get("call")) for layer, _ in pairs]
-    try:
-        for layer, other in pairs:
-            layer.__dict__["call"] = other.call
-        with contextlib.ExitStack() as stack:
-            for layer, other in pairs:
-                stack.enter_context(known_kind(layer).standing_for(layer, other))
-            yield
-    finally:
-        for layer, call in before:
-            layer.__dict__.pop("call", None)
-            if call is not None:
-                layer.__dict__["call"] = call
 
 
 def most_reruns(model: Any, layers: Sequence[Any]) -> int:

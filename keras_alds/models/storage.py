@@ -49,6 +49,10 @@ class Store:
         value.numpy().tofile(path)
         return _File(path, value.numpy().dtype, tuple(value.shape), mask_of(value))
 
+    def has_room(self, value: Any) -> bool:
+        """Whether another tensor, which is not needed, leaves half of the memory free."""
+        return self.bytes + tensors.bytes_of(value) <= self.limit // 2
+
     def load(self, kept: Any) -> Any:
         """The stored value."""
         return kept.load() if isinstance(kept, _File) else kept

@@ -16,6 +16,7 @@ from keras_alds._backend import layers as backend_layers
 from keras_alds._backend import training
 from keras_alds._backend.graphs import forget_graph, mask_of, set_mask
 from keras_alds._backend.live import Holders
+from keras_alds._backend.loops import all_steps_of
 
 tf_keras = pytest.importorskip("tf_keras")
 
@@ -243,6 +244,16 @@ def test_clear_losses(keras_module):
     before = model.losses
     backend_of(keras_module).trace_shapes(model, [model.layers[-1]])
     assert set(map(id, model.losses)) <= set(map(id, before))
+
+
+def test_stateful(keras_module):
+    """tf_keras's flag of a stateful layer. Without it a pass that looks at its steps changes it."""
+    layer = keras_module.layers.GRU(3, stateful=True)
+    x = np.ones((2, 5, 4), "float32")
+    layer(x)
+    before = [np.asarray(state) for state in layer.states]
+    all_steps_of(layer)(tf.constant(x), initial_state=[tf.zeros((2, 3))])
+    assert all(map(np.array_equal, layer.states, before))
 
 
 def test_nodes_by_depth(keras_module):
