@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import zoo
-from rich.progress import Progress
 
 import keras_alds
 from keras_alds._backend.wrappers import without_pruning
@@ -31,6 +30,7 @@ from keras_alds.litert.table import COLUMNS, LatencyTable, Settings
 from keras_alds.litert.timing import clock, time_files
 from keras_alds.models.inventory import Inventory
 from keras_alds.plan import CompressionPlan
+from keras_alds.progress import progress_bar
 
 pytest.importorskip("ai_edge_litert")
 
@@ -385,11 +385,11 @@ def test_in_training_and_by_path(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    disabled: list[bool] = []
+    shown: list[int] = []
 
-    def recording(*, disable: bool, **options: Any) -> Progress:
-        disabled.append(disable)
-        return Progress(disable=disable, **options)
+    def recording(verbose: int) -> Any:
+        shown.append(verbose)
+        return progress_bar(verbose)
 
     model = wide(keras)
     model.compile("sgd", "mse")
@@ -404,13 +404,13 @@ def test_in_training_and_by_path(
     assert len(runtime) == before
     assert alds.plan.reduction("latency") >= 0.05
     # Nothing given: measured here, and as silently as was asked for.
-    monkeypatch.setattr(latency, "Progress", recording)
+    monkeypatch.setattr(latency, "progress_bar", recording)
     silent = keras_alds.ALDSCompress(0.05, objective="latency", max_slices=2, verbose=0, at_epoch=0)
     fresh = wide(keras)
     fresh.compile("sgd", "mse")
     fresh.fit(x, y, verbose=0, callbacks=[silent])
-    assert disabled
-    assert all(disabled)
+    assert shown
+    assert not any(shown)
     plan = keras_alds.select(wide(keras), 0.05, objective="latency", max_slices=1)
     assert plan.cr >= 0.05
     assert all(choice.slices == 1 for choice in plan.factorized)
