@@ -229,6 +229,24 @@ class TestWhatCannotBeLoaded:
         fresh.load_weights(tmp_path / "small.weights.h5")
         np.testing.assert_array_equal(zoo.outputs(fresh, data()), zoo.outputs(model, data()))
 
+    def test_layers_made_in_call(self):
+        K = pytest.importorskip("tf_keras")  # Keras 3 does not build such layers
+
+        class InCall(K.layers.Layer):
+            def __init__(self, **kwargs):
+                super().__init__(**kwargs)
+                self.a = None
+
+            def call(self, x):
+                if self.a is None:
+                    self.a = K.layers.Dense(WIDTH)
+                return self.a(x)
+
+        inputs = K.Input((WIDTH,))
+        model = K.Model(inputs, InCall(name="own")(inputs))
+        with pytest.warns(UserWarning, match=TEXT.format(r"'own' \(InCall\)")):
+            apply_plan(model, select(model, 0.3))
+
     def test_the_file_says_so_too(self, keras_module, tmp_path):
         K = keras_module
         model = K.Sequential([K.Input((WIDTH,)), self.own(K, "by hand")])
