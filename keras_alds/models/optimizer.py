@@ -43,6 +43,7 @@ def carry_optimizers(
     factorized = {id(kernel): layer for layer, kernel in kernels.items()}
     models = [layer for layer in holders.layers if backend.is_model(layer)]
     owners = {optimizer: m for m in reversed(models) for optimizer in backend.optimizers(m)}
+    replaced = list(kernels.values())
     everything = [variable for held in holders.layers.values() for variable in held]
     gone = []
     for optimizer in holders.optimizers:
@@ -52,6 +53,8 @@ def carry_optimizers(
                     factors = [layer.encoder, layer.decoder]
                     undo.append(backend.exclude_from_weight_decay(optimizer, factors))
         if backend.is_optimizer_built(optimizer):
+            if not any(id(v) in factorized for v in backend.optimizer_targets(optimizer, replaced)):
+                continue
             owner = owners.get(optimizer)
             known = [] if owner is None else holders.layers[owner]
             now = [] if owner is None else variables_of(owner)
