@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from keras_alds._backend import wrappers
-from keras_alds._backend.live import Holders, empty, variables_of
+from keras_alds._backend import Backend, wrappers
+from keras_alds._backend.live import Holders, empty
 from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.methods import FactorizeWithBias
 from keras_alds.kinds.base import observable, stock_kind
@@ -119,7 +119,7 @@ def _change(inventory: Inventory, made: Sequence[Replacement], *, stacklevel: in
                     undo += [wrappers.renew_masks(backend, wrapper)]
             slots = carry_optimizers(backend, holders, kernels, undo)
         holders.forget_graphs([*kernels.values(), *slots], undo)
-        tied = _tied(holders, kernels)
+        tied = _tied(backend, holders, kernels)
         for layer, holder in tied.items():
             warnings.warn(
                 f"The kernel of layer '{layer.name}' is also a weight of the layer "
@@ -136,16 +136,15 @@ def _change(inventory: Inventory, made: Sequence[Replacement], *, stacklevel: in
         raise
 
 
-def _tied(holders: Holders, kernels: dict[Any, Any]) -> dict[Any, Any]:
+def _tied(backend: Backend, holders: Holders, kernels: dict[Any, Any]) -> dict[Any, Any]:
     """The factorized layers whose kernel is still a weight of another layer, and that layer."""
     layers = {id(kernel): layer for layer, kernel in kernels.items()}
     found: dict[Any, Any] = {}
-    # A layer comes before those that hold it.
-    for holder, before in sorted(holders.layers.items(), key=lambda item: len(item[1])):
+    for holder, before in holders.layers.items():
         if any(id(variable) in layers for variable in before):
-            for variable in variables_of(holder):
+            for variable in backend.own_variables(holder):
                 if id(variable) in layers:
-                    found.setdefault(layers[id(variable)], holder)
+                    found[layers[id(variable)]] = holder
     return found
 
 
