@@ -13,7 +13,7 @@ import numpy as np
 
 from keras_alds import _backend
 from keras_alds._backend import wrappers
-from keras_alds._backend.live import Holders, empty, variables_of
+from keras_alds._backend.live import Holders, empty
 from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.methods import FactorizeWithBias
 from keras_alds.kinds import holders
@@ -169,7 +169,7 @@ class Surgery:
         gone = [variable for e in exchanges for variable in e.old]
         slots = carry_optimizers(self.backend, self.alive, exchanges, self.undo)
         self.alive.forget_graphs([*gone, *slots], self.undo)
-        tied = _tied(self.alive, exchanges)
+        tied = _tied(self.backend, self.alive, exchanges)
         for layer, holder in tied.items():
             warnings.warn(
                 f"The kernel of layer '{layer.name}' is also a weight of the layer "
@@ -209,14 +209,16 @@ def surgery(
         raise
 
 
-def _tied(alive: Holders, exchanges: Sequence[Exchange]) -> dict[Any, Any]:
+def _tied(
+    backend: _backend.Backend, alive: Holders, exchanges: Sequence[Exchange]
+) -> dict[Any, Any]:
     """The changed layers whose old variable is still a weight of another layer, and that layer."""
     layers = {id(variable): e.layer for e in exchanges for variable in e.old}
     found: dict[Any, Any] = {}
     for holder in alive.holding([variable for e in exchanges for variable in e.old]):
-        for variable in variables_of(holder):
+        for variable in backend.own_variables(holder):
             if id(variable) in layers:
-                found.setdefault(layers[id(variable)], holder)
+                found[layers[id(variable)]] = holder
     return found
 
 
