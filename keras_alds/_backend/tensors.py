@@ -117,9 +117,28 @@ def after_running(use: Callable[[np.ndarray], None], x: Any, outputs: Any) -> An
             raise
         return np.bool_(True)
 
-    done = tf.numpy_function(run, [x], tf.bool, stateful=True)
+    if errors is None:
+        done = tf.numpy_function(run, [x], tf.bool, stateful=True)
+    else:
+        # In the order of the code and one after the other, as all that changes one resource.
+        turn = _turn()
+        before = tf.raw_ops.ReadVariableOp(resource=turn, dtype=tf.int64)
+        with tf.control_dependencies([before]):
+            done = tf.numpy_function(run, [x], tf.bool, stateful=True)
+        with tf.control_dependencies([done]):
+            done = tf.raw_ops.AssignAddVariableOp(resource=turn, value=tf.ones((), tf.int64))
     with tf.control_dependencies([done]):
         return tf.nest.map_structure(tf.identity, outputs)
+
+
+@functools.cache
+def _turn() -> Any:
+    """A variable that orders calls of Python in graphs; no distribution strategy mirrors it."""
+    with tf.init_scope(), tf.device("CPU:0"):
+        name = "keras_alds_turn"
+        turn = tf.raw_ops.VarHandleOp(dtype=tf.int64, shape=[], shared_name=name)
+        tf.raw_ops.AssignVariableOp(resource=turn, value=tf.zeros((), tf.int64))
+        return turn
 
 
 _tracing = threading.local()
@@ -127,9 +146,10 @@ _tracing = threading.local()
 
 @contextlib.contextmanager
 def keeping_errors(errors: list[BaseException]) -> Iterator[None]:
-    """Lets graphs that are traced inside keep what `after_running` raises in them.
+    """Lets graphs that are traced inside keep what `after_running` raises in them, and its order.
 
-    TensorFlow raises an error of its own in its place, which holds the text alone.
+    TensorFlow raises an error of its own in its place, which holds the text alone. It runs calls of
+    Python in any order, also at the same time.
     """
     before = getattr(_tracing, "errors", None)
     _tracing.errors = errors

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -92,6 +94,27 @@ def test_moments_are_those_of_calls_one_by_one(keras_module):
         seen = np.concatenate(seen)
         assert found.count == len(seen)
         np.testing.assert_allclose(found.blocks[0], seen.T @ seen / len(seen), atol=1e-5)
+
+
+def test_watched_calls_come_one_after_the_other(keras_module):
+    model = model_of(keras_module, LAYERS["own cell"](keras_module))
+    cell, active, order = model.layers[0].cell, [], []
+
+    def use(name, values):
+        order.append((name, len(active)))
+        active.append(name)
+        time.sleep(0.002 * len(order) % 0.003)
+        active.remove(name)
+
+    def watch(layer, inputs, outputs):
+        name = "a" if layer is cell.a else "b"
+        return when_known(inputs, outputs, lambda values: use(name, values))
+
+    # Keras runs one more step before the loop, whose outputs nobody needs.
+    with replaced_calls(compiled_loops(model), watched([cell.a, cell.b], watch)):
+        for _ in range(5):
+            model(X[:2])
+    assert order == [("a", 0), ("b", 0)] * (5 * (STEPS + 1))
 
 
 def test_an_error_of_a_watcher_keeps_its_type(keras_module):

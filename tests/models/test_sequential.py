@@ -417,10 +417,12 @@ class TestBadData:
                 return self.dense(x) if self.calls % 2 else self.dense(self.dense(x))
 
         inputs = keras.Input((16,))
-        model = keras.Model(inputs, Moody()(inputs))
-        (layer,) = (layer for _, layer in walk(model) if hasattr(layer, "kernel"))
+        model = keras.Model(inputs, Moody()(keras.layers.Dense(16)(inputs)))
+        first, layer = (layer for _, layer in walk(model) if hasattr(layer, "kernel"))
         examples = KeptExamples(model, np.ones((16, 16), "float32"))
-        walking = Walk(model, [layer], examples)
+        walking = Walk(model, [first, layer], examples)
+        other = keras.layers.Dense(16)
+        other.build((None, 16))
         with pytest.raises(ValueError, match="called as often in the compressed network"):
-            walking.run(lambda *_: None)
+            walking.run(lambda layer, *_: other if layer is first else None)
         assert "call" not in vars(layer)
