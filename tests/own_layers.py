@@ -137,3 +137,7 @@ def _define(K: ModuleType) -> Classes:
 
 
 CLASSES = {K.__name__: _define(K) for K in (keras, tf_keras)}
+for library, classes in CLASSES.items():
+    for cls in classes:  # `pickle` looks classes up by their names in the module
+        cls.__qualname__ = f"{library}_{cls.__name__}"
+        globals()[cls.__qualname__] = cls
