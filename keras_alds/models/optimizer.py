@@ -63,7 +63,7 @@ def carry_optimizers(
     """
     models = [layer for layer in holders.layers if backend.is_model(layer)]
     owners = {optimizer: m for m in reversed(models) for optimizer in backend.optimizers(m)}
-    replaced = list(kernels.values())
+    replaced = {id(variable): variable for e in exchanges for variable in e.old}
     everything = [variable for held in holders.layers.values() for variable in held]
     gone = []
     for optimizer in holders.optimizers:
@@ -72,7 +72,8 @@ def carry_optimizers(
                 if any(backend.is_excluded_from_weight_decay(optimizer, v) for v in e.old):
                     undo += [backend.exclude_from_weight_decay(optimizer, list(e.new))]
         if backend.is_optimizer_built(optimizer):
-            if not any(id(v) in factorized for v in backend.optimizer_targets(optimizer, replaced)):
+            targets = backend.optimizer_targets(optimizer, list(replaced.values()))
+            if not any(id(variable) in replaced for variable in targets):
                 continue
             owner = owners.get(optimizer)
             known = [] if owner is None else holders.layers[owner]
