@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -254,13 +256,28 @@ def padded(
 # -- Devices and compilers -----------------------------------------------------------------------
 
 
+_for_cpu = contextvars.ContextVar("for_cpu", default=False)
+
+
+@contextlib.contextmanager
+def for_cpu() -> Iterator[None]:
+    """Trace for a CPU while inside, on whatever device the trace itself is made."""
+    token = _for_cpu.set(True)
+    try:
+        yield
+    finally:
+        _for_cpu.reset(token)
+
+
 def on_cpu() -> bool:
     """Tell whether TensorFlow sees only CPUs.
 
     Returns:
-        `True` if no GPU or TPU is visible to this process.
+        `True` if no GPU or TPU is visible to this process, and inside `for_cpu`.
     """
-    return all(device.device_type == "CPU" for device in tf.config.get_visible_devices())
+    return _for_cpu.get() or all(
+        device.device_type == "CPU" for device in tf.config.get_visible_devices()
+    )
 
 
 def in_xla_trace() -> bool:

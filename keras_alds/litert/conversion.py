@@ -19,7 +19,7 @@ import tensorflow as tf
 from rich.progress import Progress
 
 from keras_alds import _backend
-from keras_alds._backend import wrappers
+from keras_alds._backend import tensors, wrappers
 from keras_alds.core.checks import positive_int
 from keras_alds.litert import _package
 from keras_alds.litert.files import read_file
@@ -320,12 +320,13 @@ class _Signature:
             self.output_names = _names(names, "output", len(found))
             return dict(zip(self.output_names, found, strict=True))
 
-        self._function = tf.function(forward, autograph=False).get_concrete_function(
-            **{
-                name: tf.TensorSpec(spec.shape, spec.dtype, name=name)
-                for name, spec in zip(self.input_names, flat, strict=True)
-            }
-        )
+        with tensors.for_cpu():
+            self._function = tf.function(forward, autograph=False).get_concrete_function(
+                **{
+                    name: tf.TensorSpec(spec.shape, spec.dtype, name=name)
+                    for name, spec in zip(self.input_names, flat, strict=True)
+                }
+            )
 
     @property
     def loops(self) -> bool:
