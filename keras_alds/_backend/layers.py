@@ -38,6 +38,14 @@ def dtype_policy(layer: Layer) -> Any:
     return layer.dtype_policy
 
 
+def called_function(layer: Layer) -> str | None:
+    """The function that a layer of tf_keras calls, such as `"math.multiply"`; None for others.
+
+    tf_keras makes such a layer of every function and operator between symbolic tensors.
+    """
+    return getattr(layer, "symbol", None)
+
+
 def projections(layer: Layer, names: Iterable[str]) -> dict[str, Layer | None]:
     """The projections of an attention layer, such as `query`; None for those that do not exist."""
     return {name: getattr(layer, f"_{name}_dense", None) for name in names}
