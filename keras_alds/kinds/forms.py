@@ -340,7 +340,7 @@ def factorized_matmul(x: Any, encoder: Any, decoder: Any, *, slices: int, form: 
     """Apply encoder and decoder of a factorized dense layer, without bias and activation.
 
     Args:
-        x: tensor `[rows, channels]`.
+        x: tensor `[rows, channels]`, or sparse tensor `[..., channels]`.
         encoder: tensor `[channels / slices, slices * rank]`.
         decoder: tensor `[slices * rank, units]`.
         slices: int, number of channel slices.
@@ -350,7 +350,7 @@ def factorized_matmul(x: Any, encoder: Any, decoder: Any, *, slices: int, form: 
     Returns:
         Tensor `[rows, units]`.
     """
-    if form == "recomposed":
+    if form == "recomposed" and not tensors.is_sparse(x):
         return tensors.matmul(x, recompose(encoder, decoder, slices))
     return tensors.matmul(encode(x, encoder, slices=slices, form=form), decoder)
 
@@ -359,14 +359,17 @@ def encode(x: Any, encoder: Any, *, slices: int, form: str) -> Any:
     """Apply a block-diagonal encoder to rows.
 
     Args:
-        x: tensor `[rows, channels]`.
+        x: tensor `[rows, channels]`, or sparse tensor `[..., channels]`.
         encoder: tensor `[channels / slices, slices * rank]`.
         slices: int, number of channel slices.
-        form: str, one of `FORMS` but `"recomposed"`, or `CONVOLUTION`.
+        form: str, one of `FORMS` but `"recomposed"`, or `CONVOLUTION`. Sparse rows have a form of
+            their own.
 
     Returns:
-        Tensor `[rows, slices * rank]`.
+        Dense tensor `[rows, slices * rank]`.
     """
+    if tensors.is_sparse(x):
+        return tensors.encode_sparse(x, encoder, slices)
     per_slice, width = encoder.shape
     if slices == 1:
         return tensors.matmul(x, encoder)

@@ -806,6 +806,8 @@ def _calling(layer: Any, kernels: dict[str, Any], values: bool) -> Callable[...,
         initial = _as_list(given.get("initial_state")) or initial
         mask = given.get("mask")
         mask = mask[0] if isinstance(mask, (list, tuple)) else mask
+        if tensors.is_ragged(x):
+            x, mask = tensors.dense(x), tensors.steps_of(x)
         steps = {"kernel": None, "recurrent_kernel": None}  # which ones are made
         if values and mask is not None:
             mask = tensors.cast(tensors.tensor(mask), tensors.boolean)
@@ -841,7 +843,7 @@ def _hidden(
     before = {name: layer.__dict__[name] for name in flags}
     try:
         layer.__dict__.update(flags)
-        after = call(*args, **kwargs)
+        after = tensors.dense(call(*args, **kwargs))
     finally:
         layer.__dict__.update(before)
         _restore(layer, states)

@@ -350,7 +350,7 @@ class _Signature:
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields the examples by input name, in batches of one run."""
         rows = (
-            [np.asarray(tensor)[i] for tensor in self._flat(inputs)]
+            [np.asarray(tensors.dense(tensor))[i] for tensor in self._flat(inputs)]
             for _ in itertools.count()  # starts over if a run needs more than there are
             for inputs, count in examples
             for i in range(count)

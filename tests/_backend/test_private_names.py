@@ -603,3 +603,27 @@ def test_output_shape():
     outputs = keras.layers.Lambda(lambda x: x[:, :2], lambda shape: (shape[0], 2))(inputs)
     copy = KERAS.copy_model(keras.Model(inputs, outputs))
     assert copy.layers[-1].compute_output_shape((None, 6)) == (None, 2)
+
+
+# -- Inputs that are not dense -------------------------------------------------------------------
+
+
+def kinds_of_inputs(name):
+    """A flag of three input tensors, dense, sparse and ragged."""
+    inputs = [keras.Input((3,)), keras.Input((3,), sparse=True), keras.Input((3,), ragged=True)]
+    return [getattr(tensor, name) for tensor in inputs]
+
+
+def test_sparse():
+    """Whether a symbolic tensor is sparse. Without it, copied models make their inputs dense."""
+    assert kinds_of_inputs("_sparse") == [False, True, False]
+
+
+def test_ragged():
+    """Whether a symbolic tensor is ragged; as `_sparse`."""
+    assert kinds_of_inputs("_ragged") == [False, False, True]
+
+
+def test_ragged_rank():
+    """The number of ragged axes, or None; as `_sparse`."""
+    assert kinds_of_inputs("_ragged_rank")[0] is None
