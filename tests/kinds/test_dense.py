@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -88,3 +89,10 @@ def test_models_of_sparse_inputs_train_and_stay_sparse(keras_module, tmp_path):
         np.testing.assert_allclose(
             other.predict(data, verbose=0), small.predict(data, verbose=0), atol=1e-5
         )
+
+
+def test_no_lora_adapter():
+    layer = KERASES["keras"].layers.FactorizedDense(7, slices=3, rank=2)
+    assert hasattr(keras.layers.Dense, "enable_lora")
+    with pytest.raises(NotImplementedError, match=r"takes no LoRA adapter\. Received: rank=4\."):
+        layer.enable_lora(4)
