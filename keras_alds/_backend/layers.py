@@ -184,7 +184,8 @@ class Keras3Layers(Layers):
 
     def name_scope(self, layer: Layer) -> contextlib.AbstractContextManager[Any]:
         scopes = contextlib.ExitStack()
-        for name in getattr(layer, "scope", "").split("/")[:-1]:  # the last is the layer's own
+        path = getattr(layer, "scope", None) or layer.path or ""
+        for name in path.split("/")[:-1]:  # the last is the layer's own
             scopes.enter_context(keras.name_scope(name))
         return scopes
 

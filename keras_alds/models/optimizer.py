@@ -35,13 +35,11 @@ def carry_optimizers(
         factorized: The factorized layer by the id of the kernel variable that it replaces.
         undo: A list to which functions are appended that restore the optimizers.
     """
-    for optimizer in backend.optimizers(model):
-        if backend.inner_optimizer(optimizer) is None:
-            for target in known:
-                layer = factorized.get(id(target))
-                if layer is not None and backend.is_excluded_from_weight_decay(optimizer, target):
-                    factors = [layer.encoder, layer.decoder]
-                    undo.append(backend.exclude_from_weight_decay(optimizer, factors))
+    for optimizer in reversed(backend.optimizers(model)):  # wrappers after what they wrap
+        for target in known:
+            layer = factorized.get(id(target))
+            if layer is not None:
+                undo += _carry_settings(backend, optimizer, target, [layer.encoder, layer.decoder])
         if not backend.is_optimizer_built(optimizer):
             continue
         old = backend.optimizer_targets(optimizer, known)
@@ -63,6 +61,17 @@ def carry_optimizers(
         for name, slot in after.items():
             if name in before:
                 _carry(backend, slot_meaning(optimizer, name), old, before[name], slot, factorized)
+
+
+def _carry_settings(
+    backend: _backend.Backend, optimizer: Any, kernel: Any, factors: list[Any]
+) -> list[Callable[[], None]]:
+    """Gives the factors what an optimizer's settings say of their kernel; returns the undo."""
+    if backend.inner_optimizers(optimizer):
+        return [backend.assign_like(optimizer, kernel, factors)]
+    if backend.is_excluded_from_weight_decay(optimizer, kernel):
+        return [backend.exclude_from_weight_decay(optimizer, factors)]
+    return []
 
 
 def _in_order(targets: list[Any], variables: list[Any]) -> list[Any]:
