@@ -13,9 +13,17 @@ import keras
 import tensorflow as tf
 
 from keras_alds._backend.graphs import Graphs
-from keras_alds._backend.layers import Layer, Model, Optimizer, Pairs, like, static_shape
+from keras_alds._backend.layers import (
+    Layer,
+    Model,
+    Optimizer,
+    Pairs,
+    Variable,
+    like,
+    static_shape,
+)
 from keras_alds._backend.quiet import ignored_warnings
-from keras_alds._backend.training import Training
+from keras_alds._backend.training import Training, has_optimizer_map, is_multi_optimizer
 
 
 class Cloning(Graphs, Training):
@@ -136,13 +144,15 @@ class Cloning(Graphs, Training):
         for name in ("metrics", "weighted_metrics"):
             arguments[name] = self._copy_metrics(arguments[name])
         copy.compile(**arguments)
-        self._copy_weight_decay_exclusions(model, copy, pairs)
+        self._copy_settings_of_weights(model, copy, list(pairs))
 
     def compile_arguments(self, model: Model) -> dict[str, Any]:
         """The arguments of a model's `compile`: objects, functions and names, as given."""
         return {**model._compile_config.config, "optimizer": model.optimizer}
 
     def _copy_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        if is_multi_optimizer(optimizer):
+            return self._copy_multi_optimizer(optimizer)
         # A schedule has no state, so both optimizers share it, even if it is not serializable.
         inner = self.inner_optimizer(optimizer) or optimizer
         schedule = getattr(inner, "_learning_rate", None)
@@ -158,15 +168,44 @@ class Cloning(Graphs, Training):
         (self.inner_optimizer(copy) or copy)._learning_rate = schedule
         return copy
 
-    def _copy_weight_decay_exclusions(self, model: Model, copy: Model, pairs: Pairs) -> None:
-        # An optimizer's config lacks these: name patterns, and keys of variables.
-        theirs, ours = (self.inner_optimizer(m.optimizer) or m.optimizer for m in (model, copy))
-        for name in ("_exclude_from_weight_decay_pattern", "_exclude_from_weight_decay_names"):
-            if getattr(theirs, name, None):
-                setattr(ours, name, getattr(theirs, name))
+    def _copy_multi_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        # Its config would need a function that Keras can read back, and share no optimizer.
+        copies = {inner: self._copy_optimizer(inner) for inner in self.inner_optimizers(optimizer)}
+        choose = optimizer._optimizer_map
+
+        def copied(inner: Optimizer) -> Optimizer:
+            if inner not in copies:
+                copies[inner] = self._copy_optimizer(inner)
+            return copies[inner]
+
+        if has_optimizer_map(optimizer):
+            new: Any = keras.optimizers.OptimizerMap(copied(choose.default_optimizer))
+            for path in choose:
+                new[path] = copied(choose._optimizer_map[path])
+        else:
+
+            def new(variable: Variable) -> Optimizer:
+                return copied(choose(variable))
+
+        factor = optimizer.loss_scale_factor
+        copy = type(optimizer)(new, loss_scale_factor=factor, name=optimizer.name)
+        copy._inner_optimizers[:] = copies.values()  # in the same order
+        return copy
+
+    def _copy_settings_of_weights(
+        self, model: Model, copy: Model, pairs: list[tuple[Variable, Variable]]
+    ) -> None:
         for old, new in pairs:
-            if self.is_excluded_from_weight_decay(theirs, old):
-                self.exclude_from_weight_decay(ours, [new])
+            self.assign_like(copy.optimizer, old, [new], model.optimizer)
+        # An optimizer's config lacks these: name patterns, and keys of variables.
+        theirs, ours = (self.inner_optimizers(m.optimizer) or [m.optimizer] for m in (model, copy))
+        for old, new in zip(theirs, ours, strict=True):
+            for name in ("_exclude_from_weight_decay_pattern", "_exclude_from_weight_decay_names"):
+                if getattr(old, name, None):
+                    setattr(new, name, getattr(old, name))
+            for old_weight, new_weight in pairs:
+                if self.is_excluded_from_weight_decay(old, old_weight):
+                    self.exclude_from_weight_decay(new, [new_weight])
 
     def _copy_metrics(self, metrics: Any) -> Any:
         # Metric objects have state; names and functions do not.
@@ -205,6 +244,10 @@ class Keras3Cloning(Cloning):
 
     def _copy_layer_state(self, old: Layer, new: Layer) -> None:
         super()._copy_layer_state(old, new)
+        if isinstance(old, keras.layers.InputLayer):  # Keras's copies are dense and not optional
+            new.sparse, new.ragged, new.optional = old.sparse, old.ragged, old.optional
+            for name in ("_sparse", "_ragged", "_ragged_rank"):
+                setattr(new.output, name, getattr(old.output, name))
         if old.trainable:  # single variables can still be frozen
             pairs = zip(self.own_variables(old), self.own_variables(new), strict=True)
             for theirs, ours in pairs:

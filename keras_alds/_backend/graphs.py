@@ -95,6 +95,8 @@ class Graphs(Layers):
         specs = self.input_specs(model)
 
         def watch(layer: Layer, inputs: Any, outputs: Any) -> Any:
+            if isinstance(inputs, tf.SparseTensor):  # the Dense of tf_keras forgets the batch
+                outputs.set_shape([inputs.shape[0], *outputs.shape[1:]])
             calls[layer].append((static_shape(inputs), static_shape(outputs)))
             return outputs
 
@@ -235,11 +237,29 @@ def set_mask(tensor: Any, mask: Any) -> None:
     tensor._keras_mask = mask
 
 
-def specs_of(inputs: Any) -> Any:
-    """`tf.TensorSpec`s for a structure of tensors, with a batch of one."""
+def is_sparse(tensor: Any) -> bool:
+    """Whether a symbolic tensor or a spec is sparse."""
+    spec = getattr(tensor, "type_spec", tensor)  # tf_keras's; the tensors of Keras 3 have flags
+    return isinstance(spec, tf.SparseTensorSpec) or bool(getattr(tensor, "sparse", False))
 
-    def spec(tensor: Any) -> tf.TensorSpec:
-        return tf.TensorSpec((1, *tuple(tensor.shape)[1:]), tensor.dtype)
+
+def is_ragged(tensor: Any) -> bool:
+    """Whether a symbolic tensor or a spec is ragged."""
+    spec = getattr(tensor, "type_spec", tensor)
+    return isinstance(spec, tf.RaggedTensorSpec) or bool(getattr(tensor, "ragged", False))
+
+
+def specs_of(inputs: Any) -> Any:
+    """`tf.TensorSpec`s, or their like for sparse and ragged tensors, with a batch of one."""
+
+    def spec(tensor: Any) -> tf.TypeSpec:
+        shape = (1, *tuple(tensor.shape)[1:])
+        if is_sparse(tensor):
+            return tf.SparseTensorSpec(shape, tensor.dtype)
+        if is_ragged(tensor):
+            rank = getattr(getattr(tensor, "type_spec", tensor), "ragged_rank", None)
+            return tf.RaggedTensorSpec(shape, tensor.dtype, rank or 1)
+        return tf.TensorSpec(shape, tensor.dtype)
 
     return tf.nest.map_structure(spec, inputs)
 

@@ -39,6 +39,14 @@ def dtype_policy(layer: Layer) -> Any:
     return layer.dtype_policy
 
 
+def called_function(layer: Layer) -> str | None:
+    """The function that a layer of tf_keras calls, such as `"math.multiply"`; None for others.
+
+    tf_keras makes such a layer of every function and operator between symbolic tensors.
+    """
+    return getattr(layer, "symbol", None)
+
+
 def projections(layer: Layer, names: Iterable[str]) -> dict[str, Layer | None]:
     """The projections of an attention layer, such as `query`; None for those that do not exist."""
     return {name: getattr(layer, f"_{name}_dense", None) for name in names}
@@ -252,7 +260,8 @@ class Keras3Layers(Layers):
 
     def name_scope(self, layer: Layer) -> contextlib.AbstractContextManager[Any]:
         scopes = contextlib.ExitStack()
-        for name in getattr(layer, "scope", "").split("/")[:-1]:  # the last is the layer's own
+        path = getattr(layer, "scope", None) or layer.path or ""
+        for name in path.split("/")[:-1]:  # the last is the layer's own
             scopes.enter_context(keras.name_scope(name))
         return scopes
 

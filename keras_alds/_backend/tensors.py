@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import math
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 import tensorflow as tf
 
 bfloat16, float16, float32, float64 = tf.bfloat16, tf.float16, tf.float32, tf.float64
@@ -86,6 +88,60 @@ def to_numpy(value: Any) -> np.ndarray:
 def is_dense(value: Any) -> bool:
     """Whether a value is a dense tensor, not sparse or ragged."""
     return isinstance(value, tf.Tensor)
+
+
+def is_sparse(value: Any) -> bool:
+    """Whether a value is a `tf.SparseTensor`."""
+    return isinstance(value, tf.SparseTensor)
+
+
+def is_ragged(value: Any) -> bool:
+    """Whether a value is a `tf.RaggedTensor`."""
+    return isinstance(value, tf.RaggedTensor)
+
+
+def dense(value: Any) -> Any:
+    """A dense tensor: zeros fill the gaps of a sparse tensor, and pad the rows of a ragged one."""
+    if is_sparse(value):
+        return tf.sparse.to_dense(tf.sparse.reorder(value))
+    return value.to_tensor() if is_ragged(value) else tf.convert_to_tensor(value)
+
+
+def to_scipy(value: Any) -> Any:
+    """A sparse tensor of two axes as a matrix of SciPy, which can be indexed by rows."""
+    rows, columns = value.indices.numpy().T
+    return scipy.sparse.csr_array((value.values.numpy(), (rows, columns)), shape=value.shape)
+
+
+def without_raggedness(value: Any) -> Any:
+    """A dense tensor; of a ragged one all rows one after the other, `[rows, ...]`."""
+    return value.flat_values if is_ragged(value) else dense(value)
+
+
+def steps_of(ragged: Any) -> Any:
+    """Which steps of the padded sequences `dense(ragged)` are not padding, `[batch, steps]`."""
+    return tf.sequence_mask(ragged.row_lengths())
+
+
+def on_rows(function: Callable[[Any], Any], ragged: Any) -> Any:
+    """A ragged tensor whose rows, one after the other, went through a function of `[rows, ...]`."""
+    return tf.ragged.map_flat_values(function, ragged)
+
+
+def as_input(value: Any, spec: Any) -> Any:
+    """A tensor of the type that a model's input has: dense, sparse or ragged.
+
+    Args:
+        value: an array or a ragged tensor.
+        spec: the input's spec, or None.
+    """
+    if is_ragged(value):
+        return value
+    if isinstance(spec, tf.SparseTensorSpec):
+        return tf.sparse.from_dense(value)
+    if isinstance(spec, tf.RaggedTensorSpec):
+        return tf.RaggedTensor.from_tensor(value, ragged_rank=spec.ragged_rank)
+    return tf.convert_to_tensor(value)
 
 
 def bytes_of(value: Any) -> int:
@@ -168,6 +224,37 @@ def known_shape(x: Any, count: int) -> list[Any]:
             dynamic = tf.shape(x) if dynamic is None else dynamic
             sizes[axis] = dynamic[x.shape.rank - count + axis]
     return sizes
+
+
+# -- Products ------------------------------------------------------------------------------------
+
+
+def encode_sparse(x: Any, encoder: Any, slices: int) -> Any:
+    """Apply a block-diagonal encoder to a sparse matrix, in as many steps as it has entries.
+
+    Slice i of row n becomes row `n * slices + i`. What slice i multiplies by becomes the rows i,
+    `slices + i`, … of one matrix `[channels, rank]`.
+
+    Args:
+        x: sparse tensor `[..., channels]`.
+        encoder: tensor `[channels / slices, slices * rank]`.
+        slices: int, number of channel slices.
+
+    Returns:
+        Dense tensor `[rows, slices * rank]`.
+    """
+    per_slice, width = encoder.shape
+    x = tf.sparse.reshape(x, [-1, slices * per_slice])
+    rows, columns = x.indices[:, 0], x.indices[:, 1]
+    numbers = columns // per_slice
+    indices = [rows * slices + numbers, columns % per_slice * slices + numbers]
+    shape = [x.dense_shape[0] * slices, per_slice * slices]
+    blocks = tf.SparseTensor(tf.stack(indices, axis=1), x.values, shape)
+    kernel = tf.reshape(encoder, [per_slice * slices, width // slices])
+    # TensorFlow has no such product in float16 on CPUs.
+    dtype = tf.float32 if encoder.dtype.size == 2 else encoder.dtype
+    product = tf.sparse.sparse_dense_matmul(tf.cast(blocks, dtype), tf.cast(kernel, dtype))
+    return tf.reshape(tf.cast(product, encoder.dtype), [-1, width])
 
 
 # -- Convolutions --------------------------------------------------------------------------------
@@ -299,13 +386,28 @@ def padded(
 # -- Devices and compilers -----------------------------------------------------------------------
 
 
+_for_cpu = contextvars.ContextVar("for_cpu", default=False)
+
+
+@contextlib.contextmanager
+def for_cpu() -> Iterator[None]:
+    """Trace for a CPU while inside, on whatever device the trace itself is made."""
+    token = _for_cpu.set(True)
+    try:
+        yield
+    finally:
+        _for_cpu.reset(token)
+
+
 def on_cpu() -> bool:
     """Tell whether TensorFlow sees only CPUs.
 
     Returns:
-        `True` if no GPU or TPU is visible to this process.
+        `True` if no GPU or TPU is visible to this process, and inside `for_cpu`.
     """
-    return all(device.device_type == "CPU" for device in tf.config.get_visible_devices())
+    return _for_cpu.get() or all(
+        device.device_type == "CPU" for device in tf.config.get_visible_devices()
+    )
 
 
 def in_xla_trace() -> bool:

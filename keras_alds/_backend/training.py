@@ -83,8 +83,7 @@ class Training(Layers):
         def visit(value: Any, depth: int = 0) -> None:
             if isinstance(value, base):
                 found.setdefault(value)
-                inner = self.inner_optimizer(value)
-                if inner is not None:
+                for inner in self.inner_optimizers(value):
                     found.setdefault(inner)
             elif depth < 2 and isinstance(value, dict):
                 for item in value.values():
@@ -105,6 +104,34 @@ class Training(Layers):
     def inner_optimizer(self, optimizer: Optimizer) -> Optimizer | None:
         """The optimizer that a `LossScaleOptimizer` wraps, or None."""
         raise NotImplementedError
+
+    def inner_optimizers(self, optimizer: Optimizer) -> list[Optimizer]:
+        """The optimizers that a `LossScaleOptimizer` or a `MultiOptimizer` wraps."""
+        inner = self.inner_optimizer(optimizer)
+        return [] if inner is None else [inner]
+
+    def assign_like(
+        self,
+        optimizer: Optimizer,
+        variable: Variable,
+        others: list[Variable],
+        source: Optimizer | None = None,
+    ) -> Undo:
+        """Assigns other variables to the optimizer in a `MultiOptimizer` that has `variable`.
+
+        Only a map of paths is changed. A function of the user's chooses for every variable.
+
+        Args:
+            optimizer: An optimizer; only a `MultiOptimizer` changes.
+            variable: A variable.
+            others: The other variables.
+            source: The `MultiOptimizer` that has `variable`, of which `optimizer` is a copy.
+                Defaults to `optimizer`.
+
+        Returns:
+            A function that undoes the change.
+        """
+        return lambda: None
 
     def is_optimizer_built(self, optimizer: Optimizer) -> bool:
         """Whether `optimizer` has created its variables."""
@@ -272,6 +299,28 @@ class Keras3Training(Training):
     def inner_optimizer(self, optimizer: Optimizer) -> Optimizer | None:
         return getattr(optimizer, "inner_optimizer", None)
 
+    def inner_optimizers(self, optimizer: Optimizer) -> list[Optimizer]:
+        if is_multi_optimizer(optimizer):
+            return list(optimizer.optimizers)
+        return super().inner_optimizers(optimizer)
+
+    def assign_like(
+        self,
+        optimizer: Optimizer,
+        variable: Variable,
+        others: list[Variable],
+        source: Optimizer | None = None,
+    ) -> Undo:
+        source = optimizer if source is None else source
+        if not is_multi_optimizer(optimizer) or not has_optimizer_map(optimizer):
+            return super().assign_like(optimizer, variable, others, source)
+        paths = optimizer._optimizer_map
+        place = source.optimizers.index(source._optimizer_map(variable))
+        before, assigned = paths._optimizer_map, optimizer.optimizers[place]
+        new = {other.path: assigned for other in others if paths(other) is not assigned}
+        paths._optimizer_map = {**before, **new}
+        return lambda: setattr(paths, "_optimizer_map", before)
+
     def is_optimizer_built(self, optimizer: Optimizer) -> bool:
         return bool(optimizer.built)
 
@@ -295,7 +344,7 @@ class Keras3Training(Training):
             tracker.config, tracker.stored_ids = config, ids
 
         undo_steps.append(undo)
-        wrapper = self.inner_optimizer(optimizer) is not None
+        wrapper = bool(self.inner_optimizers(optimizer))
         dropped = {id(v) for slot in self.slots(optimizer, old).values() for v in slot}
         # Scalars that `build` creates again (loss scale, step counters, …) keep their values.
         scalars = {
@@ -306,8 +355,14 @@ class Keras3Training(Training):
         _track(optimizer, [v for v in optimizer._variables if id(v) not in dropped])
         optimizer._trainable_variables_indices = {}
         if wrapper:
-            # `LossScaleOptimizer.build` would create new counters and build the inner optimizer.
+            # Their own `build` would create new counters and build the inner optimizers again.
             keras.optimizers.Optimizer.build(optimizer, new)
+            if is_multi_optimizer(optimizer):
+                optimizer._var_to_optimizer_idx = {
+                    optimizer._var_key(variable): index
+                    for index, inner in enumerate(optimizer.optimizers)
+                    for variable in inner._trainable_variables
+                }
         else:
             optimizer.built = False
             optimizer.build(new)
@@ -452,6 +507,17 @@ class TfKerasTraining(Training):
         for optimizer in self.optimizers(model):
             _forget_children(optimizer)
         return _variables(path)
+
+
+def is_multi_optimizer(optimizer: Optimizer) -> bool:
+    """Whether it is a `MultiOptimizer`, which newer versions of Keras 3 have."""
+    cls = getattr(keras.optimizers, "MultiOptimizer", None)
+    return cls is not None and isinstance(optimizer, cls)
+
+
+def has_optimizer_map(optimizer: Optimizer) -> bool:
+    """Whether a `MultiOptimizer` chooses by a map of paths, not by a function of the user's."""
+    return isinstance(optimizer._optimizer_map, keras.optimizers.OptimizerMap)
 
 
 def remember(obj: Any) -> Undo:

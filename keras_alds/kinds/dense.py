@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -80,14 +81,17 @@ class BaseFactorizedDense(FactorizedLayer):
         """Apply encoder, decoder, bias and activation along the last axis.
 
         Args:
-            inputs: tensor `[batch, ..., channels]`.
+            inputs: tensor `[batch, ..., channels]`, dense, sparse, or ragged before its last axis.
             training: bool or None; filled in by Keras. It changes the speed, never the result.
 
         Returns:
-            Tensor `[batch, ..., units]`.
+            Tensor `[batch, ..., units]`: ragged for ragged inputs, else dense.
         """
-        x = tensors.cast(tensors.tensor(inputs), self.compute_dtype)
-        leading, channels = x.shape[:-1], x.shape[-1]
+        if tensors.is_ragged(inputs):
+            return tensors.on_rows(functools.partial(self.call, training=training), inputs)
+        x = inputs if tensors.is_sparse(inputs) else tensors.tensor(inputs)
+        x = tensors.cast(x, self.compute_dtype)
+        leading, channels = x.shape[:-1], self.kernel_shape[0]
         form = self._form(
             channels=channels,
             filters=self.units,
@@ -96,7 +100,9 @@ class BaseFactorizedDense(FactorizedLayer):
             training=training,
         )
         encoder, decoder = self._factors(x.dtype)
-        rows = x if len(leading) == 1 else tensors.reshape(x, [-1, channels])
+        rows = (
+            x if len(leading) == 1 or tensors.is_sparse(x) else tensors.reshape(x, [-1, channels])
+        )
         y = forms.factorized_matmul(rows, encoder, decoder, slices=self.slices, form=form)
         if self.use_bias:
             y += tensors.cast(tensors.tensor(self.bias), y.dtype)
@@ -151,7 +157,8 @@ class FactorizedDense(BaseFactorizedDense, keras.layers.Layer):
         **kwargs: `name`, `dtype` and `trainable`, as for any Keras layer.
 
     Input shape:
-        `(batch, ..., channels)`, at least two axes; dense tensors.
+        `(batch, ..., channels)`, at least two axes. Dense, sparse and ragged tensors; a ragged one
+        must not be ragged in its last axis.
 
     Output shape:
         `(batch, ..., units)`.
@@ -252,7 +259,7 @@ class Dense(KernelKind):
                 layer,
                 values,
                 "Dense",
-                "a mask or several unknown sizes prevent a Reshape",
+                "a mask, a sparse or ragged input, or several unknown sizes prevent a Reshape",
             )
         encoder = writer.layers.Dense(layer.slices * layer.rank, **writer.encoder_options(layer))
         writer.record(layer, encoder, [values], [layer.encoder])

@@ -74,12 +74,15 @@ class BaseFactorizedEmbedding(FactorizedLayer):
         """Look rows of the encoder up and widen them.
 
         Args:
-            inputs: tensor of non-negative integers below `input_dim`, of any shape.
+            inputs: tensor of non-negative integers below `input_dim`, of any shape: dense, ragged,
+                or sparse, whose gaps are 0.
 
         Returns:
-            Tensor with one more axis, of length `output_dim`.
+            Tensor with one more axis, of length `output_dim`: ragged for ragged inputs, else dense.
         """
-        x = tensors.tensor(inputs)
+        if tensors.is_ragged(inputs):
+            return tensors.on_rows(self.call, inputs)
+        x = tensors.dense(inputs)
         if x.dtype not in (tensors.int32, tensors.int64):
             x = tensors.cast(x, tensors.int32)
         encoder, decoder = self._factors(self.compute_dtype)
@@ -132,7 +135,7 @@ class FactorizedEmbedding(BaseFactorizedEmbedding, keras.layers.Layer):
         **kwargs: `name`, `dtype` and `trainable`, as for any Keras layer.
 
     Input shape:
-        Integers of any shape; dense tensors.
+        Integers of any shape; dense, sparse and ragged tensors.
 
     Output shape:
         `(*input_shape, output_dim)`.

@@ -192,6 +192,14 @@ class FactorizedLayer(_Base):
             "int8 convolutions see `keras_alds.litert.convert`."
         )
 
+    def enable_lora(self, rank: int, **kwargs: Any) -> None:
+        """Say that the layer takes no adapter, which Keras 3's stock layers take."""
+        raise NotImplementedError(
+            f"{type(self).__name__} '{self.name}' takes no LoRA adapter. Received: rank={rank!r}. "
+            f"Remedy: train its factors of rank {self.rank}, which are small, and freeze the other "
+            "layers; or name the layer in `exclude=` when compressing: then it stays a stock layer."
+        )
+
     def _factors(self, dtype: Any) -> tuple[Any, Any]:
         # Keras casts variables that are read inside `call`. This cast is for direct calls.
         return (

@@ -832,10 +832,12 @@ class _Run:
         given = self._signature.bind(self._layer, *args, **kwargs)
         kernels = all_kernels(self._layer.cell)
         watched = [name for name in kernels if any(replacements_of([kernels[name]]))]
-        x = tensors.tensor(_as_list(given.args[1])[0])
-        x = tensors.cast(x, self._layer.compute_dtype)
+        x = _as_list(given.args[1])[0]
         mask = given.arguments.get("mask")
         mask = mask[0] if isinstance(mask, (list, tuple)) else mask
+        if tensors.is_ragged(x):
+            x, mask = tensors.dense(x), tensors.steps_of(x)
+        x = tensors.cast(tensors.tensor(x), self._layer.compute_dtype)
         seen = {"kernel": x}
         outputs = None
         if not self._values:
@@ -865,6 +867,7 @@ class _Run:
             initial = given.arguments["initial_state"] = [tensors.tensor(s) for s in states]
         found = self._in_graph(self._all_steps, *given.args[1:], **given.kwargs)
         after, *last = found
+        after = tensors.dense(after)
         steps = tensors.unstack(tensors.shape(after))
         steps[self._time] -= 1
         first = tensors.zeros_like(tensors.gather(after, 0, axis=self._time))

@@ -18,7 +18,7 @@ import tensorflow as tf
 from rich.progress import Progress
 
 from keras_alds import _backend
-from keras_alds._backend import wrappers
+from keras_alds._backend import tensors, wrappers
 from keras_alds._backend.quiet import ignored_warnings
 from keras_alds.core.checks import did_you_mean, positive_int
 from keras_alds.litert import _package
@@ -338,12 +338,13 @@ class _Signature:
             self.output_names = _names(names, "output", len(found))
             return dict(zip(self.output_names, found, strict=True))
 
-        self._function = tf.function(forward, autograph=False).get_concrete_function(
-            **{
-                name: tf.TensorSpec(spec.shape, spec.dtype, name=name)
-                for name, spec in zip(self.input_names, flat, strict=True)
-            }
-        )
+        with tensors.for_cpu():
+            self._function = tf.function(forward, autograph=False).get_concrete_function(
+                **{
+                    name: tf.TensorSpec(spec.shape, spec.dtype, name=name)
+                    for name, spec in zip(self.input_names, flat, strict=True)
+                }
+            )
 
     @property
     def loops(self) -> bool:
@@ -367,7 +368,7 @@ class _Signature:
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yields the examples by input name, in batches of one run."""
         rows = (
-            [np.asarray(tensor)[i] for tensor in self._flat(inputs)]
+            [np.asarray(tensors.dense(tensor))[i] for tensor in self._flat(inputs)]
             for _ in itertools.count()  # starts over if a run needs more than there are
             for inputs, count in examples
             for i in range(count)

@@ -10,10 +10,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 from rich.progress import Progress
 
 from keras_alds import _backend
 from keras_alds._backend import tensors
+from keras_alds._backend.graphs import is_ragged
 from keras_alds.core.checks import int_at_least
 from keras_alds.core.slicing import Array
 from keras_alds.models.storage import Store
@@ -62,6 +64,9 @@ class Examples:
         self._specs: list[Any] = [] if structure is None else tensors.flatten(structure)
         if inspect.isroutine(data) or isinstance(data, functools.partial):
             data = data()  # a generator function, such as TFLite's `representative_dataset`
+        keys = set(structure) if isinstance(structure, dict) else set()
+        #: The names by which a dict may hold the inputs.
+        self._keys = [names for names in (keys, set(self._names)) if names]
         data = self._without_labels(data)
         arrays = self._as_arrays(data)
         self.total: int | None = None
@@ -71,7 +76,7 @@ class Examples:
             self.total = rows if limit is None else min(rows, limit)
             chosen = np.linspace(0, rows, self.total, endpoint=False).astype(int)
             self._batches = (
-                tensors.map_structure(lambda a, c=chosen[i : i + _BATCH]: a[c], arrays)
+                tensors.map_structure(functools.partial(_at, chosen[i : i + _BATCH]), arrays)
                 for i in range(0, self.total, _BATCH)
             )
         elif tensors.is_dataset(data):
@@ -105,11 +110,19 @@ class Examples:
     def _without_labels(self, data: Any) -> Any:
         """The inputs of `(x, y)` or `(x, y, weights)`; a tuple may also be several inputs."""
         if not isinstance(data, tuple) or not data:
-            return data
+            return self._used(data)
         first = data[0]
         if self._inputs > 1 and len(data) == self._inputs and not isinstance(first, (list, dict)):
             return first if isinstance(first, tuple) else list(data)
-        return first
+        return self._used(first)
+
+    def _used(self, data: Any) -> Any:
+        """The inputs of the model in a dict that holds more, such as identifiers."""
+        if isinstance(data, dict):
+            for keys in self._keys:
+                if keys <= set(data):
+                    return {key: value for key, value in data.items() if key in keys}
+        return data
 
     def _as_arrays(self, data: Any) -> Any:
         """`data` as a structure of arrays, or None if it is something else."""
@@ -122,12 +135,12 @@ class Examples:
                 return None if nested else self._array(data)
             if self._inputs > 1 and len(items) == self._inputs:
                 return items
-            one_less = self._specs and items[0].ndim == len(self._specs[0].shape) - 1
-            return np.stack(items) if one_less else None
+            one_less = self._specs and len(items[0].shape) == len(self._specs[0].shape) - 1
+            return self._array(items) if one_less else None
         return self._array(data) if _is_array(data) else None
 
     def _rows(self, arrays: Any) -> int:
-        rows = {len(array) if array.ndim else 0 for array in tensors.flatten(arrays)}
+        rows = {array.shape[0] if len(array.shape) else 0 for array in tensors.flatten(arrays)}
         if len(rows) != 1:
             raise ValueError(
                 f"Expected all inputs in `{self._argument}` to have equally many examples. "
@@ -157,11 +170,11 @@ class Examples:
             if waiting is not None and _sizes(waiting) != _sizes(inputs):
                 rows = self._rows(waiting)
                 if rows and not self._fixed:
-                    yield _tensors(waiting), rows
+                    yield self._tensors(waiting), rows
                 left = None if left is None else left - rows
                 waiting = None  # examples of another size follow
             if waiting is not None:
-                inputs = tensors.map_structure(lambda a, b: np.concatenate([a, b]), waiting, inputs)
+                inputs = tensors.map_structure(_joined, waiting, inputs)
             if left is not None:
                 inputs = _part(inputs, 0, left)
             rows = self._rows(inputs)
@@ -169,7 +182,7 @@ class Examples:
             size = self._fixed or _examples_at_once(inputs)
             whole = rows - rows % size
             for start in range(0, whole, size):
-                yield _tensors(_part(inputs, start, start + size)), size
+                yield self._tensors(_part(inputs, start, start + size)), size
                 seen = True
             waiting = _part(inputs, whole, rows)
             if left is not None:
@@ -177,12 +190,12 @@ class Examples:
                 if left == rows - whole:
                     break
         if waiting is not None and (rows := self._rows(waiting)) and not (self._fixed and seen):
-            yield _tensors(waiting), rows
+            yield self._tensors(waiting), rows
 
     def _checked(self, inputs: Any) -> Any:
         if self._single and isinstance(inputs, (list, dict)) and len(inputs) == 1:
             (inputs,) = inputs.values() if isinstance(inputs, dict) else inputs
-        flat = [self._array(item) for item in tensors.flatten(inputs)]
+        flat = [self._array(item, dense=True) for item in tensors.flatten(inputs)]
         names = [f"input {n}" for n in range(len(flat))]
         specs = self._specs
         if isinstance(inputs, dict):
@@ -199,9 +212,23 @@ class Examples:
             self._checked_array(array, name, spec)
             for array, name, spec in itertools.zip_longest(flat, names, specs)
         ]
+        self._kinds = tensors.pack_sequence_as(inputs, specs or [None] * len(flat))
         return tensors.pack_sequence_as(inputs, cast)
 
-    def _array(self, value: Any) -> Array:
+    def _tensors(self, inputs: Any) -> Any:
+        """Tensors of the types that the model's inputs have."""
+        return tensors.map_structure(tensors.as_input, inputs, self._kinds)
+
+    def _array(self, value: Any, dense: bool = False) -> Any:
+        """A NumPy array, or a ragged tensor; or a matrix of SciPy unless it must be `dense`."""
+        if tensors.is_ragged(value):
+            return value
+        if scipy.sparse.issparse(value):
+            return value.toarray() if dense else value.tocsr()
+        if tensors.is_sparse(value):
+            if len(value.shape) == 2 and not dense:
+                return tensors.to_scipy(value)
+            value = tensors.dense(value)
         try:
             array = tensors.to_numpy(value)
         except ValueError as error:
@@ -217,7 +244,11 @@ class Examples:
             )
         return array
 
-    def _checked_array(self, array: Array, name: str, spec: Any) -> Array:
+    def _checked_array(self, array: Any, name: str, spec: Any) -> Any:
+        if tensors.is_ragged(array):
+            if spec is None or is_ragged(spec):
+                return array if spec is None else tensors.cast(array, spec.dtype)
+            array = tensors.dense(array).numpy()  # as Keras 3 does
         if spec is not None:
             wanted = tuple(spec.shape)[1:]
             fits = array.ndim == len(wanted) + 1 and all(
@@ -241,12 +272,12 @@ class Examples:
 
 
 def _sizes(inputs: Any) -> list[tuple[int, ...]]:
-    return [array.shape[1:] for array in tensors.flatten(inputs)]
+    return [tuple(array.shape[1:]) for array in tensors.flatten(inputs)]
 
 
 def _examples_at_once(inputs: Any) -> int:
     """The number of such examples in one forward pass, a power of two."""
-    entries = sum(math.prod(size) for size in _sizes(inputs))
+    entries = sum(math.prod(length or 1 for length in size) for size in _sizes(inputs))
     return min(_BATCH, 1 << max(_BATCH_ENTRIES // max(entries, 1), 1).bit_length() - 1)
 
 
@@ -254,13 +285,21 @@ def _part(inputs: Any, start: int, stop: int) -> Any:
     return tensors.map_structure(lambda array: array[start:stop], inputs)
 
 
-def _tensors(inputs: Any) -> Any:
-    return tensors.map_structure(tensors.tensor, inputs)
+def _at(rows: Array, array: Any) -> Any:
+    return tensors.gather(array, rows) if tensors.is_ragged(array) else array[rows]
+
+
+def _joined(first: Any, second: Any) -> Any:
+    join = tensors.concat if tensors.is_ragged(first) else np.concatenate
+    return join([first, second], 0)
 
 
 def _is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray) or (
-        hasattr(value, "__array__") and not tensors.is_dataset(value)
+    sparse = scipy.sparse.issparse(value) or tensors.is_sparse(value)
+    return (
+        sparse
+        or tensors.is_ragged(value)
+        or (hasattr(value, "__array__") and not tensors.is_dataset(value))
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from keras_alds import _backend
 from keras_alds._backend import tensors as nest
 from keras_alds._backend import wrappers
-from keras_alds._backend.graphs import mask_of
+from keras_alds._backend.graphs import is_ragged, is_sparse, mask_of
 from keras_alds._backend.layers import KerasModel, dtype_policy
 from keras_alds.kinds.base import is_factorized, stock_kind
 from keras_alds.models.inventory import contains_factorized, walk
@@ -109,7 +109,8 @@ class _Expander(GraphRebuilder):
         if call.layer in self._dropped:
             return []
         tensor = first_tensor(call)
-        masked = mask_of(tensor) is not None
+        # No Reshape fits where a mask has to pass, or where the tensor is sparse or ragged.
+        masked = mask_of(tensor) is not None or is_sparse(tensor) or is_ragged(tensor)
         return self._pieces(call.layer, getattr(tensor, "shape", ()), masked)
 
     def last_call(

@@ -102,7 +102,7 @@ def when_known(inputs: Any, outputs: Any, use: Callable[[Array], None]) -> Any:
     Returns:
         The outputs to pass on.
     """
-    x = tensors.tensor(inputs)
+    x = tensors.without_raggedness(inputs)
     if x.dtype not in (tensors.float32, tensors.float64):
         x = tensors.cast(x, tensors.float32)
     if tensors.has_values(x):

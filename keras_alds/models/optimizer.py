@@ -66,17 +66,18 @@ def carry_optimizers(
     replaced = {id(variable): variable for e in exchanges for variable in e.old}
     everything = [variable for held in holders.layers.values() for variable in held]
     gone = []
-    for optimizer in holders.optimizers:
-        if backend.inner_optimizer(optimizer) is None:
-            for e in exchanges:
-                if any(backend.is_excluded_from_weight_decay(optimizer, v) for v in e.old):
-                    undo += [backend.exclude_from_weight_decay(optimizer, list(e.new))]
+    # Wrappers after what they wrap.
+    for optimizer in sorted(holders.optimizers, key=lambda item: _depth(backend, item)):
+        owner = owners.get(optimizer)
+        known = [] if owner is None else holders.layers[owner]
+        ours = set(map(id, known))
+        for e in exchanges:
+            if owner is None or not ours.isdisjoint(map(id, e.old)):
+                undo += _carry_settings(backend, optimizer, e)
         if backend.is_optimizer_built(optimizer):
             targets = backend.optimizer_targets(optimizer, list(replaced.values()))
             if not any(id(variable) in replaced for variable in targets):
                 continue
-            owner = owners.get(optimizer)
-            known = [] if owner is None else holders.layers[owner]
             now = [] if owner is None else variables_of(owner)
             unique = {id(variable): variable for variable in [*known, *everything]}
             old = backend.optimizer_targets(optimizer, list(unique.values()))
@@ -122,6 +123,23 @@ def _carry_one(
             changed = list(dict.fromkeys(exchange_of.values()))
             _carry(backend, slot_meaning(optimizer, name), states, places, changed)
     return [v for slot in before.values() for v in slot if v is not None and id(v) not in used]
+
+
+def _depth(backend: _backend.Backend, optimizer: Any) -> int:
+    """How many optimizers are around each other."""
+    inner = backend.inner_optimizers(optimizer)
+    return 1 + max((_depth(backend, item) for item in inner), default=0)
+
+
+def _carry_settings(
+    backend: _backend.Backend, optimizer: Any, e: Exchange
+) -> list[Callable[[], None]]:
+    """Gives new variables what an optimizer's settings say of the old ones; returns the undo."""
+    if backend.inner_optimizers(optimizer):
+        return [backend.assign_like(optimizer, e.old[0], list(e.new))]
+    if any(backend.is_excluded_from_weight_decay(optimizer, v) for v in e.old):
+        return [backend.exclude_from_weight_decay(optimizer, list(e.new))]
+    return []
 
 
 def _in_order(targets: list[Any], variables: list[Any]) -> list[Any]:

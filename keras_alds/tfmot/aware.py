@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 import keras
@@ -27,6 +29,7 @@ from keras_alds.models.data import MIN_EXAMPLES
 from keras_alds.models.expansion import expand
 from keras_alds.models.inventory import walk
 from keras_alds.tfmot.conversion import to_tf_keras
+from keras_alds.tfmot.operations import arithmetic_as_layers
 from keras_alds.tfmot.package import tfmot_package
 
 # Arguments of the called functions that the user cannot set as options.
@@ -138,7 +141,7 @@ def quantize_aware_training(
     x, y, fit_options, validation_data = _hold_out(x, y, fit_options, validation_data)
     held_out = _batches(validation_data)
     after = _after_training(model, held_out, options)
-    quantized = _quantized(model, quantize_fn or tfmot.quantization.keras.quantize_model)
+    quantized = _quantized(model, quantize_fn or functools.partial(_quantize_model, tfmot))
     target.use_plain_convolutions([layer for _, layer in walk(quantized)])
     quantized.compile(**arguments)
     if fit_fn is not None:
@@ -362,6 +365,32 @@ def _keep_names_apart(backend: _backend.Backend, model: Any) -> None:
         last = max((int(match[1] or 0) for match in found if match), default=-1)
         while int(make().name.removeprefix(name).lstrip("_") or 0) < last:
             pass
+
+
+def _quantize_model(tfmot: ModuleType, model: Any) -> Any:
+    """TF-MOT's `quantize_model`, which also takes arithmetic between layers.
+
+    TF-MOT does not support `Rescaling` and most merging layers. They get what it gives `Add`: the
+    range of their output is learned.
+    """
+    quantization, layers = tfmot.quantization.keras, _backend.backend_of(model).keras.layers
+    registry = quantization.default_8bit.Default8BitQuantizeScheme().get_quantize_registry()
+    arithmetic = (
+        *(layers.Rescaling, layers.Subtract, layers.Multiply),
+        *(layers.Maximum, layers.Minimum),
+    )
+
+    def annotate(layer: Any) -> Any:
+        if not isinstance(layer, arithmetic) or registry.supports(layer):
+            return layer
+        config = registry.get_quantize_config(layers.Add())
+        return quantization.quantize_annotate_layer(layer, quantize_config=config)
+
+    model = arithmetic_as_layers(model)
+    if any(isinstance(layer, arithmetic) for layer in model.layers):
+        model = _backend.backend_of(model).keras.models.clone_model(model, clone_function=annotate)
+    with quantization.quantize_scope():
+        return quantization.quantize_apply(quantization.quantize_annotate_model(model))
 
 
 def _quantized(model: Any, quantize_fn: Callable[[Any], Any]) -> Any:

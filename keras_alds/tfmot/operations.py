@@ -1,4 +1,4 @@
-"""Operations between layers of a Keras 3 graph, as stock layers or TensorFlow functions."""
+"""Operations between layers of a graph, as stock layers or TensorFlow functions."""
 
 from __future__ import annotations
 
@@ -7,13 +7,26 @@ import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from keras_alds import _backend
-from keras_alds.models.rebuild import Piece
+from keras_alds._backend.layers import called_function
+from keras_alds.models.rebuild import GraphRebuilder, Piece
 from keras_alds.tfmot.settings import SAME_ACTIVATIONS, UnsupportedError
 
 _MERGES = ("Add", "Subtract", "Multiply", "Maximum", "Minimum", "TrueDivide", "Divide")
+#: The names of TensorFlow's functions of two tensors, as the operations of Keras 3.
+_OPERATORS = {
+    "__operators__.add": "Add",
+    "math.add": "Add",
+    "math.subtract": "Subtract",
+    "math.multiply": "Multiply",
+    "math.divide": "Divide",
+    "math.truediv": "Divide",
+    "math.maximum": "Maximum",
+    "math.minimum": "Minimum",
+}
 #: Operations of Keras 3 as TensorFlow functions; the first argument is the operation.
 _TF_OPERATIONS: dict[str, Callable[..., Any]] = {
     "Add": lambda op, x1, x2: tf.add(x1, x2),
@@ -66,15 +79,9 @@ def translated(
         UnsupportedError: If no translation is known.
     """
     kind, name, layers = type(operation).__name__, operation.name, target.keras.layers
-    if kind in _MERGES and len(values) == 2:
-        if all(symbolic):
-            merge = getattr(layers, kind)(name=name)
-            return lambda *args, **kwargs: merge([*args, *kwargs.values()])
-        rescaling = _as_rescaling(kind, values, symbolic)
-        if rescaling is not None:
-            layer = layers.Rescaling(*rescaling, name=name)
-            index = symbolic.index(True)
-            return lambda *args, **kwargs: layer([*args, *kwargs.values()][index])
+    arithmetic = _arithmetic(target, kind, name, values, symbolic)
+    if arithmetic is not None:
+        return arithmetic
     if kind == "Concatenate":
         joined = layers.Concatenate(axis=operation.axis, name=name)
         return lambda xs: joined(list(xs))
@@ -85,11 +92,92 @@ def translated(
     raise UnsupportedError("no translation of this operation is known")
 
 
+def arithmetic_as_layers(model: Any) -> Any:
+    """Returns a tf_keras model in which `x + 3.0`, `a * b` and the like are stock layers.
+
+    TF-MOT fails on the layers that tf_keras makes of operators. A `Rescaling` that multiplies and
+    adds becomes two. All other layers are shared with `model`.
+
+    Args:
+        model: A built Functional or Sequential tf_keras model.
+    """
+    backend = _backend.backend_of(model)
+    return _Arithmetic(backend, backend).rebuild(model)
+
+
+class _Arithmetic(GraphRebuilder):
+    """Stock layers in place of arithmetic operators between layers."""
+
+    def __init__(self, source: _backend.Backend, target: _backend.Backend) -> None:
+        super().__init__(source, target)
+        self._made: dict[Any, list[Piece]] = {}
+
+    def pieces(self, call: _backend.GraphCall) -> list[Piece]:
+        if call.layer not in self._made:
+            is_rescaling = type(call.layer) is self.source.keras.layers.Rescaling
+            self._made[call.layer] = (
+                self._one_operation_each(call.layer) if is_rescaling else [self._piece(call)]
+            )
+        return self._made[call.layer]
+
+    def _one_operation_each(self, layer: Any) -> list[Piece]:
+        """A `Rescaling` as one that multiplies and one that adds: both results are quantized."""
+        if np.all(np.equal(layer.scale, 1)) or not np.any(layer.offset):
+            return [layer]
+        cls, config = type(layer), layer.get_config()
+        scale = {**config, "name": self.unique(f"{layer.name}_scale"), "offset": 0.0}
+        offset = {**config, "name": self.unique(f"{layer.name}_offset"), "scale": 1.0}
+        return [cls.from_config(scale), cls.from_config(offset)]
+
+    def _piece(self, call: _backend.GraphCall) -> Piece:
+        kind = _OPERATORS.get(called_function(call.layer) or "")
+        values = [*call.args, *(v for key, v in call.kwargs.items() if key != "name")]
+        symbolic = [isinstance(value, type(call.outputs[0])) for value in values]
+        name = call.layer.name.replace(".", "_").lstrip("_")
+        found = None
+        if kind is not None and any(symbolic):
+            found = _arithmetic(self.target, kind, self.unique(name), values, symbolic)
+        return call.layer if found is None else found
+
+    def arguments(
+        self, call: _backend.GraphCall, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._made[call.layer] == [call.layer]:
+            return args, kwargs
+        return args, {key: value for key, value in kwargs.items() if key != "name"}
+
+
+def _arithmetic(
+    target: _backend.Backend,
+    kind: str,
+    name: str,
+    values: Sequence[Any],
+    symbolic: Sequence[bool],
+) -> Piece | None:
+    """A merging layer or a `Rescaling` for an operation of two values, or None."""
+    layers = target.keras.layers
+    if kind not in _MERGES or len(values) != 2:
+        return None
+    if all(symbolic):
+        if not hasattr(layers, kind):
+            return None
+        merge = getattr(layers, kind)(name=name)
+        return lambda *args, **kwargs: merge([*args, *kwargs.values()])
+    rescaling = _as_rescaling(kind, values, symbolic)
+    if rescaling is None:
+        return None
+    layer = layers.Rescaling(*rescaling, name=name)
+    index = symbolic.index(True)
+    return lambda *args, **kwargs: layer([*args, *kwargs.values()][index])
+
+
 def _as_rescaling(
     kind: str, values: Sequence[Any], symbolic: Sequence[bool]
 ) -> tuple[float, float] | None:
     """`(scale, offset)` of an operation between a tensor and a number, or None."""
     number = values[symbolic.index(False)]
+    if tf.is_tensor(number) and number.shape.rank == 0:
+        number = float(number)
     if not isinstance(number, numbers.Real):
         return None
     value, first = float(number), symbolic[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from keras_alds._backend import backend_of
+from keras_alds._backend.graphs import is_ragged, is_sparse
 
 
 def block(K, inner, name):
@@ -47,3 +48,22 @@ def test_settings_after_compile_are_copied(keras_module):
         copy = backend_of(model).copy_model(model)
         assert copy.run_eagerly
         assert not copy.jit_compile
+
+
+def test_inputs_stay_sparse_ragged_and_optional(keras_module):
+    K = keras_module
+    L = K.layers
+    inner_input = K.Input((4,), sparse=True)
+    inner = K.Model(inner_input, L.Dense(2)(inner_input))
+    sparse, ragged = K.Input((4,), sparse=True), K.Input((None, 4), ragged=True)
+    sizes = L.Lambda(lambda x: x.row_lengths()[:, None], output_shape=(1,))(ragged)
+    model = K.Model([sparse, ragged], [inner(sparse), sizes])
+    for net in (model, K.Sequential([K.Input((4,), sparse=True), L.Dense(2)])):
+        copy = backend_of(net).copy_model(net)
+        copy = backend_of(copy).copy_model(copy)
+        assert [*map(is_sparse, copy.inputs)] == [*map(is_sparse, net.inputs)]
+        assert [*map(is_ragged, copy.inputs)] == [*map(is_ragged, net.inputs)]
+    assert is_sparse(backend_of(model).copy_model(model).layers[-2].inputs[0])
+    if K.__name__ == "keras":
+        net = K.Sequential([K.Input((4,), optional=True), L.Dense(2)])
+        assert backend_of(net).copy_model(net).inputs[0]._keras_history.operation.optional

@@ -634,3 +634,61 @@ def test_output_shape():
     outputs = keras.layers.Lambda(lambda x: x[:, :2], lambda shape: (shape[0], 2))(inputs)
     copy = KERAS.copy_model(keras.Model(inputs, outputs))
     assert copy.layers[-1].compute_output_shape((None, 6)) == (None, 2)
+
+
+# -- Inputs that are not dense, and optimizers of several optimizers -----------------------------
+
+
+def kinds_of_inputs(name):
+    """A flag of three input tensors, dense, sparse and ragged."""
+    inputs = [keras.Input((3,)), keras.Input((3,), sparse=True), keras.Input((3,), ragged=True)]
+    return [getattr(tensor, name) for tensor in inputs]
+
+
+def test_sparse():
+    """Whether a symbolic tensor is sparse. Without it, copied models make their inputs dense."""
+    assert kinds_of_inputs("_sparse") == [False, True, False]
+
+
+def test_ragged():
+    """Whether a symbolic tensor is ragged; as `_sparse`."""
+    assert kinds_of_inputs("_ragged") == [False, False, True]
+
+
+def test_ragged_rank():
+    """The number of ragged axes, or None; as `_sparse`."""
+    assert kinds_of_inputs("_ragged_rank")[0] is None
+
+
+@pytest.fixture
+def multi_optimizer():
+    """A built optimizer of two, which choose by path."""
+    if not hasattr(keras.optimizers, "MultiOptimizer"):
+        pytest.skip("this Keras has none yet")
+    paths = keras.optimizers.OptimizerMap(keras.optimizers.SGD(name="rest"))
+    paths["head/.*"] = keras.optimizers.Adam(name="head")
+    optimizer = keras.optimizers.MultiOptimizer(paths)
+    optimizer.build(chain(keras).trainable_variables)
+    return optimizer
+
+
+def test_optimizer_map(multi_optimizer):
+    """How it chooses, and the paths in an `OptimizerMap`; without it factors get the default."""
+    paths = multi_optimizer._optimizer_map
+    assert isinstance(paths, keras.optimizers.OptimizerMap)
+    assert list(paths._optimizer_map) == ["head/.*"]
+
+
+def test_inner_optimizers(multi_optimizer):
+    """The list behind `optimizers`. Without it a copy lacks settings of weights."""
+    assert multi_optimizer._inner_optimizers is multi_optimizer.optimizers
+    assert [inner.name for inner in multi_optimizer.optimizers] == ["head", "rest"]
+
+
+def test_var_to_optimizer_idx(multi_optimizer):
+    """The optimizer of every variable; without it training fails after the compression."""
+    places = multi_optimizer._var_to_optimizer_idx
+    for place, inner in enumerate(multi_optimizer.optimizers):
+        keys = {multi_optimizer._var_key(variable) for variable in inner._trainable_variables}
+        assert keys == {key for key, found in places.items() if found == place}
+        assert len(keys) == 2

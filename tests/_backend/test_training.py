@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from keras_alds import ALDSCompress, compress, expand
 from keras_alds._backend import Callback, backend_of
 
 
@@ -98,3 +99,47 @@ def test_whether_a_legacy_optimizer_is_built():
         assert backend.is_optimizer_built(optimizer) is expected
         targets = backend.optimizer_targets(optimizer, model.trainable_variables)
         assert len(targets) == (2 if expected else 0)
+
+
+def multi(K, model, by):
+    """A `MultiOptimizer` with Adam for the layer "mid" and SGD for all else."""
+    adam, sgd = K.optimizers.Adam(1e-3), K.optimizers.SGD(1e-2, momentum=0.9)
+    if by == "a function":
+        return K.optimizers.MultiOptimizer(lambda v: adam if "mid" in v.path else sgd)
+    paths = K.optimizers.OptimizerMap(sgd)
+    kernel = model.get_layer("mid").kernel.path
+    paths[kernel if by == "the kernel" else ".*mid/.*"] = adam
+    return K.optimizers.MultiOptimizer(paths)
+
+
+@pytest.mark.parametrize("by", ["the kernel", "a pattern", "a function"])
+@pytest.mark.parametrize("how", ["compress", "fit", "expand"])
+def test_factors_have_the_optimizer_of_their_kernel(how, by):
+    keras = pytest.importorskip("keras")
+    if not hasattr(keras.optimizers, "MultiOptimizer"):
+        pytest.skip("this Keras has none yet")
+    L = keras.layers
+    layers = [L.Dense(24, name="first"), L.Dense(24, name="mid"), L.Dense(4, name="last")]
+    model = keras.Sequential([keras.Input((20,)), *layers])
+    model.compile(multi(keras, model, by), "mse")
+    x, y = np.ones((8, 20), "float32"), np.ones((8, 4), "float32")
+    if how == "fit":
+        small = model
+        small.fit(x, y, epochs=2, verbose=0, callbacks=[ALDSCompress(0.5, at_epoch=1, verbose=0)])
+    else:
+        model.fit(x, y, verbose=0)
+        small = compress(model, 0.5)
+        assert not set(small.optimizer.optimizers) & set(model.optimizer.optimizers)
+        small = expand(small) if how == "expand" else small
+    before = small.get_weights()
+    small.fit(x, y, verbose=0)
+    assert all((old != new).any() for old, new in zip(before, small.get_weights(), strict=True))
+    adam, sgd = sorted(small.optimizer.optimizers, key=lambda optimizer: optimizer.name)
+    in_mid = {"mid/encoder", "mid/decoder"} if how != "expand" else {"mid_encoder/kernel"}
+    found = {v.path.partition("/")[2] for v in adam._trainable_variables}
+    assert in_mid <= found
+    if by != "the kernel":
+        assert "mid/bias" in found
+    others = [v.path for v in sgd._trainable_variables]
+    assert len(others) + len(found) == len(small.trainable_variables)
+    assert any("first" in path for path in others)

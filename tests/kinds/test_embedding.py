@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import keras
+import numpy as np
 import pytest
+import tensorflow as tf
 from kind_contract import EveryKind, InAModel, name
+from layer_contract import KERASES
 
 from keras_alds import select
 
@@ -35,3 +38,14 @@ def test_tables_that_are_tied():
     model = keras.Model(inputs, table(x, reverse=True))
     reasons = {choice.layer: choice.reason for choice in select(model, 0.02).choices}
     assert "reads its table in both directions" in reasons["table"]
+
+
+@pytest.mark.parametrize("side", KERASES.values(), ids=KERASES)
+def test_ragged_and_sparse_numbers(side):
+    layer = side.layers.FactorizedEmbedding(9, 6, rank=2)
+    numbers = np.array([3, 1, 4, 1, 5, 8])
+    ragged = layer(tf.RaggedTensor.from_row_lengths(numbers, [2, 0, 3, 1]))
+    np.testing.assert_array_equal(ragged.row_lengths(), [2, 0, 3, 1])
+    np.testing.assert_allclose(ragged.flat_values, layer(numbers))
+    padded = np.array([[3, 0], [0, 8]])
+    np.testing.assert_allclose(layer(tf.sparse.from_dense(padded)), layer(padded))

@@ -292,6 +292,11 @@ def test_choice_of_the_form(monkeypatch):
     assert choose(cpu=False, training=False, dtype="float16") == "grouped"
     assert choose(training=False) == "grouped"
     assert choose(training=False, slices=64, rank=1) == "grouped"
+    # A sliced dense layer is exported as a convolution, which quantizers take.
+    assert choose(training=False, kernel_size=()) == "convolution"
+    assert choose(training=False, kernel_size=(), slices=1) == "grouped"
+    assert choose(training=False, kernel_size=(), dtype="float64") == "split"
+    assert choose(cpu=False, training=False, kernel_size=()) == "grouped"
     # No gradient of grouped convolutions here: nothing that could be differentiated may use one.
     assert choose(training=False, dtype="float64") == "split"
     assert choose(training=False, dtype="float64", slices=1) == "grouped"
@@ -375,3 +380,16 @@ def test_positions_are_counted_after_striding():
     assert _forms.count_positions([None, 4], (1,)) == 32 * 4
     assert _forms.count_positions([2, None], (1,)) == 2
     assert _forms.count_positions([0, 3], (1,)) == 1
+
+
+@pytest.mark.parametrize("slices", [1, 3, 12])
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_the_convolution_of_dense_layers(rows, slices):
+    generator = np.random.default_rng(0)
+    x = tf.constant(generator.normal(size=(rows, 12)).astype("float32"))
+    encoder = tf.constant(generator.normal(size=(12 // slices, slices * 2)).astype("float32"))
+    encode = tf.function(
+        lambda x: _forms.encode(x, encoder, slices=slices, form=_forms.CONVOLUTION)
+    )
+    expected = tf.matmul(x, _forms.merge(encoder, slices))
+    np.testing.assert_allclose(encode(x), expected, rtol=1e-5, atol=1e-5)

@@ -6,6 +6,7 @@ import copy
 import gzip
 import pickle
 import sys
+import types
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,8 @@ import zoo
 
 import keras_alds
 from keras_alds import litert
+from keras_alds._backend import tensors
+from keras_alds.layers import FactorizedDense
 from keras_alds.litert import _package
 from keras_alds.litert.quantized import check_quantized
 from keras_alds.litert.runs import LOCAL, Runner, check_file
@@ -54,8 +57,13 @@ def test_factorized_models_of_every_kind_convert(module: str, kind: str):
     for old, new in zip(before, small.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
     file = litert.read_file(content)
-    # BatchNormalization is folded, zero biases are dropped: never more values than the model has.
-    assert file.parameters <= small.count_params() < model.count_params()
+    # BatchNormalization is folded, zero biases are dropped but in a grouped convolution, which is
+    # what a sliced dense layer becomes: never more values than the model and these have.
+    zeros = sum(
+        op.weights.shape[0] for op in file.weighted if op.name == "CONV_2D" and op.groups > 1
+    )
+    assert file.parameters <= small.count_params() + zeros
+    assert small.count_params() < model.count_params()
     assert file.size == len(content)
 
 
@@ -574,3 +582,74 @@ def test_other_files_are_not_named():
     ]
     for content in files:
         litert.compare(files[0], content, runs=0, verbose=0)
+
+
+def sliced_dense(slices=4, rank=6):
+    """A model of one sliced dense layer, and inputs."""
+    layer = FactorizedDense(32, slices=slices, rank=rank, activation="relu")
+    model = keras.Sequential([keras.Input((64,)), layer])
+    rng = np.random.default_rng(0)
+    layer.set_weights([0.5 * rng.standard_normal(w.shape) for w in layer.weights])
+    return model, rng.standard_normal((64, 64)).astype("float32")
+
+
+def off(values, expected):
+    """The mean error, relative to the mean of what is expected."""
+    return np.abs(values - expected).mean() / np.abs(expected).mean()
+
+
+@pytest.mark.parametrize("quantize", [None, "float16", "dynamic", "int8"])
+@pytest.mark.parametrize(("slices", "rank"), [(4, 6), (64, 1), (1, 6)])
+def test_slices_of_dense_layers_are_one_convolution(slices, rank, quantize):
+    model, x = sliced_dense(slices, rank)
+    data = x if quantize == "int8" else None
+    content = litert.convert(model, quantize=quantize, representative_data=data, verbose=0)
+    names = [operator.name for operator in litert.read_file(content).operators]
+    assert "BATCH_MATMUL" not in names
+    assert names.count("CONV_2D") + names.count("DEPTHWISE_CONV_2D") == (slices > 1)
+    expected = model.predict(x, verbose=0)
+    for target in LOCAL:
+        assert off(Runner(content, target=target).predict(x), expected) < 0.04
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_compiled_models_run_sliced_dense_layers(quantize):
+    compiled = pytest.importorskip("ai_edge_litert.compiled_model")
+    model, x = sliced_dense()
+    data = x if quantize == "int8" else None
+    content = litert.convert(model, quantize=quantize, representative_data=data, verbose=0)
+    runner = compiled.CompiledModel.from_buffer(content)
+    inputs, outputs = runner.create_input_buffers(0), runner.create_output_buffers(0)
+    inputs[0].write(x[:1])
+    runner.run_by_index(0, inputs, outputs)
+    expected = model.predict(x[:1], verbose=0)
+    assert off(outputs[0].read(32, np.float32), expected[0]) < 0.1
+
+
+@pytest.mark.parametrize("recipe", ["static_wi8_ai8", "dynamic_wi8_afp32"])
+def test_ai_edge_quantizer_takes_sliced_dense_layers(recipe, tmp_path):
+    """It makes the output of a batched product a constant."""
+    quantizer = pytest.importorskip("ai_edge_quantizer.quantizer")
+    recipes = pytest.importorskip("ai_edge_quantizer.recipe")
+    model, x = sliced_dense()
+    litert.convert(model, tmp_path / "float.tflite", verbose=0)
+    made = quantizer.Quantizer(str(tmp_path / "float.tflite"), getattr(recipes, recipe)())
+    interpreter = pytest.importorskip("ai_edge_litert.interpreter").Interpreter
+    signatures = interpreter(str(tmp_path / "float.tflite")).get_signature_list()
+    ((key, signature),) = signatures.items()
+    examples = {key: [{signature["inputs"][0]: row[None]} for row in x]}
+    ranges = made.calibrate(examples) if made.need_calibration else None
+    content = bytes(made.quantize(calibration_result=ranges).quantized_model)
+    assert off(Runner(content).predict(x), model.predict(x, verbose=0)) < 0.25
+
+
+def test_files_are_written_for_cpus_wherever(monkeypatch):
+    """On a GPU the layers would become batched products."""
+    devices = [types.SimpleNamespace(device_type="GPU")]
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda: devices)
+    assert not tensors.on_cpu()
+    content = litert.convert(sliced_dense()[0], verbose=0)
+    assert [op.name for op in litert.read_file(content).weighted] == [
+        *("CONV_2D", "FULLY_CONNECTED")
+    ]
+    assert not tensors.on_cpu()

@@ -58,6 +58,21 @@ class TestMoments:
         expected = rows.T @ rows / len(rows)
         np.testing.assert_allclose(moment.blocks[0], expected, atol=1e-5 * np.abs(expected).max())
 
+    def test_ragged_sequences_have_their_own_steps(self):
+        K = pytest.importorskip("tf_keras")  # the recurrent layers of Keras 3 take no ragged ones
+        inputs = K.Input((None, 3), ragged=True)
+        x = K.layers.Dense(8, name="dense")(inputs)
+        model = K.Model(inputs, K.layers.LSTM(8, name="lstm")(x))
+        rows = np.random.default_rng(0).standard_normal((30, 3)).astype("float32")
+        ragged = tf.RaggedTensor.from_row_lengths(rows, [3, 1, 5, 2, 4] * 2)
+        moments = collect(model, ragged).moments
+        assert {path: m.count for path, m in moments.items()} == dict.fromkeys(moments, 30)
+        expected = rows.T.astype("float64") @ rows / 30
+        np.testing.assert_allclose(moments["dense"].blocks[0], expected, rtol=1e-5)
+        hidden = np.asarray(model.get_layer("dense")(rows), "float64")
+        _, seen, _ = moments.values()  # of the input kernel
+        np.testing.assert_allclose(seen.blocks[0], hidden.T @ hidden / 30, rtol=1e-4, atol=1e-6)
+
     @pytest.mark.parametrize(
         "options",
         [

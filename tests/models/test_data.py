@@ -5,6 +5,8 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
+import scipy.sparse
+import tensorflow as tf
 
 import keras_alds
 from keras_alds.core.calibration.moments import FewInputs
@@ -61,3 +63,89 @@ def test_large_images_go_in_small_batches():
         images = np.zeros((max(count + 1, 9), side, side, 3), "float32")
         found = [n for _, n in Examples(net, images, None)]
         assert found == [count] * (len(images) // count) + [1]
+
+
+def batches(net, data):
+    return [batch for batch, _ in Examples(net, data, None)]
+
+
+def sparse_net(K):
+    return K.Sequential([K.Input((30,), sparse=True), K.layers.Dense(2)])
+
+
+SPARSE = {
+    "SparseTensor": tf.sparse.from_dense,
+    "with labels": lambda x: (tf.sparse.from_dense(x), np.zeros(len(x))),
+    "Dataset": lambda x: tf.data.Dataset.from_tensor_slices(tf.sparse.from_dense(x)).batch(7),
+    "batches": lambda x: [tf.sparse.from_dense(x[:9]), scipy.sparse.csr_array(x[9:])],
+    "csr_matrix": scipy.sparse.csr_matrix,
+    "coo_array": scipy.sparse.coo_array,
+    "dense": lambda x: x,
+}
+
+
+@pytest.mark.parametrize("given", SPARSE)
+def test_sparse_data(keras_module, given):
+    x = np.random.default_rng(0).random((40, 30)).astype("float32")
+    x[x < 0.9] = 0
+    net = sparse_net(keras_module)
+    found = batches(net, SPARSE[given](x))
+    assert all(isinstance(batch, tf.SparseTensor) for batch in found)
+    np.testing.assert_array_equal(np.concatenate([tf.sparse.to_dense(b) for b in found]), x)
+    plain = keras_module.Sequential([keras_module.Input((30,)), keras_module.layers.Dense(2)])
+    np.testing.assert_array_equal(np.concatenate(batches(plain, SPARSE[given](x))), x)
+
+
+@pytest.mark.parametrize("given", ["tensor", "Dataset", "batches"])
+def test_ragged_data(keras_module, given):
+    K = keras_module
+    rows = np.random.default_rng(0).standard_normal((40, 3)).astype("float32")
+    ragged = tf.RaggedTensor.from_row_lengths(rows, [1, 4, 0, 3, 2] * 4)
+    data = {
+        "tensor": ragged,
+        "Dataset": tf.data.Dataset.from_tensor_slices(ragged).batch(3),
+        "batches": [ragged[:7], ragged[7:]],
+    }[given]
+    inputs = K.Input((None, 3), ragged=True)
+    lengths = K.layers.Lambda(lambda x: x.row_lengths(), output_shape=())(inputs)
+    (found,) = batches(K.Model(inputs, lengths), data)
+    assert found.to_list() == ragged.to_list()
+    limited = Examples(K.Model(inputs, lengths), data, 8)
+    assert sum(count for _, count in limited) == 8
+    padded = K.Sequential([K.Input((None, 3)), K.layers.Dense(2)])  # as Keras 3 does
+    np.testing.assert_array_equal(batches(padded, ragged)[0], ragged.to_tensor())
+
+
+@pytest.mark.parametrize("inputs", ["dict", "list", "one"])
+def test_dicts_may_hold_more_than_the_inputs(keras_module, inputs):
+    K = keras_module
+    a, b = K.Input((4,), name="a"), K.Input((3,), name="b")
+    both = K.layers.Concatenate()([a, b])
+    net = {"dict": K.Model({"a": a, "b": b}, both), "list": K.Model([a, b], both)}.get(
+        inputs, K.Model(a, K.layers.Dense(2)(a))
+    )
+    x = {"a": np.ones((9, 4)), "b": np.zeros((9, 3)), "id": np.array(["no number"] * 9)}
+    for data in (x, (x, np.zeros(9)), tf.data.Dataset.from_tensor_slices(x).batch(9)):
+        (found,) = batches(net, data)
+        used = [tensor.shape for tensor in tf.nest.flatten(found)]
+        assert used == ([(9, 4)] if inputs == "one" else [(9, 4), (9, 3)])
+    if inputs != "one":
+        with pytest.raises(ValueError, match=r"for 2 inputs\. Received: 1, \['a'\]"):
+            batches(net, {"a": x["a"]})
+
+
+def test_examples_of_several_lengths_in_a_list_are_refused(keras_module):
+    K = keras_module
+    net = K.Sequential([K.Input((None, 3)), K.layers.Dense(2)])
+    with pytest.raises(ValueError, match="Expected `calibration_data` of one shape"):
+        batches(net, [np.zeros((length, 3)) for length in (2, 3, 2, 3, 2, 3, 2, 3)])
+
+
+def test_batches_without_examples_are_passed_over(keras_module):
+    K = keras_module
+    net = K.Sequential([K.Input((3,)), K.layers.Dense(2)])
+    empty, full = np.zeros((0, 3)), np.ones((9, 3))
+    (found,) = batches(net, [empty, full, empty])
+    np.testing.assert_array_equal(found, full)
+    with pytest.raises(ValueError, match="at least 8 examples"):
+        batches(net, [empty, empty])

@@ -17,11 +17,14 @@ import zoo
 
 import keras_alds
 from keras_alds import litert
+from keras_alds._backend.layers import called_function
 from keras_alds.litert.runs import Runner
 
 pytest.importorskip("ai_edge_litert")
 tf_keras = pytest.importorskip("tf_keras")
 pytest.importorskip("tensorflow_model_optimization")
+
+from keras_alds.tfmot.operations import arithmetic_as_layers  # noqa: E402 - needs tf_keras
 
 aware = keras_alds.tfmot.quantize_aware_training
 
@@ -407,3 +410,50 @@ def test_digits_at_half_the_parameters(monkeypatch: pytest.MonkeyPatch):
     # Ten seeds: at worst 0.2 points below the original, and level with `after`.
     assert accuracies[2] >= accuracies[0] - 0.015
     assert accuracies[2] >= accuracies[1] - 0.01
+
+
+def hard_swish_by_operators(K: ModuleType, x: Any) -> Any:
+    gate = K.layers.ReLU(6.0)(x + 3.0) * (1.0 / 6.0)  # as MobileNetV3 of tf_keras has it
+    return K.layers.Multiply()([x, gate])
+
+
+def test_arithmetic_between_layers(keras_module: ModuleType):
+    K = keras_module
+    L = K.layers
+    inputs = K.Input((8, 8, 3))
+    x = L.Rescaling(1 / 2, -1.0)(inputs)
+    x = hard_swish_by_operators(K, L.BatchNormalization()(L.Conv2D(16, 3, use_bias=False)(x)))
+    x = L.Conv2D(16, 3)(x)
+    x = L.Activation("hard_silu")(x) if K is keras else hard_swish_by_operators(K, x)
+    x = L.Maximum()([x, L.Subtract()([x - 1.0, x])])
+    model = compiled(K.Model(inputs, L.Dense(4)(L.Flatten()(x))), K)
+    x = np.random.default_rng(0).uniform(0, 4, (32, 8, 8, 3)).astype("float32")
+    expected = model.predict(x, verbose=0)
+    y = expected.argmax(axis=1)
+    rate = tf_keras.optimizers.SGD(1e-6)
+    quantized, content = aware(model, x, y, optimizer=rate, validation_data=(x, y), verbose=0)
+    names = {step.name for step in litert.read_file(content).operators}
+    assert {"MUL", "ADD", "MAXIMUM"} <= names
+    for step in litert.read_file(content).operators:
+        if step.name not in ("QUANTIZE", "DEQUANTIZE"):
+            assert {tensor.dtype for tensor in step.outputs} == {"int8"}
+    spread = expected.max() - expected.min()
+    assert np.abs(Runner(content).predict(x) - expected).mean() < 0.05 * spread
+    assert np.abs(quantized.predict(x, verbose=0) - expected).mean() < 0.05 * spread
+
+
+def test_layers_of_operators_have_a_symbol():
+    """The name of the function that tf_keras calls. Without it operators stay, and TF-MOT fails."""
+    inputs = tf_keras.Input((3,))
+    model = tf_keras.Model(inputs, [inputs + 3.0, inputs * inputs, 1.0 - inputs, inputs / 2.0])
+    found = [called_function(layer) for layer in model.layers]
+    assert found[0] is None
+    assert sorted(found[1:]) == [
+        *("__operators__.add", "math.multiply", "math.subtract", "math.truediv")
+    ]
+    new = arithmetic_as_layers(model)
+    kinds = sorted(type(layer).__name__ for layer in new.layers[1:])
+    assert kinds == ["Multiply", "Rescaling", "Rescaling", "Rescaling"]
+    x = np.random.default_rng(0).standard_normal((5, 3)).astype("float32")
+    for ours, theirs in zip(new(x), model(x), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
