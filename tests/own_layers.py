@@ -39,6 +39,17 @@ def own_classes(K: ModuleType) -> dict[str, type]:
         def call(self, x):
             return self.b(self.a(x))
 
+    class Named(InInit):
+        def make(self):
+            self.a, self.b = L.Dense(self.n, "relu", name="a"), L.Dense(self.n, name="b")
+
+    class SameNames(Own):
+        def make(self):
+            self.first, self.second = Named(self.n, name="first"), Named(self.n, name="second")
+
+        def call(self, x):
+            return self.second(self.first(x))
+
     class InBuild(Own):
         def build(self, shape):
             InInit.make(self)
@@ -209,7 +220,7 @@ def own_classes(K: ModuleType) -> dict[str, type]:
 INSIDE = (
     *("InInit", "InBuild", "BuiltInBuild", "InList", "InLists", "InDict", "InSequential"),
     *("InFunctional", "InOwn", "InOwnInBuild", "Shared", "Frozen", "StockHolders", "InConfig"),
-    *("NoConfig", "Subclassed", "OwnFunctional"),
+    *("SameNames", "NoConfig", "Subclassed", "OwnFunctional"),
 )
 #: What tf_keras does not save, compressed or not: layers in nested lists, and in h5 files layers
 #: whose `build` is called by code, or that are made by code from the config.

@@ -259,10 +259,12 @@ class Keras3Layers(Layers):
     _bound = ("build", "quantize")
 
     def name_scope(self, layer: Layer) -> contextlib.AbstractContextManager[Any]:
+        # Where its weights are: h5 files need the names to differ within a layer of the user's own.
+        scope = getattr(layer, "scope", None) or layer.path or ""
         scopes = contextlib.ExitStack()
-        path = getattr(layer, "scope", None) or layer.path or ""
-        for name in path.split("/")[:-1]:  # the last is the layer's own
-            scopes.enter_context(keras.name_scope(name))
+        for depth, name in enumerate(scope.split("/")[:-1]):  # the last is the layer's own
+            outside = {"override_parent": ""} if depth == 0 else {}
+            scopes.enter_context(keras.name_scope(name, **outside))
         return scopes
 
     def copy_trainable(self, old: Variable, new: Variable) -> None:
@@ -329,7 +331,10 @@ class TfKerasLayers(Layers):
                 layer._jit_compiled_convolution_op = layer.convolution_op
 
     def name_scope(self, layer: Layer) -> contextlib.AbstractContextManager[Any]:
-        return tf.name_scope(getattr(layer, "scope", layer.name))
+        if hasattr(layer, "scope"):
+            return tf.name_scope(layer.scope)
+        scope = next((v.name.rpartition("/")[0] for v in self.own_variables(layer)), "")
+        return tf.name_scope(f"{scope}/" if scope else layer.name)
 
     def renew_bidirectional(self, layer: Layer) -> Undo:
         # It saves the config of the given layer, and creates both of its layers from that.

@@ -17,7 +17,7 @@ from keras_alds.kinds.holders import KEY, WithFactorizedLayers, layers_in
 def factorized_in(K, name):
     """A layer of `own_classes` in which layers are factorized."""
     model = model_of(K, name)
-    apply_plan(model, select(model, 0.3, method="svd"))
+    apply_plan(model, select(model, 0.5, method="svd"))
     return model.layers[-1]
 
 
@@ -69,6 +69,13 @@ def test_variables_are_named_as_where_stock_layers_are_built(keras_module):
     again(np.zeros((2, WIDTH), "float32"))
     encoder = again.head.encoder
     assert getattr(encoder, "path", encoder.name).startswith(f"again/{again.head.name}/encoder")
+
+
+def test_names_of_variables_differ_where_names_of_layers_do_not(keras_module):
+    layer = factorized_in(keras_module, "SameNames")
+    names = [getattr(weight, "path", weight.name) for weight in layer.weights]
+    assert sum("encoder" in name for name in names) == 4
+    assert len(names) == len(set(names))
 
 
 def test_a_class_that_has_changed_is_refused(keras_module):
