@@ -124,7 +124,7 @@ def _change(inventory: Inventory, made: Sequence[Replacement], *, stacklevel: in
             warnings.warn(
                 f"The kernel of layer '{layer.name}' is also a weight of the layer "
                 f"'{holder.name}' outside of the model, which goes on with the dense kernel: they "
-                f"are not tied any more. exclude=['{layer.name}'] keeps them tied.",
+                f"are not tied any more. Pass exclude=['{layer.name}'] to keep them tied.",
                 stacklevel=stacklevel + 1,
             )
         for layer, kernel in kernels.items():
