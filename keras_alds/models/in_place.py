@@ -174,7 +174,7 @@ class Surgery:
             warnings.warn(
                 f"The kernel of layer '{layer.name}' is also a weight of the layer "
                 f"'{holder.name}' outside of the model, which goes on with the dense kernel: they "
-                f"are not tied any more. exclude=['{layer.name}'] keeps them tied.",
+                f"are not tied any more. Pass exclude=['{layer.name}'] to keep them tied.",
                 stacklevel=stacklevel + 1,
             )
         self.undo += [empty(v) for e in exchanges if e.layer not in tied for v in e.old]
