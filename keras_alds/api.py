@@ -247,10 +247,10 @@ def _compressed(
         warnings.warn(
             f"The model '{model.name}' is {met}: a copy is returned.", stacklevel=stacklevel + 1
         )
-        return _copy(model)
+        return _copy(model, stacklevel=stacklevel + 1)
     if not to_recompose(inventory, request):
         chosen = make_choice(model, request, data, sequential, stacklevel=stacklevel + 1)
-        copy = _copy(model)
+        copy = _copy(model, stacklevel=stacklevel + 1)
         changed = chosen.inventory.of_copy(copy)
         # Statistics collected here are not used again.
         last = chosen.calibration is not data
@@ -263,7 +263,7 @@ def _compressed(
             stacklevel=stacklevel + 1,
         )
     else:
-        copy = _copy(model)
+        copy = _copy(model, stacklevel=stacklevel + 1)
         inventory = inspected(copy, request)
         with recomposed(inventory, to_recompose(inventory, request), keep=True):
             chosen = make_choice(copy, request, data, sequential, stacklevel=stacklevel + 1)
@@ -356,10 +356,10 @@ def _warn_of_frozen(chosen: Chosen, *, stacklevel: int) -> None:
         )
 
 
-def _copy(model: Any) -> Any:
+def _copy(model: Any, *, stacklevel: int) -> Any:
     backend = backend_of(model)
     with backend.creation_scope(model):
-        return backend.copy_model(model)
+        return backend.copy_model(model, stacklevel=stacklevel + 1)
 
 
 def selection_of(

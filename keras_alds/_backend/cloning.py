@@ -29,7 +29,7 @@ from keras_alds._backend.training import Training, has_optimizer_map, is_multi_o
 class Cloning(Graphs, Training):
     """Copies of models: the code that Keras 3 and tf_keras share."""
 
-    def copy_model(self, model: Model) -> Model:
+    def copy_model(self, model: Model, *, stacklevel: int = 1) -> Model:
         """A new model of the same class, architecture, weights and compile state.
 
         Functional and Sequential models are cloned layer by layer, nested models included.
@@ -72,7 +72,8 @@ class Cloning(Graphs, Training):
         # Setting `trainable` also sets it for all layers inside, so outer layers come first.
         for old, new in sorted(layers, key=lambda pair: -len(self._flatten(pair[0]))):
             self._copy_layer_state(old, new)
-        self.copy_compile_state(model, copy, zip(model.weights, copy.weights, strict=True))
+        pairs = zip(model.weights, copy.weights, strict=True)
+        self.copy_compile_state(model, copy, pairs, stacklevel=stacklevel + 1)
         return copy
 
     def _copy_layer_state(self, old: Layer, new: Layer) -> None:
@@ -117,7 +118,9 @@ class Cloning(Graphs, Training):
             ) from error
         return copy
 
-    def copy_compile_state(self, model: Model, copy: Model, pairs: Pairs) -> None:
+    def copy_compile_state(
+        self, model: Model, copy: Model, pairs: Pairs, *, stacklevel: int = 1
+    ) -> None:
         """Compiles `copy` like `model`, with a new optimizer, if `model` is compiled.
 
         Args:
@@ -136,7 +139,7 @@ class Cloning(Graphs, Training):
                 warnings.warn(
                     f"{type(model).__name__} overrides `compile()`, and its compile state could "
                     f"not be copied ({error}): call `compile()` on the new model.",
-                    stacklevel=4,
+                    stacklevel=stacklevel + 1,
                 )
             return
         arguments = self.compile_arguments(model)

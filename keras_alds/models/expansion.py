@@ -88,7 +88,7 @@ def expand(model: KerasModel, *, fold_batch_norm: bool = False) -> KerasModel:
     wrappers.check_stripped(model, "expand")
     rebuilder = _Expander(backend, model, fold_batch_norm)
     new = rebuilder.rebuild(model)
-    backend.copy_compile_state(model, new, rebuilder.pairs())
+    backend.copy_compile_state(model, new, rebuilder.pairs(), stacklevel=2)
     return new
 
 

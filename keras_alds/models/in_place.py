@@ -177,7 +177,10 @@ class Surgery:
                 f"are not tied any more. Pass exclude=['{layer.name}'] to keep them tied.",
                 stacklevel=stacklevel + 1,
             )
-        self.undo += [empty(v) for e in exchanges if e.layer not in tied for v in e.old]
+        for e in exchanges:  # one by one, so that a failure can undo the earlier ones
+            if e.layer not in tied:
+                for variable in e.old:
+                    self.undo.append(empty(variable))
 
     def revert(self) -> None:
         """Undoes all steps."""

@@ -312,7 +312,7 @@ def _dense_row(
     if retrain is not None:
         backend = _backend.backend_of(model)
         with backend.creation_scope(model):
-            copy = backend.copy_model(model)
+            copy = backend.copy_model(model, stacklevel=3)
         retrain(copy)
         retrained = _scored(evaluate, copy)
     return SweepRow(DENSE, 0.0, 0.0, count_params(model), score, retrained, None)

@@ -147,7 +147,7 @@ def _wrapped(
         )
     backend = check_symbolic(model, name)
     wrappers.check_stripped(model, name)
-    copy = backend.copy_model(model)
+    copy = backend.copy_model(model, stacklevel=3)
     inventory = Inventory.of(copy, check_exclude(exclude))
     inventory.warn_of_unmatched(stacklevel=3)
     excluded = {record.layer for record in inventory.records if record.excluded}
