@@ -128,6 +128,7 @@ class Cloning(Graphs, Training):
             copy: A copy of it, possibly with other layers.
             pairs: Pairs of weights of `model` and `copy`, for optimizer settings of single
                 weights.
+            stacklevel: The frame that a warning names; 1 is the caller of this function.
         """
         if not self.is_compiled(model):
             return

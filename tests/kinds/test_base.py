@@ -110,9 +110,7 @@ def test_a_kind_is_one_registration(made_up):
 
 def test_an_unknown_kind_is_left_alone():
     model = projecting()
-    with pytest.raises(
-        ValueError, match="'first' and 1 more .*: Projection has no factorized form"
-    ):
+    with pytest.raises(ValueError, match=r"'first' and 1 more.*Projection has no"):
         select(model, 0.4)
     assert count_macs(model) == 0
 
