@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
@@ -58,6 +59,10 @@ def pruning_mask(wrapper: Layer, weight: Variable) -> tuple[Any, Any]:
     `conditional_mask_update` would assign them only at the schedule's next update.
     """
     return wrapper.pruning_obj._maybe_update_block_mask(weight)
+
+
+#: Layers whose state others have got, as long as they are alive.
+_spent: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class Layers:
@@ -167,7 +172,13 @@ class Layers:
         state.update(self._losses_of(old, new))
 
         become(old, type(new), state)
+        if new.built:
+            _spent.add(new)
         return lambda: become(old, before_class, before)
+
+    def is_spent(self, layer: Layer) -> bool:
+        """Whether another layer has got the state of `layer` by `transplant`."""
+        return layer in _spent
 
     def _unbound(self, layer: Layer) -> dict[str, Any]:
         """The attributes of a layer that another object may have too."""

@@ -60,7 +60,7 @@ class Holders:
         """What is alive now, of the Keras that `model` belongs to."""
         layer, optimizers = backend.keras.layers.Layer, backend.optimizer_classes()
         found = live(layer, *optimizers, _FUNCTION, _CONCRETE)
-        layers = [model, *(item for item in found if isinstance(item, layer))]
+        layers = [model, *(i for i in found if isinstance(i, layer) and not backend.is_spent(i))]
         return cls(
             {layer: variables_of(layer) for layer in layers},
             [item for item in found if isinstance(item, optimizers) and _is_whole(backend, item)],

@@ -153,11 +153,13 @@ class Surgery:
 
     Attributes:
         backend: The model's backend.
-        alive: What may hold the layers, as it was before the change.
+        inside: All layers of the model, as it was before the change.
+        alive: What may hold the layers, also then.
         undo: Functions that undo the steps so far, the first step first.
     """
 
     backend: _backend.Backend
+    inside: set[Any]
     alive: Holders
     undo: list[Callable[[], None]]
 
@@ -169,7 +171,7 @@ class Surgery:
         gone = [variable for e in exchanges for variable in e.old]
         slots = carry_optimizers(self.backend, self.alive, exchanges, self.undo)
         self.alive.forget_graphs([*gone, *slots], self.undo)
-        tied = _tied(self.backend, self.alive, exchanges)
+        tied = self._tied(exchanges)
         for layer, holder in tied.items():
             warnings.warn(
                 f"The kernel of layer '{layer.name}' is also a weight of the layer "
@@ -181,6 +183,20 @@ class Surgery:
             if e.layer not in tied:
                 for variable in e.old:
                     self.undo.append(empty(variable))
+
+    def _tied(self, exchanges: Sequence[Exchange]) -> dict[Any, Any]:
+        """The changed layers whose old variable is still a weight of a layer outside the model.
+
+        With that layer.
+        """
+        layers = {id(variable): e.layer for e in exchanges for variable in e.old}
+        found: dict[Any, Any] = {}
+        old = [variable for e in exchanges for variable in e.old]
+        for holder in self.alive.holding(old, but=self.inside):
+            for variable in self.backend.own_variables(holder):
+                if id(variable) in layers:
+                    found[layers[id(variable)]] = holder
+        return found
 
     def revert(self) -> None:
         """Undoes all steps."""
@@ -203,26 +219,14 @@ def surgery(
     # The one that trains them first: its order of variables is that of its optimizer.
     first = inventory.model if trainer is None else trainer
     alive = Holders.of(backend, first) if carries else Holders({}, [], [])
-    operation = Surgery(backend, alive, [])
+    inside = {layer for _, layer in inventory.layers} | {r.layer for r in inventory.records}
+    operation = Surgery(backend, inside, alive, [])
     try:
         with backend.creation_scope(first):
             yield operation
     except BaseException:
         operation.revert()
         raise
-
-
-def _tied(
-    backend: _backend.Backend, alive: Holders, exchanges: Sequence[Exchange]
-) -> dict[Any, Any]:
-    """The changed layers whose old variable is still a weight of another layer, and that layer."""
-    layers = {id(variable): e.layer for e in exchanges for variable in e.old}
-    found: dict[Any, Any] = {}
-    for holder in alive.holding([variable for e in exchanges for variable in e.old]):
-        for variable in backend.own_variables(holder):
-            if id(variable) in layers:
-                found[layers[id(variable)]] = holder
-    return found
 
 
 # -- Factors ---------------------------------------------------------------------------------------

@@ -178,9 +178,13 @@ class TestLifeAfterTheCompression:
         with pytest.raises(ValueError, match=r"'inown' of type InOwn, which calls them in Python"):
             expand(small)
 
-    def test_a_second_compression_is_refused(self, small):
-        with pytest.raises(ValueError, match="not compressed yet"):
-            apply_plan(small, select(small, 0.1))
+    def test_a_second_compression_that_is_saved(self, keras_module, small, tmp_path):
+        before = small.count_params()
+        plan = select(small, 0.45)
+        apply_plan(small, plan)
+        assert small.count_params() == plan.params_after < before
+        small.save(tmp_path / "smaller.keras")
+        assert_same(keras_module.models.load_model(tmp_path / "smaller.keras"), small)
 
 
 class TestWhatCannotBeLoaded:
