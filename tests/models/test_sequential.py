@@ -270,8 +270,8 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("sequential", "data", "message"),
         [
-            (True, None, "Expected examples as `calibration_data`.*calibration_data=None"),
-            (True, "stats", "Expected examples as `calibration_data`.*<CalibrationStats of"),
+            (True, None, "Expected examples as `calibration_data`.*of type NoneType"),
+            (True, "stats", "Expected examples as `calibration_data`.*of type CalibrationStats"),
             ("yes", X, "Expected `sequential` to be True, False or None. Received: .*'yes'"),
             (1, X, "Expected `sequential` to be True, False or None. Received: sequential=1"),
         ],
