@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import importlib.util
 import os
@@ -30,13 +29,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("data") or "data_dir" in getattr(item, "fixturenames", ()):
             item.add_marker(skip)
-
-
-def pytest_collection_finish() -> None:
-    """Spares the garbage collector what stays: TensorFlow and Keras are millions of objects."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000)
 
 
 @pytest.fixture(scope="session")

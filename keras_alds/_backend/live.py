@@ -35,6 +35,7 @@ def live(*kinds: type) -> list[Any]:
         objects = gc.get_objects()
     finally:
         if frozen:
+            gc.collect()  # garbage that is frozen would stay for good
             gc.freeze()
     # `isinstance` would run the code of proxies and of modules that load when they are used.
     found = {cls for cls in set(map(type, objects)) if issubclass(cls, kinds)}
