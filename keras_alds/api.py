@@ -259,6 +259,7 @@ def _compressed(
             chosen.plan,
             chosen.calibration,
             sequential,
+            fresh=True,
             last=last,
             stacklevel=stacklevel + 1,
         )

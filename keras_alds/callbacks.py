@@ -38,7 +38,7 @@ from keras_alds.options import (
     takes_options,
 )
 from keras_alds.plan import CompressionPlan
-from keras_alds.resources import removed_fraction
+from keras_alds.resources import RESOURCES, removed_fraction
 from keras_alds.tables import counted
 
 if TYPE_CHECKING:
@@ -217,12 +217,14 @@ class ALDSCompress(_backend.Callback):
         if self._calibration_data is not None or self._needs_forward:
             self._check_forward()
         if has_weights(self._part):
-            self._params_before = dense_params(self._part)
-            if not self._is_met():
-                self._check()
-                if self._calibration_data is not None and self._part is self.model:
-                    x, _ = backend.calling_fit(self.model)
-                    warn_of_other_inputs(self.model, self._calibration_data, x, stacklevel=2)
+            self._params_before = self._dense_params()
+            with alone(self.model):
+                met = self._is_met()
+                if not met:
+                    self._check()
+            if not met and self._calibration_data is not None and self._part is self.model:
+                x, _ = backend.calling_fit(self.model)
+                warn_of_other_inputs(self.model, self._calibration_data, x, stacklevel=2)
         if self._needs_data and self._calibration_data is None and not self._done:
             self._training_inputs()
 
@@ -230,14 +232,18 @@ class ALDSCompress(_backend.Callback):
         """Compresses the model before epoch `at_epoch`."""
         resumed = not self._started and epoch > self.at_epoch
         self._started = True
-        if self._done or epoch < self.at_epoch or self._is_met():
+        if self._done or epoch < self.at_epoch:
             return
+        with alone(self.model):
+            if self._is_met():
+                return
         if resumed and self._measured and self._factorized_layers():
             self._done = True
             self._say(f"epoch {epoch}: {self._named}already compressed, training on")
             return
         if not self._checked:  # the model had no weights when training began
-            self._check()
+            with alone(self.model):
+                self._check()
         self._compress(epoch)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -272,7 +278,7 @@ class ALDSCompress(_backend.Callback):
         start = time.perf_counter()
         check_model(self._part)
         if self._params_before is None:
-            self._params_before = dense_params(self._part)
+            self._params_before = self._dense_params()
         before = count_params(self._part)
         with alone(self.model):
             chosen = self._change()
@@ -320,7 +326,7 @@ class ALDSCompress(_backend.Callback):
 
     def _is_met(self) -> bool:
         """Whether the model is compressed already as asked; says so once."""
-        met = already(inspected(self._part, self._source), self._source)
+        met = already(inspected(self._part, self._source), self._source, strict=False)
         if met is not None:
             self._done = True
             self._say(f"{self._named}{met}, training on")
@@ -348,7 +354,7 @@ class ALDSCompress(_backend.Callback):
             "Expected `submodel` or `exclude` to say what to compress of a model with frozen "
             f"parts, whose factors would not be trained. Received: {found}. Pass the path of the "
             "model to compress as `submodel`, exclude the frozen part (it still counts in `cr`), "
-            "or pass submodel=model to compress all of it."
+            "or pass the model that is trained as `submodel` to compress all of it."
         )
 
     def _check_forward(self) -> None:
@@ -390,7 +396,9 @@ class ALDSCompress(_backend.Callback):
     @property
     def _measured(self) -> bool:
         """Whether it cannot be counted how far a compressed model is compressed."""
-        return isinstance(self._source, Options) and "latency" in self._source.limits
+        return isinstance(self._source, Options) and any(
+            RESOURCES[name].measured for name in self._source.limits
+        )
 
     @property
     def _part_name(self) -> str:
@@ -401,6 +409,11 @@ class ALDSCompress(_backend.Callback):
     def _named(self) -> str:
         """The beginning of messages about a submodel."""
         return "" if self._part is self.model else f"{self._part_name}: "
+
+    def _dense_params(self) -> int:
+        """The parameters that `cr` counts against; layers that are factorized by design stay."""
+        excluded = [r.layer for r in inspected(self._part, self._source).factorized if r.excluded]
+        return dense_params(self._part, excluded)
 
     def _cr(self) -> float:
         before = self._params_before

@@ -29,13 +29,13 @@ def live(*kinds: type) -> list[Any]:
     A process that has imported TensorFlow holds about 400,000 objects. This takes 0.1 to 0.2 s.
     """
     frozen = gc.get_freeze_count()
-    if frozen:
-        gc.unfreeze()  # `get_objects` leaves frozen objects out
+    if frozen:  # `get_objects` leaves frozen objects out
+        gc.unfreeze()
+        gc.collect()  # garbage that is frozen again would stay for good
     try:
         objects = gc.get_objects()
     finally:
         if frozen:
-            gc.collect()  # garbage that is frozen would stay for good
             gc.freeze()
     # `isinstance` would run the code of proxies and of modules that load when they are used.
     found = {cls for cls in set(map(type, objects)) if issubclass(cls, kinds)}
@@ -67,6 +67,13 @@ class Holders:
             [item for item in found if isinstance(item, optimizers) and _is_whole(backend, item)],
             [item for item in found if isinstance(item, (_FUNCTION, _CONCRETE))],
         )
+
+    @classmethod
+    def inside(cls, backend: _backend.Backend, model: Model) -> Holders:
+        """The layers and optimizers of a model that was just made, and every live function."""
+        layers = dict.fromkeys([model, *model._flatten_layers(include_self=False)])
+        found = {layer: variables_of(layer) for layer in layers}
+        return cls(found, backend.optimizers(model), live(_FUNCTION, _CONCRETE))
 
     def holding(self, variables: Iterable[Variable], but: Collection[Layer] = ()) -> list[Layer]:
         """The layers that held one of some variables, each before those that hold it.
@@ -152,8 +159,8 @@ def _refuse(function: Any) -> Undo:
     def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(
             "Expected a concrete function of the model as it is now. Received: "
-            f"'{self.name.decode()}', whose graph computes with dense kernels that were replaced "
-            "by factors since. Call `get_concrete_function` of its `tf.function` again."
+            f"'{self.name.decode()}', whose graph computes with weights that a compression has "
+            "replaced since. Call `get_concrete_function` of its `tf.function` again."
         )
 
     function.__class__ = type("Stale", (kind,), {"__call__": refuse})

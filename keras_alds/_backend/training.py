@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import os
 import tempfile
@@ -237,7 +238,7 @@ class Training(Layers):
         """
         if not isinstance(callback, self.keras.callbacks.ProgbarLogger):
             return
-        show = callback.on_epoch_end
+        show = functools.partial(type(callback).on_epoch_end, callback)  # not an earlier `fit`'s
 
         def on_epoch_end(epoch: int, logs: dict[str, Any] | None = None) -> None:
             left_out = names if hidden() else ()

@@ -307,10 +307,10 @@ def count_params(model: Any, pruning: Sequence[Any] | None = None) -> int:
     return sum(size for key, size in counted.items() if key not in masks)
 
 
-def dense_params(model: Any) -> int:
-    """Parameters of a model with dense kernels in place of factors."""
+def dense_params(model: Any, kept: Sequence[Any] = ()) -> int:
+    """Parameters of a model with dense kernels in place of factors, except in the layers `kept`."""
     layers, pruning = scan(model)
-    factorized = [layer for _, layer in layers if is_factorized(layer)]
+    factorized = [layer for _, layer in layers if is_factorized(layer) and layer not in kept]
     more = sum(math.prod(layer.kernel_shape) - factor_weights(layer) for layer in factorized)
     return count_params(model, pruning) + more
 

@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 
 from keras_alds._backend.layers import Undo
+from keras_alds._backend.live import Holders, empty
 from keras_alds.kinds.base import factorized_kind, is_factorized, stock_kind
 from keras_alds.models.in_place import surgery
-from keras_alds.models.inventory import Inventory, LayerRecord, already_compressed, count_params
+from keras_alds.models.inventory import Inventory, LayerRecord, count_params, dense_params
 from keras_alds.models.matching import is_applied
 from keras_alds.models.optimizer import Exchange, Factors, gathered
 from keras_alds.models.resources import Macs
 from keras_alds.options import Options
 from keras_alds.plan import CompressionPlan, Skip
-from keras_alds.resources import removed_fraction
+from keras_alds.resources import RESOURCES, removed_fraction
 
 #: What a compression is asked to reach.
 Request = Options | CompressionPlan
@@ -42,14 +43,20 @@ def to_recompose(inventory: Inventory, request: Request) -> list[LayerRecord]:
     return [r for r, choice in pairs if is_factorized(r.layer) and choice.reason_code != kept]
 
 
-def already(inventory: Inventory, request: Request) -> str | None:
+def already(inventory: Inventory, request: Request, *, strict: bool = True) -> str | None:
     """What is true of a model that meets a request already; None of one to compress.
 
     Fractions count against the model with dense kernels in place of all factors. A model never
     counts as meeting a limit of latency, as its dense form is not measured.
 
+    Args:
+        inventory: The model.
+        request: What is asked for.
+        strict: Whether another plan that keeps as many parameters as the model has, or more, is an
+            error.
+
     Raises:
-        ValueError: If a plan keeps more parameters than the model has left.
+        ValueError: If a plan keeps more parameters than the model has left, and `strict` is True.
     """
     records = to_recompose(inventory, request)
     if not records:
@@ -57,15 +64,24 @@ def already(inventory: Inventory, request: Request) -> str | None:
     if isinstance(request, CompressionPlan):
         if is_applied(inventory, request):
             return f"already compressed to cr={request.cr:.2f} by this plan"
-        if request.params_after >= inventory.params:
-            raise already_compressed(records)
-        return None
-    if "latency" in request.limits:
+        if request.params_after < inventory.params:
+            return None
+        if not strict:
+            return "already compressed as far as by this plan, or further"
+        raise ValueError(
+            "Expected a plan that removes more than the model has lost already. Received: a plan "
+            f"that keeps {request.params_after:,} parameters, for the model "
+            f"'{inventory.model.name}' of {inventory.params:,}. Apply it to the original model."
+        )
+    if any(RESOURCES[name].measured for name in request.limits):
         return None
     after = {name: _total(inventory, name) for name in request.limits}
-    with recomposed(inventory, records):
-        dense = Inventory.of(inventory.model)
-        before = {name: _total(dense, name) for name in request.limits}
+    kept = [r.layer for r in inventory.factorized if r not in records]
+    before = {"params": dense_params(inventory.model, kept)}
+    if before.keys() < request.limits.keys() | before.keys():
+        with recomposed(inventory, records):
+            dense = Inventory.of(inventory.model)
+            before |= {name: _total(dense, name) for name in request.limits.keys() - before.keys()}
     reached = {name: removed_fraction(before[name], after[name]) for name in request.limits}
     if any(reached[name] < limit for name, limit in request.limits.items()):
         return None
@@ -76,9 +92,11 @@ def already(inventory: Inventory, request: Request) -> str | None:
 
 
 def _total(inventory: Inventory, resource: str) -> int:
-    if resource == "params":
-        return count_params(inventory.model, inventory.pruning)
-    return Macs(inventory).total
+    counts = {
+        "params": lambda: count_params(inventory.model, inventory.pruning),
+        "macs": lambda: Macs(inventory).total,
+    }
+    return counts[resource]()
 
 
 @contextlib.contextmanager
@@ -109,13 +127,23 @@ def recomposed(
         yield
         return
     _check_pruning(inventory, records)
-    with surgery(inventory, trainer, carries=keep) as operation:
+    nobody = None if keep else Holders({}, [], [])  # no need to know
+    with surgery(inventory, trainer, nobody) as operation:
         exchanges = _recompose(inventory, records, operation.undo)
+        made = [variable for e in exchanges for variable in e.new]
+        operation.undo.insert(0, lambda: _forget(inventory, made))  # the last step of the undo
         if keep:
             operation.carry(exchanges)
         yield
         if not keep:
             operation.revert()
+
+
+def _forget(inventory: Inventory, kernels: Sequence[Any]) -> None:
+    """Drops graphs that were traced while the layers were dense, such as that of `predict`."""
+    Holders.of(inventory.backend, inventory.model).forget_graphs(list(kernels), [])
+    for kernel in kernels:
+        empty(kernel)
 
 
 def _recompose(
