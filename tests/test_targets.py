@@ -96,9 +96,10 @@ def test_targets_are_records():
     with pytest.raises(TypeError):
         TARGETS["mine"] = TARGETS["litert"]
     assert get_target(None) is None
+    assert get_target("tflite") is get_target("litert")
 
 
-@pytest.mark.parametrize("name", ["LiteRT", "tflite", "", 3, ["litert"], {}])
+@pytest.mark.parametrize("name", ["LiteRT", "cpu", "", 3, ["litert"], {}])
 def test_an_unknown_target_lists_the_names(name):
     with pytest.raises(ValueError, match="'litert', 'litert-reference', 'gpu-delegate'"):
         get_target(name)
