@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import keras
 import numpy as np
 import pytest
 import zoo
 from test_callbacks import EAGER, Spy, compiled, factorized, fit, value
 
-from keras_alds import ALDSCompress, compress, select
+from keras_alds import ALDSCompress, FactorizedDense, compress, select
 
 
 def unchanged(model, callbacks, **options):
@@ -54,6 +55,18 @@ class TestTheSameAgain:
         macs = ALDSCompress(0.7, objective="macs", at_epoch=0)
         fit(model, [macs], epochs=1)
         assert macs.plan.cr >= 0.7
+
+
+def test_layers_that_are_factorized_by_design_are_no_compression():
+    K = keras
+    model = K.Sequential(
+        [K.Input((32,)), FactorizedDense(32, 1, 4), K.layers.Dense(48), K.layers.Dense(4)]
+    )
+    model.compile("sgd", "mse")
+    x, y = np.ones((8, 32), "float32"), np.ones((8, 4), "float32")
+    callback = ALDSCompress(0.3, at_epoch=1, exclude=[FactorizedDense], verbose=0)
+    logs = model.fit(x, y, epochs=2, verbose=0, callbacks=[callback]).history
+    assert logs["alds_cr"] == [0, callback.plan.cr]
 
 
 class TestFurther:

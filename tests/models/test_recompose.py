@@ -10,6 +10,7 @@ import zoo
 from keras_alds import apply_plan, compress, select
 from keras_alds._backend import backend_of
 from keras_alds.layers import FactorizedConv2DTranspose, FactorizedDense
+from keras_alds.models.in_place import surgery
 from keras_alds.models.inventory import Inventory, count_params, walk
 from keras_alds.models.optimizer import Factors, carried, gathered
 from keras_alds.models.recompose import recomposed
@@ -107,6 +108,38 @@ class TestLayers:
         assert classes(compressed) == before
         for a, b in zip(weights, compressed.get_weights(), strict=True):
             np.testing.assert_array_equal(a, b)
+
+    def test_graphs_of_the_dense_layers_do_not_stay(self, small):
+        model = compress(small, 0.4)
+        x = zoo.examples(model)
+        inventory = Inventory.of(model)
+        with recomposed(inventory, inventory.factorized):
+            model.predict(x, verbose=0)  # as a generator of calibration data may do
+        for _, layer in walk(model):
+            if hasattr(layer, "decoder"):
+                layer.decoder.assign(2 * value(layer.decoder))
+        found = model.predict(x, verbose=0)
+        np.testing.assert_allclose(found, value(model(x, training=False)), rtol=1e-4, atol=1e-5)
+
+    def test_a_step_of_the_undo_that_fails_stops_no_other(self, small):
+        model = compress(small, 0.4)
+        before = classes(model)
+
+        backend, layer = backend_of(model), model.get_layer("down")
+        dense = backend.keras.layers.Conv2D(24, 3, strides=2, padding="same")
+        dense.build((None, 12, 12, 16))
+
+        def fail():
+            raise KeyboardInterrupt
+
+        def operate():
+            with surgery(Inventory.of(model)) as operation:
+                operation.undo += [backend.transplant(layer, dense), fail]
+                raise ValueError
+
+        with pytest.raises(KeyboardInterrupt):
+            operate()
+        assert classes(model) == before
 
     def test_pruned_layers_are_refused(self):
         K = pytest.importorskip("tf_keras")
