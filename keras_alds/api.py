@@ -93,8 +93,8 @@ def select(
     checked = checked_options(cr, options, has_data=has_data, caller="select")
     with alone(model):
         inventory = inspected(model, checked)
-        with recomposed(inventory, to_recompose(inventory, checked)):
-            chosen = choose(model, checked, calibration_data, stacklevel=2)
+        with recomposed(inventory, to_recompose(inventory, checked)) as dense:
+            chosen = choose(dense, checked, calibration_data, stacklevel=2)
             _warn_of_frozen(chosen, stacklevel=2)
         return chosen.plan
 
@@ -232,8 +232,8 @@ def apply_plan(
         if met is not None:
             warnings.warn(f"The model '{model.name}' is {met}: it is left as it is.", stacklevel=2)
             return
-        with recomposed(inventory, to_recompose(inventory, plan), keep=True):
-            chosen = make_choice(model, plan, calibration_data, sequential, stacklevel=2)
+        with recomposed(inventory, to_recompose(inventory, plan), keep=True) as dense:
+            chosen = make_choice(dense, plan, calibration_data, sequential, stacklevel=2)
             apply(chosen.inventory, plan, chosen.calibration, sequential, stacklevel=2)
 
 
@@ -249,7 +249,7 @@ def _compressed(
         )
         return _copy(model, stacklevel=stacklevel + 1)
     if not to_recompose(inventory, request):
-        chosen = make_choice(model, request, data, sequential, stacklevel=stacklevel + 1)
+        chosen = make_choice(inventory, request, data, sequential, stacklevel=stacklevel + 1)
         copy = _copy(model, stacklevel=stacklevel + 1)
         changed = chosen.inventory.of_copy(copy)
         # Statistics collected here are not used again.
@@ -266,8 +266,8 @@ def _compressed(
     else:
         copy = _copy(model, stacklevel=stacklevel + 1)
         inventory = inspected(copy, request)
-        with recomposed(inventory, to_recompose(inventory, request), keep=True):
-            chosen = make_choice(copy, request, data, sequential, stacklevel=stacklevel + 1)
+        with recomposed(inventory, to_recompose(inventory, request), keep=True) as dense:
+            chosen = make_choice(dense, request, data, sequential, stacklevel=stacklevel + 1)
             apply(
                 chosen.inventory,
                 chosen.plan,
@@ -293,7 +293,7 @@ class Chosen:
 
 
 def make_choice(
-    model: KerasModel,
+    inventory: Inventory,
     request: Request,
     calibration_data: Any,
     sequential: bool | None,
@@ -305,9 +305,13 @@ def make_choice(
     keep = sequential is not False
     if isinstance(request, Options):
         return choose(
-            model, request, calibration_data, keep=keep, verbose=verbose, stacklevel=stacklevel + 1
+            inventory,
+            request,
+            calibration_data,
+            keep=keep,
+            verbose=verbose,
+            stacklevel=stacklevel + 1,
         )
-    inventory = Inventory.of(model)
     match(inventory, request)
     calibration = None
     if calibration_data is not None:
@@ -318,7 +322,7 @@ def make_choice(
 
 
 def choose(
-    model: KerasModel,
+    inventory: Inventory,
     options: Options,
     calibration_data: Any = None,
     *,
@@ -327,7 +331,7 @@ def choose(
     stacklevel: int = 1,
 ) -> Chosen:
     """`select` with checked options; `keep` keeps the examples for another forward pass."""
-    selection = selection_of(model, options, verbose=verbose, stacklevel=stacklevel + 1)
+    selection = selection_of(inventory, options, verbose=verbose, stacklevel=stacklevel + 1)
     inventory = selection.inventory
     wrappers.apply_masks(inventory.pruning)
     calibration = None
@@ -364,16 +368,14 @@ def _copy(model: Any, *, stacklevel: int) -> Any:
 
 
 def selection_of(
-    model: KerasModel, options: Options, *, verbose: int = 1, stacklevel: int = 1
+    inventory: Inventory, options: Options, *, verbose: int = 1, stacklevel: int = 1
 ) -> Selection:
-    """Inspects a model and sets up the selection problem, without decomposing anything.
+    """Sets up the selection problem, without decomposing anything.
 
     Raises:
         ValueError: If the model cannot be compressed, or `cr` is out of reach for any weights.
     """
-    inventory = candidates_of(
-        Inventory.of(model, options.exclude), options, stacklevel=stacklevel + 1
-    )
+    inventory = candidates_of(inventory, options, stacklevel=stacklevel + 1)
     resources = _resources(inventory, options, verbose)
     selection = Selection.of(inventory, resources, options)
     selection.warn_of_bounds(stacklevel=stacklevel + 1)

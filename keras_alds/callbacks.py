@@ -18,7 +18,6 @@ from keras_alds.methods import METHODS
 from keras_alds.models.calibration import check_data
 from keras_alds.models.in_place import apply, check_folded, check_sequential
 from keras_alds.models.inventory import (
-    Inventory,
     check_model,
     count_params,
     dense_params,
@@ -300,12 +299,12 @@ class ALDSCompress(_backend.Callback):
         """Chooses slices and ranks, and factorizes the layers."""
         inventory, trainer = inspected(self._part, self._source), self.model
         factorized = to_recompose(inventory, self._source)
-        with recomposed(inventory, factorized, keep=True, trainer=trainer):
+        with recomposed(inventory, factorized, keep=True, trainer=trainer) as dense:
             data = self._calibration_data
             if data is None and self._needs_data:
                 data = self._training_inputs()
             chosen = make_choice(
-                self._part,
+                dense,
                 self._source,
                 data,
                 self._sequential,
@@ -335,14 +334,13 @@ class ALDSCompress(_backend.Callback):
     def _check(self) -> None:
         """Raises every error of model and options that does not depend on the weights."""
         inventory = inspected(self._part, self._source)
-        with recomposed(inventory, to_recompose(inventory, self._source)):
+        with recomposed(inventory, to_recompose(inventory, self._source)) as inventory:
             if isinstance(self._source, Options):
                 selection = selection_of(
-                    self._part, self._source, verbose=self.verbose, stacklevel=4
+                    inventory, self._source, verbose=self.verbose, stacklevel=4
                 )
                 inventory, chosen = selection.inventory, selection.inventory.candidates
             else:
-                inventory = Inventory.of(self._part)
                 pairs = match(inventory, self._source)
                 chosen = tuple(record for record, choice in pairs if choice.factorized)
             if self._calibration_data is not None:

@@ -139,6 +139,7 @@ class Inventory:
         records: A record of every layer with weights.
         params: All parameters of the model, without the masks of pruning.
         unmatched: The items of `exclude` that name no layer with weights.
+        exclude: All items that name layers to skip.
     """
 
     model: Any
@@ -147,6 +148,7 @@ class Inventory:
     records: tuple[LayerRecord, ...]
     params: int
     unmatched: tuple[Any, ...] = ()
+    exclude: tuple[Any, ...] = ()
 
     @classmethod
     def of(cls, model: Any, exclude: Sequence[Any] = ()) -> Inventory:
@@ -172,7 +174,8 @@ class Inventory:
                 record = record.skip(Skip.EXCLUDED, detail)
             records.append(dataclasses.replace(record, excluded=bool(naming)))
         params = count_params(model, pruning)
-        return cls(model, layers, pruning, tuple(records), params, tuple(unmatched.values()))
+        left = tuple(unmatched.values())
+        return cls(model, layers, pruning, tuple(records), params, left, tuple(exclude))
 
     @property
     def backend(self) -> _backend.Backend:

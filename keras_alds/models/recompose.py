@@ -79,8 +79,7 @@ def already(inventory: Inventory, request: Request, *, strict: bool = True) -> s
     kept = [r.layer for r in inventory.factorized if r not in records]
     before = {"params": dense_params(inventory.model, kept)}
     if before.keys() < request.limits.keys() | before.keys():
-        with recomposed(inventory, records):
-            dense = Inventory.of(inventory.model)
+        with recomposed(inventory, records) as dense:
             before |= {name: _total(dense, name) for name in request.limits.keys() - before.keys()}
     reached = {name: removed_fraction(before[name], after[name]) for name in request.limits}
     if any(reached[name] < limit for name, limit in request.limits.items()):
@@ -106,7 +105,7 @@ def recomposed(
     *,
     keep: bool = False,
     trainer: Any | None = None,
-) -> Iterator[None]:
+) -> Iterator[Inventory]:
     """Makes factorized layers dense while inside.
 
     The layers stay the same objects, and so do biases and all other weights. If anything inside
@@ -120,11 +119,14 @@ def recomposed(
             to False: the layers are factorized again, with their own factors.
         trainer: Another model that trains these layers, or None.
 
+    Yields:
+        The inventory of the model as it is inside.
+
     Raises:
         ValueError: If TF-MOT prunes one of the layers.
     """
     if not records:
-        yield
+        yield inventory
         return
     _check_pruning(inventory, records)
     nobody = None if keep else Holders({}, [], [])  # no need to know
@@ -134,7 +136,7 @@ def recomposed(
         operation.undo.insert(0, lambda: _forget(inventory, made))  # the last step of the undo
         if keep:
             operation.carry(exchanges)
-        yield
+        yield Inventory.of(inventory.model, inventory.exclude)
         if not keep:
             operation.revert()
 
