@@ -174,8 +174,7 @@ class Layers:
         state.update(self._losses_of(old, new))
 
         become(old, type(new), state)
-        if new.built:
-            _spent.add(new)
+        _spent.add(new)
         return lambda: become(old, before_class, before)
 
     def is_spent(self, layer: Layer) -> bool:
