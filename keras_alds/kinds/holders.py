@@ -36,7 +36,8 @@ class WithFactorizedLayers(_Base):
     """What the class of every holder inherits from, before the user's own class.
 
     It makes any holder from its config. The config names the user's class, which has to be
-    registered or in `custom_objects`, as for a model that is not compressed.
+    registered or in `custom_objects`, as for a model that is not compressed. The holders of one
+    class make others of it without that.
     """
 
     _keras: ClassVar[Any] = keras
@@ -70,8 +71,12 @@ class WithFactorizedLayers(_Base):
         if KEY not in config:  # a user's code calls it with arguments of its own class
             return cls._own.from_config(config)
         arguments = {key: value for key, value in config.items() if key != KEY}
-        made = _made(cls._keras.saving, {**config[KEY], "config": arguments})
-        _put(made, config[KEY]["layers"])
+        saving, carried = cls._keras.saving, config[KEY]
+        if cls._own is not None and _named(saving, cls._own).items() <= carried.items():
+            made = cls._own.from_config(arguments)  # a copy: the class need not be registered
+        else:
+            made = _made(saving, {**carried, "config": arguments})
+        _put(made, carried["layers"])
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
