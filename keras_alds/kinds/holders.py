@@ -81,10 +81,13 @@ class WithFactorizedLayers(_Base):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # `pickle` finds the user's class by its name, but not one that is made here.
-        function, *rest = super().__reduce_ex__(protocol)
-        if getattr(function, "__self__", None) is type(self):
+        function, arguments, *rest = super().__reduce_ex__(protocol)
+        if getattr(function, "__self__", None) is type(self):  # Keras 3
             function = getattr(self._own, function.__name__)
-        return function, *rest
+        elif arguments[:1] == (type(self),):  # layers of tf_keras
+            arguments = (function, self._own, BASES[self._keras.__name__], *arguments[1:])
+            function = _with_class_of_holder
+        return function, arguments, *rest
 
 
 keras.saving.register_keras_serializable(*REGISTERED)(WithFactorizedLayers)
@@ -243,6 +246,11 @@ def _no_place(made: Any, path: str, found: str) -> ValueError:
         "Create the model in code, build it, call `apply_plan` with the saved plan, then "
         "`load_weights`."
     )
+
+
+def _with_class_of_holder(function: Callable[..., Any], own: Any, base: Any, *args: Any) -> Any:
+    """Calls a function of `pickle` that makes an object of a class."""
+    return function(_class_of_holder(own, base), *args)
 
 
 @functools.cache
