@@ -156,21 +156,24 @@ def layers_in(holder: Any) -> Iterator[tuple[str, Any]]:
         if id(value) in seen:
             return
         seen[id(value)] = value
-        if isinstance(value, dict):
-            parts = [(str(key), item) for key, item in value.items()]
-        elif isinstance(value, (list, tuple)):
-            parts = [(str(index), item) for index, item in enumerate(value)]
-        elif isinstance(value, backend.keras.layers.Layer):
+        parts: Iterable[tuple[Any, Any]]
+        if isinstance(value, layer_class):
             yield path, value
-            parts = [] if is_own(value) else backend.attributes(value)
+            parts = () if is_own(value) else backend.attributes(value)
+        elif isinstance(value, dict):
+            parts = value.items()
         else:
-            return
+            parts = enumerate(value)
         for name, item in parts:
-            yield from visit(f"{path}/{name}", item)
+            if isinstance(item, entered):  # vocabularies have millions of others
+                yield from visit(f"{path}/{name}", item)
 
     backend = _backend.backend_of(holder)
+    layer_class = backend.keras.layers.Layer
+    entered = (layer_class, dict, list, tuple)
     for name, value in backend.attributes(holder):
-        yield from visit(name, value)
+        if isinstance(value, entered):
+            yield from visit(name, value)
 
 
 def _named(saving: Any, cls: type) -> dict[str, Any]:
