@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -122,27 +124,74 @@ def adopt(layer: Any) -> Undo | None:
     return backend.reclass(layer, _class_of_holder(own, BASES[backend.name]))
 
 
+#: Why holders of a class do not load, or None: by the rest of the config and the build config, and
+#: then by the places of the factorized layers.
+_known: weakref.WeakKeyDictionary[type, dict[str, dict[frozenset[Any], str | None]]]
+_known = weakref.WeakKeyDictionary()
+
+
 def does_not_load(holder: Any) -> str | None:
-    """Why a holder cannot be made again from its config, with the factorized layers; or None."""
+    """Why a holder cannot be made again from its config, with the factorized layers; or None.
+
+    This makes it once. The answer is kept for the next holder of the same class and arguments,
+    since a user's code may do much, such as load pretrained weights.
+    """
+    if missing := _out_of_reach(holder):
+        return (
+            f"Expected an attribute, list, tuple or dict that leads to each layer. Received: "
+            f"{type(holder).__name__} holds {', '.join(missing)} in other ways, such as in a set"
+        )
+    backend = _backend.backend_of(holder)
     inside = [
         layer for layer in (holder, *below(holder)) if isinstance(layer, WithFactorizedLayers)
     ]
-    classes = {layer._own.__name__: layer._own for layer in inside}
-    backend = _backend.backend_of(holder)
+    saving = backend.keras.saving
+    classes = {saving.get_registered_name(layer._own): layer._own for layer in inside}
+
+    saved: dict[str, Any] = {}
+
+    def describe() -> None:
+        saved.update(config=holder.get_config(), build_config=holder.get_build_config())
+        saved["key"] = _key(saving, saved["config"], saved["build_config"])
 
     def make() -> None:
-        config = holder.get_config()
-        made, wanted = holder.from_config(config), config[KEY]["layers"]
-        build_config = holder.get_build_config()
-        if _places(made, wanted)[1] and build_config and not made.built:
-            made.build_from_config(build_config)
+        made, wanted = holder.from_config(saved["config"]), saved["config"][KEY]["layers"]
+        if _places(made, wanted)[1] and saved["build_config"] and not made.built:
+            made.build_from_config(saved["build_config"])
         _places(made, wanted)
 
-    if (reason := backend.trial(make)) is not None:
-        # `load_model` is given classes that are not registered.
-        with backend.keras.saving.custom_object_scope(classes):
-            reason = backend.trial(make)
+    if (reason := backend.trial(describe)) is not None:
+        return reason
+    layers = saved["config"][KEY]["layers"]
+    places = frozenset((path, layer["class_name"]) for path, layer in layers.items())
+    known = _known.setdefault(holder._own, {}).setdefault(saved["key"], {})
+    for others, reason in known.items():
+        if places == others or (reason is None and places <= others):
+            return reason
+    # `load_model` is given classes that are not registered.
+    with saving.custom_object_scope(classes):
+        reason = backend.trial(make)
+    if saved["key"]:
+        known[places] = reason
     return reason
+
+
+def _key(saving: Any, config: dict[str, Any], build_config: Any) -> str:
+    """What a holder is made from, without its name and the factorized layers; "" if unknown."""
+    arguments = {name: value for name, value in config.items() if name not in (KEY, "name")}
+    try:
+        return json.dumps([arguments, build_config], default=saving.serialize_keras_object)
+    except (TypeError, ValueError):  # objects that Keras cannot save
+        return ""
+
+
+def _out_of_reach(holder: Any) -> list[str]:
+    """The names of the factorized layers in a holder that `layers_in` does not find."""
+    reached: set[Any] = set()
+    for _, layer in layers_in(holder):
+        reached.update((layer, *below(layer)) if is_own(layer) else (layer,))
+    left = (layer for layer in below(holder) if is_own(layer) and layer not in reached)
+    return sorted({f"'{layer.name}'" for layer in left})
 
 
 def layers_in(holder: Any) -> Iterator[tuple[str, Any]]:
