@@ -604,7 +604,7 @@ def code(model, statistics):
         (unmatched, "entry .* matches no layer", 4),
         (other_weights, "have changed since", 3),
         (no_data, "approximate the kernels", 1),
-        (code, "cannot be loaded", 2),
+        (code, "will not load", 2),
     ],
 )
 def test_warnings_name_the_callers_line(function, text, count, warned, statistics):

@@ -221,7 +221,7 @@ class TestWaysToTrain:
             assert np.abs(after - before).max() > 0
 
     # tf_keras cannot make a Functional model with this constructor from its config.
-    @pytest.mark.filterwarnings("default:A saved model cannot be loaded")
+    @pytest.mark.filterwarnings("default:A saved file will not load")
     def test_every_optimizer_of_a_custom_train_step(self, keras_module):
         K = keras_module
 

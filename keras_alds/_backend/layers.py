@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
+import random
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import keras
 import numpy as np
 import tensorflow as tf
+
+from keras_alds._backend.quiet import ignored_warnings
 
 
 class KerasModel(Protocol):
@@ -172,8 +174,7 @@ class Layers:
         state.update(self._losses_of(old, new))
 
         become(old, type(new), state)
-        if new.built:
-            _spent.add(new)
+        _spent.add(new)
         return lambda: become(old, before_class, before)
 
     def is_spent(self, layer: Layer) -> bool:
@@ -214,13 +215,19 @@ class Layers:
         return lambda: object.__setattr__(layer, "__class__", before)
 
     def trial(self, make: Callable[[], Any]) -> str | None:
-        """Why `make` cannot make a layer or a model, in short; or None."""
+        """Why `make` cannot make a layer or a model, in short; or None.
+
+        Seeds of Python and NumPy are left as they were.
+        """
+        states = random.getstate(), np.random.get_state()  # noqa: NPY002
         try:
-            with tf.device("CPU:0"), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with tf.device("CPU:0"), ignored_warnings():
                 make()
         except Exception as error:  # the user's code
             return f"{type(error).__name__}: {str(error).strip()[:300]}"
+        finally:  # initializers draw their seeds from them
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
         return None
 
     def renew_bidirectional(self, layer: Layer) -> Undo:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,7 +38,8 @@ class WithFactorizedLayers(_Base):
     """What the class of every holder inherits from, before the user's own class.
 
     It makes any holder from its config. The config names the user's class, which has to be
-    registered or in `custom_objects`, as for a model that is not compressed.
+    registered or in `custom_objects`, as for a model that is not compressed. The holders of one
+    class make others of it without that.
     """
 
     _keras: ClassVar[Any] = keras
@@ -70,16 +73,23 @@ class WithFactorizedLayers(_Base):
         if KEY not in config:  # a user's code calls it with arguments of its own class
             return cls._own.from_config(config)
         arguments = {key: value for key, value in config.items() if key != KEY}
-        made = _made(cls._keras.saving, {**config[KEY], "config": arguments})
-        _put(made, config[KEY]["layers"])
+        saving, carried = cls._keras.saving, config[KEY]
+        if cls._own is not None and _named(saving, cls._own).items() <= carried.items():
+            made = cls._own.from_config(arguments)  # a copy: the class need not be registered
+        else:
+            made = _made(saving, {**carried, "config": arguments})
+        _put(made, carried["layers"])
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # `pickle` finds the user's class by its name, but not one that is made here.
-        function, *rest = super().__reduce_ex__(protocol)
-        if getattr(function, "__self__", None) is type(self):
+        function, arguments, *rest = super().__reduce_ex__(protocol)
+        if getattr(function, "__self__", None) is type(self):  # Keras 3
             function = getattr(self._own, function.__name__)
-        return function, *rest
+        elif arguments[:1] == (type(self),):  # layers of tf_keras
+            arguments = (function, self._own, BASES[self._keras.__name__], *arguments[1:])
+            function = _with_class_of_holder
+        return function, arguments, *rest
 
 
 keras.saving.register_keras_serializable(*REGISTERED)(WithFactorizedLayers)
@@ -114,27 +124,74 @@ def adopt(layer: Any) -> Undo | None:
     return backend.reclass(layer, _class_of_holder(own, BASES[backend.name]))
 
 
+#: Why holders of a class do not load, or None: by the rest of the config and the build config, and
+#: then by the places of the factorized layers.
+_known: weakref.WeakKeyDictionary[type, dict[str, dict[frozenset[Any], str | None]]]
+_known = weakref.WeakKeyDictionary()
+
+
 def does_not_load(holder: Any) -> str | None:
-    """Why a holder cannot be made again from its config, with the factorized layers; or None."""
+    """Why a holder cannot be made again from its config, with the factorized layers; or None.
+
+    This makes it once. The answer is kept for the next holder of the same class and arguments,
+    since a user's code may do much, such as load pretrained weights.
+    """
+    if missing := _out_of_reach(holder):
+        return (
+            f"Expected an attribute, list, tuple or dict that leads to each layer. Received: "
+            f"{type(holder).__name__} holds {', '.join(missing)} in other ways, such as in a set"
+        )
+    backend = _backend.backend_of(holder)
     inside = [
         layer for layer in (holder, *below(holder)) if isinstance(layer, WithFactorizedLayers)
     ]
-    classes = {layer._own.__name__: layer._own for layer in inside}
-    backend = _backend.backend_of(holder)
+    saving = backend.keras.saving
+    classes = {saving.get_registered_name(layer._own): layer._own for layer in inside}
+
+    saved: dict[str, Any] = {}
+
+    def describe() -> None:
+        saved.update(config=holder.get_config(), build_config=holder.get_build_config())
+        saved["key"] = _key(saving, saved["config"], saved["build_config"])
 
     def make() -> None:
-        config = holder.get_config()
-        made, wanted = holder.from_config(config), config[KEY]["layers"]
-        build_config = holder.get_build_config()
-        if _places(made, wanted)[1] and build_config and not made.built:
-            made.build_from_config(build_config)
+        made, wanted = holder.from_config(saved["config"]), saved["config"][KEY]["layers"]
+        if _places(made, wanted)[1] and saved["build_config"] and not made.built:
+            made.build_from_config(saved["build_config"])
         _places(made, wanted)
 
-    if (reason := backend.trial(make)) is not None:
-        # `load_model` is given classes that are not registered.
-        with backend.keras.saving.custom_object_scope(classes):
-            reason = backend.trial(make)
+    if (reason := backend.trial(describe)) is not None:
+        return reason
+    layers = saved["config"][KEY]["layers"]
+    places = frozenset((path, layer["class_name"]) for path, layer in layers.items())
+    known = _known.setdefault(holder._own, {}).setdefault(saved["key"], {})
+    for others, reason in known.items():
+        if places == others or (reason is None and places <= others):
+            return reason
+    # `load_model` is given classes that are not registered.
+    with saving.custom_object_scope(classes):
+        reason = backend.trial(make)
+    if saved["key"]:
+        known[places] = reason
     return reason
+
+
+def _key(saving: Any, config: dict[str, Any], build_config: Any) -> str:
+    """What a holder is made from, without its name and the factorized layers; "" if unknown."""
+    arguments = {name: value for name, value in config.items() if name not in (KEY, "name")}
+    try:
+        return json.dumps([arguments, build_config], default=saving.serialize_keras_object)
+    except (TypeError, ValueError):  # objects that Keras cannot save
+        return ""
+
+
+def _out_of_reach(holder: Any) -> list[str]:
+    """The names of the factorized layers in a holder that `layers_in` does not find."""
+    reached: set[Any] = set()
+    for _, layer in layers_in(holder):
+        reached.update((layer, *below(layer)) if is_own(layer) else (layer,))
+    left = (layer for layer in below(holder) if is_own(layer) and layer not in reached)
+    return sorted({f"'{layer.name}'" for layer in left})
 
 
 def layers_in(holder: Any) -> Iterator[tuple[str, Any]]:
@@ -148,21 +205,24 @@ def layers_in(holder: Any) -> Iterator[tuple[str, Any]]:
         if id(value) in seen:
             return
         seen[id(value)] = value
-        if isinstance(value, dict):
-            parts = [(str(key), item) for key, item in value.items()]
-        elif isinstance(value, (list, tuple)):
-            parts = [(str(index), item) for index, item in enumerate(value)]
-        elif isinstance(value, backend.keras.layers.Layer):
+        parts: Iterable[tuple[Any, Any]]
+        if isinstance(value, layer_class):
             yield path, value
-            parts = [] if is_own(value) else backend.attributes(value)
+            parts = () if is_own(value) else backend.attributes(value)
+        elif isinstance(value, dict):
+            parts = value.items()
         else:
-            return
+            parts = enumerate(value)
         for name, item in parts:
-            yield from visit(f"{path}/{name}", item)
+            if isinstance(item, entered):  # vocabularies have millions of others
+                yield from visit(f"{path}/{name}", item)
 
     backend = _backend.backend_of(holder)
+    layer_class = backend.keras.layers.Layer
+    entered = (layer_class, dict, list, tuple)
     for name, value in backend.attributes(holder):
-        yield from visit(name, value)
+        if isinstance(value, entered):
+            yield from visit(name, value)
 
 
 def _named(saving: Any, cls: type) -> dict[str, Any]:
@@ -238,6 +298,11 @@ def _no_place(made: Any, path: str, found: str) -> ValueError:
         "Create the model in code, build it, call `apply_plan` with the saved plan, then "
         "`load_weights`."
     )
+
+
+def _with_class_of_holder(function: Callable[..., Any], own: Any, base: Any, *args: Any) -> Any:
+    """Calls a function of `pickle` that makes an object of a class."""
+    return function(_class_of_holder(own, base), *args)
 
 
 @functools.cache

@@ -100,8 +100,8 @@ def _warn_of_holders(inventory: Inventory, *, stacklevel: int) -> None:
     if reasons:
         names = ", ".join([*reasons][:3]) + (", …" if len(reasons) > 3 else "")
         warnings.warn(
-            f"A saved model cannot be loaded: it cannot make {names} again, with the factorized "
-            f"layers inside, from the config ({next(iter(reasons.values()))}). Save the plan too: "
+            f"A saved file will not load: Keras cannot make {names} again from the config, with "
+            f"the factorized layers inside ({next(iter(reasons.values()))}). Save the plan too: "
             "`plan.save(path)`, with the plan of `select` or the callback's `plan`. To load, "
             "create the model in code, build it, call `apply_plan(model, plan)`, then "
             "`load_weights`.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from keras_alds._backend import backend_of
@@ -33,6 +34,20 @@ def test_what_is_frozen_stays_so_in_shared_layers(keras_module, frozen):
 
     assert states(copy) == states(model)
     assert states(copy) == [True, frozen != "first", frozen != "second", True, True]
+
+
+def test_models_that_share_an_input(keras_module):
+    K = keras_module
+    inputs = K.Input((4,), name="shared")
+    first = K.Model(inputs, K.layers.Dense(4)(inputs), name="first")
+    second = K.Model(inputs, K.layers.Dense(4)(inputs), name="second")
+    second.layers[-1].trainable = False
+    model = K.Model(inputs, K.layers.Add()([first(inputs), second(inputs)]))
+    copy = backend_of(model).copy_model(model)
+    x = np.ones((2, 4), "float32")
+    np.testing.assert_array_equal(copy(x), model(x))
+    assert [layer.trainable for layer in copy.get_layer("second").layers[1:]] == [False]
+    assert copy.get_layer("first").layers[-1].trainable
 
 
 def test_settings_after_compile_are_copied(keras_module):

@@ -49,3 +49,13 @@ def test_dtype_policy(keras_module):
     layer = keras_module.layers.Dense(2, dtype="mixed_float16")
     assert dtype_policy(layer).name == "mixed_float16"
     assert dtype_policy(layer).compute_dtype == "float16"
+
+
+def test_the_giver_of_a_state_is_spent_once_the_layer_is_built(keras_module):
+    old, new = keras_module.layers.Dense(2), keras_module.layers.Dense(2)
+    backend = backend_of(old)
+    backend.transplant(old, new)
+    old.build((None, 3))
+    assert new.weights == old.weights
+    assert backend.is_spent(new)
+    assert not backend.is_spent(old)

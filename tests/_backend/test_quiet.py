@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 
 import pytest
 import tensorflow as tf
 
+from keras_alds._backend import backend_of
 from keras_alds._backend.functions import run_as_code
 from keras_alds._backend.quiet import ignored_warnings
 
@@ -54,6 +56,25 @@ def test_ignored_warnings_end_with_the_last_thread():
         with pytest.raises(KeyboardInterrupt), ignored_warnings():
             raise KeyboardInterrupt
         assert warnings.filters == before
+
+
+def test_trials_leave_the_filters_when_threads_interleave(keras_module):
+    backend = backend_of(keras_module.layers.Dense(1))
+
+    @contextlib.contextmanager
+    def trial():
+        inside, leave = threading.Event(), threading.Event()
+        make = lambda: (inside.set(), leave.wait(20))  # noqa: E731
+        thread = threading.Thread(target=backend.trial, args=(make,))
+        thread.start()
+        inside.wait(20)
+        yield
+        leave.set()
+        thread.join()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert interleaved(trial, is_ignored) == [True, True, True, False]
 
 
 @pytest.mark.parametrize("before", [False, True])

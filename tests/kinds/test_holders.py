@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import random
+import warnings
 
 import keras
 import numpy as np
@@ -11,7 +13,7 @@ from own_layers import WIDTH, model_of, own_classes
 
 from keras_alds import apply_plan, select
 from keras_alds.kinds.base import is_factorized
-from keras_alds.kinds.holders import KEY, WithFactorizedLayers, layers_in
+from keras_alds.kinds.holders import KEY, WithFactorizedLayers, does_not_load, layers_in
 
 
 def factorized_in(K, name):
@@ -91,26 +93,32 @@ def test_a_class_that_has_changed_is_refused(keras_module):
         type(layer).from_config(config)
 
 
-class Module(keras.layers.Layer):
-    """A layer at the top of its module, as `pickle` needs it."""
+def at_the_top(K):
+    """A class at the top of this module, as `pickle` needs it."""
 
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.dense = keras.layers.Dense(WIDTH)
+    class Module(K.layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.dense = K.layers.Dense(WIDTH)
 
-    def build(self, shape):
-        self.dense.build(shape)
+        def build(self, shape):
+            self.dense.build(shape)
+            self.built = True
 
-    def call(self, x):
-        return self.dense(x)
+        def call(self, x):
+            return self.dense(x)
+
+    Module.__name__ = Module.__qualname__ = f"Module_{K.__name__}"
+    return globals().setdefault(Module.__name__, Module)
 
 
-def test_pickles():
-    with keras.saving.custom_object_scope({"Module": Module}):
-        model = keras.Sequential([keras.Input((WIDTH,)), Module()])
+def test_pickles(keras_module):
+    K, cls = keras_module, at_the_top(keras_module)
+    with K.saving.custom_object_scope({cls.__name__: cls}):
+        model = K.Sequential([K.Input((WIDTH,)), cls()])
         apply_plan(model, select(model, 0.3))
         layer = pickle.loads(pickle.dumps(model.layers[0]))
-    assert isinstance(layer, Module)
+    assert isinstance(layer, cls)
     assert is_factorized(layer.dense)
     x = np.ones((2, WIDTH), "float32")
     np.testing.assert_array_equal(layer(x), model(x))
@@ -120,3 +128,73 @@ def test_classes_are_made_once(keras_module):
     first, second = factorized_in(keras_module, "InInit"), factorized_in(keras_module, "InInit")
     assert type(first) is type(second)
     assert issubclass(type(first), own_classes(keras_module)["InInit"])
+
+
+def holder_of(K, make, counted=None):
+    """A new class, which is not registered, in whose layer all is factorized."""
+
+    class Unregistered(K.layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            (counted if counted is not None else []).append(random.random())
+            self.blocks = make()
+
+        def call(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    return Unregistered
+
+
+def compressed_in(K, cls, cr=0.3):
+    model = K.Sequential([K.Input((WIDTH,)), cls()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        apply_plan(model, select(model, cr, method="svd"))
+    return model.layers[-1]
+
+
+def test_the_check_makes_a_class_once_and_leaves_the_seeds(keras_module):
+    L, made = keras_module.layers, []
+    cls = holder_of(keras_module, lambda: [L.Dense(WIDTH), L.Dense(WIDTH)], made)
+    for cr in (0.3, 0.4, 0.5):
+        layer = compressed_in(keras_module, cls, cr)
+    assert len(made) == 3 + 1
+    random.seed(0)
+    state = random.getstate()
+    assert does_not_load(layer) is None
+    assert len(made) == 4
+    other = layer.get_config
+    layer.get_config = lambda: {**other(), "unknown": 1}  # other arguments: made again
+    assert "unknown" in does_not_load(layer)
+    layer.get_config = lambda: {**other(), "trainable": False}
+    assert does_not_load(layer) is None
+    assert len(made) == 5
+    assert random.getstate() == state
+
+
+def test_a_failed_check_is_not_repeated(keras_module):
+    L, made = keras_module.layers, []
+    cls = holder_of(keras_module, lambda: [L.Dense(WIDTH)] if len(made) == 1 else [], made)
+    layer = compressed_in(keras_module, cls)
+    assert "Expected Unregistered to make the stock layer 'blocks/0'" in does_not_load(layer)
+    assert len(made) == 1 + 1
+
+
+def test_layers_in_a_set_are_said_not_to_load():
+    # tf_keras does not look into sets at all.
+    cls = holder_of(keras, lambda: {keras.layers.Dense(WIDTH, name="one")})
+    reason = does_not_load(compressed_in(keras, cls))
+    assert reason.endswith("Unregistered holds 'one' in other ways, such as in a set")
+
+
+def test_what_holds_no_layers_costs_nothing(keras_module):
+    class Word:
+        def __str__(self):
+            raise AssertionError("a vocabulary has a million of them")
+
+    layer = factorized_in(keras_module, "InInit")
+    paths = [path for path, _ in layers_in(layer)]
+    object.__setattr__(layer, "words", {Word(): "word", "more": {Word(): 1}})
+    assert [path for path, _ in layers_in(layer)] == paths

@@ -20,7 +20,7 @@ from keras_alds import ALDSCompress, CompressionPlan, apply_plan, compress, expa
 from keras_alds.kinds.base import is_factorized
 from keras_alds.models.inventory import walk
 
-TEXT = r"A saved model cannot be loaded: it cannot make {} again"
+TEXT = r"A saved file will not load: Keras cannot make {} again"
 SUFFIXES = (".keras", ".h5", "")  # "" is a SavedModel of tf_keras
 
 
@@ -52,7 +52,7 @@ def assert_same(loaded, model, exact=True):
 def silently(make):
     """What `make` returns; a warning that it will not load is an error."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "A saved model cannot be loaded")
+        warnings.filterwarnings("error", "A saved file will not load")
         return make()
 
 
@@ -174,6 +174,30 @@ class TestLifeAfterTheCompression:
         # A user's code makes such layers from the arguments of its class.
         assert type(layer).from_config({"n": 5}).n == 5
 
+    @pytest.mark.parametrize("name", ["InInit", "InOwnInBuild", "Subclassed", "OwnFunctional"])
+    def test_classes_that_are_not_registered(self, keras_module, name, tmp_path):
+        K = keras_module
+
+        class Unregistered(own_classes(K)[name]):
+            pass
+
+        model = Unregistered()
+        if not isinstance(model, K.Model):
+            model = K.Sequential([K.Input((WIDTH,)), model])
+        model(data())
+        objects = {"Unregistered": Unregistered}
+        small = silently(lambda: compress(model, 0.3))
+        smaller = silently(lambda: compress(small, 0.5))
+        assert smaller.count_params() < small.count_params()
+        clone = K.models.clone_model(small)
+        if not clone.built:
+            clone(data())
+        clone.set_weights(small.get_weights())
+        small.save(tmp_path / "small.keras")
+        loaded = K.models.load_model(tmp_path / "small.keras", custom_objects=objects)
+        for other in (clone, loaded):
+            np.testing.assert_array_equal(zoo.outputs(other, data()), zoo.outputs(small, data()))
+
     def test_what_needs_stock_layers_names_the_holder(self, small):
         with pytest.raises(ValueError, match=r"'inown' of type InOwn, which calls them in Python"):
             expand(small)
@@ -224,11 +248,11 @@ class TestWhatCannotBeLoaded:
         text = TEXT.format(r"'own' \(Own\)") + f".*{reason}"
         with pytest.warns(UserWarning, match=text) as caught:
             apply_plan(model, plan)
-        assert [w.filename for w in caught if "cannot be loaded" in str(w.message)] == [__file__]
+        assert [w.filename for w in caught if "will not load" in str(w.message)] == [__file__]
         model.save_weights(tmp_path / "small.weights.h5")
         plan.save(tmp_path / "plan.json")
         fresh = make()
-        with pytest.warns(UserWarning, match="cannot be loaded"):
+        with pytest.warns(UserWarning, match="will not load"):
             apply_plan(fresh, CompressionPlan.load(tmp_path / "plan.json"))
         fresh.load_weights(tmp_path / "small.weights.h5")
         np.testing.assert_array_equal(zoo.outputs(fresh, data()), zoo.outputs(model, data()))
@@ -254,7 +278,7 @@ class TestWhatCannotBeLoaded:
     def test_the_file_says_so_too(self, keras_module, tmp_path):
         K = keras_module
         model = K.Sequential([K.Input((WIDTH,)), self.own(K, "by hand")])
-        with pytest.warns(UserWarning, match="cannot be loaded"):
+        with pytest.warns(UserWarning, match="will not load"):
             apply_plan(model, select(model, 0.3))
         model.save(tmp_path / "small.keras")
         cls = model.layers[-1]._own
@@ -283,7 +307,7 @@ class TestWhatCannotBeLoaded:
         plan = select(model, 0.3)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            with pytest.raises(UserWarning, match="cannot be loaded"):
+            with pytest.raises(UserWarning, match="will not load"):
                 apply_plan(model, plan)
         assert [type(layer) for _, layer in walk(model)] == before[1]
         np.testing.assert_array_equal(zoo.outputs(model, data()), before[0])
@@ -295,7 +319,7 @@ class TestWhatCannotBeLoaded:
         names = r"'a' \(Own\), 'b' \(Own\), 'c' \(Own\), …"
         with pytest.warns(UserWarning, match=TEXT.format(names)) as caught:
             apply_plan(model, select(model, 0.3, method="svd"))
-        assert sum("cannot be loaded" in str(w.message) for w in caught) == 1
+        assert sum("will not load" in str(w.message) for w in caught) == 1
 
 
 def step_of_its_own(K):
