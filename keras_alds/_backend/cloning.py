@@ -68,7 +68,7 @@ class Cloning(Graphs, Training):
                 "model. Let `get_config()` return configs of layers, not the layers."
             )
         copy.set_weights(model.get_weights())
-        layers = dict.fromkeys(self._pairs_inside(model, copy))
+        layers = dict.fromkeys(self.pairs_inside(model, copy))
         # Setting `trainable` also sets it for all layers inside, so outer layers come first.
         for old, new in sorted(layers, key=lambda pair: -len(self._flatten(pair[0]))):
             self._copy_layer_state(old, new)
@@ -90,14 +90,14 @@ class Cloning(Graphs, Training):
                 old.save_assets(folder)
                 new.load_assets(folder)
 
-    def _pairs_inside(self, model: Layer, copy: Layer) -> Iterator[tuple[Layer, Layer]]:
+    def pairs_inside(self, model: Layer, copy: Layer) -> Iterator[tuple[Layer, Layer]]:
         """The layers at any depth of a model, and those of its copy; shared layers repeatedly.
 
         Keras clones an input that nested models share once for each of them.
         """
         for old, new in zip(self.children(model), self.children(copy), strict=True):
             yield old, new
-            yield from self._pairs_inside(old, new)
+            yield from self.pairs_inside(old, new)
 
     def _flatten(self, layer: Layer) -> list[Layer]:
         return list(layer._flatten_layers(include_self=False))

@@ -224,7 +224,8 @@ class Layers:
             with tf.device("CPU:0"), ignored_warnings():
                 make()
         except Exception as error:  # the user's code
-            return f"{type(error).__name__}: {str(error).strip()[:300]}"
+            first = next(iter(str(error).strip().splitlines()), "")
+            return f"{type(error).__name__}: {first[:200]}"
         finally:  # initializers draw their seeds from them
             random.setstate(states[0])
             np.random.set_state(states[1])  # noqa: NPY002

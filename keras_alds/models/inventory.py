@@ -221,8 +221,7 @@ class Inventory:
     def of_copy(self, copy: Any) -> Inventory:
         """The inventory of a copy of the model, with the same records for the copy's layers."""
         layers, pruning = scan(copy)
-        pairs = zip(self.layers, layers, strict=True)
-        ours = {layer: other for (_, layer), (_, other) in pairs}
+        ours = dict(self.backend.pairs_inside(self.model, copy))
         for layer, other in list(ours.items()):
             ours.update(zip(_kernels(layer).values(), _kernels(other).values(), strict=True))
         records = [dataclasses.replace(r, layer=ours[r.layer]) for r in self.records]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from keras_alds import compress
 from keras_alds._backend import backend_of
 from keras_alds._backend.graphs import is_ragged, is_sparse
 
@@ -38,14 +39,15 @@ def test_what_is_frozen_stays_so_in_shared_layers(keras_module, frozen):
 
 def test_models_that_share_an_input(keras_module):
     K = keras_module
-    inputs = K.Input((4,), name="shared")
-    first = K.Model(inputs, K.layers.Dense(4)(inputs), name="first")
-    second = K.Model(inputs, K.layers.Dense(4)(inputs), name="second")
+    inputs = K.Input((16,), name="shared")
+    first = K.Model(inputs, K.layers.Dense(16)(inputs), name="first")
+    second = K.Model(inputs, K.layers.Dense(16)(inputs), name="second")
     second.layers[-1].trainable = False
     model = K.Model(inputs, K.layers.Add()([first(inputs), second(inputs)]))
     copy = backend_of(model).copy_model(model)
-    x = np.ones((2, 4), "float32")
+    x = np.ones((2, 16), "float32")
     np.testing.assert_array_equal(copy(x), model(x))
+    assert compress(model, 0.3).count_params() <= 0.7 * model.count_params()
     assert [layer.trainable for layer in copy.get_layer("second").layers[1:]] == [False]
     assert copy.get_layer("first").layers[-1].trainable
 
