@@ -15,7 +15,7 @@ import tensorflow as tf
 from keras_alds import _backend
 
 # Packages whose classes are not custom code.
-_NOT_OWN = (*_backend.KERASES, "tensorflow", "tensorflow_model_optimization", "keras_alds")
+_NOT_OWN = ("tensorflow", "tensorflow_model_optimization", "keras_alds")
 
 
 @contextlib.contextmanager
@@ -63,4 +63,5 @@ def layers_of(model: Any) -> list[Any]:
 
 def _is_own(code: Any) -> bool:
     """Whether a class is custom code."""
-    return (getattr(code, "__module__", None) or "").split(".")[0] not in _NOT_OWN
+    package = (getattr(code, "__module__", None) or "").split(".")[0]
+    return package not in (*_backend.KERASES, *_NOT_OWN)
