@@ -90,7 +90,7 @@ def __dir__() -> list[str]:
 
 #: What registering layers needs. Each may be imported in the middle of the import of another one:
 #: with `TF_USE_LEGACY_KERAS`, TensorFlow imports tf_keras, and hides it if that fails.
-_NEEDED = ("tensorflow", "keras", "tf_keras")
+_NEEDED = ("tensorflow", "keras", "tf_keras", "keras_alds._backend", "keras_alds.kinds")
 _imported: set[str] = set()
 
 

@@ -78,6 +78,13 @@ def test_imports_little_and_saved_models_load(saved):
     assert run(CODE, saved).split()[-1] == keras_alds.__version__
 
 
+def test_modules_inside_may_be_imported_first(saved):
+    run(
+        "import keras_alds.kinds.dense\nimport keras\nkeras.models.load_model('keras.keras')",
+        saved,
+    )
+
+
 @pytest.mark.skipif(len(zoo.KERASES) == 1, reason="tf_keras is not installed")
 @pytest.mark.parametrize("code", [CODE, LEGACY_CODE], ids=["keras first", "tensorflow first"])
 def test_saved_models_load_where_tensorflow_imports_tf_keras(saved, code):
