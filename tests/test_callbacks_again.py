@@ -45,7 +45,7 @@ class TestTheSameAgain:
         smaller = select(zoo.functional(keras_module), 0.2)
         count = model.count_params()
         fit(model, [ALDSCompress(plan=smaller, at_epoch=0)], epochs=1)
-        assert "as far as by this plan, or further, training on" in capsys.readouterr().out
+        assert "as far as this plan asks, or further, training on" in capsys.readouterr().out
         assert model.count_params() == count
 
     def test_multiply_accumulates_are_counted(self, keras_module, capsys):

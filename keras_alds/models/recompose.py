@@ -67,7 +67,7 @@ def already(inventory: Inventory, request: Request, *, strict: bool = True) -> s
         if request.params_after < inventory.params:
             return None
         if not strict:
-            return "already compressed as far as by this plan, or further"
+            return "already compressed as far as this plan asks, or further"
         raise ValueError(
             "Expected a plan that removes more than the model has lost already. Received: a plan "
             f"that keeps {request.params_after:,} parameters, for the model "
@@ -78,9 +78,9 @@ def already(inventory: Inventory, request: Request, *, strict: bool = True) -> s
     after = {name: _total(inventory, name) for name in request.limits}
     kept = [r.layer for r in inventory.factorized if r not in records]
     before = {"params": dense_params(inventory.model, kept)}
-    if before.keys() < request.limits.keys() | before.keys():
+    if others := request.limits.keys() - before.keys():
         with recomposed(inventory, records) as dense:
-            before |= {name: _total(dense, name) for name in request.limits.keys() - before.keys()}
+            before |= {name: _total(dense, name) for name in others}
     reached = {name: removed_fraction(before[name], after[name]) for name in request.limits}
     if any(reached[name] < limit for name, limit in request.limits.items()):
         return None
