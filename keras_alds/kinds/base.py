@@ -411,7 +411,8 @@ class KernelKind(Kind):
             kernel: A kernel of the shape of its own.
         """
         variable = self.variable(layer)
-        tensor = tensors.cast(tensors.tensor(kernel), variable.dtype)
+        # Of a tensor, unlike a variable, Keras makes no other precision by itself.
+        tensor = tensors.cast(tensors.tensor(kernel), layer.compute_dtype)
         names = [name for name, held in vars(layer).items() if held is variable]
         return replaced_calls({layer: StandIn(like(layer, **dict.fromkeys(names, tensor)))})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from keras_alds.models.calibration import Calibration
 from keras_alds.models.fit import can_be_sequential, tried_one_by_one
@@ -14,6 +15,8 @@ from keras_alds.plan import CompressionPlan
 # Plans are also tried layer by layer if their outputs, fitted at once, are at most so many times as
 # far from the original's as those of the best plan.
 _NEAR = 1.5
+# Logarithms of divergences that differ by less are equal.
+_EQUAL = 0.02
 
 
 def best_plan(
@@ -79,7 +82,8 @@ def best_plan(
     if sequential is True:
         plans = {name: plan for name, plan in plans.items() if plan.sequential}
     add(selection.without_data(), WITHOUT_DATA)
-    best = min(plans, key=lambda name: found[name])
+    # Among equals, the first: fitted at once.
+    best = min(plans, key=lambda name: round(math.log(max(found[name], 1e-12)) / _EQUAL))
     plan = plans[best]
     return dataclasses.replace(plan, sequential=bool(plan.sequential), trials=found)
 

@@ -72,8 +72,11 @@ def choice_tables(
             if record.moment is not None
         }
         for record, spectra in zip(group, stats.spectra(seen, method.spectra), strict=True):
+            offered, costs = offer(record, 0)
+            # Of a wide layer, only some numbers of slices were looked at.
+            offered = {k: ranks for k, ranks in offered.items() if k in spectra.slices}
             tables[record.path] = choice_table(
-                spectra, *offer(record, 0), error_measure=method.error_measure
+                spectra, offered, costs, error_measure=method.error_measure
             )
         del seen  # before the next kernels are read
     return [tables[record.path] for record in records]

@@ -24,10 +24,6 @@ from keras_alds.models.matching import match
 from keras_alds.models.optimizer import Exchange, carried, carry_optimizers
 from keras_alds.plan import CompressionPlan
 
-#: The most layers for which sequential compression reruns one piece of Python code by default.
-MOST_RERUNS = 8
-#: The most examples on which sequential compression is tried.
-TRIED_EXAMPLES = 256
 
 
 def apply(

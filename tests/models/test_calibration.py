@@ -129,14 +129,15 @@ class TestMoments:
 class TestEveryKindOfModel:
     def test_compresses_and_plan_and_statistics_give_the_same_model(self, model, tmp_path):
         inputs = zoo.examples(model, 24)
-        plan = select(model, 0.4, calibration_data=inputs)
-        direct = compress(model, 0.4, calibration_data=inputs, sequential=False)
+        found = collect(model, inputs)
+        plan = select(model, 0.4, calibration_data=found)
+        direct = compress(model, 0.4, calibration_data=found)
         assert (plan.method, plan.error_measure) == ("activation", "energy")
         assert 1 - direct.count_params() / model.count_params() == plan.cr >= 0.4
         assert direct.count_params() == plan.params_after
 
         plan.save(tmp_path / "plan.json")
-        collect(model, inputs).save(tmp_path / "stats.npz")
+        found.save(tmp_path / "stats.npz")
         stats = CalibrationStats.load(tmp_path / "stats.npz")
         again = compress(
             model, plan=CompressionPlan.load(tmp_path / "plan.json"), calibration_data=stats

@@ -11,7 +11,7 @@ of the smaller ranks, and tr(Rᵀ J R) follows from L⁻¹ Eᵀ J E L⁻ᵀ, L�
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 
 import numpy as np
@@ -27,6 +27,9 @@ from keras_alds.core.spectra import Float64, SliceSpectrum, Spectra
 RIDGES = (RIDGE, 1e-3, 1e-2, 0.1, 0.5, 2.0)
 #: Inputs per row of S from which ρ hardly matters.
 PLENTY = 200.0
+# Cubed sizes of the systems that are solved for a layer. Above it, numbers of slices are left out, as
+# long as more than a few are left.
+_MOST_WORK, _FEWEST = 2e10, 5
 # The columns of a kernel that are looked at to choose ρ.
 _COLUMNS = 256
 
@@ -69,7 +72,7 @@ def held_out_spectra_many(
         works = [
             (k, n, first)
             for n, layer in layers.items()
-            for k, most in layer.ranks(wanted).items()
+            for k in layer.ranks(wanted)
             for first in range(0, k, k // layer.fit.block_count)
         ]
         works.sort()  # the largest matrices first
@@ -104,7 +107,7 @@ def best_ridge(kernel: Array, moment: SecondMoment) -> float:
     if moment.held_out is None or moment.count >= PLENTY * moment.side:
         return moment.relative_ridge
     shape, blocks = kernel.shape, moment.block_count
-    allowed = [k for k, most in _Judged(kernel, moment).ranks(None).items() if most > 1]
+    allowed = [k for k, most in _Judged(kernel, moment).ranks().items() if most > 1]
     if not allowed:
         return moment.relative_ridge
     slices = min(allowed, key=lambda k: abs(math.log(k * k / (blocks * shape[-2]))))
@@ -132,14 +135,26 @@ class _Judged:
             for i, part in enumerate(unfold(kernel, moment.block_count))
         )
 
-    def ranks(self, slices: Sequence[int] | None) -> dict[int, int]:
-        """The largest rank that makes the kernel smaller, or 1, by number of slices."""
-        shape = self.kernel.shape
-        return {
-            k: max(1, min(full_rank(shape, k), (math.prod(shape) - 1) // weights(shape, k, 1)))
-            for k in slices or divisors(shape[-2])
-            if k % self.fit.block_count == 0 and shape[-2] % k == 0
-        }
+    def ranks(self, slices: Sequence[int] | None = None) -> dict[int, int]:
+        """The largest rank that makes the kernel smaller, by number of slices.
+
+        For a wide layer only some numbers of slices are looked at.
+        """
+        shape, blocks = self.kernel.shape, self.fit.block_count
+        found = {}
+        for k in slices or divisors(shape[-2]):
+            if k % blocks == 0 and shape[-2] % k == 0:
+                most = min(full_rank(shape, k), (math.prod(shape) - 1) // weights(shape, k, 1))
+                if most:
+                    found[k] = most
+        while slices is None and len(found) > _FEWEST and self._work(found) > _MOST_WORK:
+            kept = sorted(found)
+            found = {k: found[k] for k in (*kept[:-1:2], kept[-1])}
+        return found
+
+    def _work(self, ranks: Mapping[int, int]) -> float:
+        blocks = self.fit.block_count
+        return sum(float(blocks * (k // blocks * most) ** 3) for k, most in ranks.items())
 
     def bytes(self, slices: int) -> int:
         """Approximate bytes to compute `errors`."""
