@@ -12,6 +12,7 @@ from keras_alds._backend.layers import KerasModel
 from keras_alds.methods import METHODS
 from keras_alds.models.calibration import Calibration
 from keras_alds.models.choices import kernels
+from keras_alds.models.data import KeptExamples
 from keras_alds.models.in_place import apply, check_folded, check_sequential
 from keras_alds.models.inventory import Inventory, check_is_model
 from keras_alds.models.matching import match
@@ -22,6 +23,7 @@ from keras_alds.models.submodels import frozen_part
 from keras_alds.models.turns import alone
 from keras_alds.options import Options, SelectOptions, check_cr_or_plan, takes_options
 from keras_alds.plan import CompressionPlan, check_plan
+from keras_alds.refinement import refined, steps_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -107,6 +109,7 @@ def compress(
     plan: CompressionPlan | None = None,
     calibration_data: Any = None,
     sequential: bool | None = None,
+    refine: bool | int = False,
     **options: Unpack[SelectOptions],
 ) -> Model:
     """Returns a new, smaller model; `model` is not changed.
@@ -143,6 +146,11 @@ def compress(
             A subclassed model is run again for each of its layers. Defaults to None: True with
             examples, unless a subclassed model or layer holds more than 8 layers to compress,
             which gives a warning.
+        refine: Boolean or integer. Whether to train the new model without labels, to be like
+            `model` on the calibration examples; an integer is the largest number of steps. It
+            takes minutes, and never makes outputs worse on examples held out. See `refine`, which
+            also tells how far it came. Needs examples, not `CalibrationStats`. Defaults to False;
+            True is 200 steps.
         {options}
 
     Returns:
@@ -163,6 +171,7 @@ def compress(
     check_cr_or_plan(cr, plan, options, "compress")
     method = options.get("method") if plan is None else plan.method
     check_sequential(sequential, calibration_data, method)
+    steps = steps_of(refine, calibration_data)
     has_data = calibration_data is not None
     if plan is None:
         request: Request = checked_options(cr, options, has_data=has_data, caller="compress")
@@ -178,7 +187,7 @@ def compress(
             )
     check_is_model(model)
     with alone(model):
-        return _compressed(model, request, calibration_data, sequential, stacklevel=2)
+        return _compressed(model, request, calibration_data, sequential, steps, stacklevel=2)
 
 
 def apply_plan(
@@ -238,9 +247,15 @@ def apply_plan(
 
 
 def _compressed(
-    model: Model, request: Request, data: Any, sequential: bool | None, *, stacklevel: int
+    model: Model,
+    request: Request,
+    data: Any,
+    sequential: bool | None,
+    steps: int | None,
+    *,
+    stacklevel: int,
 ) -> Model:
-    """A copy of a model, compressed as requested."""
+    """A copy of a model, compressed as requested, and refined in so many steps."""
     inventory = inspected(model, request)
     met = already(inventory, request)
     if met is not None:
@@ -249,7 +264,14 @@ def _compressed(
         )
         return _copy(model, stacklevel=stacklevel + 1)
     if not to_recompose(inventory, request):
-        chosen = make_choice(inventory, request, data, sequential, stacklevel=stacklevel + 1)
+        chosen = make_choice(
+            inventory,
+            request,
+            data,
+            sequential,
+            keep=steps is not None,
+            stacklevel=stacklevel + 1,
+        )
         copy = _copy(model, stacklevel=stacklevel + 1)
         changed = chosen.inventory.of_copy(copy)
         # Statistics collected here are not used again.
@@ -267,7 +289,14 @@ def _compressed(
         copy = _copy(model, stacklevel=stacklevel + 1)
         inventory = inspected(copy, request)
         with recomposed(inventory, to_recompose(inventory, request), keep=True) as dense:
-            chosen = make_choice(dense, request, data, sequential, stacklevel=stacklevel + 1)
+            chosen = make_choice(
+                dense,
+                request,
+                data,
+                sequential,
+                keep=steps is not None,
+                stacklevel=stacklevel + 1,
+            )
             apply(
                 chosen.inventory,
                 chosen.plan,
@@ -277,6 +306,13 @@ def _compressed(
             )
     if isinstance(request, Options):
         _warn_of_frozen(chosen, stacklevel=stacklevel + 1)
+    if steps is not None:
+        result = refined(copy, model, examples_of(chosen), steps)
+        if not result.best_step:
+            warnings.warn(
+                f"The refinement was undone: {result}. More examples may help.",
+                stacklevel=stacklevel + 1,
+            )
     return copy
 
 
@@ -298,11 +334,15 @@ def make_choice(
     calibration_data: Any,
     sequential: bool | None,
     *,
+    keep: bool = False,
     verbose: int = 1,
     stacklevel: int = 1,
 ) -> Chosen:
-    """What a compression needs: a new plan or the given one, and the calibration statistics."""
-    keep = sequential is not False
+    """What a compression needs: a new plan or the given one, and the calibration statistics.
+
+    `keep` keeps the examples, also where no sequential compression needs them.
+    """
+    keep = keep or sequential is not False
     if isinstance(request, Options):
         return choose(
             inventory,
@@ -319,6 +359,13 @@ def make_choice(
             inventory, calibration_data, keep=keep, verbose=verbose, stacklevel=stacklevel + 1
         )
     return Chosen(request, inventory, calibration)
+
+
+def examples_of(chosen: Chosen) -> KeptExamples:
+    """The examples that were kept."""
+    if chosen.calibration is None or chosen.calibration.examples is None:
+        raise ValueError("Expected examples to be kept. Received: none")
+    return chosen.calibration.examples
 
 
 def choose(
