@@ -187,7 +187,12 @@ def compress(
             )
     check_is_model(model)
     with alone(model):
-        return _compressed(model, request, calibration_data, sequential, steps, stacklevel=2)
+        small, chosen = _compressed(
+            model, request, calibration_data, sequential, keep=steps is not None, stacklevel=2
+        )
+        if steps is not None and chosen is not None:
+            _refine(small, model, chosen, steps, stacklevel=2)
+        return small
 
 
 def apply_plan(
@@ -251,26 +256,21 @@ def _compressed(
     request: Request,
     data: Any,
     sequential: bool | None,
-    steps: int | None,
     *,
+    keep: bool,
     stacklevel: int,
-) -> Model:
-    """A copy of a model, compressed as requested, and refined in so many steps."""
+) -> tuple[Model, Chosen | None]:
+    """A copy of a model, compressed as requested, and what was chosen, if anything was to do."""
     inventory = inspected(model, request)
     met = already(inventory, request)
     if met is not None:
         warnings.warn(
             f"The model '{model.name}' is {met}: a copy is returned.", stacklevel=stacklevel + 1
         )
-        return _copy(model, stacklevel=stacklevel + 1)
+        return _copy(model, stacklevel=stacklevel + 1), None
     if not to_recompose(inventory, request):
         chosen = make_choice(
-            inventory,
-            request,
-            data,
-            sequential,
-            keep=steps is not None,
-            stacklevel=stacklevel + 1,
+            inventory, request, data, sequential, keep=keep, stacklevel=stacklevel + 1
         )
         copy = _copy(model, stacklevel=stacklevel + 1)
         changed = chosen.inventory.of_copy(copy)
@@ -290,12 +290,7 @@ def _compressed(
         inventory = inspected(copy, request)
         with recomposed(inventory, to_recompose(inventory, request), keep=True) as dense:
             chosen = make_choice(
-                dense,
-                request,
-                data,
-                sequential,
-                keep=steps is not None,
-                stacklevel=stacklevel + 1,
+                dense, request, data, sequential, keep=keep, stacklevel=stacklevel + 1
             )
             apply(
                 chosen.inventory,
@@ -306,14 +301,16 @@ def _compressed(
             )
     if isinstance(request, Options):
         _warn_of_frozen(chosen, stacklevel=stacklevel + 1)
-    if steps is not None:
-        result = refined(copy, model, examples_of(chosen), steps)
-        if not result.best_step:
-            warnings.warn(
-                f"The refinement was undone: {result}. More examples may help.",
-                stacklevel=stacklevel + 1,
-            )
-    return copy
+    return copy, chosen
+
+
+def _refine(small: Any, model: Any, chosen: Chosen, steps: int, *, stacklevel: int) -> None:
+    result = refined(small, model, examples_of(chosen), steps)
+    if not result.best_step:
+        warnings.warn(
+            f"The refinement was undone: {result}. More examples may help.",
+            stacklevel=stacklevel + 1,
+        )
 
 
 # -- Shared with the callback and `sweep` ----------------------------------------------------------
@@ -362,10 +359,9 @@ def make_choice(
 
 
 def examples_of(chosen: Chosen) -> KeptExamples:
-    """The examples that were kept."""
-    if chosen.calibration is None or chosen.calibration.examples is None:
-        raise ValueError("Expected examples to be kept. Received: none")
-    return chosen.calibration.examples
+    """The examples, where `make_choice` was to keep them."""
+    calibration: Any = chosen.calibration
+    return calibration.examples
 
 
 def choose(

@@ -36,9 +36,11 @@ from keras_alds.progress import progress_bar
 #: Steps of `refine=True`.
 STEPS = 200
 # Examples in a step, and the learning rate of the first one.
-_BATCH, _RATE = 64, 3e-4
-# Steps between two looks at the examples held out, and looks without a gain before it ends.
-_LOOK_EVERY, _PATIENCE = 20, 4
+_BATCH, _RATE = 64, 1e-3
+# Steps between two looks at the examples held out. After so many looks without a gain, it goes back
+# to the best weights and takes smaller steps; after so many, it ends.
+_LOOK_EVERY, _GO_BACK, _PATIENCE = 20, 2, 4
+_SMALLER = 0.3
 # Images are flipped if that changes the original's outputs by at most so many times as much as
 # shifts do.
 _FLIP_FACTOR = 1.5
@@ -103,7 +105,8 @@ def refine(
 
     A quarter of the examples, at most 128, is held out. They judge the weights at the start, every
     20 steps and at the end, and the best weights are kept: the model never gets worse on them. If
-    the last 80 steps have brought nothing, the training ends early.
+    40 steps have brought nothing, the training goes back to the best weights and takes smaller
+    steps; after 80, it ends.
 
     A block of a Functional or Sequential model ends with each residual add and the activation
     behind it. Without adds, it is a layer with a kernel, with BatchNormalization and activation. In
@@ -120,7 +123,7 @@ def refine(
         data: Examples, as `calibration_data` of `select`: a few hundred or more, without labels.
             At most 1024 are used.
         steps: Integer >= 1. The largest number of steps of Adam, with 64 examples each. The
-            learning rate falls from 3e-4 to 0 by a cosine. Defaults to 200.
+            learning rate falls from 1e-3 to 0 by a cosine. Defaults to 200.
         verbose: 0 prints nothing; otherwise a terminal shows a progress bar. Defaults to 1.
 
     Returns:
@@ -332,10 +335,10 @@ class _Loop:
         random = np.random.default_rng(0)
         drawn = self._split.drawn(random, _BATCH)
         best, kept, best_step = self._judge.start, self._refiner.values(), 0
-        step = misses = 0
+        step, misses, factor = 0, 0, 1.0
         try:
             while step < steps and misses < _PATIENCE:
-                self._step(next(drawn), random, _rate(step, steps))
+                self._step(next(drawn), random, factor * _rate(step, steps))
                 step += 1
                 advance()
                 if step % _LOOK_EVERY == 0 or step == steps:
@@ -343,6 +346,9 @@ class _Loop:
                     misses += 1
                     if found < best:
                         best, kept, best_step, misses = found, self._refiner.values(), step, 0
+                    elif misses == _GO_BACK:
+                        self._refiner.assign(kept)
+                        factor *= _SMALLER
         finally:  # also after an error or an interrupt
             self._refiner.assign(kept)
         return Refinement(

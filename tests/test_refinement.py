@@ -35,6 +35,13 @@ def residual(K, activation=None, name="scores", outputs=10):
     return K.Model(inputs, L.Dense(outputs, activation=activation, name=name)(x))
 
 
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Small networks learn in a few large steps."""
+    monkeypatch.setattr(refinement, "_RATE", 3e-3)
+    monkeypatch.setattr(refinement, "_LOOK_EVERY", 5)
+
+
 def weights_of(model):
     return [np.array(w) for w in model.get_weights()]
 
@@ -60,9 +67,9 @@ def test_it_comes_nearer_and_changes_only_what_it_should(keras_module):
     optimizer = small.optimizer
     state = [np.asarray(v) for v in optimizer.variables]
     x = images()
-    result = keras_alds.refine(small, model, x, steps=60, verbose=0)
+    result = keras_alds.refine(small, model, x, steps=30, verbose=0)
     assert result.after < 0.9 * result.before
-    assert 0 < result.best_step <= result.steps == 60
+    assert 0 < result.best_step <= result.steps == 30
     assert result.trained_on == 48
     assert equal(original, weights_of(model))
     changed = {
@@ -85,12 +92,12 @@ def test_it_never_gets_worse(small, monkeypatch):
     no_progress(monkeypatch)
     model = keras_alds.compress(small, 0.5)
     before = weights_of(model)
-    result = keras_alds.refine(model, small, images(), steps=200, verbose=0)
+    result = keras_alds.refine(model, small, images(), steps=100, verbose=0)
     assert equal(before, weights_of(model))
     # It ends early, after four looks that showed no gain.
-    assert (result.best_step, result.steps) == (0, 80)
+    assert (result.best_step, result.steps) == (0, 20)
     assert result.after == result.before
-    assert str(result) == "no gain on examples held out in 80 steps"
+    assert str(result) == "no gain on examples held out in 20 steps"
 
 
 def test_the_best_weights_are_kept_after_an_interrupt(small, monkeypatch):
@@ -112,17 +119,19 @@ def test_the_best_weights_are_kept_after_an_interrupt(small, monkeypatch):
     assert taken[0] == refinement._RATE > taken[1] > taken[2]
 
 
-def examples_for(model, keras_module):
+def examples_for(model):
     random = np.random.default_rng(0)
     shapes = [tuple(x.shape)[1:] for x in getattr(model, "inputs", None) or []] or [IMAGE]
-    found = [random.normal(size=(32, *shape)).astype("float32") for shape in shapes]
+    found = [random.normal(size=(128, *shape)).astype("float32") for shape in shapes]
     return found[0] if len(found) == 1 else found
 
 
-def test_models_of_every_kind(model, keras_module):
+@pytest.mark.parametrize("kind", ["nested", "shared", "wrapped", "subclassed"])
+def test_models_of_every_kind(keras_module, kind):
     """Nested and subclassed models, shared layers, several inputs, wrappers, recurrent layers."""
+    model = importlib.import_module("zoo").MODELS[kind](keras_module)
     small = keras_alds.compress(model, 0.4)
-    result = keras_alds.refine(small, model, examples_for(model, keras_module), steps=20, verbose=0)
+    result = keras_alds.refine(small, model, examples_for(model), steps=10, verbose=0)
     assert result.after < result.before
 
 
@@ -136,7 +145,7 @@ def test_texts_of_several_lengths(keras_module):
     small = keras_alds.compress(model, 0.5)
     random = np.random.default_rng(0)
     batches = [random.integers(0, 50, (8, length)) for length in (5, 9, 7, 5, 9, 7)]
-    result = keras_alds.refine(small, model, lambda: batches, steps=20, verbose=0)
+    result = keras_alds.refine(small, model, lambda: batches, steps=10, verbose=0)
     assert result.after < result.before
     assert result.augmented == ()
 
@@ -147,7 +156,7 @@ def test_a_fixed_batch_size(keras_module):
     x = L.Dense(32, activation="relu", name="hidden")(inputs)
     model = keras_module.Model(inputs, L.Dense(10, name="head")(x))
     small = keras_alds.compress(model, 0.3)
-    result = keras_alds.refine(small, model, images(32, (6,)), steps=20, verbose=0)
+    result = keras_alds.refine(small, model, images(32, (6,)), steps=10, verbose=0)
     assert result.after < result.before
     assert result.trained_on == 24
     with pytest.raises(ValueError, match="at least two batches"):
@@ -166,7 +175,7 @@ def fixed(K, size):
 def test_outputs_of_every_kind(keras_module, activation):
     model = residual(keras_module, activation)
     small = keras_alds.compress(model, 0.6)
-    result = keras_alds.refine(small, model, images(), steps=40, verbose=0)
+    result = keras_alds.refine(small, model, images(), steps=10, verbose=0)
     assert result.after < result.before
 
 
@@ -178,7 +187,7 @@ def test_half_precision(keras_module, policy):
     finally:
         keras_module.mixed_precision.set_global_policy("float32")
     small = keras_alds.compress(model, 0.6)
-    result = keras_alds.refine(small, model, images(32), steps=20, verbose=0)
+    result = keras_alds.refine(small, model, images(32), steps=10, verbose=0)
     assert result.after < result.before
     assert all(np.isfinite(w).all() for w in weights_of(small))
 
@@ -218,7 +227,7 @@ def test_steps_are_those_of_adam():
             gradients.append(tape.gradient(loss, [v.value for v in other.trainable_variables]))
         adam.apply([a + b for a, b in zip(*gradients, strict=True)], other.trainable_variables)
     for a, b in zip(weights_of(small), weights_of(other), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(a, b, rtol=0, atol=5e-4)  # of steps of 1e-2
 
 
 def test_scores_of_probabilities():
@@ -306,22 +315,21 @@ def test_outputs_without_gradients(keras_module):
         keras_alds.refine(keras_alds.compress(model, 0.5), model, images(32))
     model = with_labels(keras_module, both=True)  # the other output counts
     small = keras_alds.compress(model, 0.5)
-    result = keras_alds.refine(small, model, images(32), steps=20, verbose=0)
+    result = keras_alds.refine(small, model, images(32), steps=10, verbose=0)
     assert result.after < result.before
 
 
 # -- In `compress` and `fit` -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sequential", [None, False])
-def test_compress_refines(keras_module, sequential):
-    model, x = residual(keras_module), images()
+def test_compress_refines(keras_module):
+    model, x = residual(keras_module), images(256)
     plan = keras_alds.select(model, 0.6, calibration_data=x)
-    options = {"plan": plan, "calibration_data": x, "sequential": sequential}
+    options = {"plan": plan, "calibration_data": x, "sequential": False}
     plain = keras_alds.compress(model, **options)
-    small = keras_alds.compress(model, **options, refine=40)
+    small = keras_alds.compress(model, **options, refine=10)
     by_hand = keras_alds.compress(model, **options)
-    result = keras_alds.refine(by_hand, model, x, steps=40, verbose=0)
+    result = keras_alds.refine(by_hand, model, x, steps=10, verbose=0)
     assert result.best_step
     assert equal(weights_of(small), weights_of(by_hand))
     test = images(seed=1)
@@ -335,7 +343,7 @@ def test_compress_refines(keras_module, sequential):
 def test_compress_says_if_it_brought_nothing(small, monkeypatch):
     no_progress(monkeypatch)
     with pytest.warns(UserWarning, match="refinement was undone: no gain on examples") as caught:
-        keras_alds.compress(small, 0.5, calibration_data=images(), refine=20)
+        keras_alds.compress(small, 0.5, calibration_data=images(), refine=10)
     assert caught[-1].filename == __file__
 
 
@@ -352,21 +360,23 @@ def test_refine_needs_examples(small):
         keras_alds.ALDSCompress(0.5, at_epoch=0, refine=True)
 
 
-def test_refined_in_fit(small, keras_module, capsys):
+def test_refined_in_fit(keras_module, capsys):
+    small = residual(keras_module)
     small.compile(
         keras_module.optimizers.SGD(0.0),
         keras_module.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    x = images(32)
+    x = images(256)
     dense = keras_module.models.clone_model(small)
     dense.set_weights(small.get_weights())
-    callback = keras_alds.ALDSCompress(0.5, at_epoch=0, calibration_data=x, refine=20, verbose=1)
+    options = {"calibration_data": x, "sequential": False}
+    callback = keras_alds.ALDSCompress(0.6, at_epoch=0, **options, refine=10, verbose=1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "No factor has changed")
-        small.fit(x, np.zeros(32, int), verbose=0, callbacks=[callback])
-    plain = keras_alds.compress(dense, plan=callback.plan, calibration_data=x)
+        small.fit(x, np.zeros(256, int), verbose=0, callbacks=[callback])
+    plain = keras_alds.compress(dense, plan=callback.plan, **options)
     assert "ALDSCompress: refinement: distance to the original's outputs" in capsys.readouterr().out
-    result = keras_alds.refine(plain, dense, x, steps=20, verbose=0)
+    result = keras_alds.refine(plain, dense, x, steps=10, verbose=0)
     assert result.best_step
     for a, b in zip(weights_of(small), weights_of(plain), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -384,11 +394,11 @@ def test_pruned_weights_stay_zero():
         images(32), np.zeros((32, 10)), verbose=0,
         callbacks=[tfmot.sparsity.keras.UpdatePruningStep()],
     )  # fmt: skip
-    zeros = [np.array(w) == 0 for w in pruned.trainable_weights if len(w.shape) > 1]
+    zeros = [np.asarray(w) == 0 for w in pruned.trainable_weights if len(w.shape) > 1]
     assert sum(z.sum() for z in zeros) > 100
-    result = keras_alds.refine(pruned, model, images(), steps=20, verbose=0)
+    result = keras_alds.refine(pruned, model, images(), steps=10, verbose=0)
     assert result.best_step
-    after = [np.array(w) for w in pruned.trainable_weights if len(w.shape) > 1]
+    after = [np.asarray(w) for w in pruned.trainable_weights if len(w.shape) > 1]
     assert all((w[z] == 0).all() for w, z in zip(after, zeros, strict=True))
 
 
@@ -408,7 +418,7 @@ def test_blocks_end_with_adds_and_activations(keras_module):
     assert names == ["add 0", "add 1"]
     assert blocks_of(model)["add 1"].name == "relu"
     small = keras_alds.compress(model, 0.2)
-    result = keras_alds.refine(small, model, images(32, (8,)), steps=20, verbose=0)
+    result = keras_alds.refine(small, model, images(32, (8,)), steps=10, verbose=0)
     assert result.after < result.before
 
 

@@ -39,17 +39,22 @@ def shared_blocks(small: Any, original: Any) -> dict[str, tuple[Any, Any]]:
 
 
 class _Finder:
-    """Collects the blocks of a model and the models inside it."""
+    """Collects the blocks of a model and the models inside it.
+
+    They are named after layers in graphs, and numbered in code: code that gives no names makes
+    layers of other names in a copy.
+    """
 
     def __init__(self, backend: _backend.Backend, found: dict[str, Any]) -> None:
         self._backend, self._found = backend, found
+        self._numbered = False
 
     def visit(self, model: Any, prefix: str) -> None:
         if self._backend.runs_graph(model):
             self._visit_graph(model, prefix)
             return
+        self._numbered = True
         kernels = _kernels_in(model)
-        # By number: code that names no layers names them anew in a copy.
         for number, child in enumerate(dict.fromkeys(self._backend.children(model))):
             inside = _kernels_in(child)
             # One part with nearly all kernels, such as a backbone, is no block, but has some.
@@ -82,15 +87,16 @@ class _Finder:
             last = last_of(call, _ACTIVATIONS)
             if last is not None:
                 self._add(f"{prefix}add {number}", last.layer)
-        for call in calls:
+        for number, call in enumerate(calls):
             if not isinstance(call.layer, backend.keras.layers.Layer):
                 continue
+            name = prefix + (str(number) if self._numbered else call.layer.name)
             if backend.runs_graph(call.layer):
-                self.visit(call.layer, f"{prefix}{call.layer.name}/")
+                self.visit(call.layer, f"{name}/")
             elif not adds and _kernels_in(call.layer):
                 last = last_of(call, (*_BETWEEN, *_ACTIVATIONS))
                 if last is not None:
-                    self._add(prefix + call.layer.name, last.layer)
+                    self._add(name, last.layer)
 
     def _add(self, name: str, layer: Any) -> None:
         if layer not in self._found.values():
