@@ -37,10 +37,11 @@ from keras_alds.progress import progress_bar
 STEPS = 200
 # Examples in a step, and the learning rate of the first one.
 _BATCH, _RATE = 64, 1e-3
-# Steps between two looks at the examples held out. After so many looks without a gain, it goes back
-# to the best weights and takes smaller steps; after so many, it ends.
-_LOOK_EVERY, _GO_BACK, _PATIENCE = 20, 2, 4
-_SMALLER = 0.3
+# Steps between two looks at the examples held out, and looks without a gain before it ends.
+_LOOK_EVERY, _PATIENCE = 20, 4
+# After so many looks without a gain, or if the distance has become so many times as large, it goes
+# back to the best weights and takes steps of this part of the size.
+_GO_BACK, _MUCH_WORSE, _SMALLER = 2, 1.25, 0.3
 # Images are flipped if that changes the original's outputs by at most so many times as much as
 # shifts do.
 _FLIP_FACTOR = 1.5
@@ -105,8 +106,8 @@ def refine(
 
     A quarter of the examples, at most 128, is held out. They judge the weights at the start, every
     20 steps and at the end, and the best weights are kept: the model never gets worse on them. If
-    40 steps have brought nothing, the training goes back to the best weights and takes smaller
-    steps; after 80, it ends.
+    40 steps have brought nothing, or 20 have made it much worse, the training goes back to the best
+    weights and takes smaller steps; after 80 without a gain, it ends.
 
     A block of a Functional or Sequential model ends with each residual add and the activation
     behind it. Without adds, it is a layer with a kernel, with BatchNormalization and activation. In
@@ -346,7 +347,7 @@ class _Loop:
                     misses += 1
                     if found < best:
                         best, kept, best_step, misses = found, self._refiner.values(), step, 0
-                    elif misses == _GO_BACK:
+                    elif misses == _GO_BACK or found > _MUCH_WORSE * best:
                         self._refiner.assign(kept)
                         factor *= _SMALLER
         finally:  # also after an error or an interrupt

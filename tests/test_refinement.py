@@ -210,7 +210,7 @@ def test_steps_are_those_of_adam():
         scores=[refining.as_is],
     )  # fmt: skip
     inside = [
-        keras.Model(m.inputs, [m.get_layer("hidden").output, m.output]) for m in (model, other)
+        keras.Model(m.input, [m.get_layer("hidden").output, m.output]) for m in (model, other)
     ]
     adam = keras.optimizers.Adam(1e-2)
     for _ in range(2):
@@ -378,8 +378,8 @@ def test_refined_in_fit(keras_module, capsys):
     assert "ALDSCompress: refinement: distance to the original's outputs" in capsys.readouterr().out
     result = keras_alds.refine(plain, dense, x, steps=10, verbose=0)
     assert result.best_step
-    for a, b in zip(weights_of(small), weights_of(plain), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    for a, b in zip(small.trainable_weights, plain.trainable_weights, strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-5)
 
 
 def test_pruned_weights_stay_zero():
