@@ -24,6 +24,7 @@ from keras_alds.models.submodels import frozen_part
 from keras_alds.models.turns import alone
 from keras_alds.options import Options, SelectOptions, check_cr_or_plan, takes_options
 from keras_alds.plan import CompressionPlan, check_plan
+from keras_alds.refinement import refined, steps_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -109,6 +110,7 @@ def compress(
     plan: CompressionPlan | None = None,
     calibration_data: Any = None,
     sequential: bool | None = None,
+    refine: bool | int = False,
     **options: Unpack[SelectOptions],
 ) -> Model:
     """Returns a new, smaller model; `model` is not changed.
@@ -145,6 +147,11 @@ def compress(
             A subclassed model is run again for each of its layers. Defaults to None: True with
             examples, unless a subclassed model or layer holds more than 8 layers to compress,
             which gives a warning.
+        refine: Boolean or integer. Whether to train the new model without labels, to be like
+            `model` on the calibration examples; an integer is the largest number of steps. It
+            takes minutes, and never makes outputs worse on examples held out. See `refine`, which
+            also tells how far it came. Needs examples, not `CalibrationStats`. Defaults to False;
+            True is 200 steps.
         {options}
 
     Returns:
@@ -165,6 +172,7 @@ def compress(
     check_cr_or_plan(cr, plan, options, "compress")
     method = options.get("method") if plan is None else plan.method
     check_sequential(sequential, calibration_data, method)
+    steps = steps_of(refine, calibration_data)
     has_data = calibration_data is not None
     if plan is None:
         request: Request = checked_options(cr, options, has_data=has_data, caller="compress")
@@ -180,7 +188,10 @@ def compress(
             )
     check_is_model(model)
     with alone(model):
-        return _compressed(model, request, calibration_data, sequential, stacklevel=2)
+        small, chosen = _compressed(model, request, calibration_data, sequential, stacklevel=2)
+        if steps is not None and chosen is not None:
+            _refine(small, model, chosen, steps, stacklevel=2)
+        return small
 
 
 def apply_plan(
@@ -241,15 +252,15 @@ def apply_plan(
 
 def _compressed(
     model: Model, request: Request, data: Any, sequential: bool | None, *, stacklevel: int
-) -> Model:
-    """A copy of a model, compressed as requested."""
+) -> tuple[Model, Chosen | None]:
+    """A copy of a model, compressed as requested, and what was chosen, if anything was to do."""
     inventory = inspected(model, request)
     met = already(inventory, request)
     if met is not None:
         warnings.warn(
             f"The model '{model.name}' is {met}: a copy is returned.", stacklevel=stacklevel + 1
         )
-        return _copy(model, stacklevel=stacklevel + 1)
+        return _copy(model, stacklevel=stacklevel + 1), None
     if not to_recompose(inventory, request):
         chosen = make_choice(inventory, request, data, sequential, stacklevel=stacklevel + 1)
         copy = _copy(model, stacklevel=stacklevel + 1)
@@ -279,7 +290,16 @@ def _compressed(
             )
     if isinstance(request, Options):
         _warn_of_frozen(chosen, stacklevel=stacklevel + 1)
-    return copy
+    return copy, chosen
+
+
+def _refine(small: Any, model: Any, chosen: Chosen, steps: int, *, stacklevel: int) -> None:
+    result = refined(small, model, chosen.examples, steps)
+    if not result.best_step:
+        warnings.warn(
+            f"The refinement was undone: {result}. More examples may help.",
+            stacklevel=stacklevel + 1,
+        )
 
 
 # -- Shared with the callback and `sweep` ----------------------------------------------------------
@@ -287,11 +307,15 @@ def _compressed(
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """A plan, the model's inventory, and the calibration statistics, if any."""
+    """A plan, the model's inventory, and the calibration statistics and examples, if any.
+
+    A plan that does best without data has examples, but no statistics.
+    """
 
     plan: CompressionPlan
     inventory: Inventory
     calibration: Calibration | None
+    examples: Any = None
 
 
 def make_choice(
@@ -317,7 +341,7 @@ def make_choice(
     calibration = None
     if calibration_data is not None:
         calibration = Calibration.of(inventory, calibration_data, stacklevel=stacklevel + 1)
-    return Chosen(request, inventory, calibration)
+    return Chosen(request, inventory, calibration, calibration and calibration.examples)
 
 
 def choose(
@@ -343,7 +367,8 @@ def choose(
         plan = best_plan(
             selection, calibration, sequential, verbose=verbose, stacklevel=stacklevel + 1
         )
-        return Chosen(plan, inventory, calibration if wants_data(plan) else None)
+        used = calibration if wants_data(plan) else None
+        return Chosen(plan, inventory, used, calibration.examples)
     return Chosen(selection.plan(), inventory, calibration)
 
 

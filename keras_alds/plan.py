@@ -69,9 +69,10 @@ class LayerChoice:
         reason: Why the layer is skipped, or None if it is factorized.
         note: A remark about the choice, or None.
         reason_code: The reason in one word, one of `Skip`, or None if the layer is factorized.
-        divergence: What the choice does to the model's outputs while all other layers stay as they
-            are: an estimate in the unit of `CompressionPlan.divergence`. None without calibration
-            data.
+        divergence: An estimate of what the choice does to the model's outputs while all other
+            layers stay as they are: the Kullback–Leibler divergence in nats of probabilities, and
+            of scores before softmax; for other outputs, the squared error relative to their
+            variance. None without calibration data.
     """
 
     layer: str
@@ -143,8 +144,8 @@ class CompressionPlan:
             other configurations. None unless the objective is `"latency"`.
         sequential: Whether `compress` should fit the layers one after the other. None if that was
             not tried.
-        trials: The divergence of the plans that were tried on held-out examples. Their names say
-            how errors are weighed: by what they do to the `"outputs"`, by the `"roots of outputs"`
+        trials: How far outputs are from the original's, see `distance`, with the plans that were
+            tried on held-out examples. Their names say how errors are weighed: by what they do to the `"outputs"`, by the `"roots of outputs"`
             of that, or `"equal"`; with `", sequential"` if the layers are fitted one after the
             other. `"no data"` uses no data for anything else. This plan is the one with the least.
             None without examples.
@@ -215,12 +216,13 @@ class CompressionPlan:
         return self.costs[objective].removed
 
     @property
-    def divergence(self) -> float | None:
+    def distance(self) -> float | None:
         """How far the compressed model's outputs are from the original's on held-out examples.
 
-        For probabilities, and for scores before softmax, it is the Kullback–Leibler divergence in
-        nats; for other outputs the squared error relative to their variance. The factors were
-        fitted without the held-out examples. None if that was not measured.
+        For probabilities, and scores before softmax, it is the total variation distance: the
+        probability, from 0 to 1, that is given to other classes. For other outputs, it is the
+        squared error relative to their variance. The factors are fitted without the held-out
+        examples. None if that was not measured.
         """
         return min(self.trials.values()) if self.trials else None
 

@@ -15,7 +15,7 @@ import scipy.sparse
 import tensorflow as tf
 
 bfloat16, float16, float32, float64 = tf.bfloat16, tf.float16, tf.float32, tf.float64
-boolean, int32, int64 = tf.bool, tf.int32, tf.int64
+boolean, int32, int64, uint8 = tf.bool, tf.int32, tf.int64, tf.uint8
 
 boolean_mask = tf.boolean_mask
 cast = tf.cast
@@ -76,6 +76,11 @@ def is_text(spec: Any) -> bool:
 def is_dataset(value: Any) -> bool:
     """Whether a value is a `tf.data.Dataset`."""
     return isinstance(value, tf.data.Dataset)
+
+
+def is_floating(value: Any) -> bool:
+    """Whether a tensor or variable holds numbers of floating point."""
+    return bool(tf.as_dtype(value.dtype).is_floating)
 
 
 def to_numpy(value: Any) -> np.ndarray:

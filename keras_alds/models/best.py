@@ -62,7 +62,7 @@ def best_plan(
         if same:
             return
         kernels = approximations(selection.inventory.candidates, _choices(selection, plan))
-        plans[name], found[name] = plan, prober.divergence(kernels)
+        plans[name], found[name] = plan, prober.distance(kernels)
 
     for weighing in selection.weighings:
         add(selection, weighing, weighing)
@@ -78,7 +78,7 @@ def best_plan(
             kernels = tried_one_by_one(inventory, some, calibration, verbose)
             one_by_one = f"{name}, sequential"
             plans[one_by_one] = dataclasses.replace(plans[name], sequential=True)
-            found[one_by_one] = prober.divergence(kernels)
+            found[one_by_one] = prober.distance(kernels)
     if sequential is True:
         plans = {name: plan for name, plan in plans.items() if plan.sequential}
     add(selection.without_data(), WITHOUT_DATA)

@@ -59,9 +59,7 @@ class Examples:
         if limit is not None:
             limit = int_at_least(limit, "max_examples", MIN_EXAMPLES)
         self._limit, self._argument = limit, argument
-        sizes = {tensor.shape[0] for tensor in getattr(model, "inputs", None) or []}
-        #: The model's fixed batch size, or None.
-        self._fixed: int | None = sizes.pop() if len(sizes) == 1 else None
+        self._fixed = fixed_batch_size(model)
         self._names: list[str] = _backend.backend_of(model).input_names(model)
         structure = self._input_specs(model)
         self._single = structure is not None and not tensors.is_nested(structure)
@@ -285,6 +283,12 @@ def _split(inputs: Any, size: int) -> list[tuple[Any, int]]:
         return [(inputs, size)]
     bounds = np.linspace(0, size, FEWEST_BATCHES + 1).astype(int).tolist()
     return [(_part(inputs, a, b), b - a) for a, b in itertools.pairwise(bounds)]
+
+
+def fixed_batch_size(model: Any) -> int | None:
+    """The batch size that a model requires, or None."""
+    sizes = {tensor.shape[0] for tensor in getattr(model, "inputs", None) or []}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def _sizes(inputs: Any) -> list[tuple[int, ...]]:

@@ -25,7 +25,6 @@ from keras_alds.models.optimizer import Exchange, carried, carry_optimizers
 from keras_alds.plan import CompressionPlan
 
 
-
 def apply(
     inventory: Inventory,
     plan: CompressionPlan,

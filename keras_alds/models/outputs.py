@@ -8,7 +8,7 @@ to the variance of the original's outputs. Several outputs add up.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,17 @@ class Reference:
         Raises:
             ValueError: If the shapes differ.
         """
+        return self._sum(outputs, _divergence)
+
+    def distance(self, outputs: Sequence[Array]) -> float:
+        """Like `divergence`, but bounded for scores and probabilities.
+
+        There it is the total variation distance: the probability, from 0 to 1, that is given to
+        other classes. A few examples of which a network is too sure do not outweigh the others.
+        """
+        return self._sum(outputs, _distance)
+
+    def _sum(self, outputs: Sequence[Array], measure: Callable[..., float]) -> float:
         total = 0.0
         for kind, scale, mine, other in zip(
             self.kinds, self._scales, self._outputs, outputs, strict=True
@@ -74,7 +85,7 @@ class Reference:
                     "Expected outputs of the same shape from both models. "
                     f"Received: {mine.shape} and {other.shape}"
                 )
-            total += _divergence(kind, mine, _prepared(kind, other)) / scale
+            total += measure(kind, mine, _prepared(kind, other)) / scale
         return float(total) if np.isfinite(total) else np.inf
 
 
@@ -163,6 +174,14 @@ def _divergence(kind: OutputKind, mine: Array, other: Array) -> float:
         parts = (mine, other), (1 - mine, 1 - other)
         return float(sum(np.mean(xlogy(p, p / q)) for p, q in parts))
     return float(np.sum(np.exp(mine) * (mine - other), axis=-1).mean())
+
+
+def _distance(kind: OutputKind, mine: Array, other: Array) -> float:
+    if mine.size and kind in (OutputKind.SCORES, OutputKind.PROBABILITIES):
+        return float(np.abs(np.exp(mine) - np.exp(other)).sum(axis=-1).mean() / 2)
+    if mine.size and kind is OutputKind.BINARY:
+        return float(np.abs(mine - other).mean())
+    return _divergence(kind, mine, other)
 
 
 def _spread(values: Array) -> float:

@@ -60,19 +60,27 @@ class Prober:
         self.reference = Reference(model, _joined(outputs))
 
     def divergence(self, kernels: Kernels) -> float:
-        """The divergence of the model's outputs if it computes with other kernels.
+        """The divergence of the model's outputs if it computes with other kernels."""
+        return self.reference.divergence(self.outputs(kernels))
+
+    def distance(self, kernels: Kernels) -> float:
+        """Like `divergence`, but bounded for scores; see `Reference.distance`."""
+        return self.reference.distance(self.outputs(kernels))
+
+    def outputs(self, kernels: Kernels) -> list[Array]:
+        """The model's outputs if it computes with other kernels.
 
         Raises:
-            ValueError: If a layer is not one of those that were named.
+            KeyError: If a layer is not one of those that were named.
         """
         steps = sorted(set().union(*(self._after[layer] for layer in kernels)))
         if not steps:
-            return 0.0
+            return _joined(self._own)
         found = []
         with passing(self._model):
             for kept, own in zip(self._kept, self._own, strict=True):
                 found.append(self._run(steps, dict(kept), set(), kernels, own))
-        return self.reference.divergence(_joined(found))
+        return _joined(found)
 
     def _run(
         self,
