@@ -144,11 +144,11 @@ class CompressionPlan:
             other configurations. None unless the objective is `"latency"`.
         sequential: Whether `compress` should fit the layers one after the other. None if that was
             not tried.
-        trials: How far outputs are from the original's, see `distance`, with the plans that were
-            tried on held-out examples. Their names say how errors are weighed: by what they do to the `"outputs"`, by the `"roots of outputs"`
-            of that, or `"equal"`; with `", sequential"` if the layers are fitted one after the
-            other. `"no data"` uses no data for anything else. This plan is the one with the least.
-            None without examples.
+        trials: How far the outputs on held-out examples are from the original's (see `distance`)
+            with each plan that was tried. The names say how errors are weighed: by what they do to
+            the `"outputs"`, by the `"roots of outputs"` of that, or `"equal"`; and whether the
+            layers are fitted one after the other: `", sequential"`. `"no data"` uses data for
+            nothing else. This plan is the one with the least. None without examples.
         version: Version of the JSON format.
 
     Example:

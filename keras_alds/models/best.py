@@ -85,7 +85,8 @@ def best_plan(
     # Among equals, the first: fitted at once.
     best = min(plans, key=lambda name: round(math.log(max(found[name], 1e-12)) / _EQUAL))
     plan = plans[best]
-    return dataclasses.replace(plan, sequential=bool(plan.sequential), trials=found)
+    trials = {name: found[name] for name in plans}
+    return dataclasses.replace(plan, sequential=bool(plan.sequential), trials=trials)
 
 
 def _choices(selection: Selection, plan: CompressionPlan) -> list:
