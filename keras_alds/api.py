@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound=KerasModel)
 
+# The distance between outputs from which users are warned. Of classifiers that were compressed
+# without retraining, those above it lost some ten points or more.
+_FAR = 0.2
+
 
 @takes_options()
 def select(
@@ -99,6 +103,7 @@ def select(
         with recomposed(inventory, to_recompose(inventory, checked)) as dense:
             chosen = choose(dense, checked, calibration_data, stacklevel=2)
             _warn_of_frozen(chosen, stacklevel=2)
+            _warn_if_far(chosen, stacklevel=2)
         return chosen.plan
 
 
@@ -290,6 +295,7 @@ def _compressed(
             )
     if isinstance(request, Options):
         _warn_of_frozen(chosen, stacklevel=stacklevel + 1)
+        _warn_if_far(chosen, stacklevel=stacklevel + 1)
     return copy, chosen
 
 
@@ -370,6 +376,22 @@ def choose(
         used = calibration if wants_data(plan) else None
         return Chosen(plan, inventory, used, calibration.examples)
     return Chosen(selection.plan(), inventory, calibration)
+
+
+def _warn_if_far(chosen: Chosen, *, stacklevel: int) -> None:
+    """Warns if a plan changes the outputs much."""
+    plan = chosen.plan
+    if plan.distance is None or plan.distance <= _FAR:
+        return
+    worst = sorted(plan.factorized, key=lambda choice: -(choice.divergence or 0.0))[:3]
+    names = ", ".join(f"'{choice.layer}'" for choice in worst)
+    warnings.warn(
+        "Without retraining, the compressed model loses much: on held-out examples its outputs "
+        f"are {plan.distance:.2f} away from the original's (total variation, or relative squared "
+        f"error). Remove less, retrain, use more than {chosen.examples.total} examples, or spare "
+        f"the layers that matter most with `bounds` or `exclude`: {names}.",
+        stacklevel=stacklevel + 1,
+    )
 
 
 def _warn_of_frozen(chosen: Chosen, *, stacklevel: int) -> None:

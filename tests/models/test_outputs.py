@@ -114,8 +114,7 @@ class TestProber:
         records = Inventory.of(model).candidates
         before = model.get_weights()
         probers = [
-            Prober(model, [r.layer for r in records], [inputs], keep=keep)
-            for keep in (True, False)
+            Prober(model, [r.layer for r in records], [inputs], keep=keep) for keep in (True, False)
         ]
         kernels = {}
         for record in records:
