@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from keras_alds.core.calibration.moments import MANY
 from keras_alds.core.choices import ChoiceTable, offered_ranks
 from keras_alds.core.costs import Costs
 from keras_alds.core.methods import Method
@@ -445,6 +446,11 @@ class Selection:
             notes.append(
                 f"chosen with {moment.block_count} diagonal blocks of its inputs' second moment, "
                 f"which has {moment.side} rows; the number of slices is a multiple of the blocks"
+            )
+        if moment.count < MANY * moment.side and self.method.factorize_with_bias is None:
+            notes.append(
+                f"regularized, as only {moment.count} unfolded inputs are available for the "
+                f"{moment.side} rows of their second moment: use more examples"
             )
         return "; ".join(notes) or None
 

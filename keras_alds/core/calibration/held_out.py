@@ -29,7 +29,7 @@ RIDGES = (RIDGE, 1e-3, 1e-2, 0.1, 0.5, 2.0)
 PLENTY = 200.0
 # Cubed sizes of the systems that are solved for a layer. Above it, numbers of slices are left out,
 # as long as more than a few are left.
-_MOST_WORK, _FEWEST = 2e10, 5
+_MOST_WORK, _FEWEST = 8e9, 5
 # The columns of a kernel that are looked at to choose ρ.
 _COLUMNS = 256
 
