@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,9 +43,14 @@ _LOOK_EVERY, _PATIENCE = 20, 4
 # After so many looks without a gain, or if the distance has become so many times as large, it goes
 # back to the best weights and takes steps of this part of the size.
 _GO_BACK, _MUCH_WORSE, _SMALLER = 2, 1.25, 0.3
+# Of weights that are about as good on so few examples, the later ones are the better ones on
+# others: they have seen more, in smaller steps.
+_ABOUT = 1.03
 # Images are flipped if that changes the original's outputs by at most so many times as much as
 # shifts do.
 _FLIP_FACTOR = 1.5
+# Changed copies of images held out, unless the outputs of one have more entries than this.
+_COPIES, _MOST_ENTRIES = 2, 1 << 22
 _SCORES = {
     OutputKind.PROBABILITIES: centred_logarithms,
     OutputKind.BINARY: log_odds,
@@ -104,10 +110,12 @@ def refine(
     change. Regularizers have no effect, constraints and pruning masks do. Optimizer and compile
     state of `small` are not touched.
 
-    A quarter of the examples, at most 128, is held out. They judge the weights at the start, every
-    20 steps and at the end, and the best weights are kept: the model never gets worse on them. If
-    40 steps have brought nothing, or 20 have made it much worse, the training goes back to the best
-    weights and takes smaller steps; after 80 without a gain, it ends.
+    A quarter of the examples, at most 128, is held out. They, and changed copies of images, judge
+    the weights at the start, every
+    20 steps and at the end, and the best weights are kept, of about equal ones the last: the model
+    never gets worse on them. If 40 steps have brought nothing, or 20 have made it much worse, the
+    training goes back to the weights that are kept and takes smaller steps; after 80 without a
+    gain, it ends.
 
     A block of a Functional or Sequential model ends with each residual add and the activation
     behind it. Without adds, it is a layer with a kernel, with BatchNormalization and activation. In
@@ -250,10 +258,21 @@ def _trained_variables(small: Any) -> list[Any]:
 
 
 class _Judge:
-    """Measures how far outputs are from the original's on the examples held out."""
+    """Measures how far outputs are from the original's on the examples held out.
+
+    Images are judged in shifted and flipped copies too: the original examples may be those that the
+    factors were fitted to, and more examples are less noise.
+
+    Attributes:
+        kinds: What each output is.
+        augmented: How images may be changed.
+        start: The distance of the model's outputs at first.
+    """
 
     def __init__(self, small: Any, original: Any, split: Split) -> None:
         self._split = split
+        self.augmented: tuple[str, ...] = ()
+        self._copies = 0
         self._small = Traced(lambda inputs: outputs_of(small, inputs))
         self._original = Traced(lambda inputs: outputs_of(original, inputs))
         wanted = self._outputs(self._original)
@@ -276,25 +295,46 @@ class _Judge:
                 f"Expected the model '{small.name}' to have an output of floating point, which has "
                 f"gradients. Received: outputs of {', '.join(y.dtype.name for y in wanted)}"
             )
-        self.start = self._reference.distance(found)
+        if image_axes(next(split.held)) is not None:
+            self.augmented = ("shift", "flip") if self._allows_flips() else ("shift",)
+            if sum(y.size for y in wanted) <= _MOST_ENTRIES:
+                self._copies = _COPIES
+                self._reference = Reference(original, self._outputs(self._original))
+        self.start = self.look()
 
     def look(self) -> float:
         """The distance of the model's outputs now."""
         return self._reference.distance(self._outputs(self._small))
 
-    def allows_flips(self) -> bool:
+    def _allows_flips(self) -> bool:
         """Whether mirrored images change the original's outputs hardly more than shifts do."""
         random = np.random.default_rng(0)
         shift, flip = (
-            self._reference.distance(self._outputs(self._original, change))
+            self._reference.distance(self._on(self._original, map(change, self._split.held)))
             for change in (lambda x: shifted(x, random), flipped)
         )
         return flip <= _FLIP_FACTOR * shift
 
-    def _outputs(self, model: Traced, change: Any = None) -> list[Array]:
-        batches = (batch if change is None else change(batch) for batch in self._split.held)
+    def _outputs(self, model: Traced) -> list[Array]:
+        """The outputs for the examples held out, and always the same changed copies of them."""
+        copies = (
+            _augmented(batch, self.augmented, random)
+            for random in map(np.random.default_rng, range(self._copies))
+            for batch in self._split.held
+        )
+        return self._on(model, itertools.chain(self._split.held, copies))
+
+    @staticmethod
+    def _on(model: Traced, batches: Iterable[Any]) -> list[Array]:
         found = [[tensors.to_numpy(y) for y in model(batch)] for batch in batches]
         return [_joined(parts) for parts in zip(*found, strict=True)]
+
+
+def _augmented(batch: Any, how: Sequence[str], random: np.random.Generator) -> Any:
+    """A batch whose images are changed at random."""
+    if "shift" in how:
+        batch = shifted(batch, random)
+    return flipped(batch, random) if "flip" in how else batch
 
 
 def _joined(parts: Iterable[Array]) -> Array:
@@ -326,16 +366,13 @@ class _Loop:
             factorized=[layer for _, layer in walk(small) if is_factorized(layer)],
             scores=[_SCORES[kind] for kind in judge.kinds],
         )
-        self._augmented: tuple[str, ...] = ()
-        first = next(split.held)
-        if image_axes(first) is not None:
-            self._augmented = ("shift", "flip") if judge.allows_flips() else ("shift",)
 
     def run(self, steps: int, advance: Any) -> Refinement:
         """Takes at most so many steps."""
         random = np.random.default_rng(0)
         drawn = self._split.drawn(random, _BATCH)
-        best, kept, best_step = self._judge.start, self._refiner.values(), 0
+        start = best = after = self._judge.start
+        kept, best_step = self._refiner.values(), 0
         step, misses, factor = 0, 0, 1.0
         try:
             while step < steps and misses < _PATIENCE:
@@ -345,24 +382,20 @@ class _Loop:
                 if step % _LOOK_EVERY == 0 or step == steps:
                     found = self._judge.look()
                     misses += 1
-                    if found < best:
-                        best, kept, best_step, misses = found, self._refiner.values(), step, 0
+                    if found < start and found <= _ABOUT * best:
+                        after, kept, best_step, misses = found, self._refiner.values(), step, 0
+                        best = min(best, found)
                     elif misses == _GO_BACK or found > _MUCH_WORSE * best:
                         self._refiner.assign(kept)
                         factor *= _SMALLER
         finally:  # also after an error or an interrupt
             self._refiner.assign(kept)
-        return Refinement(
-            step, best_step, self._judge.start, best, self._split.trained, self._augmented
-        )
+        return Refinement(step, best_step, start, after, self._split.trained, self._judge.augmented)
 
     def _step(self, parts: list[tuple[Any, int]], random: np.random.Generator, rate: float) -> None:
         total = sum(count for _, count in parts)
         for batch, count in parts:
-            if "shift" in self._augmented:
-                batch = shifted(batch, random)
-            if "flip" in self._augmented:
-                batch = flipped(batch, random)
+            batch = _augmented(batch, self._judge.augmented, random)
             self._refiner.add(batch, count / total)
         self._refiner.step(rate)
 
