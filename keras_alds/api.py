@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from keras_alds._backend import backend_of, wrappers
 from keras_alds._backend.layers import KerasModel
 from keras_alds.methods import METHODS
+from keras_alds.models.best import best_plan
 from keras_alds.models.calibration import Calibration
 from keras_alds.models.choices import kernels
-from keras_alds.models.in_place import apply, check_folded, check_sequential
+from keras_alds.models.fit import check_folded, check_sequential
+from keras_alds.models.in_place import apply
 from keras_alds.models.inventory import Inventory, check_is_model
 from keras_alds.models.matching import match
 from keras_alds.models.recompose import Request, already, inspected, recomposed, to_recompose
@@ -296,28 +298,25 @@ def make_choice(
     inventory: Inventory,
     request: Request,
     calibration_data: Any,
-    sequential: bool | None,
+    sequential: bool | None = None,
     *,
     verbose: int = 1,
     stacklevel: int = 1,
 ) -> Chosen:
     """What a compression needs: a new plan or the given one, and the calibration statistics."""
-    keep = sequential is not False
     if isinstance(request, Options):
         return choose(
             inventory,
             request,
             calibration_data,
-            keep=keep,
+            sequential,
             verbose=verbose,
             stacklevel=stacklevel + 1,
         )
     match(inventory, request)
     calibration = None
     if calibration_data is not None:
-        calibration = Calibration.of(
-            inventory, calibration_data, keep=keep, verbose=verbose, stacklevel=stacklevel + 1
-        )
+        calibration = Calibration.of(inventory, calibration_data, stacklevel=stacklevel + 1)
     return Chosen(request, inventory, calibration)
 
 
@@ -325,12 +324,12 @@ def choose(
     inventory: Inventory,
     options: Options,
     calibration_data: Any = None,
+    sequential: bool | None = None,
     *,
-    keep: bool = False,
     verbose: int = 1,
     stacklevel: int = 1,
 ) -> Chosen:
-    """`select` with checked options; `keep` keeps the examples for another forward pass."""
+    """`select` with checked options."""
     selection = selection_of(inventory, options, verbose=verbose, stacklevel=stacklevel + 1)
     inventory = selection.inventory
     wrappers.apply_masks(inventory.pruning)
@@ -338,11 +337,13 @@ def choose(
     if calibration_data is not None:
         for _ in kernels(inventory.candidates):
             pass  # raises on weights that are not finite before the model is run
-        calibration = Calibration.of(
-            inventory, calibration_data, keep=keep, verbose=verbose, stacklevel=stacklevel + 1
-        )
+        calibration = Calibration.of(inventory, calibration_data, stacklevel=stacklevel + 1)
         stats = calibration.collected(inventory, verbose=verbose, stacklevel=stacklevel + 1)
         selection = selection.calibrated(stats)
+        plan = best_plan(
+            selection, calibration, sequential, verbose=verbose, stacklevel=stacklevel + 1
+        )
+        return Chosen(plan, inventory, calibration if wants_data(plan) else None)
     return Chosen(selection.plan(), inventory, calibration)
 
 

@@ -16,7 +16,8 @@ from keras_alds.api import Chosen, checked_options, make_choice, selection_of, w
 from keras_alds.kinds.base import is_factorized
 from keras_alds.methods import METHODS
 from keras_alds.models.calibration import check_data
-from keras_alds.models.in_place import apply, check_folded, check_sequential
+from keras_alds.models.fit import check_folded, check_sequential
+from keras_alds.models.in_place import apply
 from keras_alds.models.inventory import (
     check_model,
     count_params,

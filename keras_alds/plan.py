@@ -69,6 +69,9 @@ class LayerChoice:
         reason: Why the layer is skipped, or None if it is factorized.
         note: A remark about the choice, or None.
         reason_code: The reason in one word, one of `Skip`, or None if the layer is factorized.
+        divergence: What the choice does to the model's outputs while all other layers stay as they
+            are: an estimate in the unit of `CompressionPlan.divergence`. None without calibration
+            data.
     """
 
     layer: str
@@ -82,6 +85,7 @@ class LayerChoice:
     reason: str | None
     note: str | None = None
     reason_code: str | None = None
+    divergence: float | None = None
 
     def __repr__(self) -> str:
         choice = f"skipped: {self.reason}"
@@ -137,6 +141,13 @@ class CompressionPlan:
             the target's constraints. None otherwise.
         runtime: The measured configuration, such as `"int8, 1 thread"`. The ratios do not hold for
             other configurations. None unless the objective is `"latency"`.
+        sequential: Whether `compress` should fit the layers one after the other. None if that was
+            not tried.
+        trials: The divergence of the plans that were tried on held-out examples. Their names say
+            how errors are weighed: by what they do to the `"outputs"`, by the `"roots of outputs"`
+            of that, or `"equal"`; with `", sequential"` if the layers are fitted one after the
+            other. `"no data"` uses no data for anything else. This plan is the one with the least.
+            None without examples.
         version: Version of the JSON format.
 
     Example:
@@ -158,6 +169,8 @@ class CompressionPlan:
     output_error: float | None = None
     output_error_without_target: float | None = None
     runtime: str | None = None
+    sequential: bool | None = None
+    trials: Mapping[str, float] | None = dataclasses.field(default=None, hash=False)
     version: int = PLAN_VERSION
 
     def __repr__(self) -> str:
@@ -200,6 +213,16 @@ class CompressionPlan:
                 f"Received: one made with objective={self.objective!r}"
             )
         return self.costs[objective].removed
+
+    @property
+    def divergence(self) -> float | None:
+        """How far the compressed model's outputs are from the original's on held-out examples.
+
+        For probabilities, and for scores before softmax, it is the Kullback–Leibler divergence in
+        nats; for other outputs the squared error relative to their variance. The factors were
+        fitted without the held-out examples. None if that was not measured.
+        """
+        return min(self.trials.values()) if self.trials else None
 
     @property
     def factorized(self) -> tuple[LayerChoice, ...]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from keras_alds.core.calibration.held_out import held_out_spectra_many
 from keras_alds.core.calibration.moments import SecondMoment
-from keras_alds.core.calibration.whitening import output_spectra_many
 from keras_alds.core.choices import ChoiceTable
 from keras_alds.core.slicing import Array
 from keras_alds.core.solvers import Solution, min_max, min_sum
@@ -46,7 +46,7 @@ class Method:
     near_slices: int | None = None
     needs_data: bool = False
     spectra: Callable[[Sequence[Array], Sequence[SecondMoment]], list[Spectra]] = (
-        output_spectra_many
+        held_out_spectra_many
     )
     factorize_with_bias: FactorizeWithBias | None = None
     obstacle: Callable[[SecondMoment], str | None] = lambda moment: None
