@@ -21,6 +21,7 @@ from keras_alds.models.recompose import Request, already, inspected, recomposed,
 from keras_alds.models.resources import Macs, Params, Resource
 from keras_alds.models.selection import Selection, candidates_of
 from keras_alds.models.submodels import frozen_part
+from keras_alds.models.synthetic import synthetic_stats, unsuitable
 from keras_alds.models.turns import alone
 from keras_alds.options import Options, SelectOptions, check_cr_or_plan, takes_options
 from keras_alds.plan import CompressionPlan, check_plan
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Model = TypeVar("Model", bound=KerasModel)
+
+#: The fractions up to which a method without data lost little on all networks that were measured
+#: (docs/results.md).
+SAFE = {"synthetic": 0.3, "energy": 0.1}
 
 
 @takes_options()
@@ -279,6 +284,7 @@ def _compressed(
             )
     if isinstance(request, Options):
         _warn_of_frozen(chosen, stacklevel=stacklevel + 1)
+        _warn_of_no_data(chosen, request, data, stacklevel=stacklevel + 1)
     return copy
 
 
@@ -315,7 +321,10 @@ def make_choice(
         )
     match(inventory, request)
     calibration = None
-    if calibration_data is not None:
+    if calibration_data is None and is_synthetic(request) and unsuitable(inventory) is None:
+        stats = synthetic_stats(inventory, curves=False, verbose=verbose)
+        calibration = Calibration(stats=stats)
+    elif calibration_data is not None:
         calibration = Calibration.of(inventory, calibration_data, stacklevel=stacklevel + 1)
     return Chosen(request, inventory, calibration)
 
@@ -334,9 +343,10 @@ def choose(
     inventory = selection.inventory
     wrappers.apply_masks(inventory.pruning)
     calibration = None
-    if calibration_data is not None:
+    if calibration_data is not None or selection.method.synthetic:
         for _ in kernels(inventory.candidates):
             pass  # raises on weights that are not finite before the model is run
+    if calibration_data is not None:
         calibration = Calibration.of(inventory, calibration_data, stacklevel=stacklevel + 1)
         stats = calibration.collected(inventory, verbose=verbose, stacklevel=stacklevel + 1)
         selection = selection.calibrated(stats)
@@ -344,6 +354,19 @@ def choose(
             selection, calibration, sequential, verbose=verbose, stacklevel=stacklevel + 1
         )
         return Chosen(plan, inventory, calibration if wants_data(plan) else None)
+    if selection.method.synthetic:
+        reason = unsuitable(inventory)
+        if reason is None:
+            stats = synthetic_stats(inventory, verbose=verbose)
+            calibration = Calibration(stats=stats)
+            selection = selection.calibrated(stats)
+        elif options.by_default:
+            selection = selection.without_data()
+        else:
+            raise ValueError(
+                f"Expected another method than 'synthetic' for the model '{inventory.model.name}': "
+                f"{reason}. Received: method='synthetic'"
+            )
     return Chosen(selection.plan(), inventory, calibration)
 
 
@@ -360,6 +383,28 @@ def _warn_of_frozen(chosen: Chosen, *, stacklevel: int) -> None:
             "leave the frozen part as it is, exclude it.",
             stacklevel=stacklevel + 1,
         )
+
+
+def _warn_of_no_data(chosen: Chosen, options: Options, data: Any, *, stacklevel: int) -> None:
+    """Warns if more is removed without data than networks are known to stand.
+
+    Whoever names a method knows what it needs.
+    """
+    if data is not None or not options.by_default:
+        return
+    method = chosen.plan.method
+    safe = SAFE[method]
+    if max(options.limits.values()) <= safe:
+        return
+    reason = "" if METHODS[method].synthetic else f", as {unsuitable(chosen.inventory)}"
+    warnings.warn(
+        f"Expected `calibration_data` to remove more than {safe:.0%} without retraining. Received: "
+        f"none, and {max(options.limits.values()):.0%} to remove. The plan is made from "
+        f"{'noise' if METHODS[method].synthetic else 'the weights alone'}{reason}, and only "
+        "examples can tell whether the accuracy holds. Pass a few hundred unlabelled examples, or "
+        f"method={method!r} to silence this warning.",
+        stacklevel=stacklevel + 1,
+    )
 
 
 def _copy(model: Any, *, stacklevel: int) -> Any:
@@ -418,6 +463,11 @@ def checked_options(cr: Any, given: Mapping[str, Any], *, has_data: bool, caller
 
     table = check_table(options.latency_table, options.target)
     return dataclasses.replace(options, latency_table=table)
+
+
+def is_synthetic(plan: CompressionPlan) -> bool:
+    """Whether a plan was chosen by a method that makes examples itself."""
+    return plan.method in METHODS and METHODS[plan.method].synthetic
 
 
 def wants_data(plan: CompressionPlan) -> bool:

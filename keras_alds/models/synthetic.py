@@ -16,8 +16,11 @@ make data: M. Haroush et al., "The knowledge within", CVPR 2020.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,15 +31,25 @@ from keras_alds._backend.calls import Replacement, replaced_calls, watched
 from keras_alds._backend.functions import layers_of
 from keras_alds._backend.loops import passing
 from keras_alds.core.slicing import Array
-from keras_alds.models.data import Examples
+from keras_alds.models.calibration import CalibrationStats, fingerprint
+from keras_alds.models.curves import measure_curves
+from keras_alds.models.data import Examples, with_progress
 from keras_alds.models.inventory import Inventory
-from keras_alds.models.observe import when_known
+from keras_alds.models.observe import Observer, when_known
 from keras_alds.models.scale import Channels
+from keras_alds.progress import progress_bar
 
 # The fewest and most examples, and the entries of all of them in between.
 _FEWEST, _MOST, _ENTRIES = 64, 256, 1 << 23
 # Examples with which the offset and scale are found.
 _FITTED = 8
+# Examples on which the outputs are compared.
+_PROBES = 16
+# The least ridge of a second moment, as a part of its mean eigenvalue: real inputs also vary in
+# directions in which noise does not.
+_RIDGE = 0.1
+# The most bytes of statistics that are kept for the next call.
+_KEPT_BYTES = 1 << 27
 # The most channels of the inputs that get an offset each.
 _CHANNELS = 4
 # Standard deviations of the examples' contrast (of its logarithm) and brightness, and the part of
@@ -45,6 +58,9 @@ _CONTRAST, _BRIGHTNESS, _SHARED = 0.4, 0.5, 0.9
 _SPECTRA = (1.0, 1.5)
 _LEAVES = 60
 _SMALLEST, _LARGEST = 0.03, 0.5
+
+# An entry is dropped with its model.
+_CACHE: weakref.WeakKeyDictionary[Any, CalibrationStats] = weakref.WeakKeyDictionary()
 
 
 def unsuitable(inventory: Inventory) -> str | None:
@@ -55,7 +71,7 @@ def unsuitable(inventory: Inventory) -> str | None:
         specs = tensors.flatten(backend.input_specs(model))
     except ValueError:
         return "the shape of its inputs is not known"
-    if len(specs) != 1 or not tensors.is_dense(specs[0]) or not specs[0].dtype.is_floating:
+    if len(specs) != 1 or not tensors.is_dense_spec(specs[0]) or not specs[0].dtype.is_floating:
         return "its inputs are not one tensor of floating-point numbers"
     shape = tuple(specs[0].shape)[1:]
     if len(shape) < 2 or None in shape or min(shape[:-1]) < 2:
@@ -68,6 +84,59 @@ def unsuitable(inventory: Inventory) -> str | None:
     return None
 
 
+def synthetic_stats(
+    inventory: Inventory, *, curves: bool = True, verbose: int = 1
+) -> CalibrationStats:
+    """Calibration statistics of synthetic examples, of a model for which nothing is `unsuitable`.
+
+    The moments are those with the inputs of BatchNormalization at their moving statistics. What the
+    layers' errors do to the outputs is measured on other examples, in the network as it is. (With
+    the moved inputs, the effect of the last layers is underestimated most.)
+
+    Args:
+        inventory: The model.
+        curves: Whether to measure what the layers' errors do to the outputs.
+        verbose: As for `CalibrationStats.collect`.
+    """
+    model, records = inventory.model, inventory.factorizable
+    key = fingerprint(model)
+    known = _CACHE.get(model)
+    if known is not None and known.fingerprint == key and (known.curves or not curves):
+        with contextlib.suppress(ValueError):
+            known.match(inventory)
+            return known
+    made = Synthetic(model)
+    observer = Observer(records)
+    with progress_bar(verbose) as progress:
+        with observer.watching(model, made.normalized()) as run:
+            source = Examples(model, made.examples, None)
+            for batch, _ in with_progress(source, progress, "synthetic inputs"):
+                run(batch, False)
+        moments = {
+            path: moment and moment.with_ridge(max(moment.relative_ridge, _RIDGE))
+            for path, moment in observer.moments().items()
+        }
+        stats = CalibrationStats(
+            {record.path: moments.get(record.path) for record in records},
+            {record.path: tuple(record.kernel_shape or ()) for record in records},
+            examples=len(made.examples),
+            fingerprint=key,
+        )
+        seen = [r for r in stats.match(inventory).candidates if r.moment is not None]
+        if curves and seen:
+            task = progress.add_task("outputs", total=len(seen))
+            probes = [batch for batch, _ in Examples(model, made.probes, None)]
+            found = measure_curves(model, seen, stats, probes, lambda: progress.advance(task))
+            stats.curves = MappingProxyType(found)
+    if sum(8 * moment.side**2 for moment in moments.values() if moment) <= _KEPT_BYTES:
+        _CACHE[model] = stats
+    return stats
+
+
+class _EnoughSeen(BaseException):
+    """Ends a run of the model; no `except Exception` inside catches it."""
+
+
 class Synthetic:
     """Synthetic examples for a model for which nothing is `unsuitable`.
 
@@ -75,7 +144,8 @@ class Synthetic:
         model: The model.
 
     Attributes:
-        examples: Array `[examples, *spatial, channels]` of float32, the same at every call.
+        examples: Array `[examples, *spatial, channels]` of float32, always the same.
+        probes: A few others.
     """
 
     def __init__(self, model: Any) -> None:
@@ -85,10 +155,11 @@ class Synthetic:
         (spec,) = tensors.flatten(self._backend.input_specs(model))
         shape = tuple(spec.shape)[1:]
         count = min(max(_ENTRIES // math.prod(shape), _FEWEST), _MOST)
-        unit = noise(count, shape)
+        unit = noise(count + _PROBES, shape)
         with passing(model):
             scale, offset = self._fit(unit[:_FITTED])
-            self.examples = (unit * scale + offset).astype(np.float32)
+            found = (unit * scale + offset).astype(np.float32)
+            self.examples, self.probes = found[:count], found[count:]
             self._maps = self._measured()
 
     def normalized(self) -> dict[Any, Replacement]:
@@ -103,7 +174,7 @@ class Synthetic:
 
     def _run(self, x: Array, replacements: Mapping[Any, Replacement]) -> None:
         for batch, _ in Examples(self._model, x, None):
-            with replaced_calls(replacements):
+            with replaced_calls(replacements), contextlib.suppress(_EnoughSeen):
                 self._model(batch, training=False)
 
     def _fit(self, unit: Array) -> tuple[float, Array]:
@@ -115,7 +186,7 @@ class Synthetic:
 
         def note(layer: Any, inputs: Any, outputs: Any) -> Any:
             order.append(layer)
-            return outputs
+            raise _EnoughSeen
 
         self._run(unit, watched(self._layers, note))
         if not order:
@@ -129,7 +200,8 @@ class Synthetic:
             channels = Channels(_axis(first))
 
             def see(layer: Any, inputs: Any, outputs: Any) -> Any:
-                return when_known(inputs, outputs, channels.add)
+                when_known(inputs, outputs, channels.add)
+                raise _EnoughSeen
 
             self._run((unit * scale + offset).astype(np.float32), watched([first], see))
             if channels.variance.shape != variance.shape:
@@ -269,7 +341,7 @@ def _is_trained(backend: _backend.Backend, layer: Any) -> bool:
 
 
 def _mapped(x: Any, axis: int, factor: Array, summand: Array) -> Any:
-    """x · factor + summand, for every channel."""
+    """A tensor times a factor plus a summand, for every channel."""
     shape = [1] * len(x.shape)
     shape[axis] = -1
     kind = tensors.numpy_dtype(x.dtype)
