@@ -33,7 +33,6 @@ from keras_alds._backend.loops import passing
 from keras_alds.core.slicing import Array
 from keras_alds.models.calibration import CalibrationStats, fingerprint
 from keras_alds.models.curves import measure_curves
-from keras_alds.models.data import Examples, with_progress
 from keras_alds.models.inventory import Inventory
 from keras_alds.models.observe import Observer, when_known
 from keras_alds.models.scale import Channels
@@ -43,6 +42,8 @@ from keras_alds.progress import progress_bar
 _FEWEST, _MOST, _ENTRIES = 64, 256, 1 << 23
 # Examples with which the offset and scale are found.
 _FITTED = 8
+# Entries of the examples in one forward pass.
+_BATCH_ENTRIES = 1 << 22
 # Examples on which the outputs are compared.
 _PROBES = 16
 # The least ridge of a second moment, as a part of its mean eigenvalue: real inputs also vary in
@@ -109,9 +110,11 @@ def synthetic_stats(
     observer = Observer(records)
     with progress_bar(verbose) as progress:
         with observer.watching(model, made.normalized()) as run:
-            source = Examples(model, made.examples, None)
-            for batch, _ in with_progress(source, progress, "synthetic inputs"):
+            batches = made.batches(made.examples)
+            task = progress.add_task("synthetic inputs", total=len(batches))
+            for batch in batches:
                 run(batch, False)
+                progress.advance(task)
         moments = {
             path: moment and moment.with_ridge(max(moment.relative_ridge, _RIDGE))
             for path, moment in observer.moments().items()
@@ -125,8 +128,9 @@ def synthetic_stats(
         seen = [r for r in stats.match(inventory).candidates if r.moment is not None]
         if curves and seen:
             task = progress.add_task("outputs", total=len(seen))
-            probes = [batch for batch, _ in Examples(model, made.probes, None)]
-            found = measure_curves(model, seen, stats, probes, lambda: progress.advance(task))
+            found = measure_curves(
+                model, seen, stats, made.batches(made.probes), lambda: progress.advance(task)
+            )
             stats.curves = MappingProxyType(found)
     if sum(8 * moment.side**2 for moment in moments.values() if moment) <= _KEPT_BYTES:
         _CACHE[model] = stats
@@ -152,8 +156,8 @@ class Synthetic:
         self._model = model
         self._backend = _backend.backend_of(model)
         self._layers = _normalizations(model)
-        (spec,) = tensors.flatten(self._backend.input_specs(model))
-        shape = tuple(spec.shape)[1:]
+        (self._spec,) = tensors.flatten(self._backend.input_specs(model))
+        shape = tuple(self._spec.shape)[1:]
         count = min(max(_ENTRIES // math.prod(shape), _FEWEST), _MOST)
         unit = noise(count + _PROBES, shape)
         with passing(model):
@@ -172,15 +176,27 @@ class Synthetic:
 
         return {layer: changing(layer) for layer in self._maps}
 
+    def batches(self, x: Array) -> list[Any]:
+        """Examples as inputs of the model, in batches as large as fits in memory."""
+        sizes = {tensor.shape[0] for tensor in getattr(self._model, "inputs", None) or []}
+        size = next(iter(sizes), None) or max(1, _BATCH_ENTRIES // math.prod(x.shape[1:]))
+        x = x.astype(tensors.numpy_dtype(self._spec.dtype))
+        parts = [x[start : start + size] for start in range(0, len(x), size)]
+        return [
+            tensors.as_input(p, self._spec)
+            for p in parts
+            if sizes in (set(), {None}) or len(p) == size
+        ]
+
     def _run(self, x: Array, replacements: Mapping[Any, Replacement]) -> None:
-        for batch, _ in Examples(self._model, x, None):
+        for batch in self.batches(x):
             with replaced_calls(replacements), contextlib.suppress(_EnoughSeen):
                 self._model(batch, training=False)
 
     def _fit(self, unit: Array) -> tuple[float, Array]:
         """The scale and offset with which the first BatchNormalization sees its statistics.
 
-        What is before it may be nonlinear, so they are searched: on a grid, then step by step.
+        They are searched: on a grid, then step by step.
         """
         order: list[Any] = []
 
@@ -189,36 +205,29 @@ class Synthetic:
             raise _EnoughSeen
 
         self._run(unit, watched(self._layers, note))
+        ones = np.ones(unit.shape[-1])
         if not order:
-            return 1.0, np.zeros(unit.shape[-1])
+            return 1.0, 0 * ones
         first = order[0]
         mean, variance = self._moving(first)
         varies = variance > 1e-6 * variance.max(initial=0.0)
         deviation = np.sqrt(variance + first.epsilon)
+        statistics = self._statistics(first, unit)
 
         def misfit(scale: float, offset: Array) -> float:
-            channels = Channels(_axis(first))
-
-            def see(layer: Any, inputs: Any, outputs: Any) -> Any:
-                when_known(inputs, outputs, channels.add)
-                raise _EnoughSeen
-
-            self._run((unit * scale + offset).astype(np.float32), watched([first], see))
-            if channels.variance.shape != variance.shape:
-                return math.inf
-            ratio = (channels.variance + 1e-12) / (variance + 1e-12)
-            off = [np.log(ratio)[varies], ((channels.mean - mean) / deviation)[varies]]
+            means, variances = statistics(scale, offset)
+            ratio = (variances + 1e-12) / (variance + 1e-12)
+            off = [np.log(ratio)[varies], ((means - mean) / deviation)[varies]]
             found = float(np.minimum(np.abs(np.concatenate(off)), 3.0).mean())
             return found if np.isfinite(found) else math.inf
 
-        ones = np.ones(unit.shape[-1])
         starts = [(4.0**n, 4.0**n * m * ones) for n in range(-4, 5) for m in (0, 1, -1)]
         best, scale, offset = min(
             ((misfit(*start), *start) for start in starts), key=lambda found: found[0]
         )
         step = 1.0
-        single = np.eye(len(ones)) if len(ones) <= _CHANNELS else ones[np.newaxis]
-        while step > 0.05:
+        single = np.eye(len(ones)) if 1 < len(ones) <= _CHANNELS else []
+        while step > 0.1:
             moves: list[tuple[float, Array]] = []
             for change in (math.exp(step), math.exp(-step)):
                 moves += [(scale * change, offset), (scale * change, offset * change)]
@@ -230,6 +239,45 @@ class Synthetic:
             else:
                 step /= 2
         return scale, offset
+
+    def _statistics(self, first: Any, unit: Array) -> Callable[[float, Array], tuple[Array, Array]]:
+        """A function of scale and offset: the mean and variance of the inputs of a layer.
+
+        What is before the layer is mostly one convolution. An affine function needs few runs.
+        """
+
+        def inputs(x: Array) -> Array:
+            seen: list[Array] = []
+
+            def see(layer: Any, inputs: Any, outputs: Any) -> Any:
+                when_known(inputs, outputs, seen.append)
+                raise _EnoughSeen
+
+            self._run(x.astype(np.float32), watched([first], see))
+            found = np.concatenate(seen) if seen else np.zeros((1, 1), np.float32)
+            return np.moveaxis(found, _axis(first), -1).astype(np.float64)
+
+        def run(scale: float, offset: Array) -> tuple[Array, Array]:
+            rows = inputs(unit * scale + offset)
+            axes = tuple(range(rows.ndim - 1))
+            return rows.mean(axis=axes), rows.var(axis=axes)
+
+        channels = unit.shape[-1]
+        zero = inputs(0 * unit)
+        once, twice = inputs(unit) - zero, inputs(2 * unit) - zero
+        if channels > _CHANNELS or np.abs(twice - 2 * once).max() > 1e-3 * np.abs(twice).max():
+            return run
+        parts = [inputs(0 * unit + row) - zero for row in np.eye(channels)]
+        rows = np.stack([once, *parts, zero]).reshape(channels + 2, -1, zero.shape[-1])
+        means = rows.mean(axis=1)
+        centred = rows - means[:, np.newaxis]
+        covariance = np.einsum("anf,bnf->fab", centred, centred) / rows.shape[1]
+
+        def combined(scale: float, offset: Array) -> tuple[Array, Array]:
+            factors = np.array([scale, *offset, 1.0])
+            return factors @ means, factors @ covariance @ factors
+
+        return combined
 
     def _measured(self) -> dict[Any, tuple[int, Array, Array]]:
         """The axis, factor and summand that bring each layer's inputs to the moving statistics."""
