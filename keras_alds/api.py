@@ -46,9 +46,10 @@ def select(
 ) -> CompressionPlan:
     """Chooses slices and rank for all layers jointly, so that the fraction `cr` is removed.
 
-    The model is not changed. The singular values of each kernel are computed once and cached until
-    its values change. A second call for the same model, with any `cr`, method or objective,
-    therefore takes only milliseconds. The same weights always give exactly the same plan.
+    The model is not changed. The singular values of each kernel, and the statistics that stand in
+    for data, are computed once and cached until the weights change. A second call for the same
+    model, with any `cr`, method or objective, therefore takes only milliseconds. The same weights
+    always give exactly the same plan.
 
     The plan for a compressed model is chosen for its dense form, in which every kernel is the
     product of its factors. `cr` counts against the parameters of that form, so a larger `cr`
@@ -69,7 +70,8 @@ def select(
             of every choice is measured. An array, a list or dict of arrays for several inputs, a
             batched `tf.data.Dataset`, a `keras.utils.PyDataset`, an iterable of batches, a
             function that returns one of these, or `CalibrationStats`. Labels are ignored, and at
-            most 1024 examples are used. Defaults to None.
+            most 1024 examples are used. Defaults to None: noise that fits the model's
+            BatchNormalization, or the weights alone; see `method`.
         {options}
 
     Returns:
@@ -117,6 +119,11 @@ def compress(
     **options: Unpack[SelectOptions],
 ) -> Model:
     """Returns a new, smaller model; `model` is not changed.
+
+    Only examples can tell whether the accuracy holds, so pass `calibration_data` if you can.
+    Without them, layers are chosen and fitted on noise that is made to fit the model's
+    BatchNormalization, or by their weights alone if it has none; see docs/guide.md for what to
+    expect.
 
     The new model has the class, the layer names and the graph of `model`. The layers that the plan
     factorizes are replaced by those of `keras_alds.layers`, such as `FactorizedConv2D`. Inside

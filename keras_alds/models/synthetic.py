@@ -226,7 +226,7 @@ class Synthetic:
             ((misfit(*start), *start) for start in starts), key=lambda found: found[0]
         )
         step = 1.0
-        single = np.eye(len(ones)) if 1 < len(ones) <= _CHANNELS else []
+        single = [*np.eye(len(ones))] if 1 < len(ones) <= _CHANNELS else [ones]
         while step > 0.1:
             moves: list[tuple[float, Array]] = []
             for change in (math.exp(step), math.exp(-step)):
