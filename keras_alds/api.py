@@ -329,6 +329,8 @@ def make_choice(
     match(inventory, request)
     calibration = None
     if calibration_data is None and is_synthetic(request) and unsuitable(inventory) is None:
+        for _ in kernels(inventory.candidates):
+            pass  # as in `choose`
         stats = synthetic_stats(inventory, curves=False, verbose=verbose)
         calibration = Calibration(stats=stats)
     elif calibration_data is not None:

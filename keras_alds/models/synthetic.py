@@ -7,9 +7,9 @@ first BatchNormalization have the moving mean and variance. At every BatchNormal
 and the variance of the noise are brought to the moving ones. The layers then see inputs with the
 scale, the sparsity and much of the correlation that real examples give.
 
-Half of the noise has the spectrum of natural signals, 1/f to 1/f^1.5 (D. J. Field, "Relations
+Two thirds of it have the spectrum of natural signals, 1/f to 1/f^1.5 (D. J. Field, "Relations
 between the statistics of natural images and the response properties of cortical cells", JOSA A
-1987). A third are "dead leaves", balls that cover each other (A. B. Lee, D. Mumford, J. Huang,
+1987). One third are "dead leaves", balls that cover each other (A. B. Lee, D. Mumford, J. Huang,
 "Occlusion models for natural images", IJCV 2001), which have edges. Use of the moving statistics to
 make data: M. Haroush et al., "The knowledge within", CVPR 2020.
 """
@@ -21,7 +21,7 @@ import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -60,8 +60,16 @@ _SPECTRA = (1.0, 1.5)
 _LEAVES = 60
 _SMALLEST, _LARGEST = 0.03, 0.5
 
+
+class _Known(NamedTuple):
+    """Statistics, and the layers whose effect on the outputs was measured."""
+
+    stats: CalibrationStats
+    curves: frozenset[str]
+
+
 # An entry is dropped with its model.
-_CACHE: weakref.WeakKeyDictionary[Any, CalibrationStats] = weakref.WeakKeyDictionary()
+_CACHE: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
 
 
 def unsuitable(inventory: Inventory) -> str | None:
@@ -101,11 +109,12 @@ def synthetic_stats(
     """
     model, records = inventory.model, inventory.factorizable
     key = fingerprint(model)
+    wanted = frozenset(record.path for record in inventory.candidates) if curves else frozenset()
     known = _CACHE.get(model)
-    if known is not None and known.fingerprint == key and (known.curves or not curves):
-        with contextlib.suppress(ValueError):
-            known.match(inventory)
-            return known
+    if known is not None and known.stats.fingerprint == key and wanted <= known.curves:
+        with contextlib.suppress(ValueError):  # other layers, after one was made dense
+            known.stats.match(inventory)
+            return known.stats
     made = Synthetic(model)
     observer = Observer(records)
     with progress_bar(verbose) as progress:
@@ -133,7 +142,7 @@ def synthetic_stats(
             )
             stats.curves = MappingProxyType(found)
     if sum(8 * moment.side**2 for moment in moments.values() if moment) <= _KEPT_BYTES:
-        _CACHE[model] = stats
+        _CACHE[model] = _Known(stats, wanted)
     return stats
 
 
