@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from keras_alds._backend import backend_of, wrappers
 from keras_alds._backend.layers import KerasModel
-from keras_alds.methods import METHODS
+from keras_alds.methods import DEFAULT_WITHOUT_DATA, METHODS
 from keras_alds.models.best import best_plan
 from keras_alds.models.calibration import Calibration
 from keras_alds.models.choices import kernels
@@ -21,6 +21,7 @@ from keras_alds.models.recompose import Request, already, inspected, recomposed,
 from keras_alds.models.resources import Macs, Params, Resource
 from keras_alds.models.selection import Selection, candidates_of
 from keras_alds.models.submodels import frozen_part
+from keras_alds.models.synthetic import synthetic_stats, unsuitable
 from keras_alds.models.turns import alone
 from keras_alds.options import Options, SelectOptions, check_cr_or_plan, takes_options
 from keras_alds.plan import CompressionPlan, check_plan
@@ -34,6 +35,11 @@ Model = TypeVar("Model", bound=KerasModel)
 # The distance between outputs from which users are warned. Of classifiers that were compressed
 # without retraining, those above it lost some ten points or more.
 _FAR = 0.2
+# With fewer examples, a plan on noise is tried too.
+_FEW_EXAMPLES = 256
+#: The fractions up to which a method without data lost little on all networks that were measured
+#: (docs/results.md).
+SAFE = {"synthetic": 0.3, "energy": 0.1}
 
 
 @takes_options()
@@ -46,9 +52,10 @@ def select(
 ) -> CompressionPlan:
     """Chooses slices and rank for all layers jointly, so that the fraction `cr` is removed.
 
-    The model is not changed. The singular values of each kernel are computed once and cached until
-    its values change. A second call for the same model, with any `cr`, method or objective,
-    therefore takes only milliseconds. The same weights always give exactly the same plan.
+    The model is not changed. The singular values of each kernel, and the statistics that stand in
+    for data, are computed once and cached until the weights change. A second call for the same
+    model, with any `cr`, method or objective, therefore takes only milliseconds. The same weights
+    always give exactly the same plan.
 
     The plan for a compressed model is chosen for its dense form, in which every kernel is the
     product of its factors. `cr` counts against the parameters of that form, so a larger `cr`
@@ -69,7 +76,8 @@ def select(
             of every choice is measured. An array, a list or dict of arrays for several inputs, a
             batched `tf.data.Dataset`, a `keras.utils.PyDataset`, an iterable of batches, a
             function that returns one of these, or `CalibrationStats`. Labels are ignored, and at
-            most 1024 examples are used. Defaults to None.
+            most 1024 examples are used. Defaults to None: noise that fits the model's
+            BatchNormalization, or the weights alone; see `method`.
         {options}
 
     Returns:
@@ -119,6 +127,11 @@ def compress(
     **options: Unpack[SelectOptions],
 ) -> Model:
     """Returns a new, smaller model; `model` is not changed.
+
+    Only examples can tell whether the accuracy holds, so pass `calibration_data` if you can.
+    Without them, layers are chosen and fitted on noise that is made to fit the model's
+    BatchNormalization, or by their weights alone if it has none; see docs/guide.md for what to
+    expect.
 
     The new model has the class, the layer names and the graph of `model`. The layers that the plan
     factorizes are replaced by those of `keras_alds.layers`, such as `FactorizedConv2D`. Inside
@@ -295,6 +308,7 @@ def _compressed(
             )
     if isinstance(request, Options):
         _warn_of_frozen(chosen, stacklevel=stacklevel + 1)
+        _warn_of_no_data(chosen, request, data, stacklevel=stacklevel + 1)
         _warn_if_far(chosen, stacklevel=stacklevel + 1)
     return copy, chosen
 
@@ -345,7 +359,12 @@ def make_choice(
         )
     match(inventory, request)
     calibration = None
-    if calibration_data is not None:
+    if calibration_data is None and is_synthetic(request) and unsuitable(inventory) is None:
+        for _ in kernels(inventory.candidates):
+            pass  # as in `choose`
+        stats = synthetic_stats(inventory, curves=False, verbose=verbose)
+        calibration = Calibration(stats=stats)
+    elif calibration_data is not None:
         calibration = Calibration.of(inventory, calibration_data, stacklevel=stacklevel + 1)
     return Chosen(request, inventory, calibration, calibration and calibration.examples)
 
@@ -364,18 +383,49 @@ def choose(
     inventory = selection.inventory
     wrappers.apply_masks(inventory.pruning)
     calibration = None
-    if calibration_data is not None:
+    if calibration_data is not None or selection.method.synthetic:
         for _ in kernels(inventory.candidates):
             pass  # raises on weights that are not finite before the model is run
+    if calibration_data is not None:
         calibration = Calibration.of(inventory, calibration_data, stacklevel=stacklevel + 1)
         stats = calibration.collected(inventory, verbose=verbose, stacklevel=stacklevel + 1)
         selection = selection.calibrated(stats)
+        without = _without_data(selection, stats.examples, verbose)
         plan = best_plan(
-            selection, calibration, sequential, verbose=verbose, stacklevel=stacklevel + 1
+            selection, calibration, without, sequential, verbose=verbose, stacklevel=stacklevel + 1
         )
-        used = calibration if wants_data(plan) else None
+        used: Calibration | None = calibration
+        if without is not None and plan.method == without.options.method:
+            used = None if without.stats is None else Calibration(stats=without.stats)
         return Chosen(plan, inventory, used, calibration.examples)
+    if selection.method.synthetic:
+        reason = unsuitable(inventory)
+        if reason is None:
+            stats = synthetic_stats(inventory, verbose=verbose)
+            calibration = Calibration(stats=stats)
+            selection = selection.calibrated(stats)
+        elif options.by_default:
+            selection = selection.without_data()
+        else:
+            raise ValueError(
+                f"Expected another method than 'synthetic' for the model '{inventory.model.name}': "
+                f"{reason}. Received: method='synthetic'"
+            )
     return Chosen(selection.plan(), inventory, calibration)
+
+
+def _without_data(selection: Selection, examples: int, verbose: int) -> Selection | None:
+    """The same selection as if there were no data, to see whether that is better.
+
+    None if the user named the method. With few examples it is on noise, if that is possible.
+    """
+    if not selection.options.by_default:
+        return None
+    if examples < _FEW_EXAMPLES and unsuitable(selection.inventory) is None:
+        stats = synthetic_stats(selection.inventory, verbose=verbose)
+        options = dataclasses.replace(selection.options, method=DEFAULT_WITHOUT_DATA)
+        return dataclasses.replace(selection, options=options).calibrated(stats)
+    return selection.without_data()
 
 
 def _warn_if_far(chosen: Chosen, *, stacklevel: int) -> None:
@@ -407,6 +457,28 @@ def _warn_of_frozen(chosen: Chosen, *, stacklevel: int) -> None:
             "leave the frozen part as it is, exclude it.",
             stacklevel=stacklevel + 1,
         )
+
+
+def _warn_of_no_data(chosen: Chosen, options: Options, data: Any, *, stacklevel: int) -> None:
+    """Warns if more is removed without data than networks are known to stand.
+
+    Whoever names a method knows what it needs.
+    """
+    if data is not None or not options.by_default:
+        return
+    method = chosen.plan.method
+    safe = SAFE[method]
+    if max(options.limits.values()) <= safe:
+        return
+    reason = "" if METHODS[method].synthetic else f", as {unsuitable(chosen.inventory)}"
+    warnings.warn(
+        f"Expected `calibration_data` to remove more than {safe:.0%} without retraining. Received: "
+        f"none, and {max(options.limits.values()):.0%} to remove. The plan is made from "
+        f"{'noise' if METHODS[method].synthetic else 'the weights alone'}{reason}, and only "
+        "examples can tell whether the accuracy holds. Pass a few hundred unlabelled examples, or "
+        f"method={method!r} to silence this warning.",
+        stacklevel=stacklevel + 1,
+    )
 
 
 def _copy(model: Any, *, stacklevel: int) -> Any:
@@ -465,6 +537,11 @@ def checked_options(cr: Any, given: Mapping[str, Any], *, has_data: bool, caller
 
     table = check_table(options.latency_table, options.target)
     return dataclasses.replace(options, latency_table=table)
+
+
+def is_synthetic(plan: CompressionPlan) -> bool:
+    """Whether a plan was chosen by a method that makes examples itself."""
+    return plan.method in METHODS and METHODS[plan.method].synthetic
 
 
 def wants_data(plan: CompressionPlan) -> bool:

@@ -95,6 +95,11 @@ def is_dense(value: Any) -> bool:
     return isinstance(value, tf.Tensor)
 
 
+def is_dense_spec(spec: Any) -> bool:
+    """Whether a `tf.TypeSpec` is that of dense tensors."""
+    return isinstance(spec, tf.TensorSpec)
+
+
 def is_sparse(value: Any) -> bool:
     """Whether a value is a `tf.SparseTensor`."""
     return isinstance(value, tf.SparseTensor)

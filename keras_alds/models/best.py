@@ -22,6 +22,7 @@ _EQUAL = 0.02
 def best_plan(
     selection: Selection,
     calibration: Calibration,
+    without_data: Selection | None,
     sequential: bool | None,
     *,
     verbose: int = 1,
@@ -35,6 +36,7 @@ def best_plan(
     Args:
         selection: The selection problem, with calibration statistics.
         calibration: The calibration data.
+        without_data: The same problem as if there were no data, or None.
         sequential: As for `compress`.
         verbose: As for `compress`.
         stacklevel: The frame that warnings name; 1 is the caller of this function.
@@ -54,12 +56,11 @@ def best_plan(
     plans: dict[str, CompressionPlan] = {}
     found: dict[str, float] = {}
 
-    def add(selection: Selection, name: str, weighing: str | None = None) -> None:
+    def add(selection: Selection, name: str, weighing: str) -> None:
         tables = selection.tables()
-        some = tables if weighing is None else weighed(tables, records, weighing)
-        plan = selection.plan_of(tables, selection.solve(some))
-        same = [known for known, other in plans.items() if other.choices == plan.choices]
-        if same:
+        some = weighed(tables, selection.inventory.candidates, weighing)
+        plan = selection.plan_of(tables, selection.solve(some), weighing)
+        if any(other.choices == plan.choices for other in plans.values()):
             return
         kernels = approximations(selection.inventory.candidates, _choices(selection, plan))
         plans[name], found[name] = plan, prober.distance(kernels)
@@ -81,7 +82,9 @@ def best_plan(
             found[one_by_one] = prober.distance(kernels)
     if sequential is True:
         plans = {name: plan for name, plan in plans.items() if plan.sequential}
-    add(selection.without_data(), WITHOUT_DATA)
+    if without_data is not None:
+        weighing = without_data.weighings[0]
+        add(without_data, WITHOUT_DATA, weighing)
     # Among equals, the first: fitted at once.
     best = min(plans, key=lambda name: round(math.log(max(found[name], 1e-12)) / _EQUAL))
     plan = plans[best]
