@@ -41,7 +41,7 @@ def print_plan(
     columns = ["Layer (type)", "Kernel", *(["Scheme"] if plan.folded else []), "Slices", "Rank"]
     columns += [*(info.column for info in resources), "Error"]
     measured = any(choice.divergence is not None for choice in plan.choices)
-    columns += ["Output"] if measured else []
+    columns += ["Output"] * measured
     without_kernel = [choice for choice in plan.choices if not choice.has_kernel]
     skipped = [c for c in plan.choices if c.has_kernel and not c.factorized]
     rows = []
@@ -66,17 +66,7 @@ def print_plan(
         runtime = f" ({plan.runtime})" if info.measured else ""
         cost = plan.costs[info.name]
         lines.append(f"{info.total}{runtime}: {info.text(cost)} ({cost.removed:.2%} removed)")
-    lines += _target_lines(plan)
-    if measured:
-        lines.append(
-            "Error: on held-out examples. Output: what this layer alone does to the model's outputs"
-        )
-    if plan.trials:
-        tried = ", ".join(f"{name} {distance:.4f}" for name, distance in plan.trials.items())
-        lines.append(
-            f"Distance of all outputs from the original's on held-out examples: {plan.distance:.4f}"
-            f". Tried: {tried}"
-        )
+    lines += [*_target_lines(plan), *_output_lines(plan)]
     lines += [f"{choice.layer}: {choice.note}" for choice in plan.choices if choice.note]
     lines += _skipped_lines(skipped)
     if without_kernel:
@@ -109,6 +99,20 @@ def _skipped_lines(skipped: Sequence[LayerChoice]) -> list[str]:
         lines.append(
             f"Skipped ({choices[0].reason_code}): {counted(len(choices), 'layer')}, {params:,} "
             f"params ({names}): {choices[0].reason if len(reasons) == 1 else general}"
+        )
+    return lines
+
+
+def _output_lines(plan: CompressionPlan) -> list[str]:
+    """What the plan does to the model's outputs on held-out examples, as far as it is known."""
+    lines = []
+    if any(choice.divergence is not None for choice in plan.choices):
+        lines.append("Output: what this layer alone does to the model's outputs, estimated")
+    if plan.trials:
+        tried = ", ".join(f"{name} {distance:.4f}" for name, distance in plan.trials.items())
+        lines.append(
+            f"Distance of the outputs from the original's on held-out examples: {plan.distance:.4f}"
+            f". Tried: {tried}"
         )
     return lines
 

@@ -304,7 +304,8 @@ class CalibrationStats:
     def _read(cls, meta: Mapping[str, Any], file: Mapping[str, Array]) -> CalibrationStats:
         moments: dict[str, SecondMoment | None] = {name: None for name, _ in meta["layers"]}
         for n, (name, count) in enumerate(meta["counts"].items()):
-            moment, held = cls._read_moment(n, int(count), file), None
+            moment = cls._read_moment(n, int(count), file)
+            held: SecondMoment | None = None
             if f"held_count_{n}" in file:
                 held_count = int(file[f"held_count_{n}"])
                 if isinstance(moment, FewInputs):

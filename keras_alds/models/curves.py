@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from keras_alds.core.calibration.curves import Curve
+from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.calibration.refit import factorize_outputs
 from keras_alds.core.choices import Choice, ChoiceTable, offered_ranks
 from keras_alds.core.costs import Costs, WeightCosts
@@ -63,21 +64,17 @@ def measure_curves(
     return curves
 
 
-def approximation(
-    record: LayerRecord, choice: Choice, *, all_inputs: bool = False, sweeps: int | None = None
-) -> Array:
+def approximation(record: LayerRecord, choice: Any, *, sweeps: int | None = None) -> Array:
     """The kernel that the factors of a choice amount to, of the shape of the layer's own.
+
+    They are fitted without the held-out inputs.
 
     Args:
         record: The layer, with a second moment.
         choice: Slices and rank.
-        all_inputs: Whether the factors are fitted to the held-out inputs too. Defaults to False.
         sweeps: As for `factorize_outputs`.
     """
-    moment = record.moment
-    if moment is None:
-        raise ValueError(f"Expected a layer with a second moment. Received: '{record.path}'")
-    moment = moment if all_inputs else moment.without_held_out()
+    moment = cast(SecondMoment, record.moment).without_held_out()
     options = {} if sweeps is None else {"sweeps": sweeps}
     encoder, decoder = factorize_outputs(
         kernel_values(record.layer), moment, choice.slices, choice.rank, **options

@@ -54,7 +54,8 @@ def weighed(
 def _typical(curves: Sequence[Curve]) -> Curve:
     """The curve of a layer whose output errors have the median effect, in proportion."""
     error = 0.1
-    return Curve((error,), (float(np.median([c(np.array(error)) for c in curves] or [error])),))
+    effects = [float(curve(np.array(error))) for curve in curves]
+    return Curve((error,), (float(np.median(effects or [error])),))
 
 
 def approximations(records: Sequence[LayerRecord], choices: Sequence[Any]) -> Kernels:
