@@ -146,9 +146,9 @@ class CompressionPlan:
             not tried.
         trials: How far the outputs on held-out examples are from the original's (see `distance`)
             with each plan that was tried. The names say how errors are weighed: by what they do to
-            the `"outputs"`, by the `"roots of outputs"` of that, or `"equal"`; and whether the
-            layers are fitted one after the other: `", sequential"`. `"no data"` uses data for
-            nothing else. This plan is the one with the least. None without examples.
+            the `"outputs"`, by a power of that, or `"equal"`; and whether the layers are fitted one
+            after the other: `", sequential"`. `"no data"` uses data for nothing else. This plan is
+            the one with the least. None without examples.
         version: Version of the JSON format.
 
     Example:

@@ -12,9 +12,9 @@ from keras_alds.models.selection import Selection
 from keras_alds.models.trials import WITHOUT_DATA, approximations, judge, weighed
 from keras_alds.plan import CompressionPlan
 
-# Plans are also tried layer by layer if their outputs, fitted at once, are at most so many times as
-# far from the original's as those of the best plan.
-_NEAR = 1.5
+# The best plans are also tried layer by layer: at most so many, with outputs at most so many
+# times as far from the original's as the best ones.
+_MOST, _NEAR = 2, 1.5
 # Logarithms of divergences that differ by less are equal.
 _EQUAL = 0.02
 
@@ -68,8 +68,8 @@ def best_plan(
     for weighing in selection.weighings:
         add(selection, weighing, weighing)
     least = min(found.values())
-    near = [name for name, value in found.items() if value <= _NEAR * least]
-    pairs = {name: _pairs(selection, plans[name]) for name in near}
+    near = [name for name in sorted(found, key=found.__getitem__) if found[name] <= _NEAR * least]
+    pairs = {name: _pairs(selection, plans[name]) for name in near[:_MOST]}
     if sequential is None:
         every = [pair for some in pairs.values() for pair in some]
         if not can_be_sequential(inventory, every, stacklevel=stacklevel + 1):

@@ -451,8 +451,10 @@ class Calibration:
 
     def judging(self) -> list[Any]:
         """Batches of held-out examples to judge a whole plan; none without examples."""
-        judging = _Judging(JUDGED_EXAMPLES)
-        for index, (batch, count) in enumerate(self.examples or ()):
+        if self.examples is None:
+            return []
+        judging = _Judging(self.examples.affordable(JUDGED_EXAMPLES))
+        for index, (batch, count) in enumerate(self.examples):
             judging.add(index, batch, count)
         return judging.batches
 

@@ -30,6 +30,9 @@ FEWEST_BATCHES = 4
 _BATCH = 32
 _BATCH_ENTRIES = 1 << 21
 
+# The fewest examples, and entries of all of them, on which whole plans are tried.
+_FEWEST, _ENTRIES_AT_MOST = 16, 1 << 24
+
 
 class Examples:
     """Calibration data of any type as checked batches of a model's inputs, without labels.
@@ -295,9 +298,14 @@ def _sizes(inputs: Any) -> list[tuple[int, ...]]:
     return [tuple(array.shape[1:]) for array in tensors.flatten(inputs)]
 
 
+def _entries(inputs: Any) -> int:
+    """The number of entries of one example."""
+    return sum(math.prod(length or 1 for length in size) for size in _sizes(inputs))
+
+
 def _examples_at_once(inputs: Any) -> int:
     """The number of such examples in one forward pass, a power of two."""
-    entries = sum(math.prod(length or 1 for length in size) for size in _sizes(inputs))
+    entries = _entries(inputs)
     return min(_BATCH, 1 << max(_BATCH_ENTRIES // max(entries, 1), 1).bit_length() - 1)
 
 
@@ -353,9 +361,15 @@ class KeptExamples:
         ]
         self.total = sum(count for _, count in self._batches)
 
+    def affordable(self, most: int) -> int:
+        """So many examples, or fewer if they are large."""
+        entries = max((_entries(batch) for batch, _ in self._batches), default=1)
+        return min(most, max(_FEWEST, _ENTRIES_AT_MOST // max(entries, 1)))
+
     def fitted(self, most: int) -> KeptExamples:
         """The first of these examples that are not held out, at most about so many."""
         result = copy.copy(self)
+        most = self.affordable(most)
         result._batches, result.total = [], 0
         for index, (batch, count) in enumerate(self._batches):
             if not held_out(index) and result.total < most:

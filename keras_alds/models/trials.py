@@ -27,7 +27,8 @@ from keras_alds.models.probes import Kernels, Prober
 #: errors themselves.
 WEIGHINGS: Mapping[str, float | None] = {
     "outputs": 1.0,
-    "roots of outputs": 0.5,
+    "outputs^0.75": 0.75,
+    "outputs^0.5": 0.5,
     "equal": None,
 }
 EQUAL = "equal"
