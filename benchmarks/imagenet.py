@@ -51,9 +51,11 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--weights", type=Path, required=True, help="state dictionary of PyTorch, .pth")
     add("--images", type=Path, required=True, help="folder of 1,000 .JPEG files, one a class")
-    add("--calibration", type=int, nargs="+", default=[256], help="images (default: 256)")
-    add("--crs", type=float, nargs="+", default=[0.1, 0.3])
-    add("--sequential", choices=["both", "yes", "no"], default="both")
+    add("--calibration", type=int, nargs="+", default=[512], help="images (default: 512)")
+    add("--crs", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5])
+    add("--objective", choices=["params", "macs"], default="params", help="what the ratios count")
+    add("--refine", action="store_true", help="refine too")
+    add("--data-only", action="store_true", help="leave out compression without data")
     add("--csv", type=Path, help="write the figures here")
     return parser.parse_args()
 
@@ -216,20 +218,20 @@ def main() -> None:
         return 100 * float(np.mean(scores.argmax(-1) == y_test))
 
     base = accuracy(original)
-    variants: dict[str, dict[str, Any]] = {"energy, no data": {"method": "energy"}}
+    variants: dict[str, dict[str, Any]] = {}
+    if not arguments.data_only:
+        variants |= {"the weights alone": {"method": "energy"}, "no data": {}}
     for count in arguments.calibration:
-        data = {"calibration_data": x[:count]}
-        if arguments.sequential != "yes":
-            variants[f"activation, {count} images, at once"] = {**data, "sequential": False}
-        if arguments.sequential != "no":
-            variants[f"activation, {count} images"] = data
+        variants[f"{count} images"] = {"calibration_data": x[:count]}
+        if arguments.refine:
+            variants[f"{count} images, refined"] = {"calibration_data": x[:count], "refine": True}
     rows: list[dict[str, Any]] = []
     with Progress(transient=True) as progress:
         task = progress.add_task("compression", total=len(variants) * len(arguments.crs))
         for name, options in variants.items():
             for cr in arguments.crs:
                 start = time.perf_counter()
-                model = keras_alds.compress(original, cr, **options)
+                model = keras_alds.compress(original, cr, objective=arguments.objective, **options)
                 seconds = time.perf_counter() - start
                 top1 = accuracy(model)
                 rows.append({"variant": name, "cr": cr, "top1": top1, "seconds": seconds})

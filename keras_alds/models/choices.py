@@ -58,10 +58,9 @@ def choice_tables(
     others = [record for record in records if record.moment is None]
     tables = {}
     for group in _together(others):
-        for record, entry in zip(group, _entries(group), strict=True):
-            found = [
-                entry.table(method.error_measure, s, *offer(record, s)) for s in record.schemes
-            ]
+        offers = [{s: offer(record, s) for s in record.schemes} for record in group]
+        for record, some, entry in zip(group, offers, _entries(group, offers), strict=True):
+            found = [entry.table(method.error_measure, s, *some[s]) for s in record.schemes]
             tables[record.path] = join_tables(found)
     for group in _together(measured):
         if stats is None:
@@ -141,18 +140,25 @@ def _together(records: Iterable[LayerRecord]) -> Iterator[list[LayerRecord]]:
         yield group
 
 
-def _entries(records: Sequence[LayerRecord]) -> list[_Entry]:
-    """The cached or new spectra of every layer's kernel, in its fold schemes."""
+def _entries(
+    records: Sequence[LayerRecord],
+    offers: Sequence[Mapping[int, tuple[Mapping[int, range], Sequence[Costs]]]],
+) -> list[_Entry]:
+    """The cached or new spectra of every layer's kernel, for the offered slices of its schemes."""
     missing: list[tuple[_Entry, int, np.ndarray]] = []
-    for record, (digest, kernel) in zip(records, kernels(records), strict=True):
+    slices = {1}  # gives the norm of the whole kernel
+    for record, some, (digest, kernel) in zip(records, offers, kernels(records), strict=True):
         entry = _CACHE.get(record.layer)
         if entry is None or entry.digest != digest:
             entry = _CACHE[record.layer] = _Entry(digest, weakref.ref(record.layer))
-        for scheme in record.schemes:
-            if scheme not in entry.spectra:
+        for scheme, (offered, _) in some.items():
+            known = entry.spectra.get(scheme)
+            if known is None or not offered.keys() <= known.slices.keys():
                 read = kernel_values(record.layer, scheme) if scheme else kernel
                 missing.append((entry, scheme, read))
-    found = spectra_many([kernel for *_, kernel in missing])
+                slices.update(offered)
+    found = spectra_many([kernel for *_, kernel in missing], slices=slices)
     for (entry, scheme, _), values in zip(missing, found, strict=True):
         entry.spectra[scheme] = values
+        entry.tables.clear()
     return [_CACHE[record.layer] for record in records]
