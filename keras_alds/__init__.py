@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from keras_alds.models.expansion import expand
     from keras_alds.models.resources import count_macs
     from keras_alds.plan import CompressionPlan, LayerChoice
+    from keras_alds.refinement import Refinement, refine
     from keras_alds.reports import report
     from keras_alds.research.sweeping import Sweep, SweepRow, sweep
     from keras_alds.tfmot.conversion import to_tf_keras
@@ -39,12 +40,14 @@ _HOMES = {
     "FactorizedConv2D": "layers",
     "FactorizedDense": "layers",
     "LayerChoice": "plan",
+    "Refinement": "refinement",
     "Sweep": "research.sweeping",
     "SweepRow": "research.sweeping",
     "apply_plan": "api",
     "compress": "api",
     "count_macs": "models.resources",
     "expand": "models.expansion",
+    "refine": "refinement",
     "report": "reports",
     "select": "api",
     "sweep": "research.sweeping",
@@ -60,6 +63,7 @@ __all__ = [
     "FactorizedConv2D",
     "FactorizedDense",
     "LayerChoice",
+    "Refinement",
     "Sweep",
     "SweepRow",
     "__version__",
@@ -68,6 +72,7 @@ __all__ = [
     "count_macs",
     "expand",
     "litert",
+    "refine",
     "report",
     "select",
     "sweep",

@@ -9,24 +9,37 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from keras_alds._backend import backend_of, wrappers
 from keras_alds._backend.layers import KerasModel
-from keras_alds.methods import METHODS
+from keras_alds.methods import DEFAULT_WITHOUT_DATA, METHODS
+from keras_alds.models.best import best_plan
 from keras_alds.models.calibration import Calibration
 from keras_alds.models.choices import kernels
-from keras_alds.models.in_place import apply, check_folded, check_sequential
+from keras_alds.models.fit import check_folded, check_sequential
+from keras_alds.models.in_place import apply
 from keras_alds.models.inventory import Inventory, check_is_model
 from keras_alds.models.matching import match
 from keras_alds.models.recompose import Request, already, inspected, recomposed, to_recompose
 from keras_alds.models.resources import Macs, Params, Resource
 from keras_alds.models.selection import Selection, candidates_of
 from keras_alds.models.submodels import frozen_part
+from keras_alds.models.synthetic import synthetic_stats, unsuitable
 from keras_alds.models.turns import alone
 from keras_alds.options import Options, SelectOptions, check_cr_or_plan, takes_options
 from keras_alds.plan import CompressionPlan, check_plan
+from keras_alds.refinement import refined, steps_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Model = TypeVar("Model", bound=KerasModel)
+
+# The distance between outputs from which users are warned. Of classifiers that were compressed
+# without retraining, those above it lost some ten points or more.
+_FAR = 0.2
+# With fewer examples, a plan on noise is tried too.
+_FEW_EXAMPLES = 256
+#: The fractions up to which a method without data lost little on all networks that were measured
+#: (docs/results.md).
+SAFE = {"synthetic": 0.3, "energy": 0.1}
 
 
 @takes_options()
@@ -39,9 +52,10 @@ def select(
 ) -> CompressionPlan:
     """Chooses slices and rank for all layers jointly, so that the fraction `cr` is removed.
 
-    The model is not changed. The singular values of each kernel are computed once and cached until
-    its values change. A second call for the same model, with any `cr`, method or objective,
-    therefore takes only milliseconds. The same weights always give exactly the same plan.
+    The model is not changed. The singular values of each kernel, and the statistics that stand in
+    for data, are computed once and cached until the weights change. A second call for the same
+    model, with any `cr`, method or objective, therefore takes only milliseconds. The same weights
+    always give exactly the same plan.
 
     The plan for a compressed model is chosen for its dense form, in which every kernel is the
     product of its factors. `cr` counts against the parameters of that form, so a larger `cr`
@@ -62,7 +76,8 @@ def select(
             of every choice is measured. An array, a list or dict of arrays for several inputs, a
             batched `tf.data.Dataset`, a `keras.utils.PyDataset`, an iterable of batches, a
             function that returns one of these, or `CalibrationStats`. Labels are ignored, and at
-            most 1024 examples are used. Defaults to None.
+            most 1024 examples are used. Defaults to None: noise that fits the model's
+            BatchNormalization, or the weights alone; see `method`.
         {options}
 
     Returns:
@@ -96,6 +111,7 @@ def select(
         with recomposed(inventory, to_recompose(inventory, checked)) as dense:
             chosen = choose(dense, checked, calibration_data, stacklevel=2)
             _warn_of_frozen(chosen, stacklevel=2)
+            _warn_if_far(chosen, stacklevel=2)
         return chosen.plan
 
 
@@ -107,9 +123,15 @@ def compress(
     plan: CompressionPlan | None = None,
     calibration_data: Any = None,
     sequential: bool | None = None,
+    refine: bool | int = False,
     **options: Unpack[SelectOptions],
 ) -> Model:
     """Returns a new, smaller model; `model` is not changed.
+
+    Only examples can tell whether the accuracy holds, so pass `calibration_data` if you can.
+    Without them, layers are chosen and fitted on noise that is made to fit the model's
+    BatchNormalization, or by their weights alone if it has none; see docs/guide.md for what to
+    expect.
 
     The new model has the class, the layer names and the graph of `model`. The layers that the plan
     factorizes are replaced by those of `keras_alds.layers`, such as `FactorizedConv2D`. Inside
@@ -143,6 +165,11 @@ def compress(
             A subclassed model is run again for each of its layers. Defaults to None: True with
             examples, unless a subclassed model or layer holds more than 8 layers to compress,
             which gives a warning.
+        refine: Boolean or integer. Whether to train the new model without labels, to be like
+            `model` on the calibration examples; an integer is the largest number of steps. It
+            takes minutes, and never makes outputs worse on examples held out. See `refine`, which
+            also tells how far it came. Needs examples, not `CalibrationStats`. Defaults to False;
+            True is 200 steps.
         {options}
 
     Returns:
@@ -163,6 +190,7 @@ def compress(
     check_cr_or_plan(cr, plan, options, "compress")
     method = options.get("method") if plan is None else plan.method
     check_sequential(sequential, calibration_data, method)
+    steps = steps_of(refine, calibration_data)
     has_data = calibration_data is not None
     if plan is None:
         request: Request = checked_options(cr, options, has_data=has_data, caller="compress")
@@ -178,7 +206,10 @@ def compress(
             )
     check_is_model(model)
     with alone(model):
-        return _compressed(model, request, calibration_data, sequential, stacklevel=2)
+        small, chosen = _compressed(model, request, calibration_data, sequential, stacklevel=2)
+        if steps is not None and chosen is not None:
+            _refine(small, model, chosen, steps, stacklevel=2)
+        return small
 
 
 def apply_plan(
@@ -239,15 +270,15 @@ def apply_plan(
 
 def _compressed(
     model: Model, request: Request, data: Any, sequential: bool | None, *, stacklevel: int
-) -> Model:
-    """A copy of a model, compressed as requested."""
+) -> tuple[Model, Chosen | None]:
+    """A copy of a model, compressed as requested, and what was chosen, if anything was to do."""
     inventory = inspected(model, request)
     met = already(inventory, request)
     if met is not None:
         warnings.warn(
             f"The model '{model.name}' is {met}: a copy is returned.", stacklevel=stacklevel + 1
         )
-        return _copy(model, stacklevel=stacklevel + 1)
+        return _copy(model, stacklevel=stacklevel + 1), None
     if not to_recompose(inventory, request):
         chosen = make_choice(inventory, request, data, sequential, stacklevel=stacklevel + 1)
         copy = _copy(model, stacklevel=stacklevel + 1)
@@ -277,7 +308,18 @@ def _compressed(
             )
     if isinstance(request, Options):
         _warn_of_frozen(chosen, stacklevel=stacklevel + 1)
-    return copy
+        _warn_of_no_data(chosen, request, data, stacklevel=stacklevel + 1)
+        _warn_if_far(chosen, stacklevel=stacklevel + 1)
+    return copy, chosen
+
+
+def _refine(small: Any, model: Any, chosen: Chosen, steps: int, *, stacklevel: int) -> None:
+    result = refined(small, model, chosen.examples, steps)
+    if not result.best_step:
+        warnings.warn(
+            f"The refinement was undone: {result}. More examples may help.",
+            stacklevel=stacklevel + 1,
+        )
 
 
 # -- Shared with the callback and `sweep` ----------------------------------------------------------
@@ -285,65 +327,121 @@ def _compressed(
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """A plan, the model's inventory, and the calibration statistics, if any."""
+    """A plan, the model's inventory, and the calibration statistics and examples, if any.
+
+    A plan that does best without data has examples, but no statistics.
+    """
 
     plan: CompressionPlan
     inventory: Inventory
     calibration: Calibration | None
+    examples: Any = None
 
 
 def make_choice(
     inventory: Inventory,
     request: Request,
     calibration_data: Any,
-    sequential: bool | None,
+    sequential: bool | None = None,
     *,
     verbose: int = 1,
     stacklevel: int = 1,
 ) -> Chosen:
     """What a compression needs: a new plan or the given one, and the calibration statistics."""
-    keep = sequential is not False
     if isinstance(request, Options):
         return choose(
             inventory,
             request,
             calibration_data,
-            keep=keep,
+            sequential,
             verbose=verbose,
             stacklevel=stacklevel + 1,
         )
     match(inventory, request)
     calibration = None
-    if calibration_data is not None:
-        calibration = Calibration.of(
-            inventory, calibration_data, keep=keep, verbose=verbose, stacklevel=stacklevel + 1
-        )
-    return Chosen(request, inventory, calibration)
+    if calibration_data is None and is_synthetic(request) and unsuitable(inventory) is None:
+        for _ in kernels(inventory.candidates):
+            pass  # as in `choose`
+        stats = synthetic_stats(inventory, curves=False, verbose=verbose)
+        calibration = Calibration(stats=stats)
+    elif calibration_data is not None:
+        calibration = Calibration.of(inventory, calibration_data, stacklevel=stacklevel + 1)
+    return Chosen(request, inventory, calibration, calibration and calibration.examples)
 
 
 def choose(
     inventory: Inventory,
     options: Options,
     calibration_data: Any = None,
+    sequential: bool | None = None,
     *,
-    keep: bool = False,
     verbose: int = 1,
     stacklevel: int = 1,
 ) -> Chosen:
-    """`select` with checked options; `keep` keeps the examples for another forward pass."""
+    """`select` with checked options."""
     selection = selection_of(inventory, options, verbose=verbose, stacklevel=stacklevel + 1)
     inventory = selection.inventory
     wrappers.apply_masks(inventory.pruning)
     calibration = None
-    if calibration_data is not None:
+    if calibration_data is not None or selection.method.synthetic:
         for _ in kernels(inventory.candidates):
             pass  # raises on weights that are not finite before the model is run
-        calibration = Calibration.of(
-            inventory, calibration_data, keep=keep, verbose=verbose, stacklevel=stacklevel + 1
-        )
+    if calibration_data is not None:
+        calibration = Calibration.of(inventory, calibration_data, stacklevel=stacklevel + 1)
         stats = calibration.collected(inventory, verbose=verbose, stacklevel=stacklevel + 1)
         selection = selection.calibrated(stats)
+        without = _without_data(selection, stats.examples, verbose)
+        plan = best_plan(
+            selection, calibration, without, sequential, verbose=verbose, stacklevel=stacklevel + 1
+        )
+        used: Calibration | None = calibration
+        if without is not None and plan.method == without.options.method:
+            used = None if without.stats is None else Calibration(stats=without.stats)
+        return Chosen(plan, inventory, used, calibration.examples)
+    if selection.method.synthetic:
+        reason = unsuitable(inventory)
+        if reason is None:
+            stats = synthetic_stats(inventory, verbose=verbose)
+            calibration = Calibration(stats=stats)
+            selection = selection.calibrated(stats)
+        elif options.by_default:
+            selection = selection.without_data()
+        else:
+            raise ValueError(
+                f"Expected another method than 'synthetic' for the model '{inventory.model.name}': "
+                f"{reason}. Received: method='synthetic'"
+            )
     return Chosen(selection.plan(), inventory, calibration)
+
+
+def _without_data(selection: Selection, examples: int, verbose: int) -> Selection | None:
+    """The same selection as if there were no data, to see whether that is better.
+
+    None if the user named the method. With few examples it is on noise, if that is possible.
+    """
+    if not selection.options.by_default:
+        return None
+    if examples < _FEW_EXAMPLES and unsuitable(selection.inventory) is None:
+        stats = synthetic_stats(selection.inventory, verbose=verbose)
+        options = dataclasses.replace(selection.options, method=DEFAULT_WITHOUT_DATA)
+        return dataclasses.replace(selection, options=options).calibrated(stats)
+    return selection.without_data()
+
+
+def _warn_if_far(chosen: Chosen, *, stacklevel: int) -> None:
+    """Warns if a plan changes the outputs much."""
+    plan = chosen.plan
+    if plan.distance is None or plan.distance <= _FAR:
+        return
+    worst = sorted(plan.factorized, key=lambda choice: -(choice.divergence or 0.0))[:3]
+    names = ", ".join(f"'{choice.layer}'" for choice in worst)
+    warnings.warn(
+        "Without retraining, the compressed model loses much: on held-out examples its outputs "
+        f"are {plan.distance:.2f} away from the original's (total variation, or relative squared "
+        f"error). Remove less, retrain, use more than {chosen.examples.total} examples, or spare "
+        f"the layers that matter most with `bounds` or `exclude`: {names}.",
+        stacklevel=stacklevel + 1,
+    )
 
 
 def _warn_of_frozen(chosen: Chosen, *, stacklevel: int) -> None:
@@ -359,6 +457,28 @@ def _warn_of_frozen(chosen: Chosen, *, stacklevel: int) -> None:
             "leave the frozen part as it is, exclude it.",
             stacklevel=stacklevel + 1,
         )
+
+
+def _warn_of_no_data(chosen: Chosen, options: Options, data: Any, *, stacklevel: int) -> None:
+    """Warns if more is removed without data than networks are known to stand.
+
+    Whoever names a method knows what it needs.
+    """
+    if data is not None or not options.by_default:
+        return
+    method = chosen.plan.method
+    safe = SAFE[method]
+    if max(options.limits.values()) <= safe:
+        return
+    reason = "" if METHODS[method].synthetic else f", as {unsuitable(chosen.inventory)}"
+    warnings.warn(
+        f"Expected `calibration_data` to remove more than {safe:.0%} without retraining. Received: "
+        f"none, and {max(options.limits.values()):.0%} to remove. The plan is made from "
+        f"{'noise' if METHODS[method].synthetic else 'the weights alone'}{reason}, and only "
+        "examples can tell whether the accuracy holds. Pass a few hundred unlabelled examples, or "
+        f"method={method!r} to silence this warning.",
+        stacklevel=stacklevel + 1,
+    )
 
 
 def _copy(model: Any, *, stacklevel: int) -> Any:
@@ -417,6 +537,11 @@ def checked_options(cr: Any, given: Mapping[str, Any], *, has_data: bool, caller
 
     table = check_table(options.latency_table, options.target)
     return dataclasses.replace(options, latency_table=table)
+
+
+def is_synthetic(plan: CompressionPlan) -> bool:
+    """Whether a plan was chosen by a method that makes examples itself."""
+    return plan.method in METHODS and METHODS[plan.method].synthetic
 
 
 def wants_data(plan: CompressionPlan) -> bool:

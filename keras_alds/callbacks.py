@@ -16,7 +16,8 @@ from keras_alds.api import Chosen, checked_options, make_choice, selection_of, w
 from keras_alds.kinds.base import is_factorized
 from keras_alds.methods import METHODS
 from keras_alds.models.calibration import check_data
-from keras_alds.models.in_place import apply, check_folded, check_sequential
+from keras_alds.models.fit import check_folded, check_sequential
+from keras_alds.models.in_place import apply
 from keras_alds.models.inventory import (
     check_model,
     count_params,
@@ -37,6 +38,7 @@ from keras_alds.options import (
     takes_options,
 )
 from keras_alds.plan import CompressionPlan
+from keras_alds.refinement import refined, steps_of
 from keras_alds.resources import RESOURCES, removed_fraction
 from keras_alds.tables import counted
 
@@ -106,6 +108,9 @@ class ALDSCompress(_backend.Callback):
             here. With `submodel` these are inputs of the submodel, and a method that needs data
             takes none from `fit`.
         sequential: As for `compress`.
+        refine: Boolean or integer. Whether to train the compressed model without labels, to be
+            like it was before, on the calibration examples; see `compress`. The optimizers take no
+            part. The dense model is copied for this time. Defaults to False.
         callbacks: The other callbacks of `fit`. Defaults to None: they are taken from the `fit`
             call that is running.
         verbose: 0 prints nothing; otherwise the compression prints one line. Defaults to 1.
@@ -138,6 +143,7 @@ class ALDSCompress(_backend.Callback):
     _submodel: Any
     _calibration_data: Any
     _sequential: bool | None
+    _steps: int | None
     _callbacks: Sequence[Any] | None
 
     @takes_options()
@@ -150,6 +156,7 @@ class ALDSCompress(_backend.Callback):
         submodel: Any = None,
         calibration_data: Any = None,
         sequential: bool | None = None,
+        refine: bool | int = False,
         callbacks: Sequence[Any] | None = None,
         verbose: int = 1,
         **options: Unpack[SelectOptions],
@@ -177,6 +184,7 @@ class ALDSCompress(_backend.Callback):
             )
         data = () if calibration_data is None and self._needs_data else calibration_data
         check_sequential(sequential, data, self._source.method)
+        self._steps = steps_of(refine, data)
         self._submodel = submodel
         self._calibration_data = calibration_data
         self._sequential = sequential
@@ -280,7 +288,12 @@ class ALDSCompress(_backend.Callback):
             self._params_before = self._dense_params()
         before = count_params(self._part)
         with alone(self.model):
+            teacher = None if self._steps is None else self._copied()
             chosen = self._change()
+            if self._steps is not None:
+                result = refined(
+                    self._part, teacher, chosen.examples, self._steps, verbose=self.verbose
+                )
         self.plan, self._done = chosen.plan, True
         backend = chosen.inventory.backend
         for callback in self._siblings():
@@ -294,6 +307,8 @@ class ALDSCompress(_backend.Callback):
             f"{f'({frozen} of them frozen) ' if frozen else ''}in "
             f"{time.perf_counter() - start:.1f} s"
         )
+        if self._steps is not None:
+            self._say(f"refinement: {result}")
 
     def _change(self) -> Chosen:
         """Chooses slices and ranks, and factorizes the layers."""
@@ -345,6 +360,8 @@ class ALDSCompress(_backend.Callback):
                 chosen = tuple(record for record, choice in pairs if choice.factorized)
             if self._calibration_data is not None:
                 check_data(inventory, self._calibration_data)
+        if self._steps is not None:
+            self._copied()
         self._checked = True
         if self._submodel is not None or (found := frozen_part(self._part, chosen)) is None:
             return
@@ -354,6 +371,18 @@ class ALDSCompress(_backend.Callback):
             "model to compress as `submodel`, exclude the frozen part (it still counts in `cr`), "
             "or pass the model that is trained as `submodel` to compress all of it."
         )
+
+    def _copied(self) -> Any:
+        """A copy of the part to compress: what a refinement is to be like."""
+        backend = _backend.backend_of(self._part)
+        try:
+            with backend.creation_scope(self.model):
+                return backend.copy_model(self._part, stacklevel=5)
+        except ValueError as error:
+            raise ValueError(
+                "Expected a model that can be copied, for the refinement to compare with. "
+                f"Received: {error}"
+            ) from error
 
     def _check_forward(self) -> None:
         """Raises a ValueError if the part to compress cannot be run."""

@@ -9,9 +9,9 @@ from types import MappingProxyType
 
 from keras_alds.core.checks import did_you_mean
 from keras_alds.core.errors import get_error
-from keras_alds.core.methods import ACTIVATION, ALDS, ENERGY, Method
+from keras_alds.core.methods import ACTIVATION, ALDS, ENERGY, SYNTHETIC, Method
 
-_methods = [ALDS, ENERGY, ACTIVATION]
+_methods = [ALDS, ENERGY, SYNTHETIC, ACTIVATION]
 with contextlib.suppress(ModuleNotFoundError):  # the folder can be left out
     from keras_alds.research.baselines import BASELINES
 
@@ -19,7 +19,9 @@ with contextlib.suppress(ModuleNotFoundError):  # the folder can be left out
 
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _methods})
 
-#: The default methods, without and with calibration data.
+#: The default methods: without calibration data, with it, and without it for models for which no
+#: synthetic examples can be made.
+DEFAULT_WITHOUT_DATA = "synthetic"
 DEFAULT = "energy"
 DEFAULT_WITH_DATA = "activation"
 
@@ -36,7 +38,7 @@ def get_method(name: str, error_measure: str | None = None) -> Method:
 
     Raises:
         ValueError: If the method or the error measure is unknown, or `error_measure` is given for a
-            method that needs calibration data.
+            method that measures the error of outputs.
 
     Example:
         >>> get_method("alds", error_measure="spectral").error_measure
@@ -51,7 +53,7 @@ def get_method(name: str, error_measure: str | None = None) -> Method:
         ) from None
     if error_measure is None:
         return method
-    if method.needs_data:
+    if method.needs_data or method.synthetic:
         raise ValueError(
             f"Expected no `error_measure` with the method {name!r}, which measures the error of "
             f"outputs. Received: error_measure={error_measure!r}"
@@ -63,8 +65,8 @@ def choose_method(name: str | None, *, has_data: bool, error_measure: str | None
     """Returns the name of the method to use, given whether there is calibration data.
 
     Args:
-        name: One of the keys of `METHODS`, or None: `"activation"` with data, else `"energy"`.
-            These did best in the measured tables (docs/results.md).
+        name: One of the keys of `METHODS`, or None: `"activation"` with data, else
+            `"synthetic"`. These did best in the measured tables (docs/results.md).
         has_data: Whether there is calibration data.
         error_measure: The requested error measure, if any. With one, but no name and no data, the
             method is `"alds"`.
@@ -82,7 +84,7 @@ def choose_method(name: str | None, *, has_data: bool, error_measure: str | None
     if name is None:
         if has_data:
             return DEFAULT_WITH_DATA
-        return DEFAULT if error_measure is None else "alds"
+        return DEFAULT_WITHOUT_DATA if error_measure is None else "alds"
     method = get_method(name)
     if method.needs_data and not has_data:
         raise ValueError(

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypedDict, TypeVar
 
 from keras_alds.core.checks import did_you_mean, positive_int
 from keras_alds.core.slicing import SCHEMES
-from keras_alds.methods import METHODS, choose_method, get_method
+from keras_alds.methods import DEFAULT, METHODS, choose_method, get_method
 from keras_alds.naming import Bound, check_bounds, check_exclude
 from keras_alds.plan import CompressionPlan, check_plan
 from keras_alds.resources import JOINT, RESOURCES
@@ -68,10 +68,12 @@ class SelectOptions(TypedDict, total=False):
             """String or None. `"energy"` minimises the sum of the layers' relative squared errors.
             `"alds"` is the paper's method, solved exactly: it minimises the largest relative
             error of any layer. `"activation"` minimises the sum of the relative squared errors of
-            the layers' outputs on `calibration_data`. The others are the paper's baselines:
-            `"svd"`, `"svd-energy"`, `"l-rank"`, `"pca"` (needs data), `"alds-error"`,
-            `"alds-simple"`, `"alds-simple-5"`. Defaults to None: `"activation"` with calibration
-            data, `"alds"` with an `error_measure`, else `"energy"`.""",
+            the layers' outputs on `calibration_data`. `"synthetic"` does so on noise that is made
+            to fit the model's BatchNormalization. The others are the paper's baselines: `"svd"`,
+            `"svd-energy"`, `"l-rank"`, `"pca"` (needs data), `"alds-error"`, `"alds-simple"`,
+            `"alds-simple-5"`. Defaults to None: `"activation"` with calibration data, `"alds"`
+            with an `error_measure`, else `"synthetic"`, or `"energy"` for models for which that
+            is not possible, and with `schemes`.""",
             flag={
                 "choices": [name for name, known in METHODS.items() if not known.needs_data],
                 "help": "default: as for `select`",
@@ -192,12 +194,14 @@ class Options:
 
     Attributes:
         limits: The fraction to remove of each limited resource.
+        by_default: Whether the user left the method open.
 
     The other fields are the options of `SelectOptions`.
     """
 
     limits: Mapping[str, float]
     method: str
+    by_default: bool
     objective: str
     error_measure: str | None
     exclude: tuple[Any, ...]
@@ -228,9 +232,11 @@ class Options:
         values = {name: given.get(name, declared(name).default) for name in OPTION_NAMES}
         limits = _limits(cr, values["objective"])
         values["objective"] = next(iter(limits))
-        method = choose_method(
-            values["method"], has_data=has_data, error_measure=values["error_measure"]
-        )
+        name, schemes = values["method"], check_schemes(values["schemes"])
+        by_default = name is None
+        if by_default and not has_data and values["error_measure"] is None and schemes != (0,):
+            name = DEFAULT  # chooses among schemes
+        method = choose_method(name, has_data=has_data, error_measure=values["error_measure"])
         get_method(method, values["error_measure"])
         target = get_target(values["target"])
         values["target"] = target.name if target else RESOURCES[values["objective"]].target
@@ -247,10 +253,11 @@ class Options:
                 **values,
                 "limits": limits,
                 "method": method,
+                "by_default": by_default,
                 "rank_multiple": positive_int(values["rank_multiple"], "rank_multiple"),
                 "exclude": check_exclude(values["exclude"]),
                 "bounds": check_bounds(values["bounds"]),
-                "schemes": check_schemes(values["schemes"]),
+                "schemes": schemes,
             }
         )
         options._check_schemes()

@@ -69,6 +69,10 @@ class LayerChoice:
         reason: Why the layer is skipped, or None if it is factorized.
         note: A remark about the choice, or None.
         reason_code: The reason in one word, one of `Skip`, or None if the layer is factorized.
+        divergence: An estimate of what the choice does to the model's outputs while all other
+            layers stay as they are: the Kullback–Leibler divergence in nats of probabilities, and
+            of scores before softmax; for other outputs, the squared error relative to their
+            variance. None without calibration data.
     """
 
     layer: str
@@ -82,6 +86,7 @@ class LayerChoice:
     reason: str | None
     note: str | None = None
     reason_code: str | None = None
+    divergence: float | None = None
 
     def __repr__(self) -> str:
         choice = f"skipped: {self.reason}"
@@ -137,6 +142,13 @@ class CompressionPlan:
             the target's constraints. None otherwise.
         runtime: The measured configuration, such as `"int8, 1 thread"`. The ratios do not hold for
             other configurations. None unless the objective is `"latency"`.
+        sequential: Whether `compress` should fit the layers one after the other. None if that was
+            not tried.
+        trials: How far the outputs on held-out examples are from the original's (see `distance`)
+            with each plan that was tried. The names say how errors are weighed: by what they do to
+            the `"outputs"`, by the `"roots of outputs"` of that, or `"equal"`; and whether the
+            layers are fitted one after the other: `", sequential"`. `"no data"` uses data for
+            nothing else. This plan is the one with the least. None without examples.
         version: Version of the JSON format.
 
     Example:
@@ -158,6 +170,8 @@ class CompressionPlan:
     output_error: float | None = None
     output_error_without_target: float | None = None
     runtime: str | None = None
+    sequential: bool | None = None
+    trials: Mapping[str, float] | None = dataclasses.field(default=None, hash=False)
     version: int = PLAN_VERSION
 
     def __repr__(self) -> str:
@@ -200,6 +214,17 @@ class CompressionPlan:
                 f"Received: one made with objective={self.objective!r}"
             )
         return self.costs[objective].removed
+
+    @property
+    def distance(self) -> float | None:
+        """How far the compressed model's outputs are from the original's on held-out examples.
+
+        For probabilities, and scores before softmax, it is the total variation distance: the
+        probability, from 0 to 1, that is given to other classes. For other outputs, it is the
+        squared error relative to their variance. The factors are fitted without the held-out
+        examples. None if that was not measured.
+        """
+        return min(self.trials.values()) if self.trials else None
 
     @property
     def factorized(self) -> tuple[LayerChoice, ...]:

@@ -40,6 +40,8 @@ def print_plan(
     resources = [RESOURCES[name] for name in plan.costs]
     columns = ["Layer (type)", "Kernel", *(["Scheme"] if plan.folded else []), "Slices", "Rank"]
     columns += [*(info.column for info in resources), "Error"]
+    measured = any(choice.divergence is not None for choice in plan.choices)
+    columns += ["Output"] if measured else []
     without_kernel = [choice for choice in plan.choices if not choice.has_kernel]
     skipped = [c for c in plan.choices if c.has_kernel and not c.factorized]
     rows = []
@@ -56,6 +58,8 @@ def print_plan(
         if plan.folded:
             row.insert(2, str(choice.scheme) if choice.factorized else "–")
         row.append(f"{choice.error:.4f}" if choice.factorized else str(choice.reason_code))
+        if measured:
+            row.append("–" if choice.divergence is None else f"{choice.divergence:.4f}")
         rows.append(row)
     lines = []
     for info in resources:
@@ -63,6 +67,16 @@ def print_plan(
         cost = plan.costs[info.name]
         lines.append(f"{info.total}{runtime}: {info.text(cost)} ({cost.removed:.2%} removed)")
     lines += _target_lines(plan)
+    if measured:
+        lines.append(
+            "Error: on held-out examples. Output: what this layer alone does to the model's outputs"
+        )
+    if plan.trials:
+        tried = ", ".join(f"{name} {distance:.4f}" for name, distance in plan.trials.items())
+        lines.append(
+            f"Distance of all outputs from the original's on held-out examples: {plan.distance:.4f}"
+            f". Tried: {tried}"
+        )
     lines += [f"{choice.layer}: {choice.note}" for choice in plan.choices if choice.note]
     lines += _skipped_lines(skipped)
     if without_kernel:

@@ -30,7 +30,7 @@ ROWS = (
     ("methods", "kinds"),
     ("options",),
     ("models",),
-    ("litert", "reports"),
+    ("litert", "refinement", "reports"),
     ("api",),
     ("callbacks", "tfmot", "research/sweeping"),
     ("layers", "tf_keras", "cli"),
@@ -52,6 +52,7 @@ RECORDS = {
     "LayerChoice",
     "LiteRTFile",
     "Operator",
+    "Refinement",
     "SweepRow",
     "Tensor",
 }
@@ -427,7 +428,12 @@ def test_public_names_are_documented(name: str):
 
 
 def test_options_after_the_first_arguments_are_keyword_only():
-    for function, positional in (("select", 2), ("compress", 2), ("apply_plan", 2)):
+    for function, positional in (
+        ("select", 2),
+        ("compress", 2),
+        ("apply_plan", 2),
+        ("refine", 3),
+    ):
         parameters = inspect.signature(getattr(keras_alds, function)).parameters.values()
         assert sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) == positional, function
 

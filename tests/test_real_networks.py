@@ -123,3 +123,10 @@ def test_an_h5_file_in_keras_3_and_tf_keras(data_dir, keras_module, images, tmp_
     np.testing.assert_allclose(
         loaded.predict(x, verbose=0), small.predict(x, verbose=0), rtol=1e-4, atol=1e-5
     )
+
+
+def test_without_data_noise_stands_in_for_images(resnet20, images):
+    """At 60 % removed; by the weights alone it is below 60 %, with 512 images 89 %."""
+    small = keras_alds.compress(resnet20, 0.6, method="synthetic")
+    x, y = images["x_test"][:1000], images["y_test"][:1000]
+    assert accuracy(small, x, y) > 0.85

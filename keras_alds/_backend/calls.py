@@ -111,7 +111,8 @@ class StandIn:
     layer: Any
 
     def __call__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.layer.call(*args, **kwargs)
+        # Not by its attribute, which may be the hook of the layer that it was made from.
+        return type(self.layer).call(self.layer, *args, **kwargs)
 
 
 def replacements_of(layers: Iterable[Any]) -> tuple[tuple[Replacement, ...], ...]:

@@ -15,7 +15,7 @@ import scipy.sparse
 import tensorflow as tf
 
 bfloat16, float16, float32, float64 = tf.bfloat16, tf.float16, tf.float32, tf.float64
-boolean, int32, int64 = tf.bool, tf.int32, tf.int64
+boolean, int32, int64, uint8 = tf.bool, tf.int32, tf.int64, tf.uint8
 
 boolean_mask = tf.boolean_mask
 cast = tf.cast
@@ -78,6 +78,11 @@ def is_dataset(value: Any) -> bool:
     return isinstance(value, tf.data.Dataset)
 
 
+def is_floating(value: Any) -> bool:
+    """Whether a tensor or variable holds numbers of floating point."""
+    return bool(tf.as_dtype(value.dtype).is_floating)
+
+
 def to_numpy(value: Any) -> np.ndarray:
     """A value as a NumPy array; bfloat16, which NumPy lacks, becomes float32."""
     if isinstance(value, tf.Tensor) and value.dtype == tf.bfloat16:
@@ -88,6 +93,11 @@ def to_numpy(value: Any) -> np.ndarray:
 def is_dense(value: Any) -> bool:
     """Whether a value is a dense tensor, not sparse or ragged."""
     return isinstance(value, tf.Tensor)
+
+
+def is_dense_spec(spec: Any) -> bool:
+    """Whether a `tf.TypeSpec` is that of dense tensors."""
+    return isinstance(spec, tf.TensorSpec)
 
 
 def is_sparse(value: Any) -> bool:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from keras_alds.core.calibration.held_out import held_out_spectra_many
 from keras_alds.core.calibration.moments import SecondMoment
-from keras_alds.core.calibration.whitening import output_spectra_many
 from keras_alds.core.choices import ChoiceTable
 from keras_alds.core.slicing import Array
 from keras_alds.core.solvers import Solution, min_max, min_sum
@@ -32,6 +32,7 @@ class Method:
         near_slices: The method uses only the number of slices k nearest to this one. Defaults to
             all.
         needs_data: Whether it needs calibration data.
+        synthetic: Whether it makes examples itself.
         spectra: `spectra(kernels, moments)` decomposes kernels, given their inputs' second moments.
         factorize_with_bias: Makes the factors for one slice and a new bias, so that every
             factorized layer has a bias. Defaults to None: factors of any slices, and the old bias.
@@ -45,8 +46,9 @@ class Method:
     solve: Callable[[Sequence[ChoiceTable], Sequence[int]], Solution]
     near_slices: int | None = None
     needs_data: bool = False
+    synthetic: bool = False
     spectra: Callable[[Sequence[Array], Sequence[SecondMoment]], list[Spectra]] = (
-        output_spectra_many
+        held_out_spectra_many
     )
     factorize_with_bias: FactorizeWithBias | None = None
     obstacle: Callable[[SecondMoment], str | None] = lambda moment: None
@@ -54,8 +56,8 @@ class Method:
 
     @property
     def folds(self) -> bool:
-        """Whether it can choose fold schemes: only without data and without `near_slices`."""
-        return not self.needs_data and self.near_slices is None
+        """Whether it can choose fold schemes: only without examples and `near_slices`."""
+        return not self.needs_data and not self.synthetic and self.near_slices is None
 
 
 ALDS = Method(
@@ -76,4 +78,11 @@ ACTIVATION = Method(
     solve=min_sum,
     needs_data=True,
     summary="least sum of relative squared errors of the layers' outputs on data",
+)
+SYNTHETIC = Method(
+    "synthetic",
+    error_measure="energy",
+    solve=min_sum,
+    synthetic=True,
+    summary="as activation, on noise that fits the model's BatchNormalization in place of data",
 )

@@ -17,8 +17,9 @@ import keras
 import numpy as np
 
 from keras_alds import _backend
+from keras_alds._backend import tensors
 from keras_alds._backend.calls import Replacement, StandIn, replaced_calls
-from keras_alds._backend.layers import dtype_policy
+from keras_alds._backend.layers import dtype_policy, like
 from keras_alds._backend.loops import compiled_loops
 from keras_alds.core.calibration.moments import moment_blocks
 from keras_alds.core.calibration.patches import patch_chunks
@@ -401,6 +402,19 @@ class KernelKind(Kind):
     def standing_for(self, layer: Any, factorized: Any) -> contextlib.AbstractContextManager[None]:
         """Within this context, the layer computes what a factorized one does, in this thread."""
         return replaced_calls({layer: StandIn(factorized)})
+
+    def computing_with(self, layer: Any, kernel: Array) -> contextlib.AbstractContextManager[None]:
+        """Within this context, the layer computes with another kernel, in this thread.
+
+        Args:
+            layer: A stock layer.
+            kernel: A kernel of the shape of its own.
+        """
+        variable = self.variable(layer)
+        # Of a tensor, unlike a variable, Keras makes no other precision by itself.
+        tensor = tensors.cast(tensors.tensor(kernel), layer.compute_dtype)
+        names = [name for name, held in vars(layer).items() if held is variable]
+        return replaced_calls({layer: StandIn(like(layer, **dict.fromkeys(names, tensor)))})
 
     # -- Inputs of calls ---------------------------------------------------------------------
 

@@ -669,6 +669,12 @@ class CellKernelKind(Dense):
             layer.kernel.assign(factorized.kernel)
             yield
 
+    @contextlib.contextmanager
+    def computing_with(self, layer: Any, kernel: Any) -> Iterator[None]:
+        with restored([layer.kernel]):
+            layer.kernel.assign(kernel)
+            yield
+
 
 # -- Cells ---------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -16,29 +16,35 @@ import numpy as np
 
 from keras_alds._backend import tensors
 from keras_alds._backend.layers import KerasModel
+from keras_alds.core.calibration.curves import Curve
+from keras_alds.core.calibration.held_out import best_ridge
 from keras_alds.core.calibration.moments import FewInputs, SecondMoment
+from keras_alds.core.parallel import threads
 from keras_alds.core.slicing import Array
 from keras_alds.core.spectra import Spectra
+from keras_alds.kinds.base import kernel_values
+from keras_alds.models.choices import Decompose
+from keras_alds.models.curves import measure_curves
 from keras_alds.models.data import (
     DEFAULT_EXAMPLES,
     MIN_EXAMPLES,
     Examples,
     KeptExamples,
+    held_out,
     with_progress,
 )
-from keras_alds.models.inventory import Inventory
+from keras_alds.models.inventory import Inventory, LayerRecord
 from keras_alds.models.observe import Observer
 from keras_alds.models.scale import ScaleCheck
 from keras_alds.models.turns import alone
 from keras_alds.progress import progress_bar
 from keras_alds.tables import counted
 
-STATS_VERSION = 1
+STATS_VERSION = 2
 # Entries of a weight that are copied at once for the fingerprint.
 _FINGERPRINT_ENTRIES = 1 << 22
-
-#: Computes the spectra of kernels with the moments of their inputs.
-Decompose = Callable[[Sequence[Array], Sequence[SecondMoment]], list[Spectra]]
+#: The most held-out examples on which layers are probed, and on which whole plans are judged.
+PROBED_EXAMPLES, JUDGED_EXAMPLES = 32, 128
 
 
 class CalibrationStats:
@@ -53,6 +59,8 @@ class CalibrationStats:
         kernel_shapes: `{path: kernel shape}` of the same layers, in the model's order.
         examples: Number of examples.
         fingerprint: SHA-256 of the model's weights at the time.
+        curves: `{path: Curve}`: what an error of each layer does to the model's outputs. Defaults
+            to none: all errors count alike.
 
     Raises:
         ValueError: If the layers of `moments` and `kernel_shapes` differ.
@@ -76,6 +84,7 @@ class CalibrationStats:
         *,
         examples: int,
         fingerprint: str,
+        curves: Mapping[str, Curve] | None = None,
     ) -> None:
         if list(moments) != list(kernel_shapes):
             raise ValueError(
@@ -86,6 +95,7 @@ class CalibrationStats:
         self.kernel_shapes = MappingProxyType(dict(kernel_shapes))
         self.examples = examples
         self.fingerprint = fingerprint
+        self.curves = MappingProxyType(dict(curves or {}))
         self._spectra: dict[tuple[str, Decompose], tuple[bytes, Spectra]] = {}
 
     def __repr__(self) -> str:
@@ -140,26 +150,36 @@ class CalibrationStats:
         source: Examples | KeptExamples,
         verbose: int,
         *,
+        curves: bool = True,
         stacklevel: int,
     ) -> CalibrationStats:
         model, records = inventory.model, inventory.factorizable
         observer, scales = Observer(records), ScaleCheck(model)
-        examples = 0
-        with (
-            progress_bar(verbose) as progress,
-            observer.watching(model, scales.watched()) as run,
-        ):
-            for batch, count in with_progress(source, progress, "calibration"):
-                run(batch)
-                examples += count
-        scales.warn(stacklevel=stacklevel + 1)
-        found = observer.moments()
-        return cls(
-            {record.path: found.get(record.path) for record in records},
-            {record.path: tuple(record.kernel_shape or ()) for record in records},
-            examples=examples,
-            fingerprint=fingerprint(model),
-        )
+        examples, judging = 0, _Judging(PROBED_EXAMPLES)
+        with progress_bar(verbose) as progress:
+            with observer.watching(model, scales.watched()) as run:
+                batches = with_progress(source, progress, "calibration")
+                for index, (batch, count) in enumerate(batches):
+                    run(batch, held_out(index))
+                    examples += count
+                    judging.add(index, batch, count)
+            scales.warn(stacklevel=stacklevel + 1)
+            moments = _regularized(records, observer.moments())
+            stats = cls(
+                {record.path: moments.get(record.path) for record in records},
+                {record.path: tuple(record.kernel_shape or ()) for record in records},
+                examples=examples,
+                fingerprint=fingerprint(model),
+            )
+            judged = [r for r in stats.match(inventory).candidates if r.judged]
+            if curves and judged and judging.batches:
+                task = progress.add_task("outputs", total=len(judged))
+                stats.curves = MappingProxyType(
+                    measure_curves(
+                        model, judged, stats, judging.batches, lambda: progress.advance(task)
+                    )
+                )
+        return stats
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -180,9 +200,9 @@ class CalibrationStats:
         shapes = [tuple(record.kernel_shape or ()) for record in records]
         paths = [record.path for record in records]
         if dict(zip(paths, shapes, strict=True)) == dict(self.kernel_shapes):
-            moments = dict(self.moments)
+            names = {path: path for path in paths}
         elif list(self.kernel_shapes.values()) == shapes:
-            moments = dict(zip(paths, self.moments.values(), strict=True))
+            names = dict(zip(paths, self.kernel_shapes, strict=True))
         else:
             raise ValueError(
                 f"Expected calibration statistics of the model '{inventory.model.name}', or of one "
@@ -190,9 +210,14 @@ class CalibrationStats:
                 f"{counted(len(self.moments), 'layer')}, where the model has {len(records)} that "
                 "can be factorized, or other kernels. Collect them again."
             )
-        return inventory.map(
-            lambda record: dataclasses.replace(record, moment=moments.get(record.path))
-        )
+
+        def measured(record: LayerRecord) -> LayerRecord:
+            moment = self.moments.get(names.get(record.path, ""))
+            ridge = None if moment is None else moment.relative_ridge
+            curve = self.curves.get(names.get(record.path, ""))
+            return dataclasses.replace(record, moment=moment, ridge=ridge, curve=curve)
+
+        return inventory.map(measured)
 
     def spectra(
         self, kernels: Mapping[str, tuple[bytes, Array, SecondMoment]], decompose: Decompose
@@ -235,6 +260,8 @@ class CalibrationStats:
             "fingerprint": self.fingerprint,
             "layers": [[name, shape] for name, shape in self.kernel_shapes.items()],
             "counts": {name: moment.count for name, moment in reached},
+            "ridges": {name: moment.relative_ridge for name, moment in reached},
+            "curves": {name: dataclasses.asdict(curve) for name, curve in self.curves.items()},
         }
         with zipfile.ZipFile(path, "w") as file:
             _write(file, "meta", np.array(json.dumps(meta)))
@@ -246,6 +273,10 @@ class CalibrationStats:
                     _write(file, f"blocks_{n}", moment.blocks)
                 if moment.mean is not None:
                     _write(file, f"mean_{n}", moment.mean)
+                if (other := moment.held_out) is not None:
+                    _write(file, f"held_count_{n}", np.array(other.count))
+                    if not isinstance(moment, FewInputs):
+                        _write(file, f"held_blocks_{n}", other.blocks)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CalibrationStats:
@@ -273,18 +304,66 @@ class CalibrationStats:
     def _read(cls, meta: Mapping[str, Any], file: Mapping[str, Array]) -> CalibrationStats:
         moments: dict[str, SecondMoment | None] = {name: None for name, _ in meta["layers"]}
         for n, (name, count) in enumerate(meta["counts"].items()):
-            mean = file.get(f"mean_{n}")  # missing in older files
-            if f"rows_{n}" in file:
-                rows, blocks = file[f"rows_{n}"], int(file[f"parts_{n}"])
-                moments[name] = FewInputs(rows, blocks, mean=mean is not None)
-            else:
-                moments[name] = SecondMoment(file[f"blocks_{n}"], int(count), mean)
+            moment, held = cls._read_moment(n, int(count), file), None
+            if f"held_count_{n}" in file:
+                held_count = int(file[f"held_count_{n}"])
+                if isinstance(moment, FewInputs):
+                    held = FewInputs(moment.rows[-held_count:], moment.block_count, mean=False)
+                else:
+                    held = SecondMoment(file[f"held_blocks_{n}"], held_count)
+            moments[name] = moment = moment.with_ridge(meta["ridges"][name])
+            moment.held_out = held
+        curves = {
+            name: Curve(tuple(curve["errors"]), tuple(curve["divergences"]))
+            for name, curve in meta["curves"].items()
+        }
         return cls(
             moments,
             {name: tuple(shape) for name, shape in meta["layers"]},
             examples=int(meta["examples"]),
             fingerprint=meta["fingerprint"],
+            curves=curves,
         )
+
+    @staticmethod
+    def _read_moment(n: int, count: int, file: Mapping[str, Array]) -> SecondMoment:
+        mean = file.get(f"mean_{n}")
+        if f"rows_{n}" in file:
+            return FewInputs(file[f"rows_{n}"], int(file[f"parts_{n}"]), mean=mean is not None)
+        return SecondMoment(file[f"blocks_{n}"], count, mean)
+
+
+class _Judging:
+    """Collects the first held-out batches.
+
+    Attributes:
+        batches: The batches.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.batches: list[Any] = []
+        self._left = most
+
+    def add(self, index: int, batch: Any, count: int) -> None:
+        """Takes in a batch of `count` examples if it is held out and one of the first."""
+        if held_out(index) and self._left > 0:
+            self.batches.append(batch)
+            self._left -= count
+
+
+def _regularized(
+    records: Sequence[LayerRecord], moments: Mapping[str, SecondMoment | None]
+) -> dict[str, SecondMoment | None]:
+    """The moments with the ridges that give the least errors on held-out inputs."""
+
+    def regularized(record: LayerRecord) -> SecondMoment | None:
+        moment = moments.get(record.path)
+        if moment is None:
+            return None
+        return moment.with_ridge(best_ridge(kernel_values(record.layer), moment))
+
+    with threads() as pool:
+        return dict(zip((r.path for r in records), pool.map(regularized, records), strict=True))
 
 
 def _write(file: zipfile.ZipFile, name: str, array: Array) -> None:
@@ -325,8 +404,6 @@ class Calibration:
         inventory: Inventory,
         data: Any,
         *,
-        keep: bool,
-        verbose: int = 1,
         stacklevel: int = 1,
     ) -> Calibration:
         """Makes a `Calibration` from `calibration_data`.
@@ -334,8 +411,6 @@ class Calibration:
         Args:
             inventory: The model.
             data: The user's `calibration_data`, or a `Calibration`.
-            keep: Whether to keep the examples instead of collecting the statistics now.
-            verbose: As for `CalibrationStats.collect`.
             stacklevel: The frame that warnings name; 1 is the caller of this function.
 
         Raises:
@@ -347,23 +422,38 @@ class Calibration:
             data.match(inventory)
             data.warn_of_other_weights(inventory.model, stacklevel=stacklevel + 1)
             return cls(stats=data)
-        if keep:
-            return cls(examples=KeptExamples(inventory.model, data))
-        source = Examples(inventory.model, data, DEFAULT_EXAMPLES)
-        stats = CalibrationStats._observed(inventory, source, verbose, stacklevel=stacklevel + 1)
-        return cls(stats=stats)
+        return cls(examples=KeptExamples(inventory.model, data))
 
     def collected(
-        self, inventory: Inventory, *, verbose: int = 1, stacklevel: int = 1
+        self,
+        inventory: Inventory,
+        *,
+        curves: bool = True,
+        verbose: int = 1,
+        stacklevel: int = 1,
     ) -> CalibrationStats:
-        """The statistics, collected on the first call. `stacklevel` is as for `Calibration.of`."""
+        """The statistics, collected on the first call.
+
+        Args:
+            inventory: The model.
+            curves: Whether to measure what the layers' errors do to the outputs.
+            verbose: As for `CalibrationStats.collect`.
+            stacklevel: As for `Calibration.of`.
+        """
         if self.stats is None and self.examples is not None:
             self.stats = CalibrationStats._observed(
-                inventory, self.examples, verbose, stacklevel=stacklevel + 1
+                inventory, self.examples, verbose, curves=curves, stacklevel=stacklevel + 1
             )
         if self.stats is None:
             raise ValueError("Expected statistics or examples. Received: neither")
         return self.stats
+
+    def judging(self) -> list[Any]:
+        """Batches of held-out examples to judge a whole plan; none without examples."""
+        judging = _Judging(JUDGED_EXAMPLES)
+        for index, (batch, count) in enumerate(self.examples or ()):
+            judging.add(index, batch, count)
+        return judging.batches
 
 
 def fingerprint(model: Any) -> str:

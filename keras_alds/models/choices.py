@@ -6,17 +6,18 @@ import dataclasses
 import hashlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.choices import ChoiceTable, choice_table, join_tables
 from keras_alds.core.costs import Costs
 from keras_alds.core.errors import get_error
 from keras_alds.core.methods import Method
+from keras_alds.core.slicing import Array
 from keras_alds.core.spectra import Spectra, spectra_many
 from keras_alds.kinds.base import kernel_values
-from keras_alds.models.calibration import CalibrationStats
 from keras_alds.models.inventory import LayerRecord
 
 #: Bytes of kernels that are decomposed together.
@@ -24,10 +25,21 @@ KERNELS_AT_ONCE = 1 << 27
 
 #: The allowed choices of a layer in a fold scheme: ranks by number of slices, and costs by budget.
 Offer = Callable[[LayerRecord, int], tuple[Mapping[int, range], Sequence[Costs]]]
+#: Computes the spectra of kernels with the moments of their inputs.
+Decompose = Callable[[Sequence[Array], Sequence[SecondMoment]], list[Spectra]]
+
+
+class Spectrums(Protocol):
+    """What computes the output spectra of layers, and keeps them."""
+
+    def spectra(
+        self, kernels: Mapping[str, tuple[bytes, Array, SecondMoment]], decompose: Decompose
+    ) -> list[Spectra]:
+        """The output spectra of some layers, by path: digest, kernel and moment."""
 
 
 def choice_tables(
-    records: Sequence[LayerRecord], method: Method, offer: Offer, stats: CalibrationStats | None
+    records: Sequence[LayerRecord], method: Method, offer: Offer, stats: Spectrums | None
 ) -> list[ChoiceTable]:
     """The choice tables of some layers.
 
@@ -60,8 +72,11 @@ def choice_tables(
             if record.moment is not None
         }
         for record, spectra in zip(group, stats.spectra(seen, method.spectra), strict=True):
+            offered, costs = offer(record, 0)
+            # Of a wide layer, only some numbers of slices were looked at.
+            offered = {k: ranks for k, ranks in offered.items() if k in spectra.slices}
             tables[record.path] = choice_table(
-                spectra, *offer(record, 0), error_measure=method.error_measure
+                spectra, offered, costs, error_measure=method.error_measure
             )
         del seen  # before the next kernels are read
     return [tables[record.path] for record in records]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import itertools
@@ -23,6 +24,8 @@ from keras_alds.models.storage import Store
 #: The smallest number of examples that gives usable statistics.
 MIN_EXAMPLES = 8
 DEFAULT_EXAMPLES = 1024
+#: Fewer batches are split, so that whole ones can be held out.
+FEWEST_BATCHES = 4
 # Largest number of examples in one forward pass, and of their entries, which limits large images.
 _BATCH = 32
 _BATCH_ENTRIES = 1 << 21
@@ -31,8 +34,9 @@ _BATCH_ENTRIES = 1 << 21
 class Examples:
     """Calibration data of any type as checked batches of a model's inputs, without labels.
 
-    Iterating yields `(inputs, number of examples)` with at most 32 examples at a time. If the
-    model has a fixed batch size, all batches have that size, and the rest is dropped.
+    Iterating yields `(inputs, number of examples)` with at most 32 examples at a time, in at least
+    four batches. If the model has a fixed batch size, all batches have that size, and the rest is
+    dropped.
 
     Args:
         model: The model.
@@ -55,9 +59,7 @@ class Examples:
         if limit is not None:
             limit = int_at_least(limit, "max_examples", MIN_EXAMPLES)
         self._limit, self._argument = limit, argument
-        sizes = {tensor.shape[0] for tensor in getattr(model, "inputs", None) or []}
-        #: The model's fixed batch size, or None.
-        self._fixed: int | None = sizes.pop() if len(sizes) == 1 else None
+        self._fixed = fixed_batch_size(model)
         self._names: list[str] = _backend.backend_of(model).input_names(model)
         structure = self._input_specs(model)
         self._single = structure is not None and not tensors.is_nested(structure)
@@ -150,7 +152,11 @@ class Examples:
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         count = 0
-        for inputs, size in self._all():
+        batches = self._all()
+        first = list(itertools.islice(batches, FEWEST_BATCHES))
+        if len(first) < FEWEST_BATCHES and not self._fixed:
+            first = [part for batch in first for part in _split(*batch)]
+        for inputs, size in itertools.chain(first, batches):
             yield inputs, size
             count += size
         if count < MIN_EXAMPLES:
@@ -271,6 +277,20 @@ class Examples:
         return array
 
 
+def _split(inputs: Any, size: int) -> list[tuple[Any, int]]:
+    """The parts of a batch, so that some can be held out."""
+    if size < FEWEST_BATCHES or any(map(tensors.is_sparse, tensors.flatten(inputs))):
+        return [(inputs, size)]
+    bounds = np.linspace(0, size, FEWEST_BATCHES + 1).astype(int).tolist()
+    return [(_part(inputs, a, b), b - a) for a, b in itertools.pairwise(bounds)]
+
+
+def fixed_batch_size(model: Any) -> int | None:
+    """The batch size that a model requires, or None."""
+    sizes = {tensor.shape[0] for tensor in getattr(model, "inputs", None) or []}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
 def _sizes(inputs: Any) -> list[tuple[int, ...]]:
     return [tuple(array.shape[1:]) for array in tensors.flatten(inputs)]
 
@@ -333,12 +353,27 @@ class KeptExamples:
         ]
         self.total = sum(count for _, count in self._batches)
 
+    def fitted(self, most: int) -> KeptExamples:
+        """The first of these examples that are not held out, at most about so many."""
+        result = copy.copy(self)
+        result._batches, result.total = [], 0
+        for index, (batch, count) in enumerate(self._batches):
+            if not held_out(index) and result.total < most:
+                result._batches.append((batch, count))
+                result.total += count
+        return result
+
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         for batch, count in self._batches:
             yield tensors.map_structure(self._store.load, batch), count
+
+
+def held_out(index: int) -> bool:
+    """Whether a batch judges what is fitted to the others: every fourth does."""
+    return index % FEWEST_BATCHES == FEWEST_BATCHES - 1
 
 
 def with_progress(

@@ -14,24 +14,15 @@ import numpy as np
 from keras_alds import _backend
 from keras_alds._backend import wrappers
 from keras_alds._backend.live import Holders, empty
-from keras_alds.core.calibration.moments import SecondMoment
-from keras_alds.core.methods import FactorizeWithBias
 from keras_alds.kinds import holders
-from keras_alds.kinds.base import observable, stock_kind
-from keras_alds.methods import METHODS
-from keras_alds.models.calibration import Calibration, CalibrationStats
-from keras_alds.models.data import KeptExamples
-from keras_alds.models.factorize import Replacement, replacement
+from keras_alds.kinds.base import stock_kind
+from keras_alds.models.calibration import Calibration
+from keras_alds.models.factorize import Replacement
+from keras_alds.models.fit import factors
 from keras_alds.models.inventory import Inventory, outermost_holders
-from keras_alds.models.matching import Pairs, match
+from keras_alds.models.matching import match
 from keras_alds.models.optimizer import Exchange, carried, carry_optimizers
-from keras_alds.models.scale import check_scale
-from keras_alds.models.sequential import Walk, most_reruns
 from keras_alds.plan import CompressionPlan
-from keras_alds.progress import progress_bar
-
-#: The most layers for which sequential compression reruns one piece of Python code by default.
-MOST_RERUNS = 8
 
 
 def apply(
@@ -68,25 +59,17 @@ def apply(
     """
     pairs = [(record, choice) for record, choice in match(inventory, plan) if choice.factorized]
     wrappers.apply_masks(inventory.pruning)
-    make = factorize_with_bias(plan.method)
     with inventory.backend.creation_scope(inventory.model):
-        if calibration is None:
-            made = [replacement(record, choice, make=make) for record, choice in pairs]
-        elif calibration.examples is not None and _is_sequential(
-            inventory, pairs, make, sequential, stacklevel=stacklevel + 1
-        ):
-            if calibration.stats is None:
-                check_scale(inventory.model, calibration.examples, stacklevel=stacklevel + 1)
-            if last:
-                calibration.stats = None
-            made = _sequential(inventory, pairs, calibration.examples, verbose)
-        else:
-            stats = calibration.collected(inventory, verbose=verbose, stacklevel=stacklevel + 1)
-            moments = {r.path: r.moment for r in stats.match(inventory).records}
-            made = [
-                replacement(record, choice, moment=moments[record.path], make=make)
-                for record, choice in pairs
-            ]
+        made = factors(
+            inventory,
+            pairs,
+            plan,
+            calibration,
+            sequential,
+            last=last,
+            verbose=verbose,
+            stacklevel=stacklevel + 1,
+        )
     _change(inventory, made, trainer, fresh=fresh, stacklevel=stacklevel + 1)
 
 
@@ -233,87 +216,3 @@ def surgery(
     except BaseException:
         operation.revert()
         raise
-
-
-# -- Factors ---------------------------------------------------------------------------------------
-
-
-def factorize_with_bias(method: str | None) -> FactorizeWithBias | None:
-    """The function that makes factors and biases for a method; None if it keeps the biases."""
-    known = METHODS.get(method or "")
-    return None if known is None else known.factorize_with_bias
-
-
-def _is_sequential(
-    inventory: Inventory,
-    pairs: Pairs,
-    make: FactorizeWithBias | None,
-    sequential: bool | None,
-    *,
-    stacklevel: int,
-) -> bool:
-    """Whether to compress layer by layer; warns if that would take too long."""
-    if make is not None:
-        return False
-    if sequential is not None:
-        return sequential
-    reruns = most_reruns(inventory.model, [record.layer for record, _ in pairs])
-    if reruns > MOST_RERUNS:
-        warnings.warn(
-            "Sequential compression would run the Python code of the model "
-            f"'{inventory.model.name}' again for each of {reruns} layers, and is skipped. The "
-            "factors are fitted on the original network's activations instead. Pass "
-            "sequential=True for better factors, or sequential=False to silence this warning.",
-            stacklevel=stacklevel + 1,
-        )
-    return reruns <= MOST_RERUNS
-
-
-def _sequential(
-    inventory: Inventory, pairs: Pairs, examples: KeptExamples, verbose: int
-) -> list[Replacement]:
-    """The factors of every layer, fitted on the outputs of the compressed layers before it."""
-    by_layer = {record.layer: (record, choice) for record, choice in pairs}
-    made = {layer: replacement(*pair) for layer, pair in by_layer.items() if not observable(layer)}
-
-    def decide(layer: Any, moment: SecondMoment, target: np.ndarray) -> Any:
-        made[layer] = replacement(*by_layer[layer], moment=moment, target=target)
-        return made[layer].factorized
-
-    given = [(r.layer, r.factorized) for r in made.values()]
-    layers = [layer for layer in by_layer if layer not in made]
-    with progress_bar(verbose) as progress:
-        task = progress.add_task("compression", total=len(layers))
-        walk = Walk(inventory.model, layers, examples, given=given)
-        walk.run(decide, lambda part: progress.advance(task, part))
-    # No example reaches the remaining layers.
-    return [made.get(layer) or replacement(*pair) for layer, pair in by_layer.items()]
-
-
-def check_sequential(sequential: object, data: object, method: str | None = None) -> None:
-    """Raises a ValueError unless `sequential` is None or a boolean that fits data and method."""
-    if sequential is not None and not isinstance(sequential, bool):
-        raise ValueError(
-            f"Expected `sequential` to be True, False or None. Received: sequential={sequential!r}"
-        )
-    if sequential and (data is None or isinstance(data, CalibrationStats)):
-        raise ValueError(
-            "Expected examples as `calibration_data` with sequential=True, to run the layers on "
-            "them again. "
-            f"Received: calibration_data of type {type(data).__name__}"
-        )
-    if sequential and factorize_with_bias(method):
-        raise ValueError(
-            f"Expected sequential=None or False with the method {method!r}, which fits the factors "
-            "on the original outputs. Received: sequential=True"
-        )
-
-
-def check_folded(plan: CompressionPlan, data: object) -> None:
-    """Raises a ValueError if `plan` has fold schemes that do not support calibration data."""
-    if data is not None and plan.folded:
-        raise ValueError(
-            "Expected no `calibration_data` with a plan of fold schemes other than 0: only factors "
-            f"in scheme 0 can be fitted on data. Received: layer '{plan.folded[0].layer}' in "
-            f"scheme {plan.folded[0].scheme}. Leave the data out, or make a plan with schemes=0."
-        )

@@ -19,6 +19,7 @@ from keras_alds import _backend
 from keras_alds._backend import wrappers
 from keras_alds._backend.calls import replaced_calls
 from keras_alds._backend.functions import run_as_code
+from keras_alds.core.calibration.curves import Curve
 from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.checks import did_you_mean
 from keras_alds.kinds.base import (
@@ -58,6 +59,8 @@ class LayerRecord:
         schemes: The allowed fold schemes of its kernel.
         bounds: The least and the greatest fraction of its parameters to remove.
         moment: The second moment of its unfolded inputs; None without calibration data.
+        ridge: The ρ that fits its inputs, as a part of the mean eigenvalue of their second moment.
+        curve: What its error does to the model's outputs; None if this was not measured.
     """
 
     path: str
@@ -71,6 +74,8 @@ class LayerRecord:
     schemes: tuple[int, ...] = (0,)
     bounds: tuple[float, float] = (0.0, 1.0)
     moment: SecondMoment | None = None
+    ridge: float | None = None
+    curve: Curve | None = None
 
     @property
     def class_name(self) -> str:
@@ -86,6 +91,15 @@ class LayerRecord:
     def dense_weights(self) -> int:
         """Number of weights of the kernel; 0 if it has no kernel to factorize."""
         return math.prod(self.kernel_shape) if self.kernel_shape else 0
+
+    @property
+    def judged(self) -> bool:
+        """Whether its errors are those on held-out examples."""
+        return self.moment is not None and self.moment.held_out is not None
+
+    def forgotten(self) -> LayerRecord:
+        """The same record without its second moment, which takes memory."""
+        return dataclasses.replace(self, moment=None)
 
     def is_named_by(self, item: Any) -> bool:
         """Whether an item of `exclude` or `bounds` names the layer, or one that contains it."""

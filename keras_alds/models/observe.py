@@ -36,24 +36,28 @@ class Observer:
 
     def __init__(self, records: Sequence[LayerRecord]) -> None:
         self._records = {r.layer: r for r in records if observable(r.layer)}
-        self._sums: dict[Any, MomentAccumulator] = {}
+        # The sums over the examples to fit, and over the held-out ones.
+        self._sums: tuple[dict[Any, MomentAccumulator], ...] = ({}, {})
+        self._held_out = False
 
     @contextlib.contextmanager
     def watching(
         self, model: Any, *also: Mapping[Any, Replacement]
-    ) -> Iterator[Callable[[Any], None]]:
+    ) -> Iterator[Callable[[Any, bool], Any]]:
         """Yields a function that runs `model` on a batch and observes the calls of the layers.
 
-        `also` replaces more calls in these runs.
+        Its second argument says whether the batch is held out. It returns the outputs. `also`
+        replaces more calls in these runs.
 
         Only the calls in these runs are observed: neither those of other threads, nor those of
         code that makes the batches.
         """
         replacements = running(model), watched(self._records, self._see), *also
 
-        def run(batch: Any) -> None:
+        def run(batch: Any, held_out: bool) -> Any:
+            self._held_out = held_out
             with replaced_calls(*replacements):
-                model(batch, training=False)
+                return model(batch, training=False)
 
         with threads() as self._pool, passing(model):
             yield run
@@ -65,7 +69,7 @@ class Observer:
         record = self._records[layer]
         check_finite(inputs, record.path)
         c, kappa, _ = kernel_sizes(record.kernel_shape or ())
-        sums = self._sums.setdefault(layer, MomentAccumulator(c, kappa))
+        sums = self._sums[self._held_out].setdefault(layer, MomentAccumulator(c, kappa))
         x = record.kind.batches(layer, inputs)
         if math.prod(x.shape[:-1]) < CHUNK_ROWS:
             for chunk in record.kind.patches(layer, x):
@@ -79,8 +83,11 @@ class Observer:
         """The second moments by path, None for layers that were not called; clears the sums."""
         found: dict[str, SecondMoment | None] = {}
         for layer, record in self._records.items():
-            sums = self._sums.pop(layer, None)
-            found[record.path] = sums.moment() if sums is not None else None
+            fit, held_out = (sums.pop(layer, None) for sums in self._sums)
+            moments = [sums.moment() for sums in (fit, held_out) if sums is not None]
+            found[record.path] = moments[0] if moments else None
+            if len(moments) == 2:
+                found[record.path] = moments[0].with_held_out(moments[1])
         return found
 
 

@@ -31,7 +31,7 @@ _REMEDY = (
 
 
 class Channels:
-    """The variance of every channel of some arrays, which are given one by one.
+    """The mean and variance of every channel of some arrays, which are given one by one.
 
     Args:
         axis: The axis of the channels.
@@ -50,6 +50,11 @@ class Channels:
         self._squares += count * (rows.var(0, dtype=np.float64) + mean**2)
         self._mean = (self._count * self._mean + count * mean) / (self._count + count)
         self._count += count
+
+    @property
+    def mean(self) -> Array:
+        """The mean of every channel; empty if there were no arrays."""
+        return np.asarray(self._mean) if self._count else np.zeros(0)
 
     @property
     def variance(self) -> Array:

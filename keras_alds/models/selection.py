@@ -11,18 +11,19 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from keras_alds.core.calibration.moments import RIDGE
+from keras_alds.core.calibration.moments import MANY
 from keras_alds.core.choices import ChoiceTable, offered_ranks
 from keras_alds.core.costs import Costs
 from keras_alds.core.methods import Method
 from keras_alds.core.slicing import weights
 from keras_alds.core.solvers import InfeasibleBudget, Solution
 from keras_alds.kinds.base import factorizable_names, observable
-from keras_alds.methods import get_method
+from keras_alds.methods import DEFAULT, get_method
 from keras_alds.models.calibration import CalibrationStats
 from keras_alds.models.choices import choice_tables
 from keras_alds.models.inventory import Inventory, LayerRecord, already_compressed
 from keras_alds.models.resources import Params, Resource
+from keras_alds.models.trials import EQUAL, WEIGHINGS, weighed
 from keras_alds.options import Options
 from keras_alds.plan import (
     CompressionPlan,
@@ -322,11 +323,36 @@ class Selection:
     def plan(self) -> CompressionPlan:
         """Solves the selection problem and returns the plan.
 
+        Errors are weighed by what they do to the model's outputs, as far as this was measured.
+
         Raises:
             ValueError: If `cr` is not reachable, or a kernel is not finite.
         """
         tables = self.tables()
-        solution = self.solve(tables)
+        weighing = self.weighings[0]
+        solution = self.solve(weighed(tables, self.inventory.candidates, weighing))
+        return self.plan_of(tables, solution, weighing)
+
+    @property
+    def weighings(self) -> list[str]:
+        """The ways in which errors can be weighed, the best one first."""
+        known = any(record.curve for record in self.inventory.candidates)
+        if self.method.factorize_with_bias is None and known:
+            return list(WEIGHINGS)
+        return [EQUAL]
+
+    def without_data(self) -> Selection:
+        """The same selection without calibration data, by the default method for that."""
+        inventory = self.inventory.map(
+            lambda record: dataclasses.replace(record, moment=None, curve=None)
+        )
+        options = dataclasses.replace(self.options, method=DEFAULT)
+        return dataclasses.replace(self, inventory=inventory, options=options, stats=None)
+
+    def plan_of(
+        self, tables: Sequence[ChoiceTable], solution: Solution, weighing: str = EQUAL
+    ) -> CompressionPlan:
+        """The plan of a solution."""
         rows = zip(tables, solution.indices, strict=True)
         choices = tuple(
             self.left(record) if record.skipped else self.choice(record, *next(rows))
@@ -335,7 +361,7 @@ class Selection:
         errors: tuple[float | None, float | None] = (None, None)
         measured = [r.runtime for r in self.resources if r.runtime is not None]
         if self.stats is not None and self.options.target and not measured:
-            errors = _total_error(tables, solution), self._error_without_target()
+            errors = _total_error(tables, solution), self._error_without_target(weighing)
         costs = {}
         for resource in self.reported:
             of_layers = [c.costs[resource.name] for c in choices if resource.name in c.costs]
@@ -359,11 +385,12 @@ class Selection:
         """The resources that the plan reports: parameters, and all that are limited."""
         return (self.params, *(r for r in self.resources if r.name != self.params.name))
 
-    def _error_without_target(self) -> float:
+    def _error_without_target(self, weighing: str) -> float:
         """The total output error without the target's constraints."""
         free = dataclasses.replace(self, options=dataclasses.replace(self.options, target=None))
         tables = free.tables()
-        return _total_error(tables, free.solve(tables))
+        solution = free.solve(weighed(tables, self.inventory.candidates, weighing))
+        return _total_error(tables, solution)
 
     def left(self, record: LayerRecord, skipped: Skipped | None = None) -> LayerChoice:
         """The plan's entry for a layer that is skipped."""
@@ -404,6 +431,7 @@ class Selection:
             scheme=chosen.scheme,
             costs=costs,
             error=chosen.error,
+            divergence=float(record.curve(np.array(chosen.error))) if record.curve else None,
             note=self.note(record),
         )
 
@@ -419,7 +447,7 @@ class Selection:
                 f"chosen with {moment.block_count} diagonal blocks of its inputs' second moment, "
                 f"which has {moment.side} rows; the number of slices is a multiple of the blocks"
             )
-        if moment.relative_ridge > RIDGE and self.method.factorize_with_bias is None:
+        if moment.count < MANY * moment.side and self.method.factorize_with_bias is None:
             notes.append(
                 f"regularized, as only {moment.count} unfolded inputs are available for the "
                 f"{moment.side} rows of their second moment: use more examples"

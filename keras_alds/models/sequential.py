@@ -12,8 +12,6 @@ layer or subclassed model is run again for each of its layers to compress.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,143 +20,21 @@ import numpy as np
 from keras_alds import _backend
 from keras_alds._backend import tensors as nest
 from keras_alds._backend.calls import Replacement, replaced_calls, watched
-from keras_alds._backend.loops import passing, restored, states_of
+from keras_alds._backend.loops import passing
 from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.calibration.regression import TARGET_RIDGES, PairAccumulator
 from keras_alds.core.parallel import threads
 from keras_alds.core.slicing import Array
-from keras_alds.kinds.base import below, kernel_values, known_kind, running, stock_kind
-from keras_alds.models.data import KeptExamples
+from keras_alds.kinds.base import kernel_values, known_kind, running
+from keras_alds.models.data import KeptExamples, held_out
 from keras_alds.models.observe import PARTS, check_finite, when_known
+from keras_alds.models.program import Program, Step
 from keras_alds.models.storage import Store
 
 # The most entries of inputs that are joined.
 _JOINED_ENTRIES = 1 << 20
 
 Decide = Callable[[Any, SecondMoment, Array], Any]
-
-
-# -- A model as a list of steps ------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Slot:
-    """A placeholder for a tensor in the arguments of a step."""
-
-    tensor: int
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Step:
-    """One call of a layer, or of a whole subclassed model.
-
-    Attributes:
-        layer: The layer or model.
-        args: Its arguments, with `_Slot`s in place of tensors.
-        kwargs: Its keyword arguments, likewise.
-        inputs: The tensors among the arguments.
-        outputs: The tensors that it returns.
-        inside: The layers to compress that it runs.
-    """
-
-    layer: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    inside: frozenset[Any]
-
-
-class _Program:
-    """The steps of a model in topological order, with the steps of nested models."""
-
-    def __init__(self, model: Any, layers: Sequence[Any]) -> None:
-        self._backend = _backend.backend_of(model)
-        self._wanted = frozenset(layers)
-        self._inside: dict[Any, frozenset[Any]] = {}
-        self._tensors = 0
-        self.model = model
-        self.steps: list[_Step] = []
-        self.inputs: list[int] = []
-        self.outputs: list[int] = []
-
-    def from_graph(self) -> None:
-        """Reads the graph of a symbolic model."""
-        self.inputs = self._new(len(nest.flatten(self._backend.graph_ends(self.model)[0])))
-        self.outputs = self._read(self.model, self.inputs)
-
-    def from_code(self, structure: Any) -> None:
-        """Takes the whole model as one step, called on a structure of inputs."""
-        self.inputs = self._new(len(nest.flatten(structure)))
-        slots = nest.pack_sequence_as(structure, [_Slot(tensor) for tensor in self.inputs])
-        self.steps = [_Step(self.model, (slots,), {}, tuple(self.inputs), (), self._wanted)]
-
-    def _new(self, count: int) -> list[int]:
-        self._tensors += count
-        return list(range(self._tensors - count, self._tensors))
-
-    def _read(self, model: Any, inputs: Sequence[int]) -> list[int]:
-        backend = self._backend
-        starts, ends = map(nest.flatten, backend.graph_ends(model))
-        known = {
-            id(tensor): self._cast(index, tensor)
-            for tensor, index in zip(starts, inputs, strict=True)
-        }
-        for call in backend.graph(model):
-            if isinstance(call.layer, backend.keras.layers.InputLayer):
-                continue
-            args, kwargs = nest.map_structure(
-                lambda leaf: _Slot(known[id(leaf)]) if id(leaf) in known else leaf,
-                (call.args, call.kwargs),
-            )
-            used = [leaf.tensor for leaf in nest.flatten((args, kwargs)) if _is_slot(leaf)]
-            first = nest.flatten(args[0]) if args else []
-            if (
-                backend.runs_graph(call.layer)
-                and not kwargs.get("training")
-                and not any(map(_is_slot, nest.flatten((args[1:], kwargs))))
-                and len(first) == len(nest.flatten(backend.graph_ends(call.layer)[0]))
-                and all(map(_is_slot, first))
-            ):
-                outputs = self._read(call.layer, used)
-            else:
-                outputs = self._new(len(call.outputs))
-                self.steps.append(
-                    _Step(
-                        call.layer,
-                        tuple(args),
-                        kwargs,
-                        tuple(used),
-                        tuple(outputs),
-                        self._candidates_in(call.layer),
-                    )
-                )
-            known.update(zip(map(id, call.outputs), outputs, strict=True))
-        return [known[id(tensor)] for tensor in ends]
-
-    def _cast(self, index: int, tensor: Any) -> int:
-        """Adds a cast to the dtype of the model's input, as models do when called."""
-        (output,) = self._new(1)
-
-        def cast(value: Any) -> Any:
-            return nest.cast(value, tensor.dtype) if nest.is_dense(value) else value
-
-        step = _Step(cast, (_Slot(index),), {}, (index,), (output,), frozenset())
-        self.steps.append(step)
-        return output
-
-    def _candidates_in(self, layer: Any) -> frozenset[Any]:
-        if not isinstance(layer, self._backend.keras.layers.Layer):
-            return frozenset()
-        if layer not in self._inside:
-            inside = [layer, *below(layer)]
-            kernels = [k for inner in inside for k in stock_kind(inner).kernels(inner).values()]
-            self._inside[layer] = self._wanted.intersection([*inside, *kernels])
-        return self._inside[layer]
-
-
-def _is_slot(leaf: Any) -> bool:
-    return isinstance(leaf, _Slot)
 
 
 # -- Running it ----------------------------------------------------------------------------------
@@ -195,16 +71,14 @@ class Walk:
         self._layers = list(layers)
         self._places = [*layers, *(layer for layer, _ in given)]
         self._compressed = dict(given)
-        self._running = running(model)
         self._watchers = {layer: _Watcher(layer) for layer in layers}
         self._originals: dict[Any, dict[tuple[int, int], list[Any]]] = {x: {} for x in layers}
-        self._states = states_of(model)
         self._values: dict[int, _Pair] = {}
         self._provisional: dict[int, _Pair] = {}
         self._done = set(self._compressed)
         self._program, first_calls = self._read(model, next(iter(examples))[0])
         flat = [
-            [self._store.keep(tensor) for tensor in self._flat_inputs(batch)]
+            [self._store.keep(tensor) for tensor in self._program.flat_inputs(batch)]
             for batch, _ in examples
         ]
         for tensor, kept in zip(
@@ -224,7 +98,7 @@ class Walk:
 
     # -- Preparation -------------------------------------------------------------------------
 
-    def _read(self, model: Any, batch: Any) -> tuple[_Program, dict[Any, int]]:
+    def _read(self, model: Any, batch: Any) -> tuple[Program, dict[Any, int]]:
         """The program, and the layers to compress in the order of their first calls."""
         first_calls: dict[Any, int] = {}
 
@@ -232,20 +106,9 @@ class Walk:
             first_calls.setdefault(layer, len(first_calls))
             return outputs
 
-        with passing(model), replaced_calls(self._running, watched(self._layers, watch)):
+        with passing(model), replaced_calls(running(model), watched(self._layers, watch)):
             model(batch, training=False)
-        program = _Program(model, self._places)
-        if self._backend.runs_graph(model):
-            program.from_graph()
-        else:
-            program.from_code(batch)
-        return program, first_calls
-
-    def _flat_inputs(self, batch: Any) -> list[Any]:
-        model = self._program.model
-        if self._backend.runs_graph(model):
-            return self._backend.graph_inputs(model, batch)
-        return nest.flatten(batch)
+        return Program.of(model, self._places, batch), first_calls
 
     def _order(self, first_calls: dict[Any, int]) -> list[Any]:
         """The layers to compress, each after those that its inputs depend on.
@@ -329,7 +192,7 @@ class Walk:
         """The second moment of a layer's current inputs, and the best dense kernel for them."""
         calls = self._calls[layer]
         inputs = [tensor for n in calls for tensor in self._steps[n].inputs]
-        held = held_out(self._chunks)
+        held = [chunk for chunk in range(self._chunks) if held_out(chunk)]
         part = 1 / ((len(self._pending(inputs)) + 1) * self._chunks + len(held))
         self._ensure(inputs, lambda: progress(part))
         sums = PairAccumulator(kernel_values(layer), overwrite=True)
@@ -400,7 +263,7 @@ class Walk:
                 self._originals[item][number, chunk] = kept
         return inputs
 
-    def _is_same(self, step: _Step) -> bool:
+    def _is_same(self, step: Step) -> bool:
         """Whether both versions of a step compute the same."""
         return not step.inside & self._compressed.keys() and all(
             pair[0] is pair[1] for pair in map(self._pair, step.inputs)
@@ -428,7 +291,7 @@ class Walk:
                         self._drop(self._values.pop(tensor))
 
     def _outputs(
-        self, step: _Step, version: int, progress: Callable[[], object] = lambda: None
+        self, step: Step, version: int, progress: Callable[[], object] = lambda: None
     ) -> list[list[Any]]:
         chunks: list[list[Any]] = []
         for chunk in range(self._chunks):
@@ -438,26 +301,17 @@ class Walk:
 
     def _call(
         self,
-        step: _Step,
+        step: Step,
         version: int,
         chunk: int,
         watching: Mapping[Any, Replacement] | None = None,
     ) -> list[Any]:
-        def value(leaf: Any) -> Any:
-            if not _is_slot(leaf):
-                return leaf
-            return self._store.load(self._pair(leaf.tensor)[version][chunk])
+        def value(tensor: int) -> Any:
+            return self._store.load(self._pair(tensor)[version][chunk])
 
-        args, kwargs = nest.map_structure(value, (step.args, step.kwargs))
         inside = step.inside & self._compressed.keys() if version else ()
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(restored(self._states))
-            stack.enter_context(replaced_calls(self._running, watching or {}))
-            for layer in inside:
-                factorized = self._compressed[layer]
-                stack.enter_context(known_kind(layer).standing_for(layer, factorized))
-            outputs = self._backend.infer(step.layer, args, kwargs)
-        return nest.flatten(outputs)
+        standing = [known_kind(x).standing_for(x, self._compressed[x]) for x in inside]
+        return nest.flatten(self._program.call(step, value, watching, standing))
 
     def _release(self, tensors: Iterable[int]) -> None:
         for tensor in tensors:
@@ -496,11 +350,6 @@ def _array(layer: Any, tensor: Any) -> Array:
 def _checked(values: Array, layer: Any) -> Array:
     check_finite(values, layer.name)
     return values
-
-
-def held_out(chunks: int) -> list[int]:
-    """The chunks held out to choose ρ: every fourth, or the last of two or three, or none."""
-    return list(range(3, chunks, 4)) or list(range(chunks))[1:][-1:]
 
 
 def _joined(pairs: Iterable[tuple[Array, Array]]) -> Iterator[tuple[Array, Array]]:
@@ -542,7 +391,7 @@ def most_reruns(model: Any, layers: Sequence[Any]) -> int:
         model: A built model.
         layers: The layers to compress.
     """
-    program = _Program(model, layers)
+    program = Program(model, layers)
     if not _backend.backend_of(model).runs_graph(model):
         return len(layers)
     program.from_graph()

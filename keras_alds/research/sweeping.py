@@ -15,7 +15,7 @@ from keras_alds._backend.layers import KerasModel
 from keras_alds.api import compress, select
 from keras_alds.methods import METHODS, get_method
 from keras_alds.models.calibration import Calibration
-from keras_alds.models.in_place import check_sequential
+from keras_alds.models.fit import check_sequential
 from keras_alds.models.inventory import Inventory, count_params
 from keras_alds.options import SelectOptions, check_cr, check_names, takes_options
 from keras_alds.progress import progress_bar
@@ -241,10 +241,7 @@ def sweep(
     calibration = None
     if calibration_data is not None:
         inventory = Inventory.of(model)
-        keep = sequential is not False
-        calibration = Calibration.of(
-            inventory, calibration_data, keep=keep, verbose=verbose, stacklevel=2
-        )
+        calibration = Calibration.of(inventory, calibration_data, stacklevel=2)
         calibration.collected(inventory, verbose=verbose, stacklevel=2)
     rows = []
     with progress_bar(verbose) as progress:

@@ -132,7 +132,9 @@ def quantize_aware_training(
     _check_fit_options(target, fit_options)
     given = model
     if compress is not None:
-        model = compress_model(model, **compress)
+        with warnings.catch_warnings():  # it is trained next
+            warnings.filterwarnings("ignore", "Expected `calibration_data` to remove more than")
+            model = compress_model(model, **compress)
     model = expand(model)
     if _backend.backend_of(model) is not target:
         model = to_tf_keras(model)

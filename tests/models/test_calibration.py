@@ -129,14 +129,15 @@ class TestMoments:
 class TestEveryKindOfModel:
     def test_compresses_and_plan_and_statistics_give_the_same_model(self, model, tmp_path):
         inputs = zoo.examples(model, 24)
-        plan = select(model, 0.4, calibration_data=inputs)
-        direct = compress(model, 0.4, calibration_data=inputs, sequential=False)
+        found = collect(model, inputs)
+        plan = select(model, 0.4, calibration_data=found)
+        direct = compress(model, 0.4, calibration_data=found)
         assert (plan.method, plan.error_measure) == ("activation", "energy")
         assert 1 - direct.count_params() / model.count_params() == plan.cr >= 0.4
         assert direct.count_params() == plan.params_after
 
         plan.save(tmp_path / "plan.json")
-        collect(model, inputs).save(tmp_path / "stats.npz")
+        found.save(tmp_path / "stats.npz")
         stats = CalibrationStats.load(tmp_path / "stats.npz")
         again = compress(
             model, plan=CompressionPlan.load(tmp_path / "plan.json"), calibration_data=stats
@@ -180,7 +181,7 @@ class TestKindsOfData:
     def same(self, model, *sources):
         plans = [select(model, 0.4, calibration_data=source) for source in sources]
         for plan in plans[1:]:
-            assert plan == plans[0]
+            assert plan.choices == plans[0].choices
 
     def test_give_the_same_plan(self, small, keras_module):
         x, y = zoo.images(40)
@@ -466,10 +467,8 @@ class TestStats:
         assert [choice.reason for choice in plan.choices][1] == "no calibration example reaches it"
         stats = collect(model, data)
         stats.save(tmp_path / "stats.npz")
-        assert (
-            select(model, 0.2, calibration_data=CalibrationStats.load(tmp_path / "stats.npz"))
-            == plan
-        )
+        loaded = CalibrationStats.load(tmp_path / "stats.npz")
+        assert select(model, 0.2, calibration_data=loaded).choices == plan.choices
 
     def test_wide_layers_keep_blocks_and_the_plan_says_so(self, keras_module, monkeypatch):
         monkeypatch.setattr(moments, "MAX_SIDE", 400)

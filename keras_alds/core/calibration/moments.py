@@ -16,6 +16,7 @@ themselves are kept (`FewInputs`), which saves memory and time, and S is never f
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -50,10 +51,13 @@ class SecondMoment:
     Attributes:
         relative_ridge: ρ as a part of the mean eigenvalue of S.
         ridge: ρ itself.
+        held_out: The second moment of the inputs that judge, which S includes, or None.
 
     Raises:
         ValueError: If `blocks` are not square matrices, or `mean` has another length.
     """
+
+    held_out: SecondMoment | None = None
 
     def __init__(
         self, blocks: Float64 | Sequence[SymmetricMatrix], count: int, mean: Float64 | None = None
@@ -69,8 +73,7 @@ class SecondMoment:
         self.count = count
         self.mean = mean
         self.block_count, self.block_side = len(blocks), blocks[0].side
-        self.relative_ridge = default_ridge(self.side, count)
-        self.ridge = self.relative_ridge * sum(matrix.trace() for matrix in blocks) / self.side
+        self._set_ridge(default_ridge(self.side, count))
         self._check_mean()
 
     def _check_mean(self) -> None:
@@ -79,6 +82,57 @@ class SecondMoment:
                 f"Expected the mean of {self.side} unfolded inputs. "
                 f"Received: mean.shape={self.mean.shape}"
             )
+
+    def _set_ridge(self, relative: float) -> None:
+        self.relative_ridge = relative
+        self.ridge = relative * self._trace() / self.side
+
+    def _trace(self) -> float:
+        return sum(matrix.trace() for matrix in self._matrices)
+
+    def with_ridge(self, relative: float) -> SecondMoment:
+        """The same moment with another ρ, a part of the mean eigenvalue of S."""
+        result = copy.copy(self)
+        result._set_ridge(relative)
+        return result
+
+    def with_held_out(self, other: SecondMoment) -> SecondMoment:
+        """The moment of these inputs and others, which become the held-out ones."""
+        if isinstance(self, FewInputs) and isinstance(other, FewInputs):
+            rows = np.concatenate([self.rows, other.rows])
+            result: SecondMoment = FewInputs(rows, self.block_count, mean=self.mean is not None)
+        else:
+            parts = (self, other)
+            count = self.count + other.count
+            matrices = [
+                SymmetricMatrix.sum([p.matrix(i) for p in parts], [p.count / count for p in parts])
+                for i in range(self.block_count)
+            ]
+            mean = None
+            if self.mean is not None and other.mean is not None:
+                mean = (self.count * self.mean + other.count * other.mean) / count
+            result = SecondMoment(matrices, count, mean)
+        result.held_out = other
+        return result
+
+    def without_held_out(self) -> SecondMoment:
+        """The moment of the inputs that do not judge, with the same relative ρ."""
+        other = self.held_out
+        if other is None:
+            return self
+        count = self.count - other.count
+        weights = [self.count / count, -other.count / count]
+        matrices = [
+            SymmetricMatrix.sum([part.matrix(i) for part in (self, other)], weights)
+            for i in range(self.block_count)
+        ]
+        result = SecondMoment(matrices, count)
+        result._set_ridge(self.relative_ridge)
+        return result
+
+    def matrix(self, block: int) -> SymmetricMatrix:
+        """One block of S."""
+        return self._matrices[block]
 
     @property
     def side(self) -> int:
@@ -138,22 +192,23 @@ class SecondMoment:
         parts = [self.columns(slices, first + i, encoder) for i, encoder in enumerate(encoders)]
         return np.concatenate(parts, axis=1)
 
-    def gram(self, encoders: Float64) -> Float64:
-        """Eᵀ (S + ρI) E for the block-diagonal E of all slices, where S is in one block.
+    def gram(self, encoders: Float64, first: int = 0) -> Float64:
+        """Eᵀ (S + ρI) E for the block-diagonal E of consecutive slices: all slices of one block.
 
         Args:
-            encoders: Array `[k, n/k, j]`.
+            encoders: Array `[k/b, n/k, j]`.
+            first: Which slice is the first one.
 
         Returns:
-            Array `[j·k, j·k]`, the columns of all slices' encoders ordered by rank.
+            Array `[j·k/b, j·k/b]`, the columns of all slices' encoders ordered by rank.
         """
-        slices, rows, rank = encoders.shape
+        count, rows, rank = encoders.shape
         transposed = encoders.transpose(0, 2, 1)
-        gram = np.empty((rank, slices, rank, slices))
+        gram = np.empty((rank, count, rank, count))
         for i, encoder in enumerate(encoders):
-            columns = self.columns(slices, i, encoder)
-            gram[:, :, :, i] = (transposed @ columns.reshape(slices, rows, -1)).transpose(1, 0, 2)
-        return gram.reshape(rank * slices, -1)
+            columns = self.columns(self.side // rows, first + i, encoder)
+            gram[:, :, :, i] = (transposed @ columns.reshape(count, rows, -1)).transpose(1, 0, 2)
+        return gram.reshape(rank * count, -1)
 
     def product(self, slices: int, first: int, matrices: Float64) -> Product:
         """An updatable (S + ρI) M for consecutive slices: all slices of one block.
@@ -235,9 +290,23 @@ class FewInputs(SecondMoment):
         self.count = rows.shape[0]
         self.block_count, self.block_side = blocks, rows.shape[1] // blocks
         self.mean = rows.mean(axis=0, dtype=np.float64) if mean else None
-        squares = np.square(rows, dtype=np.float64).sum()
-        self.relative_ridge = default_ridge(self.side, self.count)
-        self.ridge = self.relative_ridge * float(squares) / (self.count * self.side)
+        self._squares = float(np.square(rows, dtype=np.float64).sum())
+        self._set_ridge(default_ridge(self.side, self.count))
+
+    def _trace(self) -> float:
+        return self._squares / self.count
+
+    def without_held_out(self) -> SecondMoment:
+        """As for `SecondMoment`."""
+        if self.held_out is None:
+            return self
+        result = FewInputs(self.rows[: self.count - self.held_out.count], self.block_count)
+        result._set_ridge(self.relative_ridge)
+        return result
+
+    def matrix(self, block: int) -> SymmetricMatrix:
+        """As for `SecondMoment`."""
+        return SymmetricMatrix.of(self._part(block, 0, self.block_side))
 
     # The outputs of every slice are computed once: separate calls of `columns` would use all inputs
     # again each time.
@@ -253,16 +322,16 @@ class FewInputs(SecondMoment):
             own += (self.ridge or 1.0) * encoder
         return result
 
-    def gram(self, encoders: Float64) -> Float64:
+    def gram(self, encoders: Float64, first: int = 0) -> Float64:
         """As for `SecondMoment`."""
-        slices, _, rank = encoders.shape
-        seen = self._seen(slices, 0, encoders).reshape(-1, slices, rank).swapaxes(1, 2)
-        seen = seen.reshape(self.count, -1)
+        count, rows, rank = encoders.shape
+        seen = self._seen(self.side // rows, first, encoders)
+        seen = seen.reshape(-1, count, rank).swapaxes(1, 2).reshape(self.count, -1)
         gram = seen.T @ seen
         gram /= self.count
         own = (self.ridge or 1.0) * (encoders.transpose(0, 2, 1) @ encoders)
         for i, each in enumerate(own):
-            gram[i::slices, i::slices] += each
+            gram[i::count, i::count] += each
         return gram
 
     def product(self, slices: int, first: int, matrices: Float64) -> Product:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from keras_alds.core.slicing import Array
@@ -35,6 +37,15 @@ class SymmetricMatrix:
         """Makes one from an array `[n, n]`."""
         side = matrix.shape[0]
         return cls(side, [matrix[r:stop, r:].copy() for r, stop in strip_bounds(side)])
+
+    @classmethod
+    def sum(cls, matrices: Sequence[SymmetricMatrix], weights: Sequence[float]) -> SymmetricMatrix:
+        """The weighted sum of matrices, a new one."""
+        strips = [
+            sum(weight * strip for weight, strip in zip(weights, parts, strict=True))
+            for parts in zip(*(matrix._strips for matrix in matrices), strict=True)
+        ]
+        return cls(matrices[0].side, strips)
 
     def __len__(self) -> int:
         """The number of strips."""

@@ -401,7 +401,7 @@ class TestArguments:
             output_error(kernel_of(rng), np.zeros((2, 2)), moment)
 
     def test_methods(self):
-        assert choose_method(None, has_data=False) == "energy"
+        assert choose_method(None, has_data=False) == "synthetic"
         assert choose_method(None, has_data=True) == "activation"
         for name, data in itertools.product(("alds", "energy", "activation"), (False, True)):
             if get_method(name).needs_data == data:

@@ -1,0 +1,103 @@
+"""Measures what an error of each layer does to the outputs of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from keras_alds.core.calibration.curves import Curve
+from keras_alds.core.calibration.refit import factorize_outputs
+from keras_alds.core.choices import Choice, ChoiceTable, offered_ranks
+from keras_alds.core.costs import Costs, WeightCosts
+from keras_alds.core.methods import ACTIVATION
+from keras_alds.core.parallel import threads
+from keras_alds.core.slicing import Array, recompose
+from keras_alds.kinds.base import kernel_values
+from keras_alds.models.choices import Spectrums, choice_tables
+from keras_alds.models.inventory import LayerRecord
+from keras_alds.models.probes import Prober
+
+#: The errors of a layer at which the outputs are compared.
+PROBED_ERRORS = (0.02, 0.1, 0.3)
+
+
+def measure_curves(
+    model: Any,
+    records: Sequence[LayerRecord],
+    spectra: Spectrums,
+    batches: Sequence[Any],
+    progress: Callable[[], object] = lambda: None,
+) -> dict[str, Curve]:
+    """The divergence of the model's outputs at some errors of every layer, the others being exact.
+
+    Args:
+        model: The model.
+        records: The layers, with second moments that have held-out inputs.
+        spectra: Computes the spectra of layers.
+        batches: Batches of held-out examples.
+        progress: Called once a layer.
+
+    Returns:
+        Curves by path, of the layers whose kernels have choices with errors.
+    """
+    tables = choice_tables(records, ACTIVATION, _every_choice, spectra)
+    prober = Prober(model, [record.layer for record in records], batches)
+    curves = {}
+    with threads() as pool:
+
+        def prepared(pair: tuple[LayerRecord, ChoiceTable]) -> list[tuple[float, Array]]:
+            record, table = pair
+            return [(c.error, approximation(record, c, sweeps=0)) for c in _probed(table)]
+
+        for start in range(0, len(records), 2):  # few at once, to save memory
+            some = records[start : start + 2]
+            pairs = zip(some, tables[start : start + 2], strict=True)
+            for record, probes in zip(some, pool.map(prepared, pairs), strict=True):
+                found = [prober.divergence({record.layer: kernel}) for _, kernel in probes]
+                curve = Curve.of([error for error, _ in probes], found)
+                if curve is not None:
+                    curves[record.path] = curve
+                progress()
+    return curves
+
+
+def approximation(
+    record: LayerRecord, choice: Choice, *, all_inputs: bool = False, sweeps: int | None = None
+) -> Array:
+    """The kernel that the factors of a choice amount to, of the shape of the layer's own.
+
+    Args:
+        record: The layer, with a second moment.
+        choice: Slices and rank.
+        all_inputs: Whether the factors are fitted to the held-out inputs too. Defaults to False.
+        sweeps: As for `factorize_outputs`.
+    """
+    moment = record.moment
+    if moment is None:
+        raise ValueError(f"Expected a layer with a second moment. Received: '{record.path}'")
+    moment = moment if all_inputs else moment.without_held_out()
+    options = {} if sweeps is None else {"sweeps": sweeps}
+    encoder, decoder = factorize_outputs(
+        kernel_values(record.layer), moment, choice.slices, choice.rank, **options
+    )
+    kernel = recompose(encoder, decoder, choice.slices)
+    return record.kind.unfolding(record.layer).write(kernel, record.kind.shape(record.layer))
+
+
+def _every_choice(record: LayerRecord, scheme: int) -> tuple[Mapping[int, range], list[Costs]]:
+    shape = record.shape_in(scheme)
+    blocks = 1 if record.moment is None else record.moment.block_count
+    ranks = offered_ranks(shape, max_slices=record.kind.max_slices, blocks=blocks)
+    return ranks, [WeightCosts(((scheme, shape, 1),))]
+
+
+def _probed(table: ChoiceTable) -> list[Choice]:
+    """The cheapest choices whose errors are near the probed ones."""
+    front = table.front()
+    front = front.take((front.slices > 0) & (front.error > 0))
+    if not len(front):
+        return []
+    distances = np.abs(np.log(front.error)[:, None] - np.log(PROBED_ERRORS))
+    return [front[row] for row in sorted(set(distances.argmin(axis=0).tolist()))]

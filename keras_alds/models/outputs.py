@@ -1,0 +1,191 @@
+"""How far the outputs of a changed model are from those of the original one, on the same examples.
+
+For probabilities, and for scores before softmax, this is the Kullback–Leibler divergence from the
+original's distribution, in nats per example. For everything else it is the squared error relative
+to the variance of the original's outputs. Several outputs add up.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.special import log_softmax, xlogy
+
+from keras_alds import _backend
+from keras_alds.core.slicing import Array
+
+# Scores are told from other values, such as coordinates and embeddings, by the compiled loss; if
+# there is none, by their number, which is larger for each pixel or token.
+_FEWEST_SCORES, _FEWEST_SCORES_BY_POSITION = 8, 16
+# Probabilities are not trusted below this.
+_LEAST_PROBABILITY = 1e-7
+
+
+class OutputKind(enum.Enum):
+    """What the numbers of an output are."""
+
+    PROBABILITIES = "probabilities"  # along the last axis
+    BINARY = "binary"  # every number is a probability
+    SCORES = "scores"  # before softmax along the last axis
+    VALUES = "values"
+    LABELS = "labels"  # not floating-point
+
+
+class Reference:
+    """The outputs of a model, to which those of a changed model are compared.
+
+    Args:
+        model: The model. Its compiled loss, if any, tells scores from other values.
+        outputs: Its outputs, arrays `[examples, ...]`.
+
+    Attributes:
+        kinds: What each output is.
+    """
+
+    def __init__(self, model: Any, outputs: Sequence[Array]) -> None:
+        losses = _losses(model, len(outputs))
+        self.kinds = tuple(map(kind_of_output, outputs, losses))
+        self._outputs = [
+            _prepared(kind, output) for kind, output in zip(self.kinds, outputs, strict=True)
+        ]
+        self._scales = [
+            _spread(output) if kind is OutputKind.VALUES else 1.0
+            for kind, output in zip(self.kinds, self._outputs, strict=True)
+        ]
+
+    def divergence(self, outputs: Sequence[Array]) -> float:
+        """The divergence of other outputs for the same examples; infinite if one is not finite.
+
+        Args:
+            outputs: Arrays of the shapes of the reference.
+
+        Raises:
+            ValueError: If the shapes differ.
+        """
+        return self._sum(outputs, _divergence)
+
+    def distance(self, outputs: Sequence[Array]) -> float:
+        """Like `divergence`, but bounded for scores and probabilities.
+
+        There it is the total variation distance: the probability, from 0 to 1, that is given to
+        other classes. A few examples of which a network is too sure do not outweigh the others.
+        """
+        return self._sum(outputs, _distance)
+
+    def _sum(self, outputs: Sequence[Array], measure: Callable[..., float]) -> float:
+        total = 0.0
+        for kind, scale, mine, other in zip(
+            self.kinds, self._scales, self._outputs, outputs, strict=True
+        ):
+            if mine.shape != other.shape:
+                raise ValueError(
+                    "Expected outputs of the same shape from both models. "
+                    f"Received: {mine.shape} and {other.shape}"
+                )
+            total += measure(kind, mine, _prepared(kind, other)) / scale
+        return float(total) if np.isfinite(total) else np.inf
+
+
+def kind_of_output(output: Array, loss: str | None = None) -> OutputKind:
+    """Finds out what the numbers of an output are.
+
+    Args:
+        output: The output for some examples, `[examples, ...]`.
+        loss: The name of the loss with which it is trained, if known.
+
+    Example:
+        >>> kind_of_output(np.array([[0.9, 0.1], [0.3, 0.7]])).value
+        'probabilities'
+    """
+    if output.dtype.kind != "f" and output.dtype.name != "bfloat16":
+        return OutputKind.LABELS
+    values = np.asarray(output, np.float64)
+    classes = values.shape[-1] if values.ndim > 1 else 1
+    if values.size and values.min() >= 0 and values.max() <= 1 + 1e-3:
+        if classes > 1 and np.abs(values.sum(-1) - 1).max() < 1e-2:
+            return OutputKind.PROBABILITIES
+        if values.std() > 0 and (loss is None or "crossentropy" in loss):
+            return OutputKind.BINARY
+    if loss is not None:
+        scores = "categorical" in loss and "crossentropy" in loss and classes > 1
+        return OutputKind.SCORES if scores else OutputKind.VALUES
+    fewest = _FEWEST_SCORES if values.ndim == 2 else _FEWEST_SCORES_BY_POSITION
+    return OutputKind.SCORES if classes >= fewest and _compete(values) else OutputKind.VALUES
+
+
+def _compete(values: Array) -> bool:
+    """Whether the columns differ more from row to row than from each other, as scores do."""
+    rows = values.reshape(-1, values.shape[-1])
+    total = float(np.square(rows - rows.mean()).mean())
+    return bool(rows.mean(axis=0).var() < 0.5 * total)
+
+
+def _losses(model: Any, count: int) -> list[str | None]:
+    """The names of the compiled losses by output; None where unknown."""
+    given = getattr(model, "loss", None)
+    if isinstance(given, dict):
+        names = list(getattr(model, "output_names", None) or given)
+        found = [given.get(name) for name in names]
+    else:
+        found = list(given) if isinstance(given, (list, tuple)) else [given]
+    if len(found) != count:
+        return [None] * count
+    return [_loss_name(loss) for loss in found]
+
+
+def _loss_name(loss: Any) -> str | None:
+    """The name of one of Keras's own losses, in lower case without underscores."""
+    if loss is None:
+        return None
+    name = loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
+    known = isinstance(loss, str) or any(
+        type(loss).__module__.startswith(prefix) or getattr(loss, "__module__", "") == prefix
+        for prefix in _backend.KERASES
+    )
+    return name.lower().replace("_", "") if known else None
+
+
+def _prepared(kind: OutputKind, output: Array) -> Array:
+    """An output as its divergence takes it."""
+    if kind is OutputKind.LABELS:
+        return np.asarray(output)
+    values = np.asarray(output, np.float64)
+    if kind is OutputKind.SCORES:
+        return log_softmax(values, axis=-1)
+    if kind is OutputKind.PROBABILITIES:
+        values = np.maximum(values, _LEAST_PROBABILITY)
+        return np.log(values / values.sum(axis=-1, keepdims=True))
+    if kind is OutputKind.BINARY:
+        return np.clip(values, _LEAST_PROBABILITY, 1 - _LEAST_PROBABILITY)
+    return values
+
+
+def _divergence(kind: OutputKind, mine: Array, other: Array) -> float:
+    if mine.size == 0:
+        return 0.0
+    if kind is OutputKind.LABELS:
+        return float(np.mean(mine != other))
+    if kind is OutputKind.VALUES:
+        return float(np.square(mine - other).mean())
+    if kind is OutputKind.BINARY:
+        parts = (mine, other), (1 - mine, 1 - other)
+        return float(sum(np.mean(xlogy(p, p / q)) for p, q in parts))
+    return float(np.sum(np.exp(mine) * (mine - other), axis=-1).mean())
+
+
+def _distance(kind: OutputKind, mine: Array, other: Array) -> float:
+    if mine.size and kind in (OutputKind.SCORES, OutputKind.PROBABILITIES):
+        return float(np.abs(np.exp(mine) - np.exp(other)).sum(axis=-1).mean() / 2)
+    if mine.size and kind is OutputKind.BINARY:
+        return float(np.abs(mine - other).mean())
+    return _divergence(kind, mine, other)
+
+
+def _spread(values: Array) -> float:
+    """The mean variance of an output's numbers; their mean square if they are constant."""
+    square = float(np.square(values).mean()) if values.size else 0.0
+    variance = float(values.var(axis=0).mean()) if values.size else 0.0
+    return (variance if variance > 1e-12 * square else square) or 1.0

@@ -1,0 +1,80 @@
+"""Chooses between whole plans by the outputs that they give on held-out examples.
+
+The errors of single layers are comparable only roughly: through curves that were measured with all
+other layers exact. So several plans are made, with the errors weighed in different ways. Each one
+is computed on held-out examples, and the one nearest to the original's outputs is taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from keras_alds.core.calibration.curves import Curve
+from keras_alds.core.choices import ChoiceTable
+from keras_alds.core.parallel import threads
+from keras_alds.core.slicing import Array, recompose
+from keras_alds.core.spectra import factorize
+from keras_alds.kinds.base import kernel_values
+from keras_alds.models.curves import approximation
+from keras_alds.models.inventory import LayerRecord
+from keras_alds.models.probes import Kernels, Prober
+
+#: How errors are weighed: the power of the divergence that a layer's curve gives, or None for the
+#: errors themselves.
+WEIGHINGS: Mapping[str, float | None] = {
+    "outputs": 1.0,
+    "roots of outputs": 0.5,
+    "equal": None,
+}
+EQUAL = "equal"
+#: The name of the trial whose choices and factors use no data.
+WITHOUT_DATA = "no data"
+
+
+def weighed(
+    tables: Sequence[ChoiceTable], records: Sequence[LayerRecord], weighing: str
+) -> list[ChoiceTable]:
+    """The tables with weighed errors. Layers without a curve get that of a typical layer."""
+    power = WEIGHINGS[weighing]
+    if power is None:
+        return list(tables)
+    curves = [record.curve for record in records]
+    typical = _typical([curve for curve in curves if curve is not None])
+    found = []
+    for table, curve in zip(tables, curves, strict=True):
+        measured = curve or typical
+        found.append(dataclasses.replace(table, error=measured(table.error) ** power))
+    return found
+
+
+def _typical(curves: Sequence[Curve]) -> Curve:
+    """The curve of a layer whose output errors have the median effect, in proportion."""
+    error = 0.1
+    return Curve((error,), (float(np.median([c(np.array(error)) for c in curves] or [error])),))
+
+
+def approximations(records: Sequence[LayerRecord], choices: Sequence[Any]) -> Kernels:
+    """The kernels of some choices by layer, fitted without the held-out inputs."""
+
+    def kernel(pair: tuple[LayerRecord, Any]) -> Array:
+        record, choice = pair
+        if record.moment is not None:
+            return approximation(record, choice)
+        layer, kind = record.layer, record.kind
+        factors = factorize(kernel_values(layer, choice.scheme), choice.slices, choice.rank)
+        unfolded = recompose(*factors, choice.slices)
+        return kind.folded(layer, choice.scheme).write(unfolded, kind.shape(layer))
+
+    pairs = [pair for pair in zip(records, choices, strict=True) if pair[1].slices]
+    with threads() as pool:
+        found = pool.map(kernel, pairs)
+        return {record.layer: values for (record, _), values in zip(pairs, found, strict=True)}
+
+
+def judge(model: Any, records: Sequence[LayerRecord], batches: Sequence[Any]) -> Prober:
+    """Computes a model on held-out examples with the kernels of whole plans."""
+    return Prober(model, [record.layer for record in records], batches, keep=False)

@@ -1,0 +1,154 @@
+"""What outputs are, how far they are from others, and running a model with other kernels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import zoo
+from scipy.special import rel_entr, softmax
+
+from keras_alds.core.slicing import recompose
+from keras_alds.core.spectra import factorize
+from keras_alds.kinds.base import kernel_values, known_kind
+from keras_alds.models.inventory import Inventory
+from keras_alds.models.outputs import OutputKind, Reference, kind_of_output
+from keras_alds.models.probes import Prober
+
+rng = np.random.default_rng(0)
+SCORES = 3 * rng.standard_normal((40, 10))
+
+
+class TestKinds:
+    @pytest.mark.parametrize(
+        ("output", "expected"),
+        [
+            (softmax(SCORES, -1).astype("float32"), OutputKind.PROBABILITIES),
+            (softmax(SCORES, -1).astype("float16"), OutputKind.PROBABILITIES),
+            (1 / (1 + np.exp(-SCORES)), OutputKind.BINARY),
+            (1 / (1 + np.exp(-SCORES[:, :1])), OutputKind.BINARY),
+            (SCORES, OutputKind.SCORES),
+            (np.maximum(SCORES, 0), OutputKind.SCORES),
+            (rng.standard_normal((4, 8, 8, 21)), OutputKind.SCORES),
+            (rng.standard_normal((4, 8, 8, 3)), OutputKind.VALUES),
+            (rng.standard_normal((40, 4)), OutputKind.VALUES),
+            (100 * np.arange(20) + rng.standard_normal((40, 20)), OutputKind.VALUES),
+            (SCORES.argmax(-1), OutputKind.LABELS),
+            (np.zeros((40, 1)), OutputKind.VALUES),
+            (rng.standard_normal(40), OutputKind.VALUES),
+        ],
+    )
+    def test_by_values(self, output, expected):
+        assert kind_of_output(output) is expected
+
+    @pytest.mark.parametrize(
+        ("loss", "expected"),
+        [
+            ("sparsecategoricalcrossentropy", OutputKind.SCORES),
+            ("categoricalcrossentropy", OutputKind.SCORES),
+            ("meansquarederror", OutputKind.VALUES),
+            ("binarycrossentropy", OutputKind.VALUES),
+        ],
+    )
+    def test_by_the_loss(self, loss, expected):
+        assert kind_of_output(SCORES, loss) is expected
+        assert kind_of_output(SCORES[:, :3], loss) is expected
+
+    def test_of_compiled_models(self, keras_module):
+        K = keras_module
+        inputs = K.Input((4,))
+        ends = {"boxes": K.layers.Dense(12, name="boxes")(inputs)}
+        ends["classes"] = K.layers.Dense(12, name="classes")(inputs)
+        model = K.Model(inputs, ends)
+        cross = K.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile("sgd", loss={"boxes": "mse", "classes": cross})
+        outputs = model.predict(rng.standard_normal((30, 4)), verbose=0)
+        found = Reference(model, [outputs[name] for name in model.output_names]).kinds
+        expected = {"boxes": OutputKind.VALUES, "classes": OutputKind.SCORES}
+        assert [expected[name] for name in model.output_names] == list(found)
+
+
+class TestDivergence:
+    def test_of_scores_and_probabilities_is_that_of_kullback_and_leibler(self):
+        other = SCORES + 0.3 * rng.standard_normal(SCORES.shape)
+        p, q = softmax(SCORES, -1), softmax(other, -1)
+        expected = rel_entr(p, q).sum(-1).mean()
+        assert Reference(None, [SCORES]).divergence([other + 7.0]) == pytest.approx(expected)
+        assert Reference(None, [p]).divergence([q]) == pytest.approx(expected, rel=1e-3)
+
+    def test_of_independent_probabilities(self):
+        p, q = (1 / (1 + np.exp(-s)) for s in (SCORES, SCORES + 0.5))
+        expected = (rel_entr(p, q) + rel_entr(1 - p, 1 - q)).mean()
+        assert Reference(None, [p]).divergence([q]) == pytest.approx(expected)
+
+    def test_of_values_is_relative_to_their_variance(self):
+        values = 50 + rng.standard_normal((40, 4))
+        other = values + 0.1
+        expected = 0.01 / values.var(axis=0).mean()
+        assert Reference(None, [values]).divergence([other]) == pytest.approx(expected)
+        constant = np.full((40, 4), 5.0)
+        assert Reference(None, [constant]).divergence([constant + 1]) == pytest.approx(1 / 25)
+
+    def test_of_labels_is_the_rate_of_others(self):
+        labels = SCORES.argmax(-1)
+        other = np.where(np.arange(40) < 10, labels + 1, labels)
+        assert Reference(None, [labels]).divergence([other]) == 0.25
+
+    def test_of_several_outputs_is_the_sum(self):
+        values = rng.standard_normal((40, 3))
+        both = Reference(None, [SCORES, values]).divergence([SCORES + 1.0, values * 1.1])
+        assert both == pytest.approx(Reference(None, [values]).divergence([values * 1.1]))
+
+    def test_of_outputs_that_are_not_finite_is_infinite(self):
+        assert Reference(None, [SCORES]).divergence([np.where(SCORES > 0, np.nan, 0)]) == np.inf
+
+    def test_of_another_shape(self):
+        with pytest.raises(ValueError, match=r"Received: \(40, 10\) and \(40, 9\)"):
+            Reference(None, [SCORES]).divergence([SCORES[:, :9]])
+
+
+class TestProber:
+    def test_is_a_run_with_other_kernels(self, model):
+        """One at a time and all at once, from a prefix and from the start."""
+        inputs = zoo.examples(model, 6)
+        records = Inventory.of(model).candidates
+        before = model.get_weights()
+        probers = [
+            Prober(model, [r.layer for r in records], [inputs], keep=keep) for keep in (True, False)
+        ]
+        kernels = {}
+        for record in records:
+            factors = factorize(kernel_values(record.layer), 1, 1)
+            kind, layer = record.kind, record.layer
+            kernel = kind.unfolding(layer).write(recompose(*factors, 1), kind.shape(layer))
+            kernels[layer] = kernel
+        for some in (*({layer: kernel} for layer, kernel in kernels.items()), kernels):
+            old = {layer: np.array(values(layer)) for layer in some}
+            for layer, kernel in some.items():
+                variable(layer).assign(kernel)
+            expected = flat_outputs(model, inputs)
+            for layer, kernel in old.items():
+                variable(layer).assign(kernel)
+            divergence = Reference(model, flat_outputs(model, inputs)).divergence(expected)
+            for prober in probers:
+                assert prober.divergence(some) == pytest.approx(divergence, rel=1e-3, abs=1e-7)
+            assert divergence > 0
+        for old, new in zip(before, model.get_weights(), strict=True):
+            np.testing.assert_array_equal(old, new)
+
+    def test_without_changes(self, model):
+        inputs = zoo.examples(model, 6)
+        layers = [record.layer for record in Inventory.of(model).candidates]
+        assert Prober(model, layers, [inputs]).divergence({}) == 0
+
+
+def flat_outputs(model, inputs):
+    return [np.asarray(output) for output in tf.nest.flatten(model(inputs, training=False))]
+
+
+def variable(layer):
+    return known_kind(layer).variable(layer)
+
+
+def values(layer):
+    return variable(layer).numpy()
