@@ -2,7 +2,7 @@
 
     python benchmarks/transformer.py --images cifar10.npz --text data_full.json --train
 
-trains both (about an hour on two cores; `--folder` keeps them, and later calls read them there),
+trains both (about half an hour on two cores; later calls read them from `--folder`),
 compresses each with unlabelled training examples and without data, and prints a Markdown table for
 each. `--images` is an .npz file with `x_train`, `y_train`, `x_test` and `y_test`. `--text` is
 `data_full.json` of the GitHub repository clinc/oos-eval: short questions to an assistant and the
@@ -209,7 +209,7 @@ def measure(task: Task, original: Any, crs: list[float], examples: int) -> None:
     data = {"calibration_data": task.examples[chosen]}
     variants: dict[str, dict[str, Any]] = {
         f"{examples} examples": data,
-        f"{examples} examples, at once": {**data, "sequential": False},
+        f"{examples} examples, refined": {**data, "refine": True},
         '"energy", no data': {"method": "energy"},
         '"alds", no data': {"method": "alds"},
         "plain SVD, no data": {"method": "svd"},
