@@ -22,7 +22,7 @@ from keras_alds.core.calibration.moments import FewInputs, SecondMoment
 from keras_alds.core.parallel import threads
 from keras_alds.core.slicing import Array
 from keras_alds.core.spectra import Spectra
-from keras_alds.kinds.base import kernel_values
+from keras_alds.kinds.base import kernel_values, observable
 from keras_alds.models.choices import Decompose
 from keras_alds.models.curves import measure_curves
 from keras_alds.models.data import (
@@ -30,10 +30,12 @@ from keras_alds.models.data import (
     MIN_EXAMPLES,
     Examples,
     KeptExamples,
+    entries_of,
     held_out,
     with_progress,
 )
 from keras_alds.models.inventory import Inventory, LayerRecord
+from keras_alds.models.minibatches import image_axes, shifted
 from keras_alds.models.observe import Observer
 from keras_alds.models.scale import ScaleCheck
 from keras_alds.models.turns import alone
@@ -43,8 +45,9 @@ from keras_alds.tables import counted
 STATS_VERSION = 2
 # Entries of a weight that are copied at once for the fingerprint.
 _FINGERPRINT_ENTRIES = 1 << 22
-#: The most held-out examples on which layers are probed, and on which whole plans are judged.
-PROBED_EXAMPLES, JUDGED_EXAMPLES = 32, 128
+#: The most held-out examples on which plans are judged, and on which layers are probed if examples
+#: are large; and the most entries of small ones.
+JUDGED_EXAMPLES, PROBED_EXAMPLES, SMALL_ENTRIES = 128, 32, 1 << 14
 
 
 class CalibrationStats:
@@ -155,11 +158,11 @@ class CalibrationStats:
     ) -> CalibrationStats:
         model, records = inventory.model, inventory.factorizable
         observer, scales = Observer(records), ScaleCheck(model)
-        examples, judging = 0, _Judging(PROBED_EXAMPLES)
+        examples, judging = 0, _Judging(JUDGED_EXAMPLES, PROBED_EXAMPLES)
         with progress_bar(verbose) as progress:
             with observer.watching(model, scales.watched()) as run:
-                batches = with_progress(source, progress, "calibration")
-                for index, (batch, count) in enumerate(batches):
+                read = with_progress(source, progress, "calibration")
+                for index, (batch, count) in enumerate(read):
                     run(batch, held_out(index))
                     examples += count
                     judging.add(index, batch, count)
@@ -171,13 +174,13 @@ class CalibrationStats:
                 examples=examples,
                 fingerprint=fingerprint(model),
             )
-            judged = [r for r in stats.match(inventory).candidates if r.judged]
-            if curves and judged and judging.batches:
+            judged = [
+                r for r in stats.match(inventory).candidates if r.judged or not observable(r.layer)
+            ]
+            if curves and judged and (batches := judging.batches()):
                 task = progress.add_task("outputs", total=len(judged))
                 stats.curves = MappingProxyType(
-                    measure_curves(
-                        model, judged, stats, judging.batches, lambda: progress.advance(task)
-                    )
+                    measure_curves(model, judged, stats, batches, lambda: progress.advance(task))
                 )
         return stats
 
@@ -335,21 +338,36 @@ class CalibrationStats:
 
 
 class _Judging:
-    """Collects the first held-out batches.
+    """Collects the first held-out examples.
 
-    Attributes:
-        batches: The batches.
+    Args:
+        most: The most small examples.
+        most_large: The most large ones. Defaults to `most`.
     """
 
-    def __init__(self, most: int) -> None:
-        self.batches: list[Any] = []
-        self._left = most
+    def __init__(self, most: int, most_large: int | None = None) -> None:
+        self._most, self._most_large = most, most if most_large is None else most_large
+        self._batches: list[Any] = []
+        self._count = 0
+        self._small = False
 
     def add(self, index: int, batch: Any, count: int) -> None:
         """Takes in a batch of `count` examples if it is held out and one of the first."""
-        if held_out(index) and self._left > 0:
-            self.batches.append(batch)
-            self._left -= count
+        self._small = entries_of(batch) <= SMALL_ENTRIES
+        if held_out(index) and self._count < (self._most if self._small else self._most_large):
+            self._batches.append(batch)
+            self._count += count
+
+    def batches(self) -> list[Any]:
+        """The batches, of small images also shifted copies.
+
+        A network may know the examples themselves from its training, and is then too sure of them.
+        """
+        if not self._small or not all(map(image_axes, self._batches)):
+            return self._batches
+        random = np.random.default_rng(0)
+        copies = [shifted(batch, random) for batch in self._batches]
+        return [*self._batches, *(tensors.map_structure(tensors.tensor, copy) for copy in copies)]
 
 
 def _regularized(
@@ -423,7 +441,9 @@ class Calibration:
             data.match(inventory)
             data.warn_of_other_weights(inventory.model, stacklevel=stacklevel + 1)
             return cls(stats=data)
-        return cls(examples=KeptExamples(inventory.model, data))
+        examples = KeptExamples(inventory.model, data)
+        examples.check_differ()
+        return cls(examples=examples)
 
     def collected(
         self,
@@ -456,7 +476,7 @@ class Calibration:
         judging = _Judging(self.examples.affordable(JUDGED_EXAMPLES))
         for index, (batch, count) in enumerate(self.examples):
             judging.add(index, batch, count)
-        return judging.batches
+        return judging.batches()
 
 
 def fingerprint(model: Any) -> str:

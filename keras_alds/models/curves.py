@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from keras_alds.core.calibration.curves import Curve
-from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.calibration.refit import factorize_outputs
 from keras_alds.core.choices import Choice, ChoiceTable, offered_ranks
 from keras_alds.core.costs import Costs, WeightCosts
 from keras_alds.core.methods import ACTIVATION
 from keras_alds.core.parallel import threads
 from keras_alds.core.slicing import Array, recompose
+from keras_alds.core.spectra import factorize
 from keras_alds.kinds.base import kernel_values
 from keras_alds.models.choices import Spectrums, choice_tables
 from keras_alds.models.inventory import LayerRecord
@@ -22,6 +22,8 @@ from keras_alds.models.probes import Prober
 
 #: The errors of a layer at which the outputs are compared.
 PROBED_ERRORS = (0.02, 0.1, 0.3)
+#: The same for the errors of kernels, which are larger than those of outputs.
+PROBED_KERNEL_ERRORS = (0.1, 0.3, 0.5, 0.7)
 
 
 def measure_curves(
@@ -35,7 +37,8 @@ def measure_curves(
 
     Args:
         model: The model.
-        records: The layers, with second moments that have held-out inputs.
+        records: The layers, with second moments that have held-out inputs, or with inputs that
+            cannot be observed, such as embeddings.
         spectra: Computes the spectra of layers.
         batches: Batches of held-out examples.
         progress: Called once a layer.
@@ -50,7 +53,7 @@ def measure_curves(
 
         def prepared(pair: tuple[LayerRecord, ChoiceTable]) -> list[tuple[float, Array]]:
             record, table = pair
-            return [(c.error, approximation(record, c, sweeps=0)) for c in _probed(table)]
+            return [(c.error, approximation(record, c, sweeps=0)) for c in _probed(table, record)]
 
         for start in range(0, len(records), 2):  # few at once, to save memory
             some = records[start : start + 2]
@@ -74,13 +77,16 @@ def approximation(record: LayerRecord, choice: Any, *, sweeps: int | None = None
         choice: Slices and rank.
         sweeps: As for `factorize_outputs`.
     """
-    moment = cast(SecondMoment, record.moment).without_held_out()
-    options = {} if sweeps is None else {"sweeps": sweeps}
-    encoder, decoder = factorize_outputs(
-        kernel_values(record.layer), moment, choice.slices, choice.rank, **options
-    )
-    kernel = recompose(encoder, decoder, choice.slices)
-    return record.kind.unfolding(record.layer).write(kernel, record.kind.shape(record.layer))
+    layer, moment, slices = record.layer, record.moment, choice.slices
+    kernel = kernel_values(layer, choice.scheme)
+    if moment is None or slices % moment.block_count:
+        factors = factorize(kernel, slices, choice.rank)
+    else:
+        options = {} if sweeps is None else {"sweeps": sweeps}
+        fitted = moment.without_held_out()
+        factors = factorize_outputs(kernel, fitted, slices, choice.rank, **options)
+    unfolded = recompose(*factors, slices)
+    return record.kind.folded(layer, choice.scheme).write(unfolded, record.kind.shape(layer))
 
 
 def _every_choice(record: LayerRecord, scheme: int) -> tuple[Mapping[int, range], list[Costs]]:
@@ -90,11 +96,12 @@ def _every_choice(record: LayerRecord, scheme: int) -> tuple[Mapping[int, range]
     return ranks, [WeightCosts(((scheme, shape, 1),))]
 
 
-def _probed(table: ChoiceTable) -> list[Choice]:
+def _probed(table: ChoiceTable, record: LayerRecord) -> list[Choice]:
     """The cheapest choices whose errors are near the probed ones."""
     front = table.front()
     front = front.take((front.slices > 0) & (front.error > 0))
     if not len(front):
         return []
-    distances = np.abs(np.log(front.error)[:, None] - np.log(PROBED_ERRORS))
+    probed = PROBED_KERNEL_ERRORS if record.moment is None else PROBED_ERRORS
+    distances = np.abs(np.log(front.error)[:, None] - np.log(probed))
     return [front[row] for row in sorted(set(distances.argmin(axis=0).tolist()))]

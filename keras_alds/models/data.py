@@ -298,14 +298,14 @@ def _sizes(inputs: Any) -> list[tuple[int, ...]]:
     return [tuple(array.shape[1:]) for array in tensors.flatten(inputs)]
 
 
-def _entries(inputs: Any) -> int:
+def entries_of(inputs: Any) -> int:
     """The number of entries of one example."""
     return sum(math.prod(length or 1 for length in size) for size in _sizes(inputs))
 
 
 def _examples_at_once(inputs: Any) -> int:
     """The number of such examples in one forward pass, a power of two."""
-    entries = _entries(inputs)
+    entries = entries_of(inputs)
     return min(_BATCH, 1 << max(_BATCH_ENTRIES // max(entries, 1), 1).bit_length() - 1)
 
 
@@ -360,10 +360,30 @@ class KeptExamples:
             for batch, count in Examples(model, data, limit, argument)
         ]
         self.total = sum(count for _, count in self._batches)
+        self._argument = argument
+
+    def check_differ(self) -> None:
+        """Raises a ValueError if there are fewer different examples than are needed."""
+        found: set[bytes] = set()
+        for batch, count in self:
+            arrays = [tensors.without_raggedness(x) for x in tensors.flatten(batch)]
+            if any(map(tensors.is_sparse, arrays)) or any(len(x) != count for x in arrays):
+                return
+            values = [tensors.to_numpy(x) for x in arrays]
+            if any(x.dtype.kind not in "biuf" for x in values):
+                return
+            for row in range(count):
+                found.add(b"".join(x[row].tobytes() for x in values))
+            if len(found) >= MIN_EXAMPLES:
+                return
+        raise ValueError(
+            f"Expected at least {MIN_EXAMPLES} different examples in `{self._argument}`, better a few "
+            f"hundred. Received: {len(found)} among {self.total}"
+        )
 
     def affordable(self, most: int) -> int:
         """So many examples, or fewer if they are large."""
-        entries = max((_entries(batch) for batch, _ in self._batches), default=1)
+        entries = max((entries_of(batch) for batch, _ in self._batches), default=1)
         return min(most, max(_FEWEST, _ENTRIES_AT_MOST // max(entries, 1)))
 
     def fitted(self, most: int) -> KeptExamples:

@@ -16,9 +16,6 @@ import numpy as np
 from keras_alds.core.calibration.curves import Curve
 from keras_alds.core.choices import ChoiceTable
 from keras_alds.core.parallel import threads
-from keras_alds.core.slicing import Array, recompose
-from keras_alds.core.spectra import factorize
-from keras_alds.kinds.base import kernel_values
 from keras_alds.models.curves import approximation
 from keras_alds.models.inventory import LayerRecord
 from keras_alds.models.probes import Kernels, Prober
@@ -61,19 +58,9 @@ def _typical(curves: Sequence[Curve]) -> Curve:
 
 def approximations(records: Sequence[LayerRecord], choices: Sequence[Any]) -> Kernels:
     """The kernels of some choices by layer, fitted without the held-out inputs."""
-
-    def kernel(pair: tuple[LayerRecord, Any]) -> Array:
-        record, choice = pair
-        if record.moment is not None:
-            return approximation(record, choice)
-        layer, kind = record.layer, record.kind
-        factors = factorize(kernel_values(layer, choice.scheme), choice.slices, choice.rank)
-        unfolded = recompose(*factors, choice.slices)
-        return kind.folded(layer, choice.scheme).write(unfolded, kind.shape(layer))
-
     pairs = [pair for pair in zip(records, choices, strict=True) if pair[1].slices]
     with threads() as pool:
-        found = pool.map(kernel, pairs)
+        found = pool.map(lambda pair: approximation(*pair), pairs)
         return {record.layer: values for (record, _), values in zip(pairs, found, strict=True)}
 
 
