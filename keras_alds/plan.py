@@ -144,11 +144,16 @@ class CompressionPlan:
             other configurations. None unless the objective is `"latency"`.
         sequential: Whether `compress` should fit the layers one after the other. None if that was
             not tried.
-        trials: How far the outputs on held-out examples are from the original's (see `distance`)
-            with each plan that was tried. The names say how errors are weighed: by what they do to
-            the `"outputs"`, by a power of that, or `"equal"`; and whether the layers are fitted one
-            after the other: `", sequential"`. `"no data"` uses data for nothing else. This plan is
-            the one with the least. None without examples.
+        distance: How far the outputs on held-out examples are from the original's. For
+            probabilities, and scores before softmax, it is the total variation distance: the
+            probability, from 0 to 1, that is given to other classes. For other outputs, it is the
+            squared error relative to their variance. The factors are fitted without the held-out
+            examples. None if that was not measured.
+        trials: The same of each plan that was tried. The names say how errors are weighed: by what
+            they do to the `"outputs"`, by a power of that, or `"equal"`; and whether the layers are
+            fitted one after the other: `", sequential"`. `"no data"` uses data for nothing else.
+            The nearest plan is taken. If two are nearly as near, it is that with equal weights, and
+            the sequential one. None without examples.
         version: Version of the JSON format.
 
     Example:
@@ -171,6 +176,7 @@ class CompressionPlan:
     output_error_without_target: float | None = None
     runtime: str | None = None
     sequential: bool | None = None
+    distance: float | None = None
     trials: Mapping[str, float] | None = dataclasses.field(default=None, hash=False)
     version: int = PLAN_VERSION
 
@@ -214,17 +220,6 @@ class CompressionPlan:
                 f"Received: one made with objective={self.objective!r}"
             )
         return self.costs[objective].removed
-
-    @property
-    def distance(self) -> float | None:
-        """How far the compressed model's outputs are from the original's on held-out examples.
-
-        For probabilities, and scores before softmax, it is the total variation distance: the
-        probability, from 0 to 1, that is given to other classes. For other outputs, it is the
-        squared error relative to their variance. The factors are fitted without the held-out
-        examples. None if that was not measured.
-        """
-        return min(self.trials.values()) if self.trials else None
 
     @property
     def factorized(self) -> tuple[LayerChoice, ...]:

@@ -8,17 +8,18 @@ import math
 from keras_alds.models.calibration import Calibration
 from keras_alds.models.fit import can_be_sequential, tried_one_by_one
 from keras_alds.models.matching import Pairs, match
+from keras_alds.models.probes import Kernels, Prober
 from keras_alds.models.selection import Selection
-from keras_alds.models.trials import WITHOUT_DATA, approximations, judge, weighed
+from keras_alds.models.trials import EQUAL, WITHOUT_DATA, approximations, judge, weighed
 from keras_alds.plan import CompressionPlan
 
 # The best plans are also tried layer by layer: at most so many, with outputs at most so many
 # times as far from the original's as the best ones.
 _MOST, _NEAR = 2, 1.5
-# How much nearer the sequential pass is expected to come with all examples than with those of the
-# trial.
-_WITH_MORE = 0.9
-# Logarithms of divergences that differ by less are equal.
+# The part to which a distance is expected to shrink: with the sequential pass, as it is tried on
+# some of the examples only; and with equal weights, into which no measurement on few has gone.
+_WITH_MORE, _WITHOUT_NOISE = 0.9, 0.9
+# Logarithms of distances that differ by less are equal.
 _EQUAL = 0.02
 
 
@@ -55,50 +56,70 @@ def best_plan(
     judged = judging and any(record.judged for record in records)
     if not judged or selection.method.factorize_with_bias is not None:
         return selection.plan()
-    prober = judge(inventory.model, records, judging)
-    plans: dict[str, CompressionPlan] = {}
-    found: dict[str, float] = {}
-
-    def add(selection: Selection, name: str, weighing: str) -> None:
-        tables = selection.tables()
-        some = weighed(tables, selection.inventory.candidates, weighing)
-        plan = selection.plan_of(tables, selection.solve(some), weighing)
-        if any(other.choices == plan.choices for other in plans.values()):
-            return
-        kernels = approximations(selection.inventory.candidates, _choices(selection, plan))
-        plans[name], found[name] = plan, prober.distance(kernels)
-
+    trials = _Trials(judge(inventory.model, records, judging))
     for weighing in selection.weighings:
-        add(selection, weighing, weighing)
-    least = min(found.values())
-    near = [name for name in sorted(found, key=found.__getitem__) if found[name] <= _NEAR * least]
-    pairs = {name: _pairs(selection, plans[name]) for name in near[:_MOST]}
+        trials.add(selection, weighing, weighing)
+    near = {name: _pairs(selection, trials.plans[name]) for name in trials.nearest()}
     if sequential is None:
-        every = [pair for some in pairs.values() for pair in some]
+        every = [pair for some in near.values() for pair in some]
         if not can_be_sequential(inventory, every, stacklevel=stacklevel + 1):
             sequential = False
     if sequential is not False:
-        for name, some in pairs.items():
-            kernels = tried_one_by_one(inventory, some, calibration, verbose)
-            one_by_one = f"{name}, sequential"
-            plans[one_by_one] = dataclasses.replace(plans[name], sequential=True)
-            found[one_by_one] = _WITH_MORE * prober.distance(kernels)
+        for name, pairs in near.items():
+            kernels = tried_one_by_one(inventory, pairs, calibration, verbose)
+            plan = dataclasses.replace(trials.plans[name], sequential=True)
+            trials.note(f"{name}, sequential", plan, kernels)
     if sequential is True:
-        plans = {name: plan for name, plan in plans.items() if plan.sequential}
+        trials.plans = {name: plan for name, plan in trials.plans.items() if plan.sequential}
     if without_data is not None:
-        weighing = without_data.weighings[0]
-        add(without_data, WITHOUT_DATA, weighing)
-    # Among equals, the first: fitted at once.
-    best = min(plans, key=lambda name: round(math.log(max(found[name], 1e-12)) / _EQUAL))
-    plan = plans[best]
-    trials = {name: found[name] for name in plans}
-    return dataclasses.replace(plan, sequential=bool(plan.sequential), trials=trials)
+        trials.add(without_data, WITHOUT_DATA, without_data.weighings[0])
+    return trials.best()
 
 
-def _choices(selection: Selection, plan: CompressionPlan) -> list:
-    """The plan's choices of the candidates."""
-    paths = {choice.layer: choice for choice in plan.choices}
-    return [paths[record.path] for record in selection.inventory.candidates]
+class _Trials:
+    """Plans, and how far their outputs are from the original's."""
+
+    def __init__(self, prober: Prober) -> None:
+        self._prober = prober
+        self.plans: dict[str, CompressionPlan] = {}
+        self._distances: dict[str, float] = {}
+
+    def add(self, selection: Selection, name: str, weighing: str) -> None:
+        """Tries the plan that a way to weigh errors gives, fitted at once."""
+        tables, records = selection.tables(), selection.inventory.candidates
+        solution = selection.solve(weighed(tables, records, weighing))
+        plan = selection.plan_of(tables, solution, weighing)
+        if any(other.choices == plan.choices for other in self.plans.values()):
+            return
+        chosen = [table[row] for table, row in zip(tables, solution.indices, strict=True)]
+        self.note(name, plan, approximations(records, chosen))
+
+    def note(self, name: str, plan: CompressionPlan, kernels: Kernels) -> None:
+        """Measures the distance with the kernels of a plan."""
+        self.plans[name] = plan
+        self._distances[name] = self._prober.distance(kernels)
+
+    def nearest(self) -> list[str]:
+        """The plans to try layer by layer."""
+        names = sorted(self.plans, key=self._expected)
+        most = _NEAR * self._expected(names[0])
+        return [name for name in names if self._expected(name) <= most][:_MOST]
+
+    def best(self) -> CompressionPlan:
+        """The best plan, and the first one among equals."""
+        name = min(self.plans, key=lambda name: round(math.log(self._expected(name)) / _EQUAL))
+        return dataclasses.replace(
+            self.plans[name],
+            sequential=bool(self.plans[name].sequential),
+            distance=self._distances[name],
+            trials={name: self._distances[name] for name in self.plans},
+        )
+
+    def _expected(self, name: str) -> float:
+        """The distance that is expected in the end."""
+        weighing, *one_by_one = name.split(", ")
+        part = (_WITH_MORE if one_by_one else 1.0) * (_WITHOUT_NOISE if weighing == EQUAL else 1.0)
+        return max(part * self._distances[name], 1e-12)
 
 
 def _pairs(selection: Selection, plan: CompressionPlan) -> Pairs:

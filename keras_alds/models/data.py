@@ -372,13 +372,14 @@ class KeptExamples:
             values = [tensors.to_numpy(x) for x in arrays]
             if any(x.dtype.kind not in "biuf" for x in values):
                 return
+            values = [x + 0 for x in values]  # -0 is 0
             for row in range(count):
                 found.add(b"".join(x[row].tobytes() for x in values))
             if len(found) >= MIN_EXAMPLES:
                 return
         raise ValueError(
-            f"Expected at least {MIN_EXAMPLES} different examples in `{self._argument}`, better a few "
-            f"hundred. Received: {len(found)} among {self.total}"
+            f"Expected at least {MIN_EXAMPLES} different examples in `{self._argument}`, better a "
+            f"few hundred. Received: {len(found)} among {self.total}"
         )
 
     def affordable(self, most: int) -> int:
