@@ -37,9 +37,8 @@ _FEWEST, _ENTRIES_AT_MOST = 16, 1 << 24
 class Examples:
     """Calibration data of any type as checked batches of a model's inputs, without labels.
 
-    Iterating yields `(inputs, number of examples)` with at most 32 examples at a time, in at least
-    four batches. If the model has a fixed batch size, all batches have that size, and the rest is
-    dropped.
+    Iterating yields `(inputs, number of examples)` with at most 32 examples at a time. If the
+    model has a fixed batch size, all batches have that size, and the rest is dropped.
 
     Args:
         model: The model.
@@ -49,6 +48,7 @@ class Examples:
 
     Attributes:
         total: The number of examples, or None if it is not known.
+        fixed: The model's fixed batch size, or None.
 
     Raises:
         ValueError: If `data` has another type, or `limit` is less than 8; during iteration, if a
@@ -62,7 +62,7 @@ class Examples:
         if limit is not None:
             limit = int_at_least(limit, "max_examples", MIN_EXAMPLES)
         self._limit, self._argument = limit, argument
-        self._fixed = fixed_batch_size(model)
+        self.fixed = fixed_batch_size(model)
         self._names: list[str] = _backend.backend_of(model).input_names(model)
         structure = self._input_specs(model)
         self._single = structure is not None and not tensors.is_nested(structure)
@@ -155,11 +155,7 @@ class Examples:
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         count = 0
-        batches = self._all()
-        first = list(itertools.islice(batches, FEWEST_BATCHES))
-        if len(first) < FEWEST_BATCHES and not self._fixed:
-            first = [part for batch in first for part in _split(*batch)]
-        for inputs, size in itertools.chain(first, batches):
+        for inputs, size in self._all():
             yield inputs, size
             count += size
         if count < MIN_EXAMPLES:
@@ -178,7 +174,7 @@ class Examples:
             self._rows(inputs)
             if waiting is not None and _sizes(waiting) != _sizes(inputs):
                 rows = self._rows(waiting)
-                if rows and not self._fixed:
+                if rows and not self.fixed:
                     yield self._tensors(waiting), rows
                 left = None if left is None else left - rows
                 waiting = None  # examples of another size follow
@@ -188,7 +184,7 @@ class Examples:
                 inputs = _part(inputs, 0, left)
             rows = self._rows(inputs)
             # Always the same batch size: the result does not depend on how the data were batched.
-            size = self._fixed or _examples_at_once(inputs)
+            size = self.fixed or _examples_at_once(inputs)
             whole = rows - rows % size
             for start in range(0, whole, size):
                 yield self._tensors(_part(inputs, start, start + size)), size
@@ -198,7 +194,7 @@ class Examples:
                 left -= whole
                 if left == rows - whole:
                     break
-        if waiting is not None and (rows := self._rows(waiting)) and not (self._fixed and seen):
+        if waiting is not None and (rows := self._rows(waiting)) and not (self.fixed and seen):
             yield self._tensors(waiting), rows
 
     def _checked(self, inputs: Any) -> Any:
@@ -280,6 +276,15 @@ class Examples:
         return array
 
 
+def in_parts(examples: Examples | KeptExamples) -> Iterator[tuple[Any, int]]:
+    """The batches of examples; if there are fewer than four, they are split."""
+    batches = iter(examples)
+    first = list(itertools.islice(batches, FEWEST_BATCHES))
+    if len(first) < FEWEST_BATCHES and not examples.fixed:
+        first = [part for batch in first for part in _split(*batch)]
+    yield from itertools.chain(first, batches)
+
+
 def _split(inputs: Any, size: int) -> list[tuple[Any, int]]:
     """The parts of a batch, so that some can be held out."""
     if size < FEWEST_BATCHES or any(map(tensors.is_sparse, tensors.flatten(inputs))):
@@ -342,6 +347,7 @@ class KeptExamples:
 
     Attributes:
         total: The number of examples.
+        fixed: The model's fixed batch size, or None.
 
     Raises:
         ValueError: As for `Examples`.
@@ -355,9 +361,11 @@ class KeptExamples:
         argument: str = "calibration_data",
     ) -> None:
         self._store = Store()
+        source = Examples(model, data, limit, argument)
+        self.fixed = source.fixed
         self._batches = [
             (tensors.map_structure(self._store.keep, batch), count)
-            for batch, count in Examples(model, data, limit, argument)
+            for batch, count in in_parts(source)
         ]
         self.total = sum(count for _, count in self._batches)
         self._argument = argument
@@ -416,6 +424,6 @@ def with_progress(
 ) -> Iterator[tuple[Any, int]]:
     """The batches of examples, with a progress bar."""
     task = progress.add_task(description, total=examples.total)
-    for batch, count in examples:
+    for batch, count in in_parts(examples):
         yield batch, count
         progress.advance(task, count)

