@@ -29,7 +29,7 @@ RIDGES = (RIDGE, 1e-3, 1e-2, 0.1, 0.5, 2.0)
 PLENTY = 200.0
 # Cubed sizes of the systems that are solved for a layer. Above it, numbers of slices are left out,
 # as long as more than a few are left.
-_MOST_WORK, _FEWEST = 8e9, 5
+_MOST_WORK, _FEWEST = 2e10, 6
 # The columns of a kernel that are looked at to choose ρ.
 _COLUMNS = 256
 
@@ -141,15 +141,17 @@ class _Judged:
         For a wide layer only some numbers of slices are looked at.
         """
         shape, blocks = self.kernel.shape, self.fit.block_count
-        found = {}
-        for k in slices or divisors(shape[-2]):
-            if k % blocks == 0 and shape[-2] % k == 0:
-                most = min(full_rank(shape, k), (math.prod(shape) - 1) // weights(shape, k, 1))
-                if most:
-                    found[k] = most
-        while slices is None and len(found) > _FEWEST and self._work(found) > _MOST_WORK:
-            kept = sorted(found)
-            found = {k: found[k] for k in (*kept[:-1:2], kept[-1])}
+        every = {
+            k: min(full_rank(shape, k), (math.prod(shape) - 1) // weights(shape, k, 1))
+            for k in slices or divisors(shape[-2])
+            if k % blocks == 0 and shape[-2] % k == 0
+        }
+        every = {k: most for k, most in every.items() if most}
+        found, left = every, len(every)
+        while slices is None and left > _FEWEST and self._work(found) > _MOST_WORK:
+            left -= 1
+            kept = np.linspace(0, len(every) - 1, left).round().astype(int)
+            found = {k: every[k] for k in np.array(sorted(every))[kept].tolist()}
         return found
 
     def _work(self, ranks: Mapping[int, int]) -> float:
