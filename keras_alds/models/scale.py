@@ -19,8 +19,6 @@ from keras_alds.models.observe import when_known
 
 # Standard deviations that differ by more than this are those of other data.
 _FACTOR = 3.0
-# And by more than this, nothing that is fitted to them can be of use.
-_IMPOSSIBLE = 30.0
 # How many BatchNormalization layers are compared, from the input on.
 _LAYERS = 3
 # How many examples are compared with the training data, and with how many the model is run if it is
@@ -118,19 +116,9 @@ class ScaleCheck:
         return watched(self.layers, see)
 
     def warn(self, *, stacklevel: int) -> None:
-        """Warns if the variances of a layer's inputs were far from those in training.
-
-        Raises:
-            ValueError: If they were so far that the examples are of no use.
-        """
+        """Warns if the variances of a layer's inputs were far from those in training."""
         for layer, seen in self._seen.items():
             factor = self._factor(layer, seen.variance)
-            if factor and not 1 / _IMPOSSIBLE <= factor <= _IMPOSSIBLE:
-                raise ValueError(
-                    "Expected examples of the scale of the training data. Received: examples for "
-                    f"which the inputs of BatchNormalization '{self._paths[layer]}' vary "
-                    f"{factor:.3g} times as much as its moving variance says. {_REMEDY}"
-                )
             if is_off(factor):
                 warnings.warn(
                     "The examples seem to be of another scale than the training data: the inputs "

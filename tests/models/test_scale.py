@@ -54,6 +54,7 @@ def settle(K, model):
 def quietly(function, *arguments, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Without retraining")
         return function(*arguments, **options)
 
 

@@ -206,6 +206,7 @@ def test_warns_of_much_without_data_only(network):
     assert found[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Without retraining")
         compress(network, 0.3)
         compress(network, 0.4, method="synthetic")
         select(network, 0.4)
