@@ -139,7 +139,7 @@ class TestPrincipalComponents:
             older = {name: file[name] for name in file.files if not name.startswith("mean")}
         np.savez(tmp_path / "older.npz", **older)
         loaded = keras_alds.CalibrationStats.load(tmp_path / "older.npz")
-        by_outputs = keras_alds.select(model, 0.4, calibration_data=x)
+        by_outputs = keras_alds.select(model, 0.4, calibration_data=stats)
         assert keras_alds.select(model, 0.4, calibration_data=loaded) == by_outputs
         with pytest.raises(ValueError, match=r"statistics with means.*older ones without"):
             keras_alds.select(model, 0.4, method="pca", calibration_data=loaded)

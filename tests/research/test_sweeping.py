@@ -87,7 +87,8 @@ def test_activation_is_what_compress_gives(model):
             model, distance, methods=["activation", "energy"], crs=[0.5],
             calibration_data=(batch for batch in np.split(x, 4)), sequential=sequential, verbose=0,
         )  # fmt: skip
-        small = keras_alds.compress(model, 0.5, calibration_data=x, sequential=sequential)
+        plan = keras_alds.select(model, 0.5, method="activation", calibration_data=x)
+        small = keras_alds.compress(model, plan=plan, calibration_data=x, sequential=sequential)
         assert result.rows[1].score == pytest.approx(distance(small), rel=1e-3)
         assert result.rows[2].score == distance(keras_alds.compress(model, 0.5))
 
