@@ -326,8 +326,7 @@ def _row(
 ) -> SweepRow:
     start, method = time.perf_counter(), options["method"]
     try:
-        stats = None if calibration is None else calibration.stats
-        plan = select(model, cr, calibration_data=stats, **options)
+        plan = select(model, cr, calibration_data=calibration, **options)
     except ValueError as error:
         return SweepRow(method, cr, None, None, None, None, None, str(error))
     small = compress(model, plan=plan, calibration_data=calibration, sequential=sequential)
