@@ -385,7 +385,7 @@ class TestRankDeficientData:
     @pytest.mark.parametrize("value", [0.0, 2.5])
     def test_constant_inputs(self, small, value):
         data = np.full((8, *zoo.IMAGE), value, "float32")
-        with pytest.raises(ValueError, match="8 different examples .* Received: 1 among 8"):
+        with pytest.raises(ValueError, match=r"8 different examples .* Received: 1 among 8"):
             compress(small, 0.4, calibration_data=data)
         data[:, 0, 0, 0] += 1e-6 * np.arange(8)
         compressed = compress(small, 0.4, calibration_data=data)
