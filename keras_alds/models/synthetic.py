@@ -76,6 +76,8 @@ def unsuitable(inventory: Inventory) -> str | None:
     """Why no synthetic examples can be made for a model, or None."""
     model = inventory.model
     backend = _backend.backend_of(model)
+    if not backend.is_model(model):
+        return "it is a layer, and the shape of its inputs is not known"
     try:
         specs = tensors.flatten(backend.input_specs(model))
     except ValueError:
