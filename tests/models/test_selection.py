@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import keras_alds
 from keras_alds import CompressionPlan, compress, count_macs, select
 from keras_alds.methods import METHODS
+from keras_alds.models import choices
 from keras_alds.resources import removed_fraction
 
 WITHOUT_DATA = [
@@ -264,3 +265,23 @@ def test_limits_and_bounds_hold_or_are_refused(method, params, macs, ceiling, fl
     assert fractions["down"] <= ceiling
     assert fractions["hidden"] >= floor
     assert np.isfinite(plan.max_error)
+
+
+def test_only_the_spectra_of_allowed_slices_are_computed(monkeypatch):
+    model = zoo.functional(keras)
+    found = []
+
+    def spy(kernels, *, slices):
+        found.append((len(kernels), set(slices)))
+        return spectra_many(kernels, slices=slices)
+
+    spectra_many = choices.spectra_many
+    monkeypatch.setattr(choices, "spectra_many", spy)
+    narrow = select(model, 0.4, max_slices=1, method="energy")
+    assert found[-1] == (4, {1})
+    free = select(model, 0.4, method="energy")
+    assert found[-1][0] > 0
+    assert {1, 2} < found[-1][1]
+    assert select(model, 0.4, max_slices=1, method="energy") == narrow
+    assert select(model, 0.4, method="energy") == free
+    assert found[-1][0] == 0
