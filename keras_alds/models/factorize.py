@@ -66,7 +66,7 @@ def replacement(
     if make is not None and moment is not None:
         old = backend.value(layer.bias) if layer.use_bias else None
         encoder, decoder, bias = make(read(), moment, rank, old)
-    elif moment is None or slices % moment.block_count:
+    elif moment is None or scheme or slices % moment.block_count:
         encoder, decoder = factorize(read(), slices, rank)
     else:
         kernel = read() if target is None else target
