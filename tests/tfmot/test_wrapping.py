@@ -216,6 +216,7 @@ class TestCompressWhilePruning:
 class TestWrappedModels:
     def test_plan_is_that_of_the_stripped_model(self, model):
         stripped = S.strip_pruning(model)
+        stripped.compile(loss=model.loss)  # tells what the outputs are
         x, _ = zoo.images(16)
         for options in ({}, {"objective": "macs"}, {"calibration_data": x}):
             plan = keras_alds.select(model, 0.3, exclude="head", **options)
