@@ -76,21 +76,23 @@ def select(
             of every choice is measured. An array, a list or dict of arrays for several inputs, a
             batched `tf.data.Dataset`, a `keras.utils.PyDataset`, an iterable of batches, a
             function that returns one of these, or `CalibrationStats`. Labels are ignored, and at
-            most 1024 examples are used. Defaults to None: noise that fits the model's
+            most 1024 examples are used. Every fourth batch is held out: errors are those on it, and
+            of several plans the one with the nearest outputs is taken; see
+            `CompressionPlan.trials`. Defaults to None: noise that fits the model's
             BatchNormalization, or the weights alone; see `method`.
         {options}
 
     Returns:
-        A `CompressionPlan`, which also lists the layers that were skipped, and why.
+        A `CompressionPlan`, which also lists the layers that were skipped, and why. A warning says
+        if it changes the model's outputs on held-out examples much.
 
     Raises:
         TypeError: If an option's name is unknown.
         ValueError: If an argument is invalid; if the model is not built, has no layer that can be
-            factorized, or has weights that are not finite; if the
-            calibration data do not fit the model, contain NaN or infinity, have fewer than 8
-            examples, or are not used by the method; if no choice for a layer satisfies its
-            `bounds`; if `cr` is not reachable (the message says what is); or if the latency table
-            belongs to another model.
+            factorized, or has weights that are not finite; if the calibration data do not fit the
+            model, contain NaN or infinity, have fewer than 8 different examples, or are not used by
+            the method; if no choice for a layer satisfies its `bounds`; if `cr` is not reachable
+            (the message says what is); or if the latency table belongs to another model.
         ImportError: If latency has to be measured and LiteRT is not installed.
 
     Example:
@@ -162,9 +164,9 @@ def compress(
         sequential: Boolean or None. Whether to compress the layers one after the other. Each layer
             is then fitted on the outputs of the compressed layers before it and corrects their
             errors. This needs examples (not `CalibrationStats`) and about two more forward passes.
-            A subclassed model is run again for each of its layers. Defaults to None: True with
-            examples, unless a subclassed model or layer holds more than 8 layers to compress,
-            which gives a warning.
+            A subclassed model is run again for each of its layers. Defaults to None: what brings
+            the outputs nearer to those of `model` on held-out examples. Both are tried, unless a
+            subclassed model or layer holds more than 8 layers to compress, which gives a warning.
         refine: Boolean or integer. Whether to train the new model without labels, to be like
             `model` on the calibration examples; an integer is the largest number of steps. It
             takes minutes, and never makes outputs worse on examples held out. See `refine`, which

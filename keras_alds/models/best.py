@@ -119,7 +119,7 @@ class _Trials:
         """The distance that is expected in the end."""
         weighing, *one_by_one = name.split(", ")
         part = (_WITH_MORE if one_by_one else 1.0) * (_WITHOUT_NOISE if weighing == EQUAL else 1.0)
-        return max(part * self._distances[name], 1e-12)
+        return min(max(part * self._distances[name], 1e-12), 1e12)  # it may be infinite
 
 
 def _pairs(selection: Selection, plan: CompressionPlan) -> Pairs:

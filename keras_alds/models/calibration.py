@@ -27,9 +27,9 @@ from keras_alds.models.choices import Decompose
 from keras_alds.models.curves import measure_curves
 from keras_alds.models.data import (
     DEFAULT_EXAMPLES,
-    MIN_EXAMPLES,
     Examples,
     KeptExamples,
+    check_differ,
     entries_of,
     held_out,
     with_progress,
@@ -53,7 +53,9 @@ JUDGED_EXAMPLES, PROBED_EXAMPLES, SMALL_ENTRIES = 128, 32, 1 << 14
 class CalibrationStats:
     """Second moments S of every layer's unfolded inputs on unlabelled examples.
 
-    They are collected in one pass, work for any `cr`, and can be saved. For layers with more than
+    They are collected in one pass, work for any `cr`, and can be saved. Every fourth batch is held
+    out, and errors are those on it. In further runs of a few examples, each layer alone is cut, and
+    what that does to the model's outputs is kept (`curves`). For layers with more than
     5120 unfolded inputs, such as a dense layer after a large `Flatten`, only diagonal blocks of S
     are kept. Their number of slices is then a multiple of the number of blocks; see `blocks`.
 
@@ -398,11 +400,7 @@ def check_data(inventory: Inventory, data: Any) -> None:
     examples = Examples(inventory.model, data, DEFAULT_EXAMPLES)
     if isinstance(data, Iterator):
         return  # it cannot be restarted
-    seen = 0
-    for _, count in examples:
-        seen += count
-        if seen >= MIN_EXAMPLES:
-            return
+    check_differ(examples)
 
 
 @dataclasses.dataclass
@@ -442,7 +440,7 @@ class Calibration:
             data.warn_of_other_weights(inventory.model, stacklevel=stacklevel + 1)
             return cls(stats=data)
         examples = KeptExamples(inventory.model, data)
-        examples.check_differ()
+        check_differ(examples)
         return cls(examples=examples)
 
     def collected(

@@ -368,27 +368,6 @@ class KeptExamples:
             for batch, count in in_parts(source)
         ]
         self.total = sum(count for _, count in self._batches)
-        self._argument = argument
-
-    def check_differ(self) -> None:
-        """Raises a ValueError if there are fewer different examples than are needed."""
-        found: set[bytes] = set()
-        for batch, count in self:
-            arrays = [tensors.without_raggedness(x) for x in tensors.flatten(batch)]
-            if any(map(tensors.is_sparse, arrays)) or any(len(x) != count for x in arrays):
-                return
-            values = [tensors.to_numpy(x) for x in arrays]
-            if any(x.dtype.kind not in "biuf" for x in values):
-                return
-            values = [x + 0 for x in values]  # -0 is 0
-            for row in range(count):
-                found.add(b"".join(x[row].tobytes() for x in values))
-            if len(found) >= MIN_EXAMPLES:
-                return
-        raise ValueError(
-            f"Expected at least {MIN_EXAMPLES} different examples in `{self._argument}`, better a "
-            f"few hundred. Received: {len(found)} among {self.total}"
-        )
 
     def affordable(self, most: int) -> int:
         """So many examples, or fewer if they are large."""
@@ -417,6 +396,31 @@ class KeptExamples:
 def held_out(index: int) -> bool:
     """Whether a batch judges what is fitted to the others: every fourth does."""
     return index % FEWEST_BATCHES == FEWEST_BATCHES - 1
+
+
+def check_differ(examples: Examples | KeptExamples) -> None:
+    """Raises a ValueError if there are fewer different examples than are needed.
+
+    No more are read than it takes to know. Sparse and ragged inputs and texts are not compared.
+    """
+    found: set[bytes] = set()
+    total = 0
+    for batch, count in examples:
+        arrays = [tensors.without_raggedness(x) for x in tensors.flatten(batch)]
+        if any(map(tensors.is_sparse, arrays)) or any(len(x) != count for x in arrays):
+            return
+        values = [tensors.to_numpy(x) for x in arrays]
+        if any(x.dtype.kind not in "biuf" for x in values):
+            return
+        values = [x + 0 for x in values]  # -0 is 0
+        found.update(b"".join(x[row].tobytes() for x in values) for row in range(count))
+        total += count
+        if len(found) >= MIN_EXAMPLES:
+            return
+    raise ValueError(
+        f"Expected at least {MIN_EXAMPLES} different examples in `calibration_data`, better a few "
+        f"hundred. Received: {len(found)} among {total}"
+    )
 
 
 def with_progress(

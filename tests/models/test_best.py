@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import zoo
 
-from keras_alds import CalibrationStats, CompressionPlan, compress, select
+from keras_alds import ALDSCompress, CalibrationStats, CompressionPlan, compress, select
 from keras_alds.models import trials
 from keras_alds.models.best import _Trials
 
@@ -86,6 +86,8 @@ class FakeProber:
         ({"outputs": 0.2, "outputs, sequential": 0.3}, "outputs"),
         ({"outputs": 0.2, "no data": 0.1}, "no data"),
         ({"outputs": 0.0, "outputs^0.5": 0.0}, "outputs"),
+        ({"outputs": np.inf, "equal": 0.5}, "equal"),
+        ({"outputs": np.inf, "outputs^0.5": np.inf}, "outputs"),
     ],
 )
 def test_the_nearest_plan_is_taken(net, distances, expected):
@@ -105,6 +107,17 @@ def test_examples_have_to_differ(small, sources):
     count = {"same": 1, "black": 1, "few": 4}[sources]
     with pytest.raises(ValueError, match=rf"8 different examples .* Received: {count} among 32"):
         compress(small, 0.4, calibration_data=data)
+
+
+def test_examples_that_are_alike_are_refused_before_the_first_step(small, keras_module):
+    x, _ = zoo.images(32)
+    small.compile("sgd", "mse")
+    steps = []
+    spy = keras_module.callbacks.LambdaCallback(on_train_batch_end=lambda *_: steps.append(1))
+    callback = ALDSCompress(0.4, at_epoch=1, calibration_data=np.zeros_like(x))
+    with pytest.raises(ValueError, match="8 different examples"):
+        small.fit(x, np.zeros((32, 10)), epochs=2, verbose=0, callbacks=[spy, callback])
+    assert not steps
 
 
 def test_embeddings_are_probed(keras_module):

@@ -72,7 +72,7 @@ def held_out_spectra_many(
         works = [
             (k, n, first)
             for n, layer in layers.items()
-            for k in layer.ranks(wanted)
+            for k in _ranks(layer.kernel.shape, layer.fit.block_count, wanted)
             for first in range(0, k, k // layer.fit.block_count)
         ]
         works.sort()  # the largest matrices first
@@ -107,7 +107,7 @@ def best_ridge(kernel: Array, moment: SecondMoment) -> float:
     if moment.held_out is None or moment.count >= PLENTY * moment.side:
         return moment.relative_ridge
     shape, blocks = kernel.shape, moment.block_count
-    allowed = [k for k, most in _Judged(kernel, moment).ranks().items() if most > 1]
+    allowed = [k for k, most in _ranks(shape, blocks).items() if most > 1]
     if not allowed:
         return moment.relative_ridge
     slices = min(allowed, key=lambda k: abs(math.log(k * k / (blocks * shape[-2]))))
@@ -123,6 +123,31 @@ def best_ridge(kernel: Array, moment: SecondMoment) -> float:
     return RIDGES[int(np.argmin(errors))]
 
 
+def _ranks(
+    shape: Sequence[int], blocks: int, slices: Sequence[int] | None = None
+) -> dict[int, int]:
+    """The largest rank that makes a kernel smaller, by number of slices.
+
+    If the slices are not given, only some of a wide layer are looked at.
+    """
+    every = {
+        k: min(full_rank(shape, k), (math.prod(shape) - 1) // weights(shape, k, 1))
+        for k in slices or divisors(shape[-2])
+        if k % blocks == 0 and shape[-2] % k == 0
+    }
+    found = every = {k: every[k] for k in sorted(every) if every[k]}
+    left = len(every)
+    while slices is None and left > _FEWEST and _work(found, blocks) > _MOST_WORK:
+        left -= 1
+        kept = np.linspace(0, len(every) - 1, left).round().astype(int)
+        found = {k: every[k] for k in np.array([*every])[kept].tolist()}
+    return found
+
+
+def _work(ranks: Mapping[int, int], blocks: int) -> float:
+    return sum(float(blocks * (k // blocks * most) ** 3) for k, most in ranks.items())
+
+
 class _Judged:
     """A kernel, and the moments of the inputs to fit and to judge it."""
 
@@ -135,32 +160,13 @@ class _Judged:
             for i, part in enumerate(unfold(kernel, moment.block_count))
         )
 
-    def ranks(self, slices: Sequence[int] | None = None) -> dict[int, int]:
-        """The largest rank that makes the kernel smaller, by number of slices.
-
-        For a wide layer only some numbers of slices are looked at.
-        """
-        shape, blocks = self.kernel.shape, self.fit.block_count
-        every = {
-            k: min(full_rank(shape, k), (math.prod(shape) - 1) // weights(shape, k, 1))
-            for k in slices or divisors(shape[-2])
-            if k % blocks == 0 and shape[-2] % k == 0
-        }
-        every = {k: most for k, most in every.items() if most}
-        found, left = every, len(every)
-        while slices is None and left > _FEWEST and self._work(found) > _MOST_WORK:
-            left -= 1
-            kept = np.linspace(0, len(every) - 1, left).round().astype(int)
-            found = {k: every[k] for k in np.array(sorted(every))[kept].tolist()}
-        return found
-
-    def _work(self, ranks: Mapping[int, int]) -> float:
-        blocks = self.fit.block_count
-        return sum(float(blocks * (k // blocks * most) ** 3) for k, most in ranks.items())
+    def most(self, slices: int) -> int:
+        """The largest rank that makes the kernel smaller."""
+        return _ranks(self.kernel.shape, self.fit.block_count, [slices])[slices]
 
     def bytes(self, slices: int) -> int:
         """Approximate bytes to compute `errors`."""
-        size = slices // self.fit.block_count * self.ranks([slices])[slices]
+        size = slices // self.fit.block_count * self.most(slices)
         rows = self.fit.block_side
         return 8 * (rows * self.kernel.shape[-1] + size * (4 * size + 2 * rows // slices))
 
@@ -236,15 +242,15 @@ def _encoded(bases: Float64, rows: Float64) -> Float64:
 
 def _errors_of(layer: _Judged, slices: int, first: int) -> Float64:
     with single_threaded_blas():
-        return layer.errors(slices, first, layer.ranks([slices])[slices])
+        return layer.errors(slices, first, layer.most(slices))
 
 
-def _triangle(gram: Float64) -> Float64:
+def _triangle(gram: Float64, added: float = np.finfo(np.float64).eps) -> Float64:
     """The Cholesky factor of a Gram matrix, with a larger ρ if rounding exceeds it."""
-    added = np.finfo(np.float64).eps * max(float(np.trace(gram)), 1e-300)
-    while True:
-        try:
-            return scipy.linalg.cholesky(gram.T, lower=True, check_finite=False)
-        except np.linalg.LinAlgError:  # noqa: PERF203
-            gram = gram + added * np.eye(len(gram))
-            added *= 100
+    try:
+        return scipy.linalg.cholesky(gram.T, lower=True, check_finite=False)
+    except np.linalg.LinAlgError:
+        if added > 1:
+            raise
+        size = max(float(np.trace(gram)), np.finfo(np.float64).tiny)
+        return _triangle(gram + added * size * np.eye(len(gram)), 100 * added)

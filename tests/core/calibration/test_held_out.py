@@ -173,11 +173,16 @@ class TestCurve:
         assert Curve.of([0.0, 0.1], [0.2, -1e-12]).divergences == (1e-9,)
 
 
-def test_of_a_wide_layer_only_some_numbers_of_slices_are_looked_at(rng):
-    kernel = rng.standard_normal((1440, 1000))
-    _, both = split(rng, 1440, 24, 8)
-    layer = held_out._Judged(kernel, both)
-    found = layer.ranks()
+def test_of_a_wide_layer_only_some_numbers_of_slices_are_looked_at():
+    found = held_out._ranks((1440, 1000), 1)
     assert held_out._FEWEST <= len(found) < 20
     assert 1 in found
-    assert layer.ranks([2, 3, 1440]) == {2: 418, 3: 324}
+    assert held_out._ranks((1440, 1000), 1, [2, 3, 1440]) == {2: 418, 3: 324}
+
+
+def test_a_gram_matrix_that_rounding_made_indefinite():
+    gram = np.diag([1.0, -1e-15])
+    triangle = held_out._triangle(gram)
+    np.testing.assert_allclose(triangle @ triangle.T, gram, atol=1e-12)
+    with pytest.raises(np.linalg.LinAlgError):
+        held_out._triangle(np.diag([1.0, -0.5]))
