@@ -17,7 +17,13 @@ from concurrent.futures import Executor
 import numpy as np
 import scipy.linalg
 
-from keras_alds.core.calibration.moments import RIDGE, SecondMoment, check_moment
+from keras_alds.core.calibration.moments import (
+    RIDGE,
+    SecondMoment,
+    at_positions,
+    check_moment,
+    rows_by_position,
+)
 from keras_alds.core.calibration.whitening import output_spectra_many, seen_spectrum
 from keras_alds.core.parallel import map_within, single_threaded_blas, threads
 from keras_alds.core.slicing import Array, divisors, full_rank, unfold, weights
@@ -45,7 +51,7 @@ def held_out_spectra_many(
 
     Args:
         kernels: Real arrays `[*spatial, c, f]`.
-        moments: Their second moments.
+        moments: Their second moments, folded if the kernels are read in another fold scheme.
         slices: As for `output_spectra`.
         executor: As for `output_spectra_many`.
 
@@ -58,7 +64,7 @@ def held_out_spectra_many(
     """
     wanted = None if slices is None else tuple(slices)
     found: dict[int, Spectra] = {}
-    judged = [n for n, moment in enumerate(moments) if moment.held_out is not None]
+    judged = [n for n, m in enumerate(moments) if m.held_out is not None or m.positions > 1]
     others = [n for n in range(len(kernels)) if n not in set(judged)]
     with single_threaded_blas(), threads(executor) as executor:
         parts = output_spectra_many(
@@ -72,7 +78,7 @@ def held_out_spectra_many(
         works = [
             (k, n, first)
             for n, layer in layers.items()
-            for k in _ranks(layer.kernel.shape, layer.fit.block_count, wanted)
+            for k in _ranks(layer.kernel.shape, layer.fit.block_count, layer.positions, wanted)
             for first in range(0, k, k // layer.fit.block_count)
         ]
         works.sort()  # the largest matrices first
@@ -107,7 +113,7 @@ def best_ridge(kernel: Array, moment: SecondMoment) -> float:
     if moment.held_out is None or moment.count >= PLENTY * moment.side:
         return moment.relative_ridge
     shape, blocks = kernel.shape, moment.block_count
-    allowed = [k for k, most in _ranks(shape, blocks).items() if most > 1]
+    allowed = [k for k, most in _ranks(shape, blocks, 1).items() if most > 1]
     if not allowed:
         return moment.relative_ridge
     slices = min(allowed, key=lambda k: abs(math.log(k * k / (blocks * shape[-2]))))
@@ -124,7 +130,7 @@ def best_ridge(kernel: Array, moment: SecondMoment) -> float:
 
 
 def _ranks(
-    shape: Sequence[int], blocks: int, slices: Sequence[int] | None = None
+    shape: Sequence[int], blocks: int, positions: int, slices: Sequence[int] | None = None
 ) -> dict[int, int]:
     """The largest rank that makes a kernel smaller, by number of slices.
 
@@ -137,15 +143,16 @@ def _ranks(
     }
     found = every = {k: every[k] for k in sorted(every) if every[k]}
     left = len(every)
-    while slices is None and left > _FEWEST and _work(found, blocks) > _MOST_WORK:
+    while slices is None and left > _FEWEST and _work(found, blocks, positions) > _MOST_WORK:
         left -= 1
         kept = np.linspace(0, len(every) - 1, left).round().astype(int)
         found = {k: every[k] for k in np.array([*every])[kept].tolist()}
     return found
 
 
-def _work(ranks: Mapping[int, int], blocks: int) -> float:
-    return sum(float(blocks * (k // blocks * most) ** 3) for k, most in ranks.items())
+def _work(ranks: Mapping[int, int], blocks: int, positions: int) -> float:
+    sides = (k // blocks * positions * most for k, most in ranks.items())
+    return sum(float(blocks * side**3) for side in sides)
 
 
 class _Judged:
@@ -153,27 +160,31 @@ class _Judged:
 
     def __init__(self, kernel: Array, moment: SecondMoment) -> None:
         self.kernel = check_moment(kernel, moment)
+        self.positions = moment.positions
         self.fit = moment.without_held_out()
-        self.judge = (moment.held_out or moment).with_ridge(RIDGE)
+        held_out = moment.held_out
+        self.judge = moment if held_out is None else held_out.with_ridge(RIDGE)
         self.energy = sum(
-            self.judge.energy(i, part.astype(np.float64))
+            self.judge.energy(i, rows_by_position(part[None].astype(np.float64), self.positions))
             for i, part in enumerate(unfold(kernel, moment.block_count))
         )
 
     def most(self, slices: int) -> int:
         """The largest rank that makes the kernel smaller."""
-        return _ranks(self.kernel.shape, self.fit.block_count, [slices])[slices]
+        return _ranks(self.kernel.shape, self.fit.block_count, self.positions, [slices])[slices]
 
     def bytes(self, slices: int) -> int:
         """Approximate bytes to compute `errors`."""
-        size = slices // self.fit.block_count * self.most(slices)
-        rows = self.fit.block_side
-        return 8 * (rows * self.kernel.shape[-1] + size * (4 * size + 2 * rows // slices))
+        parts = slices // self.fit.block_count * self.positions
+        size, rows = parts * self.most(slices), self.fit.block_side
+        filters = self.kernel.shape[-1] // self.positions
+        return 8 * (rows * filters + size * (4 * size + 2 * rows // parts))
 
     def errors(self, slices: int, first: int, most: int) -> Float64:
         """tr(Rᵀ J R) of the slices of one block after their joint refit, for ranks 0 to `most`."""
         fit, judge = self.fit, self.judge
         bases, rows, block = self._bases(slices, first, most, fit)
+        first *= self.positions
         fitted = _encoded(bases, fit.columns(fit.block_count, block, rows))
         judged = _encoded(bases, judge.columns(fit.block_count, block, rows))
         triangle = _triangle(fit.gram(bases, first))
@@ -219,7 +230,8 @@ class _Judged:
         bases = np.stack(
             [seen_spectrum(w, fit, slices, first + i, most)[1] for i, w in enumerate(matrices)]
         )
-        return bases, matrices.reshape(-1, matrices.shape[-1]), first // count
+        rows = rows_by_position(matrices, self.positions)
+        return at_positions(bases, self.positions), rows, first // count
 
     def spectra(self, sums: dict[int, Float64]) -> Spectra:
         curves = {}

@@ -12,14 +12,21 @@ missing in these few.
 
 A wide dense layer gets one input per example, often fewer than S has rows. Then the inputs
 themselves are kept (`FewInputs`), which saves memory and time, and S is never formed.
+
+In the fold schemes 1 to 3 of a convolution, the encoder sees only a part of the window, at each of
+the p positions that the decoder combines. All these parts together are x, so S serves every scheme.
+Its rows are then ordered by position first (`folded`), and each part of a slice is like a slice of
+its own.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from keras_alds.core.calibration.symmetric import SymmetricMatrix
 from keras_alds.core.slicing import Array, divisors, kernel_sizes
@@ -52,12 +59,14 @@ class SecondMoment:
         relative_ridge: ρ as a part of the mean eigenvalue of S.
         ridge: ρ itself.
         held_out: The second moment of the inputs that judge, which S includes, or None.
+        positions: Number p of window positions that the decoder combines; see `folded`.
 
     Raises:
         ValueError: If `blocks` are not square matrices, or `mean` has another length.
     """
 
     held_out: SecondMoment | None = None
+    positions: int = 1
 
     def __init__(
         self, blocks: Float64 | Sequence[SymmetricMatrix], count: int, mean: Float64 | None = None
@@ -96,6 +105,42 @@ class SecondMoment:
         result._set_ridge(relative)
         return result
 
+    def folded(self, window: Sequence[int], axes: Sequence[int]) -> SecondMoment:
+        """The same moment for a fold scheme, without means.
+
+        Rows of a block are ordered by the position along the decoder's axes, then by channel, then
+        by the position along the encoder's axes.
+
+        Args:
+            window: The kernel size κ of the convolution.
+            axes: Axes of the window that the decoder owns; see `slicing.decoder_axes`.
+
+        Raises:
+            ValueError: If the moment is already folded, or the window does not fit it.
+        """
+        kappa = math.prod(window)
+        if self.positions > 1 or self.block_side % kappa:
+            raise ValueError(
+                f"Expected a moment that is not folded, in blocks of a multiple of {kappa} rows. "
+                f"Received: {self.positions} positions, blocks of {self.block_side} rows"
+            )
+        if not axes:
+            return self
+        rows = np.arange(self.block_side).reshape(-1, *window)
+        order = np.moveaxis(rows, [axis + 1 for axis in axes], range(len(axes))).ravel()
+        result = self._permuted(order)
+        result.mean = None
+        result.positions = math.prod(window[axis] for axis in axes)
+        if self.held_out is not None:
+            result.held_out = self.held_out.folded(window, axes)
+        return result
+
+    def _permuted(self, order: NDArray[np.intp]) -> SecondMoment:
+        """The same moment with the rows of every block in another order."""
+        result = copy.copy(self)
+        result._matrices = tuple(matrix.permuted(order) for matrix in self._matrices)
+        return result
+
     def with_held_out(self, other: SecondMoment) -> SecondMoment:
         """The moment of these inputs and others, which become the held-out ones."""
         if isinstance(self, FewInputs) and isinstance(other, FewInputs):
@@ -128,6 +173,7 @@ class SecondMoment:
         ]
         result = SecondMoment(matrices, count)
         result._set_ridge(self.relative_ridge)
+        result.positions = self.positions
         return result
 
     def matrix(self, block: int) -> SymmetricMatrix:
@@ -159,6 +205,23 @@ class SecondMoment:
         part = self._part(*self._place(slices, index))
         part[np.diag_indices(width)] += self.ridge
         return part
+
+    def encoder_block(self, slices: int, index: int) -> Float64:
+        """S_ii + ρI of what the encoder of one slice sees: the mean over all positions.
+
+        Args:
+            slices: Number of channel slices k.
+            index: Which slice i.
+        """
+        each = slices // self.block_count
+        block, i = divmod(index, each)
+        parts = slices * self.positions
+        first = block * each * self.positions + i
+        total = self.slice_block(parts, first)
+        for position in range(1, self.positions):
+            total += self.slice_block(parts, first + position * each)
+        total /= self.positions
+        return total
 
     def columns(self, slices: int, index: int, matrix: Float64, *, ridged: bool = True) -> Float64:
         """The columns of S + ρI for one slice, times a matrix.
@@ -302,6 +365,13 @@ class FewInputs(SecondMoment):
             return self
         result = FewInputs(self.rows[: self.count - self.held_out.count], self.block_count)
         result._set_ridge(self.relative_ridge)
+        result.positions = self.positions
+        return result
+
+    def _permuted(self, order: NDArray[np.intp]) -> SecondMoment:
+        result = copy.copy(self)
+        parts = self.rows.reshape(self.count, self.block_count, self.block_side)
+        result.rows = parts[:, :, order].reshape(self.count, -1)
         return result
 
     def matrix(self, block: int) -> SymmetricMatrix:
@@ -413,6 +483,18 @@ def default_ridge(side: int, count: int) -> float:
     return max(RIDGE, RIDGE_OF_FEW * side / count * min(max(faded, 0.0), 1.0))
 
 
+def rows_by_position(matrices: Float64, positions: int) -> Float64:
+    """The rows `[n/b, f]` of slices `[k/b, n/(k·p), p·f]`, in the order of a folded moment."""
+    count, width, columns = matrices.shape
+    parts = matrices.reshape(count, width, positions, columns // positions)
+    return np.moveaxis(parts, 2, 0).reshape(positions * count * width, -1)
+
+
+def at_positions(encoders: Float64, positions: int) -> Float64:
+    """The encoders `[k/b, n/(k·p), j]` once for each position: `[p·k/b, n/(k·p), j]`."""
+    return encoders if positions == 1 else np.tile(encoders, (positions, 1, 1))
+
+
 def are_few(count: int, side: int) -> bool:
     """Whether to keep `count` inputs instead of a second moment with `side` rows."""
     return side >= WIDE_SIDE and 2 * count <= side
@@ -438,11 +520,13 @@ def moment_blocks(channels: int, kappa: int) -> int:
 def check_moment(kernel: Array, moment: SecondMoment) -> Array:
     """Returns the kernel as an array; raises `ValueError` if the moment does not match it."""
     kernel = check_kernel(kernel)
-    c, kappa, _ = kernel_sizes(kernel.shape)
-    if moment.side != c * kappa or c % moment.block_count:
+    c, kappa, f = kernel_sizes(kernel.shape)
+    inputs = c * kappa * moment.positions
+    if moment.side != inputs or c % moment.block_count or f % moment.positions:
         shape = (moment.block_count, moment.block_side, moment.block_side)
+        where = f", {moment.positions} of them in its last axis" if moment.positions > 1 else ""
         raise ValueError(
-            f"Expected a second moment of the {c * kappa} unfolded inputs of a kernel of shape "
-            f"{kernel.shape}. Received: blocks.shape={shape}"
+            f"Expected a second moment of the {inputs} unfolded inputs of a kernel of shape "
+            f"{kernel.shape}{where}. Received: blocks.shape={shape}"
         )
     return kernel

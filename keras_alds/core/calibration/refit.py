@@ -2,7 +2,9 @@
 
 With all encoders E fixed, least squares gives the best decoder of all slices together,
 D = (Eᵀ S E)⁻¹ Eᵀ S W, and an SVD of every E_i D_i gives both factors the same scale. Before that,
-every slice is refitted, by the SVD of `whitening`, to the residual of all others.
+every slice is refitted, by the SVD of `whitening`, to the residual of all others. In the fold
+schemes 1 to 3, where one encoder serves several positions, encoders and decoders are fitted in turn
+instead: the encoders by preconditioned conjugate gradients.
 
 Sources: BALF (arXiv 2509.25136) for the whitening; Zhang et al., "Accelerating Very Deep
 Convolutional Networks", TPAMI 2016 (arXiv 1505.06798), for reconstructing outputs.
@@ -10,9 +12,16 @@ Convolutional Networks", TPAMI 2016 (arXiv 1505.06798), for reconstructing outpu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from keras_alds.core.calibration.moments import SecondMoment, check_moment
+from keras_alds.core.calibration.moments import (
+    SecondMoment,
+    at_positions,
+    check_moment,
+    rows_by_position,
+)
 from keras_alds.core.calibration.semidefinite import solve
 from keras_alds.core.calibration.whitening import seen_basis, slice_spectrum
 from keras_alds.core.parallel import single_threaded_blas
@@ -21,6 +30,9 @@ from keras_alds.core.spectra import Float64
 
 #: How often every slice's factors are refitted, given those of all other slices.
 SWEEPS = 2
+# Conjugate gradients: the most steps, and fewer for wide layers, by floating-point operations; and
+# the part of the gradient's square that is left.
+_STEPS, _MOST_WORK, _TOLERANCE = 15, 2e11, 1e-8
 
 
 def factorize_outputs(
@@ -33,11 +45,12 @@ def factorize_outputs(
     docstring.
 
     Args:
-        kernel: Array `[*spatial, c, f]` of floating-point numbers.
-        moment: Second moment of the layer's unfolded inputs.
+        kernel: Array `[*spatial, c, f]` of floating-point numbers, as it is read in a fold scheme.
+        moment: Second moment of the layer's unfolded inputs, folded in the same way.
         slices: Number of channel slices k, a divisor of c.
         rank: Rank j of every slice, from 1 to min((c/k)·κ, f).
-        sweeps: How often every slice is refitted, given all others. Defaults to 2.
+        sweeps: How often every slice is refitted, given all others; or how often encoders and
+            decoders are fitted in turn. Defaults to 2.
 
     Returns:
         `(encoder, decoder)` in the kernel's dtype: `[*spatial, c/k, k·j]` and `[k·j, f]`.
@@ -76,7 +89,9 @@ def factorize_outputs(
             part = slice(first, first + each)
             W = matrices[part].astype(np.float64)
             E = np.stack([seen_basis(w, moment, slices, first + i, rank) for i, w in enumerate(W)])
-            if each > 1:
+            if moment.positions > 1:
+                E = _alternated(E, W, moment, first, sweeps)
+            elif each > 1:
                 E = _refined(E, W, moment, first, sweeps)
             encoder[part], decoder[part] = balance(E, refit_decoder(E, W, moment, first))
     return fold_encoder(encoder, kernel.shape[:-2]), decoder.reshape(slices * rank, -1)
@@ -117,13 +132,91 @@ def _refined(
     return E
 
 
+def _alternated(
+    encoders: Float64, matrices: Float64, moment: SecondMoment, first: int, rounds: int
+) -> Float64:
+    """The encoders after some rounds in which encoders and decoders are fitted in turn.
+
+    With fixed decoders D_p of all positions p, the error is quadratic in the encoders, and its
+    gradient is zero for Σ_p (S E D)_p D_pᵀ = Σ_p (S W)_p D_pᵀ. Conjugate gradients solve this
+    from the present encoders on, so the error never grows. The preconditioner is the inverse of
+    E ↦ S̄ E Σ_p D_p D_pᵀ with the mean S̄ of the positions' own blocks.
+
+    Args:
+        encoders: The encoders of all slices of one block of the moment, `[k/b, n/(k·p), j]`.
+        matrices: These slices, `[k/b, n/(k·p), p·f]`.
+        moment: Folded second moment of the layer's unfolded inputs.
+        first: Number of the first of these slices.
+        rounds: How many rounds.
+    """
+    if rounds < 1:
+        return encoders
+    count, positions = len(encoders), moment.positions
+    slices = moment.block_count * count
+    block = first // count
+    rows = rows_by_position(matrices, positions)
+    weighted = moment.columns(moment.block_count, block, rows)
+    steps = int(np.clip(_MOST_WORK / (2.0 * rows.size * len(rows)), 1, _STEPS))
+    blocks = [moment.encoder_block(slices, first + i) for i in range(count)]
+
+    def split(rows: Float64) -> Float64:
+        return rows.reshape(positions, count, -1, rows.shape[-1])
+
+    for _ in range(rounds):
+        D = refit_decoder(encoders, matrices, moment, first)
+        D = np.moveaxis(D.reshape(*D.shape[:2], positions, -1), 2, 0)
+        transposed = D.swapaxes(-1, -2)
+        gram = (D @ transposed).sum(axis=0)
+
+        def image(E: Float64, D: Float64 = D, transposed: Float64 = transposed) -> Float64:
+            product = (E @ D).reshape(-1, D.shape[-1])
+            return (split(moment.columns(moment.block_count, block, product)) @ transposed).sum(0)
+
+        def preconditioned(E: Float64, gram: Float64 = gram) -> Float64:
+            found = [solve(own, part) for own, part in zip(blocks, E, strict=True)]
+            return np.stack([solve(g, x.T).T for g, x in zip(gram, found, strict=True)])
+
+        right = (split(weighted) @ transposed).sum(0)
+        solution = _conjugate_gradients(image, right, encoders, preconditioned, steps)
+        encoders = np.linalg.qr(solution)[0]
+    return encoders
+
+
+def _conjugate_gradients(
+    image: Callable[[Float64], Float64],
+    right: Float64,
+    start: Float64,
+    preconditioned: Callable[[Float64], Float64],
+    steps: int,
+) -> Float64:
+    """An approximate solution of image(x) = right."""
+    x, rest = start, right - image(start)
+    size = float(np.vdot(right, preconditioned(right)))
+    direction, last = np.zeros_like(right), 0.0
+    for _ in range(steps):
+        improved = preconditioned(rest)
+        now = float(np.vdot(rest, improved))
+        if now <= _TOLERANCE * size:
+            break
+        direction = improved + (now / last if last else 0.0) * direction
+        moved = image(direction)
+        curvature = float(np.vdot(direction, moved))
+        if curvature <= 0:
+            break
+        x = x + now / curvature * direction
+        rest = rest - now / curvature * moved
+        last = now
+    return x
+
+
 def refit_decoder(
     encoders: Float64, matrices: Float64, moment: SecondMoment, first: int = 0
 ) -> Float64:
     """Returns the best decoders for given encoders, fitted jointly over all slices.
 
     D = (Eᵀ S E)⁻¹ Eᵀ S W with the block-diagonal E of all slices: least squares on the outputs.
-    Blocks of the moment are independent: all slices belong to one block.
+    Blocks of the moment are independent: all slices belong to one block. For a folded moment, the
+    filters are those of all its p positions.
 
     Args:
         encoders: Array `[k/b, (c/k)·κ, j]` of float64.
@@ -140,13 +233,15 @@ def refit_decoder(
         >>> refit_decoder(basis, np.eye(4)[None], moment)[0].round(6).tolist()
         [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
     """
-    count, rows, rank = encoders.shape
-    slices = moment.side // rows
-    columns = moment.encoded(slices, first, encoders)
-    gram = encoders.transpose(0, 2, 1) @ columns.reshape(count, rows, -1)
-    right = columns.T @ matrices.reshape(count * rows, -1)
+    each, positions = len(encoders), moment.positions
+    every = at_positions(encoders, positions)
+    count, rows, rank = every.shape
+    columns = moment.encoded(moment.side // rows, first * positions, every)
+    gram = every.transpose(0, 2, 1) @ columns.reshape(count, rows, -1)
+    right = columns.T @ rows_by_position(matrices, positions)
     solution = solve(gram.reshape(count * rank, -1), right)
-    return solution.reshape(count, rank, -1)
+    parts = solution.reshape(positions, each, rank, -1)
+    return np.moveaxis(parts, 0, 2).reshape(each, rank, -1)
 
 
 def balance(encoders: Float64, decoders: Float64) -> tuple[Float64, Float64]:
@@ -195,7 +290,15 @@ def output_error(kernel: Array, approximation: Array, moment: SecondMoment) -> f
             f"Expected an approximation of shape {kernel.shape}. "
             f"Received: approximation.shape={approximation.shape}"
         )
-    rows = unfold(kernel, 1)[0].astype(np.float64)
-    rest = rows - unfold(approximation, 1)[0].astype(np.float64)
+    rows, found = (
+        np.concatenate(
+            [
+                rows_by_position(part[None].astype(np.float64), moment.positions)
+                for part in unfold(array, moment.block_count)
+            ]
+        )
+        for array in (kernel, approximation)
+    )
+    rest = rows - found
     total = float(np.vdot(rows, moment.times(rows)))
     return float(np.vdot(rest, moment.times(rest))) / total if total > 0 else 0.0

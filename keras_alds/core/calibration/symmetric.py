@@ -99,6 +99,10 @@ class SymmetricMatrix:
                 result[bottom:] += below.T @ matrix[first - start : last - start]
         return result
 
+    def permuted(self, order: Array) -> SymmetricMatrix:
+        """S[order][:, order], a new matrix."""
+        return SymmetricMatrix.of(self.part(0, self.side)[np.ix_(order, order)])
+
     def reordered(self, order: Array, scale: float) -> SymmetricMatrix:
         """Scale · S[order][:, order]; empties this matrix."""
         whole = self.part(0, self.side)

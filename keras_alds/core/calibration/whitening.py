@@ -242,7 +242,7 @@ def seen_spectrum(
     """`slice_spectrum` of one slice for a layer's inputs.
 
     Args:
-        matrix: One slice W_i, `[n/k, f]`.
+        matrix: One slice W_i, `[n/(k·p), p·f]`, with p the positions of the fold scheme.
         moment: Second moment of the layer's unfolded inputs.
         slices: Number of slices k.
         index: Which slice i.
@@ -251,9 +251,9 @@ def seen_spectrum(
     Returns:
         As for `slice_spectrum`.
     """
-    root = moment.thin_root(slices, index)
+    root = _thin_root(moment, slices, index)
     if root is None:
-        return slice_spectrum(matrix, moment.slice_block(slices, index), rank)
+        return slice_spectrum(matrix, moment.encoder_block(slices, index), rank)
     return _spectrum(matrix, *_gram_of_few(matrix, root, moment.ridge), rank)
 
 
@@ -261,13 +261,17 @@ def seen_basis(
     matrix: Float64, moment: SecondMoment, slices: int, index: int, rank: int
 ) -> Float64:
     """Only the encoders of `seen_spectrum`; for wide slices, no other vectors are computed."""
-    root = moment.thin_root(slices, index)
+    root = _thin_root(moment, slices, index)
     if root is None:
         return seen_spectrum(matrix, moment, slices, index, rank)[1]
     gram, whitened = _gram_of_few(matrix, root, moment.ridge)
     leading = [len(gram) - rank, len(gram) - 1]
     vectors = scipy.linalg.eigh(gram, subset_by_index=leading, check_finite=False)[1]
     return _basis(matrix, whitened, vectors[:, ::-1])
+
+
+def _thin_root(moment: SecondMoment, slices: int, index: int) -> Float64 | None:
+    return moment.thin_root(slices, index) if moment.positions == 1 else None
 
 
 def slice_spectrum(matrix: Float64, block: Float64, rank: int) -> tuple[Float64, Float64]:
