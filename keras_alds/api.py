@@ -13,7 +13,7 @@ from keras_alds.methods import DEFAULT_WITHOUT_DATA, METHODS
 from keras_alds.models.best import best_plan
 from keras_alds.models.calibration import Calibration
 from keras_alds.models.choices import kernels
-from keras_alds.models.fit import check_folded, check_sequential
+from keras_alds.models.fit import check_sequential
 from keras_alds.models.in_place import apply
 from keras_alds.models.inventory import Inventory, check_is_model
 from keras_alds.models.matching import match
@@ -198,7 +198,6 @@ def compress(
         request: Request = checked_options(cr, options, has_data=has_data, caller="compress")
     else:
         request = plan
-        check_folded(plan, calibration_data)
         if not has_data and wants_data(plan):
             warnings.warn(
                 "Expected `calibration_data` with a plan that was chosen with data (method "
@@ -258,7 +257,6 @@ def apply_plan(
     """
     check_plan(plan)
     check_sequential(sequential, calibration_data, plan.method)
-    check_folded(plan, calibration_data)
     with alone(model):
         inventory = inspected(model, plan)
         met = already(inventory, plan)

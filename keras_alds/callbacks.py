@@ -16,7 +16,7 @@ from keras_alds.api import Chosen, checked_options, make_choice, selection_of, w
 from keras_alds.kinds.base import is_factorized
 from keras_alds.methods import METHODS
 from keras_alds.models.calibration import check_data
-from keras_alds.models.fit import check_folded, check_sequential
+from keras_alds.models.fit import check_sequential
 from keras_alds.models.in_place import apply
 from keras_alds.models.inventory import (
     check_model,
@@ -174,7 +174,6 @@ class ALDSCompress(_backend.Callback):
             has_data = calibration_data is not None or (named is not None and named.needs_data)
             self._source = checked_options(cr, options, has_data=has_data, caller="ALDSCompress")
         else:
-            check_folded(plan, calibration_data)
             self._source = plan
         if submodel is not None and calibration_data is None and self._needs_data:
             raise ValueError(

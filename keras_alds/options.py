@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, TypedDict, TypeVar
 
 from keras_alds.core.checks import did_you_mean, positive_int
+from keras_alds.core.methods import Method
 from keras_alds.core.slicing import SCHEMES
-from keras_alds.methods import DEFAULT, METHODS, choose_method, get_method
+from keras_alds.methods import METHODS, choose_method, get_method
 from keras_alds.naming import Bound, check_bounds, check_exclude
 from keras_alds.plan import CompressionPlan, check_plan
 from keras_alds.resources import JOINT, RESOURCES
@@ -160,20 +161,20 @@ class SelectOptions(TypedDict, total=False):
         ),
     ]
     schemes: Annotated[
-        int | str | Sequence[int],
+        int | str | Sequence[int] | None,
         Option(
-            0,
-            """Integer, sequence of integers, or `"all"`. The fold schemes that may unfold a
+            None,
+            """Integer, sequence of integers, `"all"` or None. The fold schemes that may unfold a
             convolution's kernel: in 0 the encoder has the whole window, in 1 the decoder has
             the height, in 2 the width, and in 3 both. Conv1D and Conv3D have schemes 0 and 3. All
             other layers, and 1×1 kernels, have scheme 0 only. The solver chooses a scheme for every
             layer, together with slices and rank. Convolutions without an allowed scheme are
-            skipped. Schemes other than 0 need the method `"energy"` or `"alds"`, and exclude
-            calibration data, measured latency and two limits; with a target they have one slice.
-            Defaults to 0.""",
+            skipped. With a target, schemes 1 to 3 have one slice. Defaults to None: all with the
+            methods `"activation"` and `"synthetic"`, else 0.""",
             flag={
                 "type": fold_schemes,
-                "help": "fold schemes to choose from: all, or numbers as in 0,3 (default: 0)",
+                "help": "fold schemes to choose from: all, or numbers as in 0,3 (default: all "
+                "where errors are those of outputs, else 0)",
             },
         ),
     ]
@@ -232,12 +233,11 @@ class Options:
         values = {name: given.get(name, declared(name).default) for name in OPTION_NAMES}
         limits = _limits(cr, values["objective"])
         values["objective"] = next(iter(limits))
-        name, schemes = values["method"], check_schemes(values["schemes"])
+        name = values["method"]
         by_default = name is None
-        if by_default and not has_data and values["error_measure"] is None and schemes != (0,):
-            name = DEFAULT  # chooses among schemes
         method = choose_method(name, has_data=has_data, error_measure=values["error_measure"])
-        get_method(method, values["error_measure"])
+        known = get_method(method, values["error_measure"])
+        schemes = check_schemes(values["schemes"], known)
         target = get_target(values["target"])
         values["target"] = target.name if target else RESOURCES[values["objective"]].target
         if values["latency_table"] is not None and values["objective"] != "latency":
@@ -260,31 +260,7 @@ class Options:
                 "schemes": schemes,
             }
         )
-        options._check_schemes()
         return options
-
-    def _check_schemes(self) -> None:
-        """Raises a ValueError if the other options allow only fold scheme 0."""
-        if self.schemes == (0,):
-            return
-        remedy = "Leave `schemes` out, or "
-        if not get_method(self.method).folds:
-            able = ", ".join(repr(name) for name, method in METHODS.items() if method.folds)
-            received = f"method={self.method!r}"
-            remedy += f"use one of the methods {able}, without calibration data"
-        elif RESOURCES[self.objective].measured:
-            received, remedy = f"objective={self.objective!r}", f"{remedy}use another objective"
-        elif len(self.limits) > 1:
-            received, remedy = (
-                f"limits on {' and '.join(self.limits)}",
-                f"{remedy}limit one of them",
-            )
-        else:
-            return
-        raise ValueError(
-            "Expected `schemes` to be 0 with the other options. "
-            f"Received: schemes={self.schemes}, {received}. {remedy}."
-        )
 
 
 def check_names(
@@ -326,14 +302,17 @@ def _limits(cr: Any, objective: Any) -> dict[str, float]:
     return {name: float(limits[name]) for name in RESOURCES if name in limits}
 
 
-def check_schemes(schemes: Any) -> tuple[int, ...]:
-    """Returns fold schemes as a sorted tuple.
+def check_schemes(schemes: Any, method: Method) -> tuple[int, ...]:
+    """Returns the fold schemes that a method may use, as a sorted tuple.
 
     Raises:
-        ValueError: If they are not 0 to 3, a sequence of them, or `"all"`.
+        ValueError: If they are not 0 to 3, a sequence of them, `"all"` or None, or if the method
+            has only scheme 0.
     """
+    if schemes is None:
+        return SCHEMES if method.folds and method.uses_data else (0,)
     if isinstance(schemes, str) and schemes == "all":
-        return SCHEMES
+        schemes = SCHEMES
     found = (schemes,) if isinstance(schemes, numbers.Integral) else schemes
     if (
         isinstance(found, Iterable)
@@ -343,9 +322,16 @@ def check_schemes(schemes: Any) -> tuple[int, ...]:
         and not any(isinstance(item, bool) for item in items)
         and set(items) <= set(SCHEMES)
     ):
-        return tuple(sorted({int(item) for item in items}))
+        found_schemes = tuple(sorted({int(item) for item in items}))
+        if found_schemes != (0,) and not method.folds:
+            able = ", ".join(repr(name) for name, known in METHODS.items() if known.folds)
+            raise ValueError(
+                f"Expected `schemes` to be 0 with the method {method.name!r}. Received: "
+                f"schemes={found_schemes}. Leave `schemes` out, or use one of the methods {able}."
+            )
+        return found_schemes
     raise ValueError(
-        f"Expected `schemes` to be 'all', or one or several of {SCHEMES}. "
+        f"Expected `schemes` to be None, 'all', or one or several of {SCHEMES}. "
         f"Received: schemes={schemes!r}"
     )
 
@@ -386,8 +372,6 @@ def check_cr_or_plan(
 
 
 def _is_default(name: str, value: Any) -> bool:
-    if name == "schemes":
-        return check_schemes(value) == (0,)
     empty = isinstance(value, (list, tuple, dict)) and not value
     return empty or value is None or value == declared(name).default
 

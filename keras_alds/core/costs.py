@@ -161,6 +161,8 @@ class SampledCosts:
             ([2, 2, 3, 6], True)
         """
         asked = np.asarray(list(ranks), np.int64)
+        if scheme:
+            return np.full(asked.shape, NEVER, np.int64)
         for k, known, costs in self.samples:
             if k == slices:
                 between = np.ceil(np.interp(asked, known, costs)).astype(np.int64)

@@ -101,7 +101,7 @@ class CalibrationStats:
         self.examples = examples
         self.fingerprint = fingerprint
         self.curves = MappingProxyType(dict(curves or {}))
-        self._spectra: dict[tuple[str, Decompose], tuple[bytes, Spectra]] = {}
+        self._spectra: dict[tuple[str, int, Decompose], tuple[bytes, Spectra]] = {}
 
     def __repr__(self) -> str:
         return (
@@ -225,26 +225,29 @@ class CalibrationStats:
         return inventory.map(measured)
 
     def spectra(
-        self, kernels: Mapping[str, tuple[bytes, Array, SecondMoment]], decompose: Decompose
+        self,
+        kernels: Mapping[tuple[str, int], tuple[bytes, Array, SecondMoment]],
+        decompose: Decompose,
     ) -> list[Spectra]:
         """The output spectra of some layers, cached for later calls.
 
         Args:
-            kernels: `{path: (digest of the kernel, kernel, moment of its inputs)}`.
+            kernels: `{(path, fold scheme): (digest of the kernel, kernel, moment of its inputs)}`,
+                kernel and moment in the fold scheme.
             decompose: Computes spectra from kernels and moments; see `Method.spectra`.
 
         Returns:
             One `Spectra` per layer, in order.
         """
         new = {
-            path: value
-            for path, value in kernels.items()
-            if self._spectra.get((path, decompose), (b"",))[0] != value[0]
+            key: value
+            for key, value in kernels.items()
+            if self._spectra.get((*key, decompose), (b"",))[0] != value[0]
         }
         found = decompose([k for _, k, _ in new.values()], [m for *_, m in new.values()])
-        for path, spectra in zip(new, found, strict=True):
-            self._spectra[path, decompose] = (new[path][0], spectra)
-        return [self._spectra[path, decompose][1] for path in kernels]
+        for key, spectra in zip(new, found, strict=True):
+            self._spectra[*key, decompose] = (new[key][0], spectra)
+        return [self._spectra[*key, decompose][1] for key in kernels]
 
     def warn_of_other_weights(self, model: Any, *, stacklevel: int) -> None:
         """Warns if the model's weights have changed since the statistics were collected."""

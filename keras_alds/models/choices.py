@@ -15,7 +15,7 @@ from keras_alds.core.choices import ChoiceTable, choice_table, join_tables
 from keras_alds.core.costs import Costs
 from keras_alds.core.errors import get_error
 from keras_alds.core.methods import Method
-from keras_alds.core.slicing import Array
+from keras_alds.core.slicing import SCHEMES, Array
 from keras_alds.core.spectra import Spectra, spectra_many
 from keras_alds.kinds.base import kernel_values
 from keras_alds.models.inventory import LayerRecord
@@ -33,9 +33,11 @@ class Spectrums(Protocol):
     """What computes the output spectra of layers, and keeps them."""
 
     def spectra(
-        self, kernels: Mapping[str, tuple[bytes, Array, SecondMoment]], decompose: Decompose
+        self,
+        kernels: Mapping[tuple[str, int], tuple[bytes, Array, SecondMoment]],
+        decompose: Decompose,
     ) -> list[Spectra]:
-        """The output spectra of some layers, by path: digest, kernel and moment."""
+        """The output spectra of some layers, by path and scheme: digest, kernel and moment."""
 
 
 def choice_tables(
@@ -56,39 +58,49 @@ def choice_tables(
     """
     measured = [record for record in records if record.moment is not None]
     others = [record for record in records if record.moment is None]
-    tables = {}
-    for group in _together(others):
+    tables: dict[str, list[ChoiceTable]] = {record.path: [] for record in records}
+    for group in _together(others, _kernel_bytes):
         offers = [{s: offer(record, s) for s in record.schemes} for record in group]
         for record, some, entry in zip(group, offers, _entries(group, offers), strict=True):
             found = [entry.table(method.error_measure, s, *some[s]) for s in record.schemes]
-            tables[record.path] = join_tables(found)
-    for group in _together(measured):
-        if stats is None:
-            break
-        seen = {
-            record.path: (*read, record.moment)
-            for record, read in zip(group, kernels(group), strict=True)
-            if record.moment is not None
-        }
-        for record, spectra in zip(group, stats.spectra(seen, method.spectra), strict=True):
-            offered, costs = offer(record, 0)
-            # Of a wide layer, only some numbers of slices were looked at.
-            offered = {k: ranks for k, ranks in offered.items() if k in spectra.slices}
-            tables[record.path] = choice_table(
-                spectra, offered, costs, error_measure=method.error_measure
-            )
-        del seen  # before the next kernels are read
-    return [tables[record.path] for record in records]
+            tables[record.path] += found
+    for group in _together(measured, _moment_bytes):
+        for scheme in SCHEMES:
+            some = [record for record in group if scheme in record.schemes]
+            for record, spectra in zip(some, _output_spectra(some, scheme, method, stats), strict=True):
+                offered, costs = offer(record, scheme)
+                # Of a wide layer, only some numbers of slices were looked at.
+                offered = {k: ranks for k, ranks in offered.items() if k in spectra.slices}
+                tables[record.path].append(
+                    choice_table(
+                        spectra, offered, costs, error_measure=method.error_measure, scheme=scheme
+                    )
+                )
+    return [join_tables(tables[record.path]) for record in records]
 
 
-def kernels(records: Iterable[LayerRecord]) -> Iterator[tuple[bytes, np.ndarray]]:
-    """Yields a digest of every layer's kernel, and the kernel.
+def _output_spectra(
+    records: Sequence[LayerRecord], scheme: int, method: Method, stats: Spectrums | None
+) -> list[Spectra]:
+    """The output spectra of some layers in one fold scheme."""
+    seen = {
+        (record.path, scheme): (*read, moment)
+        for record, read in zip(records, kernels(records, scheme), strict=True)
+        if (moment := record.moment_in(scheme)) is not None
+    }
+    return [] if stats is None else stats.spectra(seen, method.spectra)
+
+
+def kernels(
+    records: Iterable[LayerRecord], scheme: int = 0
+) -> Iterator[tuple[bytes, np.ndarray]]:
+    """Yields a digest of every layer's kernel, and the kernel, in a fold scheme.
 
     Raises:
         ValueError: If a kernel is not finite.
     """
     for record in records:
-        kernel = np.ascontiguousarray(kernel_values(record.layer))
+        kernel = np.ascontiguousarray(kernel_values(record.layer, scheme))
         if not np.isfinite(kernel).all():
             raise ValueError(
                 f"Expected finite weights. Received: NaN or infinity in the kernel of layer "
@@ -125,12 +137,25 @@ class _Entry:
 _CACHE: weakref.WeakKeyDictionary[Any, _Entry] = weakref.WeakKeyDictionary()
 
 
-def _together(records: Iterable[LayerRecord]) -> Iterator[list[LayerRecord]]:
-    """Groups of layers whose kernels are decomposed in parallel, limited by memory."""
+def _kernel_bytes(record: LayerRecord) -> int:
+    return 4 * record.dense_weights
+
+
+def _moment_bytes(record: LayerRecord) -> int:
+    """Bytes of the kernel, and of its moments in another fold scheme if it has some."""
+    moment = record.moment
+    folded = moment is not None and len(record.schemes) > 1
+    return _kernel_bytes(record) + 8 * folded * moment.side * moment.block_side
+
+
+def _together(
+    records: Iterable[LayerRecord], bytes_of: Callable[[LayerRecord], int]
+) -> Iterator[list[LayerRecord]]:
+    """Groups of layers that are decomposed in parallel, limited by memory."""
     group: list[LayerRecord] = []
     held = 0
     for record in records:
-        size = 4 * record.dense_weights
+        size = bytes_of(record)
         if group and held + size > KERNELS_AT_ONCE:
             yield group
             group, held = [], 0

@@ -74,16 +74,17 @@ def approximation(record: LayerRecord, choice: Any, *, sweeps: int | None = None
 
     Args:
         record: The layer, with a second moment.
-        choice: Slices and rank.
+        choice: Slices, rank and fold scheme.
         sweeps: As for `factorize_outputs`.
     """
-    layer, moment, slices = record.layer, record.moment, choice.slices
+    layer, slices = record.layer, choice.slices
     kernel = kernel_values(layer, choice.scheme)
+    moment = record.moment and record.moment.without_held_out()
     if moment is None or slices % moment.block_count:
         factors = factorize(kernel, slices, choice.rank)
     else:
         options = {} if sweeps is None else {"sweeps": sweeps}
-        fitted = moment.without_held_out()
+        fitted = record.moment_in(choice.scheme, moment)
         factors = factorize_outputs(kernel, fitted, slices, choice.rank, **options)
     unfolded = recompose(*factors, slices)
     return record.kind.folded(layer, choice.scheme).write(unfolded, record.kind.shape(layer))

@@ -66,10 +66,14 @@ def replacement(
     if make is not None and moment is not None:
         old = backend.value(layer.bias) if layer.use_bias else None
         encoder, decoder, bias = make(read(), moment, rank, old)
-    elif moment is None or scheme or slices % moment.block_count:
+    elif moment is None or slices % moment.block_count:
         encoder, decoder = factorize(read(), slices, rank)
     else:
-        kernel = read() if target is None else target
+        kernel = read()
+        if target is not None:
+            whole = kind.folded(layer, 0).write(target, kind.shape(layer))
+            kernel = kind.folded(layer, scheme).read(whole)
+        moment = record.moment_in(scheme, moment)
         encoder, decoder = factorize_outputs(kernel, moment, slices, rank)
     decoder = factorized.unfolding.write_decoder(decoder, kind.shape(layer))
     factorized.encoder.assign(np.reshape(encoder, tuple(factorized.encoder.shape)))

@@ -161,13 +161,3 @@ def check_sequential(sequential: object, data: object, method: str | None = None
             f"Expected sequential=None or False with the method {method!r}, which fits the factors "
             "on the original outputs. Received: sequential=True"
         )
-
-
-def check_folded(plan: CompressionPlan, data: object) -> None:
-    """Raises a ValueError if `plan` has fold schemes that do not support calibration data."""
-    if data is not None and plan.folded:
-        raise ValueError(
-            "Expected no `calibration_data` with a plan of fold schemes other than 0: only factors "
-            f"in scheme 0 can be fitted on data. Received: layer '{plan.folded[0].layer}' in "
-            f"scheme {plan.folded[0].scheme}. Leave the data out, or make a plan with schemes=0."
-        )

@@ -22,6 +22,7 @@ from keras_alds._backend.functions import run_as_code
 from keras_alds.core.calibration.curves import Curve
 from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.checks import did_you_mean
+from keras_alds.core.slicing import decoder_axes
 from keras_alds.kinds.base import (
     KernelKind,
     below,
@@ -110,6 +111,19 @@ class LayerRecord:
     def shape_in(self, scheme: int) -> tuple[int, ...]:
         """The shape of its kernel as `(*spatial, c, f)` in a fold scheme."""
         return unfolded_shape(self.layer, scheme) if scheme else (self.kernel_shape or ())
+
+    def moment_in(self, scheme: int, moment: SecondMoment | None = None) -> SecondMoment | None:
+        """Its second moment in a fold scheme.
+
+        Args:
+            scheme: One of its fold schemes.
+            moment: Another moment of its unfolded inputs. Defaults to its own.
+        """
+        moment = self.moment if moment is None else moment
+        if not scheme or moment is None:
+            return moment
+        window = (self.kernel_shape or ())[:-2]
+        return moment.folded(window, decoder_axes(scheme, len(window)))
 
     def skip(self, code: Skip, detail: str) -> LayerRecord:
         """The same record, skipped for a reason."""

@@ -254,7 +254,7 @@ def sweep(
             one_by_one = None if data is None or original else sequential
             mine = {**options, "method": name}
             if not METHODS[name].folds:
-                mine["schemes"] = 0
+                mine["schemes"] = None
             for cr in crs:
                 progress.update(task, description=f"{name}, cr={cr:g}")
                 rows.append(_row(model, cr, data, mine, one_by_one, evaluate, retrain))
