@@ -19,13 +19,14 @@ from keras_alds.models.inventory import Inventory, check_is_model
 from keras_alds.models.matching import match
 from keras_alds.models.recompose import Request, already, inspected, recomposed, to_recompose
 from keras_alds.models.resources import Macs, Params, Resource
-from keras_alds.models.selection import Selection, candidates_of
+from keras_alds.models.selection import Selection, UnreachableError, candidates_of
 from keras_alds.models.submodels import frozen_part
 from keras_alds.models.synthetic import synthetic_stats, unsuitable
 from keras_alds.models.turns import alone
 from keras_alds.options import Options, SelectOptions, check_cr_or_plan, takes_options
 from keras_alds.plan import CompressionPlan, check_plan
 from keras_alds.refinement import refined, steps_of
+from keras_alds.targets import CPU, TARGETS
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -497,9 +498,31 @@ def selection_of(
     """
     inventory = candidates_of(inventory, options, stacklevel=stacklevel + 1)
     resources = _resources(inventory, options, verbose)
-    selection = Selection.of(inventory, resources, options)
+    try:
+        selection = Selection.of(inventory, resources, options)
+    except UnreachableError as error:
+        if not options.target_by_default:
+            raise
+        unreachable = error
+    else:
+        unreachable = None
+    if unreachable is not None:
+        free = dataclasses.replace(options, target=None, target_by_default=False, max_slices=1)
+        selection = Selection.of(inventory, resources, free)
+        _warn_of_slow_forms(options, unreachable, stacklevel=stacklevel + 1)
     selection.warn_of_bounds(stacklevel=stacklevel + 1)
     return selection
+
+
+def _warn_of_slow_forms(options: Options, error: UnreachableError, *, stacklevel: int) -> None:
+    target = TARGETS[options.target or CPU]
+    warnings.warn(
+        f"Narrow layers are factorized, which some processors run slower than dense ones: with "
+        f"layers of at least {target.least_width} channels and filters alone, "
+        f"{error} To silence this warning, pass max_slices=1 for the same plan, or target='size' "
+        "for thin slices, which keep more accuracy at this size and are slower still.",
+        stacklevel=stacklevel + 1,
+    )
 
 
 def _resources(inventory: Inventory, options: Options, verbose: int) -> list[Resource]:

@@ -21,7 +21,7 @@ from keras_alds.methods import METHODS, choose_method, get_method
 from keras_alds.naming import Bound, check_bounds, check_exclude
 from keras_alds.plan import CompressionPlan, check_plan
 from keras_alds.resources import JOINT, RESOURCES
-from keras_alds.targets import ALIASES, TARGETS, get_target
+from keras_alds.targets import ALIASES, CPU, SIZE, TARGETS, get_target
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -131,13 +131,20 @@ class SelectOptions(TypedDict, total=False):
         str | None,
         Option(
             None,
-            """String or None. The runtime that the model is for: `"litert"` (LiteRT on a CPU with
-            XNNPACK; `"tflite"` means the same), `"litert-reference"` (its built-in kernels,
-            microcontrollers) or `"gpu-delegate"`. Only slices and ranks that run well there are
-            chosen. With calibration data, and unless the objective is `"latency"`, the plan shows
-            how much error this adds. Defaults to None: no constraints, or `"litert"` with
-            `objective="latency"`.""",
-            flag={"choices": [*TARGETS, *ALIASES], "help": "the runtime that the model is for"},
+            """String or None. What the model is for: `"cpu"` (any CPU, with LiteRT or Keras, float
+            or int8), `"litert"` (LiteRT on a CPU with XNNPACK; `"tflite"` means the same),
+            `"litert-reference"` (its built-in kernels, microcontrollers), `"gpu-delegate"`, or
+            `"size"`. Only forms that run well there are chosen. `"size"` allows all of them: thin
+            slices keep more accuracy at the same size, and run slower than the original. With
+            calibration data and a named target, and unless the objective is `"latency"`, the plan
+            shows how much error the constraints add. Defaults to None: `"litert"` with
+            `objective="latency"`; no constraints with `max_slices`, an `error_measure` or a
+            published method such as `"alds"`; else `"cpu"`, with a warning where `cr` is out of
+            its reach and other forms of one slice are taken.""",
+            flag={
+                "choices": [*TARGETS, *ALIASES, SIZE],
+                "help": "what the model is for (default: cpu)",
+            },
         ),
     ]
     bounds: Annotated[
@@ -196,6 +203,7 @@ class Options:
     Attributes:
         limits: The fraction to remove of each limited resource.
         by_default: Whether the user left the method open.
+        target_by_default: Whether the user left the target open, and it is a default one.
 
     The other fields are the options of `SelectOptions`.
     """
@@ -203,6 +211,7 @@ class Options:
     limits: Mapping[str, float]
     method: str
     by_default: bool
+    target_by_default: bool
     objective: str
     error_measure: str | None
     exclude: tuple[Any, ...]
@@ -238,8 +247,7 @@ class Options:
         method = choose_method(name, has_data=has_data, error_measure=values["error_measure"])
         known = get_method(method, values["error_measure"])
         schemes = check_schemes(values["schemes"], known)
-        target = get_target(values["target"])
-        values["target"] = target.name if target else RESOURCES[values["objective"]].target
+        values["target"], target_by_default = _target(values, known)
         if values["latency_table"] is not None and values["objective"] != "latency":
             raise ValueError(
                 "Expected `latency_table` only with objective='latency'. "
@@ -254,6 +262,7 @@ class Options:
                 "limits": limits,
                 "method": method,
                 "by_default": by_default,
+                "target_by_default": target_by_default,
                 "rank_multiple": positive_int(values["rank_multiple"], "rank_multiple"),
                 "exclude": check_exclude(values["exclude"]),
                 "bounds": check_bounds(values["bounds"]),
@@ -300,6 +309,18 @@ def _limits(cr: Any, objective: Any) -> dict[str, float]:
     for fraction in limits.values():
         check_cr(fraction)
     return {name: float(limits[name]) for name in RESOURCES if name in limits}
+
+
+def _target(values: Mapping[str, Any], method: Method) -> tuple[str | None, bool]:
+    """The name of the target or None for none, and whether it is the default one."""
+    if values["target"] is not None:
+        target = None if values["target"] == SIZE else get_target(values["target"])
+        return target and target.name, False
+    if (measured_for := RESOURCES[values["objective"]].target) is not None:
+        return measured_for, False
+    if values["max_slices"] is not None or method.published:
+        return None, False
+    return CPU, True
 
 
 def check_schemes(schemes: Any, method: Method) -> tuple[int, ...]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from keras_alds.core.checks import did_you_mean
-from keras_alds.core.slicing import full_rank
+from keras_alds.core.slicing import factor_weights, full_rank
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Target:
             pairs (smallest number of channels, largest j), ascending. These ranks need not be
             multiples of `rank_multiple`, since the vector lanes run along the channels.
         why: One sentence that says where the constraints come from.
+        least_width: Layers with fewer channels or fewer filters than this stay whole.
+        least_width_split: The same where encoder and decoder share the window: in the fold schemes
+            1 and 2.
+        most_work: Largest part of the dense layer's multiply–accumulates.
     """
 
     name: str
@@ -47,6 +52,9 @@ class Target:
     slice_channel_multiple: int
     multipliers: tuple[tuple[int, int], ...]
     why: str
+    least_width: int = 0
+    least_width_split: int = 0
+    most_work: float = math.inf
 
     def ranks(
         self,
@@ -55,6 +63,8 @@ class Target:
         *,
         depthwise: bool = True,
         blocks: int = 1,
+        positions: int = 1,
+        strides: int = 1,
     ) -> range:
         """The ranks j allowed for a number of slices k.
 
@@ -64,6 +74,9 @@ class Target:
             depthwise: Whether k = c has a depthwise form. It has none if the strides are unequal.
             blocks: Smallest available number of slices. It exceeds 1 for a wide layer whose input
                 second moment is stored as diagonal blocks, and is then allowed in place of k = 1.
+            positions: Window positions that the decoder has in the fold scheme: it has f /
+                positions filters.
+            strides: Positions of the encoder for each one of the decoder.
 
         Returns:
             A range, empty if `slices` is not allowed.
@@ -77,8 +90,14 @@ class Target:
             []
         """
         *spatial, channels, filters = kernel_shape
-        most = full_rank(kernel_shape, slices)
-        narrow = min(channels, filters) < self.narrow
+        width = min(channels, filters // positions)
+        is_split = bool(spatial) and positions > 1
+        if width < (self.least_width_split if is_split else self.least_width):
+            return range(0)
+        encoder, decoder = factor_weights(kernel_shape, slices, 1)
+        work = self.most_work * math.prod(kernel_shape) / (encoder * strides + decoder)
+        most = int(min(full_rank(kernel_shape, slices), work))
+        narrow = width < self.narrow
         step = self.narrow_rank_multiple if narrow else self.rank_multiple
         if slices == 1 or (slices == blocks and len(spatial) not in (1, 2)):
             return range(step, most + 1, step)
@@ -101,6 +120,20 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
     {
         target.name: target
         for target in (
+            Target(
+                "cpu",
+                runtime="any of the measured CPUs, with LiteRT or Keras",
+                rank_multiple=8,
+                narrow=64,
+                narrow_rank_multiple=4,
+                slice_channels=64,
+                slice_channel_multiple=1,
+                multipliers=((32, 1),),
+                why="measured: on no processor were these forms slower than the dense layer",
+                least_width=32,
+                least_width_split=16,
+                most_work=0.75,
+            ),
             Target(
                 "litert",
                 runtime="LiteRT on a CPU with XNNPACK, the delegate that it takes by itself",
@@ -143,6 +176,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
 )
 
 
+#: The default target, and the name for no constraints at all.
+CPU, SIZE = "cpu", "size"
 #: Other names of targets.
 ALIASES = {"tflite": "litert"}
 
@@ -174,6 +209,6 @@ def get_target(name: Any) -> Target | None:
         return TARGETS[canonical(name)]
     except (KeyError, TypeError):
         raise ValueError(
-            f"Expected `target` to be None or one of {', '.join(map(repr, TARGETS))}. "
-            f"Received: target={name!r}{did_you_mean(name, [*TARGETS, *ALIASES])}"
+            f"Expected `target` to be None or one of {', '.join(map(repr, [*TARGETS, SIZE]))}. "
+            f"Received: target={name!r}{did_you_mean(name, [*TARGETS, *ALIASES, SIZE])}"
         ) from None

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from keras_alds.core.calibration.held_out import held_out_spectra_many
@@ -17,6 +17,10 @@ from keras_alds.core.spectra import Spectra
 
 #: Makes `(encoder, decoder, bias)` from a kernel, its second moment, a rank and the bias, if any.
 FactorizeWithBias = Callable[[Array, SecondMoment, int, "Array | None"], tuple[Array, Array, Array]]
+#: `decompose(kernels, moments, slices)` makes spectra, for some numbers of slices of every kernel.
+Decompose = Callable[
+    [Sequence[Array], Sequence[SecondMoment], Sequence[Collection[int]]], list[Spectra]
+]
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Method:
             all.
         needs_data: Whether it needs calibration data.
         synthetic: Whether it makes examples itself.
-        spectra: `spectra(kernels, moments)` decomposes kernels, given their inputs' second moments.
+        published: Whether it is a published method, which any slices belong to.
+        spectra: Decomposes kernels, given their inputs' second moments.
         factorize_with_bias: Makes the factors for one slice and a new bias, so that every
             factorized layer has a bias. Defaults to None: factors of any slices, and the old bias.
         obstacle: `obstacle(moment)` returns why a layer with this second moment cannot be
@@ -47,9 +52,8 @@ class Method:
     near_slices: int | None = None
     needs_data: bool = False
     synthetic: bool = False
-    spectra: Callable[[Sequence[Array], Sequence[SecondMoment]], list[Spectra]] = (
-        held_out_spectra_many
-    )
+    published: bool = False
+    spectra: Decompose = held_out_spectra_many
     factorize_with_bias: FactorizeWithBias | None = None
     obstacle: Callable[[SecondMoment], str | None] = lambda moment: None
     summary: str = ""
@@ -67,6 +71,7 @@ class Method:
 
 ALDS = Method(
     "alds",
+    published=True,
     error_measure="slice",
     solve=min_max,
     summary="least largest relative error over the layers, exact (ALDS)",

@@ -19,11 +19,12 @@ from keras_alds._backend.layers import KerasModel
 from keras_alds.core.calibration.curves import Curve
 from keras_alds.core.calibration.held_out import best_ridge
 from keras_alds.core.calibration.moments import FewInputs, SecondMoment
+from keras_alds.core.methods import Decompose
 from keras_alds.core.parallel import threads
 from keras_alds.core.slicing import Array
 from keras_alds.core.spectra import Spectra
 from keras_alds.kinds.base import kernel_values, observable
-from keras_alds.models.choices import Decompose
+from keras_alds.models.choices import Seen
 from keras_alds.models.curves import measure_curves
 from keras_alds.models.data import (
     DEFAULT_EXAMPLES,
@@ -101,7 +102,7 @@ class CalibrationStats:
         self.examples = examples
         self.fingerprint = fingerprint
         self.curves = MappingProxyType(dict(curves or {}))
-        self._spectra: dict[tuple[str, int, Decompose], tuple[bytes, Spectra]] = {}
+        self._spectra: dict[tuple[str, int, Decompose], tuple[bytes, frozenset[int], Spectra]] = {}
 
     def __repr__(self) -> str:
         return (
@@ -226,28 +227,32 @@ class CalibrationStats:
 
     def spectra(
         self,
-        kernels: Mapping[tuple[str, int], tuple[bytes, Array, SecondMoment]],
+        kernels: Mapping[tuple[str, int], Seen],
         decompose: Decompose,
     ) -> list[Spectra]:
         """The output spectra of some layers, cached for later calls.
 
         Args:
-            kernels: `{(path, fold scheme): (digest of the kernel, kernel, moment of its inputs)}`,
-                kernel and moment in the fold scheme.
+            kernels: Kernels by path and fold scheme.
             decompose: Computes spectra from kernels and moments; see `Method.spectra`.
 
         Returns:
             One `Spectra` per layer, in order.
         """
-        new = {
-            key: value
-            for key, value in kernels.items()
-            if self._spectra.get((*key, decompose), (b"",))[0] != value[0]
-        }
-        found = decompose([k for _, k, _ in new.values()], [m for *_, m in new.values()])
-        for key, spectra in zip(new, found, strict=True):
-            self._spectra[*key, decompose] = (new[key][0], spectra)
-        return [self._spectra[*key, decompose][1] for key in kernels]
+
+        def is_known(key: tuple[str, int], seen: Seen) -> bool:
+            known = self._spectra.get((*key, decompose))
+            return known is not None and known[0] == seen.digest and seen.slices <= known[1]
+
+        new = {key: seen for key, seen in kernels.items() if not is_known(key, seen)}
+        found = decompose(
+            [seen.kernel for seen in new.values()],
+            [seen.moment for seen in new.values()],
+            [seen.slices for seen in new.values()],
+        )
+        for (key, seen), spectra in zip(new.items(), found, strict=True):
+            self._spectra[(*key, decompose)] = (seen.digest, seen.slices, spectra)
+        return [self._spectra[(*key, decompose)][2] for key in kernels]
 
     def warn_of_other_weights(self, model: Any, *, stacklevel: int) -> None:
         """Warns if the model's weights have changed since the statistics were collected."""

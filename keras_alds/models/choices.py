@@ -14,7 +14,7 @@ from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.choices import ChoiceTable, choice_table, join_tables
 from keras_alds.core.costs import Costs
 from keras_alds.core.errors import get_error
-from keras_alds.core.methods import Method
+from keras_alds.core.methods import Decompose, Method
 from keras_alds.core.slicing import SCHEMES, Array
 from keras_alds.core.spectra import Spectra, spectra_many
 from keras_alds.kinds.base import kernel_values
@@ -25,8 +25,23 @@ KERNELS_AT_ONCE = 1 << 27
 
 #: The allowed choices of a layer in a fold scheme: ranks by number of slices, and costs by budget.
 Offer = Callable[[LayerRecord, int], tuple[Mapping[int, range], Sequence[Costs]]]
-#: Computes the spectra of kernels with the moments of their inputs.
-Decompose = Callable[[Sequence[Array], Sequence[SecondMoment]], list[Spectra]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """A kernel in a fold scheme, and the inputs that it sees.
+
+    Attributes:
+        digest: Digest of the kernel.
+        kernel: The kernel, `[*spatial, c, f]`.
+        moment: The second moment of its unfolded inputs.
+        slices: The numbers of slices that matter.
+    """
+
+    digest: bytes
+    kernel: Array
+    moment: SecondMoment
+    slices: frozenset[int]
 
 
 class Spectrums(Protocol):
@@ -34,10 +49,10 @@ class Spectrums(Protocol):
 
     def spectra(
         self,
-        kernels: Mapping[tuple[str, int], tuple[bytes, Array, SecondMoment]],
+        kernels: Mapping[tuple[str, int], Seen],
         decompose: Decompose,
     ) -> list[Spectra]:
-        """The output spectra of some layers, by path and scheme: digest, kernel and moment."""
+        """The output spectra of some kernels, by path and fold scheme."""
 
 
 def choice_tables(
@@ -60,40 +75,46 @@ def choice_tables(
     others = [record for record in records if record.moment is None]
     tables: dict[str, list[ChoiceTable]] = {record.path: [] for record in records}
     for group in _together(others, _kernel_bytes):
-        offers = [{s: offer(record, s) for s in record.schemes} for record in group]
-        for record, some, entry in zip(group, offers, _entries(group, offers), strict=True):
-            found = [entry.table(method.error_measure, s, *some[s]) for s in record.schemes]
-            tables[record.path] += found
+        by_scheme = [{s: offer(record, s) for s in record.schemes} for record in group]
+        entries = _entries(group, by_scheme)
+        for record, every, entry in zip(group, by_scheme, entries, strict=True):
+            tables[record.path] += [
+                entry.table(method.error_measure, s, *every[s]) for s in record.schemes
+            ]
     for group in _together(measured, _moment_bytes):
         for scheme in SCHEMES:
             some = [record for record in group if scheme in record.schemes]
-            for record, spectra in zip(some, _output_spectra(some, scheme, method, stats), strict=True):
-                offered, costs = offer(record, scheme)
+            offers = [offer(record, scheme) for record in some]
+            found = _output_spectra(some, scheme, offers, method, stats)
+            for record, (offered, costs), spectra in zip(some, offers, found, strict=True):
                 # Of a wide layer, only some numbers of slices were looked at.
-                offered = {k: ranks for k, ranks in offered.items() if k in spectra.slices}
+                known = {k: ranks for k, ranks in offered.items() if k in spectra.slices}
                 tables[record.path].append(
                     choice_table(
-                        spectra, offered, costs, error_measure=method.error_measure, scheme=scheme
+                        spectra, known, costs, error_measure=method.error_measure, scheme=scheme
                     )
                 )
     return [join_tables(tables[record.path]) for record in records]
 
 
 def _output_spectra(
-    records: Sequence[LayerRecord], scheme: int, method: Method, stats: Spectrums | None
+    records: Sequence[LayerRecord],
+    scheme: int,
+    offers: Sequence[tuple[Mapping[int, range], Sequence[Costs]]],
+    method: Method,
+    stats: Spectrums | None,
 ) -> list[Spectra]:
-    """The output spectra of some layers in one fold scheme."""
+    """The output spectra of some layers in one fold scheme, for the offered slices."""
+    rows = zip(records, offers, kernels(records, scheme), strict=True)
     seen = {
-        (record.path, scheme): (*read, moment)
-        for record, read in zip(records, kernels(records, scheme), strict=True)
+        (record.path, scheme): Seen(*read, moment, frozenset(offered))
+        for record, (offered, _), read in rows
         if (moment := record.moment_in(scheme)) is not None
     }
     return [] if stats is None else stats.spectra(seen, method.spectra)
 
 
-def kernels(
-    records: Iterable[LayerRecord], scheme: int = 0
-) -> Iterator[tuple[bytes, np.ndarray]]:
+def kernels(records: Iterable[LayerRecord], scheme: int = 0) -> Iterator[tuple[bytes, np.ndarray]]:
     """Yields a digest of every layer's kernel, and the kernel, in a fold scheme.
 
     Raises:

@@ -46,7 +46,7 @@ def measure_curves(
     Returns:
         Curves by path, of the layers whose kernels have choices with errors.
     """
-    tables = choice_tables(records, ACTIVATION, _every_choice, spectra)
+    tables = choice_tables(records, ACTIVATION, _one_slice, spectra)
     prober = Prober(model, [record.layer for record in records], batches)
     curves = {}
     with threads() as pool:
@@ -90,10 +90,10 @@ def approximation(record: LayerRecord, choice: Any, *, sweeps: int | None = None
     return record.kind.folded(layer, choice.scheme).write(unfolded, record.kind.shape(layer))
 
 
-def _every_choice(record: LayerRecord, scheme: int) -> tuple[Mapping[int, range], list[Costs]]:
+def _one_slice(record: LayerRecord, scheme: int) -> tuple[Mapping[int, range], list[Costs]]:
     shape = record.shape_in(scheme)
     blocks = 1 if record.moment is None else record.moment.block_count
-    ranks = offered_ranks(shape, max_slices=record.kind.max_slices, blocks=blocks)
+    ranks = offered_ranks(shape, near_slices=blocks, blocks=blocks)
     return ranks, [WeightCosts(((scheme, shape, 1),))]
 
 

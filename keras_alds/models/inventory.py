@@ -112,6 +112,11 @@ class LayerRecord:
         """The shape of its kernel as `(*spatial, c, f)` in a fold scheme."""
         return unfolded_shape(self.layer, scheme) if scheme else (self.kernel_shape or ())
 
+    @property
+    def window(self) -> tuple[int, ...]:
+        """The kernel size of a convolution; empty for other layers."""
+        return (self.kernel_shape or ())[:-2]
+
     def moment_in(self, scheme: int, moment: SecondMoment | None = None) -> SecondMoment | None:
         """Its second moment in a fold scheme.
 
@@ -122,8 +127,7 @@ class LayerRecord:
         moment = self.moment if moment is None else moment
         if not scheme or moment is None:
             return moment
-        window = (self.kernel_shape or ())[:-2]
-        return moment.folded(window, decoder_axes(scheme, len(window)))
+        return moment.folded(self.window, decoder_axes(scheme, len(self.window)))
 
     def skip(self, code: Skip, detail: str) -> LayerRecord:
         """The same record, skipped for a reason."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import decimal
 import functools
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -15,7 +16,7 @@ from keras_alds.core.calibration.moments import MANY
 from keras_alds.core.choices import ChoiceTable, offered_ranks
 from keras_alds.core.costs import Costs
 from keras_alds.core.methods import Method
-from keras_alds.core.slicing import weights
+from keras_alds.core.slicing import decoder_axes, weights
 from keras_alds.core.solvers import InfeasibleBudget, Solution
 from keras_alds.kinds.base import factorizable_names, observable
 from keras_alds.methods import DEFAULT, get_method
@@ -76,6 +77,10 @@ def skipped_parts(amounts: Iterable[tuple[LayerRecord, int]]) -> list[str]:
     return parts[:3]
 
 
+class UnreachableError(ValueError):
+    """A limit or bound that no allowed choices meet."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Selection:
     """The selection problem: a model's layers, limits and options.
@@ -97,7 +102,7 @@ class Selection:
         """Skips layers as the resources require, and checks that `cr` can be reached.
 
         Raises:
-            ValueError: If no choice of a layer is within its bounds, or `cr` is out of reach for
+            UnreachableError: If no choice of a layer is within its bounds, or `cr` is out of reach for
                 any weights.
         """
 
@@ -168,8 +173,15 @@ class Selection:
         limits = [self.options.max_slices, record.kind.max_slices]
         rule = None
         if target is not None:
-            depthwise = len(set(getattr(record.layer, "strides", ()))) <= 1
-            rule = functools.partial(target.ranks, depthwise=depthwise, blocks=blocks)
+            strides = tuple(getattr(record.layer, "strides", ()))
+            axes = decoder_axes(scheme, len(record.window)) if scheme else ()
+            rule = functools.partial(
+                target.ranks,
+                depthwise=len(set(strides)) <= 1,
+                blocks=blocks,
+                positions=math.prod(record.window[axis] for axis in axes),
+                strides=math.prod(strides[axis] for axis in axes),
+            )
             # Targets know the sliced forms of plain convolutions in scheme 0 only.
             limits += [1] if scheme or not record.kind.measured else []
         counts_bias = self.resources[0].name == self.params.name
@@ -214,7 +226,7 @@ class Selection:
         after = record.params - record.dense_weights + sizes + added
         return 1 - after / record.params
 
-    def nothing_within(self, record: LayerRecord, sizes: NDArray[np.int64]) -> ValueError:
+    def nothing_within(self, record: LayerRecord, sizes: NDArray[np.int64]) -> UnreachableError:
         """The error for a layer without a choice within its bounds."""
         least, greatest = record.bounds
         fractions = np.sort(self.removed(record, sizes)).tolist()
@@ -222,7 +234,7 @@ class Selection:
             *[fraction for fraction in fractions if fraction < least][-1:],
             *[fraction for fraction in fractions if fraction > greatest][:1],
         ]
-        return ValueError(
+        return UnreachableError(
             f"Expected the `bounds` of layer '{record.path}' to allow one of its choices. Received:"
             f" ({least:g}, {greatest:g}), where the nearest fractions of its parameters that the "
             f"method {self.options.method!r} can remove are "
@@ -241,7 +253,7 @@ class Selection:
         cr = self.options.limits[resource.name]
         return allowed_after(resource.total, cr) - self.fixed_cost(resource)
 
-    def unreachable(self, required: int, index: int = 0) -> ValueError:
+    def unreachable(self, required: int, index: int = 0) -> UnreachableError:
         """The error for a `cr` that is out of reach even with the smallest choice everywhere."""
         resource = self.resources[index]
         total, fixed = resource.total, self.fixed_cost(resource)
@@ -254,12 +266,12 @@ class Selection:
         left = skipped_parts((r, resource.of(r) or 0) for r in self.inventory.records)
         skipped = f" Skipped: {'; '.join(left)}." if left else ""
         if best <= 0:
-            return ValueError(
+            return UnreachableError(
                 f"{start}expected an allowed choice that is {self._better} than its layer "
                 f"({self._limits}). Received: none "
                 f"({counted(len(self.inventory.candidates), 'layer')} can be factorized).{skipped}"
             )
-        return ValueError(
+        return UnreachableError(
             f"{start}expected 0 < cr <= {_rounded_down(best)}, with the smallest allowed choice "
             f"everywhere ({self._limits}). Received: cr={cr}. Then, of "
             f"{total:,}{RESOURCES[resource.name].unit}, {required:,} remain in the "
@@ -360,7 +372,8 @@ class Selection:
         )
         errors: tuple[float | None, float | None] = (None, None)
         measured = [r.runtime for r in self.resources if r.runtime is not None]
-        if self.stats is not None and self.options.target and not measured:
+        named = self.options.target and not self.options.target_by_default
+        if self.stats is not None and named and not measured:
             errors = _total_error(tables, solution), self._error_without_target(weighing)
         costs = {}
         for resource in self.reported:

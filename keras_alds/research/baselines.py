@@ -24,6 +24,7 @@ BASELINES = (
         error_measure="energy",
         solve=partial(one_scalar, chain=fractions_of_rank),
         near_slices=1,
+        published=True,
         summary="the same fraction of the full rank in every layer, one slice",
     ),
     Method(
@@ -31,6 +32,7 @@ BASELINES = (
         error_measure="energy",
         solve=partial(one_scalar, chain=errors_of_ranks),
         near_slices=1,
+        published=True,
         summary="the same part of the squared singular values in every layer, one slice",
     ),
     # Idelbayev and Carreira-Perpiñán, "Low-Rank Compression of Neural Nets: Learning the Rank of
@@ -40,6 +42,7 @@ BASELINES = (
         error_measure="residual",
         solve=partial(one_scalar, chain=hull_chain),
         near_slices=1,
+        published=True,
         summary="least λ·cost + squared error of every layer, one λ, one slice",
     ),
     Method(
@@ -47,6 +50,7 @@ BASELINES = (
         error_measure="energy",
         solve=partial(one_scalar, chain=energy_drops),
         near_slices=1,
+        published=True,
         needs_data=True,
         spectra=pca.centred_spectra_many,
         factorize_with_bias=pca.factorize_pca,
@@ -58,6 +62,7 @@ BASELINES = (
         error_measure="slice",
         solve=min_max,
         near_slices=3,
+        published=True,
         summary='ranks as "alds" chooses them, for slices nearest to 3',
     ),
     Method(
@@ -65,6 +70,7 @@ BASELINES = (
         error_measure="slice",
         solve=partial(one_scalar, chain=fractions_of_rank),
         near_slices=3,
+        published=True,
         summary="the same fraction of the full rank in every layer, slices nearest to 3",
     ),
     Method(
@@ -72,6 +78,7 @@ BASELINES = (
         error_measure="slice",
         solve=partial(one_scalar, chain=fractions_of_rank),
         near_slices=5,
+        published=True,
         summary="the same fraction of the full rank in every layer, slices nearest to 5",
     ),
 )

@@ -11,7 +11,7 @@ of the smaller ranks, and tr(Rᵀ J R) follows from L⁻¹ Eᵀ J E L⁻ᵀ, L�
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor
 
 import numpy as np
@@ -43,8 +43,8 @@ _COLUMNS = 256
 def held_out_spectra_many(
     kernels: Sequence[Array],
     moments: Sequence[SecondMoment],
+    slices: Sequence[Collection[int]] | None = None,
     *,
-    slices: Iterable[int] | None = None,
     executor: Executor | None = None,
 ) -> list[Spectra]:
     """`output_spectra_many`, with errors on the held-out inputs of the moments that have some.
@@ -52,7 +52,8 @@ def held_out_spectra_many(
     Args:
         kernels: Real arrays `[*spatial, c, f]`.
         moments: Their second moments, folded if the kernels are read in another fold scheme.
-        slices: As for `output_spectra`.
+        slices: The numbers of slices k that matter, by kernel. Of a wide layer, only some of them
+            are looked at. Defaults to all.
         executor: As for `output_spectra_many`.
 
     Returns:
@@ -62,7 +63,7 @@ def held_out_spectra_many(
     Raises:
         ValueError: As for `output_spectra`.
     """
-    wanted = None if slices is None else tuple(slices)
+    wanted = [None] * len(kernels) if slices is None else [tuple(sorted(k)) for k in slices]
     found: dict[int, Spectra] = {}
     judged = [n for n, m in enumerate(moments) if m.held_out is not None or m.positions > 1]
     others = [n for n in range(len(kernels)) if n not in set(judged)]
@@ -70,7 +71,7 @@ def held_out_spectra_many(
         parts = output_spectra_many(
             [kernels[n] for n in others],
             [moments[n] for n in others],
-            slices=wanted,
+            slices=_union([wanted[n] for n in others]),
             executor=executor,
         )
         found.update(zip(others, parts, strict=True))
@@ -78,7 +79,7 @@ def held_out_spectra_many(
         works = [
             (k, n, first)
             for n, layer in layers.items()
-            for k in _ranks(layer.kernel.shape, layer.fit.block_count, layer.positions, wanted)
+            for k in _ranks(layer.kernel.shape, layer.fit.block_count, layer.positions, wanted[n])
             for first in range(0, k, k // layer.fit.block_count)
         ]
         works.sort()  # the largest matrices first
@@ -134,20 +135,30 @@ def _ranks(
 ) -> dict[int, int]:
     """The largest rank that makes a kernel smaller, by number of slices.
 
-    If the slices are not given, only some of a wide layer are looked at.
+    Of a wide layer, only some numbers of slices are looked at.
     """
     every = {
-        k: min(full_rank(shape, k), (math.prod(shape) - 1) // weights(shape, k, 1))
-        for k in slices or divisors(shape[-2])
+        k: _most(shape, k)
+        for k in (divisors(shape[-2]) if slices is None else slices)
         if k % blocks == 0 and shape[-2] % k == 0
     }
     found = every = {k: every[k] for k in sorted(every) if every[k]}
     left = len(every)
-    while slices is None and left > _FEWEST and _work(found, blocks, positions) > _MOST_WORK:
+    while left > _FEWEST and _work(found, blocks, positions) > _MOST_WORK:
         left -= 1
         kept = np.linspace(0, len(every) - 1, left).round().astype(int)
         found = {k: every[k] for k in np.array([*every])[kept].tolist()}
     return found
+
+
+def _most(shape: Sequence[int], slices: int) -> int:
+    return min(full_rank(shape, slices), (math.prod(shape) - 1) // weights(shape, slices, 1))
+
+
+def _union(slices: Sequence[tuple[int, ...] | None]) -> tuple[int, ...] | None:
+    if None in slices:
+        return None
+    return tuple(sorted({k for some in slices for k in some or ()}))
 
 
 def _work(ranks: Mapping[int, int], blocks: int, positions: int) -> float:
@@ -171,7 +182,7 @@ class _Judged:
 
     def most(self, slices: int) -> int:
         """The largest rank that makes the kernel smaller."""
-        return _ranks(self.kernel.shape, self.fit.block_count, self.positions, [slices])[slices]
+        return _most(self.kernel.shape, slices)
 
     def bytes(self, slices: int) -> int:
         """Approximate bytes to compute `errors`."""
