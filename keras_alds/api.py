@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from keras_alds._backend import backend_of, wrappers
@@ -26,7 +26,8 @@ from keras_alds.models.turns import alone
 from keras_alds.options import Options, SelectOptions, check_cr_or_plan, takes_options
 from keras_alds.plan import CompressionPlan, check_plan
 from keras_alds.refinement import refined, steps_of
-from keras_alds.targets import CPU, TARGETS
+from keras_alds.resources import RESOURCES
+from keras_alds.targets import CPU
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -500,27 +501,35 @@ def selection_of(
     resources = _resources(inventory, options, verbose)
     try:
         selection = Selection.of(inventory, resources, options)
-    except UnreachableError as error:
+    except UnreachableError:
         if not options.target_by_default:
             raise
-        unreachable = error
-    else:
-        unreachable = None
-    if unreachable is not None:
-        free = dataclasses.replace(options, target=None, target_by_default=False, max_slices=1)
-        selection = Selection.of(inventory, resources, free)
-        _warn_of_slow_forms(options, unreachable, stacklevel=stacklevel + 1)
+        selection = _with_slow_forms(inventory, resources, options)
+        _warn_of_slow_forms(inventory, options, stacklevel=stacklevel + 1)
     selection.warn_of_bounds(stacklevel=stacklevel + 1)
     return selection
 
 
-def _warn_of_slow_forms(options: Options, error: UnreachableError, *, stacklevel: int) -> None:
-    target = TARGETS[options.target or CPU]
+def _with_slow_forms(
+    inventory: Inventory, resources: Sequence[Resource], options: Options
+) -> Selection:
+    """The selection problem without the default target: of one slice if that is enough."""
+    free = dataclasses.replace(options, target=None, target_by_default=False)
+    try:
+        return Selection.of(inventory, resources, dataclasses.replace(free, max_slices=1))
+    except UnreachableError:
+        return Selection.of(inventory, resources, free)
+
+
+def _warn_of_slow_forms(inventory: Inventory, options: Options, *, stacklevel: int) -> None:
+    removed = " and ".join(
+        f"{cr:.0%} of {RESOURCES[name].counted}" for name, cr in options.limits.items()
+    )
     warnings.warn(
-        f"Narrow layers are factorized, which some processors run slower than dense ones: with "
-        f"layers of at least {target.least_width} channels and filters alone, "
-        f"{error} To silence this warning, pass max_slices=1 for the same plan, or target='size' "
-        "for thin slices, which keep more accuracy at this size and are slower still.",
+        f"The model '{inventory.model.name}' has too few wide layers to remove {removed} with "
+        f"forms that run fast on every CPU (target={CPU!r}). Narrow layers are factorized as well, "
+        "which some processors run slower than the dense layers. Pass max_slices=1 to accept this, "
+        "or target='size' for thin slices, which keep more accuracy and are slower still.",
         stacklevel=stacklevel + 1,
     )
 

@@ -391,7 +391,7 @@ class TestOptimizers:
 
         first, second = state(layer.kernel, "first"), state(layer.kernel, "second")
         assert np.abs(first).max() > 0
-        apply_plan(model, select(model, 0.4))
+        apply_plan(model, select(model, 0.4, method="alds"))
         E, D = value(layer.encoder).astype(np.float64), value(layer.decoder).astype(np.float64)
 
         # ⟨state of W, dW⟩ for a small step of one factor equals ⟨state of the factor, its step⟩.

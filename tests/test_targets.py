@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_alds.core.choices import choice_table, offered_ranks
-from keras_alds.core.slicing import divisors, full_rank
+from keras_alds.core.slicing import divisors, full_rank, weights
 from keras_alds.core.spectra import spectra
 from keras_alds.targets import TARGETS, get_target
 
@@ -27,14 +27,16 @@ def expected(name, shape, k, j, depthwise):
     if c % k or not 1 <= j <= full_rank(shape, k):
         return False
     lanes = j % (4 if c < 64 or f < 64 else 8) == 0
+    if name == "cpu" and (min(c, f) < 32 or weights(shape, k, j) > 0.75 * np.prod(shape)):
+        return False
     if k == 1:
         return lanes
     if len(spatial) not in (1, 2):
         return False
     if k == c and len(spatial) == 2 and depthwise:
         return c >= 32 and (j == 1 or (j == 2 and c >= 128 and name == "litert-reference"))
-    if name == "litert":
-        return lanes and c // k >= 16
+    if name in ("litert", "cpu"):
+        return lanes and c // k >= (64 if name == "cpu" else 16)
     return name == "gpu-delegate" and lanes and c // k >= 16 and c // k % 4 == 0
 
 
@@ -86,6 +88,18 @@ def test_wide_layers_take_the_coarsest_slices_there_are():
     assert not target.ranks((512, 64), 8, blocks=4)
 
 
+def test_shared_windows_and_strides_on_any_cpu():
+    """16 channels are enough where both factors have a part of the window; strides cost work."""
+    target = TARGETS["cpu"]
+    split = (3, 16, 48)  # the scheme 1 of a 3×3 kernel of 16 channels and filters
+    assert list(target.ranks(split, 1, positions=3)) == [4, 8, 12, 16]
+    assert not target.ranks((3, 8, 24), 1, positions=3)
+    assert not target.ranks((16, 144), 1, positions=9)  # scheme 3
+    assert not target.ranks((3, 3, 16, 16), 1)
+    assert list(target.ranks((32, 288), 1, positions=9)) == [4, 8, 12, 16, 20]
+    assert list(target.ranks((32, 288), 1, positions=9, strides=4)) == [4, 8, 12, 16]
+
+
 def test_targets_are_records():
     for name, target in TARGETS.items():
         assert target.name == name
@@ -99,7 +113,7 @@ def test_targets_are_records():
     assert get_target("tflite") is get_target("litert")
 
 
-@pytest.mark.parametrize("name", ["LiteRT", "cpu", "", 3, ["litert"], {}])
+@pytest.mark.parametrize("name", ["LiteRT", "gpu", "", 3, ["litert"], {}])
 def test_an_unknown_target_lists_the_names(name):
     with pytest.raises(ValueError, match="'litert', 'litert-reference', 'gpu-delegate'"):
         get_target(name)

@@ -10,14 +10,15 @@ from keras_alds.models.fit import can_be_sequential, tried_one_by_one
 from keras_alds.models.matching import Pairs, match
 from keras_alds.models.probes import Kernels, Prober
 from keras_alds.models.selection import Selection
-from keras_alds.models.trials import EQUAL, WITHOUT_DATA, approximations, judge, weighed
+from keras_alds.models.trials import WEIGHINGS, WITHOUT_DATA, approximations, judge, weighed
 from keras_alds.plan import CompressionPlan
 
 # The best plans are also tried layer by layer: at most so many, with outputs at most so many
 # times as far from the original's as the best ones.
 _MOST, _NEAR = 2, 1.5
 # The part to which a distance is expected to shrink: with the sequential pass, as it is tried on
-# some of the examples only; and with equal weights, into which no measurement on few has gone.
+# some of the examples only; and with equal weights, into which no measurement on few has gone. A
+# smaller power of the measured divergences is between the two.
 _WITH_MORE, _WITHOUT_NOISE = 0.9, 0.9
 # Logarithms of distances that differ by less are equal.
 _EQUAL = 0.02
@@ -68,7 +69,8 @@ def best_plan(
         for name, pairs in near.items():
             kernels = tried_one_by_one(inventory, pairs, calibration, verbose)
             plan = dataclasses.replace(trials.plans[name], sequential=True)
-            trials.note(f"{name}, sequential", plan, kernels)
+            if not trials.note(f"{name}, sequential", plan, kernels) < trials.distance(name):
+                break  # the other plan is alike
     if sequential is True:
         trials.plans = {name: plan for name, plan in trials.plans.items() if plan.sequential}
     if without_data is not None:
@@ -94,10 +96,15 @@ class _Trials:
         chosen = [table[row] for table, row in zip(tables, solution.indices, strict=True)]
         self.note(name, plan, approximations(records, chosen))
 
-    def note(self, name: str, plan: CompressionPlan, kernels: Kernels) -> None:
+    def note(self, name: str, plan: CompressionPlan, kernels: Kernels) -> float:
         """Measures the distance with the kernels of a plan."""
         self.plans[name] = plan
         self._distances[name] = self._prober.distance(kernels)
+        return self._distances[name]
+
+    def distance(self, name: str) -> float:
+        """The distance of a plan that was tried."""
+        return self._distances[name]
 
     def nearest(self) -> list[str]:
         """The plans to try layer by layer."""
@@ -118,7 +125,8 @@ class _Trials:
     def _expected(self, name: str) -> float:
         """The distance that is expected in the end."""
         weighing, *one_by_one = name.split(", ")
-        part = (_WITH_MORE if one_by_one else 1.0) * (_WITHOUT_NOISE if weighing == EQUAL else 1.0)
+        power = WEIGHINGS.get(weighing, 1.0) or 0.0
+        part = (_WITH_MORE if one_by_one else 1.0) * (_WITHOUT_NOISE ** (1 - power))
         return min(max(part * self._distances[name], 1e-12), 1e12)  # it may be infinite
 
 

@@ -46,9 +46,9 @@ from keras_alds.tables import counted
 STATS_VERSION = 2
 # Entries of a weight that are copied at once for the fingerprint.
 _FINGERPRINT_ENTRIES = 1 << 22
-#: The most held-out examples on which plans are judged, and on which layers are probed if examples
-#: are large; and the most entries of small ones.
-JUDGED_EXAMPLES, PROBED_EXAMPLES, SMALL_ENTRIES = 128, 32, 1 << 14
+#: The most held-out examples on which plans are judged, and on which layers are probed: small ones,
+#: and large ones. And the most entries of small ones.
+JUDGED_EXAMPLES, PROBED_EXAMPLES, PROBED_LARGE_EXAMPLES, SMALL_ENTRIES = 128, 128, 32, 1 << 14
 
 
 class CalibrationStats:
@@ -161,14 +161,14 @@ class CalibrationStats:
     ) -> CalibrationStats:
         model, records = inventory.model, inventory.factorizable
         observer, scales = Observer(records), ScaleCheck(model)
-        examples, judging = 0, _Judging(JUDGED_EXAMPLES, PROBED_EXAMPLES)
+        examples, judges = 0, _HeldOut()
         with progress_bar(verbose) as progress:
             with observer.watching(model, scales.watched()) as run:
                 read = with_progress(source, progress, "calibration")
                 for index, (batch, count) in enumerate(read):
                     run(batch, held_out(index))
                     examples += count
-                    judging.add(index, batch, count)
+                    judges.add(index, batch, count)
             scales.warn(stacklevel=stacklevel + 1)
             moments = _regularized(records, observer.moments())
             stats = cls(
@@ -180,7 +180,7 @@ class CalibrationStats:
             judged = [
                 r for r in stats.match(inventory).candidates if r.judged or not observable(r.layer)
             ]
-            if curves and judged and (batches := judging.batches()):
+            if curves and judged and (batches := judges.probing()):
                 task = progress.add_task("outputs", total=len(judged))
                 stats.curves = MappingProxyType(
                     measure_curves(model, judged, stats, batches, lambda: progress.advance(task))
@@ -347,37 +347,54 @@ class CalibrationStats:
         return SecondMoment(file[f"blocks_{n}"], count, mean)
 
 
-class _Judging:
-    """Collects the first held-out examples.
+class _HeldOut:
+    """Divides the first held-out examples: some probe layers, and others judge whole plans.
+
+    A plan that was chosen with some examples looks better on these than on others.
 
     Args:
-        most: The most small examples.
-        most_large: The most large ones. Defaults to `most`.
+        judging: The most examples that judge. Defaults to 0: they only probe.
     """
 
-    def __init__(self, most: int, most_large: int | None = None) -> None:
-        self._most, self._most_large = most, most if most_large is None else most_large
-        self._batches: list[Any] = []
-        self._count = 0
+    def __init__(self, judging: int = 0) -> None:
+        self._most = judging
+        self._probing: list[Any] = []
+        self._judging: list[Any] = []
+        self._probes = self._judges = 0
         self._small = False
 
     def add(self, index: int, batch: Any, count: int) -> None:
         """Takes in a batch of `count` examples if it is held out and one of the first."""
+        if not held_out(index):
+            return
         self._small = entries_of(batch) <= SMALL_ENTRIES
-        if held_out(index) and self._count < (self._most if self._small else self._most_large):
-            self._batches.append(batch)
-            self._count += count
+        enough = self._probes >= (PROBED_EXAMPLES if self._small else PROBED_LARGE_EXAMPLES)
+        if not enough and self._probes <= self._judges:
+            self._probing.append(batch)
+            self._probes += count
+        else:
+            if self._judges < self._most:
+                self._judging.append(batch)
+            self._judges += count
 
-    def batches(self) -> list[Any]:
+    def probing(self) -> list[Any]:
+        """The batches that probe."""
+        return self._with_copies(self._probing)
+
+    def judging(self) -> list[Any]:
+        """The batches that judge; those that probe if there are no others."""
+        return self._with_copies(self._judging or self._probing)
+
+    def _with_copies(self, batches: list[Any]) -> list[Any]:
         """The batches, of small images also shifted copies.
 
         A network may know the examples themselves from its training, and is then too sure of them.
         """
-        if not self._small or not all(map(image_axes, self._batches)):
-            return self._batches
+        if not self._small or not all(map(image_axes, batches)):
+            return batches
         random = np.random.default_rng(0)
-        copies = [shifted(batch, random) for batch in self._batches]
-        return [*self._batches, *(tensors.map_structure(tensors.tensor, copy) for copy in copies)]
+        copies = [shifted(batch, random) for batch in batches]
+        return [*batches, *(tensors.map_structure(tensors.tensor, copy) for copy in copies)]
 
 
 def _regularized(
@@ -479,10 +496,10 @@ class Calibration:
         """Batches of held-out examples to judge a whole plan; none without examples."""
         if self.examples is None:
             return []
-        judging = _Judging(self.examples.affordable(JUDGED_EXAMPLES))
+        judges = _HeldOut(self.examples.affordable(JUDGED_EXAMPLES))
         for index, (batch, count) in enumerate(self.examples):
-            judging.add(index, batch, count)
-        return judging.batches()
+            judges.add(index, batch, count)
+        return judges.judging()
 
 
 def fingerprint(model: Any) -> str:

@@ -102,8 +102,8 @@ class Selection:
         """Skips layers as the resources require, and checks that `cr` can be reached.
 
         Raises:
-            UnreachableError: If no choice of a layer is within its bounds, or `cr` is out of reach for
-                any weights.
+            UnreachableError: If no choice of a layer is within its bounds, or `cr` is out of reach
+                for any weights.
         """
 
         def skipped(record: LayerRecord) -> LayerRecord:

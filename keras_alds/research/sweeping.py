@@ -17,9 +17,10 @@ from keras_alds.methods import METHODS, get_method
 from keras_alds.models.calibration import Calibration
 from keras_alds.models.fit import check_sequential
 from keras_alds.models.inventory import Inventory, count_params
-from keras_alds.options import SelectOptions, check_cr, check_names, takes_options
+from keras_alds.options import SelectOptions, check_cr, check_names, declared, takes_options
 from keras_alds.progress import progress_bar
 from keras_alds.resources import RESOURCES
+from keras_alds.targets import SIZE
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -201,6 +202,8 @@ def sweep(
         verbose: 0 for silence, else shows a progress bar on a terminal. Defaults to 1.
         {options}
 
+    Without a target, all methods may use all forms, as with `target="size"`.
+
     Returns:
         A `Sweep`: rows, Markdown, CSV and a plot. A ratio that a method cannot reach gives a row
         with a note and no figures.
@@ -236,6 +239,9 @@ def sweep(
         raise ValueError(
             f"Expected at least one method and one ratio. Received: methods={chosen!r}, crs={crs!r}"
         )
+    objective = options.get("objective", declared("objective").default)
+    if options.get("target") is None and not RESOURCES[objective].measured:
+        options["target"] = SIZE
     # Raises errors about the model or the options early.
     select(model, min(crs), **options)
     calibration = None
@@ -259,7 +265,7 @@ def sweep(
                 progress.update(task, description=f"{name}, cr={cr:g}")
                 rows.append(_row(model, cr, data, mine, one_by_one, evaluate, retrain))
                 progress.advance(task)
-    return Sweep(tuple(rows), options.get("objective", "params"), model.name)
+    return Sweep(tuple(rows), objective, model.name)
 
 
 def _chosen(methods: str | Iterable[str] | None, *, has_data: bool) -> list[str]:

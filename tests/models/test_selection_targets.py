@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import warnings
 
 import keras
 import numpy as np
@@ -59,11 +60,36 @@ def test_every_choice_of_a_plan_is_allowed(keras_module, target, method):
     assert plan.cr >= 0.6
     assert plan.factorized
     for choice in plan.factorized:
+        assert choice.scheme == 0
         assert choice.rank in TARGETS[target].ranks(
             choice.kernel_shape, choice.slices, depthwise=choice.layer != "uneven"
         )
     small = compress(model, 0.6, method=method, target=target)
     assert small.count_params() == plan.params_after
+
+
+def test_by_default_forms_run_fast_on_every_cpu(model, stats):
+    plan = select(model, 0.5, calibration_data=stats)
+    assert plan.target == "cpu"
+    named = select(model, 0.5, calibration_data=stats, target="cpu")
+    assert named.choices == plan.choices
+    for choice in plan.factorized:
+        assert choice.slices == 1 or choice.slices == choice.kernel_shape[-2]
+    for options in ({"max_slices": 99}, {"method": "alds"}, {"target": "size"}):
+        free = select(model, 0.5, **{"method": "energy", **options})
+        assert free.target is None
+        assert max(choice.slices for choice in free.factorized) > 1
+
+
+def test_narrow_layers_are_factorized_with_a_warning():
+    model = zoo.functional(keras)
+    with pytest.warns(UserWarning, match=r"too few wide layers to remove 50% of the parameters"):
+        plan = select(model, 0.5)
+    assert plan.cr >= 0.5
+    assert plan.target is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert select(model, 0.5, max_slices=1) == plan
 
 
 def test_limits_of_the_user_hold_too(model):
@@ -99,13 +125,14 @@ def test_a_layer_without_an_allowed_choice_says_so(model):
     plan = select(model, 0.3, target="litert", rank_multiple=5)
     reasons = {choice.layer: choice.reason for choice in plan.choices}
     assert reasons["head"] == (
-        "no allowed choice is smaller (max_slices=None, rank_multiple=5, target='litert')"
+        "no allowed choice is smaller (max_slices=None, rank_multiple=5, target='litert', "
+        "schemes=(0, 1, 2, 3))"
     )
 
 
 def test_the_plan_says_what_the_target_costs_with_data(model, stats):
     plan = select(model, 0.6, target="litert", calibration_data=stats)
-    free = select(model, 0.6, calibration_data=stats)
+    free = select(model, 0.6, calibration_data=stats, target="size")
     total = sum(choice.error for choice in plan.choices)
     assert plan.output_error == pytest.approx(total)
     assert plan.output_error_without_target == pytest.approx(sum(c.error for c in free.choices))
@@ -123,7 +150,7 @@ def test_without_data_there_is_no_such_figure(model, stats):
     lines: list[str] = []
     plan.summary(print_fn=lines.append)
     assert "Target: 'litert'\n" in lines[0] + "\n"
-    free = select(model, 0.6, calibration_data=stats)
+    free = select(model, 0.6, calibration_data=stats, target="size")
     assert (free.target, free.output_error, free.output_error_without_target) == (None, None, None)
     free.summary(print_fn=lines.append)
     assert "Target" not in lines[1]
@@ -146,7 +173,7 @@ def test_a_plan_keeps_its_target_in_json(model, stats, tmp_path):
 
 
 def test_bad_targets_are_refused_before_anything_else(model):
-    names = "'litert', 'litert-reference', 'gpu-delegate'"
+    names = "'cpu', 'litert', 'litert-reference', 'gpu-delegate', 'size'"
     for call in (
         lambda: select(model, 0.5, target="phone"),
         lambda: compress(model, 0.5, target="phone"),

@@ -59,7 +59,9 @@ def test_rows_are_those_of_compress(model, tmp_path):
             assert "is not reachable" in row.note
             continue
         data = x if row.method == "pca" else None
-        small = keras_alds.compress(model, row.cr, method=row.method, calibration_data=data)
+        small = keras_alds.compress(
+            model, row.cr, method=row.method, calibration_data=data, target="size"
+        )
         assert row.params == small.count_params()
         assert row.removed == 1 - row.params / model.count_params() >= row.cr
         assert row.score == accuracy(small)
@@ -87,10 +89,13 @@ def test_activation_is_what_compress_gives(model):
             model, distance, methods=["activation", "energy"], crs=[0.5],
             calibration_data=(batch for batch in np.split(x, 4)), sequential=sequential, verbose=0,
         )  # fmt: skip
-        plan = keras_alds.select(model, 0.5, method="activation", calibration_data=x)
+        options = {"method": "activation", "target": "size"}
+        plan = keras_alds.select(model, 0.5, calibration_data=x, **options)
         small = keras_alds.compress(model, plan=plan, calibration_data=x, sequential=sequential)
         assert result.rows[1].score == pytest.approx(distance(small), rel=1e-3)
-        assert result.rows[2].score == distance(keras_alds.compress(model, 0.5))
+        assert result.rows[2].score == distance(
+            keras_alds.compress(model, 0.5, method="energy", target="size")
+        )
 
 
 @pytest.mark.parametrize("keras_module", zoo.KERASES, ids=lambda module: module.__name__)

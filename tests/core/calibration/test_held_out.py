@@ -174,10 +174,10 @@ class TestCurve:
 
 
 def test_of_a_wide_layer_only_some_numbers_of_slices_are_looked_at():
-    found = held_out._ranks((1440, 1000), 1)
+    found = held_out._ranks((1440, 1000), 1, 1)
     assert held_out._FEWEST <= len(found) < 20
     assert 1 in found
-    assert held_out._ranks((1440, 1000), 1, [2, 3, 1440]) == {2: 418, 3: 324}
+    assert held_out._ranks((1440, 1000), 1, 1, [2, 3, 1440]) == {2: 418, 3: 324}
 
 
 def test_a_gram_matrix_that_rounding_made_indefinite():
