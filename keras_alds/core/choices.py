@@ -279,7 +279,9 @@ def join_tables(tables: Sequence[ChoiceTable]) -> ChoiceTable:
         tables: Tables of the same kernel, each with the row of the unchanged kernel.
 
     Returns:
-        A table of all their rows, with that row once.
+        A table of their rows, with that row once. With several budgets, rows are left out whose
+        costs another row orders differently: one that is dearer in the first budget and cheaper in
+        another. Strides do that to the multiply–accumulates of some fold schemes.
 
     Raises:
         ValueError: If there is no table, or they disagree on the cost of the unchanged kernel.
@@ -307,7 +309,13 @@ def join_tables(tables: Sequence[ChoiceTable]) -> ChoiceTable:
         return first
     parts = [first, *(table.take(table.slices > 0) for table in others)]
     columns = {c.name: np.concatenate([getattr(t, c.name) for t in parts]) for c in fields(first)}
-    return _sorted(ChoiceTable(**columns))
+    return _ordered_alike(_sorted(ChoiceTable(**columns)))
+
+
+def _ordered_alike(table: ChoiceTable) -> ChoiceTable:
+    """The rows that cost no more than any dearer row, in every budget."""
+    least_after = np.minimum.accumulate(table.cost[::-1], axis=0)[::-1]
+    return table.take(np.flatnonzero((table.cost <= least_after).all(axis=1)))
 
 
 def _sorted(table: ChoiceTable) -> ChoiceTable:

@@ -163,8 +163,8 @@ class TestBounds:
         for choice in plan.choices:
             assert choice.kind != "Conv2D" or removed(choice) <= 0.3
         assert plan.cr >= 0.3
-        unbound = select(model, 0.4, bounds={re.compile("."): (None, None)})
-        assert unbound == select(model, 0.4)
+        unbound = select(model, 0.4, bounds={re.compile("."): (None, None)}, target="size")
+        assert unbound == select(model, 0.4, target="size")
 
     def test_all_entries_for_a_layer_hold(self, model):
         plan = select(model, 0.3, bounds={"down": (0.5, None), r"d.*": (None, 0.6)})

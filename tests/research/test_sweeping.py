@@ -59,9 +59,8 @@ def test_rows_are_those_of_compress(model, tmp_path):
             assert "is not reachable" in row.note
             continue
         data = x if row.method == "pca" else None
-        small = keras_alds.compress(
-            model, row.cr, method=row.method, calibration_data=data, target="size"
-        )
+        options = {"method": row.method, "calibration_data": data, "target": "size"}
+        small = keras_alds.compress(model, row.cr, **options)
         assert row.params == small.count_params()
         assert row.removed == 1 - row.params / model.count_params() >= row.cr
         assert row.score == accuracy(small)
