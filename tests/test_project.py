@@ -25,7 +25,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # above its own.
 ROWS = (
     ("_version", "core", "_backend", "naming", "resources"),
-    ("tables", "progress"),
+    ("tables", "progress", "scores"),
     ("targets", "plan", "research"),
     ("methods", "kinds"),
     ("options",),
