@@ -29,6 +29,7 @@ from keras_alds.models.calibration import Calibration, fingerprint
 from keras_alds.models.fit import check_sequential
 from keras_alds.models.inventory import Inventory, check_is_model
 from keras_alds.models.recompose import inspected
+from keras_alds.models.selection import Selection
 from keras_alds.models.turns import alone
 from keras_alds.options import LEAST_CR, Options, SelectOptions, takes_options
 from keras_alds.plan import CompressionPlan
@@ -228,10 +229,10 @@ def search(
     """Finds the smallest model whose score falls by at most `max_drop`.
 
     `model` is not changed. It is evaluated first, and then one compressed model after the other.
-    From the scores so far, the next `cr` is interpolated; and as in a bisection, evaluations that
-    are left suffice to halve what is open down to 0.01. The search ends when the largest `cr`
-    within the limit is known to 0.01, usually after five compressed models. Statistics of the
-    calibration data are collected once.
+    The next `cr` is interpolated from the scores so far. It is never so far from the middle of what
+    is open that halving could not bring this down to 0.01 with the evaluations that are left. The
+    search ends when the largest `cr` within the limit is known to 0.01, usually after five
+    compressed models. Statistics of the calibration data are collected once.
 
     Scores are noisy, and need not fall steadily as more is removed. The result is always a model
     that was evaluated and met the limit. A smaller one that meets it too may exist. If none met it,
@@ -255,7 +256,8 @@ def search(
         resume: Path of a JSON file, or None. The scores are written to it after every evaluation.
             If it exists already, the search goes on where it was, also with another `max_drop` or
             more `max_evaluations`; the scores in it count. `evaluate` has to be the same function.
-            Defaults to None.
+            With `objective="latency"`, pass `latency_table` too: latencies that are measured anew
+            differ a little. Defaults to None.
         verbose: 0 for silence, else shows a progress bar on a terminal. Defaults to 1.
         {options}
 
@@ -294,10 +296,11 @@ def search(
     check_sequential(sequential, calibration_data, checked.method)
     steps = steps_of(refine, calibration_data)
     check_is_model(model)
-    makes, greatest = _Maker.of(
+    makes = _Maker.of(
         model, checked, calibration_data, sequential, steps, verbose=verbose, stacklevel=2
     )
     record = _Record.at(resume, makes.described())
+    greatest = makes.collected(verbose, stacklevel=2)
     with progress_bar(verbose) as progress:
         task = progress.add_task("dense", total=1 + most, completed=len(record.points))
         dense_score = record.dense_score
@@ -435,12 +438,13 @@ def _best(points: Sequence[SearchPoint], limit: float) -> SearchPoint | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Maker:
-    """Chooses for ratios, and makes the models; statistics of the data are collected already.
+    """Chooses for ratios, and makes the models; statistics of the data are collected once.
 
     It shows no progress bars, as there is one of the whole search.
     """
 
     inventory: Inventory
+    selection: Selection
     options: Options
     calibration: Calibration | None
     sequential: bool | None
@@ -457,19 +461,26 @@ class _Maker:
         *,
         verbose: int,
         stacklevel: int,
-    ) -> tuple[_Maker, float]:
-        """Collects the statistics. Returns also the largest ratio that can be reached."""
+    ) -> _Maker:
+        """Looks at a model and the data; statistics are not collected yet."""
         with alone(model):
             inventory = inspected(model, options)
             selection = selection_of(inventory, options, verbose=verbose, stacklevel=stacklevel + 1)
-            selection, calibration = calibrated(
-                selection, data, verbose=verbose, stacklevel=stacklevel + 1
-            )
-            greatest = selection.greatest(selection.resources[0])
+            calibration = None
+            if data is not None:
+                calibration = Calibration.of(selection.inventory, data, stacklevel=stacklevel + 1)
         # Users were warned of what matches no layer; once is enough.
         inventory = dataclasses.replace(inventory, unmatched=())
         options = dataclasses.replace(options, bounds=selection.matched_bounds)
-        return cls(inventory, options, calibration, sequential, steps), greatest
+        return cls(inventory, selection, options, calibration, sequential, steps)
+
+    def collected(self, verbose: int, *, stacklevel: int) -> float:
+        """Collects the statistics, and returns the largest ratio that can be reached."""
+        with alone(self.inventory.model):
+            selection, _ = calibrated(
+                self.selection, self.calibration, verbose=verbose, stacklevel=stacklevel + 1
+            )
+            return selection.greatest(selection.resources[0])
 
     def described(self) -> dict[str, str]:
         """What the scores of a search depend on, besides `evaluate`."""
@@ -478,10 +489,13 @@ class _Maker:
             for field in dataclasses.fields(self.options)
             if field.name != "limits"
         }
-        stats = self.calibration and self.calibration.stats
+        examples = None
+        if self.calibration is not None:
+            stats, kept = self.calibration.stats, self.calibration.examples
+            examples = stats.examples if stats else kept and kept.total
         return {
             "weights": fingerprint(self.inventory.model),
-            "calibration_data": "None" if stats is None else f"{stats.examples} examples",
+            "calibration_data": f"{examples} examples",
             "sequential": repr(self.sequential),
             "refine": repr(self.steps),
             **given,
@@ -594,7 +608,7 @@ class _Record:
                 data = json.load(file)
             if (data["format"], data["version"]) != (_FORMAT, _VERSION):
                 raise ValueError(f"{data['format']} of version {data['version']}")
-            search, self.dense_score = data["search"], data["dense_score"]
+            search, self.dense_score = dict(data["search"]), data["dense_score"]
             self.points = [
                 SearchPoint(CompressionPlan.from_dict(p["plan"]), p["score"], p["seconds"])
                 for p in data["points"]

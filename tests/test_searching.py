@@ -259,7 +259,9 @@ class TestResume:
         assert wider.points[: len(whole.points)] == result.points
         assert wider.best.removed > result.best.removed
 
-    def test_refuses_other_searches(self, net, tmp_path):
+    def test_refuses_other_searches(self, net, tmp_path, monkeypatch):
+        collected = []
+        monkeypatch.setattr(CalibrationStats, "_observed", lambda *_, **__: collected.append(1))
         path = tmp_path / "search.json"
         options = {"max_drop": 0.5, "max_evaluations": 1, "resume": path, "verbose": 0}
         keras_alds.search(net, Closeness(), method="energy", **options)
@@ -272,12 +274,21 @@ class TestResume:
         ):
             with pytest.raises(ValueError, match=f"a search with other .*{names}"):
                 keras_alds.search(net, Closeness(), **other, **options)
+            assert not collected
         net.layers[1].kernel.assign(2 * net.layers[1].kernel)
         with pytest.raises(ValueError, match="a search with other weights"):
             keras_alds.search(net, Closeness(), method="energy", **options)
         assert path.read_bytes() == before
 
-    @pytest.mark.parametrize("text", ["", "[1]", '{"format": "other", "version": 1}', "{}"])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "",
+            "[1]",
+            '{"format": "other", "version": 1}',
+            '{"format": "keras_alds.search", "version": 1, "search": 1, "dense_score": 1}',
+        ],
+    )
     def test_refuses_other_files(self, net, tmp_path, text):
         path = tmp_path / "other.json"
         path.write_text(text, encoding="utf-8")
