@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from keras_alds.refinement import Refinement, refine
     from keras_alds.reports import report
     from keras_alds.research.sweeping import Sweep, SweepRow, sweep
+    from keras_alds.searching import SearchPoint, SearchResult, search
+    from keras_alds.sensitivities import LayerSensitivity, Sensitivity, sensitivity
     from keras_alds.tfmot.conversion import to_tf_keras
 
 #: Where the public names are. A name is imported when it is used: TensorFlow takes seconds to load.
@@ -40,7 +42,11 @@ _HOMES = {
     "FactorizedConv2D": "layers",
     "FactorizedDense": "layers",
     "LayerChoice": "plan",
+    "LayerSensitivity": "sensitivities",
     "Refinement": "refinement",
+    "SearchPoint": "searching",
+    "SearchResult": "searching",
+    "Sensitivity": "sensitivities",
     "Sweep": "research.sweeping",
     "SweepRow": "research.sweeping",
     "apply_plan": "api",
@@ -49,7 +55,9 @@ _HOMES = {
     "expand": "models.expansion",
     "refine": "refinement",
     "report": "reports",
+    "search": "searching",
     "select": "api",
+    "sensitivity": "sensitivities",
     "sweep": "research.sweeping",
     "to_tf_keras": "tfmot.conversion",
 }
@@ -63,7 +71,11 @@ __all__ = [
     "FactorizedConv2D",
     "FactorizedDense",
     "LayerChoice",
+    "LayerSensitivity",
     "Refinement",
+    "SearchPoint",
+    "SearchResult",
+    "Sensitivity",
     "Sweep",
     "SweepRow",
     "__version__",
@@ -74,7 +86,9 @@ __all__ = [
     "litert",
     "refine",
     "report",
+    "search",
     "select",
+    "sensitivity",
     "sweep",
     "tfmot",
     "to_tf_keras",

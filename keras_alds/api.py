@@ -283,19 +283,9 @@ def _compressed(
         return _copy(model, stacklevel=stacklevel + 1), None
     if not to_recompose(inventory, request):
         chosen = make_choice(inventory, request, data, sequential, stacklevel=stacklevel + 1)
-        copy = _copy(model, stacklevel=stacklevel + 1)
-        changed = chosen.inventory.of_copy(copy)
         # Statistics collected here are not used again.
         last = chosen.calibration is not data
-        apply(
-            changed,
-            chosen.plan,
-            chosen.calibration,
-            sequential,
-            fresh=True,
-            last=last,
-            stacklevel=stacklevel + 1,
-        )
+        copy = carried_out(model, chosen, sequential, last=last, stacklevel=stacklevel + 1)
     else:
         copy = _copy(model, stacklevel=stacklevel + 1)
         inventory = inspected(copy, request)
@@ -324,7 +314,7 @@ def _refine(small: Any, model: Any, chosen: Chosen, steps: int, *, stacklevel: i
         )
 
 
-# -- Shared with the callback and `sweep` ----------------------------------------------------------
+# -- Shared with the callback, `sweep` and `search` ------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -371,6 +361,39 @@ def make_choice(
     return Chosen(request, inventory, calibration, calibration and calibration.examples)
 
 
+def carried_out(
+    model: Model,
+    chosen: Chosen,
+    sequential: bool | None,
+    *,
+    last: bool,
+    verbose: int = 1,
+    stacklevel: int = 1,
+) -> Model:
+    """A copy of a dense model, compressed as chosen.
+
+    Args:
+        model: The model.
+        chosen: What was chosen for it.
+        sequential: As for `compress`.
+        last: Whether the calibration statistics are not used again.
+        verbose: As for `apply`.
+        stacklevel: The frame that warnings name; 1 is the caller of this function.
+    """
+    copy = _copy(model, stacklevel=stacklevel + 1)
+    apply(
+        chosen.inventory.of_copy(copy),
+        chosen.plan,
+        chosen.calibration,
+        sequential,
+        fresh=True,
+        last=last,
+        verbose=verbose,
+        stacklevel=stacklevel + 1,
+    )
+    return copy
+
+
 def choose(
     inventory: Inventory,
     options: Options,
@@ -383,16 +406,11 @@ def choose(
     """`select` with checked options."""
     selection = selection_of(inventory, options, verbose=verbose, stacklevel=stacklevel + 1)
     inventory = selection.inventory
-    wrappers.apply_masks(inventory.pruning)
-    calibration = None
-    if calibration_data is not None or selection.method.synthetic:
-        for _ in kernels(inventory.candidates):
-            pass  # raises on weights that are not finite before the model is run
-    if calibration_data is not None:
-        calibration = Calibration.of(inventory, calibration_data, stacklevel=stacklevel + 1)
-        stats = calibration.collected(inventory, verbose=verbose, stacklevel=stacklevel + 1)
-        selection = selection.calibrated(stats)
-        without = _without_data(selection, stats.examples, verbose)
+    selection, calibration = calibrated(
+        selection, calibration_data, verbose=verbose, stacklevel=stacklevel + 1
+    )
+    if calibration is not None and selection.stats is not None:
+        without = _without_data(selection, selection.stats.examples, verbose)
         plan = best_plan(
             selection, calibration, without, sequential, verbose=verbose, stacklevel=stacklevel + 1
         )
@@ -414,6 +432,26 @@ def choose(
                 f"{reason}. Received: method='synthetic'"
             )
     return Chosen(selection.plan(), inventory, calibration)
+
+
+def calibrated(
+    selection: Selection, calibration_data: Any, *, verbose: int = 1, stacklevel: int = 1
+) -> tuple[Selection, Calibration | None]:
+    """The selection problem with calibration statistics, if there are data, and the calibration.
+
+    Raises:
+        ValueError: If weights are not finite, or the data do not fit the model.
+    """
+    inventory = selection.inventory
+    wrappers.apply_masks(inventory.pruning)
+    if calibration_data is not None or selection.method.synthetic:
+        for _ in kernels(inventory.candidates):
+            pass  # raises on weights that are not finite before the model is run
+    if calibration_data is None:
+        return selection, None
+    calibration = Calibration.of(inventory, calibration_data, stacklevel=stacklevel + 1)
+    stats = calibration.collected(inventory, verbose=verbose, stacklevel=stacklevel + 1)
+    return selection.calibrated(stats), calibration
 
 
 def _without_data(selection: Selection, examples: int, verbose: int) -> Selection | None:

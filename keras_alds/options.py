@@ -194,6 +194,8 @@ def declared(name: str) -> Option:
 
 
 OPTION_NAMES = tuple(SelectOptions.__annotations__)
+#: The `cr` of those who look at the choices of layers before there is a budget.
+LEAST_CR = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)

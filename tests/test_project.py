@@ -25,14 +25,14 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # above its own.
 ROWS = (
     ("_version", "core", "_backend", "naming", "resources"),
-    ("tables", "progress"),
+    ("tables", "progress", "scores"),
     ("targets", "plan", "research"),
     ("methods", "kinds"),
     ("options",),
     ("models",),
     ("litert", "refinement", "reports"),
     ("api",),
-    ("callbacks", "tfmot", "research/sweeping"),
+    ("callbacks", "tfmot", "research/sweeping", "searching", "sensitivities"),
     ("layers", "tf_keras", "cli"),
     ("__main__",),
     ("__init__",),
@@ -50,9 +50,11 @@ RECORDS = {
     "FileFigures",
     "Latency",
     "LayerChoice",
+    "LayerSensitivity",
     "LiteRTFile",
     "Operator",
     "Refinement",
+    "SearchPoint",
     "SweepRow",
     "Tensor",
 }
@@ -433,6 +435,8 @@ def test_options_after_the_first_arguments_are_keyword_only():
         ("compress", 2),
         ("apply_plan", 2),
         ("refine", 3),
+        ("search", 2),
+        ("sensitivity", 2),
     ):
         parameters = inspect.signature(getattr(keras_alds, function)).parameters.values()
         assert sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) == positional, function

@@ -13,6 +13,7 @@ import numpy as np
 from keras_alds.cli.models import add_model, read_model
 from keras_alds.methods import METHODS
 from keras_alds.options import add_flags, flags
+from keras_alds.scores import check_plots
 
 OPTIONS = ("objective", "exclude", "max_slices", "latency_table", "schemes")
 
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
-    from keras_alds.research.sweeping import DEFAULT_CRS, check_plots, sweep
+    from keras_alds.research.sweeping import DEFAULT_CRS, sweep
 
     if arguments.epochs < 0 or arguments.calibration < 0:
         raise ValueError(

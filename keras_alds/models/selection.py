@@ -25,6 +25,7 @@ from keras_alds.models.choices import choice_tables
 from keras_alds.models.inventory import Inventory, LayerRecord, already_compressed
 from keras_alds.models.resources import Params, Resource
 from keras_alds.models.trials import EQUAL, WEIGHINGS, weighed
+from keras_alds.naming import Bound
 from keras_alds.options import Options
 from keras_alds.plan import (
     CompressionPlan,
@@ -119,10 +120,16 @@ class Selection:
                 raise selection.unreachable(required, index)
         return selection
 
+    @property
+    def matched_bounds(self) -> tuple[Bound, ...]:
+        """The bounds that name a layer that can be factorized."""
+        records = self.inventory.candidates
+        return tuple(b for b in self.options.bounds if any(r.is_named_by(b.item) for r in records))
+
     def warn_of_bounds(self, *, stacklevel: int) -> None:
         """Warns of bounds that match no layer that can be factorized."""
         for bound in self.options.bounds:
-            if not any(record.is_named_by(bound.item) for record in self.inventory.candidates):
+            if bound not in self.matched_bounds:
                 warnings.warn(
                     f"`bounds` entry {bound.item!r} matches no layer of the model "
                     f"'{self.inventory.model.name}' that can be factorized"
@@ -252,6 +259,11 @@ class Selection:
         """The total budget for the candidates' kernels."""
         cr = self.options.limits[resource.name]
         return allowed_after(resource.total, cr) - self.fixed_cost(resource)
+
+    def greatest(self, resource: Resource) -> float:
+        """The fraction that is removed with the smallest allowed choice everywhere."""
+        required = sum(self.smallest_cost(record, resource) for record in self.inventory.candidates)
+        return Cost(resource.total, required + self.fixed_cost(resource)).removed
 
     def unreachable(self, required: int, index: int = 0) -> UnreachableError:
         """The error for a `cr` that is out of reach even with the smallest choice everywhere."""

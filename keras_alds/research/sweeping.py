@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ from keras_alds.options import SelectOptions, check_cr, check_names, declared, t
 from keras_alds.progress import progress_bar
 from keras_alds.resources import RESOURCES
 from keras_alds.targets import SIZE
+from keras_alds.scores import check_evaluate, check_function, check_plots, scored
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -229,7 +229,9 @@ def sweep(
         Figure 1 of arXiv 2107.11442.
     """
     check_names(options, "sweep", leave_out=("method", "error_measure"))
-    _check_functions(evaluate, retrain)
+    check_evaluate(evaluate)
+    if retrain is not None:
+        check_function(retrain, "retrain", "`lambda model: model.fit(x, y)`, or None")
     check_sequential(sequential, calibration_data)
     crs = (float(crs),) if isinstance(crs, (int, float)) else tuple(crs)
     for cr in crs:
@@ -282,42 +284,16 @@ def _chosen(methods: str | Iterable[str] | None, *, has_data: bool) -> list[str]
     return names
 
 
-def _check_functions(evaluate: Any, retrain: Any) -> None:
-    """Raises a ValueError unless both are functions; `retrain` may be None."""
-    examples = {
-        "evaluate": "`lambda model: model.evaluate(x, y, return_dict=True)['accuracy']`",
-        "retrain": "`lambda model: model.fit(x, y)`, or None",
-    }
-    for name, value in {"evaluate": evaluate, "retrain": retrain}.items():
-        if not callable(value) and (name == "evaluate" or value is not None):
-            raise ValueError(
-                f"Expected `{name}` to be a function of a model, such as {examples[name]}. "
-                f"Received: {name} of type {type(value).__name__}"
-            )
-
-
-def _scored(evaluate: Callable[[Any], float], model: Any) -> float:
-    score = evaluate(model)
-    try:
-        return float(score)
-    except (TypeError, ValueError):
-        raise ValueError(
-            "Expected `evaluate(model)` to return one number, the score. "
-            f"Received: {score!r}. If these are the loss and metrics of `model.evaluate`, "
-            "return one of them."
-        ) from None
-
-
 def _dense_row(
     model: Any, evaluate: Callable[[Any], float], retrain: Callable[[Any], object] | None
 ) -> SweepRow:
-    score, retrained = _scored(evaluate, model), None
+    score, retrained = scored(evaluate, model), None
     if retrain is not None:
         backend = _backend.backend_of(model)
         with backend.creation_scope(model):
             copy = backend.copy_model(model, stacklevel=3)
         retrain(copy)
-        retrained = _scored(evaluate, copy)
+        retrained = scored(evaluate, copy)
     return SweepRow(DENSE, 0.0, 0.0, count_params(model), score, retrained, None)
 
 
@@ -337,22 +313,11 @@ def _row(
         return SweepRow(method, cr, None, None, None, None, None, str(error))
     small = compress(model, plan=plan, calibration_data=calibration, sequential=sequential)
     seconds = time.perf_counter() - start
-    score, retrained = _scored(evaluate, small), None
+    score, retrained = scored(evaluate, small), None
     if retrain is not None:
         retrain(small)
-        retrained = _scored(evaluate, small)
+        retrained = scored(evaluate, small)
     return SweepRow(method, cr, plan.cr, plan.params_after, score, retrained, seconds)
-
-
-def check_plots() -> Any:
-    """Returns `matplotlib.figure`, or raises an ImportError that says how to install it."""
-    try:
-        return importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise ImportError(
-            "matplotlib is needed for the plot and is not installed. "
-            'Remedy: pip install "keras_alds[plots]"'
-        ) from error
 
 
 def _score(row: SweepRow, retrained: bool) -> float | None:
