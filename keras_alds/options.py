@@ -316,8 +316,10 @@ def _limits(cr: Any, objective: Any) -> dict[str, float]:
 def _target(values: Mapping[str, Any], method: Method) -> tuple[str | None, bool]:
     """The name of the target or None for none, and whether it is the default one."""
     if values["target"] is not None:
-        target = None if values["target"] == SIZE else get_target(values["target"])
-        return target and target.name, False
+        if values["target"] == SIZE:
+            return None, False
+        target = get_target(values["target"])
+        return (target.name if target else None), False
     if (measured_for := RESOURCES[values["objective"]].target) is not None:
         return measured_for, False
     if values["max_slices"] is not None or method.published:

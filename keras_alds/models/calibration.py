@@ -251,8 +251,9 @@ class CalibrationStats:
             [seen.slices for seen in new.values()],
         )
         for (key, seen), spectra in zip(new.items(), found, strict=True):
-            self._spectra[(*key, decompose)] = (seen.digest, seen.slices, spectra)
-        return [self._spectra[(*key, decompose)][2] for key in kernels]
+            path, scheme = key
+            self._spectra[path, scheme, decompose] = (seen.digest, seen.slices, spectra)
+        return [self._spectra[path, scheme, decompose][2] for path, scheme in kernels]
 
     def warn_of_other_weights(self, model: Any, *, stacklevel: int) -> None:
         """Warns if the model's weights have changed since the statistics were collected."""

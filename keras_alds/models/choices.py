@@ -107,9 +107,9 @@ def _output_spectra(
     """The output spectra of some layers in one fold scheme, for the offered slices."""
     rows = zip(records, offers, kernels(records, scheme), strict=True)
     seen = {
-        (record.path, scheme): Seen(*read, moment, frozenset(offered))
+        (record.path, scheme): Seen(*read, record.fold(record.moment, scheme), frozenset(offered))
         for record, (offered, _), read in rows
-        if (moment := record.moment_in(scheme)) is not None
+        if record.moment is not None
     }
     return [] if stats is None else stats.spectra(seen, method.spectra)
 
@@ -165,8 +165,9 @@ def _kernel_bytes(record: LayerRecord) -> int:
 def _moment_bytes(record: LayerRecord) -> int:
     """Bytes of the kernel, and of its moments in another fold scheme if it has some."""
     moment = record.moment
-    folded = moment is not None and len(record.schemes) > 1
-    return _kernel_bytes(record) + 8 * folded * moment.side * moment.block_side
+    if moment is None or len(record.schemes) == 1:
+        return _kernel_bytes(record)
+    return _kernel_bytes(record) + 8 * moment.side * moment.block_side
 
 
 def _together(

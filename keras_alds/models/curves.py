@@ -84,7 +84,7 @@ def approximation(record: LayerRecord, choice: Any, *, sweeps: int | None = None
         factors = factorize(kernel, slices, choice.rank)
     else:
         options = {} if sweeps is None else {"sweeps": sweeps}
-        fitted = record.moment_in(choice.scheme, moment)
+        fitted = record.fold(moment, choice.scheme)
         factors = factorize_outputs(kernel, fitted, slices, choice.rank, **options)
     unfolded = recompose(*factors, slices)
     return record.kind.folded(layer, choice.scheme).write(unfolded, record.kind.shape(layer))

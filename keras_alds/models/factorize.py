@@ -73,8 +73,8 @@ def replacement(
         if target is not None:
             whole = kind.folded(layer, 0).write(target, kind.shape(layer))
             kernel = kind.folded(layer, scheme).read(whole)
-        moment = record.moment_in(scheme, moment)
-        encoder, decoder = factorize_outputs(kernel, moment, slices, rank)
+        folded = record.fold(moment, scheme)
+        encoder, decoder = factorize_outputs(kernel, folded, slices, rank)
     decoder = factorized.unfolding.write_decoder(decoder, kind.shape(layer))
     factorized.encoder.assign(np.reshape(encoder, tuple(factorized.encoder.shape)))
     factorized.decoder.assign(np.reshape(decoder, tuple(factorized.decoder.shape)))

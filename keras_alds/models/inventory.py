@@ -117,15 +117,9 @@ class LayerRecord:
         """The kernel size of a convolution; empty for other layers."""
         return (self.kernel_shape or ())[:-2]
 
-    def moment_in(self, scheme: int, moment: SecondMoment | None = None) -> SecondMoment | None:
-        """Its second moment in a fold scheme.
-
-        Args:
-            scheme: One of its fold schemes.
-            moment: Another moment of its unfolded inputs. Defaults to its own.
-        """
-        moment = self.moment if moment is None else moment
-        if not scheme or moment is None:
+    def fold(self, moment: SecondMoment, scheme: int) -> SecondMoment:
+        """A second moment of its unfolded inputs, for one of its fold schemes."""
+        if not scheme:
             return moment
         return moment.folded(self.window, decoder_axes(scheme, len(self.window)))
 

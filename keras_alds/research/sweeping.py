@@ -19,8 +19,8 @@ from keras_alds.models.inventory import Inventory, count_params
 from keras_alds.options import SelectOptions, check_cr, check_names, declared, takes_options
 from keras_alds.progress import progress_bar
 from keras_alds.resources import RESOURCES
-from keras_alds.targets import SIZE
 from keras_alds.scores import check_evaluate, check_function, check_plots, scored
+from keras_alds.targets import SIZE
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
