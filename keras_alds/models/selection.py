@@ -177,7 +177,7 @@ class Selection:
         """The allowed ranks of a layer, by number of slices."""
         blocks = 1 if record.moment is None else record.moment.block_count
         target = get_target(self.options.target)
-        limits = [self.options.max_slices, record.kind.max_slices]
+        limits = [self.options.max_slices]
         rule = None
         if target is not None:
             strides = tuple(getattr(record.layer, "strides", ()))
@@ -191,11 +191,14 @@ class Selection:
             )
             # Targets know the sliced forms of plain convolutions in scheme 0 only.
             limits += [1] if scheme or not record.kind.measured else []
+        most = _least(limits)
+        if most is not None:  # a layer of which only blocks are known has at least as many slices
+            most = max(most, blocks)
         counts_bias = self.resources[0].name == self.params.name
         return offered_ranks(
             record.shape_in(scheme),
             rule=rule,
-            max_slices=min((limit for limit in limits if limit is not None), default=None),
+            max_slices=_least([most, record.kind.max_slices]),
             near_slices=self.method.near_slices,
             rank_multiple=self.options.rank_multiple,
             blocks=blocks,
@@ -482,6 +485,10 @@ class Selection:
 
 def _total_error(tables: Sequence[ChoiceTable], solution: Solution) -> float:
     return sum(float(t.error[row]) for t, row in zip(tables, solution.indices, strict=True))
+
+
+def _least(limits: Iterable[int | None]) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _rounded_down(fraction: float) -> str:

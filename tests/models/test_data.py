@@ -46,7 +46,7 @@ def test_few_inputs_are_kept_and_saved(model, x, tmp_path):
 
 def test_a_layer_that_few_inputs_were_seen_of_keeps_its_outputs(model, x):
     """What 40 inputs show still counts most."""
-    small = keras_alds.compress(model, 0.3, calibration_data=x)
+    small = keras_alds.compress(model, 0.3, calibration_data=x, target="size")
     expected = model.predict(x, verbose=0)
     lost = np.square(small.predict(x, verbose=0) - expected).sum() / np.square(expected).sum()
     assert lost < 0.1
