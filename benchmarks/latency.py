@@ -81,7 +81,7 @@ def main() -> None:
         (objective, method, schemes, cr)
         for objective in arguments.objectives
         for method in arguments.methods
-        for schemes in (arguments.schemes if objective != "latency" else ["0"])
+        for schemes in arguments.schemes
         for cr in arguments.crs
     ]
     print("| model | file | objective | cr | predicted | measured | error of the prediction |")

@@ -512,6 +512,7 @@ def _resources(inventory: Inventory, options: Options, verbose: int) -> list[Res
                 inventory,
                 options.latency_table,
                 target=options.target or "litert",
+                schemes=options.schemes,
                 max_slices=options.max_slices,
                 verbose=verbose,
             )

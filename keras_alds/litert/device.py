@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keras_alds.litert.latency import converted, measurable, measured_records
+from keras_alds.core.costs import DENSE
+from keras_alds.litert.latency import converted, measurable, measured_records, ranks_of_calls
 from keras_alds.litert.layer_files import empty_file, layer_calls, layer_file
 from keras_alds.litert.table import LatencyTable, Settings, read_rows, write_rows
 from keras_alds.progress import progress_bar
@@ -68,21 +69,20 @@ def write_latency_files(
     inventory = measurable(model, exclude, stacklevel=2)
     records = measured_records(inventory)
     calls = layer_calls(inventory, records)
-    layers = {call: record.layer for record in records for call in calls[record.layer]}
+    choices = ranks_of_calls(records, calls, settings)
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     (path / _MODEL).write_bytes(converted(model, quantize, representative_data, verbose))
     (path / _EMPTY).write_bytes(empty_file())
     rows = [settings.row(None, file=_MODEL), settings.row(None, kind="empty", file=_EMPTY)]
     with progress_bar(verbose) as progress:
-        for call in progress.track(sorted(layers), description="files of layers"):
-            ranks = settings.ranks(layers[call], call)
-            points = [(0, 0), *((k, rank) for k, row in ranks.items() for rank in _spread(row))]
+        for call in progress.track(sorted(choices), description="files of layers"):
+            points = [(k, j, s) for (k, s), ranks in choices[call].items() for j in _spread(ranks)]
             count = sum(found.count(call) for found in calls.values())
-            for slices, rank in points:
+            for point in (DENSE, *points):
                 name = f"{len(rows) - 1:05}.tflite"
-                (path / name).write_bytes(layer_file(call, slices, rank, quantize=quantize))
-                rows.append(settings.row(call, count, slices, rank, file=name))
+                (path / name).write_bytes(layer_file(call, *point, quantize=quantize))
+                rows.append(settings.row(call, count, point, file=name))
     write_rows(path / INDEX, rows)
     return len(rows)
 

@@ -7,7 +7,7 @@ import functools
 import os
 import reprlib
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,12 @@ import tensorflow as tf
 
 from keras_alds import _backend
 from keras_alds._backend import wrappers
-from keras_alds.core.costs import Costs, SampledCosts, sum_costs
+from keras_alds.core.costs import Costs, Point, SampledCosts, sum_costs
 from keras_alds.litert import _package
 from keras_alds.litert.conversion import ConvertOptions, convert_quietly
 from keras_alds.litert.layer_files import Calls, LayerCall, empty_file, layer_calls, layer_file
 from keras_alds.litert.runs import check_local
-from keras_alds.litert.sampling import sample_costs
+from keras_alds.litert.sampling import Ranks, sample_costs
 from keras_alds.litert.table import LatencyTable, Settings
 from keras_alds.litert.timing import MOST_SWEPT, time_files
 from keras_alds.models.data import MIN_EXAMPLES
@@ -98,7 +98,7 @@ def measure_latency(
 
     The whole original is converted and measured once. For every layer that can be factorized, and
     every input size it is called with, small files are written directly: the dense layer, or the
-    encoder and decoder of a choice (k, j). Only some ranks are measured, enough to know the others
+    encoder and decoder of a choice: slices, rank and fold scheme. Only some ranks are measured, enough to know the others
     to about 4 % of the dense layer's time. Measurements are cached for the process. One forward
     pass takes one example. On one thread, processor time is measured, so that other programs
     have little effect.
@@ -190,6 +190,7 @@ def measured_latency(
     table: LatencyTable | None,
     *,
     target: str,
+    schemes: tuple[int, ...],
     max_slices: int | None = None,
     verbose: int = 1,
 ) -> MeasuredLatency:
@@ -199,6 +200,7 @@ def measured_latency(
         inventory: The model.
         table: A table of this model, or None to measure in float32 on one thread.
         target: The runtime.
+        schemes: Fold schemes to measure.
         max_slices: Largest number of slices to measure.
         verbose: As for `measure_latency`.
 
@@ -206,7 +208,7 @@ def measured_latency(
         ValueError: If the table lacks a layer, or belongs to another model.
     """
     if table is None:
-        settings = Settings(target=target, max_slices=max_slices)
+        settings = Settings(target=target, max_slices=max_slices, schemes=schemes)
         table = _measured(inventory, settings, verbose=verbose)
     return MeasuredLatency(inventory, table)
 
@@ -259,20 +261,19 @@ def _measured(
     _package.interpreter()  # fails before the work starts
     records = measured_records(inventory)
     calls = layer_calls(inventory, records)
-    layers = {call: record.layer for record in records for call in calls[record.layer]}
+    ranks = ranks_of_calls(records, calls, settings)
     total, size = _model_latency(inventory.model, settings, calls, representative_data, verbose)
     # Rounded up to a power of two, so that models of similar size share measurements.
     swept = min(1 << (size - 1).bit_length(), MOST_SWEPT)
     costs: dict[LayerCall, SampledCosts] = {}
     overhead = None
     with progress_bar(verbose) as progress:
-        for call in progress.track(sorted(layers), description="latency of layers"):
-            ranks = settings.ranks(layers[call], call)
-            key = (call, settings, swept, tuple(ranks.items()))
+        for call in progress.track(sorted(ranks), description="latency of layers"):
+            key = (call, settings, swept, tuple(ranks[call].items()))
             if key not in _LAYERS:
                 if overhead is None:
                     (overhead,) = _times(settings, [empty_file])
-                _LAYERS[key] = _layer_costs(call, ranks, settings, swept, overhead)
+                _LAYERS[key] = _layer_costs(call, ranks[call], settings, swept, overhead)
             costs[call] = _LAYERS[key]
     return LatencyTable(
         total, costs, dict(_counts(calls)), settings.quantize, settings.threads, settings.target
@@ -283,14 +284,36 @@ def _counts(calls: Calls) -> collections.Counter[LayerCall]:
     return collections.Counter(call for found in calls.values() for call in found)
 
 
+def ranks_of_calls(
+    records: Sequence[LayerRecord], calls: Calls, settings: Settings
+) -> dict[LayerCall, dict[tuple[int, int], tuple[int, ...]]]:
+    """The ranks to measure for every call, by number of slices and fold scheme.
+
+    Args:
+        records: Layers. Different layers may make one call, such as a Conv1D and a Conv2D.
+        calls: Their calls.
+        settings: The settings of the measurement.
+    """
+    found: dict[LayerCall, dict[tuple[int, int], set[int]]] = {}
+    for record in records:
+        for call in calls[record.layer]:
+            rows = found.setdefault(call, {})
+            for key, ranks in settings.ranks(record, call).items():
+                rows.setdefault(key, set()).update(ranks)
+    return {
+        call: {key: tuple(sorted(rows[key])) for key in sorted(rows)}
+        for call, rows in found.items()
+    }
+
+
 def _layer_costs(
     call: LayerCall,
-    ranks: Mapping[int, Sequence[int]],
+    ranks: Ranks,
     settings: Settings,
     swept: int,
     overhead: int,
 ) -> SampledCosts:
-    def measure(points: Sequence[tuple[int, int]]) -> list[int]:
+    def measure(points: Sequence[Point]) -> list[int]:
         files = [
             functools.partial(layer_file, call, *point, quantize=settings.quantize)
             for point in points

@@ -11,15 +11,19 @@ from typing import Any
 
 from keras_alds.core.checks import did_you_mean, positive_int
 from keras_alds.core.choices import offered_ranks
-from keras_alds.core.costs import SampledCosts
+from keras_alds.core.costs import DENSE, Point, SampledCosts
+from keras_alds.core.slicing import SCHEMES
 from keras_alds.litert.layer_files import LayerCall
+from keras_alds.models.inventory import LayerRecord
 from keras_alds.targets import TARGETS, canonical
 
 QUANTIZE = (None, "int8")
 COLUMNS = (
     *(field.name for field in dataclasses.fields(LayerCall)),
-    *("calls", "quantize", "threads", "target", "slices", "rank", "nanoseconds"),
+    *("calls", "quantize", "threads", "target", "scheme", "slices", "rank", "nanoseconds"),
 )
+#: Columns that older files lack, with the value that they have there.
+ADDED = {"scheme": "0"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Settings:
         threads: Number of threads.
         target: The runtime, as `target` of `select`.
         max_slices: Largest number of slices k to measure, or None.
+        schemes: Fold schemes to measure.
 
     Raises:
         ValueError: If an attribute is not as above.
@@ -39,7 +44,9 @@ class Settings:
     quantize: str | None = None
     threads: int = 1
     target: str = "litert"
-    max_slices: int | None = dataclasses.field(default=None, compare=False)  # affects no time
+    # These two say what is measured, and affect no time.
+    max_slices: int | None = dataclasses.field(default=None, compare=False)
+    schemes: tuple[int, ...] = dataclasses.field(default=SCHEMES, compare=False)
 
     def __post_init__(self) -> None:
         if self.quantize not in QUANTIZE:
@@ -57,19 +64,30 @@ class Settings:
         if self.max_slices is not None:
             positive_int(self.max_slices, "max_slices")
 
-    def ranks(self, layer: Any, call: LayerCall) -> dict[int, tuple[int, ...]]:
-        """The ranks that the target allows and that make a layer smaller, by number of slices."""
+    def ranks(self, record: LayerRecord, call: LayerCall) -> dict[tuple[int, int], range]:
+        """The ranks that the target allows and that make a layer smaller.
+
+        Args:
+            record: The layer.
+            call: One of its calls.
+
+        Returns:
+            Ranks by number of slices and fold scheme.
+        """
         rule = functools.partial(TARGETS[self.target].ranks, depthwise=len(set(call.strides)) <= 1)
-        shape = tuple(map(int, layer.kernel.shape))
-        offered = offered_ranks(shape, rule=rule, max_slices=self.max_slices)
-        return {k: tuple(ranks) for k, ranks in offered.items()}
+        return {
+            (k, scheme): ranks
+            for scheme in record.folded(self.schemes).schemes
+            for k, ranks in offered_ranks(
+                record.shape_in(scheme), rule=rule, max_slices=1 if scheme else self.max_slices
+            ).items()
+        }
 
     def row(
         self,
         call: LayerCall | None,
         calls: int = 1,
-        slices: int = 0,
-        rank: int = 0,
+        point: Point = DENSE,
         **columns: Any,
     ) -> dict[str, Any]:
         """A row of a latency table, for a layer's choice or the whole model."""
@@ -77,12 +95,11 @@ class Settings:
             **dict.fromkeys(COLUMNS, ""),
             "kind": "model",
             **(call.to_row() if call is not None else {}),
+            **dict(zip(("slices", "rank", "scheme"), point, strict=True)),
             "calls": calls,
             "quantize": self.quantize or "float32",
             "threads": self.threads,
             "target": self.target,
-            "slices": slices,
-            "rank": rank,
             **columns,
         }
 
@@ -126,13 +143,15 @@ class LatencyTable:
         settings = Settings(self.quantize, self.threads, self.target)
         rows = [settings.row(None, nanoseconds=self.total)]
         for call, costs in self.layers.items():
-            for (slices, rank), time in costs.points.items():
-                rows.append(settings.row(call, self.calls[call], slices, rank, nanoseconds=time))
+            for point, time in costs.points.items():
+                rows.append(settings.row(call, self.calls[call], point, nanoseconds=time))
         write_rows(path, rows)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
         """Reads a table that `save` or the command `latency-read` wrote.
+
+        Files of older versions know fold scheme 0 only.
 
         Raises:
             ValueError: If the file is not such a table.
@@ -146,6 +165,7 @@ class LatencyTable:
         Raises:
             ValueError: If they are not a latency table.
         """
+        rows = [ADDED | dict(row) for row in rows]
         missing = [name for name in COLUMNS if not rows or name not in rows[0]]
         if missing:
             raise ValueError(
@@ -154,7 +174,7 @@ class LatencyTable:
             )
         totals: list[int] = []
         calls: dict[LayerCall, int] = {}
-        points: dict[LayerCall, dict[tuple[int, int], int]] = {}
+        points: dict[LayerCall, dict[Point, int]] = {}
         try:
             settings = {(row["quantize"], int(row["threads"]), row["target"]) for row in rows}
             for row in rows:
@@ -166,7 +186,7 @@ class LatencyTable:
                     continue
                 call = LayerCall.from_row({key: str(value) for key, value in row.items()})
                 calls[call] = int(row["calls"])
-                point = int(row["slices"]), int(row["rank"])
+                point = int(row["slices"]), int(row["rank"]), int(row["scheme"])
                 points.setdefault(call, {})[point] = nanoseconds
             layers = {call: SampledCosts.of_points(found) for call, found in points.items()}
         except (ValueError, TypeError, KeyError, OverflowError) as error:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keras_alds.core.choices import choice_table
-from keras_alds.core.costs import NEVER, SampledCosts, sum_costs
+from keras_alds.core.costs import DENSE, NEVER, SampledCosts, sum_costs
 from keras_alds.core.solvers import InfeasibleBudget
 from keras_alds.core.spectra import spectra
 from keras_alds.methods import get_method
@@ -21,7 +21,7 @@ RANKS = st.dictionaries(st.integers(1, 60), st.integers(0, 10**9), min_size=1, m
 
 @given(RANKS, st.integers(0, 10**9))
 def test_interpolation_is_exact_at_samples_and_between_its_neighbours(row: Any, dense: int):
-    costs = SampledCosts.of_points({(0, 0): dense, **{(2, j): cost for j, cost in row.items()}})
+    costs = SampledCosts.of_points({DENSE: dense, **{(2, j, 0): cost for j, cost in row.items()}})
     known = sorted(row)
     assert costs.of(2, known).tolist() == [row[j] for j in known]
     for j, cost in zip(range(1, 62), costs.of(2, range(1, 62)).tolist(), strict=True):
@@ -34,37 +34,49 @@ def test_interpolation_is_exact_at_samples_and_between_its_neighbours(row: Any, 
             assert min(around) <= cost <= max(around)
     assert set(costs.of(3, known)) == {NEVER}
     assert SampledCosts.of_points(costs.points) == costs
+    assert set(costs.of(2, known, scheme=1)) == {NEVER}
 
 
 def test_the_sum_over_calls_is_the_sum_at_every_rank():
-    first = SampledCosts.of_points({(0, 0): 100, (1, 4): 10, (1, 20): 90, (2, 4): 7})
-    second = SampledCosts.of_points({(0, 0): 50, (1, 2): 1, (1, 9): 8, (1, 16): 44})
+    first = SampledCosts.of_points(
+        {DENSE: 100, (1, 4, 0): 10, (1, 20, 0): 90, (2, 4, 0): 7, (1, 4, 3): 20, (1, 8, 1): 5}
+    )
+    second = SampledCosts.of_points(
+        {DENSE: 50, (1, 2, 0): 1, (1, 9, 0): 8, (1, 16, 0): 44, (1, 6, 3): 9}
+    )
     both = sum_costs([(3, first), (1, second)])
     assert both.dense == 350
     ranks = np.arange(2, 17)
     exact = 3 * first.of(1, ranks) + second.of(1, ranks)
     assert np.abs(both.of(1, ranks) - exact).max() <= 3  # each of the calls is rounded up
-    assert both.of(1, [17])[0] == both.of(2, [4])[0] == NEVER
+    assert both.of(1, [17])[0] == both.of(2, [4])[0] == both.of(1, [4], 1)[0] == NEVER
+    assert both.of(1, [4], 3)[0] == 3 * 20 + 9
     with pytest.raises(ValueError, match="at least one call"):
         sum_costs([])
 
 
 @pytest.mark.parametrize(
     "samples",
-    [((1, (4, 2), (1, 2)),), ((1, (2,), (1, 2)),), ((1, (), ()),), ((1, (2,), (-1,)),)],
+    [
+        ((0, 1, (4, 2), (1, 2)),),
+        ((0, 1, (2,), (1, 2)),),
+        ((0, 1, (), ()),),
+        ((0, 1, (2,), (-1,)),),
+        ((1, 1, (2,), (1,)), (0, 1, (2,), (1,))),
+    ],
 )
 def test_bad_samples_are_refused(samples: Any):
-    with pytest.raises(ValueError, match="ascending slices and ranks"):
+    with pytest.raises(ValueError, match="ascending schemes, slices and ranks"):
         SampledCosts(5, samples)
     with pytest.raises(ValueError, match="cost of the dense layer"):
-        SampledCosts.of_points({(1, 2): 3})
+        SampledCosts.of_points({(1, 2, 0): 3})
 
 
 def random_costs(rng: np.random.Generator, kernel: np.ndarray) -> SampledCosts:
     """Latencies without order: some choices are slower than the dense kernel, some ranks faster."""
-    points = {(0, 0): 60}
+    points = {DENSE: 60}
     for k in (1, 2, 3):
-        points.update(((k, j), int(rng.integers(5, 90))) for j in (1, 2, 3))
+        points.update(((k, j, 0), int(rng.integers(5, 90))) for j in (1, 2, 3))
     return SampledCosts.of_points(points)
 
 
@@ -84,7 +96,7 @@ def test_table_holds_only_what_is_faster_and_smaller():
     assert set(rows) == expected
     assert 1 < len(rows) < len(offered)
     for choice, row in rows.items():
-        assert row.cost == (costs.points.get(choice, *row.cost),)
+        assert row.cost == (costs.points.get((*choice, 0), *row.cost),)
         assert (row.error, row.weights) == (offered[choice].error, offered[choice].weights)
 
 
