@@ -506,17 +506,15 @@ def _resources(inventory: Inventory, options: Options, verbose: int) -> list[Res
     """The resources that the options limit."""
     if options.objective == "latency":
         from keras_alds.litert.latency import measured_latency
+        from keras_alds.litert.table import Settings
 
-        return [
-            measured_latency(
-                inventory,
-                options.latency_table,
-                target=options.target or "litert",
-                schemes=options.schemes,
-                max_slices=options.max_slices,
-                verbose=verbose,
-            )
-        ]
+        settings = Settings(
+            options.quantize,
+            target=options.target or "litert",
+            max_slices=options.max_slices,
+            schemes=options.schemes,
+        )
+        return [measured_latency(inventory, options.latency_table, settings, verbose=verbose)]
     known: dict[str, Resource] = {
         "params": Params(inventory, METHODS[options.method]),
         "macs": Macs(inventory, only=len(options.limits) == 1),
@@ -536,7 +534,7 @@ def checked_options(cr: Any, given: Mapping[str, Any], *, has_data: bool, caller
         return options
     from keras_alds.litert.latency import check_table
 
-    table = check_table(options.latency_table, options.target)
+    table = check_table(options.latency_table, options.target, options.quantize)
     return dataclasses.replace(options, latency_table=table)
 
 

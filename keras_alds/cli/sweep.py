@@ -14,7 +14,7 @@ from keras_alds.cli.models import add_model, read_model
 from keras_alds.methods import METHODS
 from keras_alds.options import add_flags, flags
 
-OPTIONS = ("objective", "exclude", "max_slices", "latency_table", "schemes")
+OPTIONS = ("objective", "exclude", "max_slices", "latency_table", "quantize", "schemes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -132,7 +132,7 @@ class SampledCosts:
         """
         if DENSE not in points:
             raise ValueError(
-                f"Expected the cost of the dense layer, at {DENSE}. Received: {sorted(points)}"
+                f"Expected the cost of the dense layer, at (0, 0, 0). Received: {sorted(points)}"
             )
         rows: dict[tuple[int, int], dict[int, int]] = {}
         for (k, rank, scheme), cost in sorted(points.items()):

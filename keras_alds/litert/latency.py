@@ -161,11 +161,12 @@ def measured_records(inventory: Inventory) -> list[LayerRecord]:
     return [record for record in inventory.candidates if record.kind.measured]
 
 
-def check_table(latency: Any, target: str | None) -> LatencyTable | None:
+def check_table(latency: Any, target: str | None, quantize: str | None) -> LatencyTable | None:
     """Returns the table for `latency_table=` of `select`, or None if latency must be measured.
 
     Raises:
-        ValueError: If it is not a table, is for another target, or is missing but required.
+        ValueError: If it is not a table, is for another target or number format, or is missing but
+            required.
     """
     if latency is None:
         check_local(target)
@@ -182,33 +183,30 @@ def check_table(latency: Any, target: str | None) -> LatencyTable | None:
             f"Expected a latency table that was measured for target={target!r}. Received: one for "
             f"target={latency.target!r}. Pass that as `target`, or measure again."
         )
+    if quantize not in (None, latency.quantize):
+        raise ValueError(
+            f"Expected a latency table that was measured with quantize={quantize!r}. Received: one "
+            f"in {latency.quantize or 'float32'}. Leave `quantize` out, or measure again: "
+            f"`measure_latency(model, quantize={quantize!r})`."
+        )
     return latency
 
 
 def measured_latency(
-    inventory: Inventory,
-    table: LatencyTable | None,
-    *,
-    target: str,
-    schemes: tuple[int, ...],
-    max_slices: int | None = None,
-    verbose: int = 1,
+    inventory: Inventory, table: LatencyTable | None, settings: Settings, *, verbose: int = 1
 ) -> MeasuredLatency:
     """The latency of a model's layers, from a table or measured now.
 
     Args:
         inventory: The model.
-        table: A table of this model, or None to measure in float32 on one thread.
-        target: The runtime.
-        schemes: Fold schemes to measure.
-        max_slices: Largest number of slices to measure.
+        table: A table of this model, or None to measure.
+        settings: How to measure without a table.
         verbose: As for `measure_latency`.
 
     Raises:
         ValueError: If the table lacks a layer, or belongs to another model.
     """
     if table is None:
-        settings = Settings(target=target, max_slices=max_slices, schemes=schemes)
         table = _measured(inventory, settings, verbose=verbose)
     return MeasuredLatency(inventory, table)
 

@@ -15,9 +15,9 @@ from keras_alds.core.costs import DENSE, Point, SampledCosts
 from keras_alds.core.slicing import SCHEMES
 from keras_alds.litert.layer_files import LayerCall
 from keras_alds.models.inventory import LayerRecord
+from keras_alds.options import check_quantize
 from keras_alds.targets import TARGETS, canonical
 
-QUANTIZE = (None, "int8")
 COLUMNS = (
     *(field.name for field in dataclasses.fields(LayerCall)),
     *("calls", "quantize", "threads", "target", "scheme", "slices", "rank", "nanoseconds"),
@@ -49,11 +49,7 @@ class Settings:
     schemes: tuple[int, ...] = dataclasses.field(default=SCHEMES, compare=False)
 
     def __post_init__(self) -> None:
-        if self.quantize not in QUANTIZE:
-            raise ValueError(
-                f"Expected `quantize` to be None or 'int8', to measure latency. "
-                f"Received: quantize={self.quantize!r}{did_you_mean(self.quantize, QUANTIZE)}"
-            )
+        check_quantize(self.quantize)
         positive_int(self.threads, "threads")
         object.__setattr__(self, "target", canonical(self.target))
         if self.target not in TARGETS:

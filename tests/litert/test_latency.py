@@ -357,8 +357,11 @@ def test_measure_latency_and_csv_round_trip(
     assert (int8.quantize, int8.threads) == ("int8", 2)
     assert all(k <= 1 for costs in int8.layers.values() for k, *_ in costs.points)
     options = {"objective": "latency", "latency_table": int8, "max_slices": 1}
-    plan = keras_alds.select(model, 0.02, **options)
-    assert plan.runtime == "int8, 2 threads"
+    for quantize in (None, "int8"):
+        plan = keras_alds.select(model, 0.02, quantize=quantize, **options)
+        assert plan.runtime == "int8, 2 threads"
+    with pytest.raises(ValueError, match=r"quantize='int8'\. Received: one in float32"):
+        keras_alds.select(model, 0.02, objective="latency", latency_table=path, quantize="int8")
 
 
 def test_tables_of_older_versions_know_scheme_0(runtime: list[Any], tmp_path: Path):
@@ -519,12 +522,16 @@ def test_in_training_and_by_path(
     assert alds.plan.reduction("latency") >= 0.05
     # Nothing given: measured here, and as silently as was asked for.
     monkeypatch.setattr(latency, "progress_bar", recording)
-    silent = keras_alds.ALDSCompress(0.05, objective="latency", max_slices=2, verbose=0, at_epoch=0)
+    options = {"objective": "latency", "quantize": "int8", "max_slices": 2}
+    silent = keras_alds.ALDSCompress(0.05, verbose=0, at_epoch=0, **options)
     fresh = wide(keras)
     fresh.compile("sgd", "mse")
     fresh.fit(x, y, verbose=0, callbacks=[silent])
     assert shown
     assert not any(shown)
+    assert silent.plan.runtime == "int8, 1 thread"
+    layers = [file for file in runtime[before:] if isinstance(file, functools.partial)]
+    assert {file.keywords["quantize"] for file in layers} == {"int8"}
     plan = keras_alds.select(wide(keras), 0.05, objective="latency", max_slices=1)
     assert plan.cr >= 0.05
     assert all(choice.slices == 1 for choice in plan.factorized)
@@ -534,7 +541,9 @@ def test_bad_arguments(runtime: list[Any], tmp_path: Path, monkeypatch: pytest.M
     model = wide(keras)
     table = measure_latency(model, verbose=0)
     cases = [
-        ({"latency_table": table}, "only with objective='latency'"),
+        ({"latency_table": table}, "`latency_table` only with objective='latency'"),
+        ({"quantize": "int8"}, "`quantize` only with objective='latency'"),
+        ({"objective": "latency", "quantize": "float16"}, "`quantize` to be None or 'int8'"),
         ({"objective": "latency", "latency_table": 3}, "to be a `keras_alds.litert.LatencyTable`"),
         (
             {"objective": "latency", "latency_table": table, "target": "gpu-delegate"},
@@ -726,6 +735,9 @@ def test_device_commands(
         for point, time in costs.points.items():
             assert abs(time - made_up(call, *point)) <= 1
     arguments = ["plan", "model.keras", "--objective", "latency", "--latency-table", "phone.csv"]
+    with pytest.raises(SystemExit):
+        main([*arguments, "--quantize", "int8"])
+    assert "measured with quantize='int8'" in capsys.readouterr().err
     assert main([*arguments, "--cr", "0.05", "--output", "plan.json"]) == 0
     assert CompressionPlan.load("plan.json").reduction("latency") >= 0.05
     assert "Latency, µs" in capsys.readouterr().out
