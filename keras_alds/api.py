@@ -496,13 +496,15 @@ def selection_of(
         ValueError: If the model cannot be compressed, or `cr` is out of reach for any weights.
     """
     inventory = candidates_of(inventory, options, stacklevel=stacklevel + 1)
-    resources = _resources(inventory, options, verbose)
+    resources = _resources(inventory, options, verbose, stacklevel=stacklevel + 1)
     selection = Selection.of(inventory, resources, options)
     selection.warn_of_bounds(stacklevel=stacklevel + 1)
     return selection
 
 
-def _resources(inventory: Inventory, options: Options, verbose: int) -> list[Resource]:
+def _resources(
+    inventory: Inventory, options: Options, verbose: int, *, stacklevel: int
+) -> list[Resource]:
     """The resources that the options limit."""
     if options.objective == "latency":
         from keras_alds.litert.latency import measured_latency
@@ -514,7 +516,8 @@ def _resources(inventory: Inventory, options: Options, verbose: int) -> list[Res
             max_slices=options.max_slices,
             schemes=options.schemes,
         )
-        return [measured_latency(inventory, options.latency_table, settings, verbose=verbose)]
+        table, more = options.latency_table, {"verbose": verbose, "stacklevel": stacklevel + 1}
+        return [measured_latency(inventory, table, settings, **more)]
     known: dict[str, Resource] = {
         "params": Params(inventory, METHODS[options.method]),
         "macs": Macs(inventory, only=len(options.limits) == 1),

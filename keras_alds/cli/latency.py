@@ -39,7 +39,10 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 def write(table: Any, output: Path) -> None:
     """Saves a latency table and prints its total."""
     table.save(output)
-    print(f"{table.total / 1000:,.1f} µs; {len(table.layers)} layers in {output}")
+    print(
+        f"{table.total / 1000:,.1f} µs; {len(table.layers)} layers in {output}; "
+        f"noise {table.noise:.1%}"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -91,6 +91,8 @@ class SampledCosts:
     Attributes:
         dense: Cost of the unchanged layer.
         samples: Tuples `(scheme, k, ranks, costs)`, ascending in scheme, k and the ranks.
+        step: What a choice saves against the unchanged layer is rounded down to multiples of it,
+            so that smaller differences do not count.
 
     Raises:
         ValueError: If the samples are not such tuples, or a cost is negative.
@@ -98,6 +100,7 @@ class SampledCosts:
 
     dense: int
     samples: tuple[tuple[int, int, tuple[int, ...], tuple[int, ...]], ...]
+    step: int = 1
 
     def __post_init__(self) -> None:
         rows = [(scheme, k) for scheme, k, _, _ in self.samples]
@@ -106,6 +109,7 @@ class SampledCosts:
             or any(list(ranks) != sorted(set(ranks)) for *_, ranks, _ in self.samples)
             or rows != sorted(set(rows))
             or min([self.dense, *(min(costs) for *_, costs in self.samples)]) < 0
+            or self.step < 1
         ):
             raise ValueError(
                 "Expected samples (scheme, slices, ranks, costs) with ascending schemes, slices "
@@ -152,7 +156,7 @@ class SampledCosts:
         return points
 
     def of(self, slices: int, ranks: Any, scheme: int = 0) -> Int64:
-        """Returns the costs of choices, rounded up.
+        """Returns the costs of choices, rounded up to whole steps below the unchanged layer.
 
         Args:
             slices: Number of slices k.
@@ -170,9 +174,40 @@ class SampledCosts:
         asked = np.asarray(list(ranks), np.int64)
         for *key, known, costs in self.samples:
             if key == [scheme, slices]:
-                between = np.ceil(np.interp(asked, known, costs)).astype(np.int64)
-                return np.where(asked <= known[-1], between, NEVER)
+                saved = np.floor((self.dense - np.interp(asked, known, costs)) / self.step)
+                cost = self.dense - self.step * saved.astype(np.int64)
+                return np.where(asked <= known[-1], cost, NEVER)
         return np.full(asked.shape, NEVER, np.int64)
+
+    def smoothed(self, step: int = 1) -> SampledCosts:
+        """Returns the costs without the noise of their measurement.
+
+        Along the ranks they become the nearest costs, by squared differences, that never fall. A
+        larger rank is then not taken to be faster because it was measured at a better moment.
+
+        Args:
+            step: The noise: smaller differences do not count.
+
+        Example:
+            >>> noisy = SampledCosts.of_points({(0, 0, 0): 99, (1, 2, 0): 41, (1, 3, 0): 37})
+            >>> noisy.smoothed().points
+            {(0, 0, 0): 99, (1, 2, 0): 39, (1, 3, 0): 39}
+            >>> noisy.smoothed(step=20).of(1, [2, 3])
+            array([39, 39])
+        """
+        samples = tuple((s, k, ranks, _never_falling(costs)) for s, k, ranks, costs in self.samples)
+        return SampledCosts(self.dense, samples, max(step, 1))
+
+
+def _never_falling(values: Sequence[int]) -> tuple[int, ...]:
+    """The nearest sequence that never falls: neighbours that fall are replaced by their mean."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        pools.append((value, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (second, m), (first, n) = pools.pop(), pools.pop()
+            pools.append(((first * n + second * m) / (n + m), n + m))
+    return tuple(round(mean) for mean, count in pools for _ in range(count))
 
 
 def sum_costs(parts: Sequence[tuple[int, SampledCosts]]) -> SampledCosts:

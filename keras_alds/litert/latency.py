@@ -7,7 +7,7 @@ import functools
 import os
 import reprlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,14 @@ import tensorflow as tf
 
 from keras_alds import _backend
 from keras_alds._backend import wrappers
-from keras_alds.core.costs import Costs, Point, SampledCosts, sum_costs
+from keras_alds.core.costs import DENSE, Costs, Point, SampledCosts
 from keras_alds.litert import _package
 from keras_alds.litert.conversion import ConvertOptions, convert_quietly
 from keras_alds.litert.layer_files import Calls, LayerCall, empty_file, layer_calls, layer_file
 from keras_alds.litert.runs import check_local
 from keras_alds.litert.sampling import Ranks, sample_costs
-from keras_alds.litert.table import LatencyTable, Settings
-from keras_alds.litert.timing import MOST_SWEPT, time_files
+from keras_alds.litert.table import MOST_NOISE, LatencyTable, Settings
+from keras_alds.litert.timing import MOST_SWEPT, Repeats, Timing, time_files
 from keras_alds.models.data import MIN_EXAMPLES
 from keras_alds.models.inventory import Inventory, LayerRecord, already_compressed
 from keras_alds.naming import check_exclude
@@ -52,12 +52,7 @@ class MeasuredLatency:
         calls = layer_calls(inventory, records)
         _check_of_model(inventory, records, calls, table)
         self._costs = {
-            record.layer: sum_costs(
-                [
-                    (count, table.layers[call])
-                    for call, count in collections.Counter(calls[record.layer]).items()
-                ]
-            )
+            record.layer: table.costs(calls[record.layer])
             for record in records
             if calls[record.layer]
         }
@@ -99,9 +94,10 @@ def measure_latency(
     The whole original is converted and measured once. For every layer that can be factorized, and
     every input size it is called with, small files are written directly: the dense layer, or the
     encoder and decoder of a choice: slices, rank and fold scheme. Only some ranks are measured, enough to know the others
-    to about 4 % of the dense layer's time. Measurements are cached for the process. One forward
-    pass takes one example. On one thread, processor time is measured, so that other programs
-    have little effect.
+    to about 4 % of the dense layer's time. Everything is measured at least twice, and again, up to
+    5 times, until the time is reproduced to 3 %. A warning says if the machine was too busy
+    for that. Other measurements are cached for the process. One forward pass takes one example. On one
+    thread, processor time is measured, so that other programs have little effect.
 
     Args:
         model: A built Keras 3 or tf_keras model, not compressed, whose input sizes are known.
@@ -116,7 +112,7 @@ def measure_latency(
         verbose: 0 for silence, else shows a progress bar on a terminal. Defaults to 1.
 
     Returns:
-        A `LatencyTable`.
+        A `LatencyTable`. Its `noise` says how well the times were reproduced.
 
     Raises:
         ImportError: If LiteRT is not installed.
@@ -133,7 +129,9 @@ def measure_latency(
     target = check_local(target)
     settings = Settings(quantize, threads, target, max_slices)
     inventory = measurable(model, exclude, stacklevel=2)
-    return _measured(inventory, settings, representative_data, verbose)
+    table = _measured(inventory, settings, representative_data, verbose)
+    table.warn_of_noise(stacklevel=2)
+    return table
 
 
 def measurable(model: Any, exclude: Any = (), *, stacklevel: int = 1) -> Inventory:
@@ -193,22 +191,32 @@ def check_table(latency: Any, target: str | None, quantize: str | None) -> Laten
 
 
 def measured_latency(
-    inventory: Inventory, table: LatencyTable | None, settings: Settings, *, verbose: int = 1
+    inventory: Inventory,
+    table: LatencyTable | None,
+    settings: Settings,
+    *,
+    verbose: int = 1,
+    stacklevel: int = 1,
 ) -> MeasuredLatency:
     """The latency of a model's layers, from a table or measured now.
+
+    Warns if the table is noisy.
 
     Args:
         inventory: The model.
         table: A table of this model, or None to measure.
         settings: How to measure without a table.
         verbose: As for `measure_latency`.
+        stacklevel: As for `warnings.warn`.
 
     Raises:
         ValueError: If the table lacks a layer, or belongs to another model.
     """
     if table is None:
         table = _measured(inventory, settings, verbose=verbose)
-    return MeasuredLatency(inventory, table)
+    latency = MeasuredLatency(inventory, table)
+    table.warn_of_noise(stacklevel=stacklevel + 1)
+    return latency
 
 
 def _check_of_model(
@@ -241,13 +249,14 @@ def _check_of_model(
 # -- Measurement ---------------------------------------------------------------------------------
 
 
-# Cached measurements: layers by call, runtime, bytes swept and ranks; models by their calls.
-_LAYERS: dict[tuple, SampledCosts] = {}
-_MODELS: weakref.WeakKeyDictionary[Any, dict[tuple, tuple[int, int]]] = weakref.WeakKeyDictionary()
-
-
-def _times(settings: Settings, files: Sequence[Any], swept: int = 0) -> list[int]:
-    return time_files(files, threads=settings.threads, target=settings.target, swept=swept)
+#: Most measurements of one file.
+MOST_REPEATS = 5
+# Cached measurements: layers by call, runtime, bytes swept and ranks; models by their calls, with
+# the size of the file.
+_LAYERS: dict[tuple, dict[Point, Timing]] = {}
+_MODELS: weakref.WeakKeyDictionary[Any, dict[tuple, tuple[Timing, int]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _measured(
@@ -260,22 +269,80 @@ def _measured(
     records = measured_records(inventory)
     calls = layer_calls(inventory, records)
     ranks = ranks_of_calls(records, calls, settings)
-    total, size = _model_latency(inventory.model, settings, calls, representative_data, verbose)
+    models = _MODELS.setdefault(inventory.model, {})
+    this = (settings, tuple(map(tuple, calls.values())))
+    content = b""
+    if this not in models:
+        content = converted(inventory.model, settings.quantize, representative_data, verbose)
+    size = len(content) or models[this][1]
     # Rounded up to a power of two, so that models of similar size share measurements.
     swept = min(1 << (size - 1).bit_length(), MOST_SWEPT)
-    costs: dict[LayerCall, SampledCosts] = {}
-    overhead = None
-    with progress_bar(verbose) as progress:
-        for call in progress.track(sorted(ranks), description="latency of layers"):
-            key = (call, settings, swept, tuple(ranks[call].items()))
-            if key not in _LAYERS:
-                if overhead is None:
-                    (overhead,) = _times(settings, [empty_file])
-                _LAYERS[key] = _layer_costs(call, ranks[call], settings, swept, overhead)
-            costs[call] = _LAYERS[key]
-    return LatencyTable(
-        total, costs, dict(_counts(calls)), settings.quantize, settings.threads, settings.target
+    keys = {call: (call, settings, swept, tuple(ranks[call].items())) for call in sorted(ranks)}
+    timings = {call: _LAYERS[key] for call, key in keys.items() if key in _LAYERS}
+    model, _ = models.get(this, (Timing(0), 0))
+    missing = {call: ranks[call] for call in keys if call not in timings}
+    if content or missing:
+        measured, layers = _passes(content, missing, settings, swept, verbose)
+        model = measured if content else model
+        timings |= layers
+    table = LatencyTable(
+        model,
+        {call: timings[call] for call in keys},
+        dict(_counts(calls)),
+        settings.quantize,
+        settings.threads,
+        settings.target,
     )
+    if table.noise <= MOST_NOISE:  # else measured anew the next time
+        models[this] = (model, size)
+        _LAYERS.update({keys[call]: found for call, found in timings.items()})
+    return table
+
+
+def _passes(
+    content: bytes,
+    ranks: Mapping[LayerCall, Ranks],
+    settings: Settings,
+    swept: int,
+    verbose: int,
+) -> tuple[Timing, dict[LayerCall, dict[Point, Timing]]]:
+    """Measures a model and its layers in several passes, until their times are reproduced.
+
+    So the measurements of one file lie apart in time: a busy moment of the machine affects one of
+    them. Each pass decides anew which ranks to measure, by the times so far.
+
+    Args:
+        content: The file of the whole model, empty if its latency is known.
+        ranks: The allowed ranks of the layers to measure.
+        settings: How to measure.
+        swept: As for `time_files`.
+        verbose: As for `measure_latency`.
+
+    Returns:
+        The latency of the model and of the choices of its layers.
+    """
+    once = functools.partial(time_files, threads=settings.threads, target=settings.target)
+    whole = Repeats(lambda keys: once([lambda: content or empty_file()] * len(keys)))
+    empty = Repeats(lambda keys: once([empty_file] * len(keys)))
+    layers = {call: Repeats(_layer_times(call, settings, swept)) for call in ranks}
+    costs: dict[LayerCall, SampledCosts] = {}
+    with progress_bar(verbose) as progress:
+        for count in range(1, MOST_REPEATS + 1):
+            whole.times([DENSE], count)
+            (overhead,) = empty.times([DENSE], count)
+            for call in progress.track(list(ranks), description=f"latency of layers, {count}"):
+
+                def net(points: Sequence[Point], of: Repeats = layers[call]) -> list[int]:
+                    return [max(time - overhead, 1) for time in of.times(points, count)]
+
+                costs[call] = sample_costs(net, ranks[call])
+            done = all(layers[call].settled(p) for call in ranks for p in costs[call].points)
+            if done and whole.settled(DENSE):
+                break
+    return whole.timing(DENSE), {
+        call: {point: layers[call].timing(point, overhead) for point in costs[call].points}
+        for call in ranks
+    }
 
 
 def _counts(calls: Calls) -> collections.Counter[LayerCall]:
@@ -304,38 +371,19 @@ def ranks_of_calls(
     }
 
 
-def _layer_costs(
-    call: LayerCall,
-    ranks: Ranks,
-    settings: Settings,
-    swept: int,
-    overhead: int,
-) -> SampledCosts:
+def _layer_times(
+    call: LayerCall, settings: Settings, swept: int
+) -> Callable[[Sequence[Point]], list[int]]:
+    """What measures choices of a layer once."""
+
     def measure(points: Sequence[Point]) -> list[int]:
         files = [
             functools.partial(layer_file, call, *point, quantize=settings.quantize)
             for point in points
         ]
-        return [max(time - overhead, 1) for time in _times(settings, files, swept)]
+        return time_files(files, threads=settings.threads, target=settings.target, swept=swept)
 
-    return sample_costs(measure, ranks)
-
-
-def _model_latency(
-    model: Any,
-    settings: Settings,
-    calls: Calls,
-    data: Any,
-    verbose: int,
-) -> tuple[int, int]:
-    """Latency of the whole model and the size of its file."""
-    known = _MODELS.setdefault(model, {})
-    key = (settings, tuple(map(tuple, calls.values())))
-    if key not in known:
-        content = converted(model, settings.quantize, data, verbose)
-        (time,) = _times(settings, [lambda: content])
-        known[key] = (time, len(content))
-    return known[key]
+    return measure
 
 
 def converted(model: Any, quantize: str | None, data: Any = None, verbose: int = 0) -> bytes:

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+import statistics
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from keras_alds.core.checks import did_you_mean, positive_int
 from keras_alds.core.choices import offered_ranks
-from keras_alds.core.costs import DENSE, Point, SampledCosts
+from keras_alds.core.costs import DENSE, Point, SampledCosts, sum_costs
 from keras_alds.core.slicing import SCHEMES
 from keras_alds.litert.layer_files import LayerCall
+from keras_alds.litert.timing import Timing
 from keras_alds.models.inventory import LayerRecord
 from keras_alds.options import check_quantize
 from keras_alds.targets import TARGETS, canonical
 
 COLUMNS = (
     *(field.name for field in dataclasses.fields(LayerCall)),
-    *("calls", "quantize", "threads", "target", "scheme", "slices", "rank", "nanoseconds"),
+    *("calls", "quantize", "threads", "target", "scheme", "slices", "rank"),
+    *(field.name for field in dataclasses.fields(Timing)),
 )
 #: Columns that older files lack, with the value that they have there.
-ADDED = {"scheme": "0"}
+ADDED = {"scheme": "0", "repeats": "1", "spread": ""}
+#: A table whose times are known less well than to this fraction is not worth much.
+MOST_NOISE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +112,9 @@ class LatencyTable:
     """Latencies of a model and its layers' choices in one runtime; see `measure_latency`.
 
     Attributes:
-        total: Latency of the whole original model, in nanoseconds.
-        layers: `SampledCosts` of every layer and input size, in nanoseconds.
+        model: `Timing` of the whole original model: nanoseconds, number of repeats, and spread.
+        timings: For every layer and input size, `Timing`s by `(slices, rank, scheme)`;
+            `(0, 0, 0)` is the dense layer.
         calls: How often each of these is called in one forward pass.
         quantize: None for float32, or `"int8"`.
         threads: Number of threads.
@@ -121,8 +129,8 @@ class LatencyTable:
     ```
     """
 
-    total: int
-    layers: Mapping[LayerCall, SampledCosts]
+    model: Timing
+    timings: Mapping[LayerCall, Mapping[Point, Timing]]
     calls: Mapping[LayerCall, int]
     quantize: str | None = None
     threads: int = 1
@@ -134,13 +142,63 @@ class LatencyTable:
             f"quantize={self.quantize!r}, threads={self.threads}, target={self.target!r})"
         )
 
+    @property
+    def total(self) -> int:
+        """Latency of the whole original model, in nanoseconds."""
+        return self.model.nanoseconds
+
+    @functools.cached_property
+    def layers(self) -> dict[LayerCall, SampledCosts]:
+        """`SampledCosts` of every layer and input size, in nanoseconds, as they were measured."""
+        return {call: _costs(found) for call, found in self.timings.items()}
+
+    def noise_of(self, call: LayerCall) -> float:
+        """By how many nanoseconds a layer's times differ when they are measured again: a median."""
+        known = [t.noise for t in self.timings[call].values() if t.spread is not None]
+        return statistics.median(known) if known else 0.0
+
+    @property
+    def noise(self) -> float:
+        """By which fraction times differ when they are measured again.
+
+        It is the noise of all layers together, or of the whole model if that is larger: 0.02 on a
+        quiet machine, 0.1 and more on a busy one. It is 0 if everything was measured only once.
+        """
+        counts = self.calls.items()
+        dense = sum(count * self.layers[call].dense for call, count in counts)
+        noise = sum(count * self.noise_of(call) for call, count in counts)
+        return max(noise / max(dense, 1), self.model.spread or 0)
+
+    def costs(self, calls: Iterable[LayerCall]) -> SampledCosts:
+        """The costs of a layer's choices in all its calls, without the noise."""
+        counts = collections.Counter(calls)
+        parts = [(count, self.layers[call]) for call, count in counts.items()]
+        noise = sum(count * self.noise_of(call) for call, count in counts.items())
+        return sum_costs(parts).smoothed(round(noise))
+
+    def warn_of_noise(self, *, stacklevel: int) -> None:
+        """Warns if the table is too noisy to choose by.
+
+        Args:
+            stacklevel: As for `warnings.warn`: 2 is the line that calls this function.
+        """
+        if self.noise > MOST_NOISE:
+            warnings.warn(
+                f"Latency was measured on a busy machine: measured again, times differ by "
+                f"{self.noise:.0%}. Plans made of this table may be slower than they say. Measure "
+                "again when nothing else runs.",
+                stacklevel=stacklevel + 1,
+            )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the table to `path` as CSV; docs/deploy.md describes its columns."""
         settings = Settings(self.quantize, self.threads, self.target)
-        rows = [settings.row(None, nanoseconds=self.total)]
-        for call, costs in self.layers.items():
-            for point, time in costs.points.items():
-                rows.append(settings.row(call, self.calls[call], point, nanoseconds=time))
+        rows = [settings.row(None, **dataclasses.asdict(self.model))]
+        for call, found in self.timings.items():
+            for point, timing in found.items():
+                rows.append(
+                    settings.row(call, self.calls[call], point, **dataclasses.asdict(timing))
+                )
         write_rows(path, rows)
 
     @classmethod
@@ -168,38 +226,50 @@ class LatencyTable:
                 f"Expected a latency table in {where!r}, with the columns {', '.join(COLUMNS)}. "
                 f"Received: {'no rows' if not rows else 'none named ' + ', '.join(missing)}"
             )
-        totals: list[int] = []
+        models: list[Timing] = []
         calls: dict[LayerCall, int] = {}
-        points: dict[LayerCall, dict[Point, int]] = {}
+        timings: dict[LayerCall, dict[Point, Timing]] = {}
         try:
             settings = {(row["quantize"], int(row["threads"]), row["target"]) for row in rows}
             for row in rows:
-                nanoseconds = round(float(row["nanoseconds"]))
+                timing = _timing(row)
                 if row["kind"] == "model":
-                    if nanoseconds < 1:
-                        raise ValueError(f"{nanoseconds} ns for the whole model")
-                    totals.append(nanoseconds)
+                    if timing.nanoseconds < 1:
+                        raise ValueError(f"{timing.nanoseconds} ns for the whole model")
+                    models.append(timing)
                     continue
                 call = LayerCall.from_row({key: str(value) for key, value in row.items()})
                 calls[call] = int(row["calls"])
                 point = int(row["slices"]), int(row["rank"]), int(row["scheme"])
-                points.setdefault(call, {})[point] = nanoseconds
-            layers = {call: SampledCosts.of_points(found) for call, found in points.items()}
+                timings.setdefault(call, {})[point] = timing
+            for found in timings.values():
+                _costs(found)
         except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise ValueError(
                 f"Expected a latency table in {where!r}: numbers in the columns of sizes and "
                 f"times, and a dense row for every layer. Received: one that does not fit ({error})"
             ) from error
-        if len(settings) != 1 or len(totals) != 1:
+        if len(settings) != 1 or len(models) != 1:
             raise ValueError(
                 f"Expected the latency table in {where!r} to hold one model, measured with one "
                 "quantization, number of threads and target. "
-                f"Received: {len(totals)} models, settings {sorted(map(str, settings))}"
+                f"Received: {len(models)} models, settings {sorted(map(str, settings))}"
             )
         ((quantize, threads, target),) = settings
-        return cls(
-            totals[0], layers, calls, None if quantize == "float32" else quantize, threads, target
-        )
+        number_format = None if quantize == "float32" else quantize
+        return cls(models[0], timings, calls, number_format, threads, target)
+
+
+def _costs(timings: Mapping[Point, Timing]) -> SampledCosts:
+    return SampledCosts.of_points({point: t.nanoseconds for point, t in timings.items()})
+
+
+def _timing(row: Mapping[str, Any]) -> Timing:
+    """The time in a row of a CSV file."""
+    spread = float(row["spread"]) if row["spread"] else None
+    if spread is not None and not spread >= 0:
+        raise ValueError(f"spread={spread}")
+    return Timing(round(float(row["nanoseconds"])), int(row["repeats"]), spread)
 
 
 def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:

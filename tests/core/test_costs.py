@@ -55,6 +55,35 @@ def test_the_sum_over_calls_is_the_sum_at_every_rank():
         sum_costs([])
 
 
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=7), st.integers(1, 300))
+def test_smoothed_costs_never_fall_and_are_the_nearest(row: list[int], step: int):
+    points = {(1, j, 2): cost for j, cost in enumerate(row, 1)}
+    costs = SampledCosts.of_points({DENSE: 900, **points})
+    smooth = list(costs.smoothed().points.values())[1:]
+    # The least squares solution in closed form: the largest least mean of a run around each.
+    n = len(row)
+    for i, value in enumerate(smooth):
+        exact = max(min(np.mean(row[a : b + 1]) for b in range(i, n)) for a in range(i + 1))
+        assert abs(value - exact) <= 0.5
+    assert smooth == sorted(smooth)
+    if row == sorted(row):
+        assert costs.smoothed() == costs
+    # In steps below the dense layer, never less than measured.
+    ranks = range(1, n + 1)
+    stepped, fine = costs.smoothed(step).of(1, ranks, 2), costs.smoothed().of(1, ranks, 2)
+    assert not ((900 - stepped) % step).any()
+    assert ((fine <= stepped) & (stepped < fine + step)).all()
+
+
+def test_of_costs_that_differ_by_noise_the_smaller_error_is_taken():
+    kernel = np.diag([9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0])
+    points = {DENSE: 100, (1, 1, 0): 51, (1, 2, 0): 52, (1, 3, 0): 55}
+    costs = SampledCosts.of_points(points)
+    for step, rank in ((1, 1), (10, 3)):
+        table = choice_table(spectra(kernel), costs=[costs.smoothed(step)])
+        assert table.front()[0].rank == rank
+
+
 @pytest.mark.parametrize(
     "samples",
     [
@@ -68,6 +97,8 @@ def test_the_sum_over_calls_is_the_sum_at_every_rank():
 def test_bad_samples_are_refused(samples: Any):
     with pytest.raises(ValueError, match="ascending schemes, slices and ranks"):
         SampledCosts(5, samples)
+    with pytest.raises(ValueError, match="ascending schemes, slices and ranks"):
+        SampledCosts(5, (), step=0)
     with pytest.raises(ValueError, match="cost of the dense layer"):
         SampledCosts.of_points({(1, 2, 0): 3})
 
