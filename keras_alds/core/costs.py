@@ -95,7 +95,7 @@ class SampledCosts:
             so that smaller differences do not count.
 
     Raises:
-        ValueError: If the samples are not such tuples, or a cost is negative.
+        ValueError: If the samples are not such tuples, a cost is negative or the step is below 1.
     """
 
     dense: int
@@ -113,8 +113,8 @@ class SampledCosts:
         ):
             raise ValueError(
                 "Expected samples (scheme, slices, ranks, costs) with ascending schemes, slices "
-                "and ranks and costs of at least 0. "
-                f"Received: dense={self.dense}, samples={self.samples}"
+                "and ranks, costs of at least 0 and a step of at least 1. Received: "
+                f"dense={self.dense}, samples={self.samples}, step={self.step}"
             )
 
     @classmethod

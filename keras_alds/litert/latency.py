@@ -7,7 +7,7 @@ import functools
 import os
 import reprlib
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from keras_alds.litert import _package
 from keras_alds.litert.conversion import ConvertOptions, convert_quietly
 from keras_alds.litert.layer_files import Calls, LayerCall, empty_file, layer_calls, layer_file
 from keras_alds.litert.runs import check_local
-from keras_alds.litert.sampling import Ranks, sample_costs
+from keras_alds.litert.sampling import Measure, Ranks, sample_costs
 from keras_alds.litert.table import MOST_NOISE, LatencyTable, Settings
 from keras_alds.litert.timing import MOST_SWEPT, Repeats, Timing, time_files
 from keras_alds.models.data import MIN_EXAMPLES
@@ -93,11 +93,12 @@ def measure_latency(
 
     The whole original is converted and measured once. For every layer that can be factorized, and
     every input size it is called with, small files are written directly: the dense layer, or the
-    encoder and decoder of a choice: slices, rank and fold scheme. Only some ranks are measured, enough to know the others
-    to about 4 % of the dense layer's time. Everything is measured at least twice, and again, up to
-    5 times, until the time is reproduced to 3 %. A warning says if the machine was too busy
-    for that. Other measurements are cached for the process. One forward pass takes one example. On one
-    thread, processor time is measured, so that other programs have little effect.
+    encoder and decoder of a choice: slices, rank and fold scheme. Only some ranks are measured,
+    enough to know the others to about 4 % of the dense layer's time. Everything is measured at
+    least twice, and again, up to 5 times, until it is reproduced to 3 % of that. A warning says if
+    the machine was too busy for that. Other measurements are cached for the process. One forward
+    pass takes one example. On one thread, processor time is measured, so that other programs have
+    little effect.
 
     Args:
         model: A built Keras 3 or tf_keras model, not compressed, whose input sizes are known.
@@ -324,18 +325,14 @@ def _passes(
     once = functools.partial(time_files, threads=settings.threads, target=settings.target)
     whole = Repeats(lambda keys: once([lambda: content or empty_file()] * len(keys)))
     empty = Repeats(lambda keys: once([empty_file] * len(keys)))
-    layers = {call: Repeats(_layer_times(call, settings, swept)) for call in ranks}
+    layers = {call: Repeats(_layer_times(call, settings, swept), DENSE) for call in ranks}
     costs: dict[LayerCall, SampledCosts] = {}
     with progress_bar(verbose) as progress:
         for count in range(1, MOST_REPEATS + 1):
             whole.times([DENSE], count)
             (overhead,) = empty.times([DENSE], count)
             for call in progress.track(list(ranks), description=f"latency of layers, {count}"):
-
-                def net(points: Sequence[Point], of: Repeats = layers[call]) -> list[int]:
-                    return [max(time - overhead, 1) for time in of.times(points, count)]
-
-                costs[call] = sample_costs(net, ranks[call])
+                costs[call] = sample_costs(_net(layers[call], count, overhead), ranks[call])
             done = all(layers[call].settled(p) for call in ranks for p in costs[call].points)
             if done and whole.settled(DENSE):
                 break
@@ -371,9 +368,12 @@ def ranks_of_calls(
     }
 
 
-def _layer_times(
-    call: LayerCall, settings: Settings, swept: int
-) -> Callable[[Sequence[Point]], list[int]]:
+def _net(files: Repeats, count: int, overhead: int) -> Measure:
+    """What measures files up to `count` times, without the overhead of a run."""
+    return lambda points: [max(time - overhead, 1) for time in files.times(points, count)]
+
+
+def _layer_times(call: LayerCall, settings: Settings, swept: int) -> Measure:
     """What measures choices of a layer once."""
 
     def measure(points: Sequence[Point]) -> list[int]:

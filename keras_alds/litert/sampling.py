@@ -31,8 +31,8 @@ def sample_costs(measure: Measure, ranks: Ranks, *, tolerance: float = TOLERANCE
     Useless numbers of slices are skipped: none of their choices is faster than the dense layer, or
     each costs as much as one slice of the same total rank, which keeps more of the kernel. Two
     such numbers in a row end the search, except for the largest k. A fold scheme is skipped if its
-    smallest rank is not faster than the dense layer. Otherwise nothing is known without the weights:
-    a scheme that is slower may keep more of the kernel.
+    smallest rank is not faster than the dense layer. One that is slower than others is not: it may
+    keep more of the kernel, which depends on the weights.
 
     Args:
         measure: Measures choices.

@@ -159,15 +159,14 @@ class LatencyTable:
 
     @property
     def noise(self) -> float:
-        """By which fraction times differ when they are measured again.
+        """By which fraction times differ when they are measured again, for all layers together.
 
-        It is the noise of all layers together, or of the whole model if that is larger: 0.02 on a
-        quiet machine, 0.1 and more on a busy one. It is 0 if everything was measured only once.
+        It is 0.01 to 0.03 on a quiet machine, and 0.1 and more on a busy one. It is 0 if everything
+        was measured only once.
         """
         counts = self.calls.items()
         dense = sum(count * self.layers[call].dense for call, count in counts)
-        noise = sum(count * self.noise_of(call) for call, count in counts)
-        return max(noise / max(dense, 1), self.model.spread or 0)
+        return sum(count * self.noise_of(call) for call, count in counts) / max(dense, 1)
 
     def costs(self, calls: Iterable[LayerCall]) -> SampledCosts:
         """The costs of a layer's choices in all its calls, without the noise."""

@@ -30,8 +30,8 @@ class Timing:
         nanoseconds: The least time that was reproduced: another measurement is at most 3 % above
             it. A single lucky measurement does not count. If none was reproduced, the least time.
         repeats: Number of measurements.
-        spread: The difference of the two least measurements, as a fraction of `nanoseconds`. None
-            if there was only one measurement.
+        spread: The difference of the first two measurements, as a fraction of `nanoseconds`. It
+            does not shrink as more are made, until two agree by chance. None if there was only one.
     """
 
     nanoseconds: int
@@ -47,14 +47,13 @@ class Timing:
             overhead: What every one of them contains besides the file's own time.
 
         Example:
-            >>> Timing.of([130, 112, 110], overhead=10)
+            >>> Timing.of([112, 110, 130], overhead=10)
             Timing(nanoseconds=100, repeats=3, spread=0.02)
-            >>> Timing.of([130, 80, 132])
-            Timing(nanoseconds=130, repeats=3, spread=0.3846)
+            >>> Timing.of([132, 80, 130])
+            Timing(nanoseconds=130, repeats=3, spread=0.4)
         """
         net = max(round(_reproduced(times) - overhead), 1)
-        least, *others = sorted(times)
-        spread = round((others[0] - least) / net, 4) if others else None
+        spread = round(abs(times[0] - times[1]) / net, 4) if len(times) > 1 else None
         return cls(net, len(times), spread)
 
     @property
@@ -70,10 +69,15 @@ class Repeats:
 
     Args:
         measure: Measures the files of some keys once each, in nanoseconds.
+        reference: The key of a file that the others are compared with. They need not be known
+            better than to 3 % of its time. Defaults to None: each to 3 % of its own.
     """
 
-    def __init__(self, measure: Callable[[Sequence[Any]], Sequence[int]]) -> None:
+    def __init__(
+        self, measure: Callable[[Sequence[Any]], Sequence[int]], reference: Hashable = None
+    ) -> None:
         self._measure = measure
+        self._reference = reference
         self._times: dict[Hashable, list[int]] = {}
 
     def times(self, keys: Sequence[Any], count: int) -> list[int]:
@@ -87,8 +91,9 @@ class Repeats:
 
     def settled(self, key: Hashable) -> bool:
         """Whether the least time of a file was reproduced."""
-        least = sorted(self._times.get(key, ()))[:2]
-        return len(least) > 1 and _is_near(*least)
+        scale = min(self._times.get(self._reference, [0]))
+        least, *others = sorted(self._times.get(key, [0]))
+        return bool(others) and others[0] - least <= REPRODUCED * max(least, scale)
 
     def timing(self, key: Hashable, overhead: int = 0) -> Timing:
         """The record of a file's measurements."""
@@ -98,11 +103,8 @@ class Repeats:
 def _reproduced(times: Sequence[float]) -> float:
     """The least time that another one is near, else the least."""
     pairs = itertools.pairwise(sorted(times))
-    return next((time for time, other in pairs if _is_near(time, other)), min(times))
-
-
-def _is_near(time: float, other: float) -> bool:
-    return other <= (1 + REPRODUCED) * time
+    near = (time for time, other in pairs if other - time <= REPRODUCED * time)
+    return next(near, min(times))
 
 
 def clock(threads: int) -> Callable[[], int]:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -428,30 +429,26 @@ def true_latency(model: Any, plan: CompressionPlan) -> int:
     return TOTAL - saved
 
 
-def test_within_the_noise_the_smaller_error_counts(runtime: list[Any]):
+def test_savings_count_in_steps_of_the_noise(runtime: list[Any]):
     model = wide(keras)
     table = measure_latency(model, verbose=0)
     assert table.noise == 0
-    exact, options = [], {"objective": "latency", "method": "energy", "schemes": 0}
-    for spread in (0.0, 0.05):
-        timings = {
-            call: {point: dataclasses.replace(t, spread=spread) for point, t in found.items()}
-            for call, found in table.timings.items()
-        }
-        noisy = dataclasses.replace(table, timings=timings)
+    timings = {
+        call: {point: dataclasses.replace(t, spread=0.05) for point, t in found.items()}
+        for call, found in table.timings.items()
+    }
+    for noisy in (table, dataclasses.replace(table, timings=timings)):
         for call in table.layers:
             costs = noisy.costs([call, call])
-            step = round(2 * noisy.noise_of(call))
-            assert costs.step == max(step, 1)
+            assert costs.step == max(round(2 * noisy.noise_of(call)), 1)
             ranks = next(ranks for s, k, ranks, _ in costs.samples if (s, k) == (0, 1))
-            saved = costs.dense - costs.of(1, ranks)
-            assert not (saved % costs.step).any()
+            times = costs.of(1, ranks)
+            assert not ((costs.dense - times) % costs.step).any()
             truth = 2 * np.array([made_up(call, 1, j) for j in ranks])
-            assert (costs.dense - saved >= truth).all()
-            assert (costs.dense - saved < truth + costs.step).all()
-        exact.append(keras_alds.select(model, 0.1, latency_table=noisy, **options))
-    # A coarser measure of latency never ends in a plan that claims more than was asked for.
-    assert all(plan.reduction("latency") >= 0.1 for plan in exact)
+            assert ((truth <= times) & (times < truth + costs.step)).all()
+        options = {"objective": "latency", "latency_table": noisy, "method": "energy"}
+        plan = keras_alds.select(model, 0.1, **options)
+        assert true_latency(model, plan) <= plan.costs["latency"].after <= 0.9 * TOTAL
 
 
 def test_a_busy_machine_is_said_and_measured_again(
@@ -476,9 +473,6 @@ def test_a_busy_machine_is_said_and_measured_again(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert measure_latency(model, verbose=0).noise == 0
-    # The model's own time may be the noisy one.
-    slower = dataclasses.replace(table.model, spread=0.2)
-    assert dataclasses.replace(table, timings={}, calls={}, model=slower).noise == 0.2
 
 
 def test_tables_of_older_versions_know_scheme_0(runtime: list[Any], tmp_path: Path):
@@ -848,10 +842,11 @@ def test_device_commands(
     table = LatencyTable.load("phone.csv")
     assert table.total == TOTAL
     assert table.noise == 0
-    twice = log + log.replace("median=800", "median=840")
-    Path("log.txt").write_text(twice, encoding="utf-8")
+    slower = re.sub(r"median=([\d.]+)", lambda m: f"median={1.2 * float(m[1])}", log)
+    Path("log.txt").write_text(log + slower, encoding="utf-8")
     again = keras_alds.litert.read_latency_log("files", "log.txt")
-    assert again.noise == again.model.spread == 0.05
+    assert again.model == Timing(TOTAL, 2, 0.2)
+    assert 0.1 < again.noise < 0.25
     assert again.layers == table.layers
     for call, costs in table.layers.items():
         for point, time in costs.points.items():
