@@ -151,9 +151,7 @@ def main() -> None:
         def make() -> tuple[Any, str]:
             options: dict[str, Any] = {"objective": objective, "target": "litert"}
             if objective == "latency":
-                options["latency_table"] = keras_alds.litert.measure_latency(
-                    original, quantize=quantize, verbose=0
-                )
+                options["quantize"] = quantize
             cr = arguments.cr
             while objective == "latency" and not reachable(cr, options):
                 cr /= 2

@@ -536,7 +536,7 @@ def selection_of(
         ValueError: If the model cannot be compressed, or `cr` is out of reach for any weights.
     """
     inventory = candidates_of(inventory, options, stacklevel=stacklevel + 1)
-    resources = _resources(inventory, options, verbose)
+    resources = _resources(inventory, options, verbose, stacklevel=stacklevel + 1)
     try:
         selection = Selection.of(inventory, resources, options)
     except UnreachableError:
@@ -572,20 +572,22 @@ def _warn_of_slow_forms(inventory: Inventory, options: Options, *, stacklevel: i
     )
 
 
-def _resources(inventory: Inventory, options: Options, verbose: int) -> list[Resource]:
+def _resources(
+    inventory: Inventory, options: Options, verbose: int, *, stacklevel: int
+) -> list[Resource]:
     """The resources that the options limit."""
     if options.objective == "latency":
         from keras_alds.litert.latency import measured_latency
+        from keras_alds.litert.table import Settings
 
-        return [
-            measured_latency(
-                inventory,
-                options.latency_table,
-                target=options.target or "litert",
-                max_slices=options.max_slices,
-                verbose=verbose,
-            )
-        ]
+        settings = Settings(
+            options.quantize,
+            target=options.target or "litert",
+            max_slices=options.max_slices,
+            schemes=options.schemes,
+        )
+        table, more = options.latency_table, {"verbose": verbose, "stacklevel": stacklevel + 1}
+        return [measured_latency(inventory, table, settings, **more)]
     known: dict[str, Resource] = {
         "params": Params(inventory, METHODS[options.method]),
         "macs": Macs(inventory, only=len(options.limits) == 1),
@@ -605,7 +607,7 @@ def checked_options(cr: Any, given: Mapping[str, Any], *, has_data: bool, caller
         return options
     from keras_alds.litert.latency import check_table
 
-    table = check_table(options.latency_table, options.target)
+    table = check_table(options.latency_table, options.target, options.quantize)
     return dataclasses.replace(options, latency_table=table)
 
 

@@ -23,6 +23,9 @@ from keras_alds.plan import CompressionPlan, check_plan
 from keras_alds.resources import JOINT, RESOURCES
 from keras_alds.targets import ALIASES, CPU, SIZE, TARGETS, get_target
 
+#: The number formats whose latency is measured; None is float32.
+QUANTIZE = (None, "int8")
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -162,9 +165,22 @@ class SelectOptions(TypedDict, total=False):
         Option(
             None,
             """With `objective="latency"`: a `keras_alds.litert.LatencyTable`, or the path of its
-            CSV file. Defaults to None: latency is measured on this machine with LiteRT, in float32
-            on one thread, once per process.""",
+            CSV file. Defaults to None: latency is measured on this machine with LiteRT, on one
+            thread, once per process.""",
             flag={"help": "CSV file of a latency table (default: measured on this machine)"},
+        ),
+    ]
+    quantize: Annotated[
+        str | None,
+        Option(
+            None,
+            """With `objective="latency"`: `"int8"` if the model will be quantized to int8, so that
+            the latency of int8 files is measured. A `latency_table` has to be in int8 then.
+            Defaults to None: as in the table, or float32.""",
+            flag={
+                "choices": [name for name in QUANTIZE if name],
+                "help": "whether latency is that of int8 files (default: float32)",
+            },
         ),
     ]
     schemes: Annotated[
@@ -222,6 +238,7 @@ class Options:
     target: str | None
     bounds: tuple[Bound, ...]
     latency_table: Any
+    quantize: str | None
     schemes: tuple[int, ...]
 
     @classmethod
@@ -250,12 +267,13 @@ class Options:
         known = get_method(method, values["error_measure"])
         schemes = check_schemes(values["schemes"], known)
         values["target"], target_by_default = _target(values, known)
-        if values["latency_table"] is not None and values["objective"] != "latency":
-            raise ValueError(
-                "Expected `latency_table` only with objective='latency'. "
-                f"Received: latency_table={values['latency_table']!r}, "
-                f"objective={values['objective']!r}"
-            )
+        for name in ("latency_table", "quantize"):
+            if values[name] is not None and values["objective"] != "latency":
+                raise ValueError(
+                    f"Expected `{name}` only with objective='latency'. Received: "
+                    f"{name}={values[name]!r}, objective={values['objective']!r}"
+                )
+        check_quantize(values["quantize"])
         if values["max_slices"] is not None:
             values["max_slices"] = positive_int(values["max_slices"], "max_slices")
         options = cls(
@@ -315,12 +333,18 @@ def _limits(cr: Any, objective: Any) -> dict[str, float]:
 
 def _target(values: Mapping[str, Any], method: Method) -> tuple[str | None, bool]:
     """The name of the target or None for none, and whether it is the default one."""
+    measured_for = RESOURCES[values["objective"]].target
+    if values["target"] == SIZE:
+        if measured_for is not None:
+            raise ValueError(
+                f"Expected `target` to name a runtime with objective={values['objective']!r}. "
+                f"Received: target={SIZE!r}"
+            )
+        return None, False
     if values["target"] is not None:
-        if values["target"] == SIZE:
-            return None, False
         target = get_target(values["target"])
         return (target.name if target else None), False
-    if (measured_for := RESOURCES[values["objective"]].target) is not None:
+    if measured_for is not None:
         return measured_for, False
     if values["max_slices"] is not None or method.published:
         return None, False
@@ -359,6 +383,15 @@ def check_schemes(schemes: Any, method: Method) -> tuple[int, ...]:
         f"Expected `schemes` to be None, 'all', or one or several of {SCHEMES}. "
         f"Received: schemes={schemes!r}"
     )
+
+
+def check_quantize(quantize: Any) -> None:
+    """Raises a ValueError unless the latency of such files can be measured."""
+    if quantize not in QUANTIZE:
+        raise ValueError(
+            f"Expected `quantize` to be None or 'int8', to measure latency. "
+            f"Received: quantize={quantize!r}{did_you_mean(quantize, QUANTIZE)}"
+        )
 
 
 def check_cr(cr: Any) -> None:

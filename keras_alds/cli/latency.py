@@ -9,22 +9,20 @@ from typing import Any
 from keras_alds.cli.models import add_model, read_model
 from keras_alds.options import add_flags, flags
 
-OPTIONS = ("exclude", "max_slices")
+OPTIONS = ("quantize", "target", "exclude", "max_slices")
 
 
 def add_settings(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """Adds the arguments that `latency` and `latency-files` share."""
     add_model(parser)
-    parser.add_argument("--quantize", choices=["int8"], help="default: float32")
     parser.add_argument("--threads", type=int, default=1, help="number of threads (default: 1)")
-    add_flags(parser, ("target", *OPTIONS))
+    add_flags(parser, OPTIONS)
     parser.set_defaults(target="litert", **defaults)
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `add_settings` as keyword arguments."""
-    more = {"quantize": arguments.quantize, "threads": arguments.threads}
-    return {**flags(arguments, ("target", *OPTIONS)), **more}
+    return {**flags(arguments, OPTIONS), "threads": arguments.threads}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +39,10 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 def write(table: Any, output: Path) -> None:
     """Saves a latency table and prints its total."""
     table.save(output)
-    print(f"{table.total / 1000:,.1f} µs; {len(table.layers)} layers in {output}")
+    print(
+        f"{table.total / 1000:,.1f} µs; {len(table.layers)} layers in {output}; "
+        f"noise {table.noise:.1%}"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from keras_alds.options import add_flags, flags
 
 OPTIONS = (
     *("method", "objective", "latency_table", "exclude", "max_slices", "rank_multiple", "target"),
-    "schemes",
+    *("quantize", "schemes"),
 )
 
 

@@ -15,7 +15,7 @@ from keras_alds.methods import METHODS
 from keras_alds.options import add_flags, flags
 from keras_alds.scores import check_plots
 
-OPTIONS = ("objective", "exclude", "max_slices", "latency_table", "schemes")
+OPTIONS = ("objective", "exclude", "max_slices", "latency_table", "quantize", "schemes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

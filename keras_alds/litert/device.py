@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keras_alds.litert.latency import converted, measurable, measured_records
+from keras_alds.core.costs import DENSE
+from keras_alds.litert.latency import converted, measurable, measured_records, ranks_of_calls
 from keras_alds.litert.layer_files import empty_file, layer_calls, layer_file
 from keras_alds.litert.table import LatencyTable, Settings, read_rows, write_rows
+from keras_alds.litert.timing import Timing
 from keras_alds.progress import progress_bar
 
 INDEX = "candidates.csv"
@@ -68,21 +70,20 @@ def write_latency_files(
     inventory = measurable(model, exclude, stacklevel=2)
     records = measured_records(inventory)
     calls = layer_calls(inventory, records)
-    layers = {call: record.layer for record in records for call in calls[record.layer]}
+    choices = ranks_of_calls(records, calls, settings)
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     (path / _MODEL).write_bytes(converted(model, quantize, representative_data, verbose))
     (path / _EMPTY).write_bytes(empty_file())
     rows = [settings.row(None, file=_MODEL), settings.row(None, kind="empty", file=_EMPTY)]
     with progress_bar(verbose) as progress:
-        for call in progress.track(sorted(layers), description="files of layers"):
-            ranks = settings.ranks(layers[call], call)
-            points = [(0, 0), *((k, rank) for k, row in ranks.items() for rank in _spread(row))]
+        for call in progress.track(sorted(choices), description="files of layers"):
+            points = [(k, j, s) for (k, s), ranks in choices[call].items() for j in _spread(ranks)]
             count = sum(found.count(call) for found in calls.values())
-            for slices, rank in points:
+            for point in (DENSE, *points):
                 name = f"{len(rows) - 1:05}.tflite"
-                (path / name).write_bytes(layer_file(call, slices, rank, quantize=quantize))
-                rows.append(settings.row(call, count, slices, rank, file=name))
+                (path / name).write_bytes(layer_file(call, *point, quantize=quantize))
+                rows.append(settings.row(call, count, point, file=name))
     write_rows(path / INDEX, rows)
     return len(rows)
 
@@ -94,7 +95,8 @@ def read_latency_log(folder: str | os.PathLike[str], log: str | os.PathLike[str]
         folder: The folder with `candidates.csv`.
         log: Path of the log. For every file, the lines `Graph: […]` and `count=… avg=…` or
             `Inference timings in us: … Inference (avg): …` are read. A median is preferred where
-            the tool prints one. If a file was measured several times, the shortest time counts.
+            the tool prints one. If a file was measured several times, the least time that was
+            reproduced counts, and the table's `noise` says how well the times agree.
 
     Returns:
         A `LatencyTable`.
@@ -129,18 +131,19 @@ def read_latency_log(folder: str | os.PathLike[str], log: str | os.PathLike[str]
             f"{len(missing)}: {', '.join(missing[:5])}. Run benchmark_model on them and append "
             "what it prints."
         )
-    empty = times[rows[1]["file"]]
-    measured = [
-        row | {"nanoseconds": str(_nanoseconds(row, times, empty))}
-        for row in rows
-        if row["kind"] != "empty"
-    ]
+    overhead = 1000 * min(times[rows[1]["file"]])
+    measured = []
+    for row in rows:
+        if row["kind"] != "empty":
+            found = [1000 * time for time in times[row["file"]]]
+            timing = Timing.of(found, 0 if row["kind"] == "model" else overhead)
+            measured.append(row | dataclasses.asdict(timing))
     return LatencyTable.from_rows(measured, os.fspath(index))
 
 
-def parse_log(text: str) -> dict[str, float]:
-    """Microseconds per run by file name, from the log of `benchmark_model`."""
-    times: dict[str, float] = {}
+def parse_log(text: str) -> dict[str, list[float]]:
+    """Microseconds per run of every measurement by file name, from a log of `benchmark_model`."""
+    times: dict[str, list[float]] = {}
     name, statistics = None, None
     for line in text.splitlines():
         if found := _GRAPH.search(line):
@@ -148,15 +151,9 @@ def parse_log(text: str) -> dict[str, float]:
         elif found := _STATISTICS.search(line):  # first the warm-up, then the runs
             statistics = _MEDIAN.search(line) or found
         elif (found := _TIMINGS.search(line)) and name is not None:
-            time = float((statistics or found)[1])
-            times[name] = min(time, times.get(name, time))
+            times.setdefault(name, []).append(float((statistics or found)[1]))
             name = None
     return times
-
-
-def _nanoseconds(row: Mapping[str, str], times: Mapping[str, float], empty: float) -> int:
-    time = times[row["file"]]
-    return max(1, round(1000 * (time if row["kind"] == "model" else time - empty)))
 
 
 def _spread(ranks: tuple[int, ...]) -> list[int]:

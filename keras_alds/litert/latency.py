@@ -15,14 +15,14 @@ import tensorflow as tf
 
 from keras_alds import _backend
 from keras_alds._backend import wrappers
-from keras_alds.core.costs import Costs, SampledCosts, sum_costs
+from keras_alds.core.costs import DENSE, Costs, Point, SampledCosts
 from keras_alds.litert import _package
 from keras_alds.litert.conversion import ConvertOptions, convert_quietly
 from keras_alds.litert.layer_files import Calls, LayerCall, empty_file, layer_calls, layer_file
 from keras_alds.litert.runs import check_local
-from keras_alds.litert.sampling import sample_costs
-from keras_alds.litert.table import LatencyTable, Settings
-from keras_alds.litert.timing import MOST_SWEPT, time_files
+from keras_alds.litert.sampling import Measure, Ranks, sample_costs
+from keras_alds.litert.table import MOST_NOISE, LatencyTable, Settings
+from keras_alds.litert.timing import MOST_SWEPT, Repeats, Timing, time_files
 from keras_alds.models.data import MIN_EXAMPLES
 from keras_alds.models.inventory import Inventory, LayerRecord, already_compressed
 from keras_alds.naming import check_exclude
@@ -52,12 +52,7 @@ class MeasuredLatency:
         calls = layer_calls(inventory, records)
         _check_of_model(inventory, records, calls, table)
         self._costs = {
-            record.layer: sum_costs(
-                [
-                    (count, table.layers[call])
-                    for call, count in collections.Counter(calls[record.layer]).items()
-                ]
-            )
+            record.layer: table.costs(calls[record.layer])
             for record in records
             if calls[record.layer]
         }
@@ -98,10 +93,12 @@ def measure_latency(
 
     The whole original is converted and measured once. For every layer that can be factorized, and
     every input size it is called with, small files are written directly: the dense layer, or the
-    encoder and decoder of a choice (k, j). Only some ranks are measured, enough to know the others
-    to about 4 % of the dense layer's time. Measurements are cached for the process. One forward
-    pass takes one example. On one thread, processor time is measured, so that other programs
-    have little effect.
+    encoder and decoder of a choice: slices, rank and fold scheme. Only some ranks are measured,
+    enough to know the others to about 4 % of the dense layer's time. Everything is measured at
+    least twice, and again, up to 5 times, until it is reproduced to 3 % of that. A warning says if
+    the machine was too busy for that. Other measurements are cached for the process. One forward
+    pass takes one example. On one thread, processor time is measured, so that other programs have
+    little effect.
 
     Args:
         model: A built Keras 3 or tf_keras model, not compressed, whose input sizes are known.
@@ -116,7 +113,7 @@ def measure_latency(
         verbose: 0 for silence, else shows a progress bar on a terminal. Defaults to 1.
 
     Returns:
-        A `LatencyTable`.
+        A `LatencyTable`. Its `noise` says how well the times were reproduced.
 
     Raises:
         ImportError: If LiteRT is not installed.
@@ -133,7 +130,9 @@ def measure_latency(
     target = check_local(target)
     settings = Settings(quantize, threads, target, max_slices)
     inventory = measurable(model, exclude, stacklevel=2)
-    return _measured(inventory, settings, representative_data, verbose)
+    table = _measured(inventory, settings, representative_data, verbose)
+    table.warn_of_noise(stacklevel=2)
+    return table
 
 
 def measurable(model: Any, exclude: Any = (), *, stacklevel: int = 1) -> Inventory:
@@ -161,11 +160,12 @@ def measured_records(inventory: Inventory) -> list[LayerRecord]:
     return [record for record in inventory.candidates if record.kind.measured]
 
 
-def check_table(latency: Any, target: str | None) -> LatencyTable | None:
+def check_table(latency: Any, target: str | None, quantize: str | None) -> LatencyTable | None:
     """Returns the table for `latency_table=` of `select`, or None if latency must be measured.
 
     Raises:
-        ValueError: If it is not a table, is for another target, or is missing but required.
+        ValueError: If it is not a table, is for another target or number format, or is missing but
+            required.
     """
     if latency is None:
         check_local(target)
@@ -182,33 +182,42 @@ def check_table(latency: Any, target: str | None) -> LatencyTable | None:
             f"Expected a latency table that was measured for target={target!r}. Received: one for "
             f"target={latency.target!r}. Pass that as `target`, or measure again."
         )
+    if quantize not in (None, latency.quantize):
+        raise ValueError(
+            f"Expected a latency table that was measured with quantize={quantize!r}. Received: one "
+            f"in {latency.quantize or 'float32'}. Leave `quantize` out, or measure again: "
+            f"`measure_latency(model, quantize={quantize!r})`."
+        )
     return latency
 
 
 def measured_latency(
     inventory: Inventory,
     table: LatencyTable | None,
+    settings: Settings,
     *,
-    target: str,
-    max_slices: int | None = None,
     verbose: int = 1,
+    stacklevel: int = 1,
 ) -> MeasuredLatency:
     """The latency of a model's layers, from a table or measured now.
 
+    Warns if the table is noisy.
+
     Args:
         inventory: The model.
-        table: A table of this model, or None to measure in float32 on one thread.
-        target: The runtime.
-        max_slices: Largest number of slices to measure.
+        table: A table of this model, or None to measure.
+        settings: How to measure without a table.
         verbose: As for `measure_latency`.
+        stacklevel: As for `warnings.warn`.
 
     Raises:
         ValueError: If the table lacks a layer, or belongs to another model.
     """
     if table is None:
-        settings = Settings(target=target, max_slices=max_slices)
         table = _measured(inventory, settings, verbose=verbose)
-    return MeasuredLatency(inventory, table)
+    latency = MeasuredLatency(inventory, table)
+    table.warn_of_noise(stacklevel=stacklevel + 1)
+    return latency
 
 
 def _check_of_model(
@@ -241,13 +250,14 @@ def _check_of_model(
 # -- Measurement ---------------------------------------------------------------------------------
 
 
-# Cached measurements: layers by call, runtime, bytes swept and ranks; models by their calls.
-_LAYERS: dict[tuple, SampledCosts] = {}
-_MODELS: weakref.WeakKeyDictionary[Any, dict[tuple, tuple[int, int]]] = weakref.WeakKeyDictionary()
-
-
-def _times(settings: Settings, files: Sequence[Any], swept: int = 0) -> list[int]:
-    return time_files(files, threads=settings.threads, target=settings.target, swept=swept)
+#: Most measurements of one file.
+MOST_REPEATS = 5
+# Cached measurements: layers by call, runtime, bytes swept and ranks; models by their calls, with
+# the size of the file.
+_LAYERS: dict[tuple, dict[Point, Timing]] = {}
+_MODELS: weakref.WeakKeyDictionary[Any, dict[tuple, tuple[Timing, int]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _measured(
@@ -259,62 +269,121 @@ def _measured(
     _package.interpreter()  # fails before the work starts
     records = measured_records(inventory)
     calls = layer_calls(inventory, records)
-    layers = {call: record.layer for record in records for call in calls[record.layer]}
-    total, size = _model_latency(inventory.model, settings, calls, representative_data, verbose)
+    ranks = ranks_of_calls(records, calls, settings)
+    models = _MODELS.setdefault(inventory.model, {})
+    this = (settings, tuple(map(tuple, calls.values())))
+    content = b""
+    if this not in models:
+        content = converted(inventory.model, settings.quantize, representative_data, verbose)
+    size = len(content) or models[this][1]
     # Rounded up to a power of two, so that models of similar size share measurements.
     swept = min(1 << (size - 1).bit_length(), MOST_SWEPT)
-    costs: dict[LayerCall, SampledCosts] = {}
-    overhead = None
-    with progress_bar(verbose) as progress:
-        for call in progress.track(sorted(layers), description="latency of layers"):
-            ranks = settings.ranks(layers[call], call)
-            key = (call, settings, swept, tuple(ranks.items()))
-            if key not in _LAYERS:
-                if overhead is None:
-                    (overhead,) = _times(settings, [empty_file])
-                _LAYERS[key] = _layer_costs(call, ranks, settings, swept, overhead)
-            costs[call] = _LAYERS[key]
-    return LatencyTable(
-        total, costs, dict(_counts(calls)), settings.quantize, settings.threads, settings.target
+    keys = {call: (call, settings, swept, tuple(ranks[call].items())) for call in sorted(ranks)}
+    timings = {call: _LAYERS[key] for call, key in keys.items() if key in _LAYERS}
+    model, _ = models.get(this, (Timing(0), 0))
+    missing = {call: ranks[call] for call in keys if call not in timings}
+    if content or missing:
+        measured, layers = _passes(content, missing, settings, swept, verbose)
+        model = measured if content else model
+        timings |= layers
+    table = LatencyTable(
+        model,
+        {call: timings[call] for call in keys},
+        dict(_counts(calls)),
+        settings.quantize,
+        settings.threads,
+        settings.target,
     )
+    if table.noise <= MOST_NOISE:  # else measured anew the next time
+        models[this] = (model, size)
+        _LAYERS.update({keys[call]: found for call, found in timings.items()})
+    return table
+
+
+def _passes(
+    content: bytes,
+    ranks: Mapping[LayerCall, Ranks],
+    settings: Settings,
+    swept: int,
+    verbose: int,
+) -> tuple[Timing, dict[LayerCall, dict[Point, Timing]]]:
+    """Measures a model and its layers in several passes, until their times are reproduced.
+
+    So the measurements of one file lie apart in time: a busy moment of the machine affects one of
+    them. Each pass decides anew which ranks to measure, by the times so far.
+
+    Args:
+        content: The file of the whole model, empty if its latency is known.
+        ranks: The allowed ranks of the layers to measure.
+        settings: How to measure.
+        swept: As for `time_files`.
+        verbose: As for `measure_latency`.
+
+    Returns:
+        The latency of the model and of the choices of its layers.
+    """
+    once = functools.partial(time_files, threads=settings.threads, target=settings.target)
+    whole = Repeats(lambda keys: once([lambda: content or empty_file()] * len(keys)))
+    empty = Repeats(lambda keys: once([empty_file] * len(keys)))
+    layers = {call: Repeats(_layer_times(call, settings, swept), DENSE) for call in ranks}
+    costs: dict[LayerCall, SampledCosts] = {}
+    with progress_bar(verbose) as progress:
+        for count in range(1, MOST_REPEATS + 1):
+            whole.times([DENSE], count)
+            (overhead,) = empty.times([DENSE], count)
+            for call in progress.track(list(ranks), description=f"latency of layers, {count}"):
+                costs[call] = sample_costs(_net(layers[call], count, overhead), ranks[call])
+            done = all(layers[call].settled(p) for call in ranks for p in costs[call].points)
+            if done and whole.settled(DENSE):
+                break
+    return whole.timing(DENSE), {
+        call: {point: layers[call].timing(point, overhead) for point in costs[call].points}
+        for call in ranks
+    }
 
 
 def _counts(calls: Calls) -> collections.Counter[LayerCall]:
     return collections.Counter(call for found in calls.values() for call in found)
 
 
-def _layer_costs(
-    call: LayerCall,
-    ranks: Mapping[int, Sequence[int]],
-    settings: Settings,
-    swept: int,
-    overhead: int,
-) -> SampledCosts:
-    def measure(points: Sequence[tuple[int, int]]) -> list[int]:
+def ranks_of_calls(
+    records: Sequence[LayerRecord], calls: Calls, settings: Settings
+) -> dict[LayerCall, dict[tuple[int, int], tuple[int, ...]]]:
+    """The ranks to measure for every call, by number of slices and fold scheme.
+
+    Args:
+        records: Layers. Different layers may make one call, such as a Conv1D and a Conv2D.
+        calls: Their calls.
+        settings: The settings of the measurement.
+    """
+    found: dict[LayerCall, dict[tuple[int, int], set[int]]] = {}
+    for record in records:
+        for call in calls[record.layer]:
+            rows = found.setdefault(call, {})
+            for key, ranks in settings.ranks(record, call).items():
+                rows.setdefault(key, set()).update(ranks)
+    return {
+        call: {key: tuple(sorted(rows[key])) for key in sorted(rows)}
+        for call, rows in found.items()
+    }
+
+
+def _net(files: Repeats, count: int, overhead: int) -> Measure:
+    """What measures files up to `count` times, without the overhead of a run."""
+    return lambda points: [max(time - overhead, 1) for time in files.times(points, count)]
+
+
+def _layer_times(call: LayerCall, settings: Settings, swept: int) -> Measure:
+    """What measures choices of a layer once."""
+
+    def measure(points: Sequence[Point]) -> list[int]:
         files = [
             functools.partial(layer_file, call, *point, quantize=settings.quantize)
             for point in points
         ]
-        return [max(time - overhead, 1) for time in _times(settings, files, swept)]
+        return time_files(files, threads=settings.threads, target=settings.target, swept=swept)
 
-    return sample_costs(measure, ranks)
-
-
-def _model_latency(
-    model: Any,
-    settings: Settings,
-    calls: Calls,
-    data: Any,
-    verbose: int,
-) -> tuple[int, int]:
-    """Latency of the whole model and the size of its file."""
-    known = _MODELS.setdefault(model, {})
-    key = (settings, tuple(map(tuple, calls.values())))
-    if key not in known:
-        content = converted(model, settings.quantize, data, verbose)
-        (time,) = _times(settings, [lambda: content])
-        known[key] = (time, len(content))
-    return known[key]
+    return measure
 
 
 def converted(model: Any, quantize: str | None, data: Any = None, verbose: int = 0) -> bytes:

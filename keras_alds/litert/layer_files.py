@@ -9,7 +9,7 @@ from typing import Any
 import flatbuffers
 import numpy as np
 
-from keras_alds.core.slicing import Array
+from keras_alds.core.slicing import Array, decoder_axes
 from keras_alds.litert import _package
 from keras_alds.models.inventory import Inventory, LayerRecord
 
@@ -95,6 +95,7 @@ def layer_file(
     call: LayerCall,
     slices: int = 0,
     rank: int = 0,
+    scheme: int = 0,
     *,
     quantize: str | None = None,
     kernels: Sequence[Array] | None = None,
@@ -109,6 +110,8 @@ def layer_file(
         call: The layer and its input.
         slices: Number of slices k; 0 for the dense layer.
         rank: Rank j; 0 for the dense layer.
+        scheme: Fold scheme, which says how the two factors share the window. Defaults to 0: the
+            encoder has all of it.
         quantize: None for float32, or `"int8"`: per-channel weights.
         kernels: The dense kernel, or encoder and decoder, in Keras's layout. Defaults to zeros,
             which take as long as any other values.
@@ -121,29 +124,47 @@ def layer_file(
         ImportError: If LiteRT is not installed.
     """
     writer = _Writer(quantize == "int8")
-    encoder, decoder = (*(kernels or ()), None, None)[:2]
-    share = call.input[-1] // max(slices, 1)
     grouped_product = call.kind == "dense" and slices > 1
     shape = (call.input[0], 1, 1, call.input[1]) if grouped_product else call.input
     source = writer.activation(shape)
     if slices == 0:
-        encoder = _zeros(call.kernel_shape) if encoder is None else encoder
-        result = _layer(writer, call, source, encoder, bias)
+        (kernel,) = kernels or (_zeros(call.kernel_shape),)
+        return writer.finish(source, _layer(writer, call, source, kernel, bias))
+    first, second = (factor_call(call, scheme, slices * rank, decoder=d) for d in (False, True))
+    share = call.input[-1] // slices
+    encoder, decoder = kernels or (
+        _zeros((*first.kernel, share, first.filters)),
+        _zeros(second.kernel_shape),
+    )
+    if grouped_product:
+        middle = writer.convolution(source, encoder.reshape(1, 1, *encoder.shape), slices)
     else:
-        hidden, pointwise = slices * rank, (1,) * len(call.kernel)
-        if encoder is None:
-            encoder = _zeros((*call.kernel, share, hidden))
-        if decoder is None:
-            decoder = _zeros((*pointwise, hidden, call.filters))
-        if grouped_product:
-            middle = writer.convolution(source, encoder.reshape(1, 1, share, hidden), slices)
-        else:
-            middle = _layer(writer, call, source, encoder, None, slices)
-        if call.kind == "dense":
-            result = writer.product(middle, decoder, bias)
-        else:
-            result = writer.convolution(middle, decoder, bias=bias)
-    return writer.finish(source, result)
+        middle = _layer(writer, first, source, encoder, None, slices)
+    return writer.finish(source, _layer(writer, second, middle, decoder, bias))
+
+
+def factor_call(call: LayerCall, scheme: int, hidden: int, *, decoder: bool) -> LayerCall:
+    """The call of the encoder or decoder of a layer; its input's height and width do not count.
+
+    Args:
+        call: The layer's call.
+        scheme: Fold scheme: each factor slides along its own axes of the window.
+        hidden: Channels between encoder and decoder.
+        decoder: Whether the factor is the decoder.
+    """
+    axes = decoder_axes(scheme, len(call.kernel))
+
+    def own(sizes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(n if (axis in axes) == decoder else 1 for axis, n in enumerate(sizes))
+
+    return dataclasses.replace(
+        call,
+        kernel=own(call.kernel),
+        strides=own(call.strides),
+        dilation=own(call.dilation),
+        input=(*call.input[:-1], hidden) if decoder else call.input,
+        filters=call.filters if decoder else hidden,
+    )
 
 
 def empty_file() -> bytes:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from keras_alds.core.costs import NEVER, SampledCosts
+from keras_alds.core.costs import DENSE, NEVER, Point, SampledCosts
 
-#: A choice: slices k and rank j; (0, 0) is the dense layer.
-Point = tuple[int, int]
+#: The allowed ranks of a layer, ascending, by number of slices and fold scheme.
+Ranks = Mapping[tuple[int, int], Sequence[int]]
 #: Measures some choices of one layer, in nanoseconds.
 Measure = Callable[[Sequence[Point]], Sequence[int]]
 
@@ -20,9 +20,7 @@ TOLERANCE = 0.04
 _DOMINATED_IN_A_ROW = 2
 
 
-def sample_costs(
-    measure: Measure, ranks: Mapping[int, Sequence[int]], *, tolerance: float = TOLERANCE
-) -> SampledCosts:
+def sample_costs(measure: Measure, ranks: Ranks, *, tolerance: float = TOLERANCE) -> SampledCosts:
     """Measures the choices of a layer at some ranks.
 
     Latency is a staircase over the rank. Its steps begin after multiples of a power of two, as
@@ -32,34 +30,38 @@ def sample_costs(
 
     Useless numbers of slices are skipped: none of their choices is faster than the dense layer, or
     each costs as much as one slice of the same total rank, which keeps more of the kernel. Two
-    such numbers in a row end the search, except for the largest k.
+    such numbers in a row end the search, except for the largest k. A fold scheme is skipped if its
+    smallest rank is not faster than the dense layer. One that is slower than others is not: it may
+    keep more of the kernel, which depends on the weights.
 
     Args:
         measure: Measures choices.
-        ranks: The allowed ranks, ascending, by number of slices.
+        ranks: The allowed ranks.
         tolerance: As a fraction of the dense layer's latency.
 
     Returns:
         The measured points as `SampledCosts`.
     """
     layer = _Layer(measure, tolerance)
-    one = ranks.get(1, ())
-    layer.known([(0, 0), *((1, rank) for rank in {*one[:1], *one[-1:]})])
-    useful: list[int] = []
+    ends = [(k, j, s) for (k, s), row in ranks.items() if k == 1 for j in {row[0], row[-1]}]
+    layer.known([DENSE, *ends])
+    useful: list[tuple[int, int]] = []
     useless = 0
-    last = max(ranks, default=0)
-    for k in sorted(ranks):
-        if useless == _DOMINATED_IN_A_ROW and k != last:
+    last = max((k for k, scheme in ranks if not scheme), default=0)
+    for k, scheme in sorted(ranks, key=lambda key: key[::-1]):
+        row = ranks[k, scheme]
+        if scheme and not layer.faster((k, row[0], scheme)):
             continue
-        row = ranks[k]
-        probes = [(k, rank) for rank in sorted({row[0], row[len(row) // 2], row[-1]})]
-        if k > 1 and layer.dominated(k, probes, 1 in useful):
+        if not scheme and useless == _DOMINATED_IN_A_ROW and k != last:
+            continue
+        probes = [(k, rank, 0) for rank in sorted({row[0], row[len(row) // 2], row[-1]})]
+        if not scheme and k > 1 and layer.dominated(probes, (1, 0) in useful):
             useless += 1
             continue
         useless = 0
-        layer.refine(k, row)
-        useful.append(k)
-    points = {p: t for p, t in layer.times.items() if p[0] == 0 or p[0] in useful}
+        layer.refine(k, scheme, row)
+        useful.append((k, scheme))
+    points = {p: t for p, t in layer.times.items() if p == DENSE or (p[0], p[2]) in useful}
     return SampledCosts.of_points(points)
 
 
@@ -77,36 +79,42 @@ class _Layer:
         self.times.update(zip(new, map(int, self._measure(new)) if new else (), strict=True))
         return [self.times[point] for point in points]
 
-    def dominated(self, k: int, probes: Sequence[Point], compare: bool) -> bool:
+    def faster(self, point: Point) -> bool:
+        """Whether a choice is faster than the dense layer."""
+        dense, time = self.known([DENSE, point])
+        return time < dense
+
+    def dominated(self, probes: Sequence[Point], compare: bool) -> bool:
         """Whether choices are slower than the dense layer or one slice of the same total rank."""
-        if self.known(probes[:1])[0] >= self.times[0, 0]:
+        if not self.faster(probes[0]):
             return True
-        one = SampledCosts.of_points({p: t for p, t in self.times.items() if p[0] in (0, 1)})
-        for (_, rank), time in zip(probes, self.known(probes), strict=True):
+        one = SampledCosts.of_points({p: t for p, t in self.times.items() if p[0] <= 1})
+        for (k, rank, _), time in zip(probes, self.known(probes), strict=True):
             same = int(one.of(1, [k * rank])[0]) if compare else NEVER
-            if time < min(self.times[0, 0], same):
+            if time < min(self.times[DENSE], same):
                 return False
         return True
 
-    def refine(self, k: int, ranks: Sequence[int]) -> None:
+    def refine(self, k: int, scheme: int, ranks: Sequence[int]) -> None:
         """Measures until the latency at every rank is known within the tolerance."""
-        dense = self.known([(0, 0)])[0]
-        self.known([(k, ranks[0]), (k, ranks[-1])])
-        measured = [i for i, rank in enumerate(ranks) if (k, rank) in self.times]
+        points = [(k, rank, scheme) for rank in ranks]
+        (dense,) = self.known([DENSE])
+        self.known([points[0], points[-1]])
+        measured = [i for i, point in enumerate(points) if point in self.times]
         gaps = list(itertools.pairwise(measured))
         while gaps:
             splits = []
             for a, b in gaps:
-                low, high = self.times[k, ranks[a]], self.times[k, ranks[b]]
+                low, high = self.times[points[a]], self.times[points[b]]
                 if b - a > 1 and low < dense and abs(high - low) > self._tolerance * dense:
                     middle = max(
                         range(a + 1, b), key=lambda i: (ranks[i] & -ranks[i], -abs(2 * i - a - b))
                     )
                     splits.append((a, [i for i in (middle, middle + 1) if i < b], b))
-            self.known([(k, ranks[i]) for _, inner, _ in splits for i in inner])
+            self.known([points[i] for _, inner, _ in splits for i in inner])
             gaps = []
             for a, inner, b in splits:
-                found = [self.times[k, ranks[i]] for i in (a, *inner, b)]
+                found = [self.times[points[i]] for i in (a, *inner, b)]
                 line = np.interp(
                     [ranks[i] for i in inner], [ranks[a], ranks[b]], [found[0], found[-1]]
                 )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,10 +14,97 @@ from keras_alds.litert.runs import Runner
 
 #: Most bytes of the files that are measured together.
 _BATCH_BYTES = 128_000_000
-_ROUNDS = (5, 30)
-_ROUNDS_NS = 10_000_000  # as many rounds as fill this time
+_ROUNDS = (3, 20)
+_ROUNDS_NS = 6_000_000  # as many rounds as fill this time
+#: A time counts as reproduced if a second measurement is above it by at most this fraction.
+REPRODUCED = 0.03
 #: Most bytes to sweep caches with; common processors have no larger cache.
 MOST_SWEPT = 40_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """How long a file takes, and how well this is known.
+
+    Attributes:
+        nanoseconds: The least time that was reproduced: another measurement is at most 3 % above
+            it. A single lucky measurement does not count. If none was reproduced, the least time.
+        repeats: Number of measurements.
+        spread: The difference of the first two measurements, as a fraction of `nanoseconds`. It
+            does not shrink as more are made, until two agree by chance. None if there was only one.
+    """
+
+    nanoseconds: int
+    repeats: int = 1
+    spread: float | None = None
+
+    @classmethod
+    def of(cls, times: Sequence[float], overhead: float = 0) -> Timing:
+        """The record of some measurements.
+
+        Args:
+            times: Nanoseconds.
+            overhead: What every one of them contains besides the file's own time.
+
+        Example:
+            >>> Timing.of([112, 110, 130], overhead=10)
+            Timing(nanoseconds=100, repeats=3, spread=0.02)
+            >>> Timing.of([132, 80, 130])
+            Timing(nanoseconds=130, repeats=3, spread=0.4)
+        """
+        net = max(round(_reproduced(times) - overhead), 1)
+        spread = round(abs(times[0] - times[1]) / net, 4) if len(times) > 1 else None
+        return cls(net, len(times), spread)
+
+    @property
+    def noise(self) -> float:
+        """The spread in nanoseconds, 0 if it is not known."""
+        return (self.spread or 0) * self.nanoseconds
+
+
+class Repeats:
+    """Files that are measured again until their times are reproduced.
+
+    Every measurement loads the file anew, because a file's place in memory affects its time.
+
+    Args:
+        measure: Measures the files of some keys once each, in nanoseconds.
+        reference: The key of a file that the others are compared with. They need not be known
+            better than to 3 % of its time. Defaults to None: each to 3 % of its own.
+    """
+
+    def __init__(
+        self, measure: Callable[[Sequence[Any]], Sequence[int]], reference: Hashable = None
+    ) -> None:
+        self._measure = measure
+        self._reference = reference
+        self._times: dict[Hashable, list[int]] = {}
+
+    def times(self, keys: Sequence[Any], count: int) -> list[int]:
+        """The times of some files; measures those that are not settled, up to `count` times."""
+        while new := [
+            key for key in keys if len(self._times.get(key, ())) < count and not self.settled(key)
+        ]:
+            for key, found in zip(new, self._measure(new), strict=True):
+                self._times.setdefault(key, []).append(int(found))
+        return [int(_reproduced(self._times[key])) for key in keys]
+
+    def settled(self, key: Hashable) -> bool:
+        """Whether the least time of a file was reproduced."""
+        scale = min(self._times.get(self._reference, [0]))
+        least, *others = sorted(self._times.get(key, [0]))
+        return bool(others) and others[0] - least <= REPRODUCED * max(least, scale)
+
+    def timing(self, key: Hashable, overhead: int = 0) -> Timing:
+        """The record of a file's measurements."""
+        return Timing.of(self._times[key], overhead)
+
+
+def _reproduced(times: Sequence[float]) -> float:
+    """The least time that another one is near, else the least."""
+    pairs = itertools.pairwise(sorted(times))
+    near = (time for time, other in pairs if other - time <= REPRODUCED * time)
+    return next(near, min(times))
 
 
 def clock(threads: int) -> Callable[[], int]:
