@@ -222,6 +222,7 @@ class Options:
         limits: The fraction to remove of each limited resource.
         by_default: Whether the user left the method open.
         target_by_default: Whether the user left the target open, and it is a default one.
+        schemes_by_default: Whether the user left the fold schemes open.
 
     The other fields are the options of `SelectOptions`.
     """
@@ -230,6 +231,7 @@ class Options:
     method: str
     by_default: bool
     target_by_default: bool
+    schemes_by_default: bool
     objective: str
     error_measure: str | None
     exclude: tuple[Any, ...]
@@ -287,6 +289,7 @@ class Options:
                 "exclude": check_exclude(values["exclude"]),
                 "bounds": check_bounds(values["bounds"]),
                 "schemes": schemes,
+                "schemes_by_default": values["schemes"] is None,
             }
         )
         return options

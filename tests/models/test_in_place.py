@@ -148,7 +148,7 @@ class TestOtherModels:
     def test_outputs(self, keras_module):
         family = Family(keras_module)
         before = family.outputs()
-        apply_plan(family.whole, select(family.whole, 0.4))
+        apply_plan(family.whole, select(family.whole, 0.4, method="alds"))
         assert len(factorized_layers(family.encoder)) == 2
         for model, old, new in zip(family.others, before, family.outputs(), strict=True):
             np.testing.assert_allclose(new, value(model(family.x)), atol=1e-5)
@@ -288,7 +288,7 @@ class TestOtherModels:
 
         monkeypatch.setattr(in_place, "empty", fail)
         with pytest.raises(MemoryError):
-            apply_plan(family.whole, select(family.whole, 0.4))
+            apply_plan(family.whole, select(family.whole, 0.4, method="alds"))
         for old, new in zip(before, [*family.outputs()], strict=True):
             np.testing.assert_array_equal(old, new)
         np.testing.assert_allclose(graph(family.x), before[0], atol=1e-6)

@@ -99,5 +99,5 @@ class TestLeftAlone:
         assert "shared with" not in (reasons["more"] or "")
 
     def test_what_the_budget_leaves_whole(self, small):
-        plan = select(small, 0.05)
+        plan = select(small, 0.05, target="size")
         assert "staying dense fits the budget" in {choice.reason for choice in plan.choices}

@@ -115,7 +115,12 @@ def test_in_training_the_data_of_fit_are_compared(keras_module):
     model.compile("sgd", "sparse_categorical_crossentropy")
 
     def fit(data, x):
-        model.fit(x, y, verbose=0, callbacks=[ALDSCompress(0.3, at_epoch=1, **data, verbose=0)])
+        model.fit(
+            x,
+            y,
+            verbose=0,
+            callbacks=[ALDSCompress(0.3, at_epoch=1, max_slices=1, **data, verbose=0)],
+        )
 
     with pytest.warns(UserWarning, match=r"they vary 2[45]\d times as much"):
         fit({"calibration_data": (255 * x)[:16]}, x)

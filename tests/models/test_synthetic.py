@@ -213,10 +213,9 @@ def test_warns_of_much_without_data_only(network):
         compress(network, 0.4, calibration_data=images(), sequential=False)
 
 
-def test_schemes_and_error_measures_use_the_weights(network):
-    assert select(network, 0.3, schemes="all").method == "energy"
+def test_schemes_use_noise_and_error_measures_the_weights(network):
+    assert select(network, 0.3, schemes="all") == select(network, 0.3)
+    assert select(network, 0.3).method == "synthetic"
     assert select(network, 0.3, error_measure="spectral").method == "alds"
     with pytest.raises(ValueError, match="Expected no `error_measure` with the method 'synthetic'"):
         select(network, 0.3, method="synthetic", error_measure="slice")
-    with pytest.raises(ValueError, match="Expected `schemes` to be 0"):
-        select(network, 0.3, method="synthetic", schemes="all")
