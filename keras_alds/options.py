@@ -192,12 +192,12 @@ class SelectOptions(TypedDict, total=False):
             the height, in 2 the width, and in 3 both. Conv1D and Conv3D have schemes 0 and 3. All
             other layers, and 1×1 kernels, have scheme 0 only. The solver chooses a scheme for every
             layer, together with slices and rank. Convolutions without an allowed scheme are
-            skipped. With a target, schemes 1 to 3 have one slice. Defaults to None: all with the
-            methods `"activation"` and `"synthetic"`, else 0.""",
+            skipped. With a target, schemes 1 to 3 have one slice. Defaults to None: all, but 0
+            with a published method such as `"alds"`.""",
             flag={
                 "type": fold_schemes,
-                "help": "fold schemes to choose from: all, or numbers as in 0,3 (default: all "
-                "where errors are those of outputs, else 0)",
+                "help": "fold schemes to choose from: all, or numbers as in 0,3 (default: all, "
+                "but 0 with a published method)",
             },
         ),
     ]
@@ -222,7 +222,6 @@ class Options:
         limits: The fraction to remove of each limited resource.
         by_default: Whether the user left the method open.
         target_by_default: Whether the user left the target open, and it is a default one.
-        schemes_by_default: Whether the user left the fold schemes open.
 
     The other fields are the options of `SelectOptions`.
     """
@@ -231,7 +230,6 @@ class Options:
     method: str
     by_default: bool
     target_by_default: bool
-    schemes_by_default: bool
     objective: str
     error_measure: str | None
     exclude: tuple[Any, ...]
@@ -289,7 +287,6 @@ class Options:
                 "exclude": check_exclude(values["exclude"]),
                 "bounds": check_bounds(values["bounds"]),
                 "schemes": schemes,
-                "schemes_by_default": values["schemes"] is None,
             }
         )
         return options
@@ -362,7 +359,7 @@ def check_schemes(schemes: Any, method: Method) -> tuple[int, ...]:
             has only scheme 0.
     """
     if schemes is None:
-        return SCHEMES if method.folds and method.uses_data else (0,)
+        return (0,) if method.published else SCHEMES
     if isinstance(schemes, str) and schemes == "all":
         schemes = SCHEMES
     found = (schemes,) if isinstance(schemes, numbers.Integral) else schemes

@@ -374,9 +374,6 @@ class Selection:
             lambda record: dataclasses.replace(record, moment=None, curve=None)
         )
         options = dataclasses.replace(self.options, method=DEFAULT)
-        if options.schemes_by_default:
-            options = dataclasses.replace(options, schemes=(0,))
-            inventory = inventory.map(lambda record: record.folded((0,)))
         return dataclasses.replace(self, inventory=inventory, options=options, stats=None)
 
     def plan_of(
