@@ -584,7 +584,7 @@ def _resources(
             options.quantize,
             target=options.target or "litert",
             max_slices=options.max_slices,
-            schemes=options.schemes,
+            schemes=options.schemes_of(METHODS[options.method]),
         )
         table, more = options.latency_table, {"verbose": verbose, "stacklevel": stacklevel + 1}
         return [measured_latency(inventory, table, settings, **more)]

@@ -192,12 +192,12 @@ class SelectOptions(TypedDict, total=False):
             the height, in 2 the width, and in 3 both. Conv1D and Conv3D have schemes 0 and 3. All
             other layers, and 1×1 kernels, have scheme 0 only. The solver chooses a scheme for every
             layer, together with slices and rank. Convolutions without an allowed scheme are
-            skipped. With a target, schemes 1 to 3 have one slice. Defaults to None: all, but 0
-            with a published method such as `"alds"`.""",
+            skipped. With a target, schemes 1 to 3 have one slice. Defaults to None: all; but 0
+            with a published method such as `"alds"`, and with `"energy"` for many slices.""",
             flag={
                 "type": fold_schemes,
-                "help": "fold schemes to choose from: all, or numbers as in 0,3 (default: all, "
-                "but 0 with a published method)",
+                "help": "fold schemes to choose from: all, or numbers as in 0,3 (default: "
+                "all; 0 with a published method)",
             },
         ),
     ]
@@ -239,7 +239,7 @@ class Options:
     bounds: tuple[Bound, ...]
     latency_table: Any
     quantize: str | None
-    schemes: tuple[int, ...]
+    schemes: tuple[int, ...] | None
 
     @classmethod
     def checked(
@@ -265,7 +265,8 @@ class Options:
         by_default = name is None
         method = choose_method(name, has_data=has_data, error_measure=values["error_measure"])
         known = get_method(method, values["error_measure"])
-        schemes = check_schemes(values["schemes"], known)
+        if values["schemes"] is not None:
+            values["schemes"] = check_schemes(values["schemes"], known)
         values["target"], target_by_default = _target(values, known)
         for name in ("latency_table", "quantize"):
             if values[name] is not None and values["objective"] != "latency":
@@ -286,10 +287,21 @@ class Options:
                 "rank_multiple": positive_int(values["rank_multiple"], "rank_multiple"),
                 "exclude": check_exclude(values["exclude"]),
                 "bounds": check_bounds(values["bounds"]),
-                "schemes": schemes,
             }
         )
         return options
+
+    def schemes_of(self, method: Method) -> tuple[int, ...]:
+        """The fold schemes to choose from.
+
+        By the weights alone and with many slices, more schemes do harm (docs/results.md).
+        """
+        if self.schemes is not None:
+            return self.schemes
+        many = self.target is None and self.max_slices != 1
+        if method.published or (many and not method.uses_data):
+            return (0,)
+        return SCHEMES
 
 
 def check_names(
@@ -355,11 +367,9 @@ def check_schemes(schemes: Any, method: Method) -> tuple[int, ...]:
     """Returns the fold schemes that a method may use, as a sorted tuple.
 
     Raises:
-        ValueError: If they are not 0 to 3, a sequence of them, `"all"` or None, or if the method
-            has only scheme 0.
+        ValueError: If they are not 0 to 3, a sequence of them or `"all"`, or if the method has
+            only scheme 0.
     """
-    if schemes is None:
-        return (0,) if method.published else SCHEMES
     if isinstance(schemes, str) and schemes == "all":
         schemes = SCHEMES
     found = (schemes,) if isinstance(schemes, numbers.Integral) else schemes
@@ -380,7 +390,7 @@ def check_schemes(schemes: Any, method: Method) -> tuple[int, ...]:
             )
         return found_schemes
     raise ValueError(
-        f"Expected `schemes` to be None, 'all', or one or several of {SCHEMES}. "
+        f"Expected `schemes` to be 'all', or one or several of {SCHEMES}. "
         f"Received: schemes={schemes!r}"
     )
 

@@ -376,7 +376,7 @@ class TestBadInput:
 
     def test_nothing_is_reachable(self, small):
         with pytest.raises(
-            ValueError, match=r"choice that is smaller.*rank_multiple=999, "
+            ValueError, match=r"choice that is smaller.*rank_multiple=999\)"
         ) as info:
             select(small, 0.1, rank_multiple=999)
         assert "cr <=" not in str(info.value)

@@ -63,6 +63,11 @@ class Method:
         """Whether it can choose fold schemes: not with slices or factors of its own."""
         return self.near_slices is None and self.factorize_with_bias is None
 
+    @property
+    def uses_data(self) -> bool:
+        """Whether its errors are those of outputs, on the user's examples or its own."""
+        return self.needs_data or self.synthetic
+
 
 ALDS = Method(
     "alds",

@@ -46,7 +46,8 @@ def candidates_of(inventory: Inventory, options: Options, *, stacklevel: int) ->
     """
     if factorized := [record for record in inventory.factorized if not record.excluded]:
         raise already_compressed(factorized)
-    inventory = inventory.map(lambda record: record.folded(options.schemes))
+    schemes = options.schemes_of(get_method(options.method))
+    inventory = inventory.map(lambda record: record.folded(schemes))
     if not inventory.candidates:
         reasons = skipped_parts([(record, record.params) for record in inventory.records])
         raise ValueError(
@@ -305,7 +306,7 @@ class Selection:
         options = self.options
         limits = f"max_slices={options.max_slices}, rank_multiple={options.rank_multiple}"
         limits += f", target={options.target!r}" if options.target else ""
-        limits += f", schemes={options.schemes}" if options.schemes != (0,) else ""
+        limits += f", schemes={options.schemes}" if options.schemes else ""
         limits += ", bounds" if options.bounds else ""
         one = self.method.near_slices is not None
         return limits + (f", method={options.method!r}" if one else "")
@@ -374,6 +375,8 @@ class Selection:
             lambda record: dataclasses.replace(record, moment=None, curve=None)
         )
         options = dataclasses.replace(self.options, method=DEFAULT)
+        schemes = options.schemes_of(get_method(DEFAULT))
+        inventory = inventory.map(lambda record: record.folded(schemes))
         return dataclasses.replace(self, inventory=inventory, options=options, stats=None)
 
     def plan_of(
