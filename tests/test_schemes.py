@@ -268,8 +268,11 @@ class TestPlans:
                 assert choice.error < 1e-9
         same = select(model, 0.5, method="alds", schemes=[0])
         assert same == select(model, 0.5, method="alds")
-        every = select(model, 0.5, target="size", schemes="all")
-        assert every == select(model, 0.5, target="size")
+        # By the weights alone: scheme 0 with many slices, and all with one.
+        same = select(model, 0.5, target="size", schemes=0)
+        assert same == select(model, 0.5, target="size")
+        every = select(model, 0.5, max_slices=1, schemes="all")
+        assert every == select(model, 0.5, max_slices=1)
 
     def test_one_filter_is_cut_by_scheme_3(self, keras_module):
         """f = 1: scheme 0 cannot cut the kernel, which is a vector in it."""

@@ -78,7 +78,7 @@ class TestFunctions:
         assert count_macs(model) == 8 * 24 + 24 * 16 + 16 * 4
         stats = CalibrationStats.collect(model, X, verbose=0)
         assert all(moment.count == len(X) for moment in stats.moments.values())
-        small = compress(model, 0.3, calibration_data=X, sequential=True)
+        small = compress(model, 0.3, target="size", calibration_data=X, sequential=True)
         expected, found = model.predict(X, verbose=0), small.predict(X, verbose=0)
         assert np.linalg.norm(found - expected) < 0.5 * np.linalg.norm(expected)
         assert not tf.config.functions_run_eagerly()

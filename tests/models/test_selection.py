@@ -278,12 +278,13 @@ def test_only_the_spectra_of_allowed_slices_are_computed(monkeypatch):
         return spectra_many(kernels, slices=slices)
 
     spectra_many = choices.spectra_many
+    options = {"method": "energy", "schemes": 0}
     monkeypatch.setattr(choices, "spectra_many", spy)
-    narrow = select(model, 0.4, max_slices=1, method="energy")
+    narrow = select(model, 0.4, max_slices=1, **options)
     assert found[-1] == (4, {1})
-    free = select(model, 0.4, method="energy", target="size")
+    free = select(model, 0.4, target="size", **options)
     assert found[-1][0] > 0
     assert {1, 2} < found[-1][1]
-    assert select(model, 0.4, max_slices=1, method="energy") == narrow
-    assert select(model, 0.4, method="energy", target="size") == free
+    assert select(model, 0.4, max_slices=1, **options) == narrow
+    assert select(model, 0.4, target="size", **options) == free
     assert found[-1][0] == 0

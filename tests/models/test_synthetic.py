@@ -214,8 +214,11 @@ def test_warns_of_much_without_data_only(network):
 
 
 def test_schemes_use_noise_and_error_measures_the_weights(network):
-    assert select(network, 0.3, schemes="all") == select(network, 0.3)
-    assert select(network, 0.3).method == "synthetic"
+    plan = select(network, 0.3)
+    assert plan.method == "synthetic"
+    assert {choice.scheme for choice in plan.factorized} != {0}
+    for own, every in zip(plan.choices, select(network, 0.3, schemes="all").choices, strict=True):
+        assert (own.scheme, own.slices, own.rank) == (every.scheme, every.slices, every.rank)
     assert select(network, 0.3, error_measure="spectral").method == "alds"
     with pytest.raises(ValueError, match="Expected no `error_measure` with the method 'synthetic'"):
         select(network, 0.3, method="synthetic", error_measure="slice")
