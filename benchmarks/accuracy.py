@@ -121,8 +121,9 @@ def main() -> None:
             row: dict[str, Any] = {"method": name, "cr": cr}
             row |= dict.fromkeys(("at once", "retrained", "MACs"))
             try:
+                options = {"schemes": 0, "target": "size", **configurations[name]}
                 model = keras_alds.compress(
-                    original, cr, max_slices=arguments.max_slices, **configurations[name]
+                    original, cr, max_slices=arguments.max_slices, **options
                 )
             except ValueError as error:
                 progress.console.print(f"{name}, cr={cr}: {error}")

@@ -37,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--images", type=int, default=512, help="unlabelled training images (default: 512)")
     add("--crs", type=float, nargs="+", default=[0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
     add("--max-slices", type=int, help="largest number of slices (default: no limit)")
+    add("--target", default="size", help="what the plans are for (default: size)")
     add("--scale", type=float, default=1.0, help="multiply the pixels by this (default: 1)")
     add("--csv", type=Path, help="write the figures here")
     return parser.parse_args()
@@ -76,6 +77,7 @@ def main() -> None:
                 start = time.perf_counter()
                 row: dict[str, Any] = {"method": name, "cr": cr, "top1": None, "seconds": None}
                 try:
+                    options = {"target": arguments.target, **options}
                     model = keras_alds.compress(
                         original, cr, max_slices=arguments.max_slices, **options
                     )

@@ -83,7 +83,7 @@ class Bench:
 
     def compress(self, cr: float, images: np.ndarray | None = None, **options: Any) -> Any:
         """One set of statistics serves all variants that do not change them."""
-        plan = keras_alds.select(self.model, cr, calibration_data=self.stats)
+        plan = keras_alds.select(self.model, cr, calibration_data=self.stats, target="size")
         data = self.images if images is None else images
         return keras_alds.compress(self.model, plan=plan, calibration_data=data, **options)
 
@@ -117,7 +117,7 @@ def one_ridge(value: float) -> Iterator[None]:
 
 def weighted(bench: Bench, cr: float, power: float) -> Any:
     """Layers' errors weighted by the output distance that they cause one by one."""
-    plan = keras_alds.select(bench.model, cr, calibration_data=bench.stats)
+    plan = keras_alds.select(bench.model, cr, calibration_data=bench.stats, target="size")
     small = keras_alds.compress(
         bench.model, plan=plan, calibration_data=bench.stats, sequential=False
     )

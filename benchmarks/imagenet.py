@@ -54,6 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--calibration", type=int, nargs="+", default=[512], help="images (default: 512)")
     add("--crs", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5])
     add("--objective", choices=["params", "macs"], default="params", help="what the ratios count")
+    add("--target", help="what the plans are for (default: cpu)")
     add("--refine", action="store_true", help="refine too")
     add("--data-only", action="store_true", help="leave out compression without data")
     add("--csv", type=Path, help="write the figures here")
@@ -231,7 +232,8 @@ def main() -> None:
         for name, options in variants.items():
             for cr in arguments.crs:
                 start = time.perf_counter()
-                model = keras_alds.compress(original, cr, objective=arguments.objective, **options)
+                options |= {"objective": arguments.objective, "target": arguments.target}
+                model = keras_alds.compress(original, cr, **options)
                 seconds = time.perf_counter() - start
                 top1 = accuracy(model)
                 rows.append({"variant": name, "cr": cr, "top1": top1, "seconds": seconds})

@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["energy"])
     parser.add_argument("--data", type=Path, help=".npz file, for the method activation")
     parser.add_argument("--max-slices", type=int)
+    parser.add_argument("--target", help="what plans by parameters or MACs are for")
     parser.add_argument("--repeats", type=int, default=1, help="measurements of every ratio")
     parser.add_argument("--tables", type=int, default=1, help="latency tables to choose with")
     parser.add_argument("--no-top", action="store_true", help="pool, and one dense layer")
@@ -119,6 +120,7 @@ def main() -> None:
             for objective, method, schemes, cr in work:
                 own = {"objective": objective, "method": method, **options}
                 own["schemes"] = "all" if schemes == "all" else 0
+                own["target"] = None if objective == "latency" else arguments.target
                 data = {"calibration_data": examples} if method == "activation" else {}
                 plans = [
                     plan_for(model, cr, **more, **own, **data)

@@ -177,7 +177,8 @@ def main() -> None:
             return copy
         needs_data = start in ("activation", "pca")
         data = x_train[: arguments.images] if needs_data else None
-        return keras_alds.compress(original, arguments.cr, method=start, calibration_data=data)
+        options = {"method": start, "target": "size"}
+        return keras_alds.compress(original, arguments.cr, calibration_data=data, **options)
 
     def retrain(curve: Curve) -> None:
         start, targets = curve
