@@ -862,7 +862,7 @@ def test_device_commands(
         ({"quantize": "dynamic"}, "Expected `quantize` to be None or 'int8'"),
         ({"quantize": "INT8"}, r"Did you mean 'int8'\?"),
         ({"threads": 0}, "Expected `threads` to be a positive integer"),
-        ({"target": "abacus"}, "Expected `target` to be one of 'litert', "),
+        ({"target": "abacus"}, "Expected `target` to be one of 'cpu', 'litert', "),
     ):
         with pytest.raises(ValueError, match=text):
             keras_alds.litert.write_latency_files(model, "other", **options)
