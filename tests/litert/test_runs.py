@@ -240,7 +240,7 @@ def test_every_plan_under_a_target_runs(target: str, seed: int):
     keras.utils.set_random_seed(seed)
     model = random_network(random)
     plan = zoo.random_plan(model, random, target)
-    assert len(plan.factorized) >= 5
+    assert len(plan.factorized) >= (2 if target == "cpu" else 5)  # narrow layers stay whole
     small = keras_alds.compress(model, plan=plan)
     hostile(small, random)
     if seed % 2:
