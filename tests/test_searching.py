@@ -114,7 +114,7 @@ def test_little_that_can_be_removed_is_tried_once():
 @pytest.mark.parametrize("keras_module", [keras], ids=["keras"])
 def test_it_finds_what_a_scan_of_all_ratios_finds(net):
     options = {"calibration_data": CalibrationStats.collect(net, X, verbose=0)}
-    options |= {"method": "activation", "objective": "macs"}
+    options |= {"method": "activation", "objective": "macs", "target": "size"}
     evaluate = Closeness()
     evaluate(net)
     scan = {
@@ -170,7 +170,7 @@ def test_refine_brings_smaller_models_within_the_limit(net):
     plain, refined = (
         keras_alds.search(
             net, Closeness(), max_drop=0.3, max_evaluations=2, calibration_data=X,
-            sequential=False, refine=refine, verbose=0,
+            sequential=False, refine=refine, target="size", verbose=0,
         )
         for refine in (False, 40)
     )  # fmt: skip
@@ -228,7 +228,13 @@ def test_no_model_within_the_limit_gives_the_model_itself(net):
 # -- The file --------------------------------------------------------------------------------------
 
 
-OPTIONS = {"max_drop": 0.1, "max_evaluations": 5, "calibration_data": X, "verbose": 0}
+OPTIONS = {
+    "target": "size",
+    "max_drop": 0.1,
+    "max_evaluations": 5,
+    "calibration_data": X,
+    "verbose": 0,
+}
 
 
 class TestResume:
