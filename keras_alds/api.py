@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from keras_alds._backend import backend_of, wrappers
@@ -23,7 +23,7 @@ from keras_alds.models.selection import Selection, UnreachableError, candidates_
 from keras_alds.models.submodels import frozen_part
 from keras_alds.models.synthetic import synthetic_stats, unsuitable
 from keras_alds.models.turns import alone
-from keras_alds.options import Options, SelectOptions, check_cr_or_plan, takes_options
+from keras_alds.options import LEAST_CR, Options, SelectOptions, check_cr_or_plan, takes_options
 from keras_alds.plan import CompressionPlan, check_plan
 from keras_alds.refinement import refined, steps_of
 from keras_alds.resources import RESOURCES
@@ -423,7 +423,7 @@ def choose(
         if reason is None:
             stats = synthetic_stats(inventory, verbose=verbose)
             calibration = Calibration(stats=stats)
-            selection = selection.calibrated(stats)
+            selection = _reachable(selection.calibrated(stats), stacklevel=stacklevel + 1)
         elif options.by_default:
             selection = selection.without_data()
         else:
@@ -451,7 +451,7 @@ def calibrated(
         return selection, None
     calibration = Calibration.of(inventory, calibration_data, stacklevel=stacklevel + 1)
     stats = calibration.collected(inventory, verbose=verbose, stacklevel=stacklevel + 1)
-    return selection.calibrated(stats), calibration
+    return _reachable(selection.calibrated(stats), stacklevel=stacklevel + 1), calibration
 
 
 def _without_data(selection: Selection, examples: int, verbose: int) -> Selection | None:
@@ -507,8 +507,8 @@ def _warn_of_no_data(chosen: Chosen, options: Options, data: Any, *, stacklevel:
     if data is not None or not options.by_default:
         return
     method = chosen.plan.method
-    safe = SAFE[method]
-    if max(options.limits.values()) <= safe:
+    safe = SAFE.get(method)
+    if safe is None or max(options.limits.values()) <= safe:
         return
     reason = "" if METHODS[method].synthetic else f", as {unsuitable(chosen.inventory)}"
     warnings.warn(
@@ -537,37 +537,55 @@ def selection_of(
     """
     inventory = candidates_of(inventory, options, stacklevel=stacklevel + 1)
     resources = _resources(inventory, options, verbose, stacklevel=stacklevel + 1)
-    try:
-        selection = Selection.of(inventory, resources, options)
-    except UnreachableError:
-        if not options.target_by_default:
-            raise
-        selection = _with_slow_forms(inventory, resources, options)
-        _warn_of_slow_forms(inventory, options, stacklevel=stacklevel + 1)
+    selection = Selection.of(inventory, resources, options)
+    selection = _reachable(selection, stacklevel=stacklevel + 1)
     selection.warn_of_bounds(stacklevel=stacklevel + 1)
     return selection
 
 
-def _with_slow_forms(
-    inventory: Inventory, resources: Sequence[Resource], options: Options
-) -> Selection:
-    """The selection problem without the default target: of one slice if that is enough."""
-    free = dataclasses.replace(options, target=None, target_by_default=False)
+def _reachable(selection: Selection, *, stacklevel: int) -> Selection:
+    """The selection problem; without the default target if that is too strict.
+
+    Raises:
+        UnreachableError: If `cr` or a bound is out of reach.
+    """
+    options = selection.options
     try:
-        return Selection.of(inventory, resources, dataclasses.replace(free, max_slices=1))
+        selection.check()
     except UnreachableError:
-        return Selection.of(inventory, resources, free)
-
-
-def _warn_of_slow_forms(inventory: Inventory, options: Options, *, stacklevel: int) -> None:
-    removed = " and ".join(
-        f"{cr:.0%} of {RESOURCES[name].counted}" for name, cr in options.limits.items()
+        if not options.target_by_default:
+            raise
+    else:
+        return selection
+    free = dataclasses.replace(options, target=None, target_by_default=False)
+    one_slice = selection.with_options(dataclasses.replace(free, max_slices=1))
+    try:
+        one_slice.check()
+    except UnreachableError:
+        any_slices = selection.with_options(free)
+        any_slices.check()
+        _warn_of_slow_forms(selection, "target='size'", stacklevel=stacklevel + 1)
+        return any_slices
+    accept = (
+        "max_slices=1 to accept this, or target='size' for thin slices, which keep more accuracy "
+        "and are slower still"
     )
+    _warn_of_slow_forms(selection, accept, stacklevel=stacklevel + 1)
+    return one_slice
+
+
+def _warn_of_slow_forms(selection: Selection, accept: str, *, stacklevel: int) -> None:
+    options = selection.options
+    removed = " and ".join(
+        f"{cr:.0%} of {RESOURCES[name].counted}" if cr > LEAST_CR else "anything"
+        for name, cr in options.limits.items()
+    )
+    within = " within the bounds" if options.bounds else ""
     warnings.warn(
-        f"The model '{inventory.model.name}' has too few wide layers to remove {removed} with "
-        f"forms that run fast on every CPU (target={CPU!r}). Narrow layers are factorized as well, "
-        "which some processors run slower than the dense layers. Pass max_slices=1 to accept this, "
-        "or target='size' for thin slices, which keep more accuracy and are slower still.",
+        f"Forms that run fast on every CPU (target={CPU!r}) are not enough to remove {removed}"
+        f"{within} from the model '{selection.inventory.model.name}'. So other forms are taken, "
+        "also of narrow layers, which some processors run slower than the dense layers. Pass "
+        f"{accept}.",
         stacklevel=stacklevel + 1,
     )
 

@@ -77,7 +77,7 @@ class SelectOptions(TypedDict, total=False):
             `"svd-energy"`, `"l-rank"`, `"pca"` (needs data), `"alds-error"`, `"alds-simple"`,
             `"alds-simple-5"`. Defaults to None: `"activation"` with calibration data, `"alds"`
             with an `error_measure`, else `"synthetic"`, or `"energy"` for models for which that
-            is not possible, and with `schemes`.""",
+            is not possible.""",
             flag={
                 "choices": [name for name, known in METHODS.items() if not known.needs_data],
                 "help": "default: as for `select`",
@@ -146,7 +146,7 @@ class SelectOptions(TypedDict, total=False):
             its reach and other forms of one slice are taken.""",
             flag={
                 "choices": [*TARGETS, *ALIASES, SIZE],
-                "help": "what the model is for (default: cpu)",
+                "help": "what the model is for (default: as for `select`)",
             },
         ),
     ]
@@ -299,7 +299,7 @@ class Options:
         if self.schemes is not None:
             return self.schemes
         many = self.target is None and self.max_slices != 1
-        if method.published or (many and not method.uses_data):
+        if method.published or self.error_measure or (many and not method.uses_data):
             return (0,)
         return SCHEMES
 
@@ -343,6 +343,14 @@ def _limits(cr: Any, objective: Any) -> dict[str, float]:
     return {name: float(limits[name]) for name in RESOURCES if name in limits}
 
 
+def of_all_forms(options: Mapping[str, Any]) -> Any:
+    """Options with the target "size", unless another one is named or latency is measured."""
+    objective = options.get("objective", declared("objective").default)
+    if options.get("target") is not None or objective not in JOINT:
+        return options
+    return {**options, "target": SIZE}
+
+
 def _target(values: Mapping[str, Any], method: Method) -> tuple[str | None, bool]:
     """The name of the target or None for none, and whether it is the default one."""
     measured_for = RESOURCES[values["objective"]].target
@@ -358,7 +366,7 @@ def _target(values: Mapping[str, Any], method: Method) -> tuple[str | None, bool
         return (target.name if target else None), False
     if measured_for is not None:
         return measured_for, False
-    if values["max_slices"] is not None or method.published:
+    if method.published or {values["max_slices"], values["error_measure"]} != {None}:
         return None, False
     return CPU, True
 

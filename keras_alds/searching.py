@@ -229,14 +229,15 @@ def search(
     """Finds the smallest model whose score falls by at most `max_drop`.
 
     `model` is not changed. It is evaluated first, and then one compressed model after the other.
-    The next `cr` is interpolated from the scores so far. It is never so far from the middle of what
-    is open that halving could not bring this down to 0.01 with the evaluations that are left. The
+    The next `cr` is interpolated from the scores so far. Each is chosen so that bisection could
+    still reach a precision of 0.01 with the evaluations that are left. The
     search ends when the largest `cr` within the limit is known to 0.01, usually after five
     compressed models. Statistics of the calibration data are collected once.
 
     Scores are noisy, and need not fall steadily as more is removed. The result is always a model
-    that was evaluated and met the limit. A smaller one that meets it too may exist. If none met it,
-    the result is `model` itself, and a warning says so.
+    that was evaluated and met the limit. As in `select`, it has only forms that run fast on every
+    CPU, unless you pass a `target` or `max_slices`. A smaller one that meets it too may exist. If
+    none met it, the result is `model` itself, and a warning says so.
 
     To search by the score of int8 files, let `evaluate` convert the models and score the files
     (docs/guide.md).

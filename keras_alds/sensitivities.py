@@ -16,7 +16,7 @@ from keras_alds.models.inventory import LayerRecord, check_is_model
 from keras_alds.models.recompose import inspected, recomposed, to_recompose
 from keras_alds.models.resources import Resource
 from keras_alds.models.turns import alone
-from keras_alds.options import LEAST_CR, SelectOptions, check_names, takes_options
+from keras_alds.options import LEAST_CR, SelectOptions, check_names, of_all_forms, takes_options
 from keras_alds.resources import RESOURCES
 from keras_alds.scores import axes_or_new
 from keras_alds.tables import PrintFn, counted, print_table
@@ -216,6 +216,7 @@ def sensitivity(
         raise ValueError(
             "Expected `calibration_data`, to measure what layers do to the outputs. Received: None"
         )
+    options = of_all_forms(options)
     checked = checked_options(LEAST_CR, options, has_data=True, caller="sensitivity")
     check_is_model(model)
     with alone(model):

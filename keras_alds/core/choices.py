@@ -306,7 +306,7 @@ def join_tables(tables: Sequence[ChoiceTable]) -> ChoiceTable:
         )
     first, *others = tables
     if not others:
-        return first
+        return _ordered_alike(first)
     parts = [first, *(table.take(table.slices > 0) for table in others)]
     columns = {c.name: np.concatenate([getattr(t, c.name) for t in parts]) for c in fields(first)}
     return _ordered_alike(_sorted(ChoiceTable(**columns)))

@@ -77,12 +77,14 @@ class Settings:
         Returns:
             Ranks by number of slices and fold scheme.
         """
-        rule = functools.partial(TARGETS[self.target].ranks, depthwise=len(set(call.strides)) <= 1)
+        target = TARGETS[self.target]
         return {
             (k, scheme): ranks
             for scheme in record.folded(self.schemes).schemes
             for k, ranks in offered_ranks(
-                record.shape_in(scheme), rule=rule, max_slices=1 if scheme else self.max_slices
+                record.shape_in(scheme),
+                rule=record.rule_of(target, scheme),
+                max_slices=1 if scheme else self.max_slices,
             ).items()
         }
 

@@ -102,7 +102,7 @@ class CalibrationStats:
         self.examples = examples
         self.fingerprint = fingerprint
         self.curves = MappingProxyType(dict(curves or {}))
-        self._spectra: dict[tuple[str, int, Decompose], tuple[bytes, frozenset[int], Spectra]] = {}
+        self._spectra: dict[tuple[str, int, frozenset[int], Decompose], tuple[bytes, Spectra]] = {}
 
     def __repr__(self) -> str:
         return (
@@ -239,21 +239,20 @@ class CalibrationStats:
         Returns:
             One `Spectra` per layer, in order.
         """
-
-        def is_known(key: tuple[str, int], seen: Seen) -> bool:
-            known = self._spectra.get((*key, decompose))
-            return known is not None and known[0] == seen.digest and seen.slices <= known[1]
-
-        new = {key: seen for key, seen in kernels.items() if not is_known(key, seen)}
+        keys = {key: (*key, seen.slices, decompose) for key, seen in kernels.items()}
+        new = {
+            keys[key]: seen
+            for key, seen in kernels.items()
+            if self._spectra.get(keys[key], (b"",))[0] != seen.digest
+        }
         found = decompose(
             [seen.kernel for seen in new.values()],
-            [seen.moment for seen in new.values()],
+            [seen.moment() for seen in new.values()],
             [seen.slices for seen in new.values()],
         )
-        for (key, seen), spectra in zip(new.items(), found, strict=True):
-            path, scheme = key
-            self._spectra[path, scheme, decompose] = (seen.digest, seen.slices, spectra)
-        return [self._spectra[path, scheme, decompose][2] for path, scheme in kernels]
+        for key, spectra in zip(new, found, strict=True):
+            self._spectra[key] = (new[key].digest, spectra)
+        return [self._spectra[key][1] for key in keys.values()]
 
     def warn_of_other_weights(self, model: Any, *, stacklevel: int) -> None:
         """Warns if the model's weights have changed since the statistics were collected."""

@@ -34,13 +34,13 @@ class Seen:
     Attributes:
         digest: Digest of the kernel.
         kernel: The kernel, `[*spatial, c, f]`.
-        moment: The second moment of its unfolded inputs.
+        moment: Makes the second moment of its unfolded inputs.
         slices: The numbers of slices that matter.
     """
 
     digest: bytes
     kernel: Array
-    moment: SecondMoment
+    moment: Callable[[], SecondMoment]
     slices: frozenset[int]
 
 
@@ -107,11 +107,19 @@ def _output_spectra(
     """The output spectra of some layers in one fold scheme, for the offered slices."""
     rows = zip(records, offers, kernels(records, scheme), strict=True)
     seen = {
-        (record.path, scheme): Seen(*read, record.fold(record.moment, scheme), frozenset(offered))
+        (record.path, scheme): Seen(*read, _moment_of(record, scheme), frozenset(offered))
         for record, (offered, _), read in rows
         if record.moment is not None
     }
     return [] if stats is None else stats.spectra(seen, method.spectra)
+
+
+def _moment_of(record: LayerRecord, scheme: int) -> Callable[[], SecondMoment]:
+    """Folds the moment when it is needed: it may be large."""
+    moment = record.moment
+    if moment is None:
+        raise ValueError(f"Expected a layer with a second moment. Received: '{record.path}'")
+    return lambda: record.fold(moment, scheme)
 
 
 def kernels(records: Iterable[LayerRecord], scheme: int = 0) -> Iterator[tuple[bytes, np.ndarray]]:

@@ -22,6 +22,7 @@ from keras_alds._backend.functions import run_as_code
 from keras_alds.core.calibration.curves import Curve
 from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.checks import did_you_mean
+from keras_alds.core.choices import RankRule
 from keras_alds.core.slicing import decoder_axes
 from keras_alds.kinds.base import (
     KernelKind,
@@ -38,6 +39,7 @@ from keras_alds.kinds.holders import WithFactorizedLayers
 from keras_alds.naming import Bound, described, matches
 from keras_alds.plan import Skip, Skipped
 from keras_alds.tables import counted
+from keras_alds.targets import Target
 
 #: The shapes of the inputs and the outputs of every call of a layer.
 Calls = list[tuple[tuple[int, ...], tuple[int, ...]]]
@@ -116,6 +118,18 @@ class LayerRecord:
     def window(self) -> tuple[int, ...]:
         """The kernel size of a convolution; empty for other layers."""
         return (self.kernel_shape or ())[:-2]
+
+    def rule_of(self, target: Target, scheme: int, blocks: int = 1) -> RankRule:
+        """The ranks that a target allows in a fold scheme, as a function for `offered_ranks`."""
+        strides = tuple(getattr(self.layer, "strides", ()))
+        axes = decoder_axes(scheme, len(self.window)) if scheme else ()
+        return functools.partial(
+            target.ranks,
+            depthwise=len(set(strides)) <= 1,
+            blocks=blocks,
+            positions=math.prod(self.window[axis] for axis in axes),
+            strides=math.prod(strides[axis] for axis in axes),
+        )
 
     def fold(self, moment: SecondMoment, scheme: int) -> SecondMoment:
         """A second moment of its unfolded inputs, for one of its fold schemes."""

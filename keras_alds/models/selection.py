@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import decimal
 import functools
-import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -16,7 +15,7 @@ from keras_alds.core.calibration.moments import MANY
 from keras_alds.core.choices import ChoiceTable, offered_ranks
 from keras_alds.core.costs import Costs
 from keras_alds.core.methods import Method
-from keras_alds.core.slicing import decoder_axes, weights
+from keras_alds.core.slicing import weights
 from keras_alds.core.solvers import InfeasibleBudget, Solution
 from keras_alds.kinds.base import factorizable_names, observable
 from keras_alds.methods import DEFAULT, get_method
@@ -101,12 +100,7 @@ class Selection:
 
     @classmethod
     def of(cls, inventory: Inventory, resources: Sequence[Resource], options: Options) -> Selection:
-        """Skips layers as the resources require, and checks that `cr` can be reached.
-
-        Raises:
-            UnreachableError: If no choice of a layer is within its bounds, or `cr` is out of reach
-                for any weights.
-        """
+        """Skips layers as the resources require."""
 
         def skipped(record: LayerRecord) -> LayerRecord:
             found = (resource.skipped(record) for resource in resources if not record.skipped)
@@ -114,12 +108,24 @@ class Selection:
             return record if reason is None else dataclasses.replace(record, skipped=reason)
 
         inventory = inventory.map(skipped).map(lambda record: record.bounded(options.bounds))
-        selection = cls(inventory, tuple(resources), options)
-        for index, resource in enumerate(resources):
-            required = sum(selection.smallest_cost(r, resource) for r in inventory.candidates)
-            if required > selection.budget_of(resource):
-                raise selection.unreachable(required, index)
-        return selection
+        return cls(inventory, tuple(resources), options)
+
+    def check(self) -> None:
+        """Checks that `cr` can be reached, whatever the weights are.
+
+        Raises:
+            UnreachableError: If it cannot, or no choice of a layer is within its bounds.
+        """
+        for index, resource in enumerate(self.resources):
+            required = sum(self.smallest_cost(r, resource) for r in self.inventory.candidates)
+            if required > self.budget_of(resource):
+                raise self.unreachable(required, index)
+
+    def with_options(self, options: Options) -> Selection:
+        """The same problem with other options of the same method."""
+        schemes = options.schemes_of(get_method(options.method))
+        inventory = self.inventory.map(lambda record: record.folded(schemes))
+        return dataclasses.replace(self, options=options, inventory=inventory)
 
     @property
     def matched_bounds(self) -> tuple[Bound, ...]:
@@ -181,15 +187,9 @@ class Selection:
         limits = [self.options.max_slices]
         rule = None
         if target is not None:
-            strides = tuple(getattr(record.layer, "strides", ()))
-            axes = decoder_axes(scheme, len(record.window)) if scheme else ()
-            rule = functools.partial(
-                target.ranks,
-                depthwise=len(set(strides)) <= 1,
-                blocks=blocks,
-                positions=math.prod(record.window[axis] for axis in axes),
-                strides=math.prod(strides[axis] for axis in axes),
-            )
+            if scheme and blocks > 1:
+                return {}  # targets know one slice only in these schemes
+            rule = record.rule_of(target, scheme, blocks)
             # Targets know the sliced forms of plain convolutions in scheme 0 only.
             limits += [1] if scheme or not record.kind.measured else []
         most = _least(limits)

@@ -16,11 +16,10 @@ from keras_alds.methods import METHODS, get_method
 from keras_alds.models.calibration import Calibration
 from keras_alds.models.fit import check_sequential
 from keras_alds.models.inventory import Inventory, count_params
-from keras_alds.options import SelectOptions, check_cr, check_names, declared, takes_options
+from keras_alds.options import SelectOptions, check_cr, check_names, of_all_forms, takes_options
 from keras_alds.progress import progress_bar
 from keras_alds.resources import RESOURCES
 from keras_alds.scores import check_evaluate, check_function, check_plots, scored
-from keras_alds.targets import SIZE
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -241,9 +240,7 @@ def sweep(
         raise ValueError(
             f"Expected at least one method and one ratio. Received: methods={chosen!r}, crs={crs!r}"
         )
-    objective = options.get("objective", declared("objective").default)
-    if options.get("target") is None and not RESOURCES[objective].measured:
-        options["target"] = SIZE
+    options = of_all_forms(options)
     # Raises errors about the model or the options early.
     select(model, min(crs), **options)
     calibration = None
@@ -267,7 +264,7 @@ def sweep(
                 progress.update(task, description=f"{name}, cr={cr:g}")
                 rows.append(_row(model, cr, data, mine, one_by_one, evaluate, retrain))
                 progress.advance(task)
-    return Sweep(tuple(rows), objective, model.name)
+    return Sweep(tuple(rows), options.get("objective", "params"), model.name)
 
 
 def _chosen(methods: str | Iterable[str] | None, *, has_data: bool) -> list[str]:

@@ -83,7 +83,7 @@ def test_by_default_forms_run_fast_on_every_cpu(model, stats):
 
 def test_narrow_layers_are_factorized_with_a_warning():
     model = zoo.functional(keras)
-    with pytest.warns(UserWarning, match=r"too few wide layers to remove 80% of the parameters"):
+    with pytest.warns(UserWarning, match=r"not enough to remove 80% of the parameters"):
         plan = select(model, 0.8)
     assert plan.cr >= 0.8
     assert plan.target is None

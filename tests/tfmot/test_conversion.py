@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import subprocess
 import sys
 import warnings
@@ -14,7 +13,6 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 import zoo
 
 import keras_alds
@@ -419,43 +417,6 @@ def check_outputs(name: str) -> None:
 @pytest.mark.usefixtures("float64")
 def test_one_application_of_every_family(name: str):
     check_outputs(name)
-
-
-@pytest.fixture
-def numbered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels that start with numbers, in tf_keras with zeros: drawing millions takes long."""
-
-    def numbers(self: Any, shape: Any, dtype: Any = None, **_: Any) -> Any:
-        return tf.reshape(tf.range(math.prod(shape), dtype=dtype or "float32"), shape)
-
-    def zeros(self: Any, shape: Any, dtype: Any = None, **_: Any) -> Any:
-        return tf.zeros(shape, dtype or "float32")
-
-    for name in ("VarianceScaling", "TruncatedNormal"):
-        monkeypatch.setattr(getattr(keras.initializers, name), "__call__", numbers)
-        monkeypatch.setattr(getattr(tf_keras.initializers, name), "__call__", zeros)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in APPLICATIONS if name not in FEW])
-@pytest.mark.usefixtures("numbered")
-def test_all_other_applications(name: str):
-    keras.backend.clear_session()
-    model = application(name)
-    new = keras_alds.to_tf_keras(model)
-    assert new.count_params() == model.count_params()
-    old_layers = {layer.name: layer for layer in model._flatten_layers()}
-    compared = 0
-    for layer in new._flatten_layers(recursive=True, include_self=False):
-        old = old_layers.get(layer.name)
-        if old is None or isinstance(layer, tf_keras.Model):
-            continue
-        for weight, value in zip(layer.weights, old.weights, strict=True):
-            # In TensorFlow: NumPy would copy hundreds of megabytes.
-            equal = tf.reshape(weight, [-1]) == tf.reshape(value.value, [-1])
-            assert bool(tf.reduce_all(equal)), (layer.name, value.name)
-            compared += 1
-    assert compared == len(model.weights)
 
 
 def test_every_family_is_among_the_few():
