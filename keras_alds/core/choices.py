@@ -314,6 +314,8 @@ def join_tables(tables: Sequence[ChoiceTable]) -> ChoiceTable:
 
 def _ordered_alike(table: ChoiceTable) -> ChoiceTable:
     """The rows that cost no more than any dearer row, in every budget."""
+    if table.cost.shape[1] == 1:
+        return table
     least_after = np.minimum.accumulate(table.cost[::-1], axis=0)[::-1]
     return table.take(np.flatnonzero((table.cost <= least_after).all(axis=1)))
 

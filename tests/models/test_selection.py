@@ -126,6 +126,12 @@ class TestTwoLimits:
         with pytest.raises(ValueError, match=r"keys of `cr` to be some of 'params', 'macs'"):
             select(model, limits)
 
+    def test_one_scheme_of_a_strided_layer(self, model):
+        """Strides order parameters and MACs differently."""
+        for scheme in (1, 3):
+            plan = select(model, {"params": 0.1, "macs": 0.1}, schemes=scheme, target="size")
+            assert min(plan.reduction("params"), plan.reduction("macs")) >= 0.1
+
     def test_bad_fractions_and_an_objective_beside(self, model):
         with pytest.raises(ValueError, match=r"0 < cr < 1.*Received: cr=2"):
             select(model, {"params": 0.5, "macs": 2})

@@ -81,6 +81,38 @@ def test_by_default_forms_run_fast_on_every_cpu(model, stats):
         assert max(choice.slices for choice in free.factorized) > 1
 
 
+def test_statistics_that_served_another_target_give_the_same_plan(model, stats, monkeypatch):
+    monkeypatch.setattr("keras_alds.core.calibration.held_out._MOST_WORK", 0.0)
+    before = select(model, 0.5, calibration_data=stats, max_slices=2)
+    select(model, 0.5, calibration_data=stats, target="size")
+    assert select(model, 0.5, calibration_data=stats, max_slices=2) == before
+
+
+def test_layers_that_no_example_reaches_leave_the_default_target_too_strict(keras_module):
+    """What is out of reach only with data is taken from other forms, too."""
+    L = keras_module.layers
+    wide, narrow = L.Conv2D(64, 3, name="wide"), L.Conv2D(12, 3, name="narrow")
+
+    class Net(keras_module.Model):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.narrow, self.pool = wide, narrow, L.GlobalAveragePooling2D()
+            self.deep = True
+
+        def call(self, x):
+            if self.deep:
+                x = self.wide(x)[..., :32]
+            return self.pool(self.narrow(x))
+
+    net = Net()
+    net(np.zeros((1, 8, 8, 32), "float32"))
+    net.deep = False
+    x = np.random.default_rng(0).standard_normal((32, 8, 8, 32)).astype("float32")
+    with pytest.warns(UserWarning, match="are not enough to remove 5% of the parameters"):
+        plan = select(net, 0.05, calibration_data=x, method="activation")
+    assert [choice.layer for choice in plan.factorized] == ["narrow"]
+
+
 def test_narrow_layers_are_factorized_with_a_warning():
     model = zoo.functional(keras)
     with pytest.warns(UserWarning, match=r"not enough to remove 80% of the parameters"):

@@ -220,5 +220,6 @@ def test_schemes_use_noise_and_error_measures_the_weights(network):
     for own, every in zip(plan.choices, select(network, 0.3, schemes="all").choices, strict=True):
         assert (own.scheme, own.slices, own.rank) == (every.scheme, every.slices, every.rank)
     assert select(network, 0.3, error_measure="spectral").method == "alds"
+    assert compress(network, 0.3, error_measure="energy").count_params() < network.count_params()
     with pytest.raises(ValueError, match="Expected no `error_measure` with the method 'synthetic'"):
         select(network, 0.3, method="synthetic", error_measure="slice")

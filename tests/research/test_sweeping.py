@@ -144,6 +144,8 @@ def test_bad_arguments(model):
         keras_alds.sweep(model, accuracy, methods=["magic"])
     with pytest.raises(ValueError, match=r"0 < cr < 1"):
         keras_alds.sweep(model, accuracy, crs=[50])
+    with pytest.raises(ValueError, match="Expected `objective` to be one of"):
+        keras_alds.sweep(model, accuracy, objective="mac")
     for empty in ({"methods": []}, {"crs": []}):
         with pytest.raises(ValueError, match="Expected at least one method and one ratio"):
             keras_alds.sweep(model, accuracy, **empty)
