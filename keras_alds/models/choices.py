@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -107,19 +108,14 @@ def _output_spectra(
     """The output spectra of some layers in one fold scheme, for the offered slices."""
     rows = zip(records, offers, kernels(records, scheme), strict=True)
     seen = {
-        (record.path, scheme): Seen(*read, _moment_of(record, scheme), frozenset(offered))
+        # Folded when it is needed: it may be large.
+        (record.path, scheme): Seen(
+            *read, functools.partial(record.fold, record.moment, scheme), frozenset(offered)
+        )
         for record, (offered, _), read in rows
         if record.moment is not None
     }
     return [] if stats is None else stats.spectra(seen, method.spectra)
-
-
-def _moment_of(record: LayerRecord, scheme: int) -> Callable[[], SecondMoment]:
-    """Folds the moment when it is needed: it may be large."""
-    moment = record.moment
-    if moment is None:
-        raise ValueError(f"Expected a layer with a second moment. Received: '{record.path}'")
-    return lambda: record.fold(moment, scheme)
 
 
 def kernels(records: Iterable[LayerRecord], scheme: int = 0) -> Iterator[tuple[bytes, np.ndarray]]:
