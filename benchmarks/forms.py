@@ -1,4 +1,4 @@
-"""Accuracy against speed: plans for any CPU, the default, and plans for size alone.
+"""Accuracy against speed: plans for common CPUs, the default, and plans for size alone.
 
     python benchmarks/forms.py resnet20.keras resnet8.h5 vgglike.keras --data cifar10.npz
 

@@ -582,7 +582,7 @@ def _warn_of_slow_forms(selection: Selection, accept: str, *, stacklevel: int) -
     )
     within = " within the bounds" if options.bounds else ""
     warnings.warn(
-        f"Forms that run fast on every CPU (target={CPU!r}) are not enough to remove {removed}"
+        f"Forms that run fast on common CPUs (target={CPU!r}) are not enough to remove {removed}"
         f"{within} from the model '{selection.inventory.model.name}'. So other forms are taken, "
         "also of narrow layers, which some processors run slower than the dense layers. Pass "
         f"{accept}.",

@@ -235,8 +235,8 @@ def search(
     compressed models. Statistics of the calibration data are collected once.
 
     Scores are noisy, and need not fall steadily as more is removed. The result is always a model
-    that was evaluated and met the limit. As in `select`, it has only forms that run fast on every
-    CPU, unless you pass a `target` or `max_slices`. A smaller one that meets it too may exist. If
+    that was evaluated and met the limit. As in `select`, it has only forms that run fast on common
+    CPUs, unless you pass a `target` or `max_slices`. A smaller one that meets it too may exist. If
     none met it, the result is `model` itself, and a warning says so.
 
     To search by the score of int8 files, let `evaluate` convert the models and score the files
