@@ -134,8 +134,8 @@ class SelectOptions(TypedDict, total=False):
         str | None,
         Option(
             None,
-            """String or None. What the model is for: `"cpu"` (common CPUs, with LiteRT or Keras, float
-            or int8), `"litert"` (LiteRT on a CPU with XNNPACK; `"tflite"` means the same),
+            """String or None. What the model is for: `"cpu"` (common CPUs, with LiteRT or Keras,
+            float or int8), `"litert"` (LiteRT on a CPU with XNNPACK; `"tflite"` means the same),
             `"litert-reference"` (its built-in kernels, microcontrollers), `"gpu-delegate"`, or
             `"size"`. Only forms that run well there are chosen. `"size"` allows all of them: thin
             slices keep more accuracy at the same size, and run slower than the original. With

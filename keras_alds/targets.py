@@ -129,8 +129,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 slice_channels=64,
                 slice_channel_multiple=1,
                 multipliers=((32, 1),),
-                why="measured: these forms were not slower than the dense layer, except in int8 on a "
-                "processor with int8 matrix units",
+                why="measured: these forms were not slower than the dense layer, except in int8 "
+                "on a processor with int8 matrix units",
                 least_width=32,
                 least_width_split=16,
                 most_work=0.75,
