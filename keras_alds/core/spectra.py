@@ -70,6 +70,11 @@ class SliceSpectrum:
         """The full rank r of a slice."""
         return self.residual_norm.size - 1
 
+    @property
+    def singular_values(self) -> Float64:
+        """Array `[r]`, descending; of several slices, the largest of each index."""
+        return self.residual_norm[:-1]
+
 
 @dataclass(frozen=True, eq=False)
 class Spectra:

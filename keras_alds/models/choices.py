@@ -17,7 +17,7 @@ from keras_alds.core.costs import Costs
 from keras_alds.core.errors import get_error
 from keras_alds.core.methods import Decompose, Method
 from keras_alds.core.slicing import SCHEMES, Array
-from keras_alds.core.spectra import Spectra, spectra_many
+from keras_alds.core.spectra import Float64, Spectra, spectra_many
 from keras_alds.kinds.base import kernel_values
 from keras_alds.models.inventory import LayerRecord
 
@@ -132,6 +132,19 @@ def kernels(records: Iterable[LayerRecord], scheme: int = 0) -> Iterator[tuple[b
                 f"'{record.path}'. Look for the step at which training diverged."
             )
         yield hashlib.sha256(kernel.data).digest(), kernel
+
+
+def singular_values(records: Sequence[LayerRecord]) -> list[Float64]:
+    """The singular values of every layer's whole kernel in fold scheme 0, descending.
+
+    Raises:
+        ValueError: If a kernel is not finite.
+    """
+    found = []
+    for group in _together(records, _kernel_bytes):
+        entries = _entries(group, [{0: ({1: range(1)}, ())} for _ in group])
+        found += [entry.spectra[0].slices[1].singular_values for entry in entries]
+    return found
 
 
 @dataclasses.dataclass
