@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from keras_alds.models.calibration import CalibrationStats
     from keras_alds.models.expansion import expand
     from keras_alds.models.resources import count_macs
+    from keras_alds.monitoring import RankMonitor
     from keras_alds.plan import CompressionPlan, LayerChoice
     from keras_alds.refinement import Refinement, refine
     from keras_alds.reports import report
@@ -43,6 +44,7 @@ _HOMES = {
     "FactorizedDense": "layers",
     "LayerChoice": "plan",
     "LayerSensitivity": "sensitivities",
+    "RankMonitor": "monitoring",
     "Refinement": "refinement",
     "SearchPoint": "searching",
     "SearchResult": "searching",
@@ -72,6 +74,7 @@ __all__ = [
     "FactorizedDense",
     "LayerChoice",
     "LayerSensitivity",
+    "RankMonitor",
     "Refinement",
     "SearchPoint",
     "SearchResult",

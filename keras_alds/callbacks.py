@@ -26,6 +26,7 @@ from keras_alds.models.inventory import (
     walk,
 )
 from keras_alds.models.matching import match
+from keras_alds.models.ranks import SettlingTime
 from keras_alds.models.recompose import Request, already, inspected, recomposed, to_recompose
 from keras_alds.models.scale import warn_of_other_inputs
 from keras_alds.models.submodels import find_submodel, frozen_part
@@ -92,9 +93,11 @@ class ALDSCompress(_backend.Callback):
 
     Args:
         cr: Float, 0 < cr < 1, or dict. The fraction to remove; see `select`.
-        at_epoch: Integer >= 0. Index of the epoch before which to compress, as in
+        at_epoch: Integer >= 0, or `"auto"`. Index of the epoch before which to compress, as in
             `initial_epoch`. 0 compresses the weights that `fit` starts with; use it only for a
-            model that is already trained.
+            model that is already trained. `"auto"` compresses once the ranks of all layers have
+            settled: each stable rank ‖W‖²_F / ‖W‖²_2 has once changed by at most 1 % per epoch,
+            taken over 5 epochs. The latest epoch is half of the `epochs` of `fit`.
         plan: A `CompressionPlan` to apply instead of selecting one. Excludes `cr`.
         submodel: The part to compress: its attribute path in the model that is being trained, such
             as `"student"`, `"wrapped.encoder"` or `"blocks.0"`, or the model or layer itself.
@@ -118,6 +121,7 @@ class ALDSCompress(_backend.Callback):
 
     Attributes:
         plan: The `CompressionPlan`, or None as long as the callback has compressed nothing.
+        at_epoch: The epoch. With `"auto"`, the latest one until the ranks have settled.
 
     Raises:
         TypeError: From the constructor, if `at_epoch` is missing or an option's name is unknown.
@@ -134,6 +138,8 @@ class ALDSCompress(_backend.Callback):
 
     References:
         Liebenwein et al., NeurIPS 2021, arXiv:2107.11442, section 3: train, compress, retrain.
+        Wang et al., "Cuttlefish: Low-Rank Model Training without All the Tuning", MLSys 2023,
+        arXiv:2305.02538: compress when all stable ranks have settled.
     """
 
     plan: CompressionPlan | None
@@ -151,7 +157,7 @@ class ALDSCompress(_backend.Callback):
         self,
         cr: float | Mapping[str, float] | None = None,
         *,
-        at_epoch: int,
+        at_epoch: int | str,
         plan: CompressionPlan | None = None,
         submodel: Any = None,
         calibration_data: Any = None,
@@ -163,7 +169,10 @@ class ALDSCompress(_backend.Callback):
     ) -> None:
         super().__init__()
         check_cr_or_plan(cr, plan, options, "ALDSCompress")
-        if isinstance(at_epoch, bool) or not isinstance(at_epoch, numbers.Integral) or at_epoch < 0:
+        self._auto = isinstance(at_epoch, str) and at_epoch == "auto"
+        if not self._auto and (
+            isinstance(at_epoch, bool) or not isinstance(at_epoch, numbers.Integral) or at_epoch < 0
+        ):
             raise ValueError(
                 "Expected `at_epoch`, the index of an epoch, to be an integer >= 0. "
                 f"Received: at_epoch={at_epoch!r}"
@@ -188,7 +197,7 @@ class ALDSCompress(_backend.Callback):
         self._calibration_data = calibration_data
         self._sequential = sequential
         self._callbacks = callbacks
-        self.at_epoch = int(at_epoch)
+        self.at_epoch = 0 if self._auto else int(at_epoch)
         self.verbose = verbose
         self.plan = None
         self._start_training()
@@ -198,6 +207,7 @@ class ALDSCompress(_backend.Callback):
         self._started = False
         self._checked = False
         self._suffix = ""
+        self._settling: SettlingTime | None = None
         self._params_before: int | None = None
         self._watched: list[tuple[Any, np.ndarray]] = []
 
@@ -215,6 +225,9 @@ class ALDSCompress(_backend.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Raises every error that can be found before the first epoch."""
         self._start_training()
+        if self._auto:
+            self._settling = SettlingTime(self.params["epochs"])
+            self.at_epoch = self._settling.latest
         self._check_others()
         names = (f"alds_cr{self._suffix}", f"alds_params{self._suffix}")
         backend = _backend.backend_of(self.model)
@@ -236,6 +249,7 @@ class ALDSCompress(_backend.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Compresses the model before epoch `at_epoch`."""
+        self._look_at_ranks(epoch)
         resumed = not self._started and epoch > self.at_epoch
         self._started = True
         if self._done or epoch < self.at_epoch:
@@ -337,6 +351,20 @@ class ALDSCompress(_backend.Callback):
             )
         return chosen
 
+    def _look_at_ranks(self, epoch: int) -> None:
+        """With `at_epoch="auto"`, takes this epoch if the ranks have settled."""
+        if self._settling is None or self._done or epoch > self.at_epoch:
+            return
+        if not has_weights(self._part):
+            return
+        with alone(self.model):
+            settled = self._settling.has_come(inspected(self._part, self._source))
+        if settled:
+            self.at_epoch = epoch
+            self._say(f"epoch {epoch}: {self._named}the ranks of all layers have settled")
+        elif epoch == self.at_epoch:
+            self._say(f"epoch {epoch}: {self._named}the latest epoch; not all ranks have settled")
+
     def _is_met(self) -> bool:
         """Whether the model is compressed already as asked; says so once."""
         met = already(inspected(self._part, self._source), self._source, strict=False)
@@ -400,6 +428,12 @@ class ALDSCompress(_backend.Callback):
         if any(other._part is not self._part for other in others):
             self._suffix = f"_{self._part_name}"
         for other in others:
+            if other._part is self._part and (self._auto or other._auto):
+                raise ValueError(
+                    "Expected no other ALDSCompress for a model that one compresses with "
+                    "at_epoch='auto': which comes first is not known. Received: "
+                    f"{_limits_text(self._limits)} and {_limits_text(other._limits)}"
+                )
             if other._part is not self._part or other.at_epoch > self.at_epoch:
                 continue
             earlier, later = other._limits, self._limits

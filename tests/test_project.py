@@ -32,7 +32,7 @@ ROWS = (
     ("models",),
     ("litert", "refinement", "reports"),
     ("api",),
-    ("callbacks", "tfmot", "research/sweeping", "searching", "sensitivities"),
+    ("callbacks", "monitoring", "tfmot", "research/sweeping", "searching", "sensitivities"),
     ("layers", "tf_keras", "cli"),
     ("__main__",),
     ("__init__",),

@@ -1,0 +1,213 @@
+"""`RankMonitor`: the ranks of all kernels during training."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import numbers
+import os
+from typing import Any
+
+import numpy as np
+
+from keras_alds import _backend
+from keras_alds._backend.summaries import ScalarWriter
+from keras_alds.core.checks import did_you_mean, positive_int
+from keras_alds.models.inventory import Inventory, has_weights
+from keras_alds.models.ranks import ModelRanks, measured_ranks
+from keras_alds.models.selection import candidates_of
+from keras_alds.models.turns import alone
+from keras_alds.options import LEAST_CR, Options
+from keras_alds.scores import axes_or_new
+
+_RANKS = ("stable_rank", "effective_rank", "energy_rank")
+_COLUMNS = ("epoch", "layer", "full_rank", *_RANKS, "removable")
+# More layers than this would fill the plot with their names.
+_MOST_NAMES = 12
+
+
+class RankMonitor(_backend.Callback):
+    """Measures the ranks of all layers during training, to see when to compress.
+
+    After an epoch, each kernel W that can be factorized is unfolded to a matrix (fold scheme 0, as
+    in `ALDSCompress`) with the singular values σ_1 ≥ σ_2 ≥ …, and measured:
+
+    - the stable rank, ‖W‖²_F / σ_1²;
+    - the effective rank, exp(−Σ p_i ln p_i) with p_i = σ_i / Σ σ_m;
+    - the energy rank, the least number of singular values that hold `energy` of ‖W‖²_F.
+
+    The logs of every epoch contain `alds_stable_rank`, `alds_effective_rank` and
+    `alds_energy_rank`, the means over the layers of rank divided by full rank, and
+    `alds_reachable_cr`: the largest `cr` for which every layer's relative error is at most
+    `error`. So `History`, `CSVLogger` and `TensorBoard` have them, if `RankMonitor` comes before
+    them in the list of callbacks. It does not tell the accuracy. Watch how it changes.
+
+    The callback works in `fit` of Keras 3 and tf_keras. It changes nothing in the training. With
+    one slice it takes one eigenvalue decomposition per layer, a few milliseconds for a small net.
+    A factorized layer is measured by the product of its factors, and keeps its size in
+    `alds_reachable_cr`. A second `fit` starts a new history.
+
+    Args:
+        error: Float, 0 < error < 1. The largest relative error of a layer for
+            `alds_reachable_cr`: σ_{j+1} / σ_1 of its kernel at rank j, as in the method `"alds"`.
+            Defaults to 0.3.
+        energy: Float, 0 < energy < 1. For the energy rank. Defaults to 0.99.
+        every: Integer >= 1. Measures after the first of every so many epochs, and after the last
+            epoch. The logs of other epochs repeat the last numbers. Defaults to 1.
+        exclude: Layers to leave out, as for `select`. Defaults to none.
+        max_slices: Integer or None. The largest number of slices for `alds_reachable_cr`, as for
+            `select`. Each number of slices takes decompositions of its own. Defaults to 1; None
+            allows any.
+        log_dir: Folder for the ranks of each layer, for TensorBoard. Defaults to None: none are
+            written.
+
+    Attributes:
+        history: List of dicts, one for each layer and measured epoch, with the keys `epoch`,
+            `layer`, `full_rank`, `stable_rank`, `effective_rank`, `energy_rank` and `removable`,
+            the fraction of the layer's parameters that its error allows to remove (None for a
+            factorized layer). `pandas.DataFrame(monitor.history)` is a table of them.
+
+    Raises:
+        ValueError: From the constructor, if an argument is invalid. From `fit`, if no layer can be
+            factorized, or a kernel holds NaN or infinity.
+
+    Example:
+    ```python
+    monitor = keras_alds.RankMonitor()
+    history = model.fit(x, y, epochs=2, callbacks=[monitor], verbose=0)
+    history.history["alds_reachable_cr"]  # one number for each epoch
+    monitor.to_csv("ranks.csv")
+    ```
+
+    References:
+        Roy and Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO
+        2007: the singular values are normalised to the sum 1.
+    """
+
+    history: list[dict[str, Any]]
+
+    def __init__(
+        self,
+        *,
+        error: float = 0.3,
+        energy: float = 0.99,
+        every: int = 1,
+        exclude: Any = (),
+        max_slices: int | None = 1,
+        log_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.error = _fraction(error, "error")
+        self.energy = _fraction(energy, "energy")
+        self.every = positive_int(every, "every")
+        given = {"method": "alds", "schemes": 0, "exclude": exclude, "max_slices": max_slices}
+        self._options = Options.checked(LEAST_CR, given, has_data=False, caller="RankMonitor")
+        self._log_dir = log_dir
+        self._writer: ScalarWriter | None = None
+        self.history = []
+        self._logs: dict[str, float] = {}
+
+    # -- Methods that Keras calls ------------------------------------------------------------
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Raises a ValueError if there is nothing to measure."""
+        self.history, self._logs = [], {}
+        if has_weights(self.model):
+            self._inventory()
+        if self._log_dir is not None:
+            self._writer = ScalarWriter(self._log_dir)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Measures the layers, and adds to the logs."""
+        if not self._logs or epoch % self.every == 0 or epoch + 1 == self.params.get("epochs"):
+            with alone(self.model):
+                inventory = self._inventory()
+                self._keep(epoch, measured_ranks(inventory, self._options, self.error, self.energy))
+        if logs is not None:
+            logs.update(self._logs)
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Closes the file for TensorBoard."""
+        if self._writer is not None:
+            self._writer.close()
+
+    # -- The results -------------------------------------------------------------------------
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes `history` as a CSV file.
+
+        Args:
+            path: The file.
+        """
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, _COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.history)
+
+    def plot(self, column: str = "effective_rank", ax: Any = None) -> Any:
+        """Plots one of the ranks of every layer, divided by its full rank, against the epochs.
+
+        Args:
+            column: `"stable_rank"`, `"effective_rank"` or `"energy_rank"`.
+            ax: Axes of matplotlib to draw on. Defaults to None: those of a new figure.
+
+        Returns:
+            The axes. `axes.figure.savefig("ranks.png")` writes a file. First layers are dark, last
+            ones are light.
+
+        Raises:
+            ValueError: If `column` is none of these.
+            ImportError: If matplotlib is not installed and `ax` is None.
+        """
+        if column not in _RANKS:
+            raise ValueError(
+                f"Expected a rank, one of {', '.join(map(repr, _RANKS))}. "
+                f"Received: column={column!r}{did_you_mean(column, _RANKS)}"
+            )
+        ax = axes_or_new(ax)
+        colours = importlib.import_module("matplotlib").colormaps["viridis"]
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for row in self.history:
+            points = lines.setdefault(row["layer"], [])
+            points.append((row["epoch"], row[column] / row["full_rank"]))
+        for index, (name, points) in enumerate(lines.items()):
+            colour = colours(0.9 * index / max(1, len(lines) - 1))
+            ax.plot(*zip(*points, strict=True), color=colour, label=name)
+        ax.set_xlabel("epoch")
+        ax.set_ylabel(f"{column.replace('_', ' ')} / full rank")
+        ax.set_ylim(0, 1.02)
+        ax.grid(alpha=0.3)
+        if 0 < len(lines) <= _MOST_NAMES:
+            ax.legend(fontsize="small")
+        return ax
+
+    # -- The measurement ---------------------------------------------------------------------
+
+    def _inventory(self) -> Inventory:
+        inventory = Inventory.of(self.model, self._options.exclude)
+        if not any(not record.excluded for record in inventory.factorized):
+            candidates_of(inventory, self._options, stacklevel=4)
+        return inventory
+
+    def _keep(self, epoch: int, found: ModelRanks) -> None:
+        for path, ranks in found.layers.items():
+            row = (epoch, path, ranks.full, ranks.stable, ranks.effective, ranks.energy)
+            self.history.append(dict(zip(_COLUMNS, (*row, found.removable.get(path)), strict=True)))
+            if self._writer is not None:
+                scalars = zip(_RANKS, row[3:], strict=True)
+                self._writer.write(epoch, {f"{path}/{name}": float(v) for name, v in scalars})
+        rows = self.history[-len(found.layers) :]
+        self._logs = {
+            f"alds_{name}": float(np.mean([row[name] / row["full_rank"] for row in rows]))
+            for name in _RANKS
+        }
+        self._logs["alds_reachable_cr"] = found.reachable_cr
+
+
+def _fraction(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < 1:
+        raise ValueError(
+            f"Expected `{name}` of RankMonitor to be a number with 0 < {name} < 1. "
+            f"Received: {name}={value!r}"
+        )
+    return float(value)
