@@ -297,6 +297,22 @@ def test_digits_example_runs(kind: str, tmp_path: Path, run_example: Callable[..
 
 
 @pytest.mark.slow
+def test_low_rank_bias_example_runs(tmp_path: Path, run_example: Callable[..., str]):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    options = ("--steps", "20", "--points", "2", "--output", str(tmp_path))
+    kinds = ("--weight-decays", "0.5", "--batch-sizes", "8", "full")
+    printed = run_example("low_rank_bias.py", *kinds, *options)
+    rows = re.findall(r"^\| 0.5 \| (8|full) \| [\d.]+ .* \|$", printed, flags=re.M)
+    assert rows == ["8", "full"]
+    ranks = (tmp_path / "ranks.csv").read_text(encoding="utf-8").splitlines()
+    assert [line.split(",")[:4] for line in ranks[1:]] == [
+        ["0.5", size, "0", step] for size in rows for step in ("10", "20")
+    ]
+    assert (tmp_path / "low_rank_bias.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.parametrize(
     ("kind", "file"),
