@@ -106,12 +106,13 @@ class RankMonitor(_backend.Callback):
         self._writer: ScalarWriter | None = None
         self.history = []
         self._logs: dict[str, float] = {}
+        self._checked = False
 
     # -- Methods that Keras calls ------------------------------------------------------------
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Raises a ValueError if there is nothing to measure."""
-        self.history, self._logs = [], {}
+        """Starts a new history; raises a ValueError if there is nothing to measure."""
+        self.history, self._logs, self._checked = [], {}, False
         if has_weights(self.model):
             self._inventory()
         if self._log_dir is not None:
@@ -185,8 +186,9 @@ class RankMonitor(_backend.Callback):
 
     def _inventory(self) -> Inventory:
         inventory = Inventory.of(self.model, self._options.exclude)
-        if not any(not record.excluded for record in inventory.factorized):
+        if not self._checked and all(record.excluded for record in inventory.factorized):
             candidates_of(inventory, self._options, stacklevel=4)
+        self._checked = True
         return inventory
 
     def _keep(self, epoch: int, found: ModelRanks) -> None:

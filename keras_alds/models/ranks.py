@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_alds.core.ranks import Ranks, Settling, ranks_of
 from keras_alds.core.spectra import Float64, spectra_many
-from keras_alds.kinds.base import factorized_kind
+from keras_alds.kinds.base import factorized_kind, is_factorized, is_own
 from keras_alds.methods import get_method
 from keras_alds.models.choices import singular_values
 from keras_alds.models.inventory import Inventory, LayerRecord, dense_params
@@ -17,6 +17,7 @@ from keras_alds.models.optimizer import Factors
 from keras_alds.models.resources import Params
 from keras_alds.models.selection import Selection
 from keras_alds.options import Options
+from keras_alds.plan import Skip
 from keras_alds.resources import removed_fraction
 
 
@@ -70,13 +71,20 @@ def measured_ranks(
 
 def kernel_spectra(inventory: Inventory) -> dict[str, Float64]:
     """The singular values of each kernel in fold scheme 0, dense or in two factors, by path."""
-    dense = inventory.candidates
+    dense = [r for r in inventory.records if r.skipped is None or _is_beside_factors(r)]
     found = dict(zip([r.path for r in dense], singular_values(dense), strict=True))
     factorized = [record for record in inventory.factorized if not record.excluded]
     products = [_product(inventory, record) for record in factorized]
     for record, spectra in zip(factorized, spectra_many(products, slices=[1]), strict=True):
         found[record.path] = spectra.slices[1].singular_values
     return {r.path: found[r.path] for r in inventory.records if r.path in found}
+
+
+def _is_beside_factors(record: LayerRecord) -> bool:
+    """Whether a kernel stayed dense in a recurrent or attention layer with factorized ones."""
+    if record.skipped is None or record.skipped.code is not Skip.HOLDER or record.excluded:
+        return False
+    return is_own(record.inside[-1][1]) and not is_factorized(record.layer)
 
 
 def _product(inventory: Inventory, record: LayerRecord) -> Any:
