@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numbers
-import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 
 from keras_alds import _backend
 from keras_alds.api import Chosen, checked_options, make_choice, selection_of, wants_data
+from keras_alds.backups import Backup, Part
 from keras_alds.kinds.base import is_factorized
 from keras_alds.methods import METHODS
 from keras_alds.models.calibration import check_data
@@ -66,9 +66,11 @@ class ALDSCompress(_backend.Callback):
     The compression also resets what other callbacks stored about the dense model: the best value
     and weights of `EarlyStopping`, the patience count of `ReduceLROnPlateau`, and the best value
     of `ModelCheckpoint(save_best_only=True)`, whose file will hold the best *compressed* model.
-    `BackupAndRestore` cannot restore a dense model's backup into a compressed model, or the other
-    way round; `fit` then raises an error before the first step. To resume training after the
-    compression, first factorize the model with `apply_plan` and the saved plan.
+
+    With `BackupAndRestore` in the list, the same script goes on after its process was killed at any
+    moment, before or after the compression. The plan is kept in the backup's folder, and the model
+    is factorized by it again before Keras restores the weights. The order of the callbacks does not
+    matter. A backup that does not fit is an error before the first step.
 
     The logs of every epoch contain `alds_cr`, the fraction of parameters removed so far, and
     `alds_params`, the number of parameters. `History` and `CSVLogger` have them from the first
@@ -214,13 +216,18 @@ class ALDSCompress(_backend.Callback):
     # -- Methods that Keras calls ------------------------------------------------------------
 
     def set_model(self, model: Any) -> None:
-        """Raises if there is no such submodel, or a backup that would be restored does not fit."""
+        """Compresses the model as in a backup that `BackupAndRestore` is going to restore.
+
+        Raises if there is no such submodel, or the backup does not fit.
+        """
         super().set_model(model)
         self._part = find_submodel(model, self._submodel)
-        for callback in self._siblings():
-            missing = _backend.backend_of(model).missing_in_backup(callback, model)
-            if missing is not None:
-                raise ValueError(self._other_backup(callback, missing))
+        self._is_resumed = False
+        is_backup = _backend.backend_of(model).is_backup
+        self._backups = [Backup(model, c) for c in self._siblings() if is_backup(c)]
+        for backup in self._backups:
+            with alone(model):
+                self._resume(backup)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Raises every error that can be found before the first epoch."""
@@ -251,6 +258,8 @@ class ALDSCompress(_backend.Callback):
         """Compresses the model before epoch `at_epoch`."""
         self._look_at_ranks(epoch)
         resumed = not self._started and epoch > self.at_epoch
+        for backup in self._backups:
+            backup.note_epoch(epoch)
         self._started = True
         if self._done or epoch < self.at_epoch:
             return
@@ -308,6 +317,8 @@ class ALDSCompress(_backend.Callback):
                     self._part, teacher, chosen.examples, self._steps, verbose=self.verbose
                 )
         self.plan, self._done = chosen.plan, True
+        for backup in self._backups:
+            backup.add(self._part_key, self.plan)
         backend = chosen.inventory.backend
         for callback in self._siblings():
             backend.forget_best(callback)
@@ -365,9 +376,26 @@ class ALDSCompress(_backend.Callback):
         elif epoch == self.at_epoch:
             self._say(f"epoch {epoch}: {self._named}the latest epoch; not all ranks have settled")
 
+    def _resume(self, backup: Backup) -> None:
+        """Gives the model the structure that it has in a backup."""
+        callbacks = [self, *(c for c in self._siblings() if isinstance(c, ALDSCompress))]
+        parts = {
+            c._part_key: Part(find_submodel(self.model, c._submodel), c._source) for c in callbacks
+        }
+        for stage in backup.resume(parts):
+            if stage.part == self._part_key and self._asks_for(stage.plan):
+                self.plan, self._is_resumed = stage.plan, True
+
+    def _asks_for(self, plan: CompressionPlan) -> bool:
+        if isinstance(self._source, CompressionPlan):
+            return plan == self._source
+        return plan.requested == self._source.limits
+
     def _is_met(self) -> bool:
         """Whether the model is compressed already as asked; says so once."""
-        met = already(inspected(self._part, self._source), self._source, strict=False)
+        met: str | None = "compressed as in the backup"
+        if not self._is_resumed:
+            met = already(inspected(self._part, self._source), self._source, strict=False)
         if met is not None:
             self._done = True
             self._say(f"{self._named}{met}, training on")
@@ -466,6 +494,13 @@ class ALDSCompress(_backend.Callback):
         return self._submodel if isinstance(self._submodel, str) else self._part.name
 
     @property
+    def _part_key(self) -> str:
+        """What the files of a backup call the submodel."""
+        if self._submodel is None or isinstance(self._submodel, str):
+            return self._submodel or ""
+        return str(self._submodel.name)
+
+    @property
     def _named(self) -> str:
         """The beginning of messages about a submodel."""
         return "" if self._part is self.model else f"{self._part_name}: "
@@ -517,21 +552,6 @@ class ALDSCompress(_backend.Callback):
         if found is None:
             _, found = _backend.backend_of(self.model).calling_fit(self.model)
         return [callback for callback in found if callback is not self]
-
-    def _other_backup(self, callback: Any, missing: str) -> str:
-        state = "not compressed"
-        remedy = (
-            "factorize the model before `fit` with `apply_plan(model, plan)`, where the plan was "
-            "saved in the first run with `callback.plan.save(path)`"
-        )
-        if self._factorized_layers():
-            state, remedy = "compressed", "start with the original, uncompressed model"
-        return (
-            f"Expected the backup that `BackupAndRestore` would restore to fit the model "
-            f"'{self.model.name}', which is {state}. Received: backup_dir="
-            f"{os.fspath(callback.backup_dir)!r}, without {missing}. To resume, {remedy}. To start "
-            "over, delete the folder."
-        )
 
 
 def _limits_text(limits: Mapping[str, float]) -> str:

@@ -820,37 +820,43 @@ def uninterrupted(tmp_path_factory):
     return whole
 
 
+def same(model, other):
+    assert int(model.optimizer.iterations) == int(other.optimizer.iterations)
+    for a, b in zip(model.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    return True
+
+
+def other(K):
+    """A model of another structure."""
+    layers = [K.layers.Flatten(), K.layers.Dense(24), K.layers.Dense(10)]
+    return K.Sequential([K.Input((12, 12, 3)), *layers])
+
+
 class TestBackups:
     """`BackupAndRestore` in the list; a restart has a new model and new callbacks."""
 
     @pytest.mark.parametrize("first", [True, False])
-    def test_a_backup_of_the_compressed_model_is_refused(
-        self, keras_module, interrupted, tmp_path, first
+    def test_training_goes_on_from_a_backup_after_the_compression(
+        self, keras_module, interrupted, uninterrupted, tmp_path, first
     ):
-        shutil.copytree(interrupted(keras_module)[0], tmp_path, dirs_exist_ok=True)
-        model = compiled(keras_module)
-        weights = model.get_weights()
-        begun = []
-        text = (
-            rf"model '{model.name}', which is not compressed. Received: backup_dir='{tmp_path}', "
-            r"without '.*' of shape \(3, 3, 16, 24\)\. To resume, .*apply_plan.*delete the folder"
-        )
-        with pytest.raises(ValueError, match=text):
-            begun += run(keras_module, tmp_path, first=first, model=model)[2]
-        assert not begun
-        for a, b in zip(weights, model.get_weights(), strict=True):
-            np.testing.assert_array_equal(a, b)
+        folder, plan = interrupted(keras_module)
+        shutil.copytree(folder, tmp_path / "b")
+        model, callback, begun = run(keras_module, tmp_path / "b", first=first)
+        assert begun == [4]
+        assert callback.plan == plan
+        assert same(model, uninterrupted(keras_module))
+        assert not [*tmp_path.glob("b/**/*")]  # Keras deletes the backup, and the plan with it
 
-    @pytest.mark.parametrize("first", [True, False])
-    def test_a_backup_of_the_original_model_is_refused(self, keras_module, tmp_path, first):
-        run(keras_module, tmp_path, first=first, killed_at=1)
-        model = compress(compiled(keras_module), cr=0.4)
-        weights = model.get_weights()
-        text = r"which is compressed. Received: .*original, uncompressed.*delete the folder"
-        with pytest.raises(ValueError, match=text):
-            run(keras_module, tmp_path, first=first, model=model, at_epoch=0)
-        for a, b in zip(weights, model.get_weights(), strict=True):
-            np.testing.assert_array_equal(a, b)
+    def test_a_backup_of_the_original_model_makes_a_compressed_one_dense(
+        self, keras_module, uninterrupted, tmp_path
+    ):
+        run(keras_module, tmp_path / "b", killed_at=2)
+        model = compiled(keras_module, keras_module.optimizers.Adam(0.01), **EAGER)
+        apply_plan(model, select(model, 0.3))
+        _, _, begun = run(keras_module, tmp_path / "b", model=model)
+        assert begun == [2, 3, 4]
+        assert same(model, uninterrupted(keras_module))
 
     @pytest.mark.parametrize("first", [True, False])
     def test_training_goes_on_from_a_backup_before_the_compression(
@@ -873,9 +879,7 @@ class TestBackups:
         _, _, begun = run(keras_module, tmp_path / "b", model=model)
         assert begun == [4]
         whole = uninterrupted(keras_module)
-        assert int(model.optimizer.iterations) == int(whole.optimizer.iterations)
-        for a, b in zip(whole.get_weights(), model.get_weights(), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        assert same(model, whole)
 
     def test_a_deleted_folder_is_the_remedy(self, keras_module, interrupted, tmp_path):
         shutil.copytree(interrupted(keras_module)[0], tmp_path / "b")
@@ -886,8 +890,36 @@ class TestBackups:
         K = pytest.importorskip("keras")
         run(K, tmp_path, killed_at=4, double_checkpoint=True)
         (tmp_path / "latest.weights.h5").write_bytes(b"cut off")
-        with pytest.raises(ValueError, match=r"which is not compressed\. Received: backup_dir="):
-            run(K, tmp_path)
+        model, callback, begun = run(K, tmp_path)
+        assert begun == [3, 4]
+        assert model.count_params() == callback.plan.params_after
+
+    def test_what_cannot_be_resumed_is_told_before_the_first_step(
+        self, keras_module, interrupted, tmp_path
+    ):
+        K, folder = keras_module, tmp_path / "b"
+        shutil.copytree(interrupted(K)[0], folder)
+        (plans,) = folder.glob("**/keras_alds.json")
+
+        def refused(text, model=None):
+            model = compiled(K, **EAGER) if model is None else model
+            weights = model.get_weights()
+            with pytest.raises(ValueError, match=text):
+                run(K, folder, model=model)
+            for a, b in zip(weights, model.get_weights(), strict=True):
+                np.testing.assert_array_equal(a, b)
+
+        refused("Expected a plan made for the model", compiled(K, model=other(K), **EAGER))
+        whole = plans.read_text()
+        plans.write_text(whole[:1000])
+        refused("Expected the plans of version 1 .* Received: .* line 1 column 10")
+        plans.write_text(whole.replace('"version": 1, "stages"', '"version": 0, "stages"'))
+        refused("Received: format='keras_alds.backup', version=0")
+        plans.unlink()
+        refused(r"weights are those of another model, without '.*' of shape \(3, 3, 16, 24\)")
+        if K.__name__ == "keras":
+            (folder / "latest.weights.h5").write_bytes(b"cut off")
+            refused("Expected a complete backup. Received: the incomplete file")
 
 
 class TestErrors:

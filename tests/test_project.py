@@ -30,7 +30,7 @@ ROWS = (
     ("methods", "kinds"),
     ("options",),
     ("models",),
-    ("litert", "refinement", "reports"),
+    ("litert", "refinement", "reports", "backups"),
     ("api",),
     ("callbacks", "monitoring", "tfmot", "research/sweeping", "searching", "sensitivities"),
     ("layers", "tf_keras", "cli"),

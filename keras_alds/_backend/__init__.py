@@ -6,6 +6,7 @@ may use Keras 3 and tf_keras. tf_keras is optional.
 - `layers`: what a layer holds, and how it becomes another one in place;
 - `graphs`: the graph of a symbolic model, and what a model is called on;
 - `training`: optimizers, step functions, callbacks;
+- `backups`: what `BackupAndRestore` keeps on disk;
 - `cloning`: copies of models;
 - `wrappers`: TF-MOT's wrappers around layers;
 - `functions`: `tf.function`s in users' own code;
@@ -30,6 +31,7 @@ from typing import Any
 import h5py
 import keras
 
+from keras_alds._backend.backups import Backups, Keras3Backups, TfKerasBackups
 from keras_alds._backend.cloning import Cloning, Keras3Cloning, TfKerasCloning
 from keras_alds._backend.graphs import GraphCall, Keras3Graphs, TfKerasGraphs
 from keras_alds._backend.layers import Keras3Layers, Model, TfKerasLayers
@@ -46,18 +48,20 @@ __all__ = [
 ]
 
 
-class Backend(Cloning):
+class Backend(Cloning, Backups):
     """All that this package asks of Keras 3 or tf_keras."""
 
 
-class Keras3(Keras3Layers, Keras3Graphs, Keras3Training, Keras3Cloning, Backend):
+class Keras3(Keras3Layers, Keras3Graphs, Keras3Training, Keras3Cloning, Keras3Backups, Backend):
     """Keras 3."""
 
     name = "keras"
     keras = keras
 
 
-class TfKeras(TfKerasLayers, TfKerasGraphs, TfKerasTraining, TfKerasCloning, Backend):
+class TfKeras(
+    TfKerasLayers, TfKerasGraphs, TfKerasTraining, TfKerasCloning, TfKerasBackups, Backend
+):
     """tf_keras, that is Keras 2 on TensorFlow."""
 
     name = "tf_keras"

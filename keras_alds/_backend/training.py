@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import inspect
-import os
-import tempfile
 from collections.abc import Callable, Collection
 from typing import Any
 
-import h5py
 import keras
 import numpy as np
 import tensorflow as tf
@@ -257,36 +253,6 @@ class Training(Layers):
     def _forget_checkpoint(self, callback: Any) -> None:
         raise NotImplementedError
 
-    def missing_in_backup(self, callback: Any, model: Model) -> str | None:
-        """The first weight of `model` that is missing in the backup of a `BackupAndRestore`.
-
-        The names and shapes in the backup are compared with those that `model` would save now.
-
-        Returns:
-            Its name and shape; None if no weight is missing, there is no backup, or `callback` is
-            another callback.
-        """
-        if not isinstance(callback, self.keras.callbacks.BackupAndRestore) or not model.built:
-            return None
-        backup = self._backup(callback)
-        if backup is None:
-            return None
-        with tempfile.TemporaryDirectory() as folder:
-            saved = self._saved(model, folder)
-        for name, shape in saved.items():
-            # The optimizer may be unbuilt or a different one.
-            if backup.get(name) != shape and "optimizer" not in name:
-                return f"'{name}' of shape {shape}"
-        return None
-
-    def _backup(self, callback: Any) -> dict[str, tuple[int, ...]] | None:
-        """Names and shapes in the backup that `callback` would restore; None without a backup."""
-        raise NotImplementedError
-
-    def _saved(self, model: Model, folder: str) -> dict[str, tuple[int, ...]]:
-        """Names and shapes that `model` would save, by saving it in `folder`."""
-        raise NotImplementedError
-
 
 class Keras3Training(Training):
     """The implementation for Keras 3."""
@@ -377,18 +343,6 @@ class Keras3Training(Training):
     def _forget_checkpoint(self, callback: Any) -> None:
         callback.best = None
 
-    def _backup(self, callback: Any) -> dict[str, tuple[int, ...]] | None:
-        latest = os.path.join(callback.backup_dir, "latest.weights.h5")
-        for path in (latest, f"{latest}.bkp"):  # the second if the first is broken
-            with contextlib.suppress(OSError):
-                return _datasets(path)
-        return None
-
-    def _saved(self, model: Model, folder: str) -> dict[str, tuple[int, ...]]:
-        path = os.path.join(folder, "model.weights.h5")
-        model.save_weights(path)
-        return _datasets(path)
-
 
 class TfKerasTraining(Training):
     """The implementation for tf_keras, including its `legacy` optimizers from before 2.11."""
@@ -459,7 +413,7 @@ class TfKerasTraining(Training):
         if self._is_legacy(optimizer):
             return self._rebuild_legacy(optimizer, old, new, undo_steps)
         undo_steps.append(remember(optimizer))
-        _forget_children(optimizer)
+        forget_children(optimizer)
         dropped = {id(v) for slot in self.slots(optimizer, old).values() for v in slot}
         scalars = {
             name: value
@@ -498,16 +452,6 @@ class TfKerasTraining(Training):
 
     def _forget_checkpoint(self, callback: Any) -> None:
         callback.best = np.inf if callback.monitor_op is np.less else -np.inf
-
-    def _backup(self, callback: Any) -> dict[str, tuple[int, ...]] | None:
-        latest = tf.train.latest_checkpoint(os.path.join(callback.backup_dir, "chief"))
-        return None if latest is None else _variables(latest)
-
-    def _saved(self, model: Model, folder: str) -> dict[str, tuple[int, ...]]:
-        path = tf.train.Checkpoint(model=model).write(os.path.join(folder, "model"))
-        for optimizer in self.optimizers(model):
-            _forget_children(optimizer)
-        return _variables(path)
 
 
 def is_multi_optimizer(optimizer: Optimizer) -> bool:
@@ -548,23 +492,7 @@ def _track(optimizer: Optimizer, variables: list[Variable]) -> None:
     tracker.stored_ids = {**tracker.stored_ids, "variables": set(map(id, variables))}
 
 
-def _datasets(path: str) -> dict[str, tuple[int, ...]]:
-    found = {}
-
-    def visit(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset):
-            found[name] = tuple(item.shape)
-
-    with h5py.File(path) as file:
-        file.visititems(visit)
-    return found
-
-
-def _variables(checkpoint: str) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(shape) for name, shape in tf.train.list_variables(checkpoint)}
-
-
-def _forget_children(optimizer: Optimizer) -> None:
+def forget_children(optimizer: Optimizer) -> None:
     # TensorFlow caches the variables of an optimizer's first checkpoint for later ones.
     optimizer.__dict__.pop("_coalesced_children", None)
 

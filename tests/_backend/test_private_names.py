@@ -692,3 +692,74 @@ def test_var_to_optimizer_idx(multi_optimizer):
         keys = {multi_optimizer._var_key(variable) for variable in inner._trainable_variables}
         assert keys == {key for key, found in places.items() if found == place}
         assert len(keys) == 2
+
+
+def interrupted_backup(model, tmp_path, monkeypatch, at):
+    """Backs up epoch 0, and ends in the backup of epoch 1."""
+    backup = keras.callbacks.BackupAndRestore(str(tmp_path))
+    backup.set_model(model)
+    KERAS.make_backups_safe(backup)
+    backup.on_epoch_end(0)
+    for weight in model.weights:
+        weight.assign(weight + 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(at, _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            backup.on_epoch_end(1)
+
+
+def _interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def restored(model, tmp_path):
+    """The first epoch of a training that is resumed."""
+    backup = keras.callbacks.BackupAndRestore(str(tmp_path))
+    backup.set_model(model)
+    KERAS.make_backups_safe(backup)
+    backup.on_train_begin()
+    return model._initial_epoch
+
+
+@pytest.fixture
+def trained():
+    model = chain(keras)
+    model.compile("sgd", "mse")
+    return model
+
+
+def test_weights_path(trained, tmp_path, monkeypatch):
+    """Without it, a backup that is interrupted in its weights would be lost."""
+    before = trained.get_weights()
+    interrupted_backup(trained, tmp_path, monkeypatch, "keras.src.saving.saving_lib._save_state")
+    assert restored(trained, tmp_path) == 1
+    for a, b in zip(before, trained.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_training_metadata_path(trained, tmp_path, monkeypatch):
+    """Without it, the weights would be of another epoch than the number."""
+    before = trained.get_weights()
+    interrupted_backup(trained, tmp_path, monkeypatch, "json.dumps")
+    assert restored(trained, tmp_path) == 1
+    for a, b in zip(before, trained.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_save_model(trained, tmp_path, monkeypatch):
+    """Without it, an interruption between the two files would lose an epoch."""
+    interrupted_backup(trained, tmp_path, monkeypatch, "os.replace")
+    later = trained.get_weights()
+    trained.set_weights([weight * 0 for weight in later])
+    assert restored(trained, tmp_path) == 2
+    for a, b in zip(later, trained.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_current_epoch(trained, tmp_path):
+    """Without it, a second interruption would start the training at epoch 0."""
+    backup = keras.callbacks.BackupAndRestore(str(tmp_path), save_freq=1)
+    backup.set_model(trained)
+    KERAS.note_epoch(backup, 3)
+    backup.on_train_batch_end(0)
+    assert restored(trained, tmp_path) == 3
