@@ -31,7 +31,7 @@ def test_a_killed_training_goes_on(keras_module, processes, tmp_path, batches):
     rng, name = np.random.default_rng(0), keras_module.__name__
     start = time.monotonic()
 
-    def live(folder, place="fit", call=0, kill_after=None):
+    def live(folder, place="backup", call=0, kill_after=None):
         """Whether the process reaches the end of the training."""
         folder.mkdir(exist_ok=True)
         process = processes(target=lives.live, args=(name, folder, place, call, batches))
@@ -42,7 +42,7 @@ def test_a_killed_training_goes_on(keras_module, processes, tmp_path, batches):
         assert process.exitcode in (0, -signal.SIGKILL)
         return (folder / "end.npz").exists()
 
-    assert live(tmp_path / "undisturbed")
+    assert live(tmp_path / "undisturbed", "")
     duration = time.monotonic() - start
     undisturbed = np.load(tmp_path / "undisturbed" / "end.npz")
     calls = dict(zip(lives.PLACES, undisturbed["counts"], strict=True))
