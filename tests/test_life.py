@@ -105,6 +105,16 @@ def _built(copied: Any, model: Any, x: Any) -> Any:
     return copied
 
 
+def lives_to_live() -> list[tuple[str, str, str]]:
+    """Every kind of model: in Keras 3 compressed in one way, in tf_keras in the other."""
+    ways = ("compress", "in_fit")
+    return [
+        (library, kind, ways[(i + j) % 2])
+        for i, library in enumerate(("keras", "tf_keras"))
+        for j, kind in enumerate(MODELS)
+    ]
+
+
 COPIES: dict[str, Callable[[Any, Any, Any], Any]] = {
     "deepcopy": lambda K, model, x: copy.deepcopy(model),
     "pickle": lambda K, model, x: pickle.loads(pickle.dumps(model)),
@@ -146,19 +156,18 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     """For each life, the outputs of the model, of its copies and of its files, or errors."""
     folder = tmp_path_factory.mktemp("lives")
     lives: dict[str, dict[str, Any]] = {}
-    for K in (keras, tf_keras):
-        for kind in MODELS:
-            for way in ("compress", "in_fit"):
-                name = f"{K.__name__}-{kind}-{way}"
-                model, x = compressed_and_trained(K, kind, way)
-                lives[name] = life = {"model": zoo.outputs(model, x)}
-                np.savez(folder / f"{name}.npz", *(x if isinstance(x, list) else [x]))
-                for what, make in COPIES.items():
-                    life[what] = attempted(outputs_of_copy, make, K, model, x)
-                for ending, save in FILES.items():
-                    if not impossible(K.__name__, kind, ending):
-                        path = str(folder / f"{name}{ending}")
-                        life[ending] = attempted(save, model, path)
+    for library, kind, way in lives_to_live():
+        K = {"keras": keras, "tf_keras": tf_keras}[library]
+        name = f"{library}-{kind}-{way}"
+        model, x = compressed_and_trained(K, kind, way)
+        lives[name] = life = {"model": zoo.outputs(model, x)}
+        np.savez(folder / f"{name}.npz", *(x if isinstance(x, list) else [x]))
+        for what, make in COPIES.items():
+            life[what] = attempted(outputs_of_copy, make, K, model, x)
+        for ending, save in FILES.items():
+            if not impossible(library, kind, ending):
+                path = str(folder / f"{name}{ending}")
+                life[ending] = attempted(save, model, path)
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     subprocess.run(
         [sys.executable, str(ROOT / "tests" / "life.py"), str(folder)],
@@ -172,9 +181,7 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     return lives
 
 
-@pytest.mark.parametrize("way", ["compress", "in_fit"])
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("library", ["keras", "tf_keras"])
+@pytest.mark.parametrize(("library", "kind", "way"), lives_to_live())
 def test_life(library: str, kind: str, way: str, lives: dict[str, dict[str, Any]]) -> None:
     life = dict(lives[f"{library}-{kind}-{way}"])
     expected = life.pop("model")

@@ -156,6 +156,7 @@ class Training(Layers):
             name: list(value)
             for name, value in vars(optimizer).items()
             if isinstance(value, list)
+            and name != "_variables"  # all of them, which may be as many
             and len(value) == len(targets)
             and all(item is None or id(item) in state for item in value)
         }

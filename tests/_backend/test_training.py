@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import keras
 import numpy as np
 import pytest
 
-from keras_alds import ALDSCompress, compress, expand
+from keras_alds import ALDSCompress, apply_plan, compress, expand, select
 from keras_alds._backend import Callback, backend_of
 
 
@@ -79,6 +80,16 @@ def test_slots_are_no_other_lists_of_an_optimizer(keras_module):
         slots = backend_of(model).slots(optimizer, model.trainable_variables)
         assert set(slots) <= {"momentums"}
         assert momentum == 0 or len(slots["momentums"]) == 2
+
+
+def test_a_loss_scale_is_not_a_slot():
+    """Its optimizer has four variables of its own, as many as this model has weights."""
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8), keras.layers.Dense(8)])
+    model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam()), "mse")
+    model.optimizer.build(model.trainable_variables)
+    own = model.optimizer.variables[:4]
+    apply_plan(model, select(model, 0.3, target="size"))
+    assert [id(v) for v in model.optimizer.variables[:4]] == [id(v) for v in own]
 
 
 def test_whether_a_model_is_compiled(keras_module):
