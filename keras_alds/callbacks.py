@@ -366,7 +366,7 @@ class ALDSCompress(_backend.Callback):
         """With `at_epoch="auto"`, takes this epoch if the ranks have settled."""
         if self._settling is None or self._done or epoch > self.at_epoch:
             return
-        if not has_weights(self._part):
+        if not has_weights(self._part):  # there will be some before the next epoch
             return
         with alone(self.model):
             settled = self._settling.has_come(inspected(self._part, self._source))
