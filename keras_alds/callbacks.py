@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 import os
 import time
@@ -12,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keras_alds import _backend
+from keras_alds._backend.strategies import Replicas
 from keras_alds.api import Chosen, checked_options, make_choice, selection_of, wants_data
 from keras_alds.kinds.base import is_factorized
 from keras_alds.methods import METHODS
+from keras_alds.models import workers
 from keras_alds.models.calibration import check_data
 from keras_alds.models.fit import check_sequential
 from keras_alds.models.in_place import apply
@@ -215,6 +218,8 @@ class ALDSCompress(_backend.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Raises every error that can be found before the first epoch."""
         self._start_training()
+        if self._steps is not None:
+            workers.check_refinable(self.model)
         self._check_others()
         names = (f"alds_cr{self._suffix}", f"alds_params{self._suffix}")
         backend = _backend.backend_of(self.model)
@@ -233,6 +238,12 @@ class ALDSCompress(_backend.Callback):
                 warn_of_other_inputs(self.model, self._calibration_data, x, stacklevel=2)
         if self._needs_data and self._calibration_data is None and not self._done:
             self._training_inputs()
+        workers.check_alike(
+            Replicas(self.model),
+            "`ALDSCompress`",
+            f"{_limits_text(self._limits)} at epoch {self.at_epoch}",
+            "Pass the same arguments in every process.",
+        )
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Compresses the model before epoch `at_epoch`."""
@@ -317,13 +328,21 @@ class ALDSCompress(_backend.Callback):
             data = self._calibration_data
             if data is None and self._needs_data:
                 data = self._training_inputs()
-            chosen = make_choice(
-                dense,
-                self._source,
-                data,
-                self._sequential,
-                verbose=self.verbose,
-                stacklevel=5,
+            replicas = Replicas(self.model)
+            workers.check_weights(replicas, self.model)
+            chosen = workers.plan_of_chief(
+                replicas,
+                functools.partial(
+                    make_choice,
+                    dense,
+                    self._source,
+                    data,
+                    self._sequential,
+                    verbose=self.verbose,
+                    stacklevel=5,
+                ),
+                lambda chosen: chosen.plan,
+                lambda plan: Chosen(plan, dense, None),
             )
             apply(
                 chosen.inventory,
