@@ -93,6 +93,10 @@ class ALDSCompress(_backend.Callback):
     `submodel`. Without it, the model must hold no frozen model among the layers to compress, since
     its factors could not be trained.
 
+    Under a distribution strategy, all replicas get the same factors. Of several processes, the
+    chief chooses, with its calibration data, and the others take over its plan, weights and
+    optimizer state. Before that they compare weights.
+
     Args:
         cr: Float, 0 < cr < 1, or dict. The fraction to remove; see `select`.
         at_epoch: Integer >= 0. Index of the epoch before which to compress, as in
@@ -113,7 +117,8 @@ class ALDSCompress(_backend.Callback):
         sequential: As for `compress`.
         refine: Boolean or integer. Whether to train the compressed model without labels, to be
             like it was before, on the calibration examples; see `compress`. The optimizers take no
-            part. The dense model is copied for this time. Defaults to False.
+            part. The dense model is copied for this time. Not for a model with several replicas.
+            Defaults to False.
         callbacks: The other callbacks of `fit`. Defaults to None: they are taken from the `fit`
             call that is running.
         verbose: 0 prints nothing; otherwise the compression prints one line. Defaults to 1.
@@ -339,7 +344,7 @@ class ALDSCompress(_backend.Callback):
                     data,
                     self._sequential,
                     verbose=self.verbose,
-                    stacklevel=5,
+                    stacklevel=7,
                 ),
                 lambda chosen: chosen.plan,
                 lambda plan: Chosen(plan, dense, None),

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from keras_alds._backend.layers import Model, Variable
 
-_Result = TypeVar("_Result")
+Result = TypeVar("Result")
 
 # TensorFlow remembers the shapes of every collective operation by its key, for the whole process.
 # Every strategy counts keys from 100, so a second one that reduces gradients of other shapes fails.
@@ -57,7 +57,7 @@ class Replicas:
         """The class of the strategy."""
         return type(self._strategy).__name__
 
-    def local(self, function: Callable[[], _Result]) -> _Result:
+    def local(self, function: Callable[[], Result]) -> Result:
         """Calls a function that reads the weights of the first replica here, and no others.
 
         The variables that it makes are of this process alone. So one worker may call it while
@@ -66,7 +66,7 @@ class Replicas:
         if self.count == 1:
             return function()
 
-        def run() -> _Result:
+        def run() -> Result:
             with tf.distribute.ReplicaContext(self._strategy, self._first):
                 return function()
 

@@ -16,7 +16,7 @@ from keras_alds.models.fit import factorize_with_bias
 from keras_alds.models.matching import Pairs
 from keras_alds.plan import CompressionPlan
 
-_Result = TypeVar("_Result")
+Result = TypeVar("Result")
 
 # Bytes of a checksum.
 _CHECKSUM = 16
@@ -81,10 +81,10 @@ def check_weights(replicas: Replicas, model: Any) -> None:
 
 def plan_of_chief(
     replicas: Replicas,
-    choose: Callable[[], _Result],
-    plan_of: Callable[[_Result], CompressionPlan],
-    received: Callable[[CompressionPlan], _Result],
-) -> _Result:
+    choose: Callable[[], Result],
+    plan_of: Callable[[Result], CompressionPlan],
+    received: Callable[[CompressionPlan], Result],
+) -> Result:
     """What the chief chooses; on other workers what follows from its plan.
 
     Args:
