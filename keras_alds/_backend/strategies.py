@@ -35,7 +35,7 @@ class Replicas:
     """
 
     def __init__(self, model: Model) -> None:
-        self._strategy = getattr(model, "distribute_strategy", None)
+        self._strategy: Any = getattr(model, "distribute_strategy", None)
         self._first = 0
         self.count, self.workers, self.worker = 1, 1, 0
         servers = tf.distribute.ParameterServerStrategy

@@ -110,7 +110,8 @@ def rebuilt(
     if made is not None:
         for variable, other in zip(factorized.weights, made.factorized.weights, strict=True):
             variable.assign(backend.value(other))
-    return Replacement(record.layer, factorized, record.kind, made and made.bias)
+    bias = None if made is None else made.bias
+    return Replacement(record.layer, factorized, record.kind, bias)
 
 
 def _built(record: LayerRecord, slices: int, rank: int, scheme: int, *, with_bias: bool) -> Any:
