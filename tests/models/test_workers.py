@@ -35,7 +35,7 @@ def started(*arguments: str) -> subprocess.Popen:
 def found_by(*processes: subprocess.Popen) -> list[dict]:
     """What they print."""
     try:
-        ended = [process.communicate(timeout=150) for process in processes]
+        ended = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -57,7 +57,7 @@ def test_replicas_of_one_process():
     (found,) = found_by(started("replicas"))
     for library in ("keras", "tf_keras"):
         of = found[library]
-        np.testing.assert_allclose(of["two"], of["one"], rtol=1e-4)
+        np.testing.assert_allclose(of["two"], found["one"], rtol=1e-4)
         assert len(of["copies"]) == 2
         assert of["copies"][0] == of["copies"][1]
         assert "a model with 2 replicas, under MirroredStrategy" in of["refine"]
