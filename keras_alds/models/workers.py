@@ -18,8 +18,8 @@ from keras_alds.plan import CompressionPlan
 
 Result = TypeVar("Result")
 
-# Bytes of a checksum.
-_CHECKSUM = 16
+# Bytes of a checksum, and the beginning of what a chief sends that has failed.
+_CHECKSUM, _FAILED = 16, b"failed: "
 
 
 def check_refinable(model: Any) -> None:
@@ -96,19 +96,32 @@ def plan_of_chief(
     Raises:
         RuntimeError: On the other workers, if the chief fails.
     """
-    chosen = None
-    answer = b""
+
+    def written(chosen: Result) -> bytes:
+        return _written(plan_of(chosen))
+
+    found: tuple[Result | None, bytes] = _by_chief(replicas, choose, written)
+    chosen, plan = found
+    return received(CompressionPlan.from_dict(json.loads(plan))) if chosen is None else chosen
+
+
+def _by_chief(
+    replicas: Replicas, act: Callable[[], Result], written: Callable[[Result], bytes]
+) -> tuple[Result | None, bytes]:
+    """What only the chief does: its result, None on other workers, and what it writes of it."""
+    result, answer = None, b""
     try:
         if replicas.worker == 0:
-            chosen = replicas.local(choose)
-            answer = _written(plan_of(chosen))
-    except Exception as error:
-        replicas.exchange(json.dumps({"error": str(error)}).encode())
+            result = replicas.local(act)
+            answer = written(result)
+    except Exception as error:  # the others would wait
+        replicas.exchange(_FAILED + str(error).encode())
         raise
-    told = json.loads(replicas.exchange(answer)[0])
-    if "error" in told:
-        raise RuntimeError(f"Expected the chief to choose a plan. Received: {told['error']}")
-    return received(CompressionPlan.from_dict(told)) if chosen is None else chosen
+    answer = replicas.exchange(answer)[0]
+    if answer.startswith(_FAILED):
+        reason = answer.removeprefix(_FAILED).decode()
+        raise RuntimeError(f"Expected the chief to compress the model. Received: {reason}")
+    return result, answer
 
 
 def made_together(
@@ -126,13 +139,17 @@ def made_together(
         make: Makes the factorized layers for one replica.
         pairs: The layers to factorize, with their choices in the plan.
         plan: The plan.
+
+    Raises:
+        RuntimeError: On the other workers, if the chief fails.
     """
     backend = _backend.backend_of(pairs[0][0].layer)
-    made = replicas.local(make) if replicas.worker == 0 else [None] * len(pairs)
+    made, _ = _by_chief(replicas, make, lambda made: b"")
+    each: Sequence[Replacement | None] = [None] * len(pairs) if made is None else made
     with_bias = factorize_with_bias(plan.method) is not None
     return [
         rebuilt(backend, record, choice, one, with_bias=with_bias)
-        for (record, choice), one in zip(pairs, made, strict=True)
+        for (record, choice), one in zip(pairs, each, strict=True)
     ]
 
 
@@ -146,10 +163,11 @@ def follow_chief(replicas: Replicas, model: Any) -> None:
     values = [_backend.backend_of(model).value(v) for v in own]
     chief = replicas.worker == 0
     sent = replicas.exchange(b"".join(value.tobytes() for value in values) if chief else b"")[0]
-    for variable, value in zip(own, values, strict=True):
-        mine, sent = sent[: value.nbytes], sent[value.nbytes :]
-        if not chief:
-            variable.assign(np.frombuffer(mine, value.dtype).reshape(value.shape))
+    start = 0
+    for variable, value in [] if chief else zip(own, values, strict=True):
+        theirs = np.frombuffer(sent, value.dtype, value.size, start)
+        variable.assign(theirs.reshape(value.shape))
+        start += value.nbytes
 
 
 def _written(plan: CompressionPlan) -> bytes:

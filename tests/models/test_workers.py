@@ -77,7 +77,7 @@ def test_two_processes():
         assert "cr=0.5 at epoch 1 on the chief, cr=0.6 at epoch 1 on worker 1" in found["ratio"]
         assert "NaN or infinity" in found["chief"]
         assert "/kernel:0' on worker 1, which differs from the chief's" in found["bit"]
-    assert "Expected the chief to choose a plan. Received: " in other["chief"]
+    assert "Expected the chief to compress the model. Received: " in other["chief"]
 
 
 def test_one_replica_may_be_refined(small):
