@@ -97,23 +97,23 @@ def plan_of_chief(
         RuntimeError: On the other workers, if the chief fails.
     """
 
-    def written(chosen: Result) -> bytes:
-        return _written(plan_of(chosen))
+    def act() -> tuple[Result, bytes]:
+        chosen = choose()
+        return chosen, _written(plan_of(chosen))
 
-    found: tuple[Result | None, bytes] = _by_chief(replicas, choose, written)
-    chosen, plan = found
+    chosen, plan = _by_chief(replicas, act)
     return received(CompressionPlan.from_dict(json.loads(plan))) if chosen is None else chosen
 
 
 def _by_chief(
-    replicas: Replicas, act: Callable[[], Result], written: Callable[[Result], bytes]
+    replicas: Replicas, act: Callable[[], tuple[Result, bytes]]
 ) -> tuple[Result | None, bytes]:
-    """What only the chief does: its result, None on other workers, and what it writes of it."""
-    result, answer = None, b""
+    """What only the chief does: its result, None on other workers, and the bytes to send."""
+    result: Result | None = None
+    answer = b""
     try:
         if replicas.worker == 0:
-            result = replicas.local(act)
-            answer = written(result)
+            result, answer = replicas.local(act)
     except Exception as error:  # the others would wait
         replicas.exchange(_FAILED + str(error).encode())
         raise
@@ -144,7 +144,7 @@ def made_together(
         RuntimeError: On the other workers, if the chief fails.
     """
     backend = _backend.backend_of(pairs[0][0].layer)
-    made, _ = _by_chief(replicas, make, lambda made: b"")
+    made, _ = _by_chief(replicas, lambda: (make(), b""))
     each: Sequence[Replacement | None] = [None] * len(pairs) if made is None else made
     with_bias = factorize_with_bias(plan.method) is not None
     return [
