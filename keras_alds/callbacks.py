@@ -335,20 +335,24 @@ class ALDSCompress(_backend.Callback):
                 data = self._training_inputs()
             replicas = Replicas(self.model)
             workers.check_weights(replicas, self.model)
-            chosen = workers.plan_of_chief(
-                replicas,
-                functools.partial(
-                    make_choice,
-                    dense,
-                    self._source,
-                    data,
-                    self._sequential,
-                    verbose=self.verbose,
-                    stacklevel=7,
-                ),
-                lambda chosen: chosen.plan,
-                lambda plan: Chosen(plan, dense, None),
+            choose = functools.partial(
+                make_choice,
+                dense,
+                self._source,
+                data,
+                self._sequential,
+                verbose=self.verbose,
+                stacklevel=5,
             )
+            if replicas.count == 1:
+                chosen = choose()
+            else:
+                chosen = workers.plan_of_chief(
+                    replicas,
+                    choose,
+                    lambda chosen: chosen.plan,
+                    lambda plan: Chosen(plan, dense, None),
+                )
             apply(
                 chosen.inventory,
                 chosen.plan,
