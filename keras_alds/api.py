@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from keras_alds._backend import backend_of, wrappers
@@ -12,7 +13,7 @@ from keras_alds._backend.layers import KerasModel
 from keras_alds.methods import DEFAULT_WITHOUT_DATA, METHODS
 from keras_alds.models.best import best_plan
 from keras_alds.models.calibration import Calibration
-from keras_alds.models.choices import kernels
+from keras_alds.models.choices import decomposing_on, kernels
 from keras_alds.models.fit import check_sequential
 from keras_alds.models.in_place import apply
 from keras_alds.models.inventory import Inventory, check_is_model
@@ -50,6 +51,7 @@ def select(
     cr: float | Mapping[str, float],
     *,
     calibration_data: Any = None,
+    executor: Executor | None = None,
     **options: Unpack[SelectOptions],
 ) -> CompressionPlan:
     """Chooses slices and rank for all layers jointly, so that the fraction `cr` is removed.
@@ -82,6 +84,10 @@ def select(
             of several plans the one with the nearest outputs is taken; see
             `CompressionPlan.trials`. Defaults to None: noise that fits the model's
             BatchNormalization, or the weights alone; see `method`.
+        executor: Any `concurrent.futures.Executor` whose workers import this package, to decompose
+            the layers. They need no TensorFlow, and get each kernel and its statistics once. The
+            plan is the same. Defaults to None: threads of this process, which is faster on one
+            machine.
         {options}
 
     Returns:
@@ -113,7 +119,8 @@ def select(
     with alone(model):
         inventory = inspected(model, checked)
         with recomposed(inventory, to_recompose(inventory, checked)) as dense:
-            chosen = choose(dense, checked, calibration_data, stacklevel=2)
+            with decomposing_on(executor):
+                chosen = choose(dense, checked, calibration_data, stacklevel=2)
             _warn_of_frozen(chosen, stacklevel=2)
             _warn_if_far(chosen, stacklevel=2)
         return chosen.plan

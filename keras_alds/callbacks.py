@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 import time
 import warnings
@@ -11,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keras_alds import _backend
+from keras_alds._backend.strategies import Replicas
 from keras_alds.api import Chosen, checked_options, make_choice, selection_of, wants_data
 from keras_alds.backups import Backup, Part
 from keras_alds.kinds.base import is_factorized
 from keras_alds.methods import METHODS
+from keras_alds.models import workers
 from keras_alds.models.calibration import check_data
 from keras_alds.models.fit import check_sequential
 from keras_alds.models.in_place import apply
@@ -93,6 +96,10 @@ class ALDSCompress(_backend.Callback):
     `submodel`. Without it, the model must hold no frozen model among the layers to compress, since
     its factors could not be trained.
 
+    Under a distribution strategy, all replicas get the same factors. Of several processes, the
+    chief chooses, with its calibration data, and the others take over its plan, weights and
+    optimizer state. Before that they compare weights.
+
     Args:
         cr: Float, 0 < cr < 1, or dict. The fraction to remove; see `select`.
         at_epoch: Integer >= 0, or `"auto"`. Index of the epoch before which to compress, as in
@@ -115,7 +122,8 @@ class ALDSCompress(_backend.Callback):
         sequential: As for `compress`.
         refine: Boolean or integer. Whether to train the compressed model without labels, to be
             like it was before, on the calibration examples; see `compress`. The optimizers take no
-            part. The dense model is copied for this time. Defaults to False.
+            part. The dense model is copied for this time. Not for a model with several replicas.
+            Defaults to False.
         callbacks: The other callbacks of `fit`. Defaults to None: they are taken from the `fit`
             call that is running.
         verbose: 0 prints nothing; otherwise the compression prints one line. Defaults to 1.
@@ -235,6 +243,8 @@ class ALDSCompress(_backend.Callback):
         if self._auto:
             self._settling = SettlingTime(self.params["epochs"])
             self.at_epoch = self._settling.latest
+        if self._steps is not None:
+            workers.check_refinable(self.model)
         self._check_others()
         names = (f"alds_cr{self._suffix}", f"alds_params{self._suffix}")
         backend = _backend.backend_of(self.model)
@@ -253,6 +263,12 @@ class ALDSCompress(_backend.Callback):
                 warn_of_other_inputs(self.model, self._calibration_data, x, stacklevel=2)
         if self._needs_data and self._calibration_data is None and not self._done:
             self._training_inputs()
+        workers.check_alike(
+            Replicas(self.model),
+            "`ALDSCompress`",
+            f"{_limits_text(self._limits)} at epoch {self.at_epoch}",
+            "Pass the same arguments in every process.",
+        )
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Compresses the model before epoch `at_epoch`."""
@@ -342,7 +358,10 @@ class ALDSCompress(_backend.Callback):
             data = self._calibration_data
             if data is None and self._needs_data:
                 data = self._training_inputs()
-            chosen = make_choice(
+            replicas = Replicas(self.model)
+            workers.check_weights(replicas, self.model)
+            choose = functools.partial(
+                make_choice,
                 dense,
                 self._source,
                 data,
@@ -350,6 +369,15 @@ class ALDSCompress(_backend.Callback):
                 verbose=self.verbose,
                 stacklevel=5,
             )
+            if replicas.count == 1:
+                chosen = choose()
+            else:
+                chosen = workers.plan_of_chief(
+                    replicas,
+                    choose,
+                    lambda chosen: chosen.plan,
+                    lambda plan: Chosen(plan, dense, None),
+                )
             apply(
                 chosen.inventory,
                 chosen.plan,

@@ -12,6 +12,7 @@ may use Keras 3 and tf_keras. tf_keras is optional.
 - `functions`: `tf.function`s in users' own code;
 - `live`: what is alive in the process and may hold a layer;
 - `calls`, `loops`: calls of layers that are watched or replaced, and recurrent layers as graphs;
+- `strategies`: replicas of a model, and the processes that train it together;
 - `refining`: gradients and steps that bring a model nearer to another one;
 - `tensors`, `images`: TensorFlow functions that other folders use.
 """

@@ -340,7 +340,8 @@ class TfKerasLayers(Layers):
     )
 
     def value(self, variable: Variable) -> np.ndarray:
-        return np.asarray(variable)
+        # Not `np.asarray`, which some variables with a copy per replica refuse.
+        return tf.convert_to_tensor(variable).numpy()
 
     def use_plain_convolutions(self, layers: Sequence[Layer]) -> None:
         if not _plain_convolutions_train():

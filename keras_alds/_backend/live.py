@@ -101,8 +101,10 @@ class Holders:
         """
         handles = {id(handle) for variable in gone for handle in _handles(variable)}
 
+        # Not `captured_inputs`, which also calls functions that make inputs of each call, such as
+        # the keys of collective operations. All workers have to use equally many of these.
         def is_stale(function: Any) -> bool:
-            return any(id(tensor) in handles for tensor in function.captured_inputs)
+            return any(id(tensor) in handles for tensor in function._captured_inputs)
 
         for function in self.functions:
             if isinstance(function, _CONCRETE):

@@ -12,7 +12,7 @@ Source: arXiv 2107.11442, section 2 (the local step); the Gram matrices are this
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
@@ -177,6 +177,12 @@ def spectra_many(
     with single_threaded_blas(), threads(executor) as executor:
         _compute(works, executor)
         return [work.result() for work in works]
+
+
+def spectra_of(kernel: Array, slices: Collection[int]) -> Spectra:
+    """The spectra of one kernel for those of some numbers of slices that divide its channels."""
+    dividing = [k for k in slices if kernel.shape[-2] % k == 0]
+    return spectra_many([kernel], slices=dividing)[0]
 
 
 def check_kernel(kernel: Array, index: int | None = None) -> Array:

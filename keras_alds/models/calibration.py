@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import operator
 import os
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from types import MappingProxyType
 from typing import Any
 
@@ -19,12 +22,13 @@ from keras_alds._backend.layers import KerasModel
 from keras_alds.core.calibration.curves import Curve
 from keras_alds.core.calibration.held_out import best_ridge
 from keras_alds.core.calibration.moments import FewInputs, SecondMoment
+from keras_alds.core.calibration.sums import joined
 from keras_alds.core.methods import Decompose
 from keras_alds.core.parallel import threads
 from keras_alds.core.slicing import Array
 from keras_alds.core.spectra import Spectra
 from keras_alds.kinds.base import kernel_values, observable
-from keras_alds.models.choices import Seen
+from keras_alds.models.choices import Seen, check_executor, decomposed
 from keras_alds.models.curves import measure_curves
 from keras_alds.models.data import (
     DEFAULT_EXAMPLES,
@@ -44,6 +48,10 @@ from keras_alds.progress import progress_bar
 from keras_alds.tables import counted
 
 STATS_VERSION = 2
+# The attributes of `CalibrationStats` that cannot be pickled as they are.
+_PROXIES = ("moments", "kernel_shapes", "curves")
+#: The fewest examples that a call of an executor gets.
+SHARD_EXAMPLES = 256
 # Entries of a weight that are copied at once for the fingerprint.
 _FINGERPRINT_ENTRIES = 1 << 22
 #: The most held-out examples on which plans are judged, and on which layers are probed: small ones,
@@ -59,6 +67,10 @@ class CalibrationStats:
     what that does to the model's outputs is kept (`curves`). For layers with more than
     5120 unfolded inputs, such as a dense layer after a large `Flatten`, only diagonal blocks of S
     are kept. Their number of slices is then a multiple of the number of blocks; see `blocks`.
+
+    The sum of two `CalibrationStats` of the same weights is that of all their examples, to
+    rounding, so that several machines can collect them. It has the `curves` of the first summand
+    that has any.
 
     Args:
         moments: `{path: SecondMoment}`, None for a layer that no example reached.
@@ -103,6 +115,40 @@ class CalibrationStats:
         self.fingerprint = fingerprint
         self.curves = MappingProxyType(dict(curves or {}))
         self._spectra: dict[tuple[str, int, frozenset[int], Decompose], tuple[bytes, Spectra]] = {}
+        self._ridges_due = False  # of a sum: they depend on the kernels
+
+    def __getstate__(self) -> dict[str, Any]:
+        proxies = {name: dict(getattr(self, name)) for name in _PROXIES}
+        return {**vars(self), **proxies, "_spectra": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        vars(self).update({name: MappingProxyType(state[name]) for name in _PROXIES})
+
+    def __add__(self, other: object) -> CalibrationStats:
+        """The statistics of the examples of both.
+
+        Raises:
+            ValueError: If they are of other weights.
+        """
+        if not isinstance(other, CalibrationStats):
+            return NotImplemented
+        ours, theirs = ((stats.fingerprint, dict(stats.kernel_shapes)) for stats in (self, other))
+        if ours != theirs:
+            raise ValueError(
+                "Expected calibration statistics of one model with the same weights, to add up. "
+                f"Received: fingerprints {self.fingerprint[:16]}… and {other.fingerprint[:16]}… "
+                f"of {len(self.moments)} and {len(other.moments)} layers"
+            )
+        result = CalibrationStats(
+            {path: joined(moment, other.moments[path]) for path, moment in self.moments.items()},
+            self.kernel_shapes,
+            examples=self.examples + other.examples,
+            fingerprint=self.fingerprint,
+            curves=self.curves or other.curves,
+        )
+        result._ridges_due = True
+        return result
 
     def __repr__(self) -> str:
         return (
@@ -116,6 +162,7 @@ class CalibrationStats:
         data: Any,
         *,
         max_examples: int | None = DEFAULT_EXAMPLES,
+        executor: Executor | None = None,
         verbose: int = 1,
     ) -> CalibrationStats:
         """Runs `model` on `data` and collects the second moments of its layers' inputs.
@@ -130,6 +177,10 @@ class CalibrationStats:
                 or a function that returns one of these. Labels, as in `(x, y)`, are ignored.
             max_examples: Largest number of examples to use: evenly spaced rows of arrays, and
                 the first examples of everything else. None for all. Defaults to 1024.
+            executor: Any `concurrent.futures.Executor` whose workers import this package, such as
+                a `ProcessPoolExecutor` that spawns, or `client.get_executor()` of dask. Each of
+                its calls gets the model and 256 examples or more; the results are added up.
+                Defaults to None: this process.
             verbose: 0 prints nothing; otherwise a terminal shows a progress bar. Defaults to 1.
 
         Returns:
@@ -145,9 +196,15 @@ class CalibrationStats:
         stats = keras_alds.CalibrationStats.collect(model, x, max_examples=512, verbose=0)
         ```
         """
+        check_executor(executor)
         with alone(model):
             source = Examples(model, data, max_examples)
-            return cls._observed(Inventory.of(model), source, verbose, stacklevel=2)
+            if executor is None:
+                return cls._observed(Inventory.of(model), source, verbose, stacklevel=2)
+            shards = list(_shards(source))
+        # Threads of an executor take turns with this model: other workers get copies.
+        calls = [executor.submit(_collected, model, x, first=not n) for n, x in enumerate(shards)]
+        return functools.reduce(operator.add, (call.result() for call in calls))
 
     @classmethod
     def _observed(
@@ -217,6 +274,12 @@ class CalibrationStats:
                 "can be factorized, or other kernels. Collect them again."
             )
 
+        if self._ridges_due:
+            own = {path: self.moments[name] for path, name in names.items()}
+            found = _regularized(records, own)
+            self.moments = MappingProxyType({names[path]: m for path, m in found.items()})
+            self._ridges_due = False
+
         def measured(record: LayerRecord) -> LayerRecord:
             moment = self.moments.get(names.get(record.path, ""))
             ridge = None if moment is None else moment.relative_ridge
@@ -245,7 +308,8 @@ class CalibrationStats:
             for key, seen in kernels.items()
             if self._spectra.get(keys[key], (b"",))[0] != seen.digest
         }
-        found = decompose(
+        found = decomposed(
+            decompose,
             [seen.kernel for seen in new.values()],
             [seen.moment() for seen in new.values()],
             [seen.slices for seen in new.values()],
@@ -270,6 +334,7 @@ class CalibrationStats:
             "format": "keras_alds.CalibrationStats",
             "version": STATS_VERSION,
             "examples": self.examples,
+            "ridges_due": self._ridges_due,
             "fingerprint": self.fingerprint,
             "layers": [[name, shape] for name, shape in self.kernel_shapes.items()],
             "counts": {name: moment.count for name, moment in reached},
@@ -331,13 +396,15 @@ class CalibrationStats:
             name: Curve(tuple(curve["errors"]), tuple(curve["divergences"]))
             for name, curve in meta["curves"].items()
         }
-        return cls(
+        stats = cls(
             moments,
             {name: tuple(shape) for name, shape in meta["layers"]},
             examples=int(meta["examples"]),
             fingerprint=meta["fingerprint"],
             curves=curves,
         )
+        stats._ridges_due = meta.get("ridges_due", False)
+        return stats
 
     @staticmethod
     def _read_moment(n: int, count: int, file: Mapping[str, Array]) -> SecondMoment:
@@ -345,6 +412,29 @@ class CalibrationStats:
         if f"rows_{n}" in file:
             return FewInputs(file[f"rows_{n}"], int(file[f"parts_{n}"]), mean=mean is not None)
         return SecondMoment(file[f"blocks_{n}"], count, mean)
+
+
+def _shards(source: Examples) -> Iterator[list[Any]]:
+    """The batches of examples, in lists of at least `SHARD_EXAMPLES` examples."""
+    shard: list[Any] = []
+    held: list[Any] = []  # until it is known that enough follow
+    count = 0
+    for batch, size in source:
+        shard.append(batch)
+        count += size
+        if count >= SHARD_EXAMPLES:
+            if held:
+                yield held
+            held, shard, count = shard, [], 0
+    yield [*held, *shard]
+
+
+def _collected(model: KerasModel, shard: list[Any], *, first: bool) -> CalibrationStats:
+    """What a worker does; the first one also measures the curves."""
+    with alone(model):
+        source = Examples(model, iter(shard), None)
+        inventory = Inventory.of(model)
+        return CalibrationStats._observed(inventory, source, 0, curves=first, stacklevel=2)
 
 
 class _HeldOut:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import hashlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,13 +19,18 @@ from keras_alds.core.choices import ChoiceTable, choice_table, join_tables
 from keras_alds.core.costs import Costs
 from keras_alds.core.errors import get_error
 from keras_alds.core.methods import Decompose, Method
+from keras_alds.core.parallel import map_within
 from keras_alds.core.slicing import SCHEMES, Array
-from keras_alds.core.spectra import Float64, Spectra, spectra_many
+from keras_alds.core.spectra import Float64, Spectra, spectra_many, spectra_of
 from keras_alds.kinds.base import kernel_values
 from keras_alds.models.inventory import LayerRecord
 
 #: Bytes of kernels that are decomposed together.
 KERNELS_AT_ONCE = 1 << 27
+
+_executor: contextvars.ContextVar[Executor | None] = contextvars.ContextVar(
+    "executor", default=None
+)
 
 #: The allowed choices of a layer in a fold scheme: ranks by number of slices, and costs by budget.
 Offer = Callable[[LayerRecord, int], tuple[Mapping[int, range], Sequence[Costs]]]
@@ -54,6 +62,46 @@ class Spectrums(Protocol):
         decompose: Decompose,
     ) -> list[Spectra]:
         """The output spectra of some kernels, by path and fold scheme."""
+
+
+@contextlib.contextmanager
+def decomposing_on(executor: Executor | None) -> Iterator[None]:
+    """Lets an executor decompose the layers inside; this process does without one.
+
+    Raises:
+        ValueError: If it is no executor.
+    """
+    check_executor(executor)
+    token = _executor.set(executor)
+    try:
+        yield
+    finally:
+        _executor.reset(token)
+
+
+def check_executor(executor: object) -> None:
+    """Raises a ValueError for anything but None or an executor."""
+    if executor is not None and not callable(getattr(executor, "submit", None)):
+        raise ValueError(
+            "Expected `executor` to be None or a `concurrent.futures.Executor`. "
+            f"Received: executor={executor!r}"
+        )
+
+
+def decomposed(
+    decompose: Decompose,
+    kernels: Sequence[Array],
+    moments: Sequence[SecondMoment],
+    slices: Sequence[Collection[int]],
+) -> list[Spectra]:
+    """The spectra of some kernels. An executor gets each layer's kernel and inputs once."""
+    executor = _executor.get()
+    if executor is None:
+        return decompose(kernels, moments, slices)
+    calls = [
+        ([kernel], [m], [some]) for kernel, m, some in zip(kernels, moments, slices, strict=True)
+    ]
+    return [spectra for (spectra,) in map_within(executor, decompose, calls)]
 
 
 def choice_tables(
@@ -221,8 +269,15 @@ def _entries(
                 read = kernel_values(record.layer, scheme) if scheme else kernel
                 missing.append((entry, scheme, read))
                 slices.update(offered)
-    found = spectra_many([kernel for *_, kernel in missing], slices=slices)
+    found = _kernel_spectra([kernel for *_, kernel in missing], slices)
     for (entry, scheme, _), values in zip(missing, found, strict=True):
         entry.spectra[scheme] = values
         entry.tables.clear()
     return [_CACHE[record.layer] for record in records]
+
+
+def _kernel_spectra(kernels: Sequence[np.ndarray], slices: Collection[int]) -> list[Spectra]:
+    executor = _executor.get()
+    if executor is None:
+        return spectra_many(kernels, slices=slices)
+    return map_within(executor, spectra_of, [(kernel, slices) for kernel in kernels])

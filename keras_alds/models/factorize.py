@@ -88,6 +88,32 @@ def replacement(
     )
 
 
+def rebuilt(
+    backend: _backend.Backend,
+    record: LayerRecord,
+    choice: LayerChoice,
+    made: Replacement | None,
+    *,
+    with_bias: bool,
+) -> Replacement:
+    """A replacement like another one, with variables for all replicas of the model.
+
+    Args:
+        backend: The layer's backend.
+        record: The layer.
+        choice: Slices, rank and fold scheme.
+        made: The other one. With None, the factors are 0.
+        with_bias: Whether the method gives every layer a bias.
+    """
+    slices, rank, scheme = choice.slices or 1, choice.rank or 1, choice.scheme or 0
+    factorized = _built(record, slices, rank, scheme, with_bias=with_bias)
+    if made is not None:
+        for variable, other in zip(factorized.weights, made.factorized.weights, strict=True):
+            variable.assign(backend.value(other))
+    bias = None if made is None else made.bias
+    return Replacement(record.layer, factorized, record.kind, bias)
+
+
 def _built(record: LayerRecord, slices: int, rank: int, scheme: int, *, with_bias: bool) -> Any:
     """A new built factorized layer with the layer's settings and zero weights."""
     layer, kind = record.layer, record.kind

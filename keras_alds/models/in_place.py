@@ -14,8 +14,10 @@ import numpy as np
 from keras_alds import _backend
 from keras_alds._backend import wrappers
 from keras_alds._backend.live import Holders, empty
+from keras_alds._backend.strategies import Replicas
 from keras_alds.kinds import holders
 from keras_alds.kinds.base import stock_kind
+from keras_alds.models import workers
 from keras_alds.models.calibration import Calibration
 from keras_alds.models.factorize import Replacement
 from keras_alds.models.fit import factors
@@ -59,18 +61,25 @@ def apply(
     """
     pairs = [(record, choice) for record, choice in match(inventory, plan) if choice.factorized]
     wrappers.apply_masks(inventory.pruning)
-    with inventory.backend.creation_scope(inventory.model):
-        made = factors(
-            inventory,
-            pairs,
-            plan,
-            calibration,
-            sequential,
-            last=last,
-            verbose=verbose,
-            stacklevel=stacklevel + 1,
-        )
-    _change(inventory, made, trainer, fresh=fresh, stacklevel=stacklevel + 1)
+    first = inventory.model if trainer is None else trainer
+    replicas = Replicas(first)
+    make = functools.partial(
+        factors,
+        inventory,
+        pairs,
+        plan,
+        calibration,
+        sequential,
+        last=last,
+        verbose=verbose,
+        stacklevel=stacklevel + 1,
+    )
+    workers.check_plans(replicas, plan)
+    with inventory.backend.creation_scope(first):
+        several = replicas.count > 1 and pairs
+        made = workers.made_together(replicas, make, pairs, plan) if several else make()
+        _change(inventory, made, trainer, fresh=fresh, stacklevel=stacklevel + 1)
+        workers.follow_chief(replicas, first)
 
 
 def _warn_of_holders(inventory: Inventory, *, stacklevel: int) -> None:
@@ -213,6 +222,7 @@ def surgery(
     try:
         with backend.creation_scope(first):
             yield operation
+            Replicas(first).renew_keys()
     except BaseException:
         operation.revert()
         raise

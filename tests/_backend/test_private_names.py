@@ -17,6 +17,7 @@ from keras_alds._backend import training
 from keras_alds._backend.graphs import forget_graph, mask_of, set_mask
 from keras_alds._backend.live import Holders
 from keras_alds._backend.loops import all_steps_of
+from keras_alds._backend.strategies import Replicas
 
 tf_keras = pytest.importorskip("tf_keras")
 
@@ -233,6 +234,67 @@ def test_maybe_update_block_mask():
     mask, kernel = np.asarray(mask), np.abs(np.asarray(layer.layer.kernel))
     assert mask.sum() == 12
     np.testing.assert_array_equal(mask == 1, kernel >= np.asarray(threshold))
+
+
+# -- live.py -------------------------------------------------------------------------------------
+
+
+def test_captured_inputs():
+    """What a graph reads. `captured_inputs` also calls what makes keys of collective operations."""
+    variable, calls = tf.Variable(1.0), []
+
+    @tf.function
+    def function():
+        def key():
+            calls.append(len(calls))
+            return tf.constant(7)
+
+        graph = tf.compat.v1.get_default_graph()
+        return variable * tf.cast(
+            graph.capture_call_time_value(key, tf.TensorSpec([], tf.int32)), tf.float32
+        )
+
+    function()
+    before = len(calls)
+    assert before
+    undo = []
+    Holders({}, [], [function]).forget_graphs([variable], undo)
+    assert len(undo) == 1
+    assert len(calls) == before
+
+
+# -- strategies.py -------------------------------------------------------------------------------
+
+
+class KeyedStrategy:
+    """A model under a strategy of two replicas, as far as `Replicas` looks at it."""
+
+    num_replicas_in_sync = 2
+
+    def __init__(self):
+        self.extended = tf.distribute.MirroredStrategy(["CPU:0"]).extended
+        self.distribute_strategy = self
+
+
+def test_collective_keys():
+    """Where a strategy counts its operations. Without it a second strategy in a process fails."""
+    model = KeyedStrategy()
+    keys = model.extended._collective_keys
+    group = keys.get_group_key(["/device:CPU:0"])
+    before = keys.get_instance_key(group, "/device:CPU:0")
+    Replicas(model).renew_keys()
+    first = keys.get_instance_key(group, "/device:CPU:0")
+    Replicas(model).renew_keys()
+    second = keys.get_instance_key(group, "/device:CPU:0")
+    assert first - before >= 2**19
+    assert second - first >= 2**19
+
+
+def test_instance_key_table():
+    """The next keys of each device, as in `_collective_keys`."""
+    table = KeyedStrategy().extended._collective_keys._instance_key_table
+    assert all(isinstance(key, int) for group in table.values() for key in group.values())
+    assert table
 
 
 # -- graphs.py -----------------------------------------------------------------------------------
