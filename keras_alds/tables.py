@@ -124,10 +124,9 @@ def _memory_lines(plan: CompressionPlan) -> list[str]:
     entries, in_float = (
         " → ".join(f"{size * n / 1000:,.1f}" for n in dict.fromkeys(plan.memory)) for size in (1, 4)
     )
-    return [
-        f"Peak activation memory, kB: {entries} in int8, {in_float} in float32 "
-        f"({plan.memory.removed:.2%} removed)"
-    ]
+    removed = plan.memory.removed
+    change = f"{removed:.2%} removed" if removed >= 0 else f"{-removed:.2%} added"
+    return [f"Peak activation memory, kB: {entries} in int8, {in_float} in float32 ({change})"]
 
 
 def _target_lines(plan: CompressionPlan) -> list[str]:

@@ -20,13 +20,14 @@ from keras_alds.kinds.base import (
     KernelKind,
     Kind,
     Shape,
+    below,
     factorized_kind,
     is_factorized,
     known_kind,
     scheme_of,
     stock_kind,
 )
-from keras_alds.models.inventory import Inventory
+from keras_alds.models.inventory import Calls, Inventory
 from keras_alds.models.program import Program, Step
 from keras_alds.plan import LayerChoice
 
@@ -51,7 +52,7 @@ _FUSING = frozenset(
 )
 _FUSED = frozenset({"relu", "relu6"})
 # Activations that multiply their input by something computed from it.
-_GATES = frozenset({"silu", "swish", "hard_silu", "hard_swish", "gelu", "mish"})
+_GATES = frozenset({"silu", "swish", "mish"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Site:
 class Memory:
     """What is live at once in a model, in entries of tensors for one example.
 
-    Layers whose inside cannot be seen, such as attention, count as one operator.
+    A layer that holds others, such as attention, counts as one operator.
 
     Attributes:
         fixed: The most entries that are live while an operator runs that no plan changes.
@@ -106,7 +107,7 @@ class Memory:
         program.from_graph()
         try:
             return _Reader(inventory, program, trace).memory()
-        except ValueError:  # a size is unknown
+        except _UnknownError:
             return None
 
     @property
@@ -198,9 +199,7 @@ class _Reader:
             sites[layer].append(Site(live[index], min(output, dying), inputs, outputs))
         for index, layers in self._inside:
             for layer in layers:
-                for inputs, outputs in self._inventory.calls[layer]:
-                    if None in (*inputs, *outputs):
-                        raise _UnknownError
+                for inputs, outputs in self._traced(layer):
                     if is_factorized(layer):
                         live[index] = max(
                             live[index], live[index] + _hidden(layer, inputs, outputs)
@@ -221,7 +220,9 @@ class _Reader:
             fuses = self._fuses.get(step.inputs[0], frozenset())
             self._fuses[step.outputs[0]] = frozenset() if _activation(layer) in _FUSED else fuses
             return
-        kind, name = stock_kind(layer), type(layer).__name__
+        # In Keras 3 an operation need not be a layer.
+        is_layer = isinstance(layer, self._inventory.backend.keras.layers.Layer)
+        kind, name = stock_kind(layer) if is_layer else Kind(""), type(layer).__name__
         source = step.inputs[0] if step.inputs else None
         weighted = source is not None and (kind.output_axes or isinstance(kind, KernelKind))
         if weighted and len(step.outputs) == 1 and not kind.kernels(layer):
@@ -247,10 +248,29 @@ class _Reader:
             return True  # a cast to the model's dtype
         if name in _SAME or activation == "linear":
             return True
+        if name == "ZeroPadding2D":
+            return self._pads_depthwise(step)
         wanted = (
             "relu" if activation in _FUSED else "scale" if name == "BatchNormalization" else None
         )
         return wanted in self._fuses.get(step.inputs[0], ()) and self._uses[step.inputs[0]] == 1
+
+    def _pads_depthwise(self, step: Step) -> bool:
+        """Whether the operator of a depthwise convolution does the padding, as its own "same"."""
+        users = [other.layer for other in self._program.steps if step.outputs[0] in other.inputs]
+        if len(users) != 1 or type(users[0]).__name__ != "DepthwiseConv2D":
+            return False
+        layer, ours = users[0], step.layer.padding
+        if layer.padding != "valid" or layer.data_format != "channels_last":
+            return False
+        lengths = self._shape(step.inputs[0])[1:3]
+        for length, sides, window, stride in zip(
+            lengths, ours, layer.kernel_size, layer.strides, strict=True
+        ):
+            total = max((-(-(length or 0) // stride) - 1) * stride + window - (length or 0), 0)
+            if tuple(sides) != (total // 2, total - total // 2):
+                return False
+        return True
 
     def _weighted(self, step: Step, layer: Any, kind: Kind) -> None:
         """A convolution or dense layer, and its activation."""
@@ -276,10 +296,21 @@ class _Reader:
             self._calls.append((layer, index, inputs, outputs))
 
     def _hold(self, step: Step) -> None:
-        """A layer that holds layers to compress."""
-        if not self._trace:
+        """A layer that holds layers to compress; what a loop does inside is not known."""
+        held = [step.layer, *below(step.layer)]
+        if not self._trace or any(stock_kind(layer).running(layer, False) for layer in held):
             raise _UnknownError
         self._inside.append((len(self._nodes) - 1, step.inside))
+
+    def _traced(self, layer: Any) -> Calls:
+        """The calls of a layer inside another one."""
+        try:
+            calls = self._inventory.calls[layer]
+        except ValueError as error:
+            raise _UnknownError from error
+        if any(None in shape for call in calls for shape in call):
+            raise _UnknownError
+        return calls
 
     def _run(self, step: Step, chain: Sequence[tuple[int, ...]]) -> None:
         """Operators one after the other: each reads what the one before it wrote first."""

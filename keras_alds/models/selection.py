@@ -211,16 +211,15 @@ class Selection:
         """
         if self.memory is None or self.allowed is None:
             return
-        least = {self.memory.where: self.memory.fixed}
-        least |= {r.path: self.least_memory(r) for r in self.inventory.records}
-        where = max(least, key=lambda name: least[name])
-        if least[where] <= self.allowed:
+        needs = [(self.least_memory(record), record.path) for record in self.inventory.records]
+        least, where = max((self.memory.fixed, self.memory.where), *needs)
+        if least <= self.allowed:
             return
-        most = max(Cost(self.memory.peak, least[where]).removed, 0.0)
+        most = Cost(self.memory.peak, least).removed
         raise UnreachableError(
             f"memory={self.options.memory:g} is not reachable for the model "
             f"'{self.inventory.model.name}': expected 0 <= memory <= {_rounded_down(most)}, as "
-            f"at least {least[where]:,} entries are live while layer '{where}' runs, and "
+            f"at least {least:,} entries are live while layer '{where}' runs, and "
             f"{self.memory.peak:,} at the peak before ({self._limits}). "
             f"Received: cr={self.options.requested}"
         )
