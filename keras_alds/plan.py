@@ -217,9 +217,11 @@ class CompressionPlan:
         """The fraction of `"params"`, `"macs"`, `"latency"` or `"memory"` that the plan removes.
 
         Raises:
-            ValueError: If the plan was not made with this objective.
+            ValueError: If the plan was not made with this objective, or does not know the memory.
         """
-        if objective == MEMORY and self.memory is not None:
+        if objective == MEMORY:
+            if self.memory is None:
+                raise ValueError("Expected a plan that knows the memory. Received: memory=None")
             return self.memory.removed
         if objective not in self.costs:
             raise ValueError(

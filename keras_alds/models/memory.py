@@ -152,7 +152,7 @@ class Memory:
 def peak_entries(inventory: Inventory) -> int | None:
     """The most entries of tensors that are live at once in a model, or None if this is unknown."""
     memory = Memory.of(inventory, trace=True)
-    return memory and memory.peak
+    return None if memory is None else memory.peak
 
 
 def _positions(layer: Any, scheme: int, site: Site) -> int:

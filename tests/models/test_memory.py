@@ -77,7 +77,10 @@ def test_models_of_every_kind_keep_the_limit(model: Any):
     if before is None:  # a subclassed model, or a loop
         with pytest.raises(ValueError, match="Functional or Sequential model whose feature maps"):
             select(model, LIMITS)
-        assert select(model, 0.4, **THIN).memory is None
+        plan = select(model, 0.4, **THIN)
+        assert plan.memory is None
+        with pytest.raises(ValueError, match="a plan that knows the memory"):
+            plan.reduction("memory")
         return
     plan = select(model, LIMITS, **THIN)
     small = compress(model, plan=plan)
