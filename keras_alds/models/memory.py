@@ -141,7 +141,7 @@ class Memory:
 
     def after(self, choices: Iterable[tuple[Any, LayerChoice]]) -> int:
         """The peak with the choices of a plan for layers; all others stay as they are."""
-        peaks = dict.fromkeys(self.sites, 0) | {layer: self.dense(layer) for layer in self.sites}
+        peaks = {layer: self.dense(layer) for layer in self.sites}
         for layer, choice in choices:
             if choice.slices and choice.rank and layer in peaks:
                 hidden = choice.slices * choice.rank
@@ -197,17 +197,16 @@ class _Reader:
             dying = sum(self._sizes[t] for t in set(node.inputs) if last[t] == index)
             output = self._sizes[node.outputs[0]]
             sites[layer].append(Site(live[index], min(output, dying), inputs, outputs))
+        hidden: collections.Counter[int] = collections.Counter()
         for index, layers in self._inside:
             for layer in layers:
                 for inputs, outputs in self._traced(layer):
                     if is_factorized(layer):
-                        live[index] = max(
-                            live[index], live[index] + _hidden(layer, inputs, outputs)
-                        )
+                        hidden[index] = max(hidden[index], _hidden(layer, inputs, outputs))
                     else:
                         sites[layer].append(Site(live[index], 0, inputs, outputs))
         called = {index for _, index, _, _ in self._calls}
-        fixed = [(size, -n) for n, size in enumerate(live) if n not in called]
+        fixed = [(size + hidden[n], -n) for n, size in enumerate(live) if n not in called]
         most, where = max(fixed, default=(0, 0))
         return Memory(most, self._names[-where] if fixed else "", dict(sites))
 
@@ -283,7 +282,7 @@ class _Reader:
             between += [_hidden(layer, inputs, outputs)] if is_factorized(layer) else []
             chain += [self._new(size) for size in between if size]
         index = len(self._nodes) + len(chain) - 1
-        activation = getattr(getattr(layer, "activation", None), "__name__", "linear")
+        activation = _name_of(getattr(layer, "activation", None))
         if activation in _GATES:
             gated = self._fresh(step)
             chain += [gated, (*self._fresh(step), *gated)]
@@ -314,14 +313,12 @@ class _Reader:
 
     def _run(self, step: Step, chain: Sequence[tuple[int, ...]]) -> None:
         """Operators one after the other: each reads what the one before it wrote first."""
-        outputs = []
         for tensor in step.outputs:
             self._place[tensor] = tensor
             self._sizes[tensor] = self._size(tensor)
-            outputs.append(tensor)
-        for reads, writes in zip(chain, [*(c[:1] for c in chain[1:]), outputs], strict=True):
-            self._nodes.append(Node(tuple(reads), tuple(writes)))
-            self._names.append(getattr(step.layer, "name", "") or "")
+        written = [*(reads[:1] for reads in chain[1:]), step.outputs]
+        self._nodes += map(Node, chain, written)
+        self._names += [str(getattr(step.layer, "name", ""))] * len(chain)
 
     # -- Tensors -------------------------------------------------------------------------------
 
@@ -351,12 +348,18 @@ def _activation(layer: Any) -> str | None:
     """The activation that a layer without weights is, if it is one."""
     name = type(layer).__name__
     if name == "Activation":
-        return getattr(layer.activation, "__name__", name)
+        return _name_of(layer.activation)
     if name in ("Relu", "Relu6"):
         return name.lower()
     if name == "ReLU" and layer.max_value in (None, 6) and not layer.threshold:
         return None if getattr(layer, "negative_slope", 0) else "relu"
     return None
+
+
+def _name_of(activation: Any) -> str:
+    if activation is None:
+        return "linear"
+    return str(getattr(activation, "__name__", type(activation).__name__))
 
 
 def _hidden(layer: Any, inputs: Shape, outputs: Shape) -> int:

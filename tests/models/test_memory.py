@@ -63,6 +63,8 @@ def test_the_peak_of_a_model(keras_module: ModuleType):
     assert peak(keras_module.Model(inputs, x)) == 36 * 12
     x = L.Conv2D(2, 1)(L.Activation("silu")(inputs))  # x, σ(x), x · σ(x)
     assert peak(keras_module.Model(inputs, x)) == 36 * 12
+    x = L.Conv2D(16, 1, activation=L.LeakyReLU())(inputs)  # an operator of its own
+    assert peak(keras_module.Model(inputs, x)) == 36 * 32
     x = L.DepthwiseConv2D(3, strides=2)(L.ZeroPadding2D(((0, 1), (0, 1)))(inputs))
     assert peak(keras_module.Model(inputs, x)) == 36 * 4 + 9 * 4
     x = L.DepthwiseConv2D(3, strides=2)(L.ZeroPadding2D(1)(inputs))
