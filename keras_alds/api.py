@@ -75,7 +75,10 @@ def select(
             `objective="latency"` it counts latency measured layer by layer (see
             `keras_alds.litert.measure_latency`). More than `cr` is removed from rank-deficient
             kernels, where that adds no error. A dict limits both parameters and MACs:
-            `{"params": 0.5, "macs": 0.4}` removes at least these fractions.
+            `{"params": 0.5, "macs": 0.4}` removes at least these fractions. The key `"memory"`
+            beside them is the fraction by which the peak of the activation memory shrinks at least,
+            0 <= memory < 1: with `{"params": 0.5, "memory": 0.0}` it does not grow; see
+            `CompressionPlan.memory`.
         calibration_data: A calibration set: a few hundred unlabelled examples on which the error
             of every choice is measured. An array, a list or dict of arrays for several inputs, a
             batched `tf.data.Dataset`, a `keras.utils.PyDataset`, an iterable of batches, a
@@ -588,6 +591,7 @@ def _warn_of_slow_forms(selection: Selection, accept: str, *, stacklevel: int) -
         for name, cr in options.limits.items()
     )
     within = " within the bounds" if options.bounds else ""
+    within += " within the limit of memory" if options.memory is not None else ""
     warnings.warn(
         f"Forms that run fast on common CPUs (target={CPU!r}) are not enough to remove {removed}"
         f"{within} from the model '{selection.inventory.model.name}'. So other forms are taken, "

@@ -20,7 +20,7 @@ from keras_alds.core.slicing import SCHEMES
 from keras_alds.methods import METHODS, choose_method, get_method
 from keras_alds.naming import Bound, check_bounds, check_exclude
 from keras_alds.plan import CompressionPlan, check_plan
-from keras_alds.resources import JOINT, RESOURCES
+from keras_alds.resources import JOINT, MEMORY, RESOURCES
 from keras_alds.targets import ALIASES, CPU, SIZE, TARGETS, get_target
 
 #: The number formats whose latency is measured; None is float32.
@@ -220,6 +220,7 @@ class Options:
 
     Attributes:
         limits: The fraction to remove of each limited resource.
+        memory: The fraction by which the peak of the activation memory has to shrink, or None.
         by_default: Whether the user left the method open.
         target_by_default: Whether the user left the target open, and it is a default one.
 
@@ -227,6 +228,7 @@ class Options:
     """
 
     limits: Mapping[str, float]
+    memory: float | None
     method: str
     by_default: bool
     target_by_default: bool
@@ -260,6 +262,7 @@ class Options:
         check_names(given, caller)
         values = {name: given.get(name, declared(name).default) for name in OPTION_NAMES}
         limits = _limits(cr, values["objective"])
+        memory = limits.pop(MEMORY, None)
         values["objective"] = next(iter(limits))
         name = values["method"]
         by_default = name is None
@@ -281,6 +284,7 @@ class Options:
             **{
                 **values,
                 "limits": limits,
+                "memory": memory,
                 "method": method,
                 "by_default": by_default,
                 "target_by_default": target_by_default,
@@ -290,6 +294,11 @@ class Options:
             }
         )
         return options
+
+    @property
+    def requested(self) -> dict[str, float]:
+        """All limits as the user gave them, that of the memory last."""
+        return {**self.limits, **({} if self.memory is None else {MEMORY: self.memory})}
 
     def schemes_of(self, method: Method) -> tuple[int, ...]:
         """The fold schemes to choose from.
@@ -323,24 +332,33 @@ def check_names(
 
 
 def _limits(cr: Any, objective: Any) -> dict[str, float]:
-    """The fraction to remove of each limited resource; the first one is the objective."""
+    """The fraction to remove of each limited resource, then of the memory, if it is limited.
+
+    The first one is the objective.
+    """
     if objective not in RESOURCES:
         raise ValueError(
             f"Expected `objective` to be one of {', '.join(map(repr, RESOURCES))}. "
             f"Received: objective={objective!r}{did_you_mean(objective, RESOURCES)}"
         )
     limits = cr if isinstance(cr, Mapping) else {objective: cr}
+    known = (*JOINT, MEMORY)
     if isinstance(cr, Mapping) and (
-        not cr or not set(cr) <= set(JOINT) or objective != declared("objective").default
+        not cr or not set(cr) <= set(known) or objective != declared("objective").default
     ):
         raise ValueError(
-            f"Expected the keys of `cr` to be some of {', '.join(map(repr, JOINT))}, and no "
+            f"Expected the keys of `cr` to be some of {', '.join(map(repr, known))}, and no "
             f"`objective`. Received: cr={dict(cr)!r}, objective={objective!r}"
-            f"{did_you_mean(next((key for key in cr if key not in JOINT), None), JOINT)}"
+            f"{did_you_mean(next((key for key in cr if key not in known), None), known)}"
         )
-    for fraction in limits.values():
-        check_cr(fraction)
-    return {name: float(limits[name]) for name in RESOURCES if name in limits}
+    if [*limits] == [MEMORY]:
+        raise ValueError(
+            "Expected `cr` to limit 'params' or 'macs' beside 'memory', which removes nothing by "
+            f"itself. Received: cr={dict(cr)!r}"
+        )
+    for name, fraction in limits.items():
+        (check_memory if name == MEMORY else check_cr)(fraction)
+    return {name: float(limits[name]) for name in (*RESOURCES, MEMORY) if name in limits}
 
 
 def of_all_forms(options: Mapping[str, Any]) -> Any:
@@ -418,6 +436,17 @@ def check_cr(cr: Any) -> None:
         raise ValueError(
             "Expected `cr`, the fraction to remove, to be a number with 0 < cr < 1. "
             f"Received: cr={cr!r} of type {type(cr).__name__}"
+        )
+
+
+def check_memory(fraction: Any) -> None:
+    """Raises a ValueError unless a limit of the memory is a number from 0 to below 1."""
+    number = isinstance(fraction, numbers.Real) and not isinstance(fraction, bool)
+    if not number or not 0 <= float(fraction) < 1:
+        raise ValueError(
+            "Expected `cr['memory']`, the fraction by which the peak of the activation memory "
+            "shrinks, to be a number with 0 <= memory < 1, where 0 means that it does not grow. "
+            f"Received: {fraction!r} of type {type(fraction).__name__}"
         )
 
 

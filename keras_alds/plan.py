@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from keras_alds.core.slicing import SCHEMES
-from keras_alds.resources import RESOURCES, Cost
+from keras_alds.resources import MEMORY, RESOURCES, Cost
 from keras_alds.tables import print_plan
 
 PLAN_VERSION = 2
@@ -154,6 +154,10 @@ class CompressionPlan:
             fitted one after the other: `", sequential"`. `"no data"` uses data for nothing else.
             The nearest plan is taken. If two are nearly as near, it is that with equal weights, and
             the sequential one. None without examples.
+        memory: The peak of the activation memory for one example, as `Cost(before, after)`: how
+            many entries of feature maps are live at once. In int8 it is as many bytes, in float32
+            four times as many. None for a subclassed model, or if a size is unknown. If memory is
+            not limited, it is also None if layers inside others can be compressed, as in attention.
         version: Version of the JSON format.
 
     Example:
@@ -178,6 +182,7 @@ class CompressionPlan:
     sequential: bool | None = None
     distance: float | None = None
     trials: Mapping[str, float] | None = dataclasses.field(default=None, hash=False)
+    memory: Cost | None = None
     version: int = PLAN_VERSION
 
     def __repr__(self) -> str:
@@ -209,11 +214,15 @@ class CompressionPlan:
         return self.costs["params"].after
 
     def reduction(self, objective: str) -> float:
-        """The fraction of `"params"`, `"macs"` or `"latency"` that the plan removes.
+        """The fraction of `"params"`, `"macs"`, `"latency"` or `"memory"` that the plan removes.
 
         Raises:
-            ValueError: If the plan was not made with this objective.
+            ValueError: If the plan was not made with this objective, or does not know the memory.
         """
+        if objective == MEMORY:
+            if self.memory is None:
+                raise ValueError("Expected a plan that knows the memory. Received: memory=None")
+            return self.memory.removed
         if objective not in self.costs:
             raise ValueError(
                 f"Expected a plan that was made with objective={objective!r}. "
@@ -270,6 +279,7 @@ class CompressionPlan:
                 for choice in fields["choices"]
             )
             fields["costs"] = _costs(fields["costs"])
+            fields["memory"] = Cost(*fields["memory"]) if fields.get("memory") else None
             plan = cls(**fields)
         except (KeyError, TypeError) as error:
             raise ValueError(

@@ -11,7 +11,13 @@ from typing import Any
 from keras_alds import _backend
 from keras_alds._backend import tensors
 from keras_alds._backend.layers import KerasModel
-from keras_alds.models.inventory import contains_factorized, count_params, dense_params
+from keras_alds.models.inventory import (
+    Inventory,
+    contains_factorized,
+    count_params,
+    dense_params,
+)
+from keras_alds.models.memory import peak_entries
 from keras_alds.models.resources import count_macs
 from keras_alds.resources import removed_fraction
 from keras_alds.tables import PrintFn, print_table
@@ -66,8 +72,9 @@ def report(
 
     Returns:
         A `Comparison` of the parameters, the removed fraction of parameters, the MACs of one
-        forward pass (None if the input shape is unknown), the bytes of the weights, and `figures`.
-        `Comparison.summary()` prints it.
+        forward pass (None if the input shape is unknown), the bytes of the weights, the bytes of
+        activations that are live at once for one example (None for a subclassed model, or if a size
+        is unknown), and `figures`. `Comparison.summary()` prints it.
 
     Raises:
         ValueError: If an argument is not a model.
@@ -99,7 +106,7 @@ def report(
 
 
 def sizes(model: Any) -> dict[str, int | None]:
-    """Parameters, MACs and bytes of the weights of one model."""
+    """Parameters, MACs, and bytes of the weights and the activations of one model."""
     try:
         macs: int | None = count_macs(model)
     except ValueError:
@@ -111,7 +118,16 @@ def sizes(model: Any) -> dict[str, int | None]:
         math.prod(tuple(weight.shape)) * tensors.dtype_size(weight.dtype)
         for weight in backend.weights(model)
     )
-    return {"parameters": count_params(model), "MACs": macs, "bytes of weights": size}
+    try:
+        entries = peak_entries(Inventory.of(model))
+    except ValueError:
+        entries = None
+    return {
+        "parameters": count_params(model),
+        "MACs": macs,
+        "bytes of weights": size,
+        "bytes of activations, peak": entries and entries * tensors.dtype_size(model.compute_dtype),
+    }
 
 
 def _figure(value: Any) -> str:

@@ -108,5 +108,8 @@ RESOURCES: Mapping[str, ResourceInfo] = MappingProxyType(
         )
     }
 )
+#: What `cr` can limit beside a resource: the largest sum of feature maps that are live at once. It
+#: is no resource, as it does not add up over the layers.
+MEMORY = "memory"
 #: The resources that `cr` can limit together.
 JOINT = tuple(name for name, info in RESOURCES.items() if info.joint)

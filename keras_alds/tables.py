@@ -66,7 +66,7 @@ def print_plan(
         runtime = f" ({plan.runtime})" if info.measured else ""
         cost = plan.costs[info.name]
         lines.append(f"{info.total}{runtime}: {info.text(cost)} ({cost.removed:.2%} removed)")
-    lines += [*_target_lines(plan), *_output_lines(plan)]
+    lines += [*_memory_lines(plan), *_target_lines(plan), *_output_lines(plan)]
     lines += [f"{choice.layer}: {choice.note}" for choice in plan.choices if choice.note]
     lines += _skipped_lines(skipped)
     if without_kernel:
@@ -115,6 +115,18 @@ def _output_lines(plan: CompressionPlan) -> list[str]:
             f". Tried: {tried}"
         )
     return lines
+
+
+def _memory_lines(plan: CompressionPlan) -> list[str]:
+    """The peak of the activation memory, if it is known."""
+    if plan.memory is None:
+        return []
+    entries, in_float = (
+        " → ".join(f"{size * n / 1000:,.1f}" for n in dict.fromkeys(plan.memory)) for size in (1, 4)
+    )
+    removed = plan.memory.removed
+    change = f"{removed:.2%} removed" if removed >= 0 else f"{-removed:.2%} added"
+    return [f"Peak activation memory, kB: {entries} in int8, {in_float} in float32 ({change})"]
 
 
 def _target_lines(plan: CompressionPlan) -> list[str]:

@@ -452,6 +452,14 @@ class KernelKind(Kind):
         """The axes over which the encoder of a fold scheme is applied."""
         return self.positions(layer, inputs, outputs)
 
+    def before_kernel(self, layer: Any, inputs: Shape, outputs: Shape) -> int:
+        """Entries of the tensor in a call that the kernel is applied to; 0 if it is the input."""
+        return 0
+
+    def hidden_positions(self, layer: Any, scheme: int, inputs: Shape, outputs: Shape) -> int:
+        """Positions of the tensor between encoder and decoder in one call, in a fold scheme."""
+        return size_of(layer, self.encoder_positions(layer, scheme, inputs, outputs))
+
     def weights_per_position(self, layer: Any) -> int:
         """The number of weights that each position is multiplied by, without biases."""
         return math.prod(self.shape(layer))

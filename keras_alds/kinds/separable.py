@@ -14,7 +14,7 @@ from keras_alds._backend.layers import dtype_policy
 from keras_alds.core.checks import positive_int
 from keras_alds.core.slicing import Array, Unfolding, convolution_unfolding
 from keras_alds.kinds import forms
-from keras_alds.kinds.base import Writer, register
+from keras_alds.kinds.base import Shape, Writer, register, size_of
 from keras_alds.kinds.convolution import (
     BaseConvolution,
     BaseFactorizedConv,
@@ -317,6 +317,10 @@ class Separable(BaseConvolution):
         for chunk in super().patches(layer, inputs):  # [rows, window, channels]
             outputs = chunk.transpose(2, 0, 1) @ taps
             yield outputs.transpose(1, 0, 2).reshape(len(chunk), 1, channels * multiplier)
+
+    def before_kernel(self, layer: Any, inputs: Shape, outputs: Shape) -> int:
+        # The output of the depthwise convolution.
+        return size_of(layer, self.positions(layer, inputs, outputs)) * self.shape(layer)[-2]
 
     def weights_per_position(self, layer: Any) -> int:
         return super().weights_per_position(layer) + math.prod(layer.depthwise_kernel.shape)

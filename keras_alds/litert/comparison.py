@@ -16,6 +16,7 @@ from keras_alds.core.checks import int_at_least, positive_int
 from keras_alds.litert.conversion import ConvertOptions, convert_quietly
 from keras_alds.litert.files import contents, read_file
 from keras_alds.litert.measure import Latency, time_together
+from keras_alds.litert.memory import activation_memory
 from keras_alds.litert.quantized import warn_of_thin_groups
 from keras_alds.litert.runs import Runner, check_file, check_local
 from keras_alds.progress import progress_bar
@@ -33,6 +34,8 @@ class FileFigures:
         size: Bytes of the file.
         gzip_size: Bytes of the file compressed by gzip, as in an app's package.
         parameters: Number of constant values: weights and biases.
+        peak_activations: Bytes of activations that are live at once, inputs and outputs included.
+        arena: Bytes of the arena in which LiteRT for Microcontrollers places them.
         latency: Its latency, or None if it was not measured.
         metrics: Metrics on the given data, by name.
     """
@@ -40,16 +43,22 @@ class FileFigures:
     size: int
     gzip_size: int
     parameters: int
+    peak_activations: int
+    arena: int
     latency: Latency | None
     metrics: Mapping[str, float]
 
     @classmethod
     def of(cls, file: bytes, latency: Latency | None, metrics: dict[str, float]) -> FileFigures:
         """The record of a file, its latency and its metrics."""
+        content = read_file(file)
+        memory = activation_memory(content)
         return cls(
             size=len(file),
             gzip_size=len(gzip.compress(file, mtime=0)),
-            parameters=read_file(file).parameters,
+            parameters=content.parameters,
+            peak_activations=memory.peak,
+            arena=memory.arena,
             latency=latency,
             metrics=MappingProxyType(metrics),
         )
@@ -94,6 +103,8 @@ class FileComparison:
             _row("bytes", before.size, after.size),
             _row("bytes, gzip", before.gzip_size, after.gzip_size),
             _row("parameters", before.parameters, after.parameters),
+            _row("peak activations, bytes", before.peak_activations, after.peak_activations),
+            _row("arena, bytes", before.arena, after.arena),
         ]
         lines = []
         if before.latency and after.latency and self.latency_ratio is not None:
@@ -135,7 +146,7 @@ def compare(
     target: str = "litert",
     verbose: int = 1,
 ) -> FileComparison:
-    """Compares two models or files: size, latency and accuracy in the LiteRT runtime.
+    """Compares two models or files: size, memory, latency and accuracy in the LiteRT runtime.
 
     The files are timed alternately, one run each, so that other load on the machine affects
     both. Metrics are computed on the files, not on the Keras models, so they include the cost of
@@ -225,7 +236,7 @@ def _computed(metrics: Mapping[str, Compute], runner: Runner, data: Any) -> dict
 
 
 def _row(name: str, before: int, after: int) -> list[str]:
-    return [name, f"{before:,}", f"{after:,}", f"{after / before:.3f}"]
+    return [name, f"{before:,}", f"{after:,}", f"{after / before:.3f}" if before else ""]
 
 
 def _is_model(item: Any) -> bool:

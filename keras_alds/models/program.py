@@ -10,6 +10,7 @@ from typing import Any
 from keras_alds import _backend
 from keras_alds._backend import tensors as nest
 from keras_alds._backend.calls import Replacement, replaced_calls
+from keras_alds._backend.layers import static_shape
 from keras_alds._backend.loops import restored, states_of
 from keras_alds.kinds.base import below, running, stock_kind
 
@@ -57,6 +58,7 @@ class Program:
         steps: The steps.
         inputs: Its input tensors.
         outputs: Its output tensors; none before `from_code` has run.
+        shapes: The shapes of its tensors in a graph, as far as it knows them.
     """
 
     def __init__(self, model: Any, layers: Sequence[Any]) -> None:
@@ -68,6 +70,7 @@ class Program:
         self.steps: list[Step] = []
         self.inputs: list[int] = []
         self.outputs: list[int] = []
+        self.shapes: dict[int, tuple[int | None, ...] | None] = {}
         self._running = running(model)
         self._states = states_of(model)
 
@@ -130,6 +133,8 @@ class Program:
     def _read(self, model: Any, inputs: Sequence[int]) -> list[int]:
         backend = self._backend
         starts, ends = map(nest.flatten, backend.graph_ends(model))
+        for index, tensor in zip(inputs, starts, strict=True):
+            self.shapes.setdefault(index, _shape_of(tensor))
         known = {
             id(tensor): self._cast(index, tensor)
             for tensor, index in zip(starts, inputs, strict=True)
@@ -153,6 +158,7 @@ class Program:
                 outputs = self._read(call.layer, used)
             else:
                 outputs = self._new(len(call.outputs))
+                self.shapes.update(zip(outputs, map(_shape_of, call.outputs), strict=True))
                 self.steps.append(
                     Step(
                         call.layer,
@@ -169,6 +175,7 @@ class Program:
     def _cast(self, index: int, tensor: Any) -> int:
         """Adds a cast to the dtype of the model's input, as models do when called."""
         (output,) = self._new(1)
+        self.shapes[output] = self.shapes[index]
 
         def cast(value: Any) -> Any:
             return nest.cast(value, tensor.dtype) if nest.is_dense(value) else value
@@ -190,3 +197,11 @@ class Program:
 def is_slot(leaf: Any) -> bool:
     """Whether a leaf of a step's arguments stands for a tensor."""
     return isinstance(leaf, Slot)
+
+
+def _shape_of(tensor: Any) -> tuple[int | None, ...] | None:
+    """The shape of a symbolic tensor, or None if not even its number of axes is known."""
+    try:
+        return static_shape(tensor)
+    except ValueError:
+        return None

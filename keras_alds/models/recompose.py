@@ -19,11 +19,12 @@ from keras_alds.kinds.base import factorized_kind, is_factorized, stock_kind
 from keras_alds.models.in_place import surgery
 from keras_alds.models.inventory import Inventory, LayerRecord, count_params, dense_params
 from keras_alds.models.matching import is_applied
+from keras_alds.models.memory import peak_entries
 from keras_alds.models.optimizer import Exchange, Factors, gathered
 from keras_alds.models.resources import Macs
 from keras_alds.options import Options
 from keras_alds.plan import CompressionPlan, Skip
-from keras_alds.resources import RESOURCES, removed_fraction
+from keras_alds.resources import MEMORY, RESOURCES, removed_fraction
 
 #: What a compression is asked to reach.
 Request = Options | CompressionPlan
@@ -75,14 +76,15 @@ def already(inventory: Inventory, request: Request, *, strict: bool = True) -> s
         )
     if any(RESOURCES[name].measured for name in request.limits):
         return None
-    after = {name: _total(inventory, name) for name in request.limits}
+    limits = request.requested
+    after = {name: _total(inventory, name) for name in limits}
     kept = [r.layer for r in inventory.factorized if r not in records]
     before = {"params": dense_params(inventory.model, kept)}
-    if others := request.limits.keys() - before.keys():
+    if others := limits.keys() - before.keys():
         with recomposed(inventory, records) as dense:
             before |= {name: _total(dense, name) for name in others}
-    reached = {name: removed_fraction(before[name], after[name]) for name in request.limits}
-    if any(reached[name] < limit for name, limit in request.limits.items()):
+    reached = {name: removed_fraction(before[name], after[name]) for name in limits}
+    if any(reached[name] < limit for name, limit in limits.items()):
         return None
     return "already compressed to " + ", ".join(
         f"{'cr' if len(reached) == 1 else name}={fraction:.2f}"
@@ -94,6 +96,7 @@ def _total(inventory: Inventory, resource: str) -> int:
     counts = {
         "params": lambda: count_params(inventory.model, inventory.pruning),
         "macs": lambda: Macs(inventory).total,
+        MEMORY: lambda: peak_entries(inventory) or 1,  # where it is unknown, `select` says so
     }
     return counts[resource]()
 

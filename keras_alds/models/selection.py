@@ -22,6 +22,7 @@ from keras_alds.methods import DEFAULT, get_method
 from keras_alds.models.calibration import CalibrationStats
 from keras_alds.models.choices import choice_tables
 from keras_alds.models.inventory import Inventory, LayerRecord, already_compressed
+from keras_alds.models.memory import Memory
 from keras_alds.models.resources import Params, Resource
 from keras_alds.models.trials import EQUAL, WEIGHINGS, weighed
 from keras_alds.naming import Bound
@@ -91,16 +92,22 @@ class Selection:
         resources: The limited resources; `cr` counts the first one.
         options: The options.
         stats: Calibration statistics, or None.
+        memory: What is live at once, or None if this is unknown.
     """
 
     inventory: Inventory
     resources: tuple[Resource, ...]
     options: Options
     stats: CalibrationStats | None = None
+    memory: Memory | None = None
 
     @classmethod
     def of(cls, inventory: Inventory, resources: Sequence[Resource], options: Options) -> Selection:
-        """Skips layers as the resources require."""
+        """Skips layers as the resources require.
+
+        Raises:
+            ValueError: If memory is limited, and the model's is unknown.
+        """
 
         def skipped(record: LayerRecord) -> LayerRecord:
             found = (resource.skipped(record) for resource in resources if not record.skipped)
@@ -108,7 +115,15 @@ class Selection:
             return record if reason is None else dataclasses.replace(record, skipped=reason)
 
         inventory = inventory.map(skipped).map(lambda record: record.bounded(options.bounds))
-        return cls(inventory, tuple(resources), options)
+        limited = options.memory is not None
+        memory = Memory.of(inventory, trace=limited)
+        if limited and memory is None:
+            raise ValueError(
+                "Expected a Functional or Sequential model whose feature maps have known sizes, to "
+                f"limit memory. Received: the model '{inventory.model.name}', "
+                f"cr={options.requested}"
+            )
+        return cls(inventory, tuple(resources), options, memory=memory)
 
     def check(self) -> None:
         """Checks that `cr` can be reached, whatever the weights are.
@@ -116,6 +131,7 @@ class Selection:
         Raises:
             UnreachableError: If it cannot, or no choice of a layer is within its bounds.
         """
+        self.check_memory()
         for index, resource in enumerate(self.resources):
             required = sum(self.smallest_cost(r, resource) for r in self.inventory.candidates)
             if required > self.budget_of(resource):
@@ -178,10 +194,71 @@ class Selection:
         """Parameters, which every plan reports."""
         return Params(self.inventory, self.method)
 
+    # -- The memory --------------------------------------------------------------------------
+
+    @functools.cached_property
+    def allowed(self) -> int | None:
+        """The largest peak of the memory that the limit allows; None without a limit."""
+        if self.memory is None or self.options.memory is None:
+            return None
+        return allowed_after(self.memory.peak, self.options.memory)
+
+    def check_memory(self) -> None:
+        """Checks that every operator can be within the limit of the memory.
+
+        Raises:
+            UnreachableError: If one cannot.
+        """
+        if self.memory is None or self.allowed is None:
+            return
+        needs = [(self.least_memory(record), record.path) for record in self.inventory.records]
+        least, where = max((self.memory.fixed, self.memory.where), *needs)
+        if least <= self.allowed:
+            return
+        most = Cost(self.memory.peak, least).removed
+        raise UnreachableError(
+            f"memory={self.options.memory:g} is not reachable for the model "
+            f"'{self.inventory.model.name}': expected 0 <= memory <= {_rounded_down(most)}, as "
+            f"at least {least:,} entries are live while layer '{where}' runs, and "
+            f"{self.memory.peak:,} at the peak before ({self._limits}). "
+            f"Received: cr={self.options.requested}"
+        )
+
+    def least_memory(self, record: LayerRecord) -> int:
+        """The fewest entries that are live while a layer runs, in any of its forms."""
+        assert self.memory is not None
+        peaks = [self.memory.dense(record.layer)]
+        if record.skipped is None:
+            peaks += [
+                self.memory.factorized(record.layer, scheme, slices * ranks[0])
+                for scheme in record.schemes
+                for slices, ranks in self._offered(record, scheme).items()
+            ]
+        return min(peaks)
+
+    def keeps(self, record: LayerRecord) -> bool:
+        """Whether a layer may stay as it is, by the limit of the memory."""
+        if self.memory is None or self.allowed is None:
+            return True
+        return self.memory.dense(record.layer) <= self.allowed
+
     # -- The allowed choices of a layer ------------------------------------------------------
 
     def offered(self, record: LayerRecord, scheme: int) -> dict[int, range]:
         """The allowed ranks of a layer, by number of slices."""
+        offered, most = self._offered(record, scheme), None
+        if self.memory is not None and self.allowed is not None:
+            most = self.memory.most_hidden(record.layer, scheme, self.allowed)
+        if most is None:
+            return offered
+        within = {
+            slices: range(ranks.start, min(ranks.stop, most // slices + 1), ranks.step)
+            for slices, ranks in offered.items()
+        }
+        return {slices: ranks for slices, ranks in within.items() if ranks}
+
+    def _offered(self, record: LayerRecord, scheme: int) -> dict[int, range]:
+        """The same without a limit of the memory."""
         blocks = 1 if record.moment is None else record.moment.block_count
         target = get_target(self.options.target)
         limits = [self.options.max_slices]
@@ -226,10 +303,14 @@ class Selection:
         return int(price[within].min())
 
     def is_within(self, record: LayerRecord, sizes: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Whether a layer is within its bounds, for each number of weights of its kernel."""
+        """Whether a layer is within its bounds, for each number of weights of its kernel.
+
+        The layer as it is also has to be within the limit of the memory.
+        """
         least, greatest = record.bounds
         removed = self.removed(record, sizes)
-        return (least <= removed) & (removed <= greatest)
+        kept = (sizes < record.dense_weights) | self.keeps(record)
+        return (least <= removed) & (removed <= greatest) & kept
 
     def removed(self, record: LayerRecord, sizes: NDArray[np.int64]) -> NDArray[np.float64]:
         """The fraction of a layer's own parameters that is gone, for each size of its kernel."""
@@ -239,6 +320,11 @@ class Selection:
 
     def nothing_within(self, record: LayerRecord, sizes: NDArray[np.int64]) -> UnreachableError:
         """The error for a layer without a choice within its bounds."""
+        if not self.keeps(record):
+            return UnreachableError(
+                f"Expected layer '{record.path}' to have a choice within all limits. Received: "
+                f"cr={self.options.requested}, {self._limits}, where it has none"
+            )
         least, greatest = record.bounds
         fractions = np.sort(self.removed(record, sizes)).tolist()
         nearest = [
@@ -308,6 +394,7 @@ class Selection:
         limits += f", target={options.target!r}" if options.target else ""
         limits += f", schemes={options.schemes}" if options.schemes else ""
         limits += ", bounds" if options.bounds else ""
+        limits += f", memory={options.memory:g}" if options.memory is not None else ""
         one = self.method.near_slices is not None
         return limits + (f", method={options.method!r}" if one else "")
 
@@ -329,7 +416,7 @@ class Selection:
         return [self._within(record, t) for record, t in zip(records, tables, strict=True)]
 
     def _within(self, record: LayerRecord, table: ChoiceTable) -> ChoiceTable:
-        if record.bounds == (0.0, 1.0):
+        if record.bounds == (0.0, 1.0) and self.keeps(record):
             return table
         within = self.is_within(record, table.weights)
         if not within.any():
@@ -399,7 +486,7 @@ class Selection:
             saved = sum(cost.saved for cost in of_layers)
             costs[resource.name] = Cost(resource.total, resource.total - saved)
         return CompressionPlan(
-            requested=dict(self.options.limits),
+            requested=self.options.requested,
             method=self.options.method,
             error_measure=self.method.error_measure,
             objective=self.options.objective,
@@ -409,7 +496,14 @@ class Selection:
             output_error=errors[0],
             output_error_without_target=errors[1],
             runtime=next(iter(measured), None),
+            memory=self._memory_with(choices),
         )
+
+    def _memory_with(self, choices: Sequence[LayerChoice]) -> Cost | None:
+        if self.memory is None:
+            return None
+        layers = (record.layer for record in self.inventory.records)
+        return Cost(self.memory.peak, self.memory.after(zip(layers, choices, strict=True)))
 
     @property
     def reported(self) -> tuple[Resource, ...]:
@@ -495,7 +589,9 @@ def _least(limits: Iterable[int | None]) -> int | None:
 
 
 def _rounded_down(fraction: float) -> str:
-    """A positive fraction as a positive decimal number, rounded down."""
+    """A fraction as a decimal number, rounded down, but not to 0."""
+    if not fraction:
+        return "0"
     exact, digits = decimal.Decimal(fraction), 4
     while not (rounded := exact.quantize(decimal.Decimal(1).scaleb(-digits), decimal.ROUND_FLOOR)):
         digits += 1

@@ -450,10 +450,12 @@ def test_compare(contents: dict[str | None, bytes], dense_and_conv: Any, data: n
     assert found.compressed.parameters < 0.62 * found.original.parameters
     printed: list[str] = []
     found.summary(printed.append)
-    assert [row.split("|")[1].strip() for row in printed[0].splitlines()[-4:]] == [
+    assert [row.split("|")[1].strip() for row in printed[0].splitlines()[-6:]] == [
         "bytes",
         "bytes, gzip",
         "parameters",
+        "peak activations, bytes",
+        "arena, bytes",
         "<lambda>",
     ]
 
