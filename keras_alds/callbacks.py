@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numbers
+import itertools
 import os
 import time
 import warnings
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keras_alds import _backend
-from keras_alds.api import Chosen, checked_options, make_choice, selection_of, wants_data
+from keras_alds.api import Chosen, make_choice, selection_of, wants_data
 from keras_alds.kinds.base import is_factorized
 from keras_alds.methods import METHODS
 from keras_alds.models.calibration import check_data
@@ -33,17 +33,21 @@ from keras_alds.models.turns import alone
 from keras_alds.options import (
     Options,
     SelectOptions,
-    check_cr_or_plan,
     documented,
     takes_options,
 )
 from keras_alds.plan import CompressionPlan
 from keras_alds.refinement import refined, steps_of
 from keras_alds.resources import RESOURCES, removed_fraction
+from keras_alds.stages import Stage, stages_of
 from keras_alds.tables import counted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+#: What to remove in one step.
+Fraction = float | Mapping[str, float]
 
 
 class ALDSCompress(_backend.Callback):
@@ -137,8 +141,9 @@ class ALDSCompress(_backend.Callback):
     """
 
     plan: CompressionPlan | None
-    at_epoch: int
+    at_epoch: int | Sequence[int]
     verbose: int
+    _stages: tuple[Stage, ...]
     _source: Request
     _submodel: Any
     _calibration_data: Any
@@ -149,9 +154,9 @@ class ALDSCompress(_backend.Callback):
     @takes_options()
     def __init__(
         self,
-        cr: float | Mapping[str, float] | None = None,
+        cr: Fraction | Sequence[Fraction] | None = None,
         *,
-        at_epoch: int,
+        at_epoch: int | Sequence[int],
         plan: CompressionPlan | None = None,
         submodel: Any = None,
         calibration_data: Any = None,
@@ -162,19 +167,11 @@ class ALDSCompress(_backend.Callback):
         **options: Unpack[SelectOptions],
     ) -> None:
         super().__init__()
-        check_cr_or_plan(cr, plan, options, "ALDSCompress")
-        if isinstance(at_epoch, bool) or not isinstance(at_epoch, numbers.Integral) or at_epoch < 0:
-            raise ValueError(
-                "Expected `at_epoch`, the index of an epoch, to be an integer >= 0. "
-                f"Received: at_epoch={at_epoch!r}"
-            )
-        if plan is None:
-            # A method that needs data takes the inputs of `fit` if none are given here.
-            named = METHODS.get(str(options.get("method")))
-            has_data = calibration_data is not None or (named is not None and named.needs_data)
-            self._source = checked_options(cr, options, has_data=has_data, caller="ALDSCompress")
-        else:
-            self._source = plan
+        # A method that needs data takes the inputs of `fit` if none are given here.
+        named = METHODS.get(str(options.get("method")))
+        has_data = calibration_data is not None or (named is not None and named.needs_data)
+        self._stages = stages_of(cr, at_epoch, plan, options, has_data=has_data)
+        self._source = self._stages[0].request
         if submodel is not None and calibration_data is None and self._needs_data:
             raise ValueError(
                 "Expected `calibration_data`, inputs of the submodel, for a method that needs "
@@ -188,12 +185,13 @@ class ALDSCompress(_backend.Callback):
         self._calibration_data = calibration_data
         self._sequential = sequential
         self._callbacks = callbacks
-        self.at_epoch = int(at_epoch)
+        self.at_epoch = at_epoch
         self.verbose = verbose
         self.plan = None
         self._start_training()
 
     def _start_training(self) -> None:
+        self._left = list(self._stages)
         self._done = False
         self._started = False
         self._checked = False
@@ -225,32 +223,28 @@ class ALDSCompress(_backend.Callback):
         if has_weights(self._part):
             self._params_before = self._dense_params()
             with alone(self.model):
-                met = self._is_met()
-                if not met:
+                self._drop_met()
+                for stage in self._left:
+                    self._source = stage.request
                     self._check()
-            if not met and self._calibration_data is not None and self._part is self.model:
+            if self._left and self._calibration_data is not None and self._part is self.model:
                 x, _ = backend.calling_fit(self.model)
                 warn_of_other_inputs(self.model, self._calibration_data, x, stacklevel=2)
-        if self._needs_data and self._calibration_data is None and not self._done:
+        if self._needs_data and self._calibration_data is None and self._left:
             self._training_inputs()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Compresses the model before epoch `at_epoch`."""
-        resumed = not self._started and epoch > self.at_epoch
+        due = self._due(epoch)
         self._started = True
-        if self._done or epoch < self.at_epoch:
+        if not due:
             return
-        with alone(self.model):
-            if self._is_met():
-                return
-        if resumed and self._measured and self._factorized_layers():
-            self._done = True
-            self._say(f"epoch {epoch}: {self._named}already compressed, training on")
-            return
+        self._source = due[-1].request  # of several that a late start has missed, the last
         if not self._checked:  # the model had no weights when training began
             with alone(self.model):
                 self._check()
         self._compress(epoch)
+        self._left = self._left[len(due) :]
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Adds `alds_cr` and `alds_params` to the logs."""
@@ -270,11 +264,11 @@ class ALDSCompress(_backend.Callback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Warns if the training ended before `at_epoch`."""
-        if not self._done:
+        if self._left:
             warnings.warn(
-                f"The model was not compressed: training ended before epoch index "
-                f"at_epoch={self.at_epoch} (epochs are counted from 0). Received: "
-                f"epochs={self.params.get('epochs')}",
+                f"The model was not compressed{' further' if self._done else ''}: training ended "
+                f"before epoch index at_epoch={self._left[0].at_epoch} (epochs are counted from "
+                f"0). Received: epochs={self.params.get('epochs')}",
                 stacklevel=2,
             )
 
@@ -337,13 +331,34 @@ class ALDSCompress(_backend.Callback):
             )
         return chosen
 
-    def _is_met(self) -> bool:
-        """Whether the model is compressed already as asked; says so once."""
-        met = already(inspected(self._part, self._source), self._source, strict=False)
-        if met is not None:
+    def _due(self, epoch: int) -> list[Stage]:
+        """The steps to take before an epoch, of those that the model does not meet already."""
+        if all(stage.at_epoch > epoch for stage in self._left):
+            return []
+        with alone(self.model):
+            self._drop_met()
+        due = [stage for stage in self._left if stage.at_epoch <= epoch]
+        missed = [] if self._started else [stage for stage in due if stage.at_epoch < epoch]
+        if missed and self._measured and self._factorized_layers():
             self._done = True
-            self._say(f"{self._named}{met}, training on")
-        return met is not None
+            self._left = self._left[len(missed) :]
+            self._say(f"epoch {epoch}: {self._named}already compressed, training on")
+            return due[len(missed) :]
+        return due
+
+    def _drop_met(self) -> None:
+        """Leaves out the first steps, as far as the model is compressed already; says so once."""
+        found = None
+        while self._left:
+            request = self._left[0].request
+            met = already(inspected(self._part, request), request, strict=False)
+            if met is None:
+                break
+            found = met
+            del self._left[0]
+        if found is not None:
+            self._done = True
+            self._say(f"{self._named}{found}, training on")
 
     def _check(self) -> None:
         """Raises every error of model and options that does not depend on the weights."""
@@ -399,25 +414,13 @@ class ALDSCompress(_backend.Callback):
         others = [c for c in self._siblings() if isinstance(c, ALDSCompress)]
         if any(other._part is not self._part for other in others):
             self._suffix = f"_{self._part_name}"
-        for other in others:
-            if other._part is not self._part or other.at_epoch > self.at_epoch:
-                continue
-            earlier, later = other._limits, self._limits
-            if other.at_epoch == self.at_epoch or any(
-                later[name] <= earlier[name] for name in earlier.keys() & later.keys()
-            ):
+        theirs = [s for other in others if other._part is self._part for s in other._stages]
+        for earlier, later in itertools.product(theirs, self._stages):
+            if earlier.at_epoch <= later.at_epoch and later.contradicts(earlier):
                 raise ValueError(
                     "Expected several ALDSCompress callbacks for one model to remove more and "
-                    f"more. Received: {_limits_text(earlier)} at epoch {other.at_epoch}, then "
-                    f"{_limits_text(later)} at epoch {self.at_epoch}"
+                    f"more. Received: {earlier}, then {later}"
                 )
-
-    @property
-    def _limits(self) -> dict[str, float]:
-        """The fractions to remove."""
-        if isinstance(self._source, Options):
-            return dict(self._source.limits)
-        return {name: cost.removed for name, cost in self._source.costs.items()}
 
     @property
     def _measured(self) -> bool:
@@ -498,12 +501,6 @@ class ALDSCompress(_backend.Callback):
             f"{os.fspath(callback.backup_dir)!r}, without {missing}. To resume, {remedy}. To start "
             "over, delete the folder."
         )
-
-
-def _limits_text(limits: Mapping[str, float]) -> str:
-    if len(limits) == 1:
-        return f"cr={next(iter(limits.values())):g}"
-    return ", ".join(f"{name}={fraction:g}" for name, fraction in limits.items())
 
 
 ALDSCompress.__doc__ = documented(ALDSCompress.__doc__)

@@ -32,6 +32,7 @@ ROWS = (
     ("models",),
     ("litert", "refinement", "reports"),
     ("api",),
+    ("stages",),
     ("callbacks", "tfmot", "research/sweeping", "searching", "sensitivities"),
     ("layers", "tf_keras", "cli"),
     ("__main__",),
