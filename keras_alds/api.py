@@ -1,4 +1,4 @@
-"""`select` makes a plan, `compress` and `apply_plan` carry it out, `recompose` multiplies factors."""
+"""`select` makes a plan, `compress` and `apply_plan` follow it, `recompose` multiplies factors."""
 
 from __future__ import annotations
 

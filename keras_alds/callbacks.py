@@ -13,6 +13,8 @@ import numpy as np
 
 from keras_alds import _backend
 from keras_alds.api import Chosen, make_choice, selection_of, wants_data
+from keras_alds.distillation import Distillation
+from keras_alds.distillation import stop as stop_distillation
 from keras_alds.kinds.base import is_factorized
 from keras_alds.methods import METHODS
 from keras_alds.models.calibration import check_data
@@ -37,8 +39,9 @@ from keras_alds.options import (
     takes_options,
 )
 from keras_alds.plan import CompressionPlan
-from keras_alds.refinement import refined, steps_of
+from keras_alds.refinement import check_examples, refined, steps_of
 from keras_alds.resources import RESOURCES, removed_fraction
+from keras_alds.rewinding import Rewinding, check_rewind
 from keras_alds.stages import Stage, stages_of
 from keras_alds.tables import counted
 
@@ -162,6 +165,8 @@ class ALDSCompress(_backend.Callback):
         calibration_data: Any = None,
         sequential: bool | None = None,
         refine: bool | int = False,
+        rewind_epochs: int = 0,
+        distill: bool | float | Mapping[str, Any] = False,
         callbacks: Sequence[Any] | None = None,
         verbose: int = 1,
         **options: Unpack[SelectOptions],
@@ -172,6 +177,8 @@ class ALDSCompress(_backend.Callback):
         has_data = calibration_data is not None or (named is not None and named.needs_data)
         self._stages = stages_of(cr, at_epoch, plan, options, has_data=has_data)
         self._source = self._stages[0].request
+        self._distill = Distillation.checked(distill)
+        self._rewind_epochs = check_rewind(rewind_epochs, [s.at_epoch for s in self._stages])
         if submodel is not None and calibration_data is None and self._needs_data:
             raise ValueError(
                 "Expected `calibration_data`, inputs of the submodel, for a method that needs "
@@ -180,6 +187,8 @@ class ALDSCompress(_backend.Callback):
             )
         data = () if calibration_data is None and self._needs_data else calibration_data
         check_sequential(sequential, data, self._source.method)
+        if self._distill is not None and (submodel is not None or calibration_data is not None):
+            check_examples(calibration_data, "calibration_data", "`distill`")
         self._steps = steps_of(refine, data)
         self._submodel = submodel
         self._calibration_data = calibration_data
@@ -191,6 +200,8 @@ class ALDSCompress(_backend.Callback):
         self._start_training()
 
     def _start_training(self) -> None:
+        self._rewinding: Rewinding | None = None
+        self._expected = self._stages  # those that are taken in this training, or were before it
         self._left = list(self._stages)
         self._done = False
         self._started = False
@@ -218,7 +229,7 @@ class ALDSCompress(_backend.Callback):
         backend = _backend.backend_of(self.model)
         for callback in self._siblings():
             backend.hide_logs(callback, names, lambda: not self._done)
-        if self._calibration_data is not None or self._needs_forward:
+        if self._calibration_data is not None or self._needs_forward or self._distill:
             self._check_forward()
         if has_weights(self._part):
             self._params_before = self._dense_params()
@@ -232,11 +243,18 @@ class ALDSCompress(_backend.Callback):
                 warn_of_other_inputs(self.model, self._calibration_data, x, stacklevel=2)
         if self._needs_data and self._calibration_data is None and self._left:
             self._training_inputs()
+        if self._rewind_epochs:
+            rewound = (self._rewind_epochs, lambda e: len(self._due(e)), self._taken_before)
+            self._rewinding = Rewinding(self.model, self._siblings(), *rewound)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Compresses the model before epoch `at_epoch`."""
+        if self._rewinding is not None:
+            self._rewinding.begin(epoch)
         due = self._due(epoch)
-        self._started = True
+        if not self._started:
+            self._started = True
+            self._expected = [s for s in self._stages if s in self._left or s.at_epoch <= epoch]
         if not due:
             return
         self._source = due[-1].request  # of several that a late start has missed, the last
@@ -245,6 +263,8 @@ class ALDSCompress(_backend.Callback):
                 self._check()
         self._compress(epoch)
         self._left = self._left[len(due) :]
+        if self._rewinding is not None:
+            self._rewinding.rewind(epoch, len(due), self.params.get("steps"))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Adds `alds_cr` and `alds_params` to the logs."""
@@ -263,7 +283,11 @@ class ALDSCompress(_backend.Callback):
             self._watched = []
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Warns if the training ended before `at_epoch`."""
+        """Warns if the training ended before `at_epoch`, and ends what lasts as long as it."""
+        if self._rewinding is not None:
+            self._rewinding.end()
+        if self._distill is not None:
+            stop_distillation(self.model)
         if self._left:
             warnings.warn(
                 f"The model was not compressed{' further' if self._done else ''}: training ended "
@@ -281,12 +305,16 @@ class ALDSCompress(_backend.Callback):
             self._params_before = self._dense_params()
         before = count_params(self._part)
         with alone(self.model):
-            teacher = None if self._steps is None else self._copied()
+            teacher = None
+            if self._steps is not None or self._distill is not None:
+                teacher = self._copied()
             chosen = self._change()
             if self._steps is not None:
                 result = refined(
                     self._part, teacher, chosen.examples, self._steps, verbose=self.verbose
                 )
+            if self._distill is not None:
+                self._distill.start(self.model, self._part, teacher, self._examples())
         self.plan, self._done = chosen.plan, True
         backend = chosen.inventory.backend
         for callback in self._siblings():
@@ -346,6 +374,10 @@ class ALDSCompress(_backend.Callback):
             return due[len(missed) :]
         return due
 
+    def _taken_before(self, epoch: int) -> int:
+        """How many steps are taken up to the beginning of an epoch, in earlier runs too."""
+        return sum(stage.at_epoch <= epoch for stage in self._expected)
+
     def _drop_met(self) -> None:
         """Leaves out the first steps, as far as the model is compressed already; says so once."""
         found = None
@@ -359,6 +391,12 @@ class ALDSCompress(_backend.Callback):
         if found is not None:
             self._done = True
             self._say(f"{self._named}{found}, training on")
+            if self._distill is not None:
+                warnings.warn(
+                    f"Expected a model that is not compressed yet, for `distill` to learn from. "
+                    f"Received: '{self._part.name}', {found}. Training goes on without a teacher.",
+                    stacklevel=4,
+                )
 
     def _check(self) -> None:
         """Raises every error of model and options that does not depend on the weights."""
@@ -374,8 +412,10 @@ class ALDSCompress(_backend.Callback):
                 chosen = tuple(record for record, choice in pairs if choice.factorized)
             if self._calibration_data is not None:
                 check_data(inventory, self._calibration_data)
-        if self._steps is not None:
+        if not self._checked and (self._steps is not None or self._distill is not None):
             self._copied()
+        if not self._checked and self._distill is not None:
+            self._distill.check(self.model, self._part, self._examples())
         self._checked = True
         if self._submodel is not None or (found := frozen_part(self._part, chosen)) is None:
             return
@@ -394,7 +434,7 @@ class ALDSCompress(_backend.Callback):
                 return backend.copy_model(self._part, stacklevel=5)
         except ValueError as error:
             raise ValueError(
-                "Expected a model that can be copied, for the refinement to compare with. "
+                "Expected a model that can be copied, for `refine` or `distill` to compare with. "
                 f"Received: {error}"
             ) from error
 
@@ -412,6 +452,11 @@ class ALDSCompress(_backend.Callback):
     def _check_others(self) -> None:
         """Raises a ValueError if another `ALDSCompress` contradicts this one."""
         others = [c for c in self._siblings() if isinstance(c, ALDSCompress)]
+        if self._rewind_epochs and any(other._rewind_epochs for other in others):
+            raise ValueError(
+                "Expected `rewind_epochs` in one ALDSCompress callback of `fit`. Received: "
+                "several. For several steps, pass lists as `cr` and `at_epoch` to one callback."
+            )
         if any(other._part is not self._part for other in others):
             self._suffix = f"_{self._part_name}"
         theirs = [s for other in others if other._part is self._part for s in other._stages]
@@ -479,6 +524,10 @@ class ALDSCompress(_backend.Callback):
                 f"Received: calibration_data=None and x of type {type(x).__name__}"
             )
         return x
+
+    def _examples(self) -> Any:
+        """Inputs of the part to compress: those given, or those of the running `fit` call."""
+        return self._training_inputs() if self._calibration_data is None else self._calibration_data
 
     def _siblings(self) -> list[Any]:
         """The other callbacks of `fit`."""

@@ -14,7 +14,7 @@ from keras_alds.options import Options, check_cr_or_plan
 from keras_alds.plan import CompressionPlan
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Stage:
     """One compression.
 

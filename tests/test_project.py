@@ -31,7 +31,7 @@ ROWS = (
     ("options",),
     ("models",),
     ("litert", "refinement", "reports"),
-    ("api",),
+    ("api", "distillation", "rewinding"),
     ("stages",),
     ("callbacks", "tfmot", "research/sweeping", "searching", "sensitivities"),
     ("layers", "tf_keras", "cli"),
