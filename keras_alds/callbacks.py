@@ -60,8 +60,9 @@ class ALDSCompress(_backend.Callback):
     current weights, and the layers are factorized **in place**. The model and its layers stay the
     same objects. Training then continues. The callback works in `fit` of Keras 3 and tf_keras.
 
-    Every optimizer of the model keeps `iterations`, the learning rate and its schedule, the loss
-    scale, and the state of all variables that are not factorized, such as biases. For a
+    Every optimizer of the model keeps `iterations` (but see `rewind_epochs`), the learning rate and
+    its schedule, the loss scale, and the state of all variables that are not factorized, such as
+    biases. For a
     factorized kernel W ≈ E D, state that is linear in past gradients G (momentum, first moments,
     accumulated gradients) is converted by the chain rule to G Dᵀ and Eᵀ G. Second moments are
     converted with the squared factors, their expectation for uncorrelated gradients. Weight
@@ -88,20 +89,21 @@ class ALDSCompress(_backend.Callback):
     A model that is compressed already, as far as asked or further, is trained on as it is. Before
     the first epoch, a line says so. Otherwise it is compressed further: in place, each factorized
     layer becomes dense again (W = E D), and slices and ranks are chosen anew. `cr` counts against
-    the parameters of the dense model. So several callbacks with growing `cr` compress step by step
-    in one `fit`, or in several. The optimizers follow both ways. State that is linear in gradients
-    keeps the part that the factors hold; squared gradients are taken to be products of a row and a
-    column, as in Adafactor.
+    the parameters of the dense model. So lists as `cr` and `at_epoch` compress step by step, and so
+    do several callbacks with growing `cr`, in one `fit` or in several. The optimizers follow both
+    ways. State that is linear in gradients keeps the part that the factors hold; squared gradients
+    are taken to be products of a row and a column, as in Adafactor.
 
     In a model that trains others, such as a teacher and its student, name the one to compress as
     `submodel`. Without it, the model must hold no frozen model among the layers to compress, since
     its factors could not be trained.
 
     Args:
-        cr: Float, 0 < cr < 1, or dict. The fraction to remove; see `select`.
+        cr: Float, 0 < cr < 1, or dict. The fraction to remove; see `select`. A list for several
+            steps; each has to remove more than the one before.
         at_epoch: Integer >= 0. Index of the epoch before which to compress, as in
             `initial_epoch`. 0 compresses the weights that `fit` starts with; use it only for a
-            model that is already trained.
+            model that is already trained. A growing list as long as `cr`, if that is one.
         plan: A `CompressionPlan` to apply instead of selecting one. Excludes `cr`.
         submodel: The part to compress: its attribute path in the model that is being trained, such
             as `"student"`, `"wrapped.encoder"` or `"blocks.0"`, or the model or layer itself.
@@ -118,13 +120,31 @@ class ALDSCompress(_backend.Callback):
         refine: Boolean or integer. Whether to train the compressed model without labels, to be
             like it was before, on the calibration examples; see `compress`. The optimizers take no
             part. The dense model is copied for this time. Defaults to False.
+        rewind_epochs: Integer >= 0. How many epochs to set the clock of the learning rate back at
+            the compression, for good: after a compression before epoch e, epoch e + n has the rate
+            that epoch e - rewind_epochs + n would have had. It is at most the epochs that lie
+            before each step. For a `LearningRateSchedule`, `optimizer.iterations` goes back, and
+            averages that are corrected by it are scaled, so that Adam's corrected values stay. A
+            `LearningRateScheduler` gets an earlier epoch. With `ReduceLROnPlateau` the rate becomes
+            what it was. Weight decay, which Keras multiplies by the rate, follows; what other
+            callbacks set does not. Defaults to 0.
+        distill: Boolean, float or dict. Whether the model just before the compression, in inference
+            mode and with the same inputs, teaches the compressed one until `fit` ends. The distance
+            of their outputs is added to the compiled loss, if there is one: the Kullback–Leibler
+            divergence of scores or probabilities divided by a temperature, else the relative
+            squared error. True has weight 1, a float is the weight. A dict has `"weight"`,
+            `"temperature"` (defaults to 4) and `"features"`: names or paths of layers whose outputs
+            are to have a small relative squared error, or True for the ends of all blocks. A
+            `train_step` of the model's own has to call `compute_loss`. With `submodel` this needs
+            `calibration_data`. Nothing of it is saved. Defaults to False.
         callbacks: The other callbacks of `fit`. Defaults to None: they are taken from the `fit`
             call that is running.
         verbose: 0 prints nothing; otherwise the compression prints one line. Defaults to 1.
         {options}
 
     Attributes:
-        plan: The `CompressionPlan`, or None as long as the callback has compressed nothing.
+        plan: The `CompressionPlan` of the last step, or None as long as the callback has
+            compressed nothing.
 
     Raises:
         TypeError: From the constructor, if `at_epoch` is missing or an option's name is unknown.

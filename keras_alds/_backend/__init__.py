@@ -12,6 +12,8 @@ may use Keras 3 and tf_keras. tf_keras is optional.
 - `live`: what is alive in the process and may hold a layer;
 - `calls`, `loops`: calls of layers that are watched or replaced, and recurrent layers as graphs;
 - `refining`: gradients and steps that bring a model nearer to another one;
+- `distilling`: a term of the loss that does so in `fit`;
+- `clocks`: what learning-rate schedules go by;
 - `tensors`, `images`: TensorFlow functions that other folders use.
 """
 
