@@ -224,7 +224,7 @@ class ALDSCompress(_backend.Callback):
         self._expected = self._stages  # those that are taken in this training, or were before it
         self._left = list(self._stages)
         self._done = False
-        self._started = False
+        self._first_epoch: int | None = None
         self._checked = False
         self._suffix = ""
         self._params_before: int | None = None
@@ -264,27 +264,26 @@ class ALDSCompress(_backend.Callback):
         if self._needs_data and self._calibration_data is None and self._left:
             self._training_inputs()
         if self._rewind_epochs:
-            rewound = (self._rewind_epochs, lambda e: len(self._due(e)), self._taken_before)
-            self._rewinding = Rewinding(self.model, self._siblings(), *rewound)
+            steps = (self._steps_at, self._steps_until)
+            self._rewinding = Rewinding(self.model, self._siblings(), self._rewind_epochs, *steps)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Compresses the model before epoch `at_epoch`."""
         if self._rewinding is not None:
             self._rewinding.begin(epoch)
-        due = self._due(epoch)
-        if not self._started:
-            self._started = True
+        times = self._steps_at(epoch)
+        if due := self._due(epoch):
+            self._source = due[-1].request  # of several that a late start has missed, the last
+            if not self._checked:  # the model had no weights when training began
+                with alone(self.model):
+                    self._check()
+            self._compress(epoch)
+        if self._first_epoch is None:
+            self._first_epoch = epoch
             self._expected = [s for s in self._stages if s in self._left or s.at_epoch <= epoch]
-        if not due:
-            return
-        self._source = due[-1].request  # of several that a late start has missed, the last
-        if not self._checked:  # the model had no weights when training began
-            with alone(self.model):
-                self._check()
-        self._compress(epoch)
         self._left = self._left[len(due) :]
-        if self._rewinding is not None:
-            self._rewinding.rewind(epoch, len(due), self.params.get("steps"))
+        if self._rewinding is not None and times:
+            self._rewinding.rewind(epoch, times, self.params.get("steps"))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Adds `alds_cr` and `alds_params` to the logs."""
@@ -386,16 +385,25 @@ class ALDSCompress(_backend.Callback):
         with alone(self.model):
             self._drop_met()
         due = [stage for stage in self._left if stage.at_epoch <= epoch]
-        missed = [] if self._started else [stage for stage in due if stage.at_epoch < epoch]
-        if missed and self._measured and self._factorized_layers():
+        missed = [stage for stage in due if stage.at_epoch < epoch]
+        if missed and self._first_epoch is None and self._measured and self._factorized_layers():
             self._done = True
             self._left = self._left[len(missed) :]
             self._say(f"epoch {epoch}: {self._named}already compressed, training on")
             return due[len(missed) :]
         return due
 
-    def _taken_before(self, epoch: int) -> int:
-        """How many steps are taken up to the beginning of an epoch, in earlier runs too."""
+    def _steps_at(self, epoch: int) -> int:
+        """How many steps an epoch begins with, a step that the model meets already included.
+
+        Those of the first epoch are those that no earlier run has taken.
+        """
+        if self._first_epoch is None or epoch <= self._first_epoch:
+            return len(self._due(epoch))
+        return sum(stage.at_epoch == epoch for stage in self._expected)
+
+    def _steps_until(self, epoch: int) -> int:
+        """How many steps there are up to the beginning of an epoch, in earlier runs too."""
         return sum(stage.at_epoch <= epoch for stage in self._expected)
 
     def _drop_met(self) -> None:

@@ -41,7 +41,7 @@ def check_rewind(epochs: Any, at_epochs: Sequence[int]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Record:
-    """The state at the beginning of an epoch, by optimizer: constant rates and clocks."""
+    """The rates without a schedule, and the clocks of those with one, as an epoch began."""
 
     rates: dict[Any, float]
     clocks: dict[Any, int]
@@ -54,9 +54,9 @@ class Rewinding:
         model: The model that is trained.
         callbacks: The other callbacks of `fit`.
         epochs: How many epochs to go back at each compression.
-        due: `due(epoch)` is the number of compressions just before an epoch.
-        done: `done(epoch)` is the number of compressions up to the beginning of an epoch, those of
-            an earlier run included.
+        steps_at: `steps_at(epoch)` is the number of steps that an epoch begins with.
+        steps_until: `steps_until(epoch)` is the number of steps up to the beginning of an epoch,
+            those of an earlier run included.
 
     Raises:
         ValueError: If nothing sets learning rates.
@@ -67,10 +67,11 @@ class Rewinding:
         model: Any,
         callbacks: Sequence[Any],
         epochs: int,
-        due: Callable[[int], int],
-        done: Callable[[int], int],
+        steps_at: Callable[[int], int],
+        steps_until: Callable[[int], int],
     ) -> None:
-        self._model, self._epochs, self._due, self._done = model, epochs, due, done
+        self._model, self._epochs = model, epochs
+        self._steps_at, self._steps_until = steps_at, steps_until
         self._backend = _backend.backend_of(model)
         self._records: dict[int, _Record] = {}
         self._restored: set[int] = set()
@@ -95,11 +96,11 @@ class Rewinding:
             self._records[epoch] = _Record(rates, clocks)
 
     def rewind(self, epoch: int, times: int, steps: int | None) -> None:
-        """Sets clocks and rates back, just after the compression before an epoch.
+        """Sets clocks and rates back, at the beginning of an epoch.
 
         Args:
             epoch: The epoch that begins.
-            times: How many compressions there were: a late start takes several at once.
+            times: How many steps it begins with: a late start takes several at once.
             steps: The number of batches in an epoch, if known.
         """
         for optimizer, now in self._records[epoch].clocks.items():
@@ -115,6 +116,7 @@ class Rewinding:
                     f"length, rewind_epochs={self._epochs}"
                 )
             set_back(self._backend, self._model, optimizer, back)
+            self._records[epoch].clocks[optimizer] = clock(optimizer)
         self._restore_rates(epoch)
 
     def end(self) -> None:
@@ -138,7 +140,7 @@ class Rewinding:
         start = self._records.get(epoch - self._epochs)
         if start is not None:
             for optimizer, rate in start.rates.items():
-                optimizer.learning_rate = rate
+                optimizer.learning_rate = self._records[epoch].rates[optimizer] = rate
         elif self._plateaus or any(map(_needs_rate, self._schedulers)):
             warnings.warn(
                 f"Expected training to start at epoch {epoch - self._epochs} or before, to know "
@@ -153,9 +155,9 @@ class Rewinding:
 
         def on_epoch_begin(epoch: int, logs: dict[str, Any] | None = None) -> None:
             self.begin(epoch)
-            if self._due(epoch):
+            if self._steps_at(epoch):
                 self._restore_rates(epoch)  # before a rate is chosen that depends on it
-            show(epoch - self._epochs * self._done(epoch), logs)
+            show(epoch - self._epochs * self._steps_until(epoch), logs)
 
         def set_model(model: Any) -> None:  # the next `fit`, if this one was interrupted
             _unhook(callback)

@@ -27,11 +27,7 @@ def hooks(model):
 
 
 class TestTraining:
-    @pytest.mark.parametrize(
-        "options",
-        [{}, {"jit_compile": True}, {"steps_per_execution": 2}, EAGER],
-        ids=["graph", "jit", "steps", "eager"],
-    )
+    @pytest.mark.parametrize("options", [{"jit_compile": True, "steps_per_execution": 2}, EAGER])
     def test_without_labels(self, keras_module, options, tmp_path):
         """With no loss but the teacher's, the outputs come nearer to those of the dense model."""
         K = keras_module
@@ -52,7 +48,7 @@ class TestTraining:
                 if epoch == 1:
                     model.save(tmp_path / "model.keras")
 
-        model.fit(x, epochs=8, verbose=0, callbacks=[alds, Look()], batch_size=16)
+        model.fit(x, epochs=6, verbose=0, callbacks=[alds, Look()], batch_size=16)
         assert distance(model, teacher, x) < 0.7 * at[0]
         assert not hooks(model)
         loaded = K.models.load_model(tmp_path / "model.keras")
@@ -63,7 +59,7 @@ class TestTraining:
     def test_is_added_to_any_loss_and_ends_with_the_training(self, keras_module):
         K, results = keras_module, []
         x, y = zoo.images(32)
-        for weight in (None, 1e-12, 5.0):
+        for weight in (None, 1e-12, 5):
             model = compiled(K, K.optimizers.SGD(0.01), **EAGER)
             alds = ALDSCompress(0.5, at_epoch=1, distill=weight or False, verbose=0)
             log = fit(model, [alds], epochs=3, validation_data=(x, y)).history
@@ -100,8 +96,9 @@ class TestTraining:
             model = compiled(K, K.optimizers.Adam(1e-3))
         finally:
             K.mixed_precision.set_global_policy(before)
-        alds = ALDSCompress([0.3, 0.5], at_epoch=[0, 1], distill={"features": True}, verbose=0)
+        alds = ALDSCompress(0.4, at_epoch=0, distill={"features": True}, verbose=0)
         assert np.isfinite(fit(model, [alds], epochs=2).history["loss"]).all()
+        assert int(model.optimizer.iterations) > 0
         assert all(np.isfinite(weight).all() for weight in model.get_weights())
 
     def test_a_part_of_a_model_with_its_own_step(self, keras_module):

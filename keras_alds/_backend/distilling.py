@@ -177,8 +177,9 @@ def _names_compute_loss(cls: type, name: str, seen: set[Any]) -> bool:
         code = waiting.pop()
         names |= set(code.co_names)
         waiting += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
-    known = {"compute_loss", "_compute_loss"} & names or {"super", "train_step"} <= names
-    return bool(known) or any(_names_compute_loss(cls, other, seen) for other in names)
+    if {"super", "train_step"} <= names or any(n.lstrip("_") == "compute_loss" for n in names):
+        return True
+    return any(_names_compute_loss(cls, other, seen) for other in names)
 
 
 class _Hook:

@@ -70,7 +70,7 @@ class TestRecompose:
             assert dense.count_params() == model.count_params()
             expected = zoo.outputs(small, x)
             np.testing.assert_allclose(zoo.outputs(dense, x), expected, rtol=0, atol=1e-5)
-            dense.fit(x, expected, epochs=1, verbose=0)
+            dense.fit(x, np.zeros((len(x), 10)), epochs=1, verbose=0)
             for a, b in zip(weights, small.get_weights(), strict=True):
                 np.testing.assert_array_equal(a, b)
             assert compress(dense, 0.6).count_params() <= 0.4 * model.count_params()
