@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from keras_alds._backend import backend_of, wrappers
 from keras_alds._backend.layers import KerasModel
+from keras_alds.kinds import holders
 from keras_alds.methods import DEFAULT_WITHOUT_DATA, METHODS
 from keras_alds.models.best import best_plan
 from keras_alds.models.calibration import Calibration
@@ -314,7 +315,10 @@ def recompose(model: Model, *, exclude: Any = ()) -> Model:
                 stacklevel=2,
             )
         with recomposed(inventory, records, keep=True):
-            return copy
+            pass
+        for layer in (*(layer for _, layer in reversed(inventory.layers)), copy):
+            holders.abandon(layer)
+        return copy
 
 
 def _compressed(

@@ -280,7 +280,9 @@ class ALDSCompress(_backend.Callback):
             self._compress(epoch)
         if self._first_epoch is None:
             self._first_epoch = epoch
-            self._expected = [s for s in self._stages if s in self._left or s.at_epoch <= epoch]
+            self._expected = tuple(
+                s for s in self._stages if s in self._left or s.at_epoch <= epoch
+            )
         self._left = self._left[len(due) :]
         if self._rewinding is not None and times:
             self._rewinding.rewind(epoch, times, self.params.get("steps"))

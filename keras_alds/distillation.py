@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from keras_alds._backend import distilling, refining, tensors
 from keras_alds.models.blocks import shared_blocks
@@ -139,12 +138,8 @@ def _features(part: Any, teacher: Any, names: Sequence[str] | bool) -> dict[str,
 
 
 def _is_positive(value: Any) -> bool:
-    return (
-        isinstance(value, numbers.Real)
-        and not isinstance(value, bool)
-        and bool(np.isfinite(value))
-        and value > 0
-    )
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and 0 < float(value) < math.inf
 
 
 def _expected(distill: Any) -> str:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
-import numbers
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from keras_alds import _backend
 from keras_alds._backend.clocks import clock, has_schedule, set_back
+from keras_alds.core.checks import int_at_least
 
 
 def check_rewind(epochs: Any, at_epochs: Sequence[int]) -> int:
@@ -25,18 +25,14 @@ def check_rewind(epochs: Any, at_epochs: Sequence[int]) -> int:
     Raises:
         ValueError: If it is no integer >= 0, or more than lie before a compression.
     """
-    if isinstance(epochs, bool) or not isinstance(epochs, numbers.Integral) or epochs < 0:
-        raise ValueError(
-            "Expected `rewind_epochs`, a number of epochs, to be an integer >= 0. "
-            f"Received: rewind_epochs={epochs!r}"
-        )
+    count = int_at_least(epochs, "rewind_epochs", 0)
     between = [after - before for before, after in itertools.pairwise((0, *at_epochs))]
-    if epochs > min(between):
+    if count > min(between):
         raise ValueError(
             "Expected `rewind_epochs` to be at most the epochs that lie before each compression. "
             f"Received: rewind_epochs={epochs}, at_epoch={', '.join(map(str, at_epochs))}"
         )
-    return int(epochs)
+    return count
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,15 +27,21 @@ Distance = Callable[[Any, Any], Any]
 
 def softmax_divergence(student: Any, teacher: Any, temperature: float) -> Any:
     """The Kullback–Leibler divergence of scores before softmax, times the squared temperature."""
-    ours, wanted = (tf.nn.log_softmax(scores / temperature) for scores in (student, teacher))
+    ours, wanted = (
+        tf.nn.log_softmax(student / temperature),
+        tf.nn.log_softmax(teacher / temperature),
+    )
     each = tf.reduce_sum(tf.exp(wanted) * (wanted - ours), axis=-1)
     return temperature**2 * tf.reduce_mean(each)
 
 
 def sigmoid_divergence(student: Any, teacher: Any, temperature: float) -> Any:
     """As `softmax_divergence`, of scores before sigmoid."""
-    two = [tf.stack([scores, tf.zeros_like(scores)], axis=-1) for scores in (student, teacher)]
-    return softmax_divergence(*two, temperature)
+
+    def two(scores: Any) -> Any:
+        return tf.stack([scores, tf.zeros_like(scores)], axis=-1)
+
+    return softmax_divergence(two(student), two(teacher), temperature)
 
 
 class Distiller:
@@ -75,7 +81,8 @@ class Distiller:
     def term(self) -> Any:
         """The term of the loss, from what was watched in this step."""
         self._step.added = True
-        losses, wanted_features = [], []
+        losses: list[Any] = []
+        wanted_features: list[tuple[Any, Any]] = []
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         for args, kwargs, outputs in self._step.calls:
             flat = _flat(outputs)
@@ -168,11 +175,11 @@ def _names_compute_loss(cls: type, name: str, seen: set[Any]) -> bool:
     """Whether the code of a method, or of methods that it names, calls `compute_loss`."""
     function = inspect.getattr_static(cls, name, None)
     function = inspect.unwrap(getattr(function, "python_function", function))
-    waiting = [getattr(function, "__code__", None)]
-    if None in waiting or function in seen:
+    if not hasattr(function, "__code__") or function in seen:
         return False
     seen.add(function)
     names: set[str] = set()
+    waiting = [function.__code__]
     while waiting:
         code = waiting.pop()
         names |= set(code.co_names)
@@ -196,7 +203,7 @@ class _Hook:
         )
         own = {"train_step": self.train_step, "compute_loss": self.compute_loss}
         # The next `fit` calls it, if this one was interrupted and has not cleaned up.
-        vars(model).update(own, make_train_function=self.made_again)
+        model.__dict__.update(own, make_train_function=self.made_again)
 
     def train_step(self, *args: Any, **kwargs: Any) -> Any:
         watching = [distiller.watching() for distiller in self.distillers]
@@ -226,7 +233,7 @@ class _Hook:
 
     def remove(self) -> None:
         for name in _WRAPPED:
-            vars(self.model).pop(name, None)
+            self.model.__dict__.pop(name, None)
         self.model.train_function = None
 
 
