@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import tensorflow as tf
+
 from keras_alds import _backend
 from keras_alds._backend.layers import Model, Optimizer
 
@@ -29,7 +31,7 @@ def has_schedule(backend: _backend.Backend, optimizer: Optimizer) -> bool:
 
 def clock(optimizer: Optimizer) -> int:
     """The steps that an optimizer has taken, those that only accumulate gradients included."""
-    return int(_counter(optimizer))
+    return int(tf.convert_to_tensor(_counter(optimizer)))  # also that of several replicas
 
 
 def set_back(backend: _backend.Backend, model: Model, optimizer: Optimizer, steps: int) -> None:

@@ -27,10 +27,8 @@ Distance = Callable[[Any, Any], Any]
 
 def softmax_divergence(student: Any, teacher: Any, temperature: float) -> Any:
     """The Kullback–Leibler divergence of scores before softmax, times the squared temperature."""
-    ours, wanted = (
-        tf.nn.log_softmax(student / temperature),
-        tf.nn.log_softmax(teacher / temperature),
-    )
+    ours = tf.nn.log_softmax(student / temperature)
+    wanted = tf.nn.log_softmax(teacher / temperature)
     each = tf.reduce_sum(tf.exp(wanted) * (wanted - ours), axis=-1)
     return temperature**2 * tf.reduce_mean(each)
 
