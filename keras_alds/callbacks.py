@@ -419,14 +419,14 @@ class ALDSCompress(_backend.Callback):
             found = met
             del self._left[0]
         if found is not None:
-            self._done = True
             self._say(f"{self._named}{found}, training on")
-            if self._distill is not None:
+            if self._distill is not None and not self._done:
                 warnings.warn(
                     f"Expected a model that is not compressed yet, for `distill` to learn from. "
                     f"Received: '{self._part.name}', {found}. Training goes on without a teacher.",
                     stacklevel=4,
                 )
+            self._done = True
 
     def _check(self) -> None:
         """Raises every error of model and options that does not depend on the weights."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -187,3 +189,8 @@ class TestToldBeforeTraining:
         model = compiled(keras_module, model=compress(compiled(keras_module), 0.5), **EAGER)
         with pytest.warns(UserWarning, match="goes on without a teacher"):
             fit(model, [ALDSCompress(0.5, at_epoch=1, distill=True, verbose=0)], epochs=1)
+        model, steps = compiled(keras_module, **EAGER), ([0.3, 0.31], [0, 1])  # one meets the other
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Expected a model that is not compressed")
+            alds = ALDSCompress(steps[0], at_epoch=steps[1], distill=True, verbose=0)
+            assert len(set(fit(model, [alds], epochs=2).history["alds_cr"])) == 1
