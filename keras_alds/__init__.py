@@ -19,7 +19,7 @@ from keras_alds._version import __version__
 
 if TYPE_CHECKING:
     from keras_alds import litert, tfmot
-    from keras_alds.api import apply_plan, compress, select
+    from keras_alds.api import apply_plan, compress, recompose, select
     from keras_alds.callbacks import ALDSCompress
     from keras_alds.layers import FactorizedConv1D, FactorizedConv2D, FactorizedDense
     from keras_alds.models.calibration import CalibrationStats
@@ -55,6 +55,7 @@ _HOMES = {
     "compress": "api",
     "count_macs": "models.resources",
     "expand": "models.expansion",
+    "recompose": "api",
     "refine": "refinement",
     "report": "reports",
     "search": "searching",
@@ -87,6 +88,7 @@ __all__ = [
     "count_macs",
     "expand",
     "litert",
+    "recompose",
     "refine",
     "report",
     "search",

@@ -1,4 +1,4 @@
-"""`select` makes a plan for a model; `compress` and `apply_plan` carry it out."""
+"""`select` makes a plan, `compress` and `apply_plan` follow it, `recompose` multiplies factors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from keras_alds._backend import backend_of, wrappers
 from keras_alds._backend.layers import KerasModel
+from keras_alds.kinds import holders
 from keras_alds.methods import DEFAULT_WITHOUT_DATA, METHODS
 from keras_alds.models.best import best_plan
 from keras_alds.models.calibration import Calibration
@@ -24,6 +25,7 @@ from keras_alds.models.selection import Selection, UnreachableError, candidates_
 from keras_alds.models.submodels import frozen_part
 from keras_alds.models.synthetic import synthetic_stats, unsuitable
 from keras_alds.models.turns import alone
+from keras_alds.naming import check_exclude
 from keras_alds.options import LEAST_CR, Options, SelectOptions, check_cr_or_plan, takes_options
 from keras_alds.plan import CompressionPlan, check_plan
 from keras_alds.refinement import refined, steps_of
@@ -278,6 +280,55 @@ def apply_plan(
         with recomposed(inventory, to_recompose(inventory, plan), keep=True) as dense:
             chosen = make_choice(dense, plan, calibration_data, sequential, stacklevel=2)
             apply(chosen.inventory, plan, chosen.calibration, sequential, stacklevel=2)
+
+
+def recompose(model: Model, *, exclude: Any = ()) -> Model:
+    """Returns a dense copy of a compressed model; `model` is not changed.
+
+    Each factorized layer becomes the stock layer that it was made from, with the product of its
+    factors as its kernel, W = E D. So the copy computes the same. It has the size of the model
+    before the compression, and not the weights that it had then. Use it to train on without the
+    limit of the ranks. To compress further, you need not call it: `select`, `compress` and
+    `ALDSCompress` do this themselves.
+
+    Layers that you wrote as factorized ones, such as a `FactorizedDense` in your code, become dense
+    too. Name them in `exclude` to leave them as they are. The copy is made as by `compress`: with
+    the same names and compile state, and a fresh optimizer.
+
+    Args:
+        model: A built `keras.Model` or `tf_keras.Model`.
+        exclude: Layers to leave factorized; as for `select`. Defaults to none.
+
+    Returns:
+        A new model of the same class. A copy with a warning, if there is nothing to recompose.
+
+    Raises:
+        ValueError: If the model cannot be copied, see `compress`, or TF-MOT prunes its factors.
+
+    Example:
+    ```python
+    small = keras_alds.compress(model, cr=0.5)
+    dense = keras_alds.recompose(small)
+    dense.count_params() == model.count_params()  # True
+    ```
+    """
+    check_is_model(model)
+    excluded = check_exclude(exclude)
+    with alone(model):
+        copy = _copy(model, stacklevel=2)
+        inventory = Inventory.of(copy, excluded)
+        records = [record for record in inventory.factorized if not record.excluded]
+        if not records:
+            warnings.warn(
+                f"The model '{model.name}' has no factorized layer to recompose: a copy is "
+                "returned.",
+                stacklevel=2,
+            )
+        with recomposed(inventory, records, keep=True):
+            pass
+        for layer in (*(layer for _, layer in reversed(inventory.layers)), copy):
+            holders.abandon(layer)
+        return copy
 
 
 def _compressed(

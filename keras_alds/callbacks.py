@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import numbers
+import itertools
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,10 @@ import numpy as np
 
 from keras_alds import _backend
 from keras_alds._backend.strategies import Replicas
-from keras_alds.api import Chosen, checked_options, make_choice, selection_of, wants_data
+from keras_alds.api import Chosen, make_choice, selection_of, wants_data
 from keras_alds.backups import Backup, Part
+from keras_alds.distillation import Distillation
+from keras_alds.distillation import stop as stop_distillation
 from keras_alds.kinds.base import is_factorized
 from keras_alds.methods import METHODS
 from keras_alds.models import workers
@@ -37,17 +40,22 @@ from keras_alds.models.turns import alone
 from keras_alds.options import (
     Options,
     SelectOptions,
-    check_cr_or_plan,
     documented,
     takes_options,
 )
 from keras_alds.plan import CompressionPlan
-from keras_alds.refinement import refined, steps_of
+from keras_alds.refinement import check_examples, refined, steps_of
 from keras_alds.resources import RESOURCES, removed_fraction
+from keras_alds.rewinding import Rewinding, check_rewind
+from keras_alds.stages import AUTO, Stage, stages_of
 from keras_alds.tables import counted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+#: What to remove in one step.
+Fraction = float | Mapping[str, float]
 
 
 class ALDSCompress(_backend.Callback):
@@ -57,8 +65,9 @@ class ALDSCompress(_backend.Callback):
     current weights, and the layers are factorized **in place**. The model and its layers stay the
     same objects. Training then continues. The callback works in `fit` of Keras 3 and tf_keras.
 
-    Every optimizer of the model keeps `iterations`, the learning rate and its schedule, the loss
-    scale, and the state of all variables that are not factorized, such as biases. For a
+    Every optimizer of the model keeps `iterations` (but see `rewind_epochs`), the learning rate and
+    its schedule, the loss scale, and the state of all variables that are not factorized, such as
+    biases. For a
     factorized kernel W ≈ E D, state that is linear in past gradients G (momentum, first moments,
     accumulated gradients) is converted by the chain rule to G Dᵀ and Eᵀ G. Second moments are
     converted with the squared factors, their expectation for uncorrelated gradients. Weight
@@ -87,10 +96,10 @@ class ALDSCompress(_backend.Callback):
     A model that is compressed already, as far as asked or further, is trained on as it is. Before
     the first epoch, a line says so. Otherwise it is compressed further: in place, each factorized
     layer becomes dense again (W = E D), and slices and ranks are chosen anew. `cr` counts against
-    the parameters of the dense model. So several callbacks with growing `cr` compress step by step
-    in one `fit`, or in several. The optimizers follow both ways. State that is linear in gradients
-    keeps the part that the factors hold; squared gradients are taken to be products of a row and a
-    column, as in Adafactor.
+    the parameters of the dense model. So lists as `cr` and `at_epoch` compress step by step, and so
+    do several callbacks with growing `cr`, in one `fit` or in several. The optimizers follow both
+    ways. State that is linear in gradients keeps the part that the factors hold; squared gradients
+    are taken to be products of a row and a column, as in Adafactor.
 
     In a model that trains others, such as a teacher and its student, name the one to compress as
     `submodel`. Without it, the model must hold no frozen model among the layers to compress, since
@@ -101,12 +110,14 @@ class ALDSCompress(_backend.Callback):
     optimizer state. Before that they compare weights.
 
     Args:
-        cr: Float, 0 < cr < 1, or dict. The fraction to remove; see `select`.
+        cr: Float, 0 < cr < 1, or dict. The fraction to remove; see `select`. A list for several
+            steps; each has to remove more than the one before.
         at_epoch: Integer >= 0, or `"auto"`. Index of the epoch before which to compress, as in
             `initial_epoch`. 0 compresses the weights that `fit` starts with; use it only for a
-            model that is already trained. `"auto"` compresses once the ranks of all layers have
-            settled: each stable rank ‖W‖²_F / ‖W‖²_2 has once changed by at most 1 % per epoch,
-            taken over 5 epochs. The latest epoch is half of the `epochs` of `fit`.
+            model that is already trained. A growing list as long as `cr`, if that is one. `"auto"`
+            compresses once the ranks of all layers have settled: each stable rank
+            ‖W‖²_F / ‖W‖²_2 has once changed by at most 1 % per epoch, taken over 5 epochs. The
+            latest epoch is half of the `epochs` of `fit`.
         plan: A `CompressionPlan` to apply instead of selecting one. Excludes `cr`.
         submodel: The part to compress: its attribute path in the model that is being trained, such
             as `"student"`, `"wrapped.encoder"` or `"blocks.0"`, or the model or layer itself.
@@ -124,13 +135,31 @@ class ALDSCompress(_backend.Callback):
             like it was before, on the calibration examples; see `compress`. The optimizers take no
             part. The dense model is copied for this time. Not for a model with several replicas.
             Defaults to False.
+        rewind_epochs: Integer >= 0. How many epochs to set the clock of the learning rate back at
+            the compression, for good: after a compression before epoch e, epoch e + n has the rate
+            that epoch e - rewind_epochs + n would have had. It is at most the epochs that lie
+            before each step. For a `LearningRateSchedule`, `optimizer.iterations` goes back, and
+            averages that are corrected by it are scaled, so that Adam's corrected values stay. A
+            `LearningRateScheduler` gets an earlier epoch. With `ReduceLROnPlateau` the rate becomes
+            what it was. Weight decay, which Keras multiplies by the rate, follows; what other
+            callbacks set does not. Defaults to 0.
+        distill: Boolean, float or dict. Whether the model just before the compression, in inference
+            mode and with the same inputs, teaches the compressed one until `fit` ends. The distance
+            of their outputs is added to the compiled loss, if there is one: the Kullback–Leibler
+            divergence of scores or probabilities divided by a temperature, else the relative
+            squared error. True has weight 1, a float is the weight. A dict has `"weight"`,
+            `"temperature"` (defaults to 4) and `"features"`: names or paths of layers whose outputs
+            are to have a small relative squared error, or True for the ends of all blocks. A
+            `train_step` of the model's own has to call `compute_loss`. With `submodel` this needs
+            `calibration_data`. Nothing of it is saved. Defaults to False.
         callbacks: The other callbacks of `fit`. Defaults to None: they are taken from the `fit`
             call that is running.
         verbose: 0 prints nothing; otherwise the compression prints one line. Defaults to 1.
         {options}
 
     Attributes:
-        plan: The `CompressionPlan`, or None as long as the callback has compressed nothing.
+        plan: The `CompressionPlan` of the last step, or None as long as the callback has
+            compressed nothing.
         at_epoch: The epoch. With `"auto"`, the latest one until the ranks have settled.
 
     Raises:
@@ -153,8 +182,9 @@ class ALDSCompress(_backend.Callback):
     """
 
     plan: CompressionPlan | None
-    at_epoch: int
+    at_epoch: int | str | Sequence[int]
     verbose: int
+    _stages: tuple[Stage, ...]
     _source: Request
     _submodel: Any
     _calibration_data: Any
@@ -165,35 +195,34 @@ class ALDSCompress(_backend.Callback):
     @takes_options()
     def __init__(
         self,
-        cr: float | Mapping[str, float] | None = None,
+        cr: Fraction | Sequence[Fraction] | None = None,
         *,
-        at_epoch: int | str,
+        at_epoch: int | str | Sequence[int],
         plan: CompressionPlan | None = None,
         submodel: Any = None,
         calibration_data: Any = None,
         sequential: bool | None = None,
         refine: bool | int = False,
+        rewind_epochs: int = 0,
+        distill: bool | float | Mapping[str, Any] = False,
         callbacks: Sequence[Any] | None = None,
         verbose: int = 1,
         **options: Unpack[SelectOptions],
     ) -> None:
         super().__init__()
-        check_cr_or_plan(cr, plan, options, "ALDSCompress")
-        self._auto = isinstance(at_epoch, str) and at_epoch == "auto"
-        if not self._auto and (
-            isinstance(at_epoch, bool) or not isinstance(at_epoch, numbers.Integral) or at_epoch < 0
-        ):
+        # A method that needs data takes the inputs of `fit` if none are given here.
+        named = METHODS.get(str(options.get("method")))
+        has_data = calibration_data is not None or (named is not None and named.needs_data)
+        self._stages = stages_of(cr, at_epoch, plan, options, has_data=has_data)
+        self._source = self._stages[0].request
+        self._distill = Distillation.checked(distill)
+        self._rewind_epochs = check_rewind(rewind_epochs, [s.at_epoch for s in self._stages])
+        self._auto = at_epoch == AUTO
+        if self._auto and self._rewind_epochs:
             raise ValueError(
-                "Expected `at_epoch`, the index of an epoch, to be an integer >= 0. "
-                f"Received: at_epoch={at_epoch!r}"
+                "Expected an epoch as `at_epoch` with `rewind_epochs`. Received: at_epoch='auto', "
+                f"rewind_epochs={rewind_epochs}"
             )
-        if plan is None:
-            # A method that needs data takes the inputs of `fit` if none are given here.
-            named = METHODS.get(str(options.get("method")))
-            has_data = calibration_data is not None or (named is not None and named.needs_data)
-            self._source = checked_options(cr, options, has_data=has_data, caller="ALDSCompress")
-        else:
-            self._source = plan
         if submodel is not None and calibration_data is None and self._needs_data:
             raise ValueError(
                 "Expected `calibration_data`, inputs of the submodel, for a method that needs "
@@ -202,19 +231,24 @@ class ALDSCompress(_backend.Callback):
             )
         data = () if calibration_data is None and self._needs_data else calibration_data
         check_sequential(sequential, data, self._source.method)
+        if self._distill is not None and (submodel is not None or calibration_data is not None):
+            check_examples(calibration_data, "calibration_data", "`distill`")
         self._steps = steps_of(refine, data)
         self._submodel = submodel
         self._calibration_data = calibration_data
         self._sequential = sequential
         self._callbacks = callbacks
-        self.at_epoch = 0 if self._auto else int(at_epoch)
+        self.at_epoch = at_epoch
         self.verbose = verbose
         self.plan = None
         self._start_training()
 
     def _start_training(self) -> None:
+        self._rewinding: Rewinding | None = None
+        self._expected = self._stages  # those that are taken in this training, or were before it
+        self._left = list(self._stages)
         self._done = False
-        self._started = False
+        self._first_epoch: int | None = None
         self._checked = False
         self._suffix = ""
         self._settling: SettlingTime | None = None
@@ -230,7 +264,7 @@ class ALDSCompress(_backend.Callback):
         """
         super().set_model(model)
         self._part = find_submodel(model, self._submodel)
-        self._is_resumed = False
+        self._resumed: list[Request] = []
         is_backup = _backend.backend_of(model).is_backup
         self._backups = [Backup(model, c) for c in self._siblings() if is_backup(c)]
         for backup in self._backups:
@@ -242,7 +276,7 @@ class ALDSCompress(_backend.Callback):
         self._start_training()
         if self._auto:
             self._settling = SettlingTime(self.params["epochs"])
-            self.at_epoch = self._settling.latest
+            self._set_epoch(self._settling.latest)
         if self._steps is not None:
             workers.check_refinable(self.model)
         self._check_others()
@@ -250,46 +284,52 @@ class ALDSCompress(_backend.Callback):
         backend = _backend.backend_of(self.model)
         for callback in self._siblings():
             backend.hide_logs(callback, names, lambda: not self._done)
-        if self._calibration_data is not None or self._needs_forward:
+        if self._calibration_data is not None or self._needs_forward or self._distill:
             self._check_forward()
         if has_weights(self._part):
             self._params_before = self._dense_params()
             with alone(self.model):
-                met = self._is_met()
-                if not met:
+                self._drop_met()
+                for stage in self._left:
+                    self._source = stage.request
                     self._check()
-            if not met and self._calibration_data is not None and self._part is self.model:
+            if self._left and self._calibration_data is not None and self._part is self.model:
                 x, _ = backend.calling_fit(self.model)
                 warn_of_other_inputs(self.model, self._calibration_data, x, stacklevel=2)
-        if self._needs_data and self._calibration_data is None and not self._done:
+        if self._needs_data and self._calibration_data is None and self._left:
             self._training_inputs()
+        if self._rewind_epochs:
+            steps = (self._steps_at, self._steps_until)
+            self._rewinding = Rewinding(self.model, self._siblings(), self._rewind_epochs, *steps)
         workers.check_alike(
             Replicas(self.model),
             "`ALDSCompress`",
-            f"{_limits_text(self._limits)} at epoch {self.at_epoch}",
+            ", ".join(map(str, self._stages)),
             "Pass the same arguments in every process.",
         )
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Compresses the model before epoch `at_epoch`."""
         self._look_at_ranks(epoch)
-        resumed = not self._started and epoch > self.at_epoch
         for backup in self._backups:
             backup.note_epoch(epoch)
-        self._started = True
-        if self._done or epoch < self.at_epoch:
-            return
-        with alone(self.model):
-            if self._is_met():
-                return
-        if resumed and self._measured and self._factorized_layers():
-            self._done = True
-            self._say(f"epoch {epoch}: {self._named}already compressed, training on")
-            return
-        if not self._checked:  # the model had no weights when training began
-            with alone(self.model):
-                self._check()
-        self._compress(epoch)
+        if self._rewinding is not None:
+            self._rewinding.begin(epoch)
+        times = self._steps_at(epoch)
+        if due := self._due(epoch):
+            self._source = due[-1].request  # of several that a late start has missed, the last
+            if not self._checked:  # the model had no weights when training began
+                with alone(self.model):
+                    self._check()
+            self._compress(epoch)
+        if self._first_epoch is None:
+            self._first_epoch = epoch
+            self._expected = tuple(
+                s for s in self._stages if s in self._left or s.at_epoch <= epoch
+            )
+        self._left = self._left[len(due) :]
+        if self._rewinding is not None and times:
+            self._rewinding.rewind(epoch, times, self.params.get("steps"))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Adds `alds_cr` and `alds_params` to the logs."""
@@ -308,12 +348,16 @@ class ALDSCompress(_backend.Callback):
             self._watched = []
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Warns if the training ended before `at_epoch`."""
-        if not self._done:
+        """Warns if the training ended before `at_epoch`, and ends what lasts as long as it."""
+        if self._rewinding is not None:
+            self._rewinding.end()
+        if self._distill is not None:
+            stop_distillation(self.model)
+        if self._left:
             warnings.warn(
-                f"The model was not compressed: training ended before epoch index "
-                f"at_epoch={self.at_epoch} (epochs are counted from 0). Received: "
-                f"epochs={self.params.get('epochs')}",
+                f"The model was not compressed{' further' if self._done else ''}: training ended "
+                f"before epoch index at_epoch={self._left[0].at_epoch} (epochs are counted from "
+                f"0). Received: epochs={self.params.get('epochs')}",
                 stacklevel=2,
             )
 
@@ -326,12 +370,16 @@ class ALDSCompress(_backend.Callback):
             self._params_before = self._dense_params()
         before = count_params(self._part)
         with alone(self.model):
-            teacher = None if self._steps is None else self._copied()
+            teacher = None
+            if self._steps is not None or self._distill is not None:
+                teacher = self._copied()
             chosen = self._change()
             if self._steps is not None:
                 result = refined(
                     self._part, teacher, chosen.examples, self._steps, verbose=self.verbose
                 )
+            if self._distill is not None:
+                self._distill.start(self.model, self._part, teacher, self._examples())
         self.plan, self._done = chosen.plan, True
         for backup in self._backups:
             backup.add(self._part_key, self.plan)
@@ -392,17 +440,24 @@ class ALDSCompress(_backend.Callback):
 
     def _look_at_ranks(self, epoch: int) -> None:
         """With `at_epoch="auto"`, takes this epoch if the ranks have settled."""
-        if self._settling is None or self._done or epoch > self.at_epoch:
+        if self._settling is None or self._done or epoch > self._stages[0].at_epoch:
             return
         if not has_weights(self._part):  # there will be some before the next epoch
             return
         with alone(self.model):
             settled = self._settling.has_come(inspected(self._part, self._source))
         if settled:
-            self.at_epoch = epoch
+            self._set_epoch(epoch)
             self._say(f"epoch {epoch}: {self._named}the ranks of all layers have settled")
-        elif epoch == self.at_epoch:
+        elif epoch == self._stages[0].at_epoch:
             self._say(f"epoch {epoch}: {self._named}the latest epoch; not all ranks have settled")
+
+    def _set_epoch(self, epoch: int) -> None:
+        """Sets the epoch of the only step, which `at_epoch="auto"` leaves open."""
+        self.at_epoch = epoch
+        stage = dataclasses.replace(self._stages[0], at_epoch=epoch)
+        self._stages = self._expected = (stage,)
+        self._left = [stage]
 
     def _resume(self, backup: Backup) -> None:
         """Gives the model the structure that it has in a backup."""
@@ -410,24 +465,61 @@ class ALDSCompress(_backend.Callback):
         parts = {
             c._part_key: Part(find_submodel(self.model, c._submodel), c._source) for c in callbacks
         }
-        for stage in backup.resume(parts):
-            if stage.part == self._part_key and self._asks_for(stage.plan):
-                self.plan, self._is_resumed = stage.plan, True
+        for past in backup.resume(parts):
+            for stage in self._stages if past.part == self._part_key else ():
+                if stage.asks_for(past.plan):
+                    self.plan = past.plan
+                    self._resumed.append(stage.request)
 
-    def _asks_for(self, plan: CompressionPlan) -> bool:
-        if isinstance(self._source, CompressionPlan):
-            return plan == self._source
-        return plan.requested == self._source.limits
-
-    def _is_met(self) -> bool:
-        """Whether the model is compressed already as asked; says so once."""
-        met: str | None = "compressed as in the backup"
-        if not self._is_resumed:
-            met = already(inspected(self._part, self._source), self._source, strict=False)
-        if met is not None:
+    def _due(self, epoch: int) -> list[Stage]:
+        """The steps to take before an epoch, of those that the model does not meet already."""
+        if all(stage.at_epoch > epoch for stage in self._left):
+            return []
+        with alone(self.model):
+            self._drop_met()
+        due = [stage for stage in self._left if stage.at_epoch <= epoch]
+        missed = [stage for stage in due if stage.at_epoch < epoch]
+        if missed and self._first_epoch is None and self._measured and self._factorized_layers():
             self._done = True
-            self._say(f"{self._named}{met}, training on")
-        return met is not None
+            self._left = self._left[len(missed) :]
+            self._say(f"epoch {epoch}: {self._named}already compressed, training on")
+            return due[len(missed) :]
+        return due
+
+    def _steps_at(self, epoch: int) -> int:
+        """How many steps an epoch begins with, a step that the model meets already included.
+
+        Those of the first epoch are those that no earlier run has taken.
+        """
+        if self._first_epoch is None or epoch <= self._first_epoch:
+            return len(self._due(epoch))
+        return sum(stage.at_epoch == epoch for stage in self._expected)
+
+    def _steps_until(self, epoch: int) -> int:
+        """How many steps there are up to the beginning of an epoch, in earlier runs too."""
+        return sum(stage.at_epoch <= epoch for stage in self._expected)
+
+    def _drop_met(self) -> None:
+        """Leaves out the first steps, as far as the model is compressed already; says so once."""
+        found = None
+        while self._left:
+            request = self._left[0].request
+            met: str | None = "compressed as in the backup"
+            if not any(request is known for known in self._resumed):
+                met = already(inspected(self._part, request), request, strict=False)
+            if met is None:
+                break
+            found = met
+            del self._left[0]
+        if found is not None:
+            self._say(f"{self._named}{found}, training on")
+            if self._distill is not None and not self._done:
+                warnings.warn(
+                    f"Expected a model that is not compressed yet, for `distill` to learn from. "
+                    f"Received: '{self._part.name}', {found}. Training goes on without a teacher.",
+                    stacklevel=4,
+                )
+            self._done = True
 
     def _check(self) -> None:
         """Raises every error of model and options that does not depend on the weights."""
@@ -443,8 +535,10 @@ class ALDSCompress(_backend.Callback):
                 chosen = tuple(record for record, choice in pairs if choice.factorized)
             if self._calibration_data is not None:
                 check_data(inventory, self._calibration_data)
-        if self._steps is not None:
+        if not self._checked and (self._steps is not None or self._distill is not None):
             self._copied()
+        if not self._checked and self._distill is not None:
+            self._distill.check(self.model, self._part, self._examples())
         self._checked = True
         if self._submodel is not None or (found := frozen_part(self._part, chosen)) is None:
             return
@@ -463,7 +557,7 @@ class ALDSCompress(_backend.Callback):
                 return backend.copy_model(self._part, stacklevel=5)
         except ValueError as error:
             raise ValueError(
-                "Expected a model that can be copied, for the refinement to compare with. "
+                "Expected a model that can be copied, for `refine` or `distill` to compare with. "
                 f"Received: {error}"
             ) from error
 
@@ -481,33 +575,27 @@ class ALDSCompress(_backend.Callback):
     def _check_others(self) -> None:
         """Raises a ValueError if another `ALDSCompress` contradicts this one."""
         others = [c for c in self._siblings() if isinstance(c, ALDSCompress)]
+        if self._rewind_epochs and any(other._rewind_epochs for other in others):
+            raise ValueError(
+                "Expected `rewind_epochs` in one ALDSCompress callback of `fit`. Received: "
+                "several. For several steps, pass lists as `cr` and `at_epoch` to one callback."
+            )
         if any(other._part is not self._part for other in others):
             self._suffix = f"_{self._part_name}"
-        for other in others:
-            if other._part is self._part and (self._auto or other._auto):
-                raise ValueError(
-                    "Expected no other ALDSCompress for a model that one compresses with "
-                    "at_epoch='auto': which comes first is not known. Received: "
-                    f"{_limits_text(self._limits)} and {_limits_text(other._limits)}"
-                )
-            if other._part is not self._part or other.at_epoch > self.at_epoch:
-                continue
-            earlier, later = other._limits, self._limits
-            if other.at_epoch == self.at_epoch or any(
-                later[name] <= earlier[name] for name in earlier.keys() & later.keys()
-            ):
+        theirs = [other for other in others if other._part is self._part]
+        for other in theirs if self._auto else [o for o in theirs if o._auto]:
+            raise ValueError(
+                "Expected no other ALDSCompress for a model that one compresses with "
+                "at_epoch='auto': which comes first is not known. Received: "
+                f"{self._stages[0]} and {other._stages[0]}"
+            )
+        stages = [stage for other in theirs for stage in other._stages]
+        for earlier, later in itertools.product(stages, self._stages):
+            if earlier.at_epoch <= later.at_epoch and later.contradicts(earlier):
                 raise ValueError(
                     "Expected several ALDSCompress callbacks for one model to remove more and "
-                    f"more. Received: {_limits_text(earlier)} at epoch {other.at_epoch}, then "
-                    f"{_limits_text(later)} at epoch {self.at_epoch}"
+                    f"more. Received: {earlier}, then {later}"
                 )
-
-    @property
-    def _limits(self) -> dict[str, float]:
-        """The fractions to remove."""
-        if isinstance(self._source, Options):
-            return dict(self._source.limits)
-        return {name: cost.removed for name, cost in self._source.costs.items()}
 
     @property
     def _measured(self) -> bool:
@@ -574,18 +662,16 @@ class ALDSCompress(_backend.Callback):
             )
         return x
 
+    def _examples(self) -> Any:
+        """Inputs of the part to compress: those given, or those of the running `fit` call."""
+        return self._training_inputs() if self._calibration_data is None else self._calibration_data
+
     def _siblings(self) -> list[Any]:
         """The other callbacks of `fit`."""
         found = self._callbacks
         if found is None:
             _, found = _backend.backend_of(self.model).calling_fit(self.model)
         return [callback for callback in found if callback is not self]
-
-
-def _limits_text(limits: Mapping[str, float]) -> str:
-    if len(limits) == 1:
-        return f"cr={next(iter(limits.values())):g}"
-    return ", ".join(f"{name}={fraction:g}" for name, fraction in limits.items())
 
 
 ALDSCompress.__doc__ = documented(ALDSCompress.__doc__)

@@ -157,7 +157,7 @@ def refine(
     """
     if isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or steps < 1:
         raise ValueError(f"Expected `steps` to be an integer >= 1. Received: steps={steps!r}")
-    _check_examples(data, "data")
+    check_examples(data, "data")
     for model in (small, original):
         check_is_model(model)
     if _backend.backend_of(small) is not _backend.backend_of(original):
@@ -214,14 +214,15 @@ def steps_of(refine: object, data: object) -> int | None:
             "Expected `refine` to be True, False or the largest number of steps, an integer >= 1. "
             f"Received: refine={refine!r}"
         )
-    _check_examples(data, "calibration_data")
+    check_examples(data, "calibration_data")
     return STEPS if refine is True else int(refine)
 
 
-def _check_examples(data: object, argument: str) -> None:
+def check_examples(data: object, argument: str, purpose: str = "a refinement") -> None:
+    """Raises a ValueError if there are no examples for a purpose."""
     if data is None or isinstance(data, CalibrationStats):
         raise ValueError(
-            f"Expected examples as `{argument}`, for a refinement to run the models on. "
+            f"Expected examples as `{argument}`, for {purpose} to run the models on. "
             f"Received: {argument} of type {type(data).__name__}"
         )
 

@@ -14,6 +14,8 @@ may use Keras 3 and tf_keras. tf_keras is optional.
 - `calls`, `loops`: calls of layers that are watched or replaced, and recurrent layers as graphs;
 - `strategies`: replicas of a model, and the processes that train it together;
 - `refining`: gradients and steps that bring a model nearer to another one;
+- `distilling`: a term of the loss that does so in `fit`;
+- `clocks`: what learning-rate schedules go by;
 - `tensors`, `images`: TensorFlow functions that other folders use.
 """
 

@@ -198,7 +198,7 @@ class Refiner:
         targets: Mapping[tuple[str, int], Any],
     ) -> Any:
         losses = [
-            _relative(scores(tf.cast(y, tf.float32)), scores(tf.cast(target, tf.float32)))
+            relative_error(scores(tf.cast(y, tf.float32)), scores(tf.cast(target, tf.float32)))
             for y, target, scores in zip(outputs, wanted, self._scores, strict=True)
             if scores is not None
         ]
@@ -211,7 +211,7 @@ class Refiner:
         ]
         self.compared = len(both)
         if both:
-            loss += tf.add_n([_relative(*pair) for pair in both]) / len(both)
+            loss += tf.add_n([relative_error(*pair) for pair in both]) / len(both)
         return loss
 
     def _step(self, rate: Any) -> None:
@@ -248,7 +248,7 @@ def _in_training(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return call(*args, **{**kwargs, "training": True})
 
 
-def _relative(value: Any, target: Any) -> Any:
+def relative_error(value: Any, target: Any) -> Any:
     """The squared error of a value relative to the squared target."""
     value, target = tf.cast(value, tf.float32), tf.cast(target, tf.float32)
     error = tf.reduce_sum(tf.math.squared_difference(value, target))

@@ -183,7 +183,8 @@ class Training(Layers):
 
     def learning_rate(self, optimizer: Optimizer) -> float:
         """The learning rate of the next step."""
-        return float((self.inner_optimizer(optimizer) or optimizer).learning_rate)
+        rate = (self.inner_optimizer(optimizer) or optimizer).learning_rate
+        return float(tf.convert_to_tensor(rate))  # also that of several replicas
 
     def set_learning_rate(self, optimizer: Optimizer, rate: float) -> None:
         """Sets a constant learning rate of an unbuilt optimizer, replacing any schedule."""
@@ -395,7 +396,7 @@ class TfKerasTraining(Training):
         inner = self.inner_optimizer(optimizer) or optimizer
         # With a schedule, `learning_rate` is the rate of the optimizer's last step.
         rate = getattr(inner, "_learning_rate", inner.learning_rate)
-        return float(rate(inner.iterations) if callable(rate) else rate)
+        return float(tf.convert_to_tensor(rate(inner.iterations) if callable(rate) else rate))
 
     def set_learning_rate(self, optimizer: Optimizer, rate: float) -> None:
         inner = self.inner_optimizer(optimizer) or optimizer

@@ -124,6 +124,12 @@ def adopt(layer: Any) -> Undo | None:
     return backend.reclass(layer, _class_of_holder(own, BASES[backend.name]))
 
 
+def abandon(layer: Any) -> None:
+    """Gives a holder in which nothing is factorized any more the user's class back."""
+    if isinstance(layer, WithFactorizedLayers) and not any(map(is_own, below(layer))):
+        _backend.backend_of(layer).reclass(layer, layer._own)
+
+
 #: Why holders of a class do not load, or None: by the rest of the config and the build config, and
 #: then by the places of the factorized layers.
 _known: weakref.WeakKeyDictionary[type, dict[str, dict[frozenset[Any], str | None]]]

@@ -12,8 +12,8 @@ import pytest
 import tensorflow as tf
 
 from keras_alds import _backend
+from keras_alds._backend import clocks, training
 from keras_alds._backend import layers as backend_layers
-from keras_alds._backend import training
 from keras_alds._backend.graphs import forget_graph, mask_of, set_mask
 from keras_alds._backend.live import Holders
 from keras_alds._backend.loops import all_steps_of
@@ -76,6 +76,20 @@ class Nested:
         model = Outer()
         model(np.zeros((2, 6), "float32"))
         return model
+
+
+# -- clocks.py ---------------------------------------------------------------------------------
+
+
+def test_iterations():
+    """What schedules go by. With gradient accumulation, Keras 3's `iterations` is another count."""
+    for K, options in ((keras, {"gradient_accumulation_steps": 2}), (tf_keras, {})):
+        optimizer = K.optimizers.Adam(
+            K.optimizers.schedules.ExponentialDecay(1.0, 1, 0.5), **options
+        )
+        optimizer._iterations.assign(3)
+        assert clocks.clock(optimizer) == 3
+        assert backend_of(K).learning_rate(optimizer) == 0.125
 
 
 # -- layers.py ---------------------------------------------------------------------------------

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 import zoo
 
-from keras_alds import apply_plan, compress, select
+from keras_alds import apply_plan, compress, recompose, select
 from keras_alds._backend import backend_of
 from keras_alds.layers import FactorizedConv2DTranspose, FactorizedDense
 from keras_alds.models.in_place import surgery
@@ -56,6 +57,40 @@ def classes(model):
     return [type(layer) for _, layer in walk(model)]
 
 
+class TestRecompose:
+    def test_a_copy_that_is_trained_and_saved(self, keras_module, tmp_path):
+        K = keras_module
+        for make in (zoo.functional, zoo.subclassed):
+            model = make(K)
+            model.compile(K.optimizers.Adam(1e-3), "mse")
+            small = compress(model, 0.4)
+            weights, x = small.get_weights(), zoo.examples(model)
+            dense = recompose(small)
+            assert type(dense) is type(model)
+            assert dense.count_params() == model.count_params()
+            expected = zoo.outputs(small, x)
+            np.testing.assert_allclose(zoo.outputs(dense, x), expected, rtol=0, atol=1e-5)
+            dense.fit(x, np.zeros((len(x), 10)), epochs=1, verbose=0)
+            for a, b in zip(weights, small.get_weights(), strict=True):
+                np.testing.assert_array_equal(a, b)
+            assert compress(dense, 0.6).count_params() <= 0.4 * model.count_params()
+        with pytest.warns(UserWarning, match="no factorized layer to recompose"):
+            assert recompose(model).count_params() == model.count_params()
+
+    def test_layers_that_are_factorized_by_design(self):
+        layers = keras.layers
+        model = keras.Sequential(
+            [keras.Input((32,)), FactorizedDense(32, 1, 4), layers.Dense(24), layers.Dense(24)]
+        )
+        x = zoo.examples(model)
+        small = compress(model, 0.2, exclude=[FactorizedDense])
+        for exclude, kept in (((), 0), (small.layers[0].name, 1)):
+            dense = recompose(small, exclude=exclude)
+            assert len(Inventory.of(dense).factorized) == kept
+            found, expected = zoo.outputs(dense, x), zoo.outputs(small, x)
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
 class TestLayers:
     @pytest.mark.parametrize("make", [convolutions, recurrent, attention])
     def test_are_dense_inside_and_as_before_afterwards(self, keras_module, make):
@@ -63,6 +98,10 @@ class TestLayers:
         x = np.random.default_rng(0).integers(1, 50, (4, 3))
         x = x if make is recurrent else zoo.examples(model)
         small = compress(model, 0.6, method="alds")
+        dense = recompose(small)
+        assert classes(dense) == classes(model)
+        assert [w.shape for w in dense.weights] == [w.shape for w in model.weights]
+        np.testing.assert_allclose(zoo.outputs(dense, x), zoo.outputs(small, x), rtol=0, atol=1e-5)
         expected, before, objects = zoo.outputs(small, x), classes(small), dict(walk(small))
         inventory = Inventory.of(small)
         assert len(inventory.factorized) >= 3
