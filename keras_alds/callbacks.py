@@ -148,7 +148,7 @@ class ALDSCompress(_backend.Callback):
             of their outputs is added to the compiled loss, if there is one: the Kullback–Leibler
             divergence of scores or probabilities divided by a temperature, else the relative
             squared error. True has weight 1, a float is the weight. A dict has `"weight"`,
-            `"temperature"` (defaults to 4) and `"features"`: names or paths of layers whose outputs
+            `"temperature"` (defaults to 2) and `"features"`: names or paths of layers whose outputs
             are to have a small relative squared error, or True for the ends of all blocks. A
             `train_step` of the model's own has to call `compute_loss`. With `submodel` this needs
             `calibration_data`. Nothing of it is saved. Defaults to False.

@@ -14,7 +14,7 @@ from keras_alds.models.data import Examples
 from keras_alds.models.inventory import walk
 from keras_alds.models.outputs import OutputKind, Reference
 
-_TEMPERATURE = 4.0
+_TEMPERATURE = 2.0
 # What tells the outputs apart needs no more.
 _EXAMPLES = 32
 
