@@ -11,11 +11,18 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from keras_alds import _backend
-from keras_alds._backend.backups import Shapes, read_text, write_text
+from keras_alds._backend.backups import (
+    Shapes,
+    exists,
+    load_weights,
+    read_text,
+    save_weights,
+    write_text,
+)
 from keras_alds.models.in_place import apply
 from keras_alds.models.recompose import Request, inspected, recomposed, to_recompose
 from keras_alds.plan import CompressionPlan
@@ -32,7 +39,7 @@ class Part(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class Compression:
     """A compression that took place.
 
     Attributes:
@@ -60,7 +67,7 @@ class Backup:
         self._backend = _backend.backend_of(model)
         self._path = os.path.join(self._backend.backup_folder(callback), "keras_alds.json")
 
-    def resume(self, parts: Mapping[str, Part]) -> list[Stage]:
+    def resume(self, parts: Mapping[str, Part]) -> list[Compression]:
         """Gives the model the structure that the backup has. Keras then restores its weights.
 
         Args:
@@ -83,11 +90,43 @@ class Backup:
             self._write(past)  # later compressions are done again
         return past
 
-    def add(self, part: str, plan: CompressionPlan) -> None:
-        """Keeps the plan of a compression that has just taken place."""
+    def add(self, part: str, plan: CompressionPlan, teacher: Any | None = None) -> None:
+        """Keeps the plan of a compression that has just taken place, and the weights before it.
+
+        Args:
+            part: The name of the submodel.
+            plan: The plan.
+            teacher: The part as it was before; None if it is not needed any more.
+        """
+        weights = self._backend.to_back_up(self.model)  # which all workers do together
+        past = self._read()
+        if teacher is not None:
+            save_weights(teacher, self._teacher(len(past)), write=self._is_writer)
         if self._is_writer:
-            weights = self._backend.to_back_up(self.model)
-            self._write([*self._read(), Stage(part, plan, weights)])
+            self._write([*past, Compression(part, plan, weights)])
+
+    def teacher(self, name: str, part: Part, copied: Callable[[], Any]) -> Any | None:
+        """The part as it was before its last compression, which `add` has kept.
+
+        The weights of the part are lost. Keras restores them later.
+
+        Args:
+            name: The name of the submodel.
+            part: The submodel, compressed as in the backup.
+            copied: Copies it.
+        """
+        past = [(i, stage.plan) for i, stage in enumerate(self._read()) if stage.part == name]
+        if not past or not exists(self._teacher(past[-1][0])):
+            return None
+        number, plan = past[-1]
+        self._change(part, past[-2][1] if len(past) > 1 else None)
+        teacher = copied()
+        load_weights(teacher, self._teacher(number))
+        self._change(part, plan)
+        return teacher
+
+    def _teacher(self, number: int) -> str:
+        return f"{self._path.removesuffix('.json')}_teacher{number}.weights.h5"
 
     def note_epoch(self, epoch: int) -> None:
         """Tells `BackupAndRestore` which epoch begins."""
@@ -97,7 +136,7 @@ class Backup:
     def _is_writer(self) -> bool:
         return self._backend.saves_files(self.model)
 
-    def _restore(self, found: Shapes, past: list[Stage], parts: Mapping[str, Part]) -> None:
+    def _restore(self, found: Shapes, past: list[Compression], parts: Mapping[str, Part]) -> None:
         if not self.model.built:
             if past:
                 raise ValueError(
@@ -119,13 +158,17 @@ class Backup:
         if not past and not self._was_dense(found, parts):
             raise ValueError(self._does_not_fit(missing))
         for name, part in parts.items():
-            inventory = inspected(part.model, part.request)
-            factorized = to_recompose(inventory, part.request)
-            with recomposed(inventory, factorized, keep=True, trainer=self.model) as dense:
-                if name in plans:
-                    # The weights come from the backup, so plain factors will do.
-                    plan = dataclasses.replace(plans[name], method="alds")
-                    apply(dense, plan, trainer=self.model, verbose=0)
+            self._change(part, plans.get(name))
+
+    def _change(self, part: Part, plan: CompressionPlan | None) -> None:
+        """Gives a part the structure of a plan, or of the dense model."""
+        inventory = inspected(part.model, part.request)
+        factorized = to_recompose(inventory, part.request)
+        with recomposed(inventory, factorized, keep=True, trainer=self.model) as dense:
+            if plan is not None:
+                # The weights come from a file, so plain factors will do.
+                plan = dataclasses.replace(plan, method="alds")
+                apply(dense, plan, trainer=self.model, verbose=0)
 
     def _was_dense(self, found: Shapes, parts: Mapping[str, Part]) -> bool:
         """Whether the backup is that of this model before its compression."""
@@ -152,7 +195,7 @@ class Backup:
     def _folder(self) -> str:
         return os.fspath(self.callback.backup_dir)
 
-    def _read(self) -> list[Stage]:
+    def _read(self) -> list[Compression]:
         text = read_text(self._path)
         if text is None:
             return []
@@ -161,7 +204,7 @@ class Backup:
             if (data["format"], data["version"]) != (FORMAT, VERSION):
                 raise ValueError(f"format={data['format']!r}, version={data['version']!r}")
             return [
-                Stage(
+                Compression(
                     stage["part"],
                     CompressionPlan.from_dict(stage["plan"]),
                     {name: tuple(shape) for name, shape in stage["weights"].items()},
@@ -175,7 +218,7 @@ class Backup:
                 "wrote the file, or delete the folder to start over."
             ) from error
 
-    def _write(self, stages: list[Stage]) -> None:
+    def _write(self, stages: list[Compression]) -> None:
         data = {
             "format": FORMAT,
             "version": VERSION,

@@ -265,6 +265,7 @@ class ALDSCompress(_backend.Callback):
         super().set_model(model)
         self._part = find_submodel(model, self._submodel)
         self._resumed: list[Request] = []
+        self._teacher: Any | None = None
         is_backup = _backend.backend_of(model).is_backup
         self._backups = [Backup(model, c) for c in self._siblings() if is_backup(c)]
         for backup in self._backups:
@@ -378,11 +379,12 @@ class ALDSCompress(_backend.Callback):
                 result = refined(
                     self._part, teacher, chosen.examples, self._steps, verbose=self.verbose
                 )
+            for backup in self._backups:
+                kept = None if self._distill is None else teacher
+                backup.add(self._part_key, chosen.plan, kept)
             if self._distill is not None:
                 self._distill.start(self.model, self._part, teacher, self._examples())
         self.plan, self._done = chosen.plan, True
-        for backup in self._backups:
-            backup.add(self._part_key, self.plan)
         backend = chosen.inventory.backend
         for callback in self._siblings():
             backend.forget_best(callback)
@@ -470,6 +472,8 @@ class ALDSCompress(_backend.Callback):
                 if stage.asks_for(past.plan):
                     self.plan = past.plan
                     self._resumed.append(stage.request)
+        if self._resumed and self._distill is not None:
+            self._teacher = backup.teacher(self._part_key, parts[self._part_key], self._copied)
 
     def _due(self, epoch: int) -> list[Stage]:
         """The steps to take before an epoch, of those that the model does not meet already."""
@@ -513,7 +517,9 @@ class ALDSCompress(_backend.Callback):
             del self._left[0]
         if found is not None:
             self._say(f"{self._named}{found}, training on")
-            if self._distill is not None and not self._done:
+            if self._distill is not None and self._teacher is not None:
+                self._distill.start(self.model, self._part, self._teacher, self._examples())
+            elif self._distill is not None and not self._done:
                 warnings.warn(
                     f"Expected a model that is not compressed yet, for `distill` to learn from. "
                     f"Received: '{self._part.name}', {found}. Training goes on without a teacher.",

@@ -775,7 +775,7 @@ class KilledError(Exception):
     """What stands for the end of a process."""
 
 
-def run(K, folder, *, first=True, killed_at=None, model=None, at_epoch=2, **options):
+def run(K, folder, *, first=True, killed_at=None, model=None, **options):
     """Trains for 5 epochs with a backup; returns the model, the callback and the epochs begun."""
     model = compiled(K, K.optimizers.Adam(0.01), **EAGER) if model is None else model
     begun = []
@@ -785,8 +785,9 @@ def run(K, folder, *, first=True, killed_at=None, model=None, at_epoch=2, **opti
             raise KilledError
         begun.append(epoch)
 
-    compress = ALDSCompress(0.4, at_epoch=at_epoch, verbose=0)
-    callbacks = [compress, K.callbacks.BackupAndRestore(str(folder), **options)]
+    double = {"double_checkpoint": True} if options.pop("double_checkpoint", False) else {}
+    compress = ALDSCompress(**{"cr": 0.4, "at_epoch": 2, "verbose": 0, **options})
+    callbacks = [compress, K.callbacks.BackupAndRestore(str(folder), **double)]
     callbacks = callbacks if first else callbacks[::-1]
     try:
         fit(model, [*callbacks, K.callbacks.LambdaCallback(on_epoch_begin=begin)], epochs=5)
@@ -880,6 +881,16 @@ class TestBackups:
         assert begun == [4]
         whole = uninterrupted(keras_module)
         assert same(model, whole)
+
+    def test_the_teacher_of_the_second_step_is_the_first(self, keras_module, tmp_path):
+        K = keras_module
+        options = {"cr": [0.2, 0.4], "at_epoch": [1, 2], "distill": True}
+        whole, _, _ = run(K, tmp_path / "a", **options)
+        for epoch in (2, 3):  # with one and with two compressions in the backup
+            run(K, tmp_path / f"{epoch}", killed_at=epoch, **options)
+            model, _, begun = run(K, tmp_path / f"{epoch}", **options)
+            assert begun == [*range(epoch, 5)]
+            assert same(model, whole)
 
     def test_a_deleted_folder_is_the_remedy(self, keras_module, interrupted, tmp_path):
         shutil.copytree(interrupted(keras_module)[0], tmp_path / "b")

@@ -142,9 +142,14 @@ class TfKerasBackups(Backups):
         return _variables(path)
 
 
+def exists(path: str) -> bool:
+    """Whether there is a file, which may be in a bucket."""
+    return bool(tf.io.gfile.exists(path))
+
+
 def read_text(path: str) -> str | None:
     """The content of a file, which may be in a bucket; None if there is none."""
-    if not tf.io.gfile.exists(path):
+    if not exists(path):
         return None
     with tf.io.gfile.GFile(path) as file:
         return str(file.read())
@@ -156,6 +161,31 @@ def write_text(path: str, text: str) -> None:
     with tf.io.gfile.GFile(f"{path}.new", "w") as file:
         file.write(text)
     tf.io.gfile.rename(f"{path}.new", path, overwrite=True)
+
+
+def save_weights(model: Model, path: str, *, write: bool) -> None:
+    """Writes the weights of a model at once, also into a bucket.
+
+    Args:
+        model: The model.
+        path: The file.
+        write: False only reads the weights, which several workers have to do together.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        local = os.path.join(folder, "model.weights.h5")
+        model.save_weights(local)
+        if write:
+            tf.io.gfile.makedirs(os.path.dirname(path))
+            tf.io.gfile.copy(local, f"{path}.new", overwrite=True)
+            tf.io.gfile.rename(f"{path}.new", path, overwrite=True)
+
+
+def load_weights(model: Model, path: str) -> None:
+    """Reads weights that `save_weights` wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        local = os.path.join(folder, "model.weights.h5")
+        tf.io.gfile.copy(path, local)
+        model.load_weights(local)
 
 
 def _of_model(shapes: Shapes) -> Shapes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -78,6 +79,25 @@ def test_two_processes():
         assert "NaN or infinity" in found["chief"]
         assert "/kernel:0' on worker 1, which differs from the chief's" in found["bit"]
     assert "Expected the chief to compress the model. Received: " in other["chief"]
+
+
+def test_the_script_of_the_documentation(tmp_path):
+    page = (TESTS.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    (tmp_path / "train.py").write_text(re.search(r"```py\n(.*?)```", page, re.DOTALL).group(1))
+    hosts = [f"localhost:{port}" for port in free_ports(2).split(",")]
+    processes = []
+    for index in range(2):
+        task = {"type": "worker", "index": index}
+        config = json.dumps({"cluster": {"worker": hosts}, "task": task})
+        env = {**os.environ, "TF_CONFIG": config, "TF_NUM_INTEROP_THREADS": "4"}
+        env["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+        command = [sys.executable, "train.py"]
+        processes.append(subprocess.Popen(command, cwd=tmp_path, env=env))
+    try:
+        assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def test_one_replica_may_be_refined(small):
