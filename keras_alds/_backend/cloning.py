@@ -258,9 +258,12 @@ class Keras3Cloning(Cloning):
     def _copy_layer_state(self, old: Layer, new: Layer) -> None:
         super()._copy_layer_state(old, new)
         if isinstance(old, keras.layers.InputLayer):  # Keras's copies are dense and not optional
-            new.sparse, new.ragged, new.optional = old.sparse, old.ragged, old.optional
+            for name in ("sparse", "ragged", "optional"):  # those that this Keras has
+                if hasattr(old, name):
+                    setattr(new, name, getattr(old, name))
             for name in ("_sparse", "_ragged", "_ragged_rank"):
-                setattr(new.output, name, getattr(old.output, name))
+                if hasattr(old.output, name):
+                    setattr(new.output, name, getattr(old.output, name))
         if old.trainable:  # single variables can still be frozen
             pairs = zip(self.own_variables(old), self.own_variables(new), strict=True)
             for theirs, ours in pairs:

@@ -279,7 +279,9 @@ class Keras3Layers(Layers):
 
     def name_scope(self, layer: Layer) -> contextlib.AbstractContextManager[Any]:
         # Where its weights are: h5 files need the names to differ within a layer of the user's own.
-        scope = getattr(layer, "scope", None) or layer.path or ""
+        scope = getattr(layer, "scope", None) or getattr(layer, "path", None)
+        if scope is None:  # before Keras 3.5
+            scope = next((v.path.rpartition("/")[0] for v in self.own_variables(layer)), "")
         scopes = contextlib.ExitStack()
         for depth, name in enumerate(scope.split("/")[:-1]):  # the last is the layer's own
             outside = {"override_parent": ""} if depth == 0 else {}
