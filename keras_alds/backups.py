@@ -24,6 +24,7 @@ from keras_alds._backend.backups import (
     write_text,
 )
 from keras_alds.models.in_place import apply
+from keras_alds.models.inventory import has_weights
 from keras_alds.models.recompose import Request, inspected, recomposed, to_recompose
 from keras_alds.plan import CompressionPlan
 
@@ -66,6 +67,7 @@ class Backup:
         self.callback = callback
         self._backend = _backend.backend_of(model)
         self._path = os.path.join(self._backend.backup_folder(callback), "keras_alds.json")
+        self._past: list[Compression] = []
 
     def resume(self, parts: Mapping[str, Part]) -> list[Compression]:
         """Gives the model the structure that the backup has. Keras then restores its weights.
@@ -77,7 +79,7 @@ class Backup:
             The compressions that have taken place.
 
         Raises:
-            ValueError: If the backup cannot be resumed. The model is unchanged.
+            ValueError: If the backup cannot be resumed. A dense model is unchanged.
         """
         self._backend.make_backups_safe(self.callback)
         found = self._backend.backed_up(self.callback)
@@ -88,6 +90,7 @@ class Backup:
             self._restore(found, past, parts)
         if self._is_writer and read_text(self._path) is not None:
             self._write(past)  # later compressions are done again
+        self._past = past
         return past
 
     def add(self, part: str, plan: CompressionPlan, teacher: Any | None = None) -> None:
@@ -99,7 +102,7 @@ class Backup:
             teacher: The part as it was before; None if it is not needed any more.
         """
         weights = self._backend.to_back_up(self.model)  # which all workers do together
-        past = self._read()
+        past = self._read() if self._is_writer else []
         if teacher is not None:
             save_weights(teacher, self._teacher(len(past)), write=self._is_writer)
         if self._is_writer:
@@ -115,7 +118,7 @@ class Backup:
             part: The submodel, compressed as in the backup.
             copied: Copies it.
         """
-        past = [(i, stage.plan) for i, stage in enumerate(self._read()) if stage.part == name]
+        past = [(i, stage.plan) for i, stage in enumerate(self._past) if stage.part == name]
         if not past or not exists(self._teacher(past[-1][0])):
             return None
         number, plan = past[-1]
@@ -137,7 +140,7 @@ class Backup:
         return self._backend.saves_files(self.model)
 
     def _restore(self, found: Shapes, past: list[Compression], parts: Mapping[str, Part]) -> None:
-        if not self.model.built:
+        if not (self.model.built or has_weights(self.model)):
             if past:
                 raise ValueError(
                     "Expected a model that is built before `fit`, to restore the backup of a "
@@ -148,8 +151,7 @@ class Backup:
         missing = _missing(found, self._backend.to_back_up(self.model))
         if missing is None:
             return
-        plans = {stage.part: stage.plan for stage in past}
-        if unknown := [name for name in plans if name not in parts]:
+        if unknown := [stage.part for stage in past if stage.part not in parts]:
             raise ValueError(
                 "Expected an ALDSCompress for every part of the model that is compressed in the "
                 f"backup. Received: none for submodel={unknown[0]!r}, and backup_dir="
@@ -157,8 +159,25 @@ class Backup:
             )
         if not past and not self._was_dense(found, parts):
             raise ValueError(self._does_not_fit(missing))
-        for name, part in parts.items():
-            self._change(part, plans.get(name))
+        before = self.model.get_weights()
+        compressed = [part for part in parts.values() if self._factorized(part)]
+        try:
+            for part in compressed:
+                self._change(part, None)
+            for stage in past:
+                self._change(parts[stage.part], stage.plan)
+            missing = _missing(found, self._backend.to_back_up(self.model))
+            if missing is not None:
+                raise ValueError(self._does_not_fit(missing))
+        except ValueError:
+            if not compressed:
+                for part in parts.values():
+                    self._change(part, None)
+                self.model.set_weights(before)
+            raise
+
+    def _factorized(self, part: Part) -> bool:
+        return bool(to_recompose(inspected(part.model, part.request), part.request))
 
     def _change(self, part: Part, plan: CompressionPlan | None) -> None:
         """Gives a part the structure of a plan, or of the dense model."""
@@ -166,18 +185,16 @@ class Backup:
         factorized = to_recompose(inventory, part.request)
         with recomposed(inventory, factorized, keep=True, trainer=self.model) as dense:
             if plan is not None:
-                # The weights come from a file, so plain factors will do.
-                plan = dataclasses.replace(plan, method="alds")
+                # The weights come from a file, so factors without data will do.
                 apply(dense, plan, trainer=self.model, verbose=0)
 
     def _was_dense(self, found: Shapes, parts: Mapping[str, Part]) -> bool:
         """Whether the backup is that of this model before its compression."""
         with contextlib.ExitStack() as dense:
-            compressed = False
+            compressed = any(map(self._factorized, parts.values()))
             for part in parts.values():
                 inventory = inspected(part.model, part.request)
                 factorized = to_recompose(inventory, part.request)
-                compressed |= bool(factorized)
                 dense.enter_context(recomposed(inventory, factorized))
             return compressed and _holds(found, self._backend.to_back_up(self.model))
 

@@ -67,12 +67,11 @@ class ALDSCompress(_backend.Callback):
 
     Every optimizer of the model keeps `iterations` (but see `rewind_epochs`), the learning rate and
     its schedule, the loss scale, and the state of all variables that are not factorized, such as
-    biases. For a
-    factorized kernel W ≈ E D, state that is linear in past gradients G (momentum, first moments,
-    accumulated gradients) is converted by the chain rule to G Dᵀ and Eᵀ G. Second moments are
-    converted with the squared factors, their expectation for uncorrelated gradients. Weight
-    averages (EMA) start at the factors. This holds for SGD, Adam, AdamW, Adamax, Nadam, Lion,
-    RMSprop, Adagrad and Adadelta. Any other state of a factor (RMSprop's momentum and average
+    biases. For a factorized kernel W ≈ E D, state that is linear in past gradients G (momentum,
+    first moments, accumulated gradients) is converted by the chain rule to G Dᵀ and Eᵀ G. Second
+    moments are converted with the squared factors, their expectation for uncorrelated gradients.
+    Weight averages (EMA) start at the factors. This holds for SGD, Adam, AdamW, Adamax, Nadam,
+    Lion, RMSprop, Adagrad and Adadelta. Any other state of a factor (RMSprop's momentum and average
     gradient, Adamax's norm, the state of other optimizers) starts at its initial value.
 
     The compression also resets what other callbacks stored about the dense model: the best value
@@ -138,11 +137,11 @@ class ALDSCompress(_backend.Callback):
         rewind_epochs: Integer >= 0. How many epochs to set the clock of the learning rate back at
             the compression, for good: after a compression before epoch e, epoch e + n has the rate
             that epoch e - rewind_epochs + n would have had. It is at most the epochs that lie
-            before each step. For a `LearningRateSchedule`, `optimizer.iterations` goes back, and
-            averages that are corrected by it are scaled, so that Adam's corrected values stay. A
-            `LearningRateScheduler` gets an earlier epoch. With `ReduceLROnPlateau` the rate becomes
-            what it was. Weight decay, which Keras multiplies by the rate, follows; what other
-            callbacks set does not. Defaults to 0.
+            before the first step and between steps. For a `LearningRateSchedule`,
+            `optimizer.iterations` goes back, and averages that are corrected by it are scaled, so
+            that Adam's corrected values stay. A `LearningRateScheduler` gets an earlier epoch. With
+            `ReduceLROnPlateau` the rate becomes what it was. Weight decay, which Keras multiplies
+            by the rate, follows; what other callbacks set does not. Defaults to 0.
         distill: Boolean, float or dict. Whether the model just before the compression, in inference
             mode and with the same inputs, teaches the compressed one until `fit` ends. The distance
             of their outputs is added to the compiled loss, if there is one: the Kullback–Leibler
@@ -305,7 +304,7 @@ class ALDSCompress(_backend.Callback):
         workers.check_alike(
             Replicas(self.model),
             "`ALDSCompress`",
-            ", ".join(map(str, self._stages)),
+            ", ".join([*map(str, self._stages), *self._extras]),
             "Pass the same arguments in every process.",
         )
 
@@ -447,7 +446,8 @@ class ALDSCompress(_backend.Callback):
         if not has_weights(self._part):  # there will be some before the next epoch
             return
         with alone(self.model):
-            settled = self._settling.has_come(inspected(self._part, self._source))
+            mine = self._settling.has_come(inspected(self._part, self._source))
+        settled = workers.verdict_of_chief(Replicas(self.model), mine)
         if settled:
             self._set_epoch(epoch)
             self._say(f"epoch {epoch}: {self._named}the ranks of all layers have settled")
@@ -519,6 +519,7 @@ class ALDSCompress(_backend.Callback):
             self._say(f"{self._named}{found}, training on")
             if self._distill is not None and self._teacher is not None:
                 self._distill.start(self.model, self._part, self._teacher, self._examples())
+                self._teacher = None
             elif self._distill is not None and not self._done:
                 warnings.warn(
                     f"Expected a model that is not compressed yet, for `distill` to learn from. "
@@ -602,6 +603,12 @@ class ALDSCompress(_backend.Callback):
                     "Expected several ALDSCompress callbacks for one model to remove more and "
                     f"more. Received: {earlier}, then {later}"
                 )
+
+    @property
+    def _extras(self) -> list[str]:
+        """What changes the training besides the compression, as text."""
+        rewind = [f"rewind_epochs={self._rewind_epochs}"] if self._rewind_epochs else []
+        return [*rewind, f"distill={self._distill}"] if self._distill else rewind
 
     @property
     def _measured(self) -> bool:

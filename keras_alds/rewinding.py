@@ -103,6 +103,9 @@ class Rewinding:
             start = self._records.get(epoch - self._epochs)
             if start is not None and times == 1:
                 back = now - start.clocks[optimizer]
+            elif steps is None and (first := min(self._records)) < epoch:
+                steps = (now - self._records[first].clocks[optimizer]) // (epoch - first)
+                back = self._epochs * times * steps
             elif steps is not None:
                 back = self._epochs * times * steps
             else:
@@ -147,7 +150,7 @@ class Rewinding:
 
     def _hook(self, callback: Any) -> None:
         """Lets a `LearningRateScheduler` see the epoch that the clock shows."""
-        show = callback.on_epoch_begin  # possibly hooked by another `ALDSCompress`
+        show = callback.on_epoch_begin
 
         def on_epoch_begin(epoch: int, logs: dict[str, Any] | None = None) -> None:
             self.begin(epoch)

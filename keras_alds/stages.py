@@ -39,7 +39,7 @@ class Stage:
     def asks_for(self, plan: CompressionPlan) -> bool:
         """Whether a plan was made for this request, or is it."""
         if isinstance(self.request, Options):
-            return plan.requested == self.request.limits
+            return plan.requested == self.request.requested
         return plan == self.request
 
     def contradicts(self, earlier: Stage) -> bool:
@@ -50,9 +50,10 @@ class Stage:
         )
 
     def __str__(self) -> str:
-        if len(self.limits) == 1:
-            return f"cr={next(iter(self.limits.values())):g} at epoch {self.at_epoch}"
-        limits = ", ".join(f"{name}={fraction:g}" for name, fraction in self.limits.items())
+        asked = self.request.requested if isinstance(self.request, Options) else self.limits
+        if len(asked) == 1:
+            return f"cr={next(iter(asked.values())):g} at epoch {self.at_epoch}"
+        limits = ", ".join(f"{name}={fraction:g}" for name, fraction in asked.items())
         return f"{limits} at epoch {self.at_epoch}"
 
 

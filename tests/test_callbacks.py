@@ -892,6 +892,36 @@ class TestBackups:
             assert begun == [*range(epoch, 5)]
             assert same(model, whole)
 
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"cr": [0.2, 0.4], "at_epoch": [1, 2], "method": "pca"},  # gives layers a bias
+            {"cr": {"params": 0.4, "memory": 0.0}},
+        ],
+        ids=["pca", "memory"],
+    )
+    def test_with_other_options(self, keras_module, tmp_path, options):
+        data = {"calibration_data": zoo.images()[0]} if "method" in options else {}
+        options = {**options, **data}
+        whole, plan, _ = run(keras_module, tmp_path / "a", **options)
+        run(keras_module, tmp_path / "b", killed_at=3, **options)
+        model, callback, begun = run(keras_module, tmp_path / "b", **options)
+        assert begun == [3, 4]
+        assert callback.plan == plan.plan
+        assert same(model, whole)
+
+    def test_a_layer_more_is_refused(self, keras_module, interrupted, tmp_path):
+        K = keras_module
+        shutil.copytree(interrupted(K)[0], tmp_path / "b")
+        model = compiled(K, **EAGER)
+        scaled = K.layers.LayerNormalization(name="metric_head")(model.outputs[0])
+        model = compiled(K, model=K.Model(model.inputs, scaled), **EAGER)
+        weights = model.get_weights()
+        with pytest.raises(ValueError, match="Expected a plan made for the model"):
+            run(K, tmp_path / "b", model=model)
+        for a, b in zip(weights, model.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+
     def test_a_deleted_folder_is_the_remedy(self, keras_module, interrupted, tmp_path):
         shutil.copytree(interrupted(keras_module)[0], tmp_path / "b")
         shutil.rmtree(tmp_path / "b")

@@ -190,13 +190,19 @@ def load_weights(model: Model, path: str) -> None:
 
 def _of_model(shapes: Shapes) -> Shapes:
     """Without optimizers, metrics and counters, which may not have been created yet."""
+    others = ("_CHECKPOINTABLE", "ckpt_saved", "save_counter", "train_counter")
     return {
         name: shape
         for name, shape in shapes.items()
-        if "optimizer" not in name
-        and "metric" not in name
-        and not name.startswith(("_CHECKPOINTABLE", "ckpt_saved", "save_counter", "train_counter"))
+        if not name.startswith(others)
+        and "/keras_api/metrics/" not in name
+        and not any(map(_is_optimizer, name.split("/")))
     }
+
+
+def _is_optimizer(name: str) -> bool:
+    """Whether a step of a path names an optimizer or its state, such as `gen_optimizer`."""
+    return name == ".OPTIMIZER_SLOT" or bool({"optimizer", "optimizers"} & {*name.split("_")})
 
 
 def _weights(callback: Any) -> list[str]:

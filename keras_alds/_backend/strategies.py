@@ -114,7 +114,10 @@ class Replicas:
         keys = getattr(getattr(self._strategy, "extended", None), "_collective_keys", None)
         if keys is None or self.count == 1 or self.workers > 1:
             return
-        used = max(key for group in keys._instance_key_table.values() for key in group.values())
+        made = [key for group in keys._instance_key_table.values() for key in group.values()]
+        if not made:  # other reductions, such as `ReductionToOneDevice`
+            return
+        used = max(made)
         start = max(used, _last_keys) // _KEYS * _KEYS + _KEYS
         if start > _LARGEST_KEY:
             return

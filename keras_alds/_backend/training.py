@@ -343,7 +343,9 @@ class Keras3Training(Training):
             _track(optimizer, [v for v in optimizer._variables if id(v) not in dropped])
 
     def _forget_checkpoint(self, callback: Any) -> None:
-        callback.best = None
+        new = keras.callbacks.ModelCheckpoint("best.keras", save_best_only=True)
+        worst = np.inf if callback.monitor_op is np.less else -np.inf
+        callback.best = None if new.best is None else worst  # numbers before Keras 3.9
 
 
 class TfKerasTraining(Training):

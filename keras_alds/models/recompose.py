@@ -83,6 +83,8 @@ def already(inventory: Inventory, request: Request, *, strict: bool = True) -> s
     if others := limits.keys() - before.keys():
         with recomposed(inventory, records) as dense:
             before |= {name: _total(dense, name) for name in others}
+    if not all(after.values()):  # memory that is unknown: `select` says so
+        return None
     reached = {name: removed_fraction(before[name], after[name]) for name in limits}
     if any(reached[name] < limit for name, limit in limits.items()):
         return None
@@ -96,7 +98,7 @@ def _total(inventory: Inventory, resource: str) -> int:
     counts = {
         "params": lambda: count_params(inventory.model, inventory.pruning),
         "macs": lambda: Macs(inventory).total,
-        MEMORY: lambda: peak_entries(inventory) or 1,  # where it is unknown, `select` says so
+        MEMORY: lambda: peak_entries(inventory) or 0,
     }
     return counts[resource]()
 

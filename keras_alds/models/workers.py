@@ -51,6 +51,11 @@ def check_alike(replicas: Replicas, what: str, mine: str, remedy: str) -> None:
             )
 
 
+def verdict_of_chief(replicas: Replicas, mine: bool) -> bool:
+    """What the chief finds, which another worker might round differently."""
+    return bool(replicas.exchange(b"yes" if mine else b"no")[0] == b"yes")
+
+
 def check_plans(replicas: Replicas, plan: CompressionPlan) -> None:
     """Raises a ValueError, on every worker, if they have different plans."""
     if replicas.workers > 1:
