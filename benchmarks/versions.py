@@ -21,8 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PINS = {
-    "oldest": ["tensorflow==2.16.*", "keras==3.3.*", "tf_keras==2.16.*", "numpy<2"],
-    "middle": ["tensorflow==2.18.*", "keras==3.8.*", "tf_keras==2.18.*"],
+    "oldest": ["tensorflow==2.18.*", "keras==3.8.*", "tf_keras==2.18.*"],
+    "middle": ["tensorflow==2.19.*", "keras==3.11.*", "tf_keras==2.19.*"],
     "newest": ["tensorflow", "keras", "tf_keras"],
 }
 SHOWN = ("tensorflow", "keras", "tf_keras", "numpy")
@@ -39,7 +39,7 @@ def python_of(folder: Path, pins: list[str]) -> Path:
     if not python.exists():
         venv.create(folder, with_pip=True)
         packages = [*pins, "tensorflow-model-optimization", "ai-edge-litert", "pytest"]
-        packages += ["pytest-xdist", "matplotlib", "scikit-learn", "cloudpickle"]
+        packages += ["pytest-xdist", "matplotlib", "scikit-learn", "cloudpickle", "hypothesis"]
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, *packages, "-e", str(ROOT)], check=True)
     return python
