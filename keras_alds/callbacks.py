@@ -47,7 +47,7 @@ from keras_alds.plan import CompressionPlan
 from keras_alds.refinement import check_examples, refined, steps_of
 from keras_alds.resources import RESOURCES, removed_fraction
 from keras_alds.rewinding import Rewinding, check_rewind
-from keras_alds.stages import AUTO, Stage, stages_of
+from keras_alds.stages import AUTO, Course, Stage, stages_of
 from keras_alds.tables import counted
 
 if TYPE_CHECKING:
@@ -150,7 +150,8 @@ class ALDSCompress(_backend.Callback):
             `"temperature"` (defaults to 2) and `"features"`: names or paths of layers whose outputs
             are to have a small relative squared error, or True for the ends of all blocks. A
             `train_step` of the model's own has to call `compute_loss`. With `submodel` this needs
-            `calibration_data`. Nothing of it is saved. Defaults to False.
+            `calibration_data`. Files of the model hold nothing of it; a backup holds the teacher.
+            Defaults to False.
         callbacks: The other callbacks of `fit`. Defaults to None: they are taken from the `fit`
             call that is running.
         verbose: 0 prints nothing; otherwise the compression prints one line. Defaults to 1.
@@ -159,7 +160,7 @@ class ALDSCompress(_backend.Callback):
     Attributes:
         plan: The `CompressionPlan` of the last step, or None as long as the callback has
             compressed nothing.
-        at_epoch: The epoch. With `"auto"`, the latest one until the ranks have settled.
+        at_epoch: The epoch or epochs. With `"auto"`, the latest one until the ranks have settled.
 
     Raises:
         TypeError: From the constructor, if `at_epoch` is missing or an option's name is unknown.
@@ -244,10 +245,8 @@ class ALDSCompress(_backend.Callback):
 
     def _start_training(self) -> None:
         self._rewinding: Rewinding | None = None
-        self._expected = self._stages  # those that are taken in this training, or were before it
-        self._left = list(self._stages)
+        self._course = Course(self._stages)
         self._done = False
-        self._first_epoch: int | None = None
         self._checked = False
         self._suffix = ""
         self._settling: SettlingTime | None = None
@@ -290,16 +289,18 @@ class ALDSCompress(_backend.Callback):
             self._params_before = self._dense_params()
             with alone(self.model):
                 self._drop_met()
-                for stage in self._left:
-                    self._source = stage.request
-                    self._check()
-            if self._left and self._calibration_data is not None and self._part is self.model:
+                self._check()
+            if (
+                self._course.left
+                and self._calibration_data is not None
+                and self._part is self.model
+            ):
                 x, _ = backend.calling_fit(self.model)
                 warn_of_other_inputs(self.model, self._calibration_data, x, stacklevel=2)
-        if self._needs_data and self._calibration_data is None and self._left:
+        if self._needs_data and self._calibration_data is None and self._course.left:
             self._training_inputs()
         if self._rewind_epochs:
-            steps = (self._steps_at, self._steps_until)
+            steps = (self._steps_at, self._course.count_until)
             self._rewinding = Rewinding(self.model, self._siblings(), self._rewind_epochs, *steps)
         workers.check_alike(
             Replicas(self.model),
@@ -315,19 +316,15 @@ class ALDSCompress(_backend.Callback):
             backup.note_epoch(epoch)
         if self._rewinding is not None:
             self._rewinding.begin(epoch)
+        if not self._checked and has_weights(self._part):  # it had none when training began
+            with alone(self.model):
+                self._drop_met()
+                self._check()
         times = self._steps_at(epoch)
         if due := self._due(epoch):
-            self._source = due[-1].request  # of several that a late start has missed, the last
-            if not self._checked:  # the model had no weights when training began
-                with alone(self.model):
-                    self._check()
-            self._compress(epoch)
-        if self._first_epoch is None:
-            self._first_epoch = epoch
-            self._expected = tuple(
-                s for s in self._stages if s in self._left or s.at_epoch <= epoch
-            )
-        self._left = self._left[len(due) :]
+            self._compress(epoch, due[-1].request)
+        self._course.begin(epoch)
+        self._course.drop(len(due))
         if self._rewinding is not None and times:
             self._rewinding.rewind(epoch, times, self.params.get("steps"))
 
@@ -353,17 +350,18 @@ class ALDSCompress(_backend.Callback):
             self._rewinding.end()
         if self._distill is not None:
             stop_distillation(self.model)
-        if self._left:
+        self._rewinding, self._backups, self._teacher = None, [], None
+        if left := self._course.left:
             warnings.warn(
                 f"The model was not compressed{' further' if self._done else ''}: training ended "
-                f"before epoch index at_epoch={self._left[0].at_epoch} (epochs are counted from "
+                f"before epoch index at_epoch={left[0].at_epoch} (epochs are counted from "
                 f"0). Received: epochs={self.params.get('epochs')}",
                 stacklevel=2,
             )
 
     # -- The compression ---------------------------------------------------------------------
 
-    def _compress(self, epoch: int) -> None:
+    def _compress(self, epoch: int, request: Request) -> None:
         start = time.perf_counter()
         check_model(self._part)
         if self._params_before is None:
@@ -373,7 +371,7 @@ class ALDSCompress(_backend.Callback):
             teacher = None
             if self._steps is not None or self._distill is not None:
                 teacher = self._copied()
-            chosen = self._change()
+            chosen = self._change(request)
             if self._steps is not None:
                 result = refined(
                     self._part, teacher, chosen.examples, self._steps, verbose=self.verbose
@@ -399,10 +397,10 @@ class ALDSCompress(_backend.Callback):
         if self._steps is not None:
             self._say(f"refinement: {result}")
 
-    def _change(self) -> Chosen:
+    def _change(self, request: Request) -> Chosen:
         """Chooses slices and ranks, and factorizes the layers."""
-        inventory, trainer = inspected(self._part, self._source), self.model
-        factorized = to_recompose(inventory, self._source)
+        inventory, trainer = inspected(self._part, request), self.model
+        factorized = to_recompose(inventory, request)
         with recomposed(inventory, factorized, keep=True, trainer=trainer) as dense:
             data = self._calibration_data
             if data is None and self._needs_data:
@@ -412,7 +410,7 @@ class ALDSCompress(_backend.Callback):
             choose = functools.partial(
                 make_choice,
                 dense,
-                self._source,
+                request,
                 data,
                 self._sequential,
                 verbose=self.verbose,
@@ -458,8 +456,8 @@ class ALDSCompress(_backend.Callback):
         """Sets the epoch of the only step, which `at_epoch="auto"` leaves open."""
         self.at_epoch = epoch
         stage = dataclasses.replace(self._stages[0], at_epoch=epoch)
-        self._stages = self._expected = (stage,)
-        self._left = [stage]
+        self._stages = (stage,)
+        self._course = Course(self._stages)
 
     def _resume(self, backup: Backup) -> None:
         """Gives the model the structure that it has in a backup."""
@@ -477,44 +475,37 @@ class ALDSCompress(_backend.Callback):
 
     def _due(self, epoch: int) -> list[Stage]:
         """The steps to take before an epoch, of those that the model does not meet already."""
-        if all(stage.at_epoch > epoch for stage in self._left):
+        if not self._course.due(epoch):
             return []
         with alone(self.model):
             self._drop_met()
-        due = [stage for stage in self._left if stage.at_epoch <= epoch]
-        missed = [stage for stage in due if stage.at_epoch < epoch]
-        if missed and self._first_epoch is None and self._measured and self._factorized_layers():
+        missed = self._course.missed(epoch)
+        if missed and self._measured and self._factorized_layers():
             self._done = True
-            self._left = self._left[len(missed) :]
+            self._course.drop(len(missed))
             self._say(f"epoch {epoch}: {self._named}already compressed, training on")
-            return due[len(missed) :]
-        return due
+        return self._course.due(epoch)
 
     def _steps_at(self, epoch: int) -> int:
         """How many steps an epoch begins with, a step that the model meets already included.
 
         Those of the first epoch are those that no earlier run has taken.
         """
-        if self._first_epoch is None or epoch <= self._first_epoch:
-            return len(self._due(epoch))
-        return sum(stage.at_epoch == epoch for stage in self._expected)
-
-    def _steps_until(self, epoch: int) -> int:
-        """How many steps there are up to the beginning of an epoch, in earlier runs too."""
-        return sum(stage.at_epoch <= epoch for stage in self._expected)
+        first = self._course.is_first(epoch)
+        return len(self._due(epoch)) if first else self._course.count_at(epoch)
 
     def _drop_met(self) -> None:
         """Leaves out the first steps, as far as the model is compressed already; says so once."""
         found = None
-        while self._left:
-            request = self._left[0].request
+        while self._course.left:
+            request = self._course.left[0].request
             met: str | None = "compressed as in the backup"
             if not any(request is known for known in self._resumed):
                 met = already(inspected(self._part, request), request, strict=False)
             if met is None:
                 break
             found = met
-            del self._left[0]
+            self._course.drop(1)
         if found is not None:
             self._say(f"{self._named}{found}, training on")
             if self._distill is not None and self._teacher is not None:
@@ -530,23 +521,25 @@ class ALDSCompress(_backend.Callback):
 
     def _check(self) -> None:
         """Raises every error of model and options that does not depend on the weights."""
-        inventory = inspected(self._part, self._source)
-        with recomposed(inventory, to_recompose(inventory, self._source)) as inventory:
-            if isinstance(self._source, Options):
-                selection = selection_of(
-                    inventory, self._source, verbose=self.verbose, stacklevel=4
-                )
+        for stage in self._course.left:
+            self._check_request(stage.request)
+        if self._course.left and (self._steps is not None or self._distill is not None):
+            self._copied()
+        if self._course.left and self._distill is not None:
+            self._distill.check(self.model, self._part, self._examples())
+        self._checked = True
+
+    def _check_request(self, request: Request) -> None:
+        inventory = inspected(self._part, request)
+        with recomposed(inventory, to_recompose(inventory, request)) as inventory:
+            if isinstance(request, Options):
+                selection = selection_of(inventory, request, verbose=self.verbose, stacklevel=5)
                 inventory, chosen = selection.inventory, selection.inventory.candidates
             else:
-                pairs = match(inventory, self._source)
+                pairs = match(inventory, request)
                 chosen = tuple(record for record, choice in pairs if choice.factorized)
             if self._calibration_data is not None:
                 check_data(inventory, self._calibration_data)
-        if not self._checked and (self._steps is not None or self._distill is not None):
-            self._copied()
-        if not self._checked and self._distill is not None:
-            self._distill.check(self.model, self._part, self._examples())
-        self._checked = True
         if self._submodel is not None or (found := frozen_part(self._part, chosen)) is None:
             return
         raise ValueError(

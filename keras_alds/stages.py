@@ -57,6 +57,50 @@ class Stage:
         return f"{limits} at epoch {self.at_epoch}"
 
 
+class Course:
+    """The stages of one `fit`: which are left to take, and which were taken, here or earlier.
+
+    Args:
+        stages: All of them, in the order of their epochs.
+    """
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self.left = [*stages]
+        self._counted = [*stages]  # those that are taken in this training, or were before it
+        self._first_epoch: int | None = None
+
+    def due(self, epoch: int) -> list[Stage]:
+        """The stages that are left to take before an epoch. Of several, the last one counts."""
+        return [stage for stage in self.left if stage.at_epoch <= epoch]
+
+    def missed(self, epoch: int) -> list[Stage]:
+        """Those of `due` that an earlier run has passed, if the training starts at this epoch."""
+        late = [stage for stage in self.due(epoch) if stage.at_epoch < epoch]
+        return late if self._first_epoch is None else []
+
+    def drop(self, count: int) -> None:
+        """Takes the first stages that are left off the list."""
+        del self.left[:count]
+
+    def begin(self, epoch: int) -> None:
+        """Notes that an epoch begins. Stages that the model met before do not count if later."""
+        if self._first_epoch is None:
+            self._first_epoch = epoch
+            self._counted = [s for s in self._counted if s in self.left or s.at_epoch <= epoch]
+
+    def is_first(self, epoch: int) -> bool:
+        """Whether the training starts at an epoch."""
+        return self._first_epoch is None or epoch <= self._first_epoch
+
+    def count_at(self, epoch: int) -> int:
+        """How many stages are taken just before an epoch."""
+        return sum(stage.at_epoch == epoch for stage in self._counted)
+
+    def count_until(self, epoch: int) -> int:
+        """How many stages are taken up to the beginning of an epoch, in earlier runs too."""
+        return sum(stage.at_epoch <= epoch for stage in self._counted)
+
+
 def stages_of(
     cr: Any,
     at_epoch: Any,

@@ -76,3 +76,13 @@ class TestToldAtOnce:
             ALDSCompress(plan=select(model, 0.3), at_epoch=[1, 2])
         two = [ALDSCompress([0.3, 0.5], at_epoch=[1, 3]), ALDSCompress(0.4, at_epoch=4)]
         assert unchanged(model, two, match="cr=0.5 at epoch 3, then cr=0.4 at epoch 4")
+
+
+def test_all_steps_are_checked_as_soon_as_there_are_weights(keras_module):
+    K = keras_module
+    model = K.Sequential([K.layers.Flatten(), K.layers.Dense(64), K.layers.Dense(10)])
+    compiled(K, model=model, **EAGER)
+    steps = ALDSCompress(cr=[0.3, 0.999], at_epoch=[3, 4], verbose=0)
+    with pytest.raises(ValueError, match="not reachable"):
+        fit(model, [steps], epochs=5)
+    assert int(model.optimizer.iterations) in (0, 2)  # tf_keras builds the model in the first step

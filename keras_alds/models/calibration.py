@@ -68,9 +68,9 @@ class CalibrationStats:
     5120 unfolded inputs, such as a dense layer after a large `Flatten`, only diagonal blocks of S
     are kept. Their number of slices is then a multiple of the number of blocks; see `blocks`.
 
-    The sum of two `CalibrationStats` of the same weights is that of all their examples, to
-    rounding, so that several machines can collect them. It has the `curves` of the first summand
-    that has any.
+    The sum of two `CalibrationStats` of the same weights has the second moments of all their
+    examples, so that several machines can collect them. The held-out examples are those of both,
+    and the `curves` those of the first summand that has any.
 
     Args:
         moments: `{path: SecondMoment}`, None for a layer that no example reached.
