@@ -275,6 +275,13 @@ def test_limits_and_bounds_hold_or_are_refused(method, params, macs, ceiling, fl
     assert np.isfinite(plan.max_error)
 
 
+def alike(plan, other):
+    """The same choices; the last bits of errors depend on where BLAS finds its arrays."""
+    for ours, theirs in zip(plan.choices, other.choices, strict=True):
+        assert (ours.layer, ours.slices, ours.rank) == (theirs.layer, theirs.slices, theirs.rank)
+        assert ours.error == pytest.approx(theirs.error, rel=1e-9, abs=1e-12)
+
+
 def test_only_the_spectra_of_allowed_slices_are_computed(monkeypatch):
     model = zoo.functional(keras)
     found = []
@@ -291,6 +298,6 @@ def test_only_the_spectra_of_allowed_slices_are_computed(monkeypatch):
     free = select(model, 0.4, target="size", **options)
     assert found[-1][0] > 0
     assert {1, 2} < found[-1][1]
-    assert select(model, 0.4, max_slices=1, **options) == narrow
-    assert select(model, 0.4, target="size", **options) == free
+    alike(select(model, 0.4, max_slices=1, **options), narrow)
+    alike(select(model, 0.4, target="size", **options), free)
     assert found[-1][0] == 0
