@@ -2,9 +2,9 @@
 
     python benchmarks/pause.py --networks resnet20 resnet50 --images 0 256
 
-For random weights: `select`; the pause, from the beginning of the epoch to its first batch; the
-first step after it, which traces the step function anew; and a usual step. Seconds, and the pause
-as a multiple of `select`.
+After an epoch from random weights: `select`; the pause, from the beginning of the next epoch to its
+first batch; the first step after it, which traces the step function anew; and a usual step.
+Seconds, and the pause as a multiple of `select`.
 """
 
 from __future__ import annotations
@@ -60,13 +60,15 @@ def measure(name: str, images: int) -> list[float]:
     x = rng.standard_normal((8, size, size, 3)).astype("float32")
     y = rng.integers(0, 10, 8)
     data = rng.standard_normal((images, size, size, 3)).astype("float32") if images else None
-    options = {"calibration_data": data, "verbose": 0}
-    clock = Clock(epoch=1)
-    # The clock is first in the list, so its epoch begins before the compression.
-    alds = keras_alds.ALDSCompress(0.5, at_epoch=1, **options)
+    options = {"calibration_data": data}
+    # What is chosen without data depends on the statistics of BatchNormalization.
+    model.fit(x, y, batch_size=2, verbose=0)
     start = time.perf_counter()
     keras_alds.select(model, 0.5, **options)
     select = time.perf_counter() - start
+    # The clock is first in the list, so its epoch begins before the compression.
+    clock = Clock(epoch=1)
+    alds = keras_alds.ALDSCompress(0.5, at_epoch=1, verbose=0, **options)
     model.fit(x, y, batch_size=2, epochs=2, verbose=0, callbacks=[clock, alds])
     return [select, clock.pause, clock.steps[0], float(np.median(clock.steps[1:]))]
 

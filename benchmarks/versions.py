@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PINS = {
-    "oldest": ["tensorflow==2.18.*", "keras==3.8.*", "tf_keras==2.18.*"],
+    "oldest": ["tensorflow==2.19.*", "keras==3.8.*", "tf_keras==2.19.*"],
     "middle": ["tensorflow==2.19.*", "keras==3.11.*", "tf_keras==2.19.*"],
     "newest": ["tensorflow", "keras", "tf_keras"],
 }
