@@ -49,7 +49,7 @@ class Skipped(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class LayerChoice:
-    """The plan for one layer with weights.
+    """The plan for one layer with weights, as `select` chooses it.
 
     Attributes:
         layer: The layer's name, or its path `model/layer` inside nested models.

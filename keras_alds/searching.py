@@ -54,7 +54,7 @@ _FORMAT, _VERSION = "keras_alds.search", 1
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class SearchPoint:
-    """One compressed model that a search has evaluated.
+    """One compressed model that `search` has evaluated.
 
     Attributes:
         plan: Its plan.

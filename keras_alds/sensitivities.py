@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class LayerSensitivity:
-    """What cutting one layer does while all others stay as they are.
+    """What cutting one layer does while all others stay as they are; made by `sensitivity`.
 
     The choice is the one with the least error that removes the fraction. All its figures are None
     if no allowed choice does.

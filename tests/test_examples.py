@@ -7,13 +7,16 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import keras
+import matplotlib as mpl
 import pytest
 
 import keras_alds
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.ipynb"))
 Run = Callable[..., str]
 
 pytestmark = pytest.mark.slow
@@ -110,3 +113,52 @@ def test_lstm(run: Run, tmp_path: Path):
     before, after = numbers(re.search(r"\| bytes of weights +\|(.*)\|.*\|", printed)[1])
     assert 4 * file.parameters < 0.5 * before
     assert after < 0.5 * before
+
+
+# What makes a notebook short.
+PARAMETERS = {"epochs": 1, "limit": 64, "size": 8, "filters": (8, 32), "runs": 5}
+
+
+def notebook_tools() -> dict[str, Any]:
+    pytest.importorskip("nbclient")
+    return runpy.run_path(str(EXAMPLES / "notebooks" / "run.py"))
+
+
+def test_a_notebook_runs_in_jupyter():
+    pytest.importorskip("ipykernel")
+    tools = notebook_tools()
+    notebook = tools["read"](EXAMPLES / "notebooks" / "first_compression.ipynb", PARAMETERS)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    tools["execute"](notebook)
+    assert "FactorizedConv2D" in notebook.cells[-2].outputs[0].text
+
+
+@pytest.mark.parametrize("name", ["latency", "prune_and_quantize"])
+def test_notebooks_run(name: str, run: Run, capsys: pytest.CaptureFixture[str]):
+    """In this process, as a kernel takes long to start."""
+    if name == "prune_and_quantize":
+        pytest.importorskip("tensorflow_model_optimization")
+    mpl.use("Agg")
+    notebook = notebook_tools()["read"](EXAMPLES / "notebooks" / f"{name}.ipynb", PARAMETERS)
+    values: dict[str, Any] = {"__name__": name}
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            exec(compile(cell.source, name, "exec"), values)
+    expected = {"latency": "of the parameters removed: latency ×", "prune_and_quantize": "int8 50"}
+    assert expected[name] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_hold_outputs_of_one_run(path: Path):
+    notebook = pytest.importorskip("nbformat").read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert len(outputs) > 5
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert path.stat().st_size < 100_000
+    text = "".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    assert [link for link in links if not (path.parent / link).exists()] == []

@@ -28,7 +28,7 @@ Compute = Callable[[Any, Any], float]
 
 @dataclasses.dataclass(frozen=True)
 class FileFigures:
-    """The figures of one file.
+    """The figures of one of the files that `compare` compares.
 
     Attributes:
         size: Bytes of the file.

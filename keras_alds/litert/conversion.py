@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import logging
 import os
 import re
 import tempfile
@@ -361,7 +362,16 @@ class _Signature:
         module = tf.Module()
         module.weights = list(self._function.variables)
         module.forward = self._function
-        tf.saved_model.save(module, folder, signatures={"serving_default": self._function})
+
+        def own(record: logging.LogRecord) -> bool:
+            return "Assets written" not in record.getMessage()  # notebooks show it
+
+        logger = tf.get_logger()
+        logger.addFilter(own)
+        try:
+            tf.saved_model.save(module, folder, signatures={"serving_default": self._function})
+        finally:
+            logger.removeFilter(own)
 
     def feed(
         self, examples: KeptExamples, size: int, progress: Progress

@@ -50,7 +50,7 @@ _TRANSPOSED = ("TRANSPOSE_CONV", "CONV_3D_TRANSPOSE")
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Tensor:
-    """A tensor of a file.
+    """A tensor of a file, as `read_file` finds it.
 
     Attributes:
         index: Its number in its subgraph.
@@ -92,7 +92,7 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """An operator of a file.
+    """An operator of a file, as `read_file` finds it.
 
     Attributes:
         index: Its number in its subgraph, which is the order of execution.

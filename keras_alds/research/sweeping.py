@@ -31,7 +31,7 @@ _MARKERS = "osD^v<>PX*pd"
 
 @dataclasses.dataclass(frozen=True)
 class SweepRow:
-    """One compressed model of a sweep, or the model itself (`method="dense"`, `cr=0`).
+    """One compressed model of `sweep`, or the model itself (`method="dense"`, `cr=0`).
 
     Attributes:
         method: Name of the method.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gzip
+import logging
 import pickle
 import sys
 import types
@@ -65,6 +66,23 @@ def test_factorized_models_of_every_kind_convert(module: str, kind: str):
     assert file.parameters <= small.count_params() + zeros
     assert small.count_params() < model.count_params()
     assert file.size == len(content)
+
+
+def test_says_nothing_where_tensorflow_talks():
+    """In notebooks, TensorFlow's logger prints at level INFO."""
+    logger, records = tf.get_logger(), []
+    handler = logging.Handler()
+    handler.emit = records.append
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel("INFO")
+    try:
+        litert.convert(zoo.functional(keras), verbose=0)
+        logger.info("Assets written to: a folder")  # others still may
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    assert [record.getMessage() for record in records] == ["Assets written to: a folder"]
 
 
 def test_int8_tensors():
