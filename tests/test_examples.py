@@ -43,12 +43,11 @@ def numbers(text: str) -> list[int]:
 
 
 SHORT = ("--epochs", "1", "--limit", "64")
-THIN = ("--filters", "8", "32")
 
 
 def test_prune_and_quantize(run: Run):
     pytest.importorskip("tensorflow_model_optimization")
-    printed = run("prune_and_quantize.py", *SHORT, *THIN)
+    printed = run("prune_and_quantize.py", *SHORT, "--filters", "32")
     rows = re.findall(r"^(.*?) +[\d.]+% +([\d,]+) +([\d,]+)$", printed, flags=re.M)
     assert [row[0] for row in rows][-1] == "compressed, pruned and trained for int8"
     sizes, zipped = ([numbers(row[column])[0] for row in rows] for column in (1, 2))
@@ -58,7 +57,9 @@ def test_prune_and_quantize(run: Run):
 
 
 def test_latency(run: Run):
-    printed = run("latency.py", *SHORT, *THIN, "--size", "8", "--cr", "0.1", "--runs", "5")
+    printed = run(
+        "latency.py", *SHORT, "--filters", "16", "64", "--size", "8", "--cr", "0.1", "--runs", "5"
+    )
     assert "Predicted latency" in printed
     kinds = re.findall(r"10% of the (\w+) removed: latency × [\d.]+, parameters × ", printed)
     assert kinds == ["latency", "parameters"]
@@ -66,11 +67,12 @@ def test_latency(run: Run):
 
 def test_applications(run: Run, tmp_path: Path):
     keras.utils.save_img("photo.png", [[[0, 99, 0]] * 32] * 32, scale=False)
-    options = ("--weights", "none", "--size", "32", "--output", "out/small.keras")
+    name = ("--module", "mobilenet", "--name", "MobileNet")
+    options = (*name, "--weights", "none", "--size", "32", "--output", "out/small.keras")
     with pytest.warns(UserWarning, match="Expected `calibration_data`"):
         printed = run("applications.py", *options)
     before, after = numbers(re.search(r"\| parameters +\|(.*)\|.*\|", printed)[1])
-    assert before == 3_538_984
+    assert before == 4_253_864
     assert after <= 0.7 * before
     assert keras.saving.load_model("out/small.keras").count_params() == after
 
@@ -116,7 +118,8 @@ def test_lstm(run: Run, tmp_path: Path):
 
 
 # What makes a notebook short.
-PARAMETERS = {"epochs": 1, "limit": 64, "size": 8, "filters": (8, 32), "runs": 5}
+PARAMETERS = {"epochs": 1, "limit": 64, "size": 8, "filters": (16, 64), "runs": 5}
+PARAMETERS |= {"cr": 0.1, "ratios": (0.1,)}
 
 
 def notebook_tools() -> dict[str, Any]:

@@ -18,9 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "keras_alds"
 #: Runs in the installed copy, and in no environment that holds another one.
 IMPORT = """
+import os
 import sys
 import keras_alds
-assert keras_alds.__file__.startswith(sys.path[0]), keras_alds.__file__
+assert os.path.dirname(os.path.dirname(keras_alds.__file__)) == os.getcwd(), keras_alds.__file__
 assert keras_alds.__version__ == {version!r}
 import keras_alds.core.solvers
 from keras_alds.cli import main

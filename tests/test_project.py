@@ -45,7 +45,7 @@ TENSORFLOW = ("_backend", "litert", "tfmot", "tf_keras")
 #: layers for both, and what a user types.
 NAMED = ("_backend", "tf_keras", "__init__", "cli")
 LONGEST_FUNCTION = 60
-# Records that nobody constructs, and what makes each. Their docstrings name it; its has the example.
+# Records that nobody constructs, and what makes each. Their docstrings name it; it has an example.
 RECORDS = {
     "LayerChoice": "select",
     "LayerSensitivity": "sensitivity",
