@@ -15,7 +15,8 @@ import pytest
 
 import keras_alds
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
 NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.ipynb"))
 Run = Callable[..., str]
 
@@ -165,3 +166,15 @@ def test_notebooks_hold_outputs_of_one_run(path: Path):
     text = "".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
     assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_every_example_is_listed_and_run():
+    page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+    tests = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/test_*.py"))
+    for path in [*EXAMPLES.glob("*.py"), *NOTEBOOKS]:
+        if path.name == "common.py":
+            continue
+        assert f"](../{path.relative_to(ROOT).as_posix()})" in page, path.name
+        assert path.name in tests or f'"{path.stem}"' in tests, path.name
+        if path.suffix == ".py":
+            assert f"python examples/{path.name}" in path.read_text(encoding="utf-8")
