@@ -67,7 +67,10 @@ def test_latency(run: Run):
 
 
 def test_applications(run: Run, tmp_path: Path):
-    keras.utils.save_img("photo.png", [[[0, 99, 0]] * 32] * 32, scale=False)
+    keras.utils.save_img(tmp_path / "photo.png", [[[0, 99, 0]] * 48] * 40, scale=False)
+    (image,) = runpy.run_path(str(EXAMPLES / "applications.py"))["load_images"](tmp_path, 32)
+    assert image.shape == (32, 32, 3)
+    assert (image == [0, 99, 0]).all()
     name = ("--module", "mobilenet", "--name", "MobileNet")
     options = (*name, "--weights", "none", "--size", "32", "--output", "out/small.keras")
     with pytest.warns(UserWarning, match="Expected `calibration_data`"):
