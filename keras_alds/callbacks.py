@@ -322,6 +322,7 @@ class ALDSCompress(_backend.Callback):
                 self._check()
         times = self._steps_at(epoch)
         if due := self._due(epoch):
+            self._warn_of_late_start(epoch)
             self._compress(epoch, due[-1].request)
         self._course.begin(epoch)
         self._course.drop(len(due))
@@ -485,6 +486,18 @@ class ALDSCompress(_backend.Callback):
             self._course.drop(len(missed))
             self._say(f"epoch {epoch}: {self._named}already compressed, training on")
         return self._course.due(epoch)
+
+    def _warn_of_late_start(self, epoch: int) -> None:
+        """Weights of a compressed model may have been loaded into the dense one, some of them."""
+        missed = [] if self._auto else self._course.missed(epoch)
+        if missed and not self._resumed and not self._factorized_layers():
+            warnings.warn(
+                f"Training starts at epoch {epoch}, after at_epoch={missed[-1].at_epoch}, with a "
+                "model that is not compressed: it is compressed now. If its weights come from a "
+                "checkpoint of the compressed model, most of them were not loaded. Load the whole "
+                "model, or call `apply_plan` before `load_weights`.",
+                stacklevel=2,
+            )
 
     def _steps_at(self, epoch: int) -> int:
         """How many steps an epoch begins with, a step that the model meets already included.
