@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from keras_alds import plots
 from keras_alds._backend.layers import KerasModel
 from keras_alds.api import calibrated, checked_options, selection_of
 from keras_alds.core.checks import did_you_mean
@@ -18,7 +19,6 @@ from keras_alds.models.resources import Resource
 from keras_alds.models.turns import alone
 from keras_alds.options import LEAST_CR, SelectOptions, check_names, of_all_forms, takes_options
 from keras_alds.resources import RESOURCES
-from keras_alds.scores import axes_or_new
 from keras_alds.tables import PrintFn, counted, print_table
 
 if TYPE_CHECKING:
@@ -147,6 +147,8 @@ class Sensitivity:
     def plot(self, ax: Any = None) -> Any:
         """Plots what each layer does to the model's outputs as bars, the first layer on top.
 
+        This is `keras_alds.plots.sensitivity`.
+
         Args:
             ax: Axes of matplotlib to draw on. Defaults to None: those of a new figure.
 
@@ -154,15 +156,9 @@ class Sensitivity:
             The axes. `axes.figure.savefig("sensitivity.png")` writes a file.
 
         Raises:
-            ImportError: If matplotlib is not installed and `ax` is None.
+            ImportError: If matplotlib is not installed.
         """
-        ax = axes_or_new(ax, height=1.2 + 0.22 * len(self.layers))
-        rows = [row for row in self.layers if row.divergence is not None]
-        ax.barh([row.layer for row in rows], [row.divergence for row in rows])
-        ax.invert_yaxis()
-        ax.set_xlabel(f"divergence of the outputs without {self.fraction:.0%} of the layer")
-        ax.grid(alpha=0.3, axis="x")
-        return ax
+        return plots.sensitivity(self, ax=ax)
 
 
 @takes_options(leave_out=("method", "error_measure"))

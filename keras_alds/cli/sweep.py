@@ -13,7 +13,6 @@ import numpy as np
 from keras_alds.cli.models import add_model, read_model
 from keras_alds.methods import METHODS
 from keras_alds.options import add_flags, flags
-from keras_alds.scores import check_plots
 
 OPTIONS = ("objective", "exclude", "max_slices", "latency_table", "quantize", "schemes")
 
@@ -53,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
+    from keras_alds.plots.axes import matplotlib
     from keras_alds.research.sweeping import DEFAULT_CRS, sweep
 
     if arguments.epochs < 0 or arguments.calibration < 0:
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"Received: {arguments.epochs} and {arguments.calibration}"
         )
     if arguments.plot is not None:
-        check_plots()
+        matplotlib("figure")
     model = read_model(arguments)
     x_test, y_test = read_images(arguments, "test", arguments.test)
     logits = scores(model, x_test[:64])

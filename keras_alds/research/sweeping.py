@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from keras_alds import _backend
+from keras_alds import _backend, plots
 from keras_alds._backend.layers import KerasModel
 from keras_alds.api import compress, select
 from keras_alds.methods import METHODS, get_method
@@ -17,16 +17,15 @@ from keras_alds.models.calibration import Calibration
 from keras_alds.models.fit import check_sequential
 from keras_alds.models.inventory import Inventory, count_params
 from keras_alds.options import SelectOptions, check_cr, check_names, of_all_forms, takes_options
+from keras_alds.plots.axes import new_figure
 from keras_alds.progress import progress_bar
-from keras_alds.resources import RESOURCES
-from keras_alds.scores import check_evaluate, check_function, check_plots, scored
+from keras_alds.scores import check_evaluate, check_function, scored
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 DEFAULT_CRS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 DENSE = "dense"
-_MARKERS = "osD^v<>PX*pd"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,31 +138,14 @@ class Sweep:
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        figures = check_plots()
         panels = [False, True] if self.dense.retrained is not None else [False]
-        figure = figures.Figure(figsize=(1.6 + 5.6 * len(panels), 4.4), layout="constrained")
+        figure = new_figure(1.6 + 5.6 * len(panels), 4.4)
         axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         for axis, retrained in zip(axes, panels, strict=True):
-            for index, method in enumerate(self.methods):
-                points = [
-                    (1 - row.removed, _score(row, retrained))
-                    for row in self.rows
-                    if row.method == method and row.removed is not None
-                ]
-                axis.plot(
-                    *zip(*sorted(points), strict=True) if points else ([], []),
-                    marker=_MARKERS[index % len(_MARKERS)],
-                    markersize=4,
-                    linewidth=1.2,
-                    color=f"C{index % 10}",
-                    linestyle="-" if index < 10 else "--",
-                    label=method,
-                )
-            axis.axhline(_score(self.dense, retrained), color="0.5", linestyle=":", label=DENSE)
+            plots.scores(self, retrained=retrained, label=label, ax=axis)
+            axis.get_legend().remove()
             axis.set_title("after retraining" if retrained else "no retraining")
-            axis.set_xlabel(f"fraction of {RESOURCES[self.objective].counted} that is left")
-            axis.grid(alpha=0.3)
-        axes[0].set_ylabel(label)
+            axis.label_outer()
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
         figure.savefig(path, dpi=110)
 
