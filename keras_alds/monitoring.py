@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import numbers
 import os
 from typing import Any
@@ -18,6 +17,7 @@ from keras_alds.models.selection import candidates_of
 from keras_alds.models.turns import alone
 from keras_alds.options import LEAST_CR, Options
 from keras_alds.plots.of_results import RANKS
+from keras_alds.tables import write_csv
 
 _COLUMNS = ("epoch", "layer", "full_rank", *RANKS, "removable")
 
@@ -136,10 +136,7 @@ class RankMonitor(_backend.Callback):
         Args:
             path: The file.
         """
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, _COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.history)
+        write_csv(path, self.history, _COLUMNS)
 
     def plot(self, column: str = "effective_rank", ax: Any = None) -> Any:
         """Plots one of the ranks of every layer, divided by its full rank, against the epochs.

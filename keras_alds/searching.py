@@ -38,7 +38,7 @@ from keras_alds.progress import progress_bar
 from keras_alds.refinement import refined, steps_of
 from keras_alds.resources import RESOURCES, Cost
 from keras_alds.scores import Scored, check_evaluate, frontier, scored
-from keras_alds.tables import PrintFn, counted, print_table
+from keras_alds.tables import Tabular, TextTable, counted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -87,7 +87,7 @@ class SearchPoint:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class SearchResult:
+class SearchResult(Tabular):
     """The result of `search`.
 
     Attributes:
@@ -139,13 +139,21 @@ class SearchResult:
         points = {Scored(1 - point.removed, point.score): point for point in self.points}
         return tuple(points[key] for key in reversed(frontier(points)))
 
-    def summary(self, print_fn: PrintFn | None = None, line_length: int | None = None) -> None:
-        """Prints a table of all models that were evaluated, smallest last.
+    def to_rows(self) -> list[dict[str, Any]]:
+        """The model itself and all that were evaluated, in that order, as dicts."""
+        dense = {"cr": 0.0, "removed": 0.0, "score": self.dense_score, "within_limit": True}
+        rows = [{**dense, "taken": self.best is None, "seconds": None}]
+        for point in self.points:
+            figures = {"cr": point.cr, "removed": point.removed, "score": point.score}
+            within = point.score >= self.limit
+            taken = point is self.best
+            rows.append(
+                {**figures, "within_limit": within, "taken": taken, "seconds": point.seconds}
+            )
+        return rows
 
-        Args:
-            print_fn: Called with the text; default: standard output, in colour on a terminal.
-            line_length: Width in characters; default: the terminal's, else 100.
-        """
+    def _table(self) -> TextTable:
+        """All models that were evaluated, smallest last."""
         info, best = RESOURCES[self.objective], self.best
         rows = [["dense", "–", "–", f"{self.dense_score:.4f}", "–", "–"]]
         for point in sorted(self.points, key=lambda p: p.removed):
@@ -162,14 +170,7 @@ class SearchResult:
             )
         columns = ["Model", info.column, "Removed", "Score", "Within limit", "Seconds"]
         title = f"Search for {self.name!r}: max_drop={self.max_drop:g}, score >= {self.limit:.4f}"
-        print_table(
-            title,
-            columns,
-            rows,
-            [self._statement()],
-            print_fn=print_fn,
-            line_length=line_length,
-        )
+        return TextTable(title, columns, rows, [self._statement()])
 
     def plot(self, ax: Any = None) -> Any:
         """Plots the scores against the size that is left; see `keras_alds.plots.scores`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import os
 import time
@@ -19,7 +18,9 @@ from keras_alds.models.inventory import Inventory, count_params
 from keras_alds.options import SelectOptions, check_cr, check_names, of_all_forms, takes_options
 from keras_alds.plots.axes import new_figure
 from keras_alds.progress import progress_bar
+from keras_alds.resources import RESOURCES
 from keras_alds.scores import check_evaluate, check_function, scored
+from keras_alds.tables import Tabular, TextTable
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -54,7 +55,7 @@ class SweepRow:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Sweep:
+class Sweep(Tabular):
     """The results of `sweep`.
 
     Attributes:
@@ -104,26 +105,27 @@ class Sweep:
             retrained: Whether to take the scores after retraining.
             digits: Digits after the decimal point.
         """
-        figures = {(row.method, row.cr): _score(row, retrained) for row in self.rows}
-        base = _score(self.dense, retrained)
-        lines = [
-            f"| cr ({DENSE}: {_text(base, digits)}) | "
-            + " | ".join(f"{cr:g}" for cr in self.crs)
-            + " |",
-            "|---|" + "---|" * len(self.crs),
-        ]
-        for method in self.methods:
-            cells = [_text(figures[method, cr], digits) for cr in self.crs]
-            lines.append(f'| `"{method}"` | ' + " | ".join(cells) + " |")
-        return "\n".join(lines)
+        return self._scores(retrained, digits).to_markdown()
 
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Writes all figures to `path` as CSV, one line per row."""
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            names = [field.name for field in dataclasses.fields(SweepRow)]
-            writer = csv.DictWriter(file, names, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(dataclasses.asdict(row) for row in self.rows)
+    def to_rows(self) -> list[dict[str, Any]]:
+        """All rows as dicts."""
+        return [dataclasses.asdict(row) for row in self.rows]
+
+    def _table(self) -> TextTable:
+        return self._scores(retrained=self.dense.retrained is not None, digits=4)
+
+    def _scores(self, retrained: bool, digits: int) -> TextTable:
+        figures = {(row.method, row.cr): _score(row, retrained) for row in self.rows}
+        base = _text(_score(self.dense, retrained), digits)
+        columns = [f"cr ({DENSE}: {base})", *(f"{cr:g}" for cr in self.crs)]
+        rows = [
+            [f'`"{method}"`', *(_text(figures[method, cr], digits) for cr in self.crs)]
+            for method in self.methods
+        ]
+        counted = RESOURCES[self.objective].counted
+        when = "after retraining" if retrained else "no retraining"
+        title = f"Sweep of {self.name!r}: scores by the fraction of {counted} to remove, {when}"
+        return TextTable(title, columns, rows)
 
     def plot(self, path: str | os.PathLike[str], *, label: str = "score") -> None:
         """Plots the scores against the size, like Figure 1 of the paper, into an image file.
