@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import csv
 import dataclasses
+import functools
 import html
 import io
 import os
@@ -60,12 +61,12 @@ class TextTable:
             print_fn: Called once with the whole text; default: standard output.
             line_length: Width in characters; default: the terminal's, else 100.
         """
-        look = {"highlight": False, "markup": False}  # a name may look like markup
-        console = Console(width=line_length, **look)
+        made = functools.partial(Console, highlight=False, markup=False)  # names are no markup
+        console = made(width=line_length)
         plain = print_fn is not None or not console.is_terminal
         buffer = io.StringIO()
         if plain:
-            console = Console(width=line_length or WIDTH, file=buffer, **look)
+            console = made(width=line_length or WIDTH, file=buffer)
         table = Table(box=box.MARKDOWN if plain else box.ROUNDED, header_style="bold")
         for index, column in enumerate(self.columns):
             table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")

@@ -16,6 +16,8 @@ GREY = "0.6"
 MARKERS = "osD^v<>PX*pd"
 # Characters of a layer's name beside its bar, and inches of a bar.
 _NAME, _BAR = 28, 0.24
+# Inches of a legend's entry without its name, and of a letter.
+_HANDLE, _LETTER = 0.4, 0.062
 # Lines with names of their own in a legend.
 _MOST_NAMES = 8
 
@@ -54,7 +56,8 @@ def bar_axes(ax: Any, names: Sequence[str]) -> Any:
     """Axes with a row for each name, the first on top."""
     ax = axes_or_new(ax, height=1.3 + _BAR * len(names))
     # Numbers, not names, as positions: two layers may have one name after shortening.
-    ax.set_yticks(range(len(names)), [shortened(name) for name in names])
+    size = min(10.0, 72 * _inches(ax)[1] / max(len(names), 1))
+    ax.set_yticks(range(len(names)), [shortened(name) for name in names], fontsize=size)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
     _plain(ax, "x")
@@ -86,11 +89,25 @@ def shortened(name: str, most: int = _NAME) -> str:
     return f"{name[: most - 1 - end]}…{name[-end:]}"
 
 
-def legend_above(ax: Any, columns: int = 3) -> None:
-    """A legend above the axes, where it hides nothing."""
-    ax.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, fontsize="small"
-    )
+def note_at_end(ax: Any, row: int, end: float, text: str) -> None:
+    """A text right of a bar."""
+    size = 0.85 * ax.get_yticklabels()[row].get_fontsize()
+    ax.annotate(text, (end, row), (3, 0), textcoords="offset points", va="center", fontsize=size)
+
+
+def legend_above(ax: Any) -> None:
+    """A legend above the axes, where it hides nothing, in as many columns as fit."""
+    names = ax.get_legend_handles_labels()[1]
+    longest = max(map(len, names), default=0)
+    columns = int(_inches(ax)[0] / (_HANDLE + _LETTER * longest))
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.3}
+    ax.legend(**place, ncols=min(max(columns, 1), 3), frameon=False, fontsize="small")
+
+
+def _inches(ax: Any) -> tuple[float, float]:
+    """The width and height of axes."""
+    extent = ax.get_window_extent()
+    return extent.width / ax.figure.dpi, extent.height / ax.figure.dpi
 
 
 def depth_colours(ax: Any, count: int) -> list[Any]:

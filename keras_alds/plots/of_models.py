@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keras_alds._backend.layers import KerasModel
-from keras_alds.api import calibrated, checked_options, is_synthetic, selection_of, wants_data
+from keras_alds.api import calibrated, checked_options, selection_of, wants_data
 from keras_alds.core.choices import ChoiceTable
+from keras_alds.methods import get_method
 from keras_alds.models.inventory import Inventory, LayerRecord, check_is_model
 from keras_alds.models.ranks import kernel_spectra
 from keras_alds.models.selection import Selection
 from keras_alds.models.synthetic import synthetic_stats, unsuitable
 from keras_alds.models.turns import alone
 from keras_alds.naming import check_exclude, described
-from keras_alds.options import LEAST_CR, SelectOptions, check_names, takes_options
+from keras_alds.options import LEAST_CR, SelectOptions, check_names, of_all_forms, takes_options
 from keras_alds.plan import CompressionPlan, check_plan
 from keras_alds.plots.axes import (
     COLOURS,
@@ -47,7 +48,8 @@ def size_error(
     """Draws the error of every layer against its size, and what a plan has chosen.
 
     A line has the least error that the layer can have at each size. Its size is the fraction that
-    is left of the layer, of what the objective counts. The colour tells the layer's depth.
+    is left of the layer, of what the objective counts. The colour tells the layer's depth. Without
+    a target, all forms count, as with `target="size"`.
 
     Args:
         model: A built Keras 3 or tf_keras model that is not compressed.
@@ -79,9 +81,8 @@ def size_error(
     if plan is not None:
         check_plan(plan)
         options = {**_options_of(plan), **options}  # type: ignore[typeddict-item]
-    checked = checked_options(
-        LEAST_CR, options, has_data=calibration_data is not None, caller="size_error"
-    )
+    has_data, options = calibration_data is not None, of_all_forms(options)
+    checked = checked_options(LEAST_CR, options, has_data=has_data, caller="size_error")
     check_is_model(model)
     with alone(model):
         selection = selection_of(Inventory.of(model, checked.exclude), checked, verbose=0)
@@ -97,7 +98,8 @@ def size_error(
         if path in chosen and checked.objective in chosen[path].costs:
             cost = chosen[path].costs[checked.objective]
             ax.plot(1 - cost.removed, chosen[path].error, "o", color=colour, markersize=5)
-    ax.set_xlabel(f"fraction of {RESOURCES[checked.objective].counted} of the layer that is left")
+    counted = RESOURCES[checked.objective].counted.removeprefix("the ")
+    ax.set_xlabel(f"fraction left of the layer's {counted}")
     ax.set_ylabel("relative error")
     ax.set_xlim(0, 1.02)
     _name_dots(ax, chosen)
@@ -113,10 +115,10 @@ def _name_dots(ax: Any, chosen: Mapping[str, Any]) -> None:
 
 def _options_of(plan: CompressionPlan) -> dict[str, Any]:
     """The options of `select` that a plan tells."""
-    known = {"method": plan.method, "objective": plan.objective, "target": plan.target or "size"}
-    if not (wants_data(plan) or is_synthetic(plan)):  # these have a measure of their own
+    known = {"method": plan.method, "objective": plan.objective, "target": plan.target}
+    if plan.error_measure != get_method(plan.method).error_measure:
         known["error_measure"] = plan.error_measure
-    return known
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def _with_data(selection: Selection, calibration_data: Any) -> Selection:

@@ -8,7 +8,7 @@ from typing import Any
 from keras_alds.core.checks import positive_int
 from keras_alds.core.slicing import decoder_axes
 from keras_alds.plan import CompressionPlan, LayerChoice, check_plan
-from keras_alds.plots.axes import COLOURS, GREY, bar_axes, legend_above
+from keras_alds.plots.axes import COLOURS, GREY, bar_axes, legend_above, note_at_end
 from keras_alds.resources import RESOURCES, Cost
 
 
@@ -16,9 +16,8 @@ def ranks(plan: CompressionPlan, *, ax: Any = None) -> Any:
     """Draws the rank of every layer before and after, and its slices.
 
     The grey bar is the full rank of the layer's matrix, in the fold scheme that was chosen. The
-    coloured bar is the rank of each slice. The text says `3 × 16 of 64`: three slices of rank 16,
-    where the full rank is 64. Layers that stay dense have a grey bar only; those without a kernel
-    to factorize are left out.
+    coloured bar is the rank of each slice: `3 × 16` means three slices of rank 16. Layers that
+    stay dense have a grey bar only; those without a kernel to factorize are left out.
 
     Args:
         plan: The plan.
@@ -51,12 +50,10 @@ def ranks(plan: CompressionPlan, *, ax: Any = None) -> Any:
         label="rank of each slice",
     )
     for row, (choice, most) in enumerate(zip(choices, full, strict=True)):
-        text = "dense"
-        if choice.factorized:
-            slices = f"{choice.slices} × " if choice.slices != 1 else ""
-            text = f"{slices}{choice.rank} of {most}"
-        _at_end(ax, row, max(most, choice.rank or 0), text)
-    ax.set_xlim(0, 1.25 * max(full, default=1))
+        slices = f"{choice.slices} × " if choice.slices != 1 else ""
+        text = f"{slices}{choice.rank}" if choice.factorized else "dense"
+        note_at_end(ax, row, max(most, choice.rank or 0), text)
+    ax.set_xlim(0, 1.2 * max(full, default=1))
     ax.set_xlabel("rank")
     legend_above(ax)
     return ax
@@ -118,7 +115,7 @@ def costs(
     ax.barh(rows, after, height=0.75, color=COLOURS[0], label="after")
     for row, (_, cost) in enumerate(known):
         if cost.saved:
-            _at_end(ax, row, max(before[row], after[row]), f"−{cost.removed:.0%}")
+            note_at_end(ax, row, max(before[row], after[row]), f"−{cost.removed:.0%}")
     ax.set_xlim(0, 1.15 * max(before, default=1))
     _thousands(ax)
     ax.set_xlabel(f"{info.column}, {plan.costs[name].removed:.0%} removed in all")
@@ -141,8 +138,3 @@ def _short_number(value: float, _: Any = None) -> str:
         if abs(value) >= unit:
             return f"{value / unit:g}{letter}"
     return f"{value:g}"
-
-
-def _at_end(ax: Any, row: int, end: float, text: str) -> None:
-    """A text right of a bar."""
-    ax.annotate(text, (end, row), (3, 0), textcoords="offset points", va="center", fontsize="small")

@@ -80,7 +80,7 @@ class Sweep(Tabular):
         crs = ", ".join(f"{cr:g}" for cr in self.crs)
         return (
             f"<Sweep of {self.name!r}: {len(self.methods)} methods, cr={crs} of {self.objective}, "
-            f"dense score {self.dense.score}. print(….to_markdown()) shows the scores>"
+            f"dense score {self.dense.score}. summary() shows the scores>"
         )
 
     @property
