@@ -104,7 +104,7 @@ class TextTable:
 def _html_row(cells: Sequence[str], tag: str) -> str:
     sides = ["left", *["right"] * (len(cells) - 1)]
     found = [
-        f'<{tag} style="text-align: {side}">{html.escape(cell)}</{tag}>'
+        f'<{tag} style="text-align: {side}; white-space: nowrap">{html.escape(cell)}</{tag}>'
         for side, cell in zip(sides, cells, strict=True)
     ]
     return f"<tr>{''.join(found)}</tr>"

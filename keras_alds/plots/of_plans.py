@@ -99,7 +99,11 @@ def costs(
     check_plan(plan)
     most = positive_int(most, "most")
     name = resource or plan.objective
-    plan.reduction(name)  # raises if the plan does not know it
+    if name not in plan.costs:
+        raise ValueError(
+            f"Expected a resource that the plan counts, one of {', '.join(map(repr, plan.costs))}. "
+            f"Received: resource={resource!r}"
+        )
     info = RESOURCES[name]
     known = [(c.layer, c.costs[name]) for c in plan.choices if name in c.costs]
     known.sort(key=lambda item: -item[1].before)

@@ -34,8 +34,9 @@ def scores(
     """Draws scores against the size that is left, one line for each method.
 
     The size is the one that was reached, of what the objective counts: parameters,
-    multiply–accumulates or latency. The broad line is the frontier: no model of the result is
-    smaller and as good. For a search, the least allowed score and the chosen model are marked.
+    multiply–accumulates or latency. Grey circles are the frontier: no model of the result is both
+    smaller, by a hundredth or more, and as good. For a search, the least allowed score and the
+    chosen model are marked.
 
     Args:
         result: What `sweep` or `search` returned.
@@ -53,7 +54,7 @@ def scores(
     Example:
     ```python
     accuracy = lambda model: float((model.predict(x, verbose=0).argmax(-1) == y).mean())
-    result = keras_alds.sweep(model, accuracy, methods=["alds", "svd"], crs=[0.3, 0.5], verbose=0)
+    result = keras_alds.sweep(model, accuracy, methods=["alds", "svd"], crs=0.5, verbose=0)
     keras_alds.plots.scores(result, label="accuracy").figure.savefig("accuracy.png")
     ```
     """
@@ -65,11 +66,18 @@ def scores(
         )
     curves = _of_search(result) if search else _of_sweep(result, retrained)
     ax = line_axes(ax)
-    best = frontier([point for points in curves.values() for point in points])
+    # The same ratio gives sizes that differ a little between methods.
+    every = {Scored(round(p.size, 2), p.score): p for points in curves.values() for p in points}
+    best = [every[key] for key in frontier(every)]
     ax.plot(
-        *zip(*best, strict=True), color=GREY, alpha=0.5, linewidth=7, solid_capstyle="round",
-        solid_joinstyle="round", label="frontier",
-    )  # fmt: skip
+        *zip(*best, strict=True),
+        "o",
+        color=GREY,
+        alpha=0.5,
+        markersize=14,
+        markeredgewidth=0,
+        label="frontier",
+    )
     for index, (name, points) in enumerate(curves.items()):
         if name == "dense":
             ax.axhline(points[0].score, color=GREY, linestyle=":", label=name)

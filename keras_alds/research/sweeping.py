@@ -105,21 +105,22 @@ class Sweep(Tabular):
             retrained: Whether to take the scores after retraining.
             digits: Digits after the decimal point.
         """
-        return self._scores(retrained, digits).to_markdown()
+        return self._scores(retrained, f".{digits}f", '`"{}"`').to_markdown()
 
     def to_rows(self) -> list[dict[str, Any]]:
         """All rows as dicts."""
         return [dataclasses.asdict(row) for row in self.rows]
 
     def _table(self) -> TextTable:
-        return self._scores(retrained=self.dense.retrained is not None, digits=4)
+        return self._scores(self.dense.retrained is not None, ".4g", "{}")
 
-    def _scores(self, retrained: bool, digits: int) -> TextTable:
+    def _scores(self, retrained: bool, form: str, name: str) -> TextTable:
+        """The scores; `form` and `name` are the formats of a score and of a method's name."""
         figures = {(row.method, row.cr): _score(row, retrained) for row in self.rows}
-        base = _text(_score(self.dense, retrained), digits)
+        base = _text(_score(self.dense, retrained), form)
         columns = [f"cr ({DENSE}: {base})", *(f"{cr:g}" for cr in self.crs)]
         rows = [
-            [f'`"{method}"`', *(_text(figures[method, cr], digits) for cr in self.crs)]
+            [name.format(method), *(_text(figures[method, cr], form) for cr in self.crs)]
             for method in self.methods
         ]
         counted = RESOURCES[self.objective].counted
@@ -305,5 +306,5 @@ def _score(row: SweepRow, retrained: bool) -> float | None:
     return row.retrained if retrained else row.score
 
 
-def _text(figure: float | None, digits: int) -> str:
-    return "–" if figure is None else f"{figure:.{digits}f}"
+def _text(figure: float | None, form: str) -> str:
+    return "–" if figure is None else format(figure, form)

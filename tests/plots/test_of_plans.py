@@ -85,7 +85,8 @@ def test_what_is_refused(plan):
     for draw in (plots.ranks, plots.costs):
         with pytest.raises(ValueError, match="Expected `plan` to be a CompressionPlan"):
             draw("plan.json")
-    with pytest.raises(ValueError, match="made with objective='latency'"):
-        plots.costs(plan, "latency")
+    for other in ("latency", "memory"):
+        with pytest.raises(ValueError, match=f"'params', 'macs'. Received: resource='{other}'"):
+            plots.costs(plan, other)
     with pytest.raises(ValueError, match="Received: most=0"):
         plots.costs(plan, most=0)

@@ -58,6 +58,12 @@ def test_a_method_that_reaches_nothing_keeps_its_colour_and_name():
     assert points(svd) == [(0.5, 80.0)]
 
 
+def test_sizes_that_hardly_differ_count_as_equal_on_the_frontier():
+    rows = (row("dense", 0.0, 90.0), row("alds", 0.701, 80.0), row("svd", 0.703, 20.0))
+    frontier = plots.scores(Sweep(rows, "params", "net")).lines[0]
+    assert points(frontier) == [(pytest.approx(0.299), 80.0), (1.0, 90.0)]
+
+
 def test_the_file_of_a_sweep_has_a_panel_for_each_score(sweep, tmp_path):
     sweep.plot(tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
