@@ -12,13 +12,14 @@ from keras_alds.api import calibrated, checked_options, selection_of, wants_data
 from keras_alds.core.choices import ChoiceTable
 from keras_alds.methods import get_method
 from keras_alds.models.inventory import Inventory, LayerRecord, check_is_model
+from keras_alds.models.matching import is_applied, match
 from keras_alds.models.ranks import kernel_spectra
 from keras_alds.models.selection import Selection
 from keras_alds.models.synthetic import synthetic_stats, unsuitable
 from keras_alds.models.turns import alone
 from keras_alds.naming import check_exclude, described
 from keras_alds.options import LEAST_CR, SelectOptions, check_names, of_all_forms, takes_options
-from keras_alds.plan import CompressionPlan, check_plan
+from keras_alds.plan import CompressionPlan, LayerChoice, check_plan
 from keras_alds.plots.axes import (
     COLOURS,
     GREY,
@@ -68,7 +69,8 @@ def size_error(
     Raises:
         ImportError: If matplotlib is not installed.
         TypeError: If an option's name is unknown.
-        ValueError: As for `select`; or if `plan` is not a plan, or `layers` names no layer.
+        ValueError: As for `select`; or if `plan` is not a plan of the model, or `layers` names no
+            layer.
 
     Example:
     ```python
@@ -85,13 +87,14 @@ def size_error(
     checked = checked_options(LEAST_CR, options, has_data=has_data, caller="size_error")
     check_is_model(model)
     with alone(model):
-        selection = selection_of(Inventory.of(model, checked.exclude), checked, verbose=0)
+        inventory = Inventory.of(model, checked.exclude)
+        chosen = {} if plan is None else _chosen(inventory, plan)
+        selection = selection_of(inventory, checked, verbose=0)
         selection = _with_data(selection, calibration_data)
         records = selection.inventory.candidates
         curves = dict(zip([r.path for r in records], _curves(selection), strict=True))
     curves = _named(curves, records, layers)
     ax = line_axes(ax)
-    chosen = {} if plan is None else {choice.layer: choice for choice in plan.factorized}
     styles = zip(depth_colours(ax, len(curves)), depth_labels(list(curves)), strict=True)
     for (path, (sizes, errors)), (colour, label) in zip(curves.items(), styles, strict=True):
         ax.plot(sizes, errors, color=colour, linewidth=1.2, label=label)
@@ -111,6 +114,17 @@ def _name_dots(ax: Any, chosen: Mapping[str, Any]) -> None:
     if chosen:
         ax.plot([], [], "o", color=GREY, label="chosen")
     legend_above(ax)
+
+
+def _chosen(inventory: Inventory, plan: CompressionPlan) -> dict[str, LayerChoice]:
+    """The choices of the factorized layers, by the path of the layer in the model.
+
+    Raises:
+        ValueError: If the plan was made for another model.
+    """
+    applied = is_applied(inventory, plan)
+    pairs = zip(inventory.records, plan.choices, strict=True) if applied else match(inventory, plan)
+    return {record.path: choice for record, choice in pairs if choice.factorized}
 
 
 def _options_of(plan: CompressionPlan) -> dict[str, Any]:
@@ -182,8 +196,8 @@ def singular_values(
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If `model` is not a built model, `plan` is not a plan, or `layers` names no
-            layer.
+        ValueError: If `model` is not a built model, `plan` is not a plan of it, or `layers` names
+            no layer.
 
     Example:
     ```python
@@ -195,10 +209,11 @@ def singular_values(
         check_plan(plan)
     with alone(model):
         inventory = Inventory.of(model)
+        choices = {} if plan is None else _chosen(inventory, plan)
         found = _named(kernel_spectra(inventory), inventory.records, layers)
     ax = line_axes(ax)
-    choices = () if plan is None else plan.factorized
-    chosen = {c.layer: c.rank or 0 for c in choices if (c.slices, c.scheme) == (1, 0)}
+    one_slice = [(p, c) for p, c in choices.items() if (c.slices, c.scheme) == (1, 0)]
+    chosen = {path: choice.rank or 0 for path, choice in one_slice}
     styles = zip(depth_colours(ax, len(found)), depth_labels(list(found)), strict=True)
     for (path, values), (colour, label) in zip(found.items(), styles, strict=True):
         relative = values / (values[0] or 1)
@@ -244,8 +259,8 @@ def output_errors(
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If a model is none or the second has no factorized layer or other layers than
-            the first, `plan` is not a plan, or the data do not fit.
+        ValueError: If a model is none, the second is not the compressed form of the first, `plan`
+            is not a plan of the first, or the data do not fit.
 
     Example:
     ```python
@@ -258,15 +273,16 @@ def output_errors(
     check_is_model(compressed)
     if plan is not None:
         check_plan(plan)
+    choices = {} if plan is None else _chosen(Inventory.of(model), plan)
     errors = errors_of_outputs(model, compressed, data)
     ax = bar_axes(ax, list(errors))
     label = "compressed model"
     ax.barh(range(len(errors)), list(errors.values()), height=0.75, color=COLOURS[0], label=label)
     if plan is not None and wants_data(plan):
         rows = {path: row for row, path in enumerate(errors)}
-        alone_ = [(c.error, rows[c.layer]) for c in plan.factorized if c.layer in rows]
+        dots = [(c.error, rows[path]) for path, c in choices.items() if path in rows]
         ax.plot(
-            *(zip(*alone_, strict=True) if alone_ else ([], [])),
+            *(zip(*dots, strict=True) if dots else ([], [])),
             "o", color=COLOURS[1], markeredgecolor="white", label="plan: this layer alone",
         )  # fmt: skip
         legend_above(ax)

@@ -8,6 +8,7 @@ import zoo
 
 import keras_alds
 from keras_alds import plots
+from keras_alds.models.inventory import walk
 
 pytest.importorskip("matplotlib")
 
@@ -86,10 +87,10 @@ def test_output_errors_are_those_of_the_layers_outputs(small, keras_module):
     lines, dots = curves(plots.size_error(small, plan, calibration_data=x, max_slices=1))
     assert_on_lines(dots, lines, plan)
 
-    with pytest.raises(ValueError, match="Received: one without any"):
+    with pytest.raises(ValueError, match="Received: one with 0 factorized"):
         plots.output_errors(small, small, x)
     other = zoo.sequential(keras_module)
-    with pytest.raises(ValueError, match="Received: one without its layer"):
+    with pytest.raises(ValueError, match="which are of another model"):
         plots.output_errors(other, compressed, x)
     with pytest.raises(ValueError, match="Expected `calibration_data` for the method 'activation'"):
         plots.size_error(small, plan)
@@ -97,3 +98,15 @@ def test_output_errors_are_those_of_the_layers_outputs(small, keras_module):
         plots.singular_values(small, layers="heads")
     with pytest.raises(TypeError, match=r"size_error\(\) got an unexpected .* 'layer'"):
         plots.size_error(small, layer="head")
+
+
+def test_layers_whose_names_keras_numbers_match_by_order(keras_module):
+    model, again = zoo.subclassed(keras_module), zoo.subclassed(keras_module)
+    plan = keras_alds.select(model, 0.4, method="energy", max_slices=1)
+    assert plan.factorized[0].layer not in dict(walk(again))
+    compressed = keras_alds.compress(again, plan=plan)
+    ax = plots.output_errors(model, compressed, zoo.images(16)[0])
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names == [choice.layer for choice in plan.factorized]
+    _, dots = curves(plots.size_error(again, plan, max_slices=1))
+    assert [error for _, error in dots] == [choice.error for choice in plan.factorized]
