@@ -27,6 +27,7 @@ import keras_alds
 from keras_alds import plots
 
 COLOURS = 64  # of a picture, for small files
+WIDTH = 5.6  # inches: readable on a phone
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -116,9 +117,9 @@ class Gallery:
         return plots.output_errors(self.model, small, self.data[1][:256], plan=self.plan)
 
     def dark(self) -> Any:
-        """Two pictures side by side on axes of a user's own."""
+        """Two pictures on axes of a user's own."""
         with plt.style.context("dark_background"):
-            _, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+            _, axes = plt.subplots(2, 1, figsize=(WIDTH, 7.6), layout="constrained")
             plots.singular_values(self.model, ax=axes[0])
             plots.costs(self.plan, most=12, ax=axes[1])
         return axes[0]
@@ -132,6 +133,7 @@ PICTURES = (
 
 def save(ax: Any, path: Path) -> None:
     """Writes a picture of few colours."""
+    ax.figure.set_figwidth(WIDTH)
     buffer = io.BytesIO()
     ax.figure.savefig(buffer, format="png", dpi=110)
     Image.open(buffer).convert("RGB").quantize(COLOURS).save(path, optimize=True)

@@ -31,7 +31,7 @@ def axes_or_new(ax: Any, height: float = 4.4) -> Any:
     """The given axes, or those of a new figure, `height` inches high."""
     if ax is not None:
         return ax
-    return new_figure(7.2, height).add_subplot(axes_class=_shown())
+    return new_figure(6.4, height).add_subplot(axes_class=_shown())
 
 
 def new_figure(width: float, height: float) -> Any:

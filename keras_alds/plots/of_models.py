@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,11 +105,11 @@ def size_error(
     ax.set_xlabel(f"fraction left of the layer's {counted}")
     ax.set_ylabel("relative error")
     ax.set_xlim(0, 1.02)
-    _name_dots(ax, chosen)
+    _name_dots(ax, chosen.keys() & curves.keys())
     return ax
 
 
-def _name_dots(ax: Any, chosen: Mapping[str, Any]) -> None:
+def _name_dots(ax: Any, chosen: Collection[str]) -> None:
     """The legend, with an entry for the dots if there are any."""
     if chosen:
         ax.plot([], [], "o", color=GREY, label="chosen")
@@ -227,7 +227,7 @@ def singular_values(
     ax.set_xlim(0, 1.02)
     ax.set_xlabel("index / full rank")
     ax.set_ylabel("singular value / largest")
-    _name_dots(ax, chosen)
+    _name_dots(ax, chosen.keys() & found.keys())
     return ax
 
 
