@@ -24,3 +24,12 @@ def imported(module: str, use: str, install: str) -> Any:
             f"{module.partition('.')[0]} is needed for {use} and is not installed. "
             f"Remedy: pip install {install}"
         ) from error
+
+
+def matplotlib(part: str) -> Any:
+    """A module of matplotlib, such as `"figure"`.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    return imported(f"matplotlib.{part}", "the plot", '"keras_alds[plots]"')

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from keras_alds.cli.models import add_model, read_model
+from keras_alds.extras import matplotlib
 from keras_alds.methods import METHODS
 from keras_alds.options import add_flags, flags
 
@@ -52,7 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
-    from keras_alds.plots.axes import matplotlib
     from keras_alds.research.sweeping import DEFAULT_CRS, sweep
 
     if arguments.epochs < 0 or arguments.calibration < 0:

@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from keras_alds.extras import imported
+from keras_alds.extras import matplotlib
 
 # Colours of Okabe and Ito that show on white and on black, for all kinds of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -20,11 +20,6 @@ _NAME, _BAR = 28, 0.24
 _HANDLE, _LETTER = 0.4, 0.062
 # Lines with names of their own in a legend.
 _MOST_NAMES = 8
-
-
-def matplotlib(part: str) -> Any:
-    """A module of matplotlib, or an ImportError that says how to install it."""
-    return imported(f"matplotlib.{part}", "the plot", '"keras_alds[plots]"')
 
 
 def axes_or_new(ax: Any, height: float = 4.4) -> Any:
