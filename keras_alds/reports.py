@@ -20,11 +20,11 @@ from keras_alds.models.inventory import (
 from keras_alds.models.memory import peak_entries
 from keras_alds.models.resources import count_macs
 from keras_alds.resources import removed_fraction
-from keras_alds.tables import PrintFn, print_table
+from keras_alds.tables import Tabular, TextTable
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Comparison:
+class Comparison(Tabular):
     """Figures of a model before and after compression, as returned by `report`.
 
     Attributes:
@@ -40,24 +40,20 @@ class Comparison:
         )
         return f"<Comparison: {figures}. summary() prints a table>"
 
-    def summary(self, print_fn: PrintFn | None = None, line_length: int | None = None) -> None:
-        """Prints the figures as a table.
+    def to_rows(self) -> list[dict[str, Any]]:
+        """The figures as dicts."""
+        return [
+            {"figure": name, "before": before, "after": after}
+            for name, (before, after) in self.rows.items()
+        ]
 
-        Args:
-            print_fn: Called with the text; default: standard output, in colour on a terminal.
-            line_length: Width in characters; default: the terminal's, else 100.
-        """
+    def _table(self) -> TextTable:
         rows = [
             [name, _figure(before), _figure(after), _ratio(before, after)]
             for name, (before, after) in self.rows.items()
         ]
-        print_table(
-            "Before and after compression",
-            ["", "before", "after", "after / before"],
-            rows,
-            print_fn=print_fn,
-            line_length=line_length,
-        )
+        columns = ["", "before", "after", "after / before"]
+        return TextTable("Before and after compression", columns, rows)
 
 
 def report(

@@ -131,7 +131,7 @@ DOCUMENTED = {
     **{name: getattr(keras_alds, name) for name in keras_alds.__all__ if name[0] != "_"},
     **{
         f"{name}.{thing}": getattr(getattr(keras_alds, name), thing)
-        for name in ("layers", "litert", "tfmot")
+        for name in ("layers", "litert", "plots", "tfmot")
         for thing in getattr(keras_alds, name).__all__
     },
 }

@@ -24,7 +24,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # The parts of the package, from the bottom up. A module imports its own part and those of rows
 # above its own.
 ROWS = (
-    ("_version", "core", "_backend", "naming", "resources"),
+    ("_version", "core", "_backend", "naming", "resources", "extras"),
     ("tables", "progress", "scores"),
     ("targets", "plan", "research"),
     ("methods", "kinds"),
@@ -32,7 +32,7 @@ ROWS = (
     ("models",),
     ("litert", "refinement", "reports", "backups"),
     ("api", "distillation", "rewinding"),
-    ("stages",),
+    ("stages", "plots"),
     ("callbacks", "monitoring", "tfmot", "research/sweeping", "searching", "sensitivities"),
     ("layers", "tf_keras", "cli"),
     ("__main__",),
@@ -360,7 +360,8 @@ def test_supported_pythons_agree():
 
 
 SUBMODULES = {
-    name: importlib.import_module(f"keras_alds.{name}") for name in ("layers", "litert", "tfmot")
+    name: importlib.import_module(f"keras_alds.{name}")
+    for name in ("layers", "litert", "plots", "tfmot")
 }
 PUBLIC = [n for n in keras_alds.__all__ if not n.startswith("_") and n not in SUBMODULES]
 # Public names of the whole package, those of its public submodules with the module before them.

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from keras_alds.cli.models import add_model, read_model
+from keras_alds.extras import matplotlib
 from keras_alds.methods import METHODS
 from keras_alds.options import add_flags, flags
-from keras_alds.scores import check_plots
 
 OPTIONS = ("objective", "exclude", "max_slices", "latency_table", "quantize", "schemes")
 
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"Received: {arguments.epochs} and {arguments.calibration}"
         )
     if arguments.plot is not None:
-        check_plots()
+        matplotlib("figure")
     model = read_model(arguments)
     x_test, y_test = read_images(arguments, "test", arguments.test)
     logits = scores(model, x_test[:64])

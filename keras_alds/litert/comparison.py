@@ -20,7 +20,7 @@ from keras_alds.litert.memory import activation_memory
 from keras_alds.litert.quantized import warn_of_thin_groups
 from keras_alds.litert.runs import Runner, check_file, check_local
 from keras_alds.progress import progress_bar
-from keras_alds.tables import PrintFn, print_table
+from keras_alds.tables import Tabular, TextTable
 
 #: A metric: a function of targets and outputs.
 Compute = Callable[[Any, Any], float]
@@ -65,7 +65,7 @@ class FileFigures:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class FileComparison:
+class FileComparison(Tabular):
     """Two files side by side; made by `keras_alds.litert.compare`.
 
     Attributes:
@@ -91,13 +91,24 @@ class FileComparison:
             "summary() prints a table>"
         )
 
-    def summary(self, print_fn: PrintFn | None = None, line_length: int | None = None) -> None:
-        """Prints the figures as a table.
+    def to_rows(self) -> list[dict[str, Any]]:
+        """The figures as dicts; the latency is the median in seconds."""
+        both = (self.original, self.compressed)
+        figures: dict[str, list[Any]] = {
+            "bytes": [file.size for file in both],
+            "bytes, gzip": [file.gzip_size for file in both],
+            "parameters": [file.parameters for file in both],
+            "peak activations, bytes": [file.peak_activations for file in both],
+            "arena, bytes": [file.arena for file in both],
+            "latency, s": [file.latency and file.latency.median for file in both],
+            **{name: [file.metrics[name] for file in both] for name in self.original.metrics},
+        }
+        return [
+            {"figure": name, "original": before, "compressed": after}
+            for name, (before, after) in figures.items()
+        ]
 
-        Args:
-            print_fn: Called with the text; default: standard output, in colour on a terminal.
-            line_length: Width in characters; default: the terminal's, else 100.
-        """
+    def _table(self) -> TextTable:
         before, after = self.original, self.compressed
         rows = [
             _row("bytes", before.size, after.size),
@@ -122,14 +133,8 @@ class FileComparison:
         for name, value in before.metrics.items():
             change = f"{after.metrics[name] - value:+.4f}"
             rows.append([name, f"{value:.4f}", f"{after.metrics[name]:.4f}", change])
-        print_table(
-            "LiteRT files",
-            ["", "original", "compressed", "compressed / original"],
-            rows,
-            lines,
-            print_fn=print_fn,
-            line_length=line_length,
-        )
+        columns = ["", "original", "compressed", "compressed / original"]
+        return TextTable("LiteRT files", columns, rows, lines)
 
 
 def compare(
