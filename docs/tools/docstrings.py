@@ -37,7 +37,7 @@ def with_options(parameters: griffe.Parameters, names: list[str]) -> griffe.Para
 
 
 class Docstrings(griffe.Extension):
-    """Adds the options, and shows examples as code."""
+    """Adds the options, shows examples as code, and makes names of pages links."""
 
     def on_function(self, *, func: griffe.Function, **_: Any) -> None:
         """Adds the options to a function that takes them."""
@@ -55,8 +55,9 @@ class Docstrings(griffe.Extension):
             cls.docstring.value = documented(cls.docstring.value)
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Marks the example of a docstring as one: griffe knows the plural only."""
+        """Marks examples, of which griffe knows the plural only, and makes links."""
         if obj.docstring:
             text = re.sub(r"^Example:(?=\n +>>>)", "Examples:", obj.docstring.value, flags=re.M)
             text = re.sub(r"^Example:(?=\n```)", "**Example:**\n", text, flags=re.M)
+            text = re.sub(r"docs/([\w/-]+)\.md", r"[\1](../\1.html)", text)
             obj.docstring.value = text

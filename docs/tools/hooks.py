@@ -57,6 +57,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     pages = published()
     sources = {target: source for source, target in pages.items()}
     here = page.file.src_uri
+    if here == "index.md":
+        page.meta["hide"] = ["navigation"]  # the tabs above have all of it
     source = sources.get(here, f"docs/{here}")
 
     def changed(link: re.Match[str]) -> str:
