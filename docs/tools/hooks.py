@@ -17,14 +17,14 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 ROOT = Path(__file__).resolve().parents[2]
 LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
 TEXTS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE")
-SCRIPTS = ("examples/*.py", "benchmarks/*.py")
+SCRIPTS = "examples/*.py"
 NOTEBOOKS = "examples/*.ipynb"
 
 
 def published() -> dict[str, str]:
     """The pages of files outside `docs/`: path in the repository, path in the site."""
     texts = {name: f"project/{Path(name).stem.lower()}.md" for name in TEXTS}
-    scripts = (path.relative_to(ROOT) for glob in SCRIPTS for path in sorted(ROOT.glob(glob)))
+    scripts = (path.relative_to(ROOT) for path in sorted(ROOT.glob(SCRIPTS)))
     notebooks = (path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob(NOTEBOOKS)))
     return {
         **texts,
