@@ -123,7 +123,8 @@ def test_every_public_name_is_in_the_reference(pages: dict[Path, Page]):
     described = {
         name for path, page in pages.items() if path.parent.name == "reference" for name in page.ids
     }
-    assert not names - described
+    missing = sorted(names - described)
+    assert not missing
 
 
 def test_search_works_without_a_server(site: Path):

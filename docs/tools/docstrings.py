@@ -59,5 +59,5 @@ class Docstrings(griffe.Extension):
         if obj.docstring:
             text = re.sub(r"^Example:(?=\n +>>>)", "Examples:", obj.docstring.value, flags=re.M)
             text = re.sub(r"^Example:(?=\n```)", "**Example:**\n", text, flags=re.M)
-            text = re.sub(r"docs/([\w/-]+)\.md", r"[\1](../\1.html)", text)
+            text = re.sub(r"docs/([\w/-]+)\.md", r"[\1](../\1.md)", text)
             obj.docstring.value = text
