@@ -13,7 +13,6 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-
 from test_docs import DOCUMENTED
 
 ROOT = Path(__file__).resolve().parent.parent
