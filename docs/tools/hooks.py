@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
 TEXTS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE")
 SCRIPTS = "examples/*.py"
-NOTEBOOKS = "examples/*.ipynb"
+NOTEBOOKS = "examples/**/*.ipynb"
 
 
 def published() -> dict[str, str]:
