@@ -146,8 +146,8 @@ def compress(
 
     Only examples can tell whether the accuracy holds, so pass `calibration_data` if you can.
     Without them, layers are chosen and fitted on noise that is made to fit the model's
-    BatchNormalization, or by their weights alone if it has none; see docs/guide.md for what to
-    expect.
+    BatchNormalization, or by their weights alone if it has none; docs/how-to/calibrate.md says what
+    to expect.
 
     The new model has the class, the layer names and the graph of `model`. The layers that the plan
     factorizes are replaced by those of `keras_alds.layers`, such as `FactorizedConv2D`. Inside

@@ -228,7 +228,7 @@ def search(
     none met it, the result is `model` itself, and a warning says so.
 
     To search by the score of int8 files, let `evaluate` convert the models and score the files
-    (docs/guide.md).
+    (docs/how-to/choose-cr.md).
 
     Args:
         model: A built Keras 3 or tf_keras model, not compressed yet.
