@@ -26,9 +26,11 @@ from keras_alds.cli.outputs import Outputs
 
 #: The commands: description and module of each.
 COMMANDS = {
+    "inspect": ("tell what can be compressed in a model, how far, and what is skipped", "look"),
     "compress": ("make a model smaller, and write a .tflite file and a report", "compress"),
     "plan": ("choose slices and ranks for a model and print them", "plan"),
     "convert": ("write a model as a LiteRT file", "convert"),
+    "compare": ("compare two models or files: size, latency, accuracy", "compare"),
     "sweep": ("compare methods: accuracy against size, as tables and a plot", "sweep"),
     "latency": ("measure a model's layers with LiteRT on this machine", "latency"),
     "latency-files": ("write files to measure on a device with benchmark_model", "latency_files"),
