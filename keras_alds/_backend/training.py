@@ -506,3 +506,9 @@ def _legacy_slot(optimizer: Optimizer, variable: Variable, name: str) -> Variabl
         return optimizer.get_slot(variable, name)
     except KeyError:
         return None
+
+
+def repeatable(module: Any, seed: int = 0) -> None:
+    """Lets the next training with Keras 3 or tf_keras in this process give the same each time."""
+    module.utils.set_random_seed(seed)
+    tf.config.experimental.enable_op_determinism()

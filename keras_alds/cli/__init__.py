@@ -26,6 +26,7 @@ from keras_alds.cli.outputs import Outputs
 
 #: The commands: description and module of each.
 COMMANDS = {
+    "demo": ("train, compress and retrain a small network, in a minute", "demo"),
     "inspect": ("tell what can be compressed in a model, how far, and what is skipped", "look"),
     "compress": ("make a model smaller, and write a .tflite file and a report", "compress"),
     "plan": ("choose slices and ranks for a model and print them", "plan"),

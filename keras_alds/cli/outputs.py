@@ -28,6 +28,7 @@ def add_output(
     endings: tuple[str, ...],
     help: str,
     required: bool = False,
+    default: Path | None = None,
 ) -> None:
     """Adds the argument for a file to write, or for a folder if `endings` is empty.
 
@@ -37,12 +38,13 @@ def add_output(
         endings: The allowed endings of the file.
         help: Its line in `--help`.
         required: Whether the command needs it; a positional argument always is.
+        default: Where to write if the user says nothing.
     """
     declared = parser.get_default("declared") or {}
     if not declared:
         parser.add_argument("--force", action="store_true", help="replace files that exist")
     needed = {"required": required} if flags[-1].startswith("-") else {}
-    parser.add_argument(*flags, type=Path, help=help, **needed)
+    parser.add_argument(*flags, type=Path, default=default, help=help, **needed)
     name = flags[-1].lstrip("-").replace("-", "_")
     parser.set_defaults(declared={**declared, name: _Declared(flags[-1], endings)})
 
@@ -86,7 +88,7 @@ class Outputs:
         if place is None:
             return None
         if name not in self._temporary:
-            folder = tempfile.mkdtemp(prefix=".keras_alds-", dir=place.absolute().parent)
+            folder = tempfile.mkdtemp(prefix=".keras_alds-", dir=_existing(place))
             self._temporary[name] = Path(folder)
         return self._temporary[name] / place.name
 
@@ -96,7 +98,7 @@ class Outputs:
         for name in list(self._temporary):
             source, place = self._temporary[name] / self._places[name].name, self._places[name]
             if source.is_dir():
-                place.mkdir(exist_ok=True)
+                place.mkdir(parents=True, exist_ok=True)
                 for file in source.iterdir():
                     os.replace(file, place / file.name)
             else:
@@ -114,14 +116,19 @@ class Outputs:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def _existing(place: Path) -> Path:
+    """The innermost folder above a place that exists."""
+    return next(folder for folder in place.absolute().parents if folder.is_dir())
+
+
 def _check(place: Path, declared: _Declared, *, force: bool) -> None:
     flag, endings = declared
     if endings and place.suffix.lower() not in endings:
         raise ValueError(
             f"Expected {flag} to name a file that ends in {' or '.join(endings)}. Received: {place}"
         )
-    folder = place.absolute().parent
-    if not folder.is_dir():
+    folder = _existing(place)
+    if endings and folder != place.absolute().parent:
         raise ValueError(
             f"Expected {flag} to lie in a folder that exists. Received: {place}. Make the folder "
             f"{place.parent} first."
