@@ -49,15 +49,16 @@ def run(arguments: argparse.Namespace) -> Answer:
     paths = (arguments.first, arguments.second)
     models = [path for path in paths if not is_litert(path)]
     check_conversion(arguments.quantize if models else None, source, "--representative")
-    items = [_read(arguments, path) for path in paths]
+    first, second = (_read(arguments, path) for path in paths)
     data = representative = None
     if arguments.data is not None:
-        data = read_labelled(arguments, arguments.data, _inputs(items[0]), "test")
+        data = read_labelled(arguments, arguments.data, _inputs(first), "test")
     if models and arguments.quantize == "int8":
-        model = next(item for item in items if not isinstance(item, bytes))
+        model = second if isinstance(first, bytes) else first
         representative = read_examples(arguments, source, model)
     result = compare(
-        *items,
+        first,
+        second,
         data,
         metric=None if data is None else "accuracy",
         quantize=arguments.quantize if models else None,

@@ -107,7 +107,8 @@ def _write(
     outputs = arguments.outputs
     figures: dict[str, tuple[Any, Any]] = {}
     if (path := outputs.path("output")) is not None:
-        (expand(small) if arguments.expand else small).save(path)
+        written: Any = expand(small) if arguments.expand else small
+        written.save(path)
         before = arguments.model.stat().st_size if arguments.model.is_file() else None
         figures["bytes of the file"] = before, path.stat().st_size
     if (path := outputs.path("tflite")) is not None:

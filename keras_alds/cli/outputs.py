@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 #: The endings of files that hold a Keras model.
 MODEL_ENDINGS = (".keras", ".h5")
@@ -23,7 +23,7 @@ class _Declared(NamedTuple):
 
 
 def add_output(
-    parser: argparse.ArgumentParser,
+    parser: Any,
     *flags: str,
     endings: tuple[str, ...],
     help: str,
@@ -33,7 +33,7 @@ def add_output(
     """Adds the argument for a file to write, or for a folder if `endings` is empty.
 
     Args:
-        parser: The parser of a command.
+        parser: The parser of a command, or a group of its arguments.
         flags: The names, such as `"-o"` and `"--output"`; the last one names the attribute.
         endings: The allowed endings of the file.
         help: Its line in `--help`.
