@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, ImportError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {_in_one_line(error)}\n")
     except KeyboardInterrupt:
-        parser.exit(INTERRUPTED, f"{parser.prog}: interrupted, nothing was written\n")
+        parser.exit(INTERRUPTED, f"{parser.prog}: interrupted\n")
     return 0
 
 
