@@ -167,10 +167,10 @@ def load_model(
         )
     except Exception as error:  # of many kinds, if a file is damaged
         other = next(kind for kind in KERASES if kind != name)
-        reason = _reason(error, file, module)
+        reason = _reason(error, file, module, custom_objects or {})
         raise ValueError(
             f"Expected a model that {name} can load. Received: {file} ({reason}). If {other} saved "
-            f"it, choose {other}."
+            f"it, pass --keras {other}."
         ) from error
 
 
@@ -188,19 +188,22 @@ def _other_than_a_model(file: str, name: str) -> str | None:
         return None if "model_config" in h5.attrs else "which holds weights without their model"
 
 
-def _reason(error: Exception, file: str, module: Any) -> str:
+def _reason(error: Exception, file: str, module: Any, known: Mapping[str, Any]) -> str:
     """Why Keras cannot load a model, in one sentence without its config."""
     text = str(error)
     found = [name for pattern in _UNKNOWN for name in re.findall(pattern, text)]
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as saved, contextlib.suppress(KeyError):
             found = _unregistered(json.loads(saved.read("config.json")), module) or found
+    found = [name for name in found if name not in known]
     if found:
         return (
             f"its class or function {found[0]!r} is not known here: name the Python file that "
             "defines it with --custom, or load the model in a script that registers it with "
             "`register_keras_serializable`"
         )
+    if "Lambda" in text and "safe_mode" in text:
+        return "its Lambda layer holds code, which is not run: use a layer of your own instead"
     innermost = text.rpartition("Exception encountered:")[2].strip()
     sentence = re.split(r"\.\s|\n| (?:using )?config=", innermost)[0]
     return sentence[:200].rstrip(".")

@@ -60,13 +60,13 @@ def _run(code: str) -> ModuleType:
     """The module that a user named, imported."""
     try:
         if not code.endswith(".py"):
-            sys.path.insert(0, os.getcwd())
+            sys.path.append(os.getcwd())
             return importlib.import_module(code)
         spec = importlib.util.spec_from_file_location(Path(code).stem, code)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
+        sys.modules.setdefault(spec.name, module)
         spec.loader.exec_module(module)
     except Exception as error:
         raise ValueError(

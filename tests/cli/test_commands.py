@@ -138,6 +138,10 @@ def test_own_classes(tmp_path, monkeypatch, run, capsys):
         output = ["-o", "small.keras", "--force", "--method", "energy"]
         run("compress", "own.keras", "--cr", "0.3", "--custom", code, *output)
         assert keras.models.load_model("small.keras", custom_objects={"Twice": own.Twice})
+    keras.Sequential([*layers, keras.layers.Lambda(lambda x: x + 1)]).save("lambda.keras")
+    with pytest.raises(SystemExit):
+        main(["plan", "lambda.keras", "--custom", "own"])
+    assert "its Lambda layer holds code, which is not run" in capsys.readouterr().err
     Path("own.py").write_text("1 / 0")
     for code, reason in (("own.py", "ZeroDivisionError"), ("none", "No module named 'none'")):
         with pytest.raises(SystemExit) as info:
