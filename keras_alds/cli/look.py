@@ -178,7 +178,7 @@ def _show(document: Mapping[str, Any], params: int, objective: str) -> None:
             f"{value:.1%} {words.get(target, f'for {target}')}"
             for target, value in by_target.items()
         )
-        print(f"\nAt most can be removed of {RESOURCES[name].counted}: {parts}.")
+        print(f"\nThe most that can be removed of {RESOURCES[name].counted}: {parts}.")
     _show_curve(document["curve"], objective)
 
 
