@@ -223,11 +223,12 @@ class LiteRTFile:
 
     @property
     def macs(self) -> int | None:
-        """Multiply–accumulates for one example, in `weighted`; None for a file with loops."""
+        """Multiply–accumulates of weights for one example; None for a file with loops."""
         if any(operator.subgraph or "LSTM" in operator.name for operator in self.operators):
             return None
         batch = self.inputs[0].shape[0] if self.inputs and self.inputs[0].shape else 1
-        return sum(operator.macs for operator in self.operators) // max(batch, 1)
+        found = (op for op in self.weighted if op.weights and self._is_known(op.weights))
+        return sum(operator.macs for operator in found) // max(batch, 1)
 
     def values(self, tensor: Tensor) -> np.ndarray:
         """The stored values of a constant tensor; quantized ones are not scaled.
