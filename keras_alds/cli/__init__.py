@@ -75,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _terminated_as_an_error():
             _run(arguments)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, ImportError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {_in_one_line(error)}\n")
     except KeyboardInterrupt:

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Answer:
     """Runs the command."""
-    from keras_alds.models.inventory import count_params
+    from keras_alds.models.calibration import Calibration
     from keras_alds.models.recompose import inspected, recomposed, to_recompose
     from keras_alds.reports import sizes
 
@@ -53,19 +53,25 @@ def run(arguments: argparse.Namespace) -> Answer:
     data = read_examples(arguments, arguments.calibration, model)
     checked = Options.checked(LEAST_CR, options, has_data=data is not None)
     inventory = inspected(model, checked)
-    with recomposed(inventory, to_recompose(inventory, checked)) as dense:
+    compressed = to_recompose(inventory, checked)
+    with recomposed(inventory, compressed) as dense:
+        params = dense.params
         layers = list(_layers(dense, checked))
         reachable = _reachable(dense, options, data is not None)
+        # Of the dense form, also for a compressed model.
+        stats = None if data is None else Calibration.of(dense, data).collected(dense)
     most = reachable.get(options["objective"], {})
-    curve = list(_curve(model, options, data, max(most.values(), default=1.0)))
+    curve = list(_curve(model, options, stats, max(most.values(), default=1.0)))
     document = {
         "model": model.name,
         "sizes": sizes(model),
+        "compressed": bool(compressed),
+        "dense_params": params,
         "layers": layers,
         "reachable": reachable,
         "curve": curve,
     }
-    return Answer(document, lambda: _show(document, count_params(model), options["objective"]))
+    return Answer(document, lambda: _show(document, options["objective"]))
 
 
 def _layers(inventory: Inventory, options: Options) -> Iterator[dict[str, Any]]:
@@ -121,14 +127,12 @@ def _reachable(
 
 
 def _curve(
-    model: Any, options: Mapping[str, Any], data: Any, most: float
+    model: Any, options: Mapping[str, Any], stats: Any, most: float
 ) -> Iterator[dict[str, Any]]:
     """Sizes and errors of plans of several ratios."""
     from keras_alds.api import select
-    from keras_alds.models.calibration import CalibrationStats
     from keras_alds.models.selection import UnreachableError
 
-    stats = None if data is None else CalibrationStats.collect(model, data)
     for ratio in (ratio for ratio in RATIOS if ratio <= most):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what users are told when they compress
@@ -145,12 +149,13 @@ def _curve(
             "mean_error": float(np.mean(errors)),
             "max_error": plan.max_error,
             "worst": max(plan.factorized, key=lambda choice: choice.error).layer,
-            "divergence": None if data is None else sum(divergences),
+            "divergence": None if stats is None else sum(divergences),
         }
 
 
-def _show(document: Mapping[str, Any], params: int, objective: str) -> None:
+def _show(document: Mapping[str, Any], objective: str) -> None:
     """Prints the tables."""
+    params = document["dense_params"]
     rows = [
         [
             f"{row['layer']} ({row['kind']})",
@@ -171,6 +176,8 @@ def _show(document: Mapping[str, Any], params: int, objective: str) -> None:
         *_skipped(document["layers"]),
     ]
     columns = ["Layer (type)", "Kernel", "Params", "Share", "Rank for 90 %", "99 %", "all"]
+    if document["compressed"]:
+        lines.insert(0, "The model is compressed. All figures are of its dense form.")
     print_table(f"Layers of {document['model']!r}", columns, rows, lines)
     words = {"cpu": "in forms that run fast on common CPUs", "size": "in all forms"}
     for name, by_target in document["reachable"].items():

@@ -103,7 +103,7 @@ def test_compress_to_int8(tmp_path, monkeypatch, run, capsys):
     assert "| ms " not in text
 
 
-def test_inspect(folder, run):
+def test_inspect(folder, keras_module, run):
     found = run("inspect", "model.keras", "--exclude", "head", "--json")
     rows = {row["layer"]: row for row in found["layers"]}
     assert rows["head"]["skipped"] == "excluded"
@@ -116,8 +116,11 @@ def test_inspect(folder, run):
     assert ratios == sorted(ratios)
     assert ratios[-1] <= most["size"]
     assert all(point["divergence"] is None for point in found["curve"])
-    text = run("inspect", "model.keras", "--calibration", "x.npz", "--target", "size")
-    assert "Layers of" in text
+    small = keras_alds.compress(zoo.functional(keras_module), 0.4, method="energy")
+    small.save("small.keras")
+    text = run("inspect", "small.keras", "--calibration", "x.npz", "--target", "size")
+    assert "The model is compressed. All figures are of its dense form." in text
+    assert f"of {found['dense_params']:,} parameters" in text
     assert "| Output |" in text
 
 
