@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 
 import keras
+import numpy as np
 import pytest
 import zoo
 
 from keras_alds import CompressionPlan, select
 from keras_alds.cli import COMMANDS, compress, main
+from keras_alds.cli.answers import as_json
 
 
 @pytest.fixture
@@ -115,6 +118,11 @@ def test_files_that_do_not_load_give_one_sentence(keras_module, ending, tmp_path
     )
     assert "model.weights.h5, which holds weights without their model." in text
     assert len(text) < 300
+
+
+def test_json_has_no_nan_and_no_types_of_numpy():
+    document = {"a": [np.float32(0.5), float("nan")], "b": {1: (np.arange(2), np.int64(3))}}
+    assert json.loads(as_json(document)) == {"a": [0.5, None], "b": {"1": [[0, 1], 3]}}
 
 
 # Everything about a fresh process in one: what is loaded, and what is written.
