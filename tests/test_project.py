@@ -30,6 +30,7 @@ ROWS = (
     ("methods", "kinds"),
     ("options",),
     ("models",),
+    ("reporting",),
     ("litert", "refinement", "reports", "backups"),
     ("api", "distillation", "rewinding"),
     ("stages",),
