@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from keras_alds.core.choices import ChoiceTable
 from keras_alds.methods import get_method
@@ -28,9 +28,9 @@ class Curve:
 
     Attributes:
         name: The path of the layer; empty for the whole model.
-        points: `(fraction, error)`, sizes ascending. Of a layer, the fraction of its kernel's
+        points: `(fraction, error)`, errors descending. Of a layer, the fraction of its kernel's
             weights that is kept; of the model, the fraction of its parameters that is removed.
-        chosen: Where the compressed model is, or None if it has no point.
+        chosen: Where the compressed model is, or None if the layer is dense there.
     """
 
     name: str
@@ -43,9 +43,9 @@ def error_curves(
 ) -> tuple[list[Curve], Curve]:
     """The curve of each layer that can be factorized, and that of the model.
 
-    The error is that of the method `"alds"`: the largest singular value that any slice drops,
-    relative to the largest of the whole kernel. Spectra are cached with the layers, so that a model
-    for which a plan was made needs no new decomposition.
+    The error of a layer is ‖W − E D‖ / ‖W‖ (Frobenius norm), that of the model the root of the
+    mean square over the layers. A curve has the least errors for the original weights, with at most
+    as many slices as the compressed model has.
 
     Args:
         before: The original model.
@@ -55,56 +55,71 @@ def error_curves(
     Raises:
         ValueError: If the model is factorized already, holds no layer that can be, or holds NaN.
     """
-    forms = {row.path: (row.scheme, row.slices, row.rank) for row in rows if row.rank is not None}
-    schemes = tuple(sorted({0, *(scheme for scheme, _, _ in forms.values() if scheme)}))
-    options = Options.checked(
-        LEAST_CR, {"method": "alds", "schemes": schemes}, has_data=False, caller="report"
-    )
+    rows_by_path = {row.path: row for row in rows}
+    schemes = tuple(sorted({0, *(row.scheme for row in rows if row.scheme)}))
+    given = {
+        "method": "energy",
+        "schemes": schemes,
+        "target": "size",
+        "max_slices": max((row.slices or 1 for row in rows), default=1),
+    }
+    options = Options.checked(LEAST_CR, given, has_data=False, caller="report")
     inventory = candidates_of(before, options, stacklevel=4)
     params = Params(inventory, get_method(options.method))
     tables = Selection.of(inventory, [params], options).tables()
-    paths = [record.path for record in inventory.candidates]
-    curves, fronts, errors = [], [], []
-    for path, table in zip(paths, tables, strict=True):
-        front, dense = table.front(), int(table.weights.max())
-        row = _row_of(table, forms.get(path))
-        chosen = None if row is None else (table.weights[row] / dense, table.error[row])
-        errors.append(0.0 if row is None else float(table.error[row]))
-        points = zip(front.weights / dense, front.error, strict=True)
-        curves.append(Curve(path, _thinned(tuple(points)), chosen))
-        fronts.append(front)
-    chosen = removed_fraction(before.params, after), max(errors)
-    return curves, Curve("", _points_of_model(before, fronts), chosen)
+    curves = [
+        _of_layer(record.path, table, rows_by_path[record.path])
+        for record, table in zip(inventory.candidates, tables, strict=True)
+    ]
+    reached = [curve.chosen[1] if curve.chosen else 0.0 for curve in curves]
+    chosen = removed_fraction(before.params, after), _mean(np.square(reached).sum(), len(curves))
+    fronts = [table.front() for table in tables]
+    return curves, Curve("", _of_model(fronts, before.params), chosen)
 
 
-def _row_of(
-    table: ChoiceTable, form: tuple[int | None, int | None, int | None] | None
-) -> int | None:
-    """The row of a table for a scheme, slices and a rank."""
-    if form is None:
-        return None
-    scheme, slices, rank = form
-    found = np.flatnonzero(
-        (table.scheme == scheme) & (table.slices == slices) & (table.rank == rank)
-    )
-    return int(found[0]) if found.size else None
+def _of_layer(path: str, table: ChoiceTable, row: LayerRow) -> Curve:
+    front, dense = table.front(), int(table.weights.max())
+    points = list(zip((front.weights / dense).tolist(), np.sqrt(front.error).tolist(), strict=True))
+    form = (table.scheme == row.scheme) & (table.slices == row.slices) & (table.rank == row.rank)
+    at = np.flatnonzero(form)
+    if row.rank is None or not at.size:
+        return Curve(path, _thinned(points), None)
+    error = float(np.sqrt(table.error[at[0]])) if row.measured is None else row.measured
+    return Curve(path, _thinned(points), (float(table.weights[at[0]] / dense), error))
 
 
-def _points_of_model(before: Inventory, fronts: Sequence[ChoiceTable]) -> tuple[Point, ...]:
-    """What can be removed of a model if no layer may have a larger error."""
-    limits = np.unique(np.concatenate([front.error for front in fronts]))[::-1]
-    limits = limits[np.unique(np.linspace(0, limits.size - 1, _MOST).astype(int))]
-    saved = sum(front.weights.max() - _least(front, limits) for front in fronts)
-    return tuple(zip((saved / before.params).tolist(), limits.tolist(), strict=True))
+def _of_model(fronts: Sequence[ChoiceTable], params: int) -> tuple[Point, ...]:
+    """The least mean square of the errors for each size, on the convex hull of all choices.
+
+    There, the layers give up weights in the order of what a weight costs.
+    """
+    steps = np.concatenate([_steps(front) for front in fronts])
+    steps = steps[np.argsort(steps[:, 1] / steps[:, 0], kind="stable")]
+    saved, squares = np.cumsum(steps, axis=0).T
+    points = [(0.0, 0.0)]
+    points += zip((saved / params).tolist(), _mean(squares, len(fronts)).tolist(), strict=True)
+    return _thinned(points)
 
 
-def _least(front: ChoiceTable, limits: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The fewest weights with an error of at most each limit. Errors of a front descend."""
-    at = np.searchsorted(-front.error, -limits, side="left")
-    return front.weights[np.minimum(at, len(front) - 1)]
+def _steps(front: ChoiceTable) -> np.ndarray:
+    """The steps `(weights saved, error added)` along the convex hull of a front, cheapest first."""
+    saved, added = [], []
+    at = len(front) - 1
+    while at > 0:
+        weights = front.weights[at] - front.weights[:at]
+        errors = front.error[:at] - front.error[at]
+        step = int(np.argmin(errors / weights))
+        saved.append(weights[step])
+        added.append(errors[step])
+        at = step
+    return np.array([saved, added], np.float64).T.reshape(-1, 2)
 
 
-def _thinned(points: tuple[Point, ...]) -> tuple[Point, ...]:
+def _mean(squares: Any, count: int) -> Any:
+    return np.sqrt(squares / count)
+
+
+def _thinned(points: Sequence[Point]) -> tuple[Point, ...]:
     """At most so many of the points, with both ends."""
     keep = np.unique(np.linspace(0, len(points) - 1, _MOST).astype(int))
-    return tuple((float(points[i][0]), float(points[i][1])) for i in keep)
+    return tuple(points[index] for index in keep.tolist())

@@ -17,14 +17,15 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from keras_alds._version import __version__
-from keras_alds.plan import CompressionPlan
+from keras_alds.plan import CompressionPlan, Skip
 from keras_alds.reporting.curves import Curve
 from keras_alds.reporting.layers import LayerRow, Pair
 from keras_alds.tables import counted, general_reason
 
 # The browser is told to load nothing either: the report may hold names that came from elsewhere.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-_MISSING = "–"
+# Layers without a kernel only fill the table; the list of skipped layers counts them.
+_BARE = (Skip.NO_KERNEL,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Page:
             heads = heads[:-1]
             note += " `report(model, compressed, plan=plan)` adds what the plan predicted."
         rows = [row[: len(heads)] for row in self.figures]
-        return _table(heads, rows, "stack") + _paragraph(note, "soft")
+        return _table(heads, rows, "stack figures") + _paragraph(note, "soft")
 
     # -- The curves --------------------------------------------------------------------------
 
@@ -103,11 +104,11 @@ class Page:
             '<div class="chart" id="layer-chart"><h3>Each layer</h3></div></div>'
             "<noscript><p>The curves need JavaScript.</p></noscript>"
             + _paragraph(
-                "Point at a curve, or choose a layer in the table. The error is the largest "
-                "singular value that a slice drops, relative to the largest of the kernel: 0 loses "
-                "nothing. It is of the original weights alone, whatever the method and the "
-                "training since. The dots are the compressed model. No other choice of slices and "
-                "ranks of the same size lies below a curve.",
+                "Point at a curve, or choose a layer in the table. A curve is the least distance "
+                "from the original weights, ‖W − E D‖ / ‖W‖, for each size; of the model, it is "
+                "the root of the mean square over its layers. A dot is the compressed model as it "
+                "is now. It lies above its curve if calibration data, a runtime or training asked "
+                "for other factors than the nearest ones.",
                 "soft",
             )
         )
@@ -123,7 +124,7 @@ class Page:
     # -- The layers --------------------------------------------------------------------------
 
     def _layers(self) -> str:
-        shown = [row for row in self.rows if row.kernel_shape is not None or row.params[0]]
+        shown = [row for row in self.rows if not row.skipped or row.skipped.code not in _BARE]
         most = max((row.params[0] or 0 for row in shown), default=1)
         planned = self.plan is not None
         heads = ["Layer", "Parameters", "MACs", "Slices", "Rank", "Error"]
@@ -264,7 +265,9 @@ def _cell(label: str, key: object, shown: str, kind: str = "") -> str:
 
 
 def _pair(pair: Pair) -> str:
-    before, after = map(_number, pair)
+    before, after = (_number(count) or "–" for count in pair)
+    if pair == (None, None):
+        return ""
     return before if before == after else f"{before} → {after}"
 
 
@@ -279,7 +282,7 @@ def _bar(pair: Pair, most: int) -> str:
 
 def _number(value: float | None) -> str:
     if value is None:
-        return _MISSING
+        return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 

@@ -63,7 +63,7 @@
     // `curves` are {name, points, chosen}; `describe` says what a point of one means.
     constructor(place, curves, label, describe) {
       Object.assign(this, { place, curves, label, describe, on: curves.length === 1 ? 0 : -1 });
-      this.top = Math.max(...curves.flatMap((c) => c.points.map((p) => p[1])), 1e-9);
+      this.top = Math.max(...curves.flatMap((c) => [...c.points, c.chosen || [0, 0]].map((p) => p[1])), 1e-9);
       this.svg = draw(place, "svg", { role: "img", "aria-label": label });
       this.output = place.appendChild(document.createElement("output"));
       this.svg.addEventListener("pointermove", (event) => this.point(event));
@@ -88,7 +88,7 @@
       });
       this.dots = this.curves.map((curve) => curve.chosen && draw(this.svg, "circle",
         { cx: this.x(curve.chosen[0]), cy: this.y(curve.chosen[1]), r: 4 }));
-      this.mark = draw(this.svg, "circle", { class: "at", r: 3.5, cx: -99, cy: -99 });
+      this.mark = draw(this.svg, "circle", { class: "at", r: 3.5, visibility: "hidden" });
       this.select(this.on);
     }
 
@@ -99,8 +99,11 @@
       const curve = this.curves[index];
       if (!curve) return;
       const at = point || curve.chosen;
-      this.mark.setAttribute("cx", point ? this.x(point[0]) : -99);
-      this.mark.setAttribute("cy", point ? this.y(point[1]) : -99);
+      this.mark.setAttribute("visibility", point ? "visible" : "hidden");
+      if (point) {
+        this.mark.setAttribute("cx", this.x(point[0]));
+        this.mark.setAttribute("cy", this.y(point[1]));
+      }
       this.output.textContent = (curve.name ? `${curve.name}: ` : "")
         + (at ? this.describe(at) : "stays dense") + (at && at === curve.chosen ? " (as compressed)" : "");
     }
@@ -126,7 +129,7 @@
   };
   if (data) {
     new Chart($("#model-chart"), [data.model], "parameters removed",
-      (p) => `${percent(p[0])} of the parameters removed, largest error of a layer ${p[1].toFixed(3)}`);
+      (p) => `${percent(p[0])} of the parameters removed, error ${p[1].toFixed(3)}`);
     layers = new Chart($("#layer-chart"), data.layers, "weights of the kernel kept",
       (p) => `${percent(p[0])} of the weights kept, error ${p[1].toFixed(3)}`);
     rows.forEach((row) => {
