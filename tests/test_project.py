@@ -31,7 +31,7 @@ ROWS = (
     ("options",),
     ("models",),
     ("reporting",),
-    ("litert", "refinement", "reports", "backups"),
+    ("litert", "refinement", "reports", "backups", "boards"),
     ("api", "distillation", "rewinding"),
     ("stages",),
     ("callbacks", "monitoring", "tfmot", "research/sweeping", "searching", "sensitivities"),

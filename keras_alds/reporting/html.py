@@ -85,10 +85,10 @@ class Page:
         )
 
     def _figures(self) -> str:
-        heads = ("", "before", "after", "after / before", "predicted by the plan")
+        heads = ["", "before", "after", "after / before", "predicted by the plan"]
         note = "Before and after are of the two models as they are now."
         if self.plan is None:
-            heads = heads[:-1]
+            heads.pop()
             note += " `report(model, compressed, plan=plan)` adds what the plan predicted."
         rows = [row[: len(heads)] for row in self.figures]
         return _table(heads, rows, "stack figures") + _paragraph(note, "soft")
