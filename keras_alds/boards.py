@@ -99,11 +99,11 @@ class Board:
         if self._writer is None or epoch == self._epoch:
             return
         self._epoch, params = epoch, count_params(self._model)
-        scalars: dict[str, float] = {"cr": cr, "parameters": params}
+        scalars: dict[str, float] = {"model/cr": cr, "model/parameters": params}
         if params != self._counted:
             self._macs, self._counted = _macs(self._model), params
         if self._macs is not None:
-            scalars["MACs"] = self._macs
+            scalars["model/MACs"] = self._macs
         plan = self._plan or plan
         for choice in () if plan is None else plan.factorized:
             scalars[f"rank/{choice.layer}"] = choice.rank or 0
