@@ -105,7 +105,7 @@ class Comparison:
     def _page(self) -> Page:
         before, after = map(Inventory.of, self.models)
         choices = {} if self.plan is None else choices_of(before, after, self.plan)
-        rows = layer_rows(before, after, choices)
+        rows, strangers = layer_rows(before, after, choices)
         predicted = _predicted(self.plan)
         figures = [
             (name, _figure(old), _figure(new), _ratio(old, new), predicted.pop(name, ("", ""))[1])
@@ -116,6 +116,7 @@ class Comparison:
             names=(before.model.name, after.model.name),
             figures=figures,
             rows=rows,
+            strangers=strangers,
             curves=_curves(before, rows, after.params),
             versions=versions(before.backend.name, before.backend.keras.__version__),
             cr=removed_fraction(before.params, after.params),

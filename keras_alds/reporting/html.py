@@ -36,6 +36,7 @@ class Page:
         names: The names of the two models.
         figures: Rows of the table of figures: name, before, after, after / before, predicted.
         rows: The layers.
+        strangers: The paths of layers of the compressed model that belong to no row.
         curves: Those of the layers, and that of the model; or why there are none.
         versions: Name and version of what made the models.
         cr: The fraction of parameters that was removed.
@@ -45,6 +46,7 @@ class Page:
     names: tuple[str, str]
     figures: Sequence[Sequence[str]]
     rows: Sequence[LayerRow]
+    strangers: Sequence[str]
     curves: tuple[list[Curve], Curve] | str
     versions: Mapping[str, str]
     cr: float
@@ -150,13 +152,17 @@ class Page:
 
     def _unknown(self) -> str:
         """What the page cannot know of an expanded model."""
-        if not any(row.expanded for row in self.rows):
-            return ""
-        return _paragraph(
-            "The compressed model is expanded: stock layers stand for the factors of a layer. "
-            "Their slices, ranks and errors are those of the plan, or unknown.",
-            "soft",
-        )
+        text = ""
+        if any(row.expanded for row in self.rows):
+            text = (
+                "The compressed model is expanded: stock layers stand for the factors of a layer. "
+                "Their slices and ranks are those of the plan, or unknown, and no error is "
+                "measured. "
+            )
+        if self.strangers:
+            text += "Layers of the compressed model that belong to no row: "
+            text += ", ".join(self.strangers)
+        return _paragraph(text, "soft") if text else ""
 
     def _skipped(self) -> str:
         groups: dict[tuple[str, str], list[LayerRow]] = {}

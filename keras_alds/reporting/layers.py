@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,9 @@ from keras_alds.models.optimizer import Factors
 from keras_alds.models.resources import Macs
 from keras_alds.plan import CompressionPlan, LayerChoice, Skip, Skipped
 
-#: The layers of `expand` that stand before the one with the layer's own name.
+# How the names of layers end that `expand` puts before the one with the layer's own name.
 _PIECES = ("_depthwise", "_encoder")
-UNKNOWN = Skipped(Skip.BUDGET, "it stays dense; only the plan knows why (pass it as `plan=`)")
+_UNKNOWN = Skipped(Skip.BUDGET, "it stays dense; only the plan knows why (pass it as `plan=`)")
 
 Pair = tuple[int | None, int | None]
 
@@ -73,15 +73,19 @@ def choices_of(
 
 def layer_rows(
     before: Inventory, after: Inventory, choices: Mapping[str, LayerChoice]
-) -> list[LayerRow]:
+) -> tuple[list[LayerRow], list[str]]:
     """A row for every layer of the original with weights.
 
     Args:
         before: The original model.
         after: The compressed model.
         choices: The choices of its plan by path; empty if there is none.
+
+    Returns:
+        The rows, and the paths of layers of the compressed model that belong to none of them.
     """
-    partners, macs = _partners(before, after), (_macs(before), _macs(after))
+    partners, strangers = _partners(before, after)
+    macs = _macs(before), _macs(after)
     rows = []
     for record in before.records:
         others = partners[record.path]
@@ -94,7 +98,7 @@ def layer_rows(
         )
         row = _formed(row, record, others)
         rows.append(_explained(row, record, choices.get(record.path), bool(choices)))
-    return rows
+    return rows, [record.path for record in strangers]
 
 
 def _formed(row: LayerRow, record: LayerRecord, others: list[LayerRecord]) -> LayerRow:
@@ -131,25 +135,35 @@ def _explained(
         return dataclasses.replace(row, note=choice.note, skipped=skipped)
     if row.rank is not None or row.expanded:
         return row
-    return dataclasses.replace(row, skipped=record.skipped or UNKNOWN)
+    return dataclasses.replace(row, skipped=record.skipped or _UNKNOWN)
 
 
-def _partners(before: Inventory, after: Inventory) -> dict[str, list[LayerRecord]]:
-    """The layers of the compressed model that stand for each layer of the original.
+def _partners(
+    before: Inventory, after: Inventory
+) -> tuple[dict[str, list[LayerRecord]], list[LayerRecord]]:
+    """The layers of the compressed model by the original's paths, and those that fit to none.
 
-    They have the same path, or after `expand` a path that begins with it. In models made twice by
-    the same code, names may differ: then the order tells.
+    They have the same path, or after `expand` a path with an ending. In models made twice by the
+    same code, names may differ: then the order tells.
     """
-    paths = {record.path for record in before.records}
-    found = {record.path: record for record in after.records}
-    if len(before.records) == len(after.records) and not paths <= found.keys():
+    found: dict[str, list[LayerRecord]] = {record.path: [] for record in before.records}
+    same = found.keys() <= {record.path for record in after.records}
+    if len(before.records) == len(after.records) and not same:
         pairs = zip(before.records, after.records, strict=True)
-        return {record.path: [other] for record, other in pairs}
-    partners = {}
-    for path in paths:
-        names = [path, *(path + end for end in _PIECES if path + end not in paths)]
-        partners[path] = [found[name] for name in names if name in found]
-    return partners
+        return {record.path: [other] for record, other in pairs}, []
+    strangers = []
+    for record in after.records:
+        names = [record.path, *_without_ending(record.path)]
+        name = next((name for name in names if name in found), None)
+        (strangers if name is None else found[name]).append(record)
+    return found, strangers
+
+
+def _without_ending(path: str) -> Iterator[str]:
+    """The paths that a layer of an expanded model may have had, also in `TimeDistributed`."""
+    for end in _PIECES:
+        yield path.removesuffix(end)
+        yield "/".join(name.removesuffix(end) for name in path.split("/"))
 
 
 def _macs(inventory: Inventory) -> dict[Any, int]:

@@ -67,7 +67,7 @@
       this.svg = draw(place, "svg", { role: "img", "aria-label": label });
       this.output = place.appendChild(document.createElement("output"));
       this.svg.addEventListener("pointermove", (event) => this.point(event));
-      new ResizeObserver(() => this.redraw()).observe(place);
+      new ResizeObserver(() => this.redraw()).observe(this.svg);
     }
 
     x(value) { return 44 + value * (this.svg.clientWidth - 60); }
