@@ -111,7 +111,7 @@ class Comparison:
             (name, _figure(old), _figure(new), _ratio(old, new), predicted.pop(name, ("", ""))[1])
             for name, (old, new) in self.rows.items()
         ]
-        figures += [(name, old, "–", "", new) for name, (old, new) in predicted.items()]
+        figures += [(name, old, "", "", new) for name, (old, new) in predicted.items()]
         return Page(
             names=(before.model.name, after.model.name),
             figures=figures,

@@ -274,7 +274,7 @@ def _pair(pair: Pair) -> str:
     before, after = (_number(count) or "–" for count in pair)
     if pair == (None, None):
         return ""
-    return before if before == after else f"{before} → {after}"
+    return before if before == after else f"{before} →\u00a0{after}"
 
 
 def _bar(pair: Pair, most: int) -> str:

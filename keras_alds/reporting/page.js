@@ -66,7 +66,8 @@
       this.top = Math.max(...curves.flatMap((c) => [...c.points, c.chosen || [0, 0]].map((p) => p[1])), 1e-9);
       this.svg = draw(place, "svg", { role: "img", "aria-label": label });
       this.output = place.appendChild(document.createElement("output"));
-      this.svg.addEventListener("pointermove", (event) => this.point(event));
+      ["pointermove", "pointerdown"].forEach((kind) =>
+        this.svg.addEventListener(kind, (event) => this.point(event)));
       new ResizeObserver(() => this.redraw()).observe(this.svg);
     }
 
@@ -134,7 +135,10 @@
       (p) => `${percent(p[0])} of the weights kept, error ${p[1].toFixed(3)}`);
     rows.forEach((row) => {
       const index = data.layers.findIndex((curve) => curve.name === row.dataset.path);
-      if (index >= 0) row.addEventListener("click", () => choose(index));
+      if (index < 0) return;
+      row.addEventListener("click", () => choose(index));
+      $(".pick", row).addEventListener("click", () =>
+        $("#layer-chart").scrollIntoView({ block: "nearest", behavior: "smooth" }));
     });
   }
 })();

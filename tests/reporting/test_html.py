@@ -21,8 +21,8 @@ BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
 ODD = "<img src=x onerror=parent.pwned=1>"
-WIDTHS = (400, 1600)
-# What a user does, in two frames of different widths. Its results are the text of the page.
+WIDTHS = (400, 910, 1600)
+# What a user does, in frames of different widths. Its results are the text of the page.
 DRIVER = """
 const results = [];
 const settle = () => new Promise((done) => setTimeout(done, 300));
