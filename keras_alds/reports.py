@@ -84,7 +84,7 @@ class Comparison:
             The text of the page if `path` is None, else None.
 
         Raises:
-            ValueError: If the folder of `path` does not exist. Nothing is written then.
+            ValueError: If `path` is a folder, or in none that exists. Nothing is written then.
 
         Example:
         ```python
@@ -94,7 +94,7 @@ class Comparison:
         ```
         """
         if path is not None:
-            _check_folder(path)
+            _check_path(path)
         with alone(self.models[0]):
             text = self._page().text()
         if path is None:
@@ -230,11 +230,11 @@ def _predicted(plan: CompressionPlan | None) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _check_folder(path: str | os.PathLike[str]) -> None:
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
+def _check_path(path: str | os.PathLike[str]) -> None:
+    full = os.path.abspath(path)
+    if os.path.isdir(full) or not os.path.isdir(os.path.dirname(full)):
         raise ValueError(
-            "Expected the file of a report in a folder that exists. "
+            "Expected the path of a file for the report, in a folder that exists. "
             f"Received: path={os.fspath(path)!r}"
         )
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from keras_alds._version import __version__
+from keras_alds.methods import METHODS
 from keras_alds.plan import CompressionPlan, Skip
 from keras_alds.reporting.curves import Curve
 from keras_alds.reporting.layers import LayerRow, Pair
@@ -191,6 +192,8 @@ class Page:
                 "says what repeats it exactly.",
                 "soft",
             )
+        method = METHODS.get(self.plan.method)
+        data = ", calibration_data=x" if method is not None and method.needs_data else ""
         plan = json.dumps(self.plan.to_dict(), indent=1)
         link = base64.b64encode(plan.encode()).decode()
         requested = ", ".join(f"{cr:g} of {name}" for name, cr in self.plan.requested.items())
@@ -199,13 +202,13 @@ class Page:
             "</a>, then:</p>"
             + _code(
                 'plan = keras_alds.CompressionPlan.load("plan.json")\n'
-                "small = keras_alds.compress(model, plan=plan)"
+                f"small = keras_alds.compress(model, plan=plan{data})"
             )
             + _paragraph(
                 f"The plan was made with method={self.plan.method!r}, "
                 f"error_measure={self.plan.error_measure!r}, cr: {requested}. With the weights of "
-                "the original it gives the same factors. If calibration data were used, or the "
-                "model was trained afterwards, that has to be repeated too.",
+                "the original, and the same calibration data if there were some, it gives the same "
+                "factors. Training since then has to be repeated too.",
                 "soft",
             )
         )
