@@ -29,6 +29,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def general_reason(reason: str) -> str:
+    """A reason why layers are skipped, without what differs between two of them."""
+    return _DETAIL.sub("…", reason)
+
+
 def print_plan(
     plan: CompressionPlan,
     *,
@@ -90,7 +95,7 @@ def _skipped_lines(skipped: Sequence[LayerChoice]) -> list[str]:
     """A line for every reason why layers are skipped. What differs between them is left out."""
     groups: dict[str, list[LayerChoice]] = {}
     for choice in skipped:
-        groups.setdefault(_DETAIL.sub("…", choice.reason or ""), []).append(choice)
+        groups.setdefault(general_reason(choice.reason or ""), []).append(choice)
     lines = []
     for general, choices in groups.items():
         reasons = {choice.reason for choice in choices}

@@ -67,7 +67,9 @@ def run(arguments: argparse.Namespace) -> Answer:
         stacklevel=1,
     )
     figures = _write(arguments, model, small, plan, data)
-    comparison = report(model, small, figures)
+    comparison = report(model, small, figures, plan=plan)
+    if (path := arguments.outputs.path("report")) is not None:
+        comparison.to_html(path)
     document = {"figures": comparison.rows, "plan": None if plan is None else plan.to_dict()}
     return Answer(document, comparison.summary)
 
@@ -100,9 +102,8 @@ def _checked(arguments: argparse.Namespace) -> Any:
 def _write(
     arguments: argparse.Namespace, model: Any, small: Any, plan: Any, data: Any
 ) -> dict[str, tuple[Any, Any]]:
-    """Writes what the user asked for; returns the sizes of the files, before and after."""
+    """Writes the models and the plan; returns the sizes of the files, before and after."""
     from keras_alds.models.expansion import expand
-    from keras_alds.reports import report
 
     outputs = arguments.outputs
     figures: dict[str, tuple[Any, Any]] = {}
@@ -116,6 +117,4 @@ def _write(
         figures[f"bytes of the {arguments.quantize or 'float32'} .tflite file"] = None, size
     if plan is not None and (path := outputs.path("save_plan")) is not None:
         plan.save(path)
-    if (path := outputs.path("report")) is not None:
-        report(model, small, plan=plan, figures=figures).to_html(path)
     return figures
