@@ -184,8 +184,11 @@ def _other_than_a_model(file: str, name: str) -> str | None:
         return None
     if not h5py.is_hdf5(file):
         return "a file of another kind"
-    with h5py.File(file, "r") as h5:
-        return None if "model_config" in h5.attrs else "which holds weights without their model"
+    try:
+        with h5py.File(file, "r") as h5:
+            return None if "model_config" in h5.attrs else "which holds weights without their model"
+    except OSError:
+        return "a damaged file"
 
 
 def _reason(error: Exception, file: str, module: Any, known: Mapping[str, Any]) -> str:

@@ -38,13 +38,17 @@ COMMANDS = {
     "latency-read": ("make a latency table from the log of benchmark_model", "latency_read"),
 }
 INTERRUPTED, TERMINATED = 130, 143
+#: Options of several values.
+SEVERAL = ("--crs", "--exclude", "--learning-rates", "--methods")
 
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors also say what to do about options that took too much."""
 
+    takes_several = False
+
     def error(self, message: str) -> NoReturn:
-        if "the following arguments are required" in message and "command" not in message:
+        if self.takes_several and "the following arguments are required" in message:
             message += (
                 ". Options of several values, such as --exclude, take all that follows: write the "
                 "files first, as in `model.keras --exclude head`"
@@ -109,6 +113,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
             command.usage = f"keras_alds {name} {home.USAGE}"
             command.epilog = "examples:\n  " + "\n  ".join(home.EXAMPLES.strip().splitlines())
             command.set_defaults(run=home.run, command=name)
+            command.takes_several = not set(SEVERAL).isdisjoint(argv)
     return parser
 
 

@@ -85,6 +85,7 @@ def test_bad_arguments_of_compress_end_before_the_work(saved, tmp_path, capsys, 
     assert sorted(os.listdir(tmp_path)) == ["model.keras", "text.json"]
     text = complaint(capsys, "plan", "--exclude", "head", path)
     assert "required: model. Options of several values, such as --exclude" in text
+    assert complaint(capsys, "plan").endswith("required: model\n")
 
 
 def scaled(x):
@@ -113,6 +114,10 @@ def test_files_that_do_not_load_give_one_sentence(keras_module, ending, tmp_path
         text = complaint_of(L.Dense(9, activation="relu"), layer)
         assert unknown.format(name) in text
         assert len(text) < 600
+    content = (tmp_path / f"model.{ending}").read_bytes()
+    damaged = tmp_path / f"damaged.{ending}"
+    damaged.write_bytes(content[: len(content) // 2])
+    assert "Expected the file of a saved model" in complaint(capsys, "plan", damaged)
     text = complaint(
         capsys, "plan", tmp_path / "model.weights.h5", "--keras", keras_module.__name__
     )
