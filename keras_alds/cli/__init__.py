@@ -93,7 +93,9 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="keras_alds",
         description="Low-rank compression of trained Keras models.",
-        epilog="`keras_alds COMMAND --help` shows the arguments and examples of a command.",
+        epilog="Start with `keras_alds inspect model.keras`, and then "
+        "`keras_alds compress model.keras --cr 0.5 -o small.keras`. `keras_alds COMMAND --help` "
+        "shows the arguments of a command, and examples.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
