@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from keras_alds import _backend, plots
-from keras_alds._backend.summaries import ScalarWriter
+from keras_alds._backend.summaries import EventWriter
 from keras_alds.core.checks import positive_int
 from keras_alds.models.inventory import Inventory, has_weights
 from keras_alds.models.ranks import ModelRanks, measured_ranks
@@ -99,7 +99,7 @@ class RankMonitor(_backend.Callback):
         given = {"method": "alds", "schemes": 0, "exclude": exclude, "max_slices": max_slices}
         self._options = Options.checked(LEAST_CR, given, has_data=False, caller="RankMonitor")
         self._log_dir = log_dir
-        self._writer: ScalarWriter | None = None
+        self._writer: EventWriter | None = None
         self.history = []
         self._logs: dict[str, float] = {}
         self._checked = False
@@ -112,7 +112,7 @@ class RankMonitor(_backend.Callback):
         if has_weights(self.model):
             self._inventory()
         if self._log_dir is not None:
-            self._writer = ScalarWriter(self._log_dir)
+            self._writer = EventWriter(self._log_dir)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Measures the layers, and adds to the logs."""
@@ -170,7 +170,7 @@ class RankMonitor(_backend.Callback):
             self.history.append(dict(zip(_COLUMNS, (*row, found.removable.get(path)), strict=True)))
             if self._writer is not None:
                 scalars = zip(RANKS, row[3:], strict=True)
-                self._writer.write(epoch, {f"{path}/{name}": float(v) for name, v in scalars})
+                self._writer.scalars(epoch, {f"{path}/{name}": float(v) for name, v in scalars})
         rows = self.history[-len(found.layers) :]
         self._logs = {
             f"alds_{name}": float(np.mean([row[name] / row["full_rank"] for row in rows]))

@@ -38,6 +38,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def general_reason(reason: str) -> str:
+    """A reason why layers are skipped, without what differs between two of them."""
+    return _DETAIL.sub("…", reason)
+
+
 @dataclasses.dataclass(frozen=True)
 class TextTable:
     """A table for people.
@@ -216,7 +221,7 @@ def _skipped_lines(skipped: Sequence[LayerChoice]) -> list[str]:
     """A line for every reason why layers are skipped. What differs between them is left out."""
     groups: dict[str, list[LayerChoice]] = {}
     for choice in skipped:
-        groups.setdefault(_DETAIL.sub("…", choice.reason or ""), []).append(choice)
+        groups.setdefault(general_reason(choice.reason or ""), []).append(choice)
     lines = []
     for general, choices in groups.items():
         reasons = {choice.reason for choice in choices}

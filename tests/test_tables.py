@@ -40,11 +40,11 @@ def a_plan(layers: int = 1) -> CompressionPlan:
 def results() -> list[Any]:
     """A result of every kind, with the name that is hard to print."""
     plan = a_plan()
-    files = [FileFigures(n, n, n, n, n, None, {NAME: n / 10}) for n in (8, 4)]
+    files = [FileFigures(n, n, n, n, n, n, None, {NAME: n / 10}) for n in (8, 4)]
     dense = SweepRow("dense", 0.0, 0.0, 100, 0.9, None, None)
     return [
         plan,
-        Comparison({NAME: (8, 4), "accuracy": (0.9, 0.8)}),
+        Comparison({NAME: (8, 4), "accuracy": (0.9, 0.8)}, models=(None, None)),
         Sensitivity(NAME, "params", 0.5, (LayerSensitivity(NAME, "Dense", 7, 0.5, 1, 2, 0, 0.25),)),
         SearchResult(NAME, "params", 0.1, 0.9, (SearchPoint(plan, 0.85, 1.0),), None),
         Sweep((dense, SweepRow(NAME, 0.5, 0.51, 49, 0.8, None, 2.0)), "params", "net"),

@@ -34,6 +34,7 @@ class FileFigures:
         size: Bytes of the file.
         gzip_size: Bytes of the file compressed by gzip, as in an app's package.
         parameters: Number of constant values: weights and biases.
+        macs: Multiply–accumulates for one example; None for a file with loops.
         peak_activations: Bytes of activations that are live at once, inputs and outputs included.
         arena: Bytes of the arena in which LiteRT for Microcontrollers places them.
         latency: Its latency, or None if it was not measured.
@@ -43,6 +44,7 @@ class FileFigures:
     size: int
     gzip_size: int
     parameters: int
+    macs: int | None
     peak_activations: int
     arena: int
     latency: Latency | None
@@ -57,6 +59,7 @@ class FileFigures:
             size=len(file),
             gzip_size=len(gzip.compress(file, mtime=0)),
             parameters=content.parameters,
+            macs=content.macs,
             peak_activations=memory.peak,
             arena=memory.arena,
             latency=latency,
@@ -98,6 +101,7 @@ class FileComparison(Tabular):
             "bytes": [file.size for file in both],
             "bytes, gzip": [file.gzip_size for file in both],
             "parameters": [file.parameters for file in both],
+            "MACs": [file.macs for file in both],
             "peak activations, bytes": [file.peak_activations for file in both],
             "arena, bytes": [file.arena for file in both],
             "latency, s": [file.latency and file.latency.median for file in both],
@@ -114,6 +118,7 @@ class FileComparison(Tabular):
             _row("bytes", before.size, after.size),
             _row("bytes, gzip", before.gzip_size, after.gzip_size),
             _row("parameters", before.parameters, after.parameters),
+            _row("MACs", before.macs, after.macs),
             _row("peak activations, bytes", before.peak_activations, after.peak_activations),
             _row("arena, bytes", before.arena, after.arena),
         ]
@@ -240,8 +245,9 @@ def _computed(metrics: Mapping[str, Compute], runner: Runner, data: Any) -> dict
     return {name: compute(y, outputs) for name, compute in metrics.items()}
 
 
-def _row(name: str, before: int, after: int) -> list[str]:
-    return [name, f"{before:,}", f"{after:,}", f"{after / before:.3f}" if before else ""]
+def _row(name: str, before: int | None, after: int | None) -> list[str]:
+    figures = ("–" if value is None else f"{value:,}" for value in (before, after))
+    return [name, *figures, f"{after / before:.3f}" if before and after else ""]
 
 
 def _is_model(item: Any) -> bool:
