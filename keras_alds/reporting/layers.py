@@ -19,6 +19,7 @@ from keras_alds.plan import CompressionPlan, LayerChoice, Skip, Skipped
 # How the names of layers end that `expand` puts before the one with the layer's own name.
 _PIECES = ("_depthwise", "_encoder")
 _UNKNOWN = Skipped(Skip.BUDGET, "it stays dense; only the plan knows why (pass it as `plan=`)")
+_NOT_APPLIED = Skipped(Skip.BUDGET, "it is dense here, and factorized in the plan")
 
 Pair = tuple[int | None, int | None]
 
@@ -97,7 +98,7 @@ def layer_rows(
             (macs[0].get(record.layer), _sum(macs[1].get(other.layer) for other in others)),
         )
         row = _formed(row, record, others)
-        rows.append(_explained(row, record, choices.get(record.path), bool(choices)))
+        rows.append(_explained(row, record, choices.get(record.path)))
     return rows, [record.path for record in strangers]
 
 
@@ -116,26 +117,20 @@ def _formed(row: LayerRow, record: LayerRecord, others: list[LayerRecord]) -> La
     )
 
 
-def _explained(
-    row: LayerRow, record: LayerRecord, choice: LayerChoice | None, planned: bool
-) -> LayerRow:
+def _explained(row: LayerRow, record: LayerRecord, choice: LayerChoice | None) -> LayerRow:
     """The row with what the plan says, or why the layer stays dense as far as this is known."""
-    if choice is not None and choice.factorized:
-        return dataclasses.replace(
-            row,
-            kernel_shape=choice.kernel_shape,
-            slices=choice.slices,
-            rank=choice.rank,
-            scheme=choice.scheme,
-            predicted=choice.error,
-            note=choice.note,
-        )
-    if choice is not None and choice.reason_code is not None:
-        skipped = Skipped(Skip(choice.reason_code), choice.reason or "")
-        return dataclasses.replace(row, note=choice.note, skipped=skipped)
-    if row.rank is not None or row.expanded:
-        return row
-    return dataclasses.replace(row, skipped=record.skipped or _UNKNOWN)
+    factorized = row.rank is not None or row.expanded
+    if choice is None:
+        return row if factorized else dataclasses.replace(row, skipped=record.skipped or _UNKNOWN)
+    row = dataclasses.replace(row, kernel_shape=choice.kernel_shape, note=choice.note)
+    if not choice.factorized:
+        skipped = Skipped(Skip(choice.reason_code or Skip.BUDGET), choice.reason or "")
+        return row if factorized else dataclasses.replace(row, skipped=skipped)
+    if not factorized:
+        return dataclasses.replace(row, predicted=choice.error, skipped=_NOT_APPLIED)
+    if row.expanded:
+        row = dataclasses.replace(row, slices=choice.slices, rank=choice.rank, scheme=choice.scheme)
+    return dataclasses.replace(row, predicted=choice.error)
 
 
 def _partners(
@@ -151,7 +146,7 @@ def _partners(
     if len(before.records) == len(after.records) and not same:
         pairs = zip(before.records, after.records, strict=True)
         return {record.path: [other] for record, other in pairs}, []
-    strangers = []
+    strangers: list[LayerRecord] = []
     for record in after.records:
         names = [record.path, *_without_ending(record.path)]
         name = next((name for name in names if name in found), None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import zoo
 
 import keras_alds
 from keras_alds.models.inventory import Inventory
@@ -64,10 +63,3 @@ def test_there_are_no_curves_of_a_compressed_model(small):
     compressed = keras_alds.compress(small, 0.4)
     with pytest.raises(ValueError, match="Expected a model that is not compressed yet"):
         curves_of(compressed, compressed)
-
-
-def test_a_subclassed_model_has_curves(keras_module):
-    model = zoo.subclassed(keras_module)
-    _, curves, whole = curves_of(model, keras_alds.compress(model, 0.4, target="size"))
-    assert len(curves) == 5
-    assert whole.chosen[0] >= 0.4

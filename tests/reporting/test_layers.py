@@ -23,7 +23,7 @@ def rows_of(model, compressed, plan=None):
 
 
 def test_rows_of_a_compressed_and_an_expanded_model(small):
-    plan = keras_alds.select(small, 0.5, exclude="head", **METHOD)
+    plan = keras_alds.select(small, 0.5, exclude="head", bounds={"hidden": (0.2, None)}, **METHOD)
     compressed = keras_alds.compress(small, plan=plan)
     known, derived = rows_of(small, compressed, plan), rows_of(small, compressed)
     assert [*known] == [*derived] == [choice.layer for choice in plan.choices]
@@ -43,6 +43,12 @@ def test_rows_of_a_compressed_and_an_expanded_model(small):
     assert derived["bn"].skipped.code is Skip.NO_KERNEL
     total = sum(row.macs[1] for row in known.values())
     assert total == keras_alds.count_macs(compressed)
+
+    dense = rows_of(small, small, plan)
+    for choice in plan.factorized:
+        assert dense[choice.layer].rank is None
+        assert dense[choice.layer].predicted == choice.error
+        assert "factorized in the plan" in dense[choice.layer].skipped.detail
 
     expanded = keras_alds.expand(compressed)
     for rows in (rows_of(small, expanded, plan), rows_of(small, expanded)):
