@@ -29,13 +29,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import cifar10
-import digits
 import numpy as np
 import tensorflow_model_optimization as tfmot
 import tf_keras
 from rich.progress import Progress
 
 import keras_alds
+from keras_alds.cli import demo
 
 DIGITS = {
     "compression": [(0.75, 0), (0.9, 0), (0.95, 0), (0.97, 0), (0.98, 0)],
@@ -90,9 +90,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def digits_task(epochs: int, at_epoch: int) -> Task:
     return Task(
-        lambda: digits.build_model(tf_keras),
-        digits.load_data(),
-        digits.rewound_cosine(epochs, at_epoch),
+        lambda: demo.build_model(tf_keras),
+        demo.load_data(),
+        demo.rewound_cosine(epochs, at_epoch),
         tf_keras.optimizers.Adam,
         from_logits=True,
         augment=False,

@@ -1,6 +1,6 @@
 """Train, compress, retrain, expand, train for int8, convert: size and accuracy of the int8 files.
 
-Without `--model` the net and the data are those of examples/digits.py; with it a trained CIFAR-10
+Without `--model` the net and the data are those of `keras_alds demo`; with it a trained CIFAR-10
 model and an .npz file, as for examples/cifar10.py.
 
     python benchmarks/quantization.py
@@ -26,11 +26,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import cifar10
-import digits
 import numpy as np
 import tensorflow as tf
 
 import keras_alds
+from keras_alds.cli import demo
 from keras_alds.litert.runs import Runner
 
 
@@ -61,7 +61,7 @@ class Task:
         if self.images:
             data = cifar10.load_data(arguments.data, keras, 1.0, None)
         else:
-            data = digits.load_data()
+            data = demo.load_data()
         self.x_train, self.y_train, self.x_test, self.y_test = data
 
     @property
@@ -75,7 +75,7 @@ class Task:
         self.keras.utils.set_random_seed(0)
         if self.images:
             return cifar10.load_model(self.arguments.model, self.keras)
-        return digits.build_model(self.keras)
+        return demo.build_model(self.keras)
 
     def compile(self, model: Any, keras: Any, rate: float, epochs: int) -> Any:
         """Compiles `model` with a cosine from `rate` to 0, and returns it."""

@@ -1,6 +1,6 @@
 """Which slices and ranks are fast where: single layers on LiteRT, with and without delegate.
 
-    python benchmarks/targets.py                  # the tables of docs/targets.md
+    python benchmarks/targets.py                  # the tables of docs/how-to/targets.md
     python benchmarks/targets.py --layers 3x3:16x64x64 1x1:14x256x256 --rounds 21
 
 Every layer is converted as it is and factorized with k slices of rank j to about half of its

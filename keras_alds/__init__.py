@@ -18,7 +18,7 @@ import wrapt
 from keras_alds._version import __version__
 
 if TYPE_CHECKING:
-    from keras_alds import litert, tfmot
+    from keras_alds import litert, plots, tfmot
     from keras_alds.api import apply_plan, compress, recompose, select
     from keras_alds.callbacks import ALDSCompress
     from keras_alds.layers import FactorizedConv1D, FactorizedConv2D, FactorizedDense
@@ -64,7 +64,7 @@ _HOMES = {
     "sweep": "research.sweeping",
     "to_tf_keras": "tfmot.conversion",
 }
-_MODULES = ("layers", "litert", "tf_keras", "tfmot")
+_MODULES = ("layers", "litert", "plots", "tf_keras", "tfmot")
 
 __all__ = [
     "ALDSCompress",
@@ -88,6 +88,7 @@ __all__ = [
     "count_macs",
     "expand",
     "litert",
+    "plots",
     "recompose",
     "refine",
     "report",

@@ -146,8 +146,8 @@ def compress(
 
     Only examples can tell whether the accuracy holds, so pass `calibration_data` if you can.
     Without them, layers are chosen and fitted on noise that is made to fit the model's
-    BatchNormalization, or by their weights alone if it has none; see docs/guide.md for what to
-    expect.
+    BatchNormalization, or by their weights alone if it has none; docs/how-to/calibrate.md says what
+    to expect.
 
     The new model has the class, the layer names and the graph of `model`. The layers that the plan
     factorizes are replaced by those of `keras_alds.layers`, such as `FactorizedConv2D`. Inside
@@ -203,28 +203,16 @@ def compress(
     1 - small.count_params() / model.count_params()  # at least 0.5
     ```
     """
-    check_cr_or_plan(cr, plan, options, "compress")
-    method = options.get("method") if plan is None else plan.method
-    check_sequential(sequential, calibration_data, method)
-    steps = steps_of(refine, calibration_data)
-    has_data = calibration_data is not None
-    if plan is None:
-        request: Request = checked_options(cr, options, has_data=has_data, caller="compress")
-    else:
-        request = plan
-        if not has_data and wants_data(plan):
-            warnings.warn(
-                "Expected `calibration_data` with a plan that was chosen with data (method "
-                f"{plan.method!r}). Received: None. The factors approximate the kernels instead "
-                "of the outputs, which costs accuracy. Pass the same data, or `CalibrationStats`.",
-                stacklevel=2,
-            )
-    check_is_model(model)
-    with alone(model):
-        small, chosen = _compressed(model, request, calibration_data, sequential, stacklevel=2)
-        if steps is not None and chosen is not None:
-            _refine(small, model, chosen, steps, stacklevel=2)
-        return small
+    return compressed_and_plan(
+        model,
+        cr,
+        options,
+        plan=plan,
+        calibration_data=calibration_data,
+        sequential=sequential,
+        refine=refine,
+        stacklevel=2,
+    )[0]
 
 
 def apply_plan(
@@ -364,6 +352,55 @@ def _compressed(
         _warn_of_no_data(chosen, request, data, stacklevel=stacklevel + 1)
         _warn_if_far(chosen, stacklevel=stacklevel + 1)
     return copy, chosen
+
+
+def compressed_and_plan(
+    model: Model,
+    cr: Any,
+    options: Mapping[str, Any],
+    *,
+    plan: CompressionPlan | None,
+    calibration_data: Any,
+    sequential: bool | None,
+    refine: bool | int,
+    stacklevel: int,
+) -> tuple[Model, CompressionPlan | None]:
+    """`compress`, and the plan that it followed; None if the model is compressed so far already.
+
+    Args:
+        model: As for `compress`.
+        cr: As for `compress`.
+        options: The options of `select`.
+        plan: As for `compress`.
+        calibration_data: As for `compress`.
+        sequential: As for `compress`.
+        refine: As for `compress`.
+        stacklevel: The frame that warnings name; 1 is the caller of this function.
+    """
+    check_cr_or_plan(cr, plan, options, "compress")
+    method = options.get("method") if plan is None else plan.method
+    check_sequential(sequential, calibration_data, method)
+    steps = steps_of(refine, calibration_data)
+    has_data = calibration_data is not None
+    if plan is None:
+        request: Request = checked_options(cr, options, has_data=has_data, caller="compress")
+    else:
+        request = plan
+        if not has_data and wants_data(plan):
+            warnings.warn(
+                "Expected `calibration_data` with a plan that was chosen with data (method "
+                f"{plan.method!r}). Received: None. The factors approximate the kernels instead "
+                "of the outputs, which costs accuracy. Pass the same data, or `CalibrationStats`.",
+                stacklevel=stacklevel + 1,
+            )
+    check_is_model(model)
+    with alone(model):
+        small, chosen = _compressed(
+            model, request, calibration_data, sequential, stacklevel=stacklevel + 1
+        )
+        if steps is not None and chosen is not None:
+            _refine(small, model, chosen, steps, stacklevel=stacklevel + 1)
+        return small, None if chosen is None else chosen.plan
 
 
 def _refine(small: Any, model: Any, chosen: Chosen, steps: int, *, stacklevel: int) -> None:

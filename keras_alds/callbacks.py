@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from keras_alds import _backend
 from keras_alds._backend.strategies import Replicas
 from keras_alds.api import Chosen, make_choice, selection_of, wants_data
 from keras_alds.backups import Backup, Part
+from keras_alds.boards import Board
 from keras_alds.distillation import Distillation
 from keras_alds.distillation import stop as stop_distillation
 from keras_alds.kinds.base import is_factorized
@@ -89,6 +91,10 @@ class ALDSCompress(_backend.Callback):
     If callbacks in one `fit` compress different submodels, the names end in that of the submodel,
     as in `alds_cr_student`.
 
+    With `TensorBoard` in the list, or `log_dir`, TensorBoard shows a run `alds`: `cr`, parameters,
+    MACs, and the rank and error of each layer after every epoch; the table of the plan as a text;
+    singular values of the kernels as histograms, before each compression and at the end.
+
     If training starts after `at_epoch` (`initial_epoch`), the model is compressed before its first
     epoch.
 
@@ -154,6 +160,8 @@ class ALDSCompress(_backend.Callback):
             Defaults to False.
         callbacks: The other callbacks of `fit`. Defaults to None: they are taken from the `fit`
             call that is running.
+        log_dir: Folder for TensorBoard. Defaults to None: that of the `TensorBoard` callback, if
+            there is one.
         verbose: 0 prints nothing; otherwise the compression prints one line. Defaults to 1.
         {options}
 
@@ -191,6 +199,8 @@ class ALDSCompress(_backend.Callback):
     _sequential: bool | None
     _steps: int | None
     _callbacks: Sequence[Any] | None
+    _log_dir: str | os.PathLike[str] | None
+    _board: Board | None
 
     @takes_options()
     def __init__(
@@ -206,6 +216,7 @@ class ALDSCompress(_backend.Callback):
         rewind_epochs: int = 0,
         distill: bool | float | Mapping[str, Any] = False,
         callbacks: Sequence[Any] | None = None,
+        log_dir: str | os.PathLike[str] | None = None,
         verbose: int = 1,
         **options: Unpack[SelectOptions],
     ) -> None:
@@ -238,6 +249,7 @@ class ALDSCompress(_backend.Callback):
         self._calibration_data = calibration_data
         self._sequential = sequential
         self._callbacks = callbacks
+        self._log_dir, self._board = log_dir, None
         self.at_epoch = at_epoch
         self.verbose = verbose
         self.plan = None
@@ -261,7 +273,7 @@ class ALDSCompress(_backend.Callback):
         Raises if there is no such submodel, or the backup does not fit.
         """
         super().set_model(model)
-        self._part = find_submodel(model, self._submodel)
+        self._part, self._board = find_submodel(model, self._submodel), None
         self._resumed: list[Request] = []
         self._teacher: Any | None = None
         is_backup = _backend.backend_of(model).is_backup
@@ -308,6 +320,7 @@ class ALDSCompress(_backend.Callback):
             ", ".join([*map(str, self._stages), *self._extras]),
             "Pass the same arguments in every process.",
         )
+        self._board = self._board_of_part()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Compresses the model before epoch `at_epoch`."""
@@ -322,6 +335,7 @@ class ALDSCompress(_backend.Callback):
                 self._check()
         times = self._steps_at(epoch)
         if due := self._due(epoch):
+            self._warn_of_late_start(epoch)
             self._compress(epoch, due[-1].request)
         self._course.begin(epoch)
         self._course.drop(len(due))
@@ -333,6 +347,9 @@ class ALDSCompress(_backend.Callback):
         if logs is not None:
             logs[f"alds_cr{self._suffix}"] = self._cr()
             logs[f"alds_params{self._suffix}"] = count_params(self._part)
+        if self._board is not None:
+            with alone(self.model):
+                self._board.add_epoch(epoch, self._cr(), self.plan)
         if self._watched:
             value = _backend.backend_of(self.model).value
             if all(np.array_equal(value(variable), old) for variable, old in self._watched):
@@ -350,6 +367,9 @@ class ALDSCompress(_backend.Callback):
             self._rewinding.end()
         if self._distill is not None:
             stop_distillation(self.model)
+        if self._board is not None:
+            with alone(self.model):
+                self._board.close()
         self._rewinding, self._backups, self._teacher = None, [], None
         if left := self._course.left:
             warnings.warn(
@@ -368,6 +388,8 @@ class ALDSCompress(_backend.Callback):
             self._params_before = self._dense_params()
         before = count_params(self._part)
         with alone(self.model):
+            if self._board is not None:
+                self._board.add_spectra(epoch)
             teacher = None
             if self._steps is not None or self._distill is not None:
                 teacher = self._copied()
@@ -382,6 +404,8 @@ class ALDSCompress(_backend.Callback):
             if self._distill is not None:
                 self._distill.start(self.model, self._part, teacher, self._examples())
         self.plan, self._done = chosen.plan, True
+        if self._board is not None:
+            self._board.add_plan(epoch, chosen.plan)
         backend = chosen.inventory.backend
         for callback in self._siblings():
             backend.forget_best(callback)
@@ -396,6 +420,13 @@ class ALDSCompress(_backend.Callback):
         )
         if self._steps is not None:
             self._say(f"refinement: {result}")
+
+    def _board_of_part(self) -> Board | None:
+        """What shows the compression of this part in TensorBoard, shared with other callbacks."""
+        for other in self._siblings():
+            if isinstance(other, ALDSCompress) and other._part is self._part and other._board:
+                return other._board
+        return Board.of(self._log_dir, self._siblings(), self.model, self._part, self._suffix)
 
     def _change(self, request: Request) -> Chosen:
         """Chooses slices and ranks, and factorizes the layers."""
@@ -485,6 +516,18 @@ class ALDSCompress(_backend.Callback):
             self._course.drop(len(missed))
             self._say(f"epoch {epoch}: {self._named}already compressed, training on")
         return self._course.due(epoch)
+
+    def _warn_of_late_start(self, epoch: int) -> None:
+        """Weights of a compressed model may have been loaded into the dense one, some of them."""
+        missed = [] if self._auto else self._course.missed(epoch)
+        if missed and not self._resumed and not self._factorized_layers():
+            warnings.warn(
+                f"Training starts at epoch {epoch}, after at_epoch={missed[-1].at_epoch}, with a "
+                "model that is not compressed: it is compressed now. If its weights come from a "
+                "checkpoint of the compressed model, most of them were not loaded. Load the whole "
+                "model, or call `apply_plan` before `load_weights`.",
+                stacklevel=2,
+            )
 
     def _steps_at(self, epoch: int) -> int:
         """How many steps an epoch begins with, a step that the model meets already included.

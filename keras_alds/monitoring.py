@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import csv
-import importlib
 import numbers
 import os
 from typing import Any
 
 import numpy as np
 
-from keras_alds import _backend
-from keras_alds._backend.summaries import ScalarWriter
-from keras_alds.core.checks import did_you_mean, positive_int
+from keras_alds import _backend, plots
+from keras_alds._backend.summaries import EventWriter
+from keras_alds.core.checks import positive_int
 from keras_alds.models.inventory import Inventory, has_weights
 from keras_alds.models.ranks import ModelRanks, measured_ranks
 from keras_alds.models.selection import candidates_of
 from keras_alds.models.turns import alone
 from keras_alds.options import LEAST_CR, Options
-from keras_alds.scores import axes_or_new
+from keras_alds.plots.of_results import RANKS
+from keras_alds.tables import write_csv
 
-_RANKS = ("stable_rank", "effective_rank", "energy_rank")
-_COLUMNS = ("epoch", "layer", "full_rank", *_RANKS, "removable")
-# More layers than this would fill the plot with their names.
-_MOST_NAMES = 12
+_COLUMNS = ("epoch", "layer", "full_rank", *RANKS, "removable")
 
 
 class RankMonitor(_backend.Callback):
@@ -103,7 +99,7 @@ class RankMonitor(_backend.Callback):
         given = {"method": "alds", "schemes": 0, "exclude": exclude, "max_slices": max_slices}
         self._options = Options.checked(LEAST_CR, given, has_data=False, caller="RankMonitor")
         self._log_dir = log_dir
-        self._writer: ScalarWriter | None = None
+        self._writer: EventWriter | None = None
         self.history = []
         self._logs: dict[str, float] = {}
         self._checked = False
@@ -116,7 +112,7 @@ class RankMonitor(_backend.Callback):
         if has_weights(self.model):
             self._inventory()
         if self._log_dir is not None:
-            self._writer = ScalarWriter(self._log_dir)
+            self._writer = EventWriter(self._log_dir)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Measures the layers, and adds to the logs."""
@@ -140,10 +136,7 @@ class RankMonitor(_backend.Callback):
         Args:
             path: The file.
         """
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, _COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.history)
+        write_csv(path, self.history, _COLUMNS)
 
     def plot(self, column: str = "effective_rank", ax: Any = None) -> Any:
         """Plots one of the ranks of every layer, divided by its full rank, against the epochs.
@@ -154,33 +147,13 @@ class RankMonitor(_backend.Callback):
 
         Returns:
             The axes. `axes.figure.savefig("ranks.png")` writes a file. First layers are dark, last
-            ones are light.
+            ones are light. See `keras_alds.plots.rank_history`.
 
         Raises:
             ValueError: If `column` is none of these.
-            ImportError: If matplotlib is not installed and `ax` is None.
+            ImportError: If matplotlib is not installed.
         """
-        if column not in _RANKS:
-            raise ValueError(
-                f"Expected a rank, one of {', '.join(map(repr, _RANKS))}. "
-                f"Received: column={column!r}{did_you_mean(column, _RANKS)}"
-            )
-        ax = axes_or_new(ax)
-        colours = importlib.import_module("matplotlib").colormaps["viridis"]
-        lines: dict[str, list[tuple[int, float]]] = {}
-        for row in self.history:
-            points = lines.setdefault(row["layer"], [])
-            points.append((row["epoch"], row[column] / row["full_rank"]))
-        for index, (name, points) in enumerate(lines.items()):
-            colour = colours(0.9 * index / max(1, len(lines) - 1))
-            ax.plot(*zip(*points, strict=True), color=colour, label=name)
-        ax.set_xlabel("epoch")
-        ax.set_ylabel(f"{column.replace('_', ' ')} / full rank")
-        ax.set_ylim(0, 1.02)
-        ax.grid(alpha=0.3)
-        if 0 < len(lines) <= _MOST_NAMES:
-            ax.legend(fontsize="small")
-        return ax
+        return plots.rank_history(self, column, ax=ax)
 
     # -- The measurement ---------------------------------------------------------------------
 
@@ -196,12 +169,12 @@ class RankMonitor(_backend.Callback):
             row = (epoch, path, ranks.full, ranks.stable, ranks.effective, ranks.energy)
             self.history.append(dict(zip(_COLUMNS, (*row, found.removable.get(path)), strict=True)))
             if self._writer is not None:
-                scalars = zip(_RANKS, row[3:], strict=True)
-                self._writer.write(epoch, {f"{path}/{name}": float(v) for name, v in scalars})
+                scalars = zip(RANKS, row[3:], strict=True)
+                self._writer.scalars(epoch, {f"{path}/{name}": float(v) for name, v in scalars})
         rows = self.history[-len(found.layers) :]
         self._logs = {
             f"alds_{name}": float(np.mean([row[name] / row["full_rank"] for row in rows]))
-            for name in _RANKS
+            for name in RANKS
         }
         self._logs["alds_reachable_cr"] = found.reachable_cr
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, TypedDict, TypeVar
 
 from keras_alds.core.checks import did_you_mean, positive_int
+from keras_alds.core.errors import ERRORS
 from keras_alds.core.methods import Method
 from keras_alds.core.slicing import SCHEMES
 from keras_alds.methods import METHODS, choose_method, get_method
@@ -55,6 +56,15 @@ class Option:
             break_long_words=False,
             break_on_hyphens=False,
         )
+
+
+def layer_bounds(text: str) -> tuple[str, tuple[float | None, float | None]]:
+    """An entry of `bounds` as the command line has it, `LAYER=LEAST:GREATEST`."""
+    layer, _, fractions = text.rpartition("=")
+    least, _, greatest = fractions.partition(":")
+    if not layer:
+        raise ValueError(text)
+    return layer, (float(least) if least else None, float(greatest) if greatest else None)
 
 
 def fold_schemes(text: str) -> str | list[int]:
@@ -100,6 +110,7 @@ class SelectOptions(TypedDict, total=False):
             """String or None. The error measure, if not the method's own: `"slice"`, `"bound"`,
             `"spectral"`, `"energy"` or `"residual"`. Defaults to None: the method's own
             (`"slice"` for `"alds"`).""",
+            flag={"choices": list(ERRORS), "help": "error measure (default: the method's own)"},
         ),
     ]
     exclude: Annotated[
@@ -110,7 +121,12 @@ class SelectOptions(TypedDict, total=False):
             matches the whole name or path, a compiled pattern (found anywhere in them), a
             layer class, or a list of these. The name of a nested model, a wrapper or an
             attention layer stands for all layers inside it. Defaults to none.""",
-            flag={"nargs": "*", "help": "layers to skip"},
+            flag={
+                "nargs": "+",
+                "action": "extend",
+                "metavar": "LAYER",
+                "help": "layers to skip: names, paths or regular expressions",
+            },
         ),
     ]
     max_slices: Annotated[
@@ -158,6 +174,13 @@ class SelectOptions(TypedDict, total=False):
             layer's own parameters to remove, None for no bound, as in `{"stem": (None, 0.3),
             r"block3/.*": (0.4, 0.8)}`. If several entries name a layer, all of them apply.
             Defaults to None: no bounds.""",
+            flag={
+                "type": layer_bounds,
+                "action": "append",
+                "metavar": "LAYER=LEAST:GREATEST",
+                "help": "least and greatest fraction of a layer to remove, as in stem=:0.3 or "
+                "block3/.*=0.4:0.8; may be repeated",
+            },
         ),
     ]
     latency_table: Annotated[
@@ -527,15 +550,27 @@ def documented(docstring: str | None, names: Sequence[str] = OPTION_NAMES) -> st
     return "\n".join(lines)
 
 
-def add_flags(parser: Any, names: Sequence[str]) -> None:
-    """Adds options to an `argparse` parser, such as `--max-slices` for `max_slices`."""
+def add_flags(
+    parser: Any, names: Sequence[str], changed: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Adds options to an `argparse` parser, such as `--max-slices` for `max_slices`.
+
+    Args:
+        parser: The parser.
+        names: The options.
+        changed: Arguments for `ArgumentParser.add_argument` that differ from the declared ones.
+    """
     for name in names:
         option = declared(name)
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", default=option.default, **(option.flag or {})
-        )
+        # Values that are added one by one go to a copy of a list.
+        default = list(option.default) if isinstance(option.default, tuple) else option.default
+        flag = {**(option.flag or {}), **(changed or {}).get(name, {})}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, **flag)
 
 
 def flags(arguments: Any, names: Sequence[str]) -> dict[str, Any]:
     """The values of the flags of `add_flags`, by option."""
-    return {name: getattr(arguments, name) for name in names}
+    values = {name: getattr(arguments, name) for name in names}
+    if values.get("bounds"):
+        values["bounds"] = dict(values["bounds"])
+    return values

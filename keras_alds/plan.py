@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from keras_alds.core.slicing import SCHEMES
 from keras_alds.resources import MEMORY, RESOURCES, Cost
-from keras_alds.tables import print_plan
+from keras_alds.tables import Tabular, TextTable, plan_table
 
 PLAN_VERSION = 2
 
@@ -117,7 +117,7 @@ class LayerChoice:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class CompressionPlan:
+class CompressionPlan(Tabular):
     """The slices and rank of every layer of a model, as chosen by `keras_alds.select`.
 
     A plan contains no weights and can be saved as JSON. The same plan and weights always give the
@@ -331,7 +331,26 @@ class CompressionPlan:
             show_skipped: Boolean. Whether skipped layers have rows of their own. Defaults to
                 False: one line below the table for each reason.
         """
-        print_plan(self, print_fn=print_fn, line_length=line_length, show_skipped=show_skipped)
+        plan_table(self, show_skipped=show_skipped).print(print_fn, line_length)
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """The choices of all layers as dicts; skipped layers have a reason and no rank."""
+        return [self._row(choice) for choice in self.choices]
+
+    def _row(self, choice: LayerChoice) -> dict[str, Any]:
+        row = {name: getattr(choice, name) for name in _FIRST}
+        for name in self.costs:
+            cost = choice.costs.get(name)
+            row |= {f"{name}_before": cost and cost.before, f"{name}_after": cost and cost.after}
+        return row | {name: getattr(choice, name) for name in _LAST}
+
+    def _table(self) -> TextTable:
+        return plan_table(self)
+
+
+# The columns of `to_rows` before and after the costs.
+_FIRST = ("layer", "kind", "kernel_shape", "slices", "rank", "scheme")
+_LAST = ("error", "divergence", "reason_code", "reason", "note")
 
 
 def _costs(costs: Mapping[str, Any]) -> dict[str, Cost]:

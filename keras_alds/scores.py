@@ -1,10 +1,9 @@
-"""Scores of models: checks and calls the functions that users give, and imports what plots them."""
+"""Scores of models: checks and calls the functions that users give, and finds the frontier."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 
 def check_function(value: Any, name: str, example: str) -> None:
@@ -45,19 +44,21 @@ def scored(evaluate: Callable[[Any], float], model: Any) -> float:
         ) from None
 
 
-def check_plots() -> Any:
-    """Returns `matplotlib.figure`, or raises an ImportError that says how to install it."""
-    try:
-        return importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise ImportError(
-            "matplotlib is needed for the plot and is not installed. "
-            'Remedy: pip install "keras_alds[plots]"'
-        ) from error
+class Scored(NamedTuple):
+    """The size of a model, as the fraction that is left of the original's, and its score."""
+
+    size: float
+    score: float
 
 
-def axes_or_new(ax: Any, height: float = 4.4) -> Any:
-    """The given axes, or those of a new figure, `height` inches high."""
-    if ax is not None:
-        return ax
-    return check_plots().Figure(figsize=(7.2, height), layout="constrained").subplots()
+def frontier(models: Iterable[Scored]) -> list[Scored]:
+    """The models than which no other one is better in size and score, smallest first.
+
+    >>> frontier([Scored(1.0, 0.9), Scored(0.5, 0.8), Scored(0.7, 0.8)])
+    [Scored(size=0.5, score=0.8), Scored(size=1.0, score=0.9)]
+    """
+    found: list[Scored] = []
+    for model in sorted(models, key=lambda model: (model.size, -model.score)):
+        if not found or model.score > found[-1].score:
+            found.append(model)
+    return found

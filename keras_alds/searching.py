@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from keras_alds import plots
 from keras_alds._backend.layers import KerasModel
 from keras_alds.api import (
     Chosen,
@@ -36,8 +37,8 @@ from keras_alds.plan import CompressionPlan
 from keras_alds.progress import progress_bar
 from keras_alds.refinement import refined, steps_of
 from keras_alds.resources import RESOURCES, Cost
-from keras_alds.scores import axes_or_new, check_evaluate, scored
-from keras_alds.tables import PrintFn, counted, print_table
+from keras_alds.scores import Scored, check_evaluate, frontier, scored
+from keras_alds.tables import Tabular, TextTable, counted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -86,7 +87,7 @@ class SearchPoint:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class SearchResult:
+class SearchResult(Tabular):
     """The result of `search`.
 
     Attributes:
@@ -135,19 +136,24 @@ class SearchResult:
     @property
     def frontier(self) -> tuple[SearchPoint, ...]:
         """The points than which no other one is better in size and score, largest model first."""
-        found: list[SearchPoint] = []
-        for point in sorted(self.points, key=lambda p: (-p.removed, -p.score)):
-            if not found or point.score > found[-1].score:
-                found.append(point)
-        return tuple(reversed(found))
+        points = {Scored(1 - point.removed, point.score): point for point in self.points}
+        return tuple(points[key] for key in reversed(frontier(points)))
 
-    def summary(self, print_fn: PrintFn | None = None, line_length: int | None = None) -> None:
-        """Prints a table of all models that were evaluated, smallest last.
+    def to_rows(self) -> list[dict[str, Any]]:
+        """The model itself and all that were evaluated, in that order, as dicts."""
+        dense = {"cr": 0.0, "removed": 0.0, "score": self.dense_score, "within_limit": True}
+        rows = [{**dense, "taken": self.best is None, "seconds": None}]
+        for point in self.points:
+            figures = {"cr": point.cr, "removed": point.removed, "score": point.score}
+            within = point.score >= self.limit
+            taken = point is self.best
+            rows.append(
+                {**figures, "within_limit": within, "taken": taken, "seconds": point.seconds}
+            )
+        return rows
 
-        Args:
-            print_fn: Called with the text; default: standard output, in colour on a terminal.
-            line_length: Width in characters; default: the terminal's, else 100.
-        """
+    def _table(self) -> TextTable:
+        """All models that were evaluated, smallest last."""
         info, best = RESOURCES[self.objective], self.best
         rows = [["dense", "–", "–", f"{self.dense_score:.4f}", "–", "–"]]
         for point in sorted(self.points, key=lambda p: p.removed):
@@ -164,17 +170,10 @@ class SearchResult:
             )
         columns = ["Model", info.column, "Removed", "Score", "Within limit", "Seconds"]
         title = f"Search for {self.name!r}: max_drop={self.max_drop:g}, score >= {self.limit:.4f}"
-        print_table(
-            title,
-            columns,
-            rows,
-            [self._statement()],
-            print_fn=print_fn,
-            line_length=line_length,
-        )
+        return TextTable(title, columns, rows, [self._statement()])
 
     def plot(self, ax: Any = None) -> Any:
-        """Plots the scores against the size that is left.
+        """Plots the scores against the size that is left; see `keras_alds.plots.scores`.
 
         Args:
             ax: Axes of matplotlib to draw on. Defaults to None: those of a new figure.
@@ -183,20 +182,9 @@ class SearchResult:
             The axes. `axes.figure.savefig("search.png")` writes a file.
 
         Raises:
-            ImportError: If matplotlib is not installed and `ax` is None.
+            ImportError: If matplotlib is not installed.
         """
-        ax = axes_or_new(ax)
-        points = sorted((1 - point.removed, point.score) for point in self.points)
-        ax.plot(*zip(*[*points, (1.0, self.dense_score)], strict=True), marker="o", label="models")
-        ax.axhline(self.limit, color="0.5", linestyle=":", label="limit")
-        if self.best is not None:
-            taken = [1 - self.best.removed], [self.best.score]
-            ax.plot(*taken, "*", markersize=14, color="C1", label="taken")
-        ax.set_xlabel(f"fraction of {RESOURCES[self.objective].counted} that is left")
-        ax.set_ylabel("score")
-        ax.grid(alpha=0.3)
-        ax.legend()
-        return ax
+        return plots.scores(self, ax=ax)
 
     def _statement(self) -> str:
         """What was found, in one sentence."""
@@ -240,7 +228,7 @@ def search(
     none met it, the result is `model` itself, and a warning says so.
 
     To search by the score of int8 files, let `evaluate` convert the models and score the files
-    (docs/guide.md).
+    (docs/how-to/choose-cr.md).
 
     Args:
         model: A built Keras 3 or tf_keras model, not compressed yet.

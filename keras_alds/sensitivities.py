@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from keras_alds import plots
 from keras_alds._backend.layers import KerasModel
 from keras_alds.api import calibrated, checked_options, selection_of
 from keras_alds.core.checks import did_you_mean
@@ -18,8 +19,7 @@ from keras_alds.models.resources import Resource
 from keras_alds.models.turns import alone
 from keras_alds.options import LEAST_CR, SelectOptions, check_names, of_all_forms, takes_options
 from keras_alds.resources import RESOURCES
-from keras_alds.scores import axes_or_new
-from keras_alds.tables import PrintFn, counted, print_table
+from keras_alds.tables import Tabular, TextTable, counted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -61,7 +61,7 @@ _COLUMNS = tuple(field.name for field in dataclasses.fields(LayerSensitivity))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Sensitivity:
+class Sensitivity(Tabular):
     """The result of `sensitivity`.
 
     Attributes:
@@ -112,16 +112,10 @@ class Sensitivity:
         return dataclasses.replace(self, layers=(*known, *others))
 
     def to_rows(self) -> list[dict[str, Any]]:
-        """The layers as dicts, for `pandas.DataFrame` or `csv.DictWriter`."""
+        """The layers as dicts."""
         return [dataclasses.asdict(row) for row in self.layers]
 
-    def summary(self, print_fn: PrintFn | None = None, line_length: int | None = None) -> None:
-        """Prints a table of the layers.
-
-        Args:
-            print_fn: Called with the text; default: standard output, in colour on a terminal.
-            line_length: Width in characters; default: the terminal's, else 100.
-        """
+    def _table(self) -> TextTable:
         rows = [
             [
                 f"{row.layer} ({row.kind})",
@@ -142,10 +136,12 @@ class Sensitivity:
         lines = ["Output: what this layer alone does to the model's outputs, estimated"]
         if any(row.removed is None for row in self.layers):
             lines.append("–: no allowed choice removes so much of the layer")
-        print_table(title, columns, rows, lines, print_fn=print_fn, line_length=line_length)
+        return TextTable(title, columns, rows, lines)
 
     def plot(self, ax: Any = None) -> Any:
         """Plots what each layer does to the model's outputs as bars, the first layer on top.
+
+        This is `keras_alds.plots.sensitivity`.
 
         Args:
             ax: Axes of matplotlib to draw on. Defaults to None: those of a new figure.
@@ -154,15 +150,9 @@ class Sensitivity:
             The axes. `axes.figure.savefig("sensitivity.png")` writes a file.
 
         Raises:
-            ImportError: If matplotlib is not installed and `ax` is None.
+            ImportError: If matplotlib is not installed.
         """
-        ax = axes_or_new(ax, height=1.2 + 0.22 * len(self.layers))
-        rows = [row for row in self.layers if row.divergence is not None]
-        ax.barh([row.layer for row in rows], [row.divergence for row in rows])
-        ax.invert_yaxis()
-        ax.set_xlabel(f"divergence of the outputs without {self.fraction:.0%} of the layer")
-        ax.grid(alpha=0.3, axis="x")
-        return ax
+        return plots.sensitivity(self, ax=ax)
 
 
 @takes_options(leave_out=("method", "error_measure"))

@@ -1,16 +1,23 @@
-"""Prints tables, and the table of a plan."""
+"""Tables of results: printed, in notebooks, as Markdown, CSV and data frames. A plan's table."""
 
 from __future__ import annotations
 
+import abc
+import csv
+import dataclasses
+import functools
+import html
 import io
+import os
 import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from keras_alds.extras import imported
 from keras_alds.resources import RESOURCES
 
 if TYPE_CHECKING:
@@ -20,6 +27,8 @@ PrintFn = Callable[[str], object]
 
 #: The width of what is not printed to a terminal.
 WIDTH = 100
+# The most rows in a notebook.
+_HTML_ROWS = 30
 # What differs between the reasons of two layers: shapes, names, numbers.
 _DETAIL = re.compile(r"\([^()]*\)|'[^']*'|\d+")
 
@@ -29,14 +38,136 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def print_plan(
-    plan: CompressionPlan,
-    *,
-    print_fn: PrintFn | None = None,
-    line_length: int | None = None,
-    show_skipped: bool = False,
+def general_reason(reason: str) -> str:
+    """A reason why layers are skipped, without what differs between two of them."""
+    return _DETAIL.sub("…", reason)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTable:
+    """A table for people.
+
+    Attributes:
+        title: Line above the table.
+        columns: Column headers; the first column is aligned left, the others right.
+        rows: The cells.
+        lines: Lines below the table.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    lines: Sequence[str] = ()
+
+    def print(self, print_fn: PrintFn | None = None, line_length: int | None = None) -> None:
+        """Prints the table: in colour on a terminal, as plain Markdown anywhere else.
+
+        Args:
+            print_fn: Called once with the whole text; default: standard output.
+            line_length: Width in characters; default: the terminal's, else 100.
+        """
+        made = functools.partial(Console, highlight=False, markup=False)  # names are no markup
+        console = made(width=line_length)
+        plain = print_fn is not None or not console.is_terminal
+        buffer = io.StringIO()
+        if plain:
+            console = made(width=line_length or WIDTH, file=buffer)
+        table = Table(box=box.MARKDOWN if plain else box.ROUNDED, header_style="bold")
+        for index, column in enumerate(self.columns):
+            table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        for row in self.rows:
+            table.add_row(*row)
+        console.print(self.title, style=None if plain else "bold")
+        console.print(table)
+        for line in self.lines:
+            console.print(line)
+        if plain:
+            text = "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+            (print_fn or print)(text)
+
+    def to_markdown(self) -> str:
+        """The columns and rows in Markdown, one line for each row however long it is."""
+        rows = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
+        return "\n".join(
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows
+        )
+
+    def to_html(self) -> str:
+        """The table for a notebook. Of a long one, the first rows are shown."""
+        left = len(self.rows) - _HTML_ROWS
+        more = [f"… {counted(left, 'more row')}. summary() prints all"] if left > 0 else []
+        lines = "<br>".join(html.escape(line) for line in [*more, *self.lines])
+        return (
+            '<div style="overflow-x: auto">'
+            f"<p><strong>{html.escape(self.title)}</strong></p>"
+            f"<table><thead>{_html_row(self.columns, 'th')}</thead><tbody>"
+            + "".join(_html_row(row, "td") for row in self.rows[:_HTML_ROWS])
+            + f"</tbody></table><p>{lines}</p></div>"
+        )
+
+
+def _html_row(cells: Sequence[str], tag: str) -> str:
+    sides = ["left", *["right"] * (len(cells) - 1)]
+    found = [
+        f'<{tag} style="text-align: {side}; white-space: nowrap">{html.escape(cell)}</{tag}>'
+        for side, cell in zip(sides, cells, strict=True)
+    ]
+    return f"<tr>{''.join(found)}</tr>"
+
+
+class Tabular(abc.ABC):
+    """A result that is a table. Notebooks show it as one."""
+
+    @abc.abstractmethod
+    def to_rows(self) -> list[dict[str, Any]]:
+        """The rows as dicts of plain values."""
+
+    @abc.abstractmethod
+    def _table(self) -> TextTable:
+        """The table for people."""
+
+    def summary(self, print_fn: PrintFn | None = None, line_length: int | None = None) -> None:
+        """Prints the table.
+
+        Args:
+            print_fn: Called with the text; default: standard output, in colour on a terminal.
+            line_length: Width in characters; default: the terminal's, else 100.
+        """
+        self._table().print(print_fn, line_length)
+
+    def to_markdown(self) -> str:
+        """The table that `summary` prints, in Markdown, without the lines around it."""
+        return self._table().to_markdown()
+
+    def to_dataframe(self) -> Any:
+        """The rows as a `pandas.DataFrame`, with all digits.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        return imported("pandas", "a data frame", "pandas").DataFrame(self.to_rows())
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes the rows to `path` as CSV, with all digits; a file that is there is replaced."""
+        rows = self.to_rows()
+        write_csv(path, rows, list(rows[0]) if rows else [])
+
+    def _repr_html_(self) -> str:
+        return self._table().to_html()
+
+
+def write_csv(
+    path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]], columns: Sequence[str]
 ) -> None:
-    """Prints the choices of `plan`; see `CompressionPlan.summary`."""
+    """Writes rows as a CSV file with a line of column names."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plan_table(plan: CompressionPlan, *, show_skipped: bool = False) -> TextTable:
+    """The choices of `plan`; see `CompressionPlan.summary`."""
     resources = [RESOURCES[name] for name in plan.costs]
     columns = ["Layer (type)", "Kernel", *(["Scheme"] if plan.folded else []), "Slices", "Rank"]
     columns += [*(info.column for info in resources), "Error"]
@@ -83,14 +214,14 @@ def print_plan(
     title = (
         f"Compression plan: cr={limits}method={plan.method!r}, error_measure={plan.error_measure!r}"
     )
-    print_table(title, columns, rows, lines, print_fn=print_fn, line_length=line_length)
+    return TextTable(title, columns, rows, lines)
 
 
 def _skipped_lines(skipped: Sequence[LayerChoice]) -> list[str]:
     """A line for every reason why layers are skipped. What differs between them is left out."""
     groups: dict[str, list[LayerChoice]] = {}
     for choice in skipped:
-        groups.setdefault(_DETAIL.sub("…", choice.reason or ""), []).append(choice)
+        groups.setdefault(general_reason(choice.reason or ""), []).append(choice)
     lines = []
     for general, choices in groups.items():
         reasons = {choice.reason for choice in choices}
@@ -142,41 +273,3 @@ def _target_lines(plan: CompressionPlan) -> list[str]:
         f"{line}; sum of the relative errors of the layers' outputs: {own:.4f}, and {free:.4f} "
         f"without its constraints{ratio}. Measure the model's accuracy with `evaluate`"
     ]
-
-
-def print_table(
-    title: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    lines: Sequence[str] = (),
-    *,
-    print_fn: PrintFn | None = None,
-    line_length: int | None = None,
-) -> None:
-    """Prints a table: in colour on a terminal, as plain Markdown anywhere else.
-
-    Args:
-        title: Line above the table.
-        columns: Column headers; the first column is aligned left, the others right.
-        rows: The cells.
-        lines: Lines below the table.
-        print_fn: Called once with the whole text; default: standard output.
-        line_length: Width in characters; default: the terminal's, else 100.
-    """
-    console = Console(width=line_length, highlight=False)
-    plain = print_fn is not None or not console.is_terminal
-    buffer = io.StringIO()
-    if plain:
-        console = Console(width=line_length or WIDTH, file=buffer, highlight=False)
-    table = Table(box=box.MARKDOWN if plain else box.ROUNDED, header_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(title, style=None if plain else "bold")
-    console.print(table)
-    for line in lines:
-        console.print(line)
-    if plain:
-        text = "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
-        (print_fn or print)(text)

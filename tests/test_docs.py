@@ -26,7 +26,19 @@ import keras_alds
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "keras_alds"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+#: Each of these is one script, and the third one goes on with a file of the first.
+TUTORIALS = [
+    DOCS / "tutorials" / f"{name}.md"
+    for name in (
+        "first-compression",
+        "in-fit",
+        "to-the-phone",
+        "old-tf-keras-script",
+        "transformer",
+    )
+]
 MODULES = sorted(
     module.name for module in pkgutil.walk_packages([str(PACKAGE)], prefix="keras_alds.")
 )
@@ -99,10 +111,18 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
     ]
 
 
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")],
-    ids=lambda page: page.name,
+    [
+        page
+        for page in PAGES
+        if page not in TUTORIALS and "```python" in page.read_text(encoding="utf-8")
+    ],
+    ids=name_of,
 )
 def test_pages_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("tf_keras")
@@ -125,13 +145,28 @@ def test_pages_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             run_snippets(blocks, str(page), namespace())
 
 
+def test_tutorials_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for package in ("sklearn", "tf_keras", "ai_edge_litert"):
+        pytest.importorskip(package)
+    assert {*TUTORIALS, DOCS / "tutorials" / "index.md"} == {*(DOCS / "tutorials").glob("*.md")}
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You are saving your model as an HDF5 file")
+        warnings.filterwarnings("error", SLOW)
+        for page in TUTORIALS:
+            blocks = python_blocks(page.read_text(encoding="utf-8"))
+            run_snippets(blocks, str(page), {"__name__": "snippet"})
+    for file in ("small.keras", "history.csv", "small.tflite", "small.h5", "transformer.keras"):
+        assert Path(file).exists()
+
+
 # The package, its public names, and those of its public submodules.
 DOCUMENTED = {
     "keras_alds": keras_alds,
     **{name: getattr(keras_alds, name) for name in keras_alds.__all__ if name[0] != "_"},
     **{
         f"{name}.{thing}": getattr(getattr(keras_alds, name), thing)
-        for name in ("layers", "litert", "tfmot")
+        for name in ("layers", "litert", "plots", "tfmot")
         for thing in getattr(keras_alds, name).__all__
     },
 }
@@ -201,7 +236,7 @@ def test_there_are_doctests():
     assert len(found) > 20
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path):
     targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     local = [target for target in targets if not re.match(r"[a-z]+:", target)]

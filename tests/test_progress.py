@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import rich
 
-from keras_alds.progress import progress_bar
+from keras_alds import progress as progress_module
+from keras_alds.progress import lines_without_terminal, progress_bar
 
 PACKAGE = Path(__file__).resolve().parent.parent / "keras_alds"
 
@@ -43,6 +44,21 @@ def test_it_is_shown_where_it_can_be():
     finally:
         rich.reconfigure()
     assert "100%" in text.getvalue()
+
+
+def test_lines_stand_for_it_where_a_command_asks_for_them(monkeypatch, capsys):
+    steps()
+    monkeypatch.setattr(progress_module, "SECONDS", 0.0)
+    steps()
+    assert "Working" not in "".join(capsys.readouterr())
+    with lines_without_terminal():
+        assert steps() == [0, 1, 2]
+        with progress_bar(verbose=0) as progress:
+            progress.advance(progress.add_task("silent"))
+    out, lines = capsys.readouterr()
+    assert out == ""
+    assert "Working...: 3 of 3, 0 s\n" in lines
+    assert "silent" not in lines
 
 
 def test_no_other_is_made():

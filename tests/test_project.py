@@ -24,15 +24,16 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # The parts of the package, from the bottom up. A module imports its own part and those of rows
 # above its own.
 ROWS = (
-    ("_version", "core", "_backend", "naming", "resources"),
+    ("_version", "core", "_backend", "naming", "resources", "extras"),
     ("tables", "progress", "scores"),
     ("targets", "plan", "research"),
     ("methods", "kinds"),
     ("options",),
     ("models",),
-    ("litert", "refinement", "reports", "backups"),
+    ("reporting",),
+    ("litert", "refinement", "reports", "backups", "boards"),
     ("api", "distillation", "rewinding"),
-    ("stages",),
+    ("stages", "plots"),
     ("callbacks", "monitoring", "tfmot", "research/sweeping", "searching", "sensitivities"),
     ("layers", "tf_keras", "cli"),
     ("__main__",),
@@ -360,7 +361,8 @@ def test_supported_pythons_agree():
 
 
 SUBMODULES = {
-    name: importlib.import_module(f"keras_alds.{name}") for name in ("layers", "litert", "tfmot")
+    name: importlib.import_module(f"keras_alds.{name}")
+    for name in ("layers", "litert", "plots", "tfmot")
 }
 PUBLIC = [n for n in keras_alds.__all__ if not n.startswith("_") and n not in SUBMODULES]
 # Public names of the whole package, those of its public submodules with the module before them.
@@ -389,6 +391,26 @@ def test_all_is_sorted_and_complete():
     for name, module in SUBMODULES.items():
         assert module.__all__ == sorted(module.__all__), name
         assert inspect.getdoc(module), name
+
+
+def test_all_files_of_the_package_are_installed():
+    config = configparser.ConfigParser(interpolation=None)
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    patterns = {
+        (package, pattern.strip())
+        for package, line in config["options.package_data"].items()
+        for pattern in line.split(",")
+    }
+    files = {p for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    missing = {
+        name_of(path)
+        for path in files - set(MODULES)
+        if not any(
+            ".".join(path.relative_to(ROOT).parts[:-1]) == package and path.match(pattern)
+            for package, pattern in patterns
+        )
+    }
+    assert not missing
 
 
 def test_type_checkers_see_the_names_where_they_are():

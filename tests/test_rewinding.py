@@ -42,6 +42,7 @@ class TestSchedules:
             loaded = K.models.load_model(tmp_path / "model.keras")
             assert rates(K, loaded, [], initial_epoch=7, epochs=8) == [0.002]
 
+    @pytest.mark.filterwarnings("ignore:Training starts at epoch 5, after at_epoch=3")
     def test_of_a_callback(self, keras_module):
         K = keras_module
         scheduler = K.callbacks.LearningRateScheduler(lambda epoch: 0.016 / 2**epoch)

@@ -509,7 +509,7 @@ def test_command_line_and_sweep(tmp_path, capsys):
     output = tmp_path / "plan.json"
     for text, schemes in (("all", "all"), ("0,3", (0, 3))):
         arguments = ["plan", str(tmp_path / "model.keras"), "--schemes", text]
-        assert main([*arguments, "--max-slices", "2", "--output", str(output)]) == 0
+        assert main([*arguments, "--max-slices", "2", "--output", str(output), "--force"]) == 0
         assert CompressionPlan.load(output) == select(model, 0.5, schemes=schemes, max_slices=2)
     with pytest.raises(SystemExit):
         main(["plan", str(tmp_path / "model.keras"), "--schemes", "x"])

@@ -363,7 +363,8 @@ def test_table_frontier_and_plot(net):
     assert "31.00% of the parameters removed, score 0.9000 → 0.8600" in repr(result)
     pytest.importorskip("matplotlib")
     axes = result.plot()
-    models, limit, taken = axes.lines
+    best, models, limit, taken = axes.lines
+    assert best.get_xdata().tolist() == pytest.approx([0.5, 0.69, 1.0])
     assert models.get_xdata().tolist() == pytest.approx([0.5, 0.69, 0.74, 1.0])
     assert limit.get_ydata() == pytest.approx([0.85, 0.85])
     assert (taken.get_xdata()[0], taken.get_ydata()[0]) == pytest.approx((0.69, 0.86))

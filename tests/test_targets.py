@@ -22,7 +22,7 @@ SHAPES = st.tuples(
 
 
 def expected(name, shape, k, j, depthwise):
-    """The rules of docs/targets.md, by hand."""
+    """The rules of docs/how-to/targets.md, by hand."""
     *spatial, c, f = shape
     if c % k or not 1 <= j <= full_rank(shape, k):
         return False

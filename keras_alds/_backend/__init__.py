@@ -29,6 +29,7 @@ import re
 import reprlib
 import sys
 import zipfile
+from collections.abc import Mapping
 from typing import Any
 
 import h5py
@@ -47,6 +48,7 @@ __all__ = [
     "GraphCall",
     "backend_of",
     "load_model",
+    "saved_by",
     "tf_keras_backend",
 ]
 
@@ -114,8 +116,34 @@ def tf_keras_backend() -> Backend:
     return _BACKENDS.setdefault("tf_keras", TfKeras())
 
 
-def load_model(path: str | os.PathLike[str], name: str = KERASES[0]) -> Model:
-    """Loads a saved model with Keras 3 or tf_keras, without its compile state.
+def saved_by(path: str | os.PathLike[str]) -> str:
+    """The package to load a file with: Keras 3, unless only tf_keras can load it."""
+    file = os.fspath(path)
+    if os.path.isdir(file):
+        return KERASES[int(_is_saved_model(file))]
+    if not zipfile.is_zipfile(file):
+        return KERASES[0]
+    with zipfile.ZipFile(file) as saved, contextlib.suppress(KeyError, ValueError):
+        version = str(json.loads(saved.read("metadata.json"))["keras_version"])
+        return KERASES[int(version.startswith("2."))]
+    return KERASES[0]
+
+
+def _is_saved_model(folder: str) -> bool:
+    return os.path.exists(os.path.join(folder, "keras_metadata.pb"))
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    name: str = KERASES[0],
+    custom_objects: Mapping[str, Any] | None = None,
+) -> Model:
+    """Loads a saved model with Keras 3 or tf_keras, in safe mode and without its compile state.
+
+    Args:
+        path: The file, or a SavedModel folder of tf_keras.
+        name: The package that loads it.
+        custom_objects: Classes and functions that are not registered, by name.
 
     Raises:
         ValueError: If there is no such file, or it cannot be loaded.
@@ -134,41 +162,51 @@ def load_model(path: str | os.PathLike[str], name: str = KERASES[0]) -> Model:
     module = tf_keras_backend().keras if name == KERASES[1] else keras
     try:
         # A compile state may need a user's own loss or metric.
-        return module.models.load_model(file, compile=False)
-    except (TypeError, ValueError, OSError) as error:
+        return module.models.load_model(
+            file, compile=False, custom_objects=dict(custom_objects or {})
+        )
+    except Exception as error:  # of many kinds, if a file is damaged
         other = next(kind for kind in KERASES if kind != name)
-        reason = _reason(error, file, module)
+        reason = _reason(error, file, module, custom_objects or {})
         raise ValueError(
             f"Expected a model that {name} can load. Received: {file} ({reason}). If {other} saved "
-            f"it, choose {other}."
+            f"it, pass --keras {other}."
         ) from error
 
 
 def _other_than_a_model(file: str, name: str) -> str | None:
     """What a file is that holds no model, or None."""
     if os.path.isdir(file):
-        is_model = name == KERASES[1] and os.path.exists(os.path.join(file, "keras_metadata.pb"))
-        return None if is_model else "a folder"
+        return None if name == KERASES[1] and _is_saved_model(file) else "a folder"
+    if not os.access(file, os.R_OK):
+        return "which you may not read"
     if zipfile.is_zipfile(file):
         return None
     if not h5py.is_hdf5(file):
         return "a file of another kind"
-    with h5py.File(file, "r") as h5:
-        return None if "model_config" in h5.attrs else "which holds weights without their model"
+    try:
+        with h5py.File(file, "r") as h5:
+            return None if "model_config" in h5.attrs else "which holds weights without their model"
+    except OSError:
+        return "a damaged file"
 
 
-def _reason(error: Exception, file: str, module: Any) -> str:
+def _reason(error: Exception, file: str, module: Any, known: Mapping[str, Any]) -> str:
     """Why Keras cannot load a model, in one sentence without its config."""
     text = str(error)
     found = [name for pattern in _UNKNOWN for name in re.findall(pattern, text)]
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as saved, contextlib.suppress(KeyError):
             found = _unregistered(json.loads(saved.read("config.json")), module) or found
+    found = [name for name in found if name not in known]
     if found:
         return (
-            f"its class or function {found[0]!r} is not known here: load the model in a script "
-            "that registers it with `register_keras_serializable`"
+            f"its class or function {found[0]!r} is not known here: name the Python file that "
+            "defines it with --custom, or load the model in a script that registers it with "
+            "`register_keras_serializable`"
         )
+    if "Lambda" in text and "safe_mode" in text:
+        return "its Lambda layer holds code, which is not run: use a layer of your own instead"
     innermost = text.rpartition("Exception encountered:")[2].strip()
     sentence = re.split(r"\.\s|\n| (?:using )?config=", innermost)[0]
     return sentence[:200].rstrip(".")

@@ -1,7 +1,8 @@
-"""Batches of images for training."""
+"""Images: batches for training, and files."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import tensorflow as tf
@@ -26,3 +27,39 @@ def shuffled_images(x: Any, y: Any, *, batch_size: int, augment: bool) -> tf.dat
     if augment:
         data = data.map(change, num_parallel_calls=tf.data.AUTOTUNE)
     return data.batch(batch_size).prefetch(tf.data.AUTOTUNE)
+
+
+def read_image(path: str | os.PathLike[str], channels: int) -> Any:
+    """The pixels of a JPEG, PNG, GIF or BMP file, from 0 to 255, `[height, width, channels]`.
+
+    Raises:
+        ValueError: If it is no such image.
+    """
+    content = tf.io.read_file(os.fspath(path))
+    try:
+        return tf.io.decode_image(content, channels=channels, expand_animations=False).numpy()
+    except tf.errors.InvalidArgumentError as error:
+        raise ValueError(
+            f"Expected an image, JPEG, PNG, GIF or BMP. Received: {os.fspath(path)}, which cannot "
+            "be read"
+        ) from error
+
+
+def resized_image(image: Any, height: int | None, width: int | None) -> Any:
+    """An image `[h, w, channels]` of another size, in float32. Its middle is cut out in the shape.
+
+    Args:
+        image: The image.
+        height: The height; None for its own height and width.
+        width: The width; None for the same.
+    """
+    if height is None or width is None:
+        return image.astype("float32")
+    rows, columns = image.shape[:2]
+    scale = min(rows / height, columns / width)
+    cut = max(round(height * scale), 1), max(round(width * scale), 1)
+    top, left = (rows - cut[0]) // 2, (columns - cut[1]) // 2
+    part = image[top : top + cut[0], left : left + cut[1]]
+    if cut == (height, width):
+        return part.astype("float32")
+    return tf.image.resize(part, (height, width), antialias=True).numpy()

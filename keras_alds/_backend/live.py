@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import sys
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -70,10 +71,15 @@ class Holders:
 
     @classmethod
     def inside(cls, backend: _backend.Backend, model: Model) -> Holders:
-        """The layers and optimizers of a model that was just made, and every live function."""
+        """The layers and optimizers of a model that was just made, and functions that read it.
+
+        Functions are looked for only if something reads it: that takes longer than all the rest.
+        """
         layers = dict.fromkeys([model, *model._flatten_layers(include_self=False)])
         found = {layer: variables_of(layer) for layer in layers}
-        return cls(found, backend.optimizers(model), live(_FUNCTION, _CONCRETE))
+        read = are_read(variable for held in found.values() for variable in held)
+        functions = live(_FUNCTION, _CONCRETE) if read else []
+        return cls(found, backend.optimizers(model), functions)
 
     def holding(self, variables: Iterable[Variable], but: Collection[Layer] = ()) -> list[Layer]:
         """The layers that held one of some variables, each before those that hold it.
@@ -120,6 +126,27 @@ def variables_of(layer: Layer) -> list[Variable]:
         return [variable for variable in layer.variables if hasattr(variable, "shape")]
     except Exception:  # custom code
         return []
+
+
+def are_read(variables: Iterable[Variable]) -> bool:
+    """Whether anything but the variables themselves refers to their handles, as graphs do."""
+    unread = max(_references(tf.Variable(0.0)))
+    held = [*variables]
+
+    def found() -> bool:
+        return any(max(_references(variable)) > unread for variable in held)
+
+    try:
+        if not found():
+            return False
+        gc.collect(1)  # the young: tf_keras drops graphs that it made for the shapes of outputs
+        return found()
+    except AttributeError:  # a variable without one handle, such as one in shards
+        return True
+
+
+def _references(variable: Variable) -> list[int]:
+    return [sys.getrefcount(handle) for handle in _handles(variable)]
 
 
 def empty(variable: Variable) -> Undo:

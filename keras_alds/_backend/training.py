@@ -244,6 +244,11 @@ class Training(Layers):
 
         callback.on_epoch_end = on_epoch_end
 
+    def board_folder(self, callback: Any) -> str | None:
+        """Where a `TensorBoard` callback writes; None for any other one."""
+        is_board = isinstance(callback, self.keras.callbacks.TensorBoard)
+        return str(callback.log_dir) if is_board else None
+
     def forget_best(self, callback: Any) -> None:
         """Resets the best value and weights that a stock callback remembers."""
         callbacks = self.keras.callbacks
@@ -506,3 +511,9 @@ def _legacy_slot(optimizer: Optimizer, variable: Variable, name: str) -> Variabl
         return optimizer.get_slot(variable, name)
     except KeyError:
         return None
+
+
+def repeatable(module: Any, seed: int = 0) -> None:
+    """Lets the next training with Keras 3 or tf_keras in this process give the same each time."""
+    module.utils.set_random_seed(seed)
+    tf.config.experimental.enable_op_determinism()

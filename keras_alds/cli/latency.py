@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
+from keras_alds.cli.answers import Answer
 from keras_alds.cli.models import add_model, read_model
+from keras_alds.cli.outputs import add_output
 from keras_alds.options import add_flags, flags
 
+USAGE = "MODEL -o FILE [options]"
+EXAMPLES = """
+keras_alds latency model.keras -o latency.csv
+keras_alds latency model.keras --quantize int8 --threads 4 -o latency.csv
+keras_alds plan model.keras --objective latency --latency-table latency.csv
+"""
 OPTIONS = ("quantize", "target", "exclude", "max_slices")
 
 
@@ -28,25 +35,24 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     add_settings(parser)
-    add_output(parser)
+    add_table(parser)
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
-    """Adds the argument for the file to write."""
-    parser.add_argument("--output", type=Path, required=True, help="CSV file to write")
+def add_table(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument for the table to write."""
+    add_output(parser, "-o", "--output", endings=(".csv",), required=True, help="CSV file to write")
 
 
-def write(table: Any, output: Path) -> None:
-    """Saves a latency table and prints its total."""
-    table.save(output)
-    print(
-        f"{table.total / 1000:,.1f} µs; {len(table.layers)} layers in {output}; "
-        f"noise {table.noise:.1%}"
-    )
+def write(table: Any, arguments: argparse.Namespace) -> Answer:
+    """Saves a latency table."""
+    table.save(arguments.outputs.path("output"))
+    figures = {"total_ns": table.total, "layers": len(table.layers), "noise": table.noise}
+    text = f"{table.total / 1000:,.1f} µs; {len(table.layers)} layers; noise {table.noise:.1%}"
+    return Answer(figures, lambda: print(text))
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Answer:
     """Runs the command."""
     from keras_alds.litert import measure_latency
 
-    write(measure_latency(read_model(arguments), **settings(arguments)), arguments.output)
+    return write(measure_latency(read_model(arguments), **settings(arguments)), arguments)

@@ -6,17 +6,23 @@ import argparse
 from pathlib import Path
 
 from keras_alds.cli import latency
+from keras_alds.cli.answers import Answer
+
+USAGE = "FOLDER LOG -o FILE [options]"
+EXAMPLES = """
+keras_alds latency-read files log.txt -o phone.csv
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     parser.add_argument("folder", type=Path, help="the folder that latency-files wrote")
     parser.add_argument("log", type=Path, help="the log of benchmark_model")
-    latency.add_output(parser)
+    latency.add_table(parser)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Answer:
     """Runs the command."""
     from keras_alds.litert import read_latency_log
 
-    latency.write(read_latency_log(arguments.folder, arguments.log), arguments.output)
+    return latency.write(read_latency_log(arguments.folder, arguments.log), arguments)

@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from keras_alds.cli.answers import Answer
+from keras_alds.cli.choosing import add_choosing, add_cr, choosing
+from keras_alds.cli.data import add_examples, read_examples
 from keras_alds.cli.models import add_model, read_model
+from keras_alds.cli.outputs import add_output
 from keras_alds.options import add_flags, flags
 
-OPTIONS = (
-    *("method", "objective", "latency_table", "exclude", "max_slices", "rank_multiple", "target"),
-    *("quantize", "schemes"),
-)
+USAGE = "MODEL [--cr FRACTION] [-o FILE] [options]"
+EXAMPLES = """
+keras_alds plan model.keras --cr 0.5
+keras_alds plan model.keras --cr 0.5 --calibration images.npz -o plan.json
+keras_alds plan model.keras --cr params=0.5,macs=0.4 --exclude head
+keras_alds compress model.keras --plan plan.json --calibration images.npz -o small.keras
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     add_model(parser)
-    parser.add_argument("--cr", type=float, default=0.5, help="fraction to remove (default: 0.5)")
-    add_flags(parser, OPTIONS)
-    parser.add_argument("--output", type=Path, help="write the plan to this JSON file")
+    add_cr(parser, 0.5)
+    add_output(parser, "-o", "--output", endings=(".json",), help="write the plan to this file")
+    add_examples(parser, "--calibration", "unlabelled examples")
+    add_choosing(parser)
+    add_flags(parser, ("quantize",))
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Answer:
     """Runs the command."""
     from keras_alds.api import select
 
-    plan = select(read_model(arguments), arguments.cr, **flags(arguments, OPTIONS))
-    plan.summary()
-    if arguments.output:
-        plan.save(arguments.output)
+    model = read_model(arguments)
+    options = {**choosing(arguments), **flags(arguments, ("quantize",))}
+    data = read_examples(arguments, arguments.calibration, model)
+    plan = select(model, arguments.cr, calibration_data=data, **options)
+    if (path := arguments.outputs.path("output")) is not None:
+        plan.save(path)
+    return Answer({"plan": plan.to_dict()}, plan.summary)

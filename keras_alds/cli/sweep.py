@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import zipfile
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from keras_alds.cli.answers import Answer
+from keras_alds.cli.data import add_scale, load_arrays
 from keras_alds.cli.models import add_model, read_model
+from keras_alds.cli.outputs import add_output
+from keras_alds.extras import matplotlib
 from keras_alds.methods import METHODS
 from keras_alds.options import add_flags, flags
-from keras_alds.scores import check_plots
 
+USAGE = "MODEL --data FILE [options]"
+EXAMPLES = """
+keras_alds sweep model.keras --data images.npz --methods energy alds --plot sweep.png
+keras_alds sweep model.keras --data images.npz --crs 0.5 0.7 --test 1000 --epochs 3 --csv sweep.csv
+"""
 OPTIONS = ("objective", "exclude", "max_slices", "latency_table", "quantize", "schemes")
+
+
+PICTURES = (".png", ".svg", ".pdf", ".jpg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add = parser.add_argument
     add("--data", type=Path, required=True, help=".npz file of images and labels")
-    add("--scale", type=float, default=1.0, help="multiply the pixels by this (default: 1)")
+    add_scale(parser)
     add("--methods", nargs="+", choices=list(METHODS), help="default: all")
     add("--crs", type=float, nargs="+", help="fractions to remove (default: 0.2 to 0.7)")
     add_flags(parser, OPTIONS)
@@ -46,12 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--batch-size", type=int, default=128, help="images in a batch of retraining")
     add("--augment", action=argparse.BooleanOptionalAction, default=True, help="crops and flips")
-    add("--csv", type=Path, help="write all figures to this file")
-    add("--markdown", type=Path, help="write the tables to this file")
-    add("--plot", type=Path, help="write the plot to this picture")
+    add_output(parser, "--csv", endings=(".csv",), help="write all figures to this file")
+    add_output(parser, "--markdown", endings=(".md",), help="write the tables to this file")
+    add_output(parser, "--plot", endings=PICTURES, help="write the plot to this picture")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> Answer:
     """Runs the command."""
     from keras_alds.research.sweeping import DEFAULT_CRS, sweep
 
@@ -61,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"Received: {arguments.epochs} and {arguments.calibration}"
         )
     if arguments.plot is not None:
-        check_plots()
+        matplotlib("figure")
     model = read_model(arguments)
     x_test, y_test = read_images(arguments, "test", arguments.test)
     logits = scores(model, x_test[:64])
@@ -84,23 +95,25 @@ def run(arguments: argparse.Namespace) -> None:
         retrain=retrain,
         **flags(arguments, OPTIONS),
     )
-    _write(result, arguments, len(x_test), trained)
+    return _write(result, arguments, len(x_test), trained)
 
 
-def _write(result: Any, arguments: argparse.Namespace, images: int, trained: int) -> None:
+def _write(result: Any, arguments: argparse.Namespace, images: int, trained: int) -> Answer:
     text = f"No retraining, top-1 in %, {images:,} images:\n\n{result.to_markdown()}\n"
     if arguments.epochs:
         text += (
             f"\nAfter {arguments.epochs} epoch{'s' * (arguments.epochs > 1)} of {trained:,} images:"
             f"\n\n{result.to_markdown(retrained=True)}\n"
         )
-    print(text, end="")
-    if arguments.csv:
-        result.to_csv(arguments.csv)
-    if arguments.markdown:
-        arguments.markdown.write_text(text, encoding="utf-8")
-    if arguments.plot:
-        result.plot(arguments.plot, label="top-1 accuracy, %")
+    outputs = arguments.outputs
+    if (path := outputs.path("csv")) is not None:
+        result.to_csv(path)
+    if (path := outputs.path("markdown")) is not None:
+        path.write_text(text, encoding="utf-8")
+    if (path := outputs.path("plot")) is not None:
+        result.plot(path, label="top-1 accuracy, %")
+    rows = [dataclasses.asdict(row) for row in result.rows]
+    return Answer({"rows": rows, "images": images}, lambda: print(text, end=""))
 
 
 def _retrainer(
@@ -125,14 +138,7 @@ def read_images(
     """Images in float32 and their classes (None without `labels`) from the .npz file."""
     images, classes = f"x_{part}", f"y_{part}"
     names = (images, classes) if labels else (images,)
-    try:
-        with np.load(arguments.data) as file:
-            arrays = {name: file[name] for name in names if name in file}
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"Expected {arguments.data} to be an .npz file of arrays. "
-            f"Received: a file that cannot be read ({error})"
-        ) from error
+    arrays = load_arrays(arguments.data, names)
     if missing := [name for name in names if name not in arrays]:
         raise ValueError(
             f"Expected {arguments.data} to hold {' and '.join(names)}. Received: no "

@@ -20,7 +20,7 @@ from keras_alds.litert.memory import activation_memory
 from keras_alds.litert.quantized import warn_of_thin_groups
 from keras_alds.litert.runs import Runner, check_file, check_local
 from keras_alds.progress import progress_bar
-from keras_alds.tables import PrintFn, print_table
+from keras_alds.tables import Tabular, TextTable
 
 #: A metric: a function of targets and outputs.
 Compute = Callable[[Any, Any], float]
@@ -34,6 +34,7 @@ class FileFigures:
         size: Bytes of the file.
         gzip_size: Bytes of the file compressed by gzip, as in an app's package.
         parameters: Number of constant values: weights and biases.
+        macs: Multiply–accumulates for one example; None for a file with loops.
         peak_activations: Bytes of activations that are live at once, inputs and outputs included.
         arena: Bytes of the arena in which LiteRT for Microcontrollers places them.
         latency: Its latency, or None if it was not measured.
@@ -43,6 +44,7 @@ class FileFigures:
     size: int
     gzip_size: int
     parameters: int
+    macs: int | None
     peak_activations: int
     arena: int
     latency: Latency | None
@@ -57,6 +59,7 @@ class FileFigures:
             size=len(file),
             gzip_size=len(gzip.compress(file, mtime=0)),
             parameters=content.parameters,
+            macs=content.macs,
             peak_activations=memory.peak,
             arena=memory.arena,
             latency=latency,
@@ -65,7 +68,7 @@ class FileFigures:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class FileComparison:
+class FileComparison(Tabular):
     """Two files side by side; made by `keras_alds.litert.compare`.
 
     Attributes:
@@ -91,18 +94,31 @@ class FileComparison:
             "summary() prints a table>"
         )
 
-    def summary(self, print_fn: PrintFn | None = None, line_length: int | None = None) -> None:
-        """Prints the figures as a table.
+    def to_rows(self) -> list[dict[str, Any]]:
+        """The figures as dicts; the latency is the median in seconds."""
+        both = (self.original, self.compressed)
+        figures: dict[str, list[Any]] = {
+            "bytes": [file.size for file in both],
+            "bytes, gzip": [file.gzip_size for file in both],
+            "parameters": [file.parameters for file in both],
+            "MACs": [file.macs for file in both],
+            "peak activations, bytes": [file.peak_activations for file in both],
+            "arena, bytes": [file.arena for file in both],
+            "latency, s": [file.latency and file.latency.median for file in both],
+            **{name: [file.metrics[name] for file in both] for name in self.original.metrics},
+        }
+        return [
+            {"figure": name, "original": before, "compressed": after}
+            for name, (before, after) in figures.items()
+        ]
 
-        Args:
-            print_fn: Called with the text; default: standard output, in colour on a terminal.
-            line_length: Width in characters; default: the terminal's, else 100.
-        """
+    def _table(self) -> TextTable:
         before, after = self.original, self.compressed
         rows = [
             _row("bytes", before.size, after.size),
             _row("bytes, gzip", before.gzip_size, after.gzip_size),
             _row("parameters", before.parameters, after.parameters),
+            _row("MACs", before.macs, after.macs),
             _row("peak activations, bytes", before.peak_activations, after.peak_activations),
             _row("arena, bytes", before.arena, after.arena),
         ]
@@ -122,14 +138,8 @@ class FileComparison:
         for name, value in before.metrics.items():
             change = f"{after.metrics[name] - value:+.4f}"
             rows.append([name, f"{value:.4f}", f"{after.metrics[name]:.4f}", change])
-        print_table(
-            "LiteRT files",
-            ["", "original", "compressed", "compressed / original"],
-            rows,
-            lines,
-            print_fn=print_fn,
-            line_length=line_length,
-        )
+        columns = ["", "original", "compressed", "compressed / original"]
+        return TextTable("LiteRT files", columns, rows, lines)
 
 
 def compare(
@@ -235,8 +245,9 @@ def _computed(metrics: Mapping[str, Compute], runner: Runner, data: Any) -> dict
     return {name: compute(y, outputs) for name, compute in metrics.items()}
 
 
-def _row(name: str, before: int, after: int) -> list[str]:
-    return [name, f"{before:,}", f"{after:,}", f"{after / before:.3f}" if before else ""]
+def _row(name: str, before: int | None, after: int | None) -> list[str]:
+    figures = ("–" if value is None else f"{value:,}" for value in (before, after))
+    return [name, *figures, f"{after / before:.3f}" if before and after else ""]
 
 
 def _is_model(item: Any) -> bool:

@@ -41,7 +41,7 @@ def write_latency_files(
 
     There is one file for the whole model, an empty one, and for every layer that can be factorized
     the dense layer and some of its choices. Run TensorFlow's `benchmark_model` on each and pass
-    the log to `read_latency_log`; docs/deploy.md has the commands.
+    the log to `read_latency_log`; docs/how-to/latency.md has the commands.
 
     Args:
         model: A built model, not compressed, whose input sizes are known.

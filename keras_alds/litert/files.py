@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -152,6 +153,20 @@ class Operator:
         return int(self.options["strideH"]), int(self.options["strideW"])
 
     @property
+    def macs(self) -> int:
+        """Multiply–accumulates of one run of a convolution or dense layer; 0 for others."""
+        if not self.weighted or self.data is None or self.weights is None:
+            return 0
+        places = math.prod((self.data if self.name in _TRANSPOSED else self.outputs[0]).shape)
+        weights = math.prod(self.weights.shape)
+        if self.name == "BATCH_MATMUL":
+            return places * self.data.shape[-2 if self.options.get("adjX") else -1]
+        # Each entry of the output takes the weights of its filter; if transposed, each entry of
+        # the input takes those of its channel.
+        axis = 0 if self.name in ("CONV_2D", "FULLY_CONNECTED") else -1
+        return places * weights // self.weights.shape[axis]
+
+    @property
     def depth_multiplier(self) -> int | None:
         """Outputs per channel of a depthwise convolution, or None for another operator."""
         if self.name != "DEPTHWISE_CONV_2D" or self.data is None:
@@ -205,6 +220,15 @@ class LiteRTFile:
             for tensor in {(t.subgraph, t.buffer): t for t in self.tensors if t.constant}.values()
             if tensor.quantized or tensor.dtype.startswith(("float", "bfloat"))
         )
+
+    @property
+    def macs(self) -> int | None:
+        """Multiply–accumulates of weights for one example; None for a file with loops."""
+        if any(operator.subgraph or "LSTM" in operator.name for operator in self.operators):
+            return None
+        batch = self.inputs[0].shape[0] if self.inputs and self.inputs[0].shape else 1
+        found = (op for op in self.weighted if op.weights and self._is_known(op.weights))
+        return sum(operator.macs for operator in found) // max(batch, 1)
 
     def values(self, tensor: Tensor) -> np.ndarray:
         """The stored values of a constant tensor; quantized ones are not scaled.

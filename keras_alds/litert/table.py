@@ -192,7 +192,7 @@ class LatencyTable:
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the table to `path` as CSV; docs/deploy.md describes its columns."""
+        """Writes the table to `path` as CSV; docs/how-to/latency.md describes its columns."""
         settings = Settings(self.quantize, self.threads, self.target)
         rows = [settings.row(None, **dataclasses.asdict(self.model))]
         for call, found in self.timings.items():

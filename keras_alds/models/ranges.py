@@ -3,7 +3,8 @@
 There is no nonlinearity between the two factors. So the middle channel of each rank can be scaled
 by any s > 0: its encoder weights times s, its decoder weights divided by s. In int8, all middle
 channels share one scale, which the largest channel determines; much smaller channels use few of
-the 255 steps. If the ratio exceeds a few thousand, the file fails to run (see docs/targets.md).
+the 255 steps. If the ratio exceeds a few thousand, the file fails to run; see
+docs/how-to/targets.md.
 """
 
 from __future__ import annotations

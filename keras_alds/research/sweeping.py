@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from keras_alds import _backend
+from keras_alds import _backend, plots
 from keras_alds._backend.layers import KerasModel
 from keras_alds.api import compress, select
 from keras_alds.methods import METHODS, get_method
@@ -17,16 +16,17 @@ from keras_alds.models.calibration import Calibration
 from keras_alds.models.fit import check_sequential
 from keras_alds.models.inventory import Inventory, count_params
 from keras_alds.options import SelectOptions, check_cr, check_names, of_all_forms, takes_options
+from keras_alds.plots.axes import new_figure
 from keras_alds.progress import progress_bar
 from keras_alds.resources import RESOURCES
-from keras_alds.scores import check_evaluate, check_function, check_plots, scored
+from keras_alds.scores import check_evaluate, check_function, scored
+from keras_alds.tables import Tabular, TextTable
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 DEFAULT_CRS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 DENSE = "dense"
-_MARKERS = "osD^v<>PX*pd"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class SweepRow:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Sweep:
+class Sweep(Tabular):
     """The results of `sweep`.
 
     Attributes:
@@ -80,7 +80,7 @@ class Sweep:
         crs = ", ".join(f"{cr:g}" for cr in self.crs)
         return (
             f"<Sweep of {self.name!r}: {len(self.methods)} methods, cr={crs} of {self.objective}, "
-            f"dense score {self.dense.score}. print(….to_markdown()) shows the scores>"
+            f"dense score {self.dense.score}. summary() shows the scores>"
         )
 
     @property
@@ -105,26 +105,28 @@ class Sweep:
             retrained: Whether to take the scores after retraining.
             digits: Digits after the decimal point.
         """
-        figures = {(row.method, row.cr): _score(row, retrained) for row in self.rows}
-        base = _score(self.dense, retrained)
-        lines = [
-            f"| cr ({DENSE}: {_text(base, digits)}) | "
-            + " | ".join(f"{cr:g}" for cr in self.crs)
-            + " |",
-            "|---|" + "---|" * len(self.crs),
-        ]
-        for method in self.methods:
-            cells = [_text(figures[method, cr], digits) for cr in self.crs]
-            lines.append(f'| `"{method}"` | ' + " | ".join(cells) + " |")
-        return "\n".join(lines)
+        return self._scores(retrained, f".{digits}f", '`"{}"`').to_markdown()
 
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Writes all figures to `path` as CSV, one line per row."""
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            names = [field.name for field in dataclasses.fields(SweepRow)]
-            writer = csv.DictWriter(file, names, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(dataclasses.asdict(row) for row in self.rows)
+    def to_rows(self) -> list[dict[str, Any]]:
+        """All rows as dicts."""
+        return [dataclasses.asdict(row) for row in self.rows]
+
+    def _table(self) -> TextTable:
+        return self._scores(self.dense.retrained is not None, ".4g", "{}")
+
+    def _scores(self, retrained: bool, form: str, name: str) -> TextTable:
+        """The scores; `form` and `name` are the formats of a score and of a method's name."""
+        figures = {(row.method, row.cr): _score(row, retrained) for row in self.rows}
+        base = _text(_score(self.dense, retrained), form)
+        columns = [f"cr ({DENSE}: {base})", *(f"{cr:g}" for cr in self.crs)]
+        rows = [
+            [name.format(method), *(_text(figures[method, cr], form) for cr in self.crs)]
+            for method in self.methods
+        ]
+        counted = RESOURCES[self.objective].counted
+        when = "after retraining" if retrained else "no retraining"
+        title = f"Sweep of {self.name!r}: scores by the fraction of {counted} to remove, {when}"
+        return TextTable(title, columns, rows)
 
     def plot(self, path: str | os.PathLike[str], *, label: str = "score") -> None:
         """Plots the scores against the size, like Figure 1 of the paper, into an image file.
@@ -139,31 +141,14 @@ class Sweep:
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        figures = check_plots()
         panels = [False, True] if self.dense.retrained is not None else [False]
-        figure = figures.Figure(figsize=(1.6 + 5.6 * len(panels), 4.4), layout="constrained")
+        figure = new_figure(1.6 + 5.6 * len(panels), 4.4)
         axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         for axis, retrained in zip(axes, panels, strict=True):
-            for index, method in enumerate(self.methods):
-                points = [
-                    (1 - row.removed, _score(row, retrained))
-                    for row in self.rows
-                    if row.method == method and row.removed is not None
-                ]
-                axis.plot(
-                    *zip(*sorted(points), strict=True) if points else ([], []),
-                    marker=_MARKERS[index % len(_MARKERS)],
-                    markersize=4,
-                    linewidth=1.2,
-                    color=f"C{index % 10}",
-                    linestyle="-" if index < 10 else "--",
-                    label=method,
-                )
-            axis.axhline(_score(self.dense, retrained), color="0.5", linestyle=":", label=DENSE)
+            plots.scores(self, retrained=retrained, label=label, ax=axis)
+            axis.get_legend().remove()
             axis.set_title("after retraining" if retrained else "no retraining")
-            axis.set_xlabel(f"fraction of {RESOURCES[self.objective].counted} that is left")
-            axis.grid(alpha=0.3)
-        axes[0].set_ylabel(label)
+            axis.label_outer()
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
         figure.savefig(path, dpi=110)
 
@@ -321,5 +306,5 @@ def _score(row: SweepRow, retrained: bool) -> float | None:
     return row.retrained if retrained else row.score
 
 
-def _text(figure: float | None, digits: int) -> str:
-    return "–" if figure is None else f"{figure:.{digits}f}"
+def _text(figure: float | None, form: str) -> str:
+    return "–" if figure is None else format(figure, form)

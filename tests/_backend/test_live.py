@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from keras_alds import apply_plan, select
 from keras_alds._backend import backend_of
-from keras_alds._backend.live import Holders, empty, live, variables_of
+from keras_alds._backend.live import Holders, are_read, empty, live, variables_of
 
 
 def dense(K):
@@ -44,6 +44,24 @@ class TestLive:
         proxy = Proxy()
         assert live(dict)
         del proxy
+
+
+def test_what_is_read_by_a_function(keras_module):
+    K = keras_module
+    inputs = K.Input((4,))
+    model = K.Model(inputs, K.layers.Dense(2)(K.layers.Dense(3)(inputs)))
+    model.set_weights(model.get_weights())
+    model(np.zeros((1, 4)))
+    assert not are_read(model.variables)
+    function = tf.function(model)
+    function(np.zeros((1, 4)))
+    assert are_read(model.variables)
+    assert are_read(model.variables[-1:])
+    assert not are_read(K.models.clone_model(model).variables)
+    concrete = function.get_concrete_function(tf.TensorSpec((1, 4)))
+    del function
+    assert are_read(model.variables)
+    del concrete
 
 
 def test_objects_whose_constructor_failed_are_left_out(keras_module):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 
 import keras
+import numpy as np
 import pytest
 import zoo
 
 from keras_alds import CompressionPlan, select
-from keras_alds.cli import main
+from keras_alds.cli import COMMANDS, compress, main
+from keras_alds.cli.answers import as_json
 
 
 @pytest.fixture
@@ -27,8 +30,9 @@ def complaint(capsys, *arguments):
     with pytest.raises(SystemExit) as info:
         main([str(argument) for argument in arguments])
     assert info.value.code == 2
-    text = capsys.readouterr().err
-    assert "Traceback" not in text
+    out, text = capsys.readouterr()
+    assert out == ""
+    assert text.count("\n") == 1
     return text
 
 
@@ -42,7 +46,7 @@ def test_plan(saved, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:You are saving")
-def test_bad_input_ends_with_status_2(saved, tmp_path, capsys):
+def test_bad_input_ends_with_status_2(saved, tmp_path, capsys, monkeypatch):
     _, path, options = saved
     assert "which does not exist" in complaint(capsys, "plan", tmp_path / "none.keras")
     (tmp_path / "bad.keras").write_text("no model")
@@ -51,9 +55,37 @@ def test_bad_input_ends_with_status_2(saved, tmp_path, capsys):
     assert f"{tmp_path}, a folder." in complaint(capsys, "plan", tmp_path, *options)
     assert "0 < cr < 1" in complaint(capsys, "plan", path, *options, "--cr", "50")
     assert "is not reachable" in complaint(capsys, "plan", path, *options, "--cr", "0.9999")
-    for method in ("magic", "activation"):  # there are no data to calibrate with
-        assert "invalid choice" in complaint(capsys, "plan", path, "--method", method)
+    assert "invalid choice" in complaint(capsys, "plan", path, "--method", "magic")
+    text = complaint(capsys, "plan", path, *options, "--method", "activation")
+    assert "Expected `calibration_data` for the method 'activation'" in text
     assert "required: command" in complaint(capsys)
+    monkeypatch.setattr(os, "access", lambda file, mode: mode != os.R_OK)
+    assert "model.keras, which you may not read." in complaint(capsys, "plan", path, *options)
+
+
+def test_bad_arguments_of_compress_end_before_the_work(saved, tmp_path, capsys, monkeypatch):
+    """Before TensorFlow reads the model."""
+    _, path, _ = saved
+    monkeypatch.setattr(compress, "read_model", None)
+    output, tflite = ["-o", tmp_path / "a.keras"], ["--tflite", tmp_path / "a.tflite"]
+    for text, *arguments in (
+        ("Expected a file to write", "--cr", "0.5"),
+        ("Expected either --cr, such as --cr 0.5 to remove half, or --plan. Received: n", *output),
+        ("Expected --tflite FILE with", "--cr", "0.5", *output, "--quantize", "int8"),
+        ("Expected --calibration with --quantize int8", "--cr", "1", *tflite, "--quantize", "int8"),
+        ("none.json (No such file or directory)", "--plan", tmp_path / "none.json", *output),
+        ("not JSON", "--plan", path.with_name("text.json"), *output),
+        ("invalid fraction value: 'params=x'", "--cr", "params=x", *output),
+        ("invalid layer_bounds value: '0.3'", "--bounds", "0.3", *output),
+        ("-o/--output: expected one argument", "-o"),
+        ("model.keras, which exists. Pass --force", "-o", path),
+    ):
+        path.with_name("text.json").write_text("text")
+        assert text in complaint(capsys, "compress", path, *arguments)
+    assert sorted(os.listdir(tmp_path)) == ["model.keras", "text.json"]
+    text = complaint(capsys, "plan", "--exclude", "head", path)
+    assert "required: model. Options of several values, such as --exclude" in text
+    assert complaint(capsys, "plan").endswith("required: model\n")
 
 
 def scaled(x):
@@ -77,16 +109,25 @@ def test_files_that_do_not_load_give_one_sentence(keras_module, ending, tmp_path
         model.save_weights(tmp_path / "model.weights.h5")
         return complaint(capsys, "plan", path, "--keras", keras_module.__name__)
 
-    unknown = "its class or function {!r} is not known here"
+    unknown = "its class or function {!r} is not known here: name the Python file that defines it "
     for layer, name in ((Own(), "Own"), (L.Dense(4, activation=scaled), "scaled")):
         text = complaint_of(L.Dense(9, activation="relu"), layer)
         assert unknown.format(name) in text
-        assert len(text) < 500
+        assert len(text) < 600
+    content = (tmp_path / f"model.{ending}").read_bytes()
+    damaged = tmp_path / f"damaged.{ending}"
+    damaged.write_bytes(content[: len(content) // 2])
+    assert "Expected the file of a saved model" in complaint(capsys, "plan", damaged)
     text = complaint(
         capsys, "plan", tmp_path / "model.weights.h5", "--keras", keras_module.__name__
     )
     assert "model.weights.h5, which holds weights without their model." in text
     assert len(text) < 300
+
+
+def test_json_has_no_nan_and_no_types_of_numpy():
+    document = {"a": [np.float32(0.5), float("nan")], "b": {1: (np.arange(2), np.int64(3))}}
+    assert json.loads(as_json(document)) == {"a": [0.5, None], "b": {"1": [[0, 1], 3]}}
 
 
 # Everything about a fresh process in one: what is loaded, and what is written.
@@ -102,7 +143,9 @@ def run(*arguments):
     except SystemExit as end:
         assert not end.code, arguments
 
-for arguments in (["--version"], ["--help"], ["plan", "--help"], ["latency-read", "--help"]):
+from keras_alds.cli import COMMANDS
+
+for arguments in (["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)):
     run(*arguments)
     assert not {"tensorflow", "keras"} & set(sys.modules), arguments
 run("plan", path, "--cr", "0.4")
@@ -121,5 +164,8 @@ def test_help_without_tensorflow_and_no_line_of_its_log(tmp_path):
     assert run.stdout.startswith("keras_alds 0.")
     assert "compare methods" in run.stdout
     assert "--max-slices" in run.stdout
+    for name in COMMANDS:
+        assert f"usage: keras_alds {name} " in run.stdout
+        assert f"examples:\n  keras_alds {name}" in run.stdout
     assert "Compression plan: cr=0.4" in run.stdout
     assert run.stderr == ""

@@ -870,7 +870,7 @@ def test_device_commands(
     for text in ("", "a,b\n1,2\n", "kind\nmodel\nempty\n"):
         Path("files/candidates.csv").write_text(text, encoding="utf-8")
         with pytest.raises(SystemExit):
-            main(["latency-read", "files", "log.txt", "--output", "phone.csv"])
+            main(["latency-read", "files", "log.txt", "--output", "phone.csv", "--force"])
         assert "as `latency-files` wrote it" in capsys.readouterr().err
 
 

@@ -60,10 +60,12 @@ def test_a_file_needs_what_is_planned():
     assert peaks == tuple(4 * entries for entries in plan.memory)
     assert plan.memory.after > plan.memory.before
     assert found.compressed.arena >= found.compressed.peak_activations
+    assert found.original.macs == keras_alds.count_macs(model)
+    assert found.compressed.macs == keras_alds.count_macs(small)
     lines = []
     found.summary(print_fn=lines.append)
-    assert f"| peak activations, bytes |   {peaks[0]:,} |" in lines[0]
-    assert f"| arena, bytes            |   {found.original.arena:,} |" in lines[0]
+    assert f"| peak activations, bytes |    {peaks[0]:,} |" in lines[0]
+    assert f"| arena, bytes            |    {found.original.arena:,} |" in lines[0]
 
 
 def test_a_limit_holds_in_the_file():

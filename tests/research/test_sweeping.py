@@ -220,7 +220,7 @@ class TestCommand:
             ("less.npz", ["--epochs", "1", "--methods", "svd"], "no x_train and no y_train"),
             ("one_hot.npz", [], "Received: y_test of shape (4, 10) for 4 images"),
             ("half.npz", [], "a file that cannot be read"),
-            ("array.npy", [], "a file that cannot be read"),
+            ("array.npy", [], "no x_test and no y_test"),
             ("data.npz", ["--epochs", "-1"], "Expected --epochs and --calibration"),
             ("none.npz", [], "none.npz"),
             ("data.npz", ["--crs", "3"], "0 < cr < 1"),

@@ -1,0 +1,232 @@
+"""`keras_alds inspect`: what can be compressed in a model, how far, and what is skipped and why."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from keras_alds.cli.answers import Answer
+from keras_alds.cli.choosing import add_choosing, choosing
+from keras_alds.cli.data import add_examples, read_examples
+from keras_alds.cli.models import add_model, read_model
+from keras_alds.options import LEAST_CR, Options, add_flags, flags
+from keras_alds.resources import RESOURCES
+from keras_alds.tables import TextTable
+
+if TYPE_CHECKING:
+    from keras_alds.models.inventory import Inventory
+
+USAGE = "MODEL [--calibration SOURCE] [options]"
+EXAMPLES = """
+keras_alds inspect model.keras
+keras_alds inspect model.keras --calibration images.npz
+keras_alds inspect model.keras --exclude head --target size --json
+"""
+#: The fractions at which the errors are shown.
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+#: The parts of a kernel's squared singular values for which the ranks are shown.
+ENERGIES = (0.9, 0.99)
+# Forms that run fast on common CPUs, and all forms.
+_TARGETS = ("cpu", "size")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command."""
+    add_model(parser)
+    add_examples(parser, "--calibration", "unlabelled examples, to measure errors of outputs")
+    add_choosing(parser)
+    add_flags(parser, ("quantize",))
+
+
+def run(arguments: argparse.Namespace) -> Answer:
+    """Runs the command."""
+    from keras_alds.models.calibration import Calibration
+    from keras_alds.models.recompose import inspected, recomposed, to_recompose
+    from keras_alds.reports import sizes
+
+    model = read_model(arguments)
+    options = {**choosing(arguments), **flags(arguments, ("quantize",))}
+    data = read_examples(arguments, arguments.calibration, model)
+    checked = Options.checked(LEAST_CR, options, has_data=data is not None)
+    inventory = inspected(model, checked)
+    compressed = to_recompose(inventory, checked)
+    with recomposed(inventory, compressed) as dense:
+        params = dense.params
+        layers = list(_layers(dense, checked))
+        reachable = _reachable(dense, options, data is not None)
+        # Of the dense form, also for a compressed model.
+        stats = None if data is None else Calibration.of(dense, data).collected(dense)
+    most = reachable.get(options["objective"], {})
+    curve = list(_curve(model, options, stats, max(most.values(), default=1.0)))
+    document = {
+        "model": model.name,
+        "sizes": sizes(model),
+        "compressed": bool(compressed),
+        "dense_params": params,
+        "layers": layers,
+        "reachable": reachable,
+        "curve": curve,
+    }
+    return Answer(document, lambda: _show(document, options["objective"]))
+
+
+def _layers(inventory: Inventory, options: Options) -> Iterator[dict[str, Any]]:
+    """A row for every layer with weights."""
+    from keras_alds.methods import get_method
+    from keras_alds.models.choices import singular_values
+
+    schemes = options.schemes_of(get_method(options.method))
+    records = [record.folded(schemes) for record in inventory.records]
+    candidates = [record for record in records if record.skipped is None]
+    spectra = dict(zip((r.path for r in candidates), singular_values(candidates), strict=True))
+    for record in records:
+        row: dict[str, Any] = {
+            "layer": record.path,
+            "kind": record.class_name,
+            "kernel": record.kernel_shape,
+            "params": record.params,
+            "skipped": None if record.skipped is None else record.skipped.code.value,
+            "reason": None if record.skipped is None else record.skipped.detail,
+        }
+        if record.path in spectra:
+            row["rank"] = len(spectra[record.path])
+            row["rank_of_energy"] = {part: _rank(spectra[record.path], part) for part in ENERGIES}
+        yield row
+
+
+def _rank(values: Any, part: float) -> int:
+    """The rank that keeps a part of the squared singular values."""
+    energy = np.cumsum(np.square(values))
+    return int(np.searchsorted(energy, part * energy[-1] * (1 - 1e-12))) + 1
+
+
+def _reachable(
+    inventory: Inventory, options: Mapping[str, Any], has_data: bool
+) -> dict[str, dict[str, float]]:
+    """The greatest fractions that can be removed, by resource and target."""
+    from keras_alds.api import checked_options, selection_of
+    from keras_alds.models.selection import UnreachableError
+
+    found: dict[str, dict[str, float]] = {}
+    for objective in ("params", "macs"):
+        found[objective] = {}
+        for target in _TARGETS if options["target"] is None else (options["target"],):
+            given = {**options, "target": target, "objective": objective}
+            given |= {"latency_table": None, "quantize": None}
+            checked = checked_options(LEAST_CR, given, has_data=has_data, caller="select")
+            try:
+                selection = selection_of(inventory, checked, verbose=0)
+                found[objective][target] = max(selection.greatest(selection.resources[0]), 0.0)
+            except UnreachableError:
+                found[objective][target] = 0.0
+    return found
+
+
+def _curve(
+    model: Any, options: Mapping[str, Any], stats: Any, most: float
+) -> Iterator[dict[str, Any]]:
+    """Sizes and errors of plans of several ratios."""
+    from keras_alds.api import select
+    from keras_alds.models.selection import UnreachableError
+
+    for ratio in (ratio for ratio in RATIOS if ratio <= most):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what users are told when they compress
+            try:
+                plan = select(model, ratio, calibration_data=stats, **options)
+            except UnreachableError:
+                return
+        errors = [choice.error for choice in plan.factorized]
+        divergences = [choice.divergence or 0.0 for choice in plan.factorized]
+        yield {
+            "cr": plan.cr,
+            "layers": len(errors),
+            "params": plan.params_after,
+            "mean_error": float(np.mean(errors)),
+            "max_error": plan.max_error,
+            "worst": max(plan.factorized, key=lambda choice: choice.error).layer,
+            "divergence": None if stats is None else sum(divergences),
+        }
+
+
+def _show(document: Mapping[str, Any], objective: str) -> None:
+    """Prints the tables."""
+    params = document["dense_params"]
+    rows = [
+        [
+            f"{row['layer']} ({row['kind']})",
+            "×".join(map(str, row["kernel"] or ())) or "–",
+            f"{row['params']:,}",
+            f"{row['params'] / params:.1%}",
+            *_ranks(row),
+        ]
+        for row in document["layers"]
+        if row["skipped"] != "no_kernel"
+    ]
+    free = [row for row in document["layers"] if row["skipped"] is None]
+    share = sum(row["params"] for row in free) / params
+    lines = [
+        f"{len(free)} of {len(document['layers'])} layers with weights can be compressed. They "
+        f"hold {share:.1%} of {params:,} parameters.",
+        "The ranks keep 90 % and 99 % of a kernel's squared singular values.",
+        *_skipped(document["layers"]),
+    ]
+    columns = ["Layer (type)", "Kernel", "Params", "Share", "Rank for 90 %", "99 %", "all"]
+    if document["compressed"]:
+        lines.insert(0, "The model is compressed. All figures are of its dense form.")
+    TextTable(f"Layers of {document['model']!r}", columns, rows, lines).print()
+    words = {"cpu": "in forms that run fast on common CPUs", "size": "in all forms"}
+    for name, by_target in document["reachable"].items():
+        parts = ", ".join(
+            f"{value:.1%} {words.get(target, f'for {target}')}"
+            for target, value in by_target.items()
+        )
+        print(f"\nThe most that can be removed of {RESOURCES[name].counted}: {parts}.")
+    _show_curve(document["curve"], objective)
+
+
+def _ranks(row: Mapping[str, Any]) -> list[str]:
+    if row["skipped"] is not None:
+        return [f"skipped ({row['skipped']})", "", ""]
+    return [*(str(rank) for rank in row["rank_of_energy"].values()), str(row["rank"])]
+
+
+def _skipped(layers: list[dict[str, Any]]) -> list[str]:
+    """A line for every reason."""
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for row in layers:
+        if row["skipped"] not in (None, "no_kernel"):
+            by_reason.setdefault((row["skipped"], row["reason"]), []).append(row["layer"])
+    return [
+        f"Skipped ({code}): {', '.join(names[:3])}{', …' * (len(names) > 3)}: {reason}"
+        for (code, reason), names in by_reason.items()
+    ]
+
+
+def _show_curve(curve: list[dict[str, Any]], objective: str) -> None:
+    if not curve:
+        return
+    measured = curve[0]["divergence"] is not None
+    columns = [f"Removed ({objective})", "Params", "Layers", "Mean error", "Largest error", "of"]
+    rows = [
+        [
+            f"{point['cr']:.1%}",
+            f"{point['params']:,}",
+            str(point["layers"]),
+            f"{point['mean_error']:.4f}",
+            f"{point['max_error']:.4f}",
+            point["worst"],
+            *([f"{point['divergence']:.4f}"] if measured else []),
+        ]
+        for point in curve
+    ]
+    lines = ["Errors are those of single layers; only examples tell what they do to the accuracy."]
+    if measured:
+        columns.append("Output")
+        lines = ["Output: what all layers together do to the model's outputs, estimated (a sum)"]
+    print()
+    TextTable("Size and error", columns, rows, lines).print()
