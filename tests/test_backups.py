@@ -128,11 +128,10 @@ class TestBackups:
         K = keras_module
         options = {"cr": [0.2, 0.4], "at_epoch": [1, 2], "distill": True}
         whole, _, _ = run(K, tmp_path / "a", **options)
-        for epoch in (2, 3):  # with one and with two compressions in the backup
-            run(K, tmp_path / f"{epoch}", killed_at=epoch, **options)
-            model, _, begun = run(K, tmp_path / f"{epoch}", **options)
-            assert begun == [*range(epoch, 5)]
-            assert same(model, whole)
+        run(K, tmp_path / "b", killed_at=3, **options)  # with two compressions in the backup
+        model, _, begun = run(K, tmp_path / "b", **options)
+        assert begun == [3, 4]
+        assert same(model, whole)
 
     @pytest.mark.parametrize(
         "options",
