@@ -6,6 +6,7 @@ import argparse
 import importlib
 import itertools
 import zipfile
+import zlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,7 +155,7 @@ def load_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, A
             return {"x": content}
         with content as file:
             return {name: file[name] for name in file.files if names is None or name in names}
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, OSError) as error:
+    except (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"Expected {path} to be an .npz file of arrays. "
             f"Received: a file that cannot be read ({error})"

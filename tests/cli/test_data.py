@@ -54,6 +54,10 @@ def test_files_that_do_not_fit(tmp_path):
     assert "x.npz, which does not exist" in complaint(path)
     path.write_text("no array")
     assert "to be an .npz file of arrays" in complaint(path)
+    np.savez_compressed(path, np.random.default_rng(0).normal(size=(99, 9)))
+    content = path.read_bytes()
+    path.write_bytes(content[:500] + content[500:1500][::-1] + content[1500:])
+    assert "to be an .npz file of arrays" in complaint(path)
     np.savez(path, a=x, b=x)
     assert "as x_train or x, or one array for each of the inputs pixels. Received: a, b" in (
         complaint(path)
