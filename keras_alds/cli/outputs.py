@@ -7,7 +7,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,9 +67,9 @@ class Outputs:
         self._places = {
             name: getattr(arguments, name) for name in declared if getattr(arguments, name)
         }
+        self._declared, self._force = declared, getattr(arguments, "force", False)
         self._temporary: dict[str, Path] = {}
-        for name, place in self._places.items():
-            _check(place, declared[name], force=arguments.force)
+        self._check(self._places)
         by_place: dict[Path, str] = {}
         for name, place in self._places.items():
             other = by_place.setdefault(place.resolve(), name)
@@ -89,14 +89,20 @@ class Outputs:
             return None
         if name not in self._temporary:
             folder = tempfile.mkdtemp(prefix=".keras_alds-", dir=_existing(place))
-            self._temporary[name] = Path(folder)
-        return self._temporary[name] / place.name
+            # Keras knows `.keras`, and not `.KERAS`.
+            self._temporary[name] = Path(folder) / f"output{place.suffix.lower()}"
+        return self._temporary[name]
 
     def publish(self) -> dict[str, str]:
-        """Moves everything to its place; returns the places by the names of the arguments."""
+        """Moves everything to its place; returns the places by the names of the arguments.
+
+        Raises:
+            ValueError: If a file has come to exist since, and there is no `--force`.
+        """
+        self._check(self._temporary)
         written = {}
-        for name in list(self._temporary):
-            source, place = self._temporary[name] / self._places[name].name, self._places[name]
+        for name, source in self._temporary.items():
+            place = self._places[name]
             if source.is_dir():
                 place.mkdir(parents=True, exist_ok=True)
                 for file in source.iterdir():
@@ -112,8 +118,12 @@ class Outputs:
         try:
             yield self
         finally:
-            for folder in self._temporary.values():
-                shutil.rmtree(folder, ignore_errors=True)
+            for path in self._temporary.values():
+                shutil.rmtree(path.parent, ignore_errors=True)
+
+    def _check(self, names: Iterable[str]) -> None:
+        for name in names:
+            _check(self._places[name], self._declared[name], force=self._force)
 
 
 def _existing(place: Path) -> Path:
