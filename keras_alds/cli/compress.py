@@ -106,6 +106,11 @@ def _write(
     from keras_alds.models.expansion import expand
 
     outputs = arguments.outputs
+    if plan is None and arguments.save_plan is not None:
+        raise ValueError(
+            f"Expected a model to compress, to write {arguments.save_plan}. Received: one that is "
+            "compressed so far already. Leave out --save-plan for a copy of it."
+        )
     figures: dict[str, tuple[Any, Any]] = {}
     if (path := outputs.path("output")) is not None:
         written: Any = expand(small) if arguments.expand else small
@@ -115,6 +120,6 @@ def _write(
     if (path := outputs.path("tflite")) is not None:
         size = convert(small, path, arguments, data)
         figures[f"bytes of the {arguments.quantize or 'float32'} .tflite file"] = None, size
-    if plan is not None and (path := outputs.path("save_plan")) is not None:
+    if (path := outputs.path("save_plan")) is not None:
         plan.save(path)
     return figures

@@ -69,6 +69,19 @@ def test_compress(folder, keras_module, run):
     assert not any(is_factorized(layer) for layer in expanded.layers)
 
 
+@pytest.mark.filterwarnings("ignore:The model .* is already compressed")
+def test_compress_what_is_compressed(folder, run, capsys):
+    model = zoo.functional(keras)
+    keras_alds.compress(model, cr=0.4, method="energy").save("small.keras")
+    again = ["compress", "small.keras", "--cr", "0.2", "-o", "copy.keras"]
+    with pytest.raises(SystemExit) as info:
+        run(*again, "--save-plan", "plan.json")
+    assert info.value.code == 2
+    assert "compressed so far already. Leave out --save-plan" in capsys.readouterr().err
+    assert sorted(os.listdir()) == ["model.keras", "small.keras", "x.npz"]
+    assert run(*again).endswith("Written: copy.keras\n")
+
+
 @pytest.mark.filterwarnings("always:The refinement was undone")
 def test_compress_to_int8(tmp_path, monkeypatch, run, capsys):
     """With images of a folder; then `compare` and `convert` of what was written."""
