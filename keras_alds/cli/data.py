@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import zipfile
 import zlib
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from keras_alds.extras import imported
 
 SOURCES = ".npz or .npy file, folder of images, or tfds:NAME[:SPLIT]"
 #: The endings of images in a folder.
@@ -84,16 +85,13 @@ def add_scale(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_examples(
-    arguments: argparse.Namespace, source: str | None, model: Any, part: str = "train"
-) -> Any:
+def read_examples(arguments: argparse.Namespace, source: str | None, model: Any) -> Any:
     """Examples for a model, without labels; None without a source.
 
     Args:
         arguments: The arguments of `add_examples`.
         source: What the user named.
         model: A Keras model.
-        part: The part of the data that is taken, if there are several.
 
     Raises:
         ValueError: If they cannot be read, or do not fit the model.
@@ -101,13 +99,25 @@ def read_examples(
     """
     if source is None:
         return None
-    return read_labelled(arguments, source, Inputs.of(model), part, labels=False)[0]
+    return read_labelled(arguments, source, Inputs.of(model), "train", labels=False)[0]
 
 
 def read_labelled(
     arguments: argparse.Namespace, source: str, inputs: Inputs, part: str, *, labels: bool = True
 ) -> tuple[Any, Any]:
-    """Examples and their labels; see `read_examples`."""
+    """Examples and their labels.
+
+    Args:
+        arguments: The arguments of `add_examples`.
+        source: What the user named.
+        inputs: The inputs of the model.
+        part: The part of the data that is taken, if there are several: "train" or "test".
+        labels: Whether there have to be labels.
+
+    Raises:
+        ValueError: If they cannot be read, or do not fit the model.
+        ImportError: If they are of TensorFlow Datasets, and it is not installed.
+    """
     if arguments.max_examples is not None and arguments.max_examples < 1:
         raise ValueError(
             f"Expected --max-examples to be 1 or more. Received: {arguments.max_examples}"
@@ -241,13 +251,7 @@ def _stacked(images: Iterable[Any], inputs: Inputs) -> Any:
 
 def _of_tfds(source: str, inputs: Inputs, limit: int | None, part: str) -> tuple[Any, Any]:
     _, name, *split = source.split(":", 2)
-    try:
-        tfds = importlib.import_module("tensorflow_datasets")
-    except ImportError as error:
-        raise ImportError(
-            f"tensorflow_datasets is needed for {source} and is not installed. "
-            "Remedy: pip install tensorflow-datasets"
-        ) from error
+    tfds = imported("tensorflow_datasets", source, "tensorflow-datasets")
     try:
         data = tfds.load(name, split=split[0] if split else part, shuffle_files=False)
     except Exception as error:  # its own kinds, for unknown names and splits
