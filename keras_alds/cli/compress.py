@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quantize(out)
     add_output(out, "--report", endings=(".html", ".htm"), help="write a report as a web page")
     add_output(out, "--save-plan", endings=(".json",), help="write the plan")
-    add_choosing(parser)
+    add_choosing(parser, without=("quantize",))
     more = parser.add_argument_group("how to fit")
     more.add_argument(
         "--sequential",
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> Answer:
     small, plan = compressed_and_plan(
         model,
         arguments.cr,
-        choosing(arguments),
+        _options(arguments),
         plan=plan,
         calibration_data=data,
         sequential=arguments.sequential,
@@ -72,6 +72,12 @@ def run(arguments: argparse.Namespace) -> Answer:
         comparison.to_html(path)
     document = {"figures": comparison.rows, "plan": None if plan is None else plan.to_dict()}
     return Answer(document, comparison.summary)
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `select`. There, `quantize` is the number format of measured latencies."""
+    measured = arguments.objective == "latency" and arguments.quantize == "int8"
+    return {**choosing(arguments), "quantize": "int8" if measured else None}
 
 
 def _checked(arguments: argparse.Namespace) -> Any:

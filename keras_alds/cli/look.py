@@ -13,7 +13,7 @@ from keras_alds.cli.answers import Answer
 from keras_alds.cli.choosing import add_choosing, choosing
 from keras_alds.cli.data import add_examples, read_examples
 from keras_alds.cli.models import add_model, read_model
-from keras_alds.options import LEAST_CR, Options, add_flags, flags
+from keras_alds.options import LEAST_CR, Options
 from keras_alds.resources import RESOURCES
 from keras_alds.tables import TextTable
 
@@ -39,7 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_examples(parser, "--calibration", "unlabelled examples, to measure errors of outputs")
     add_choosing(parser)
-    add_flags(parser, ("quantize",))
 
 
 def run(arguments: argparse.Namespace) -> Answer:
@@ -49,7 +48,7 @@ def run(arguments: argparse.Namespace) -> Answer:
     from keras_alds.reports import sizes
 
     model = read_model(arguments)
-    options = {**choosing(arguments), **flags(arguments, ("quantize",))}
+    options = choosing(arguments)
     data = read_examples(arguments, arguments.calibration, model)
     checked = Options.checked(LEAST_CR, options, has_data=data is not None)
     inventory = inspected(model, checked)
