@@ -13,9 +13,10 @@ from keras_alds.cli.answers import Answer
 from keras_alds.cli.choosing import add_choosing, choosing
 from keras_alds.cli.data import add_examples, read_examples
 from keras_alds.cli.models import add_model, read_model
+from keras_alds.core.ranks import ranks_of
 from keras_alds.options import LEAST_CR, Options
 from keras_alds.resources import RESOURCES
-from keras_alds.tables import TextTable
+from keras_alds.tables import SkippedLayers, TextTable
 
 if TYPE_CHECKING:
     from keras_alds.models.inventory import Inventory
@@ -92,15 +93,10 @@ def _layers(inventory: Inventory, options: Options) -> Iterator[dict[str, Any]]:
             "reason": None if record.skipped is None else record.skipped.detail,
         }
         if record.path in spectra:
-            row["rank"] = len(spectra[record.path])
-            row["rank_of_energy"] = {part: _rank(spectra[record.path], part) for part in ENERGIES}
+            values = spectra[record.path]
+            row["rank"] = len(values)
+            row["rank_of_energy"] = {part: ranks_of(values, part).energy for part in ENERGIES}
         yield row
-
-
-def _rank(values: Any, part: float) -> int:
-    """The rank that keeps a part of the squared singular values."""
-    energy = np.cumsum(np.square(values))
-    return int(np.searchsorted(energy, part * energy[-1] * (1 - 1e-12))) + 1
 
 
 def _reachable(
@@ -166,13 +162,18 @@ def _show(document: Mapping[str, Any], objective: str) -> None:
         for row in document["layers"]
         if row["skipped"] != "no_kernel"
     ]
+    skipped = SkippedLayers.by_reason(
+        (row["layer"], row["params"], row["skipped"], row["reason"])
+        for row in document["layers"]
+        if row["skipped"] not in (None, "no_kernel")
+    )
     free = [row for row in document["layers"] if row["skipped"] is None]
     share = sum(row["params"] for row in free) / params
     lines = [
         f"{len(free)} of {len(document['layers'])} layers with weights can be compressed. They "
         f"hold {share:.1%} of {params:,} parameters.",
         "The ranks keep 90 % and 99 % of a kernel's squared singular values.",
-        *_skipped(document["layers"]),
+        *map(str, skipped),
     ]
     columns = ["Layer (type)", "Kernel", "Params", "Share", "Rank for 90 %", "99 %", "all"]
     if document["compressed"]:
@@ -192,18 +193,6 @@ def _ranks(row: Mapping[str, Any]) -> list[str]:
     if row["skipped"] is not None:
         return [f"skipped ({row['skipped']})", "", ""]
     return [*(str(rank) for rank in row["rank_of_energy"].values()), str(row["rank"])]
-
-
-def _skipped(layers: list[dict[str, Any]]) -> list[str]:
-    """A line for every reason."""
-    by_reason: dict[tuple[str, str], list[str]] = {}
-    for row in layers:
-        if row["skipped"] not in (None, "no_kernel"):
-            by_reason.setdefault((row["skipped"], row["reason"]), []).append(row["layer"])
-    return [
-        f"Skipped ({code}): {', '.join(names[:3])}{', …' * (len(names) > 3)}: {reason}"
-        for (code, reason), names in by_reason.items()
-    ]
 
 
 def _show_curve(curve: list[dict[str, Any]], objective: str) -> None:

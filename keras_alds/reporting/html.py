@@ -21,7 +21,7 @@ from keras_alds.methods import METHODS
 from keras_alds.plan import CompressionPlan, Skip
 from keras_alds.reporting.curves import Curve
 from keras_alds.reporting.layers import LayerRow, Pair
-from keras_alds.tables import counted, general_reason
+from keras_alds.tables import SkippedLayers, counted
 
 # The browser is told to load nothing either: the report may hold names that came from elsewhere.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -166,21 +166,15 @@ class Page:
         return _paragraph(text, "soft") if text else ""
 
     def _skipped(self) -> str:
-        groups: dict[tuple[str, str], list[LayerRow]] = {}
-        for row in self.rows:
-            if row.skipped is not None:
-                reason = general_reason(row.skipped.detail)
-                groups.setdefault((row.skipped.code.value, reason), []).append(row)
+        groups = SkippedLayers.by_reason(
+            (row.path, row.params[0] or 0, row.skipped.code.value, row.skipped.detail)
+            for row in self.rows
+            if row.skipped is not None
+        )
         if not groups:
             return _paragraph("None: every layer with weights is factorized.")
-        rows = []
-        for (_, general), layers in groups.items():
-            reasons = {row.skipped.detail for row in layers if row.skipped}
-            names = ", ".join(row.path for row in layers[:6]) + ", …" * (len(layers) > 6)
-            total = sum(row.params[0] or 0 for row in layers)
-            reason = reasons.pop() if len(reasons) == 1 else general
-            rows.append((reason, f"{len(layers):,}", f"{total:,}", names))
-        rows.sort(key=lambda row: -int(row[2].replace(",", "")))
+        groups.sort(key=lambda group: -group.params)
+        rows = [(g.reason, f"{len(g.layers):,}", f"{g.params:,}", g.named(6)) for g in groups]
         return _table(("Reason", "layers", "parameters", "which"), rows, "stack")
 
     # -- What repeats it ---------------------------------------------------------------------

@@ -130,10 +130,12 @@ def test_inspect(folder, keras_module, run):
     assert all(point["divergence"] is None for point in found["curve"])
     small = keras_alds.compress(zoo.functional(keras_module), 0.4, method="energy")
     small.save("small.keras")
-    text = run("inspect", "small.keras", "--calibration", "x.npz", "--target", "size")
+    options = ["--calibration", "x.npz", "--target", "size", "--exclude", "head"]
+    text = run("inspect", "small.keras", *options)
     assert "The model is compressed. All figures are of its dense form." in text
     assert f"of {found['dense_params']:,} parameters" in text
     assert "| Output |" in text
+    assert f"Skipped (excluded): 1 layer, {rows['head']['params']:,} params (head): " in text
 
 
 def test_own_classes(tmp_path, monkeypatch, run, capsys):
