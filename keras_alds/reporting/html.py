@@ -10,7 +10,6 @@ import html
 import importlib.metadata
 import importlib.resources
 import json
-import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -219,18 +218,6 @@ def versions(backend_name: str, backend_version: str) -> dict[str, str]:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         found["tensorflow"] = importlib.metadata.version("tensorflow")
     return {**found, "numpy": np.__version__, "Python": platform.python_version()}
-
-
-def write(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a text file at once: an interruption leaves the old file or the new one."""
-    beside = f"{os.fspath(path)}.new"
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(beside, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(beside)
 
 
 def _layer(row: LayerRow, most: int, planned: bool, has_curve: bool) -> str:

@@ -15,7 +15,6 @@ import zoo
 
 import keras_alds
 from keras_alds import CompressionPlan
-from keras_alds.reporting import html as pages
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -137,20 +136,6 @@ def test_a_page_without_a_plan_or_curves(compared, small, tmp_path):
         keras_alds.report(small, small, plan=compared.plan)
     with pytest.raises(ValueError, match="Expected `plan` to be a CompressionPlan"):
         keras_alds.report(model, compressed, plan=0.5)
-
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "report.html"
-    path.write_text("old")
-
-    def interrupted(*names):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pages.os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        pages.write(path, "new")
-    assert path.read_text() == "old"
-    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_pages_of_every_kind_of_model(keras_module):
