@@ -255,9 +255,10 @@ def _of_tfds(source: str, inputs: Inputs, limit: int | None, part: str) -> tuple
     try:
         data = tfds.load(name, split=split[0] if split else part, shuffle_files=False)
     except Exception as error:  # its own kinds, for unknown names and splits
+        reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"Expected the name of a TensorFlow data set. Received: {source} "
-            f"({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+            f"({type(error).__name__}: {reason})"
         ) from error
     rows = list(itertools.islice(tfds.as_numpy(data), limit))
     if not rows or "image" not in rows[0]:

@@ -103,7 +103,7 @@ def test_tensorflow_datasets(monkeypatch):
 
     def load(name, split, **_):
         if name != "mnist":
-            raise LookupError("no such name\nand more")
+            raise LookupError(*["no such name\nand more"] * (name == "other"))
         return [{"image": np.full((6, 4, 1), n), "label": n} for n in range(len(split))]
 
     fake = types.SimpleNamespace(load=load, as_numpy=iter)
@@ -113,6 +113,7 @@ def test_tensorflow_datasets(monkeypatch):
     assert (y == [0, 1, 2]).all()
     assert len(read("tfds:mnist", part="train")[1]) == len("train")
     assert complaint("tfds:other").endswith("tfds:other (LookupError: no such name)")
+    assert complaint("tfds:silent").endswith("tfds:silent (LookupError: )")
 
 
 def test_examples_of_a_model(keras_module, tmp_path):
