@@ -10,6 +10,7 @@ import html
 import importlib.metadata
 import importlib.resources
 import json
+import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -179,8 +180,11 @@ class Page:
     # -- What repeats it ---------------------------------------------------------------------
 
     def _repeat(self) -> str:
+        cr = math.floor(self.cr * 1e4) / 1e4  # rounded up, it may be out of reach
+        if self.plan is None and cr <= 0:
+            return _paragraph("There is nothing to repeat: no parameters were removed.")
         if self.plan is None:
-            return _code(f"small = keras_alds.compress(model, cr={self.cr:.4f})") + _paragraph(
+            return _code(f"small = keras_alds.compress(model, cr={cr:g})") + _paragraph(
                 "This asks for the same ratio, with default options. A report that knows the plan "
                 "says what repeats it exactly.",
                 "soft",
