@@ -113,6 +113,9 @@ def test_compress_to_int8(tmp_path, monkeypatch, run, capsys):
     text = run("compare", "model.tflite", "small.tflite", "--runs", "0")
     assert "| MACs " in text
     assert "| ms " not in text
+    with pytest.raises(SystemExit):
+        run("compare", "model.tflite", "small.tflite", "--quantize", "int8")
+    assert "two .tflite files, which are compared as they are" in capsys.readouterr().err
 
 
 def test_inspect(folder, keras_module, run):
