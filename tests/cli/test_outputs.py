@@ -73,6 +73,18 @@ def test_files_appear_together_at_the_end(parsed):
     assert os.listdir("runs/new") == ["table"]
 
 
+def test_a_folder_that_exists_is_all_that_is_touched(parsed, monkeypatch):
+    """It may be a disk of its own, in a folder that may not be written to."""
+    Path("disk").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name == "disk")
+    with Outputs(parsed(["--folder", "disk"])).kept_tidy() as found:
+        found.path("folder").mkdir()
+        (found.path("folder") / "table").touch()
+        assert os.listdir() == ["disk"]
+        found.publish()
+    assert os.listdir("disk") == ["table"]
+
+
 def test_what_others_wrote_in_the_meantime_is_not_replaced(parsed):
     with Outputs(parsed(["-o", "m.H5", "--save-plan", "p.json"])).kept_tidy() as found:
         assert found.path("output").suffix == ".h5"
