@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,19 +52,22 @@ def run(arguments: argparse.Namespace) -> Answer:
     options = choosing(arguments)
     data = read_examples(arguments, arguments.calibration, model)
     checked = Options.checked(LEAST_CR, options, has_data=data is not None)
+    counts = sizes(model)
+    # An input without a size of its own, such as a text, has no multiply–accumulates.
+    resources = ("params",) if counts["MACs"] is None else ("params", "macs")
     inventory = inspected(model, checked)
     compressed = to_recompose(inventory, checked)
     with recomposed(inventory, compressed) as dense:
         params = dense.params
         layers = list(_layers(dense, checked))
-        reachable = _reachable(dense, options, data is not None)
+        reachable = _reachable(dense, options, resources, data is not None)
         # Of the dense form, also for a compressed model.
         stats = None if data is None else Calibration.of(dense, data).collected(dense)
     most = reachable.get(options["objective"], {})
     curve = list(_curve(model, options, stats, max(most.values(), default=1.0)))
     document = {
         "model": model.name,
-        "sizes": sizes(model),
+        "sizes": counts,
         "compressed": bool(compressed),
         "dense_params": params,
         "layers": layers,
@@ -100,14 +103,14 @@ def _layers(inventory: Inventory, options: Options) -> Iterator[dict[str, Any]]:
 
 
 def _reachable(
-    inventory: Inventory, options: Mapping[str, Any], has_data: bool
+    inventory: Inventory, options: Mapping[str, Any], resources: Sequence[str], has_data: bool
 ) -> dict[str, dict[str, float]]:
     """The greatest fractions that can be removed, by resource and target."""
     from keras_alds.api import checked_options, selection_of
     from keras_alds.models.selection import UnreachableError
 
     found: dict[str, dict[str, float]] = {}
-    for objective in ("params", "macs"):
+    for objective in resources:
         found[objective] = {}
         for target in _TARGETS if options["target"] is None else (options["target"],):
             given = {**options, "target": target, "objective": objective}

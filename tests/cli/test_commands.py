@@ -141,6 +141,17 @@ def test_inspect(folder, keras_module, run):
     assert f"Skipped (excluded): 1 layer, {rows['head']['params']:,} params (head): " in text
 
 
+def test_inspect_a_model_of_sequences_of_any_length(tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    layers = keras.layers
+    model = [keras.Input((None,)), layers.Embedding(99, 32), layers.LSTM(24), layers.Dense(2)]
+    keras.Sequential(model).save("text.keras")
+    found = run("inspect", "text.keras", "--json")
+    assert found["sizes"]["MACs"] is None
+    assert found["reachable"].keys() == {"params"}
+    assert found["curve"]
+
+
 def test_own_classes(tmp_path, monkeypatch, run, capsys):
     """They are loaded from the file that defines them, which only runs if it is named."""
     monkeypatch.chdir(tmp_path)
