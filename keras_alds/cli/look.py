@@ -127,17 +127,21 @@ def _reachable(
 def _curve(
     model: Any, options: Mapping[str, Any], stats: Any, most: float
 ) -> Iterator[dict[str, Any]]:
-    """Sizes and errors of plans of several ratios."""
+    """Sizes and errors of plans of several ratios. A small model has one plan for some of them."""
     from keras_alds.api import select
     from keras_alds.models.selection import UnreachableError
 
+    reached = 0.0
     for ratio in (ratio for ratio in RATIOS if ratio <= most):
+        if ratio <= reached:
+            continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what users are told when they compress
             try:
                 plan = select(model, ratio, calibration_data=stats, **options)
             except UnreachableError:
                 return
+        reached = plan.cr
         errors = [choice.error for choice in plan.factorized]
         divergences = [choice.divergence or 0.0 for choice in plan.factorized]
         yield {
