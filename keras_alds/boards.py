@@ -14,11 +14,10 @@ from keras_alds.models.inventory import Inventory, count_params, has_weights
 from keras_alds.models.ranks import kernel_spectra
 from keras_alds.models.resources import count_macs
 from keras_alds.plan import CompressionPlan
+from keras_alds.tables import plan_table
 
 #: The run, beside Keras's own `train` and `validation`.
 RUN = "alds"
-# Wide enough for a line of a table not to be broken.
-_WIDE = 1000
 
 
 class Board:
@@ -74,11 +73,12 @@ class Board:
         """Writes the singular values of all kernels, dense or in two factors."""
         if self._writer is None or not has_weights(self._model):
             return
-        with contextlib.suppress(ValueError):  # NaN: the training goes on, and so may its board
+        try:
             found = kernel_spectra(Inventory.of(self._model))
-            self._writer.histograms(
-                step, {f"singular_values/{path}": values for path, values in found.items()}
-            )
+        except ValueError:  # NaN: the training goes on, and so may its board
+            return
+        values = {f"singular_values/{path}": spectrum for path, spectrum in found.items()}
+        self._writer.histograms(step, values)
 
     def add_plan(self, step: int, plan: CompressionPlan) -> None:
         """Writes a plan that was applied before an epoch, as a table."""
@@ -120,10 +120,8 @@ class Board:
 
 def markdown(plan: CompressionPlan) -> str:
     """The table of a plan as Markdown, with what is said about it above and below."""
-    texts: list[str] = []
-    plan.summary(print_fn=texts.append, line_length=_WIDE)
-    lines = texts[0].splitlines()
-    return "\n".join(line if line.startswith("|") else f"\n{line}\n" for line in lines)
+    table = plan_table(plan)
+    return "\n\n".join([table.title, table.to_markdown(), *table.lines])
 
 
 def _macs(model: Any) -> int | None:

@@ -23,10 +23,11 @@ from keras_alds.models.resources import count_macs
 from keras_alds.models.turns import alone
 from keras_alds.plan import CompressionPlan, check_plan
 from keras_alds.reporting.curves import Curve, error_curves
-from keras_alds.reporting.html import Page, versions, write
+from keras_alds.reporting.html import Page, versions
 from keras_alds.reporting.layers import LayerRow, choices_of, layer_rows
 from keras_alds.resources import RESOURCES, removed_fraction
 from keras_alds.tables import Tabular, TextTable
+from keras_alds.writing import write_whole
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -95,7 +96,7 @@ class Comparison(Tabular):
             text = self._page().text()
         if path is None:
             return text
-        write(path, text)
+        write_whole(path, text)
         return None
 
     def _page(self) -> Page:

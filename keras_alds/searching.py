@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -39,6 +38,7 @@ from keras_alds.refinement import refined, steps_of
 from keras_alds.resources import RESOURCES, Cost
 from keras_alds.scores import Scored, check_evaluate, frontier, scored
 from keras_alds.tables import Tabular, TextTable, counted
+from keras_alds.writing import write_whole
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -581,14 +581,7 @@ class _Record:
                 for point in self.points
             ],
         }
-        beside = f"{self.path}.new"
-        try:
-            with open(beside, "w", encoding="utf-8") as file:
-                json.dump(data, file, indent=1)
-            os.replace(beside, self.path)  # an interruption leaves the old file or the new one
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(beside)
+        write_whole(self.path, json.dumps(data, indent=1))
 
     def _read(self, path: str) -> None:
         where = f"Expected the scores of a search in {path!r}. Received: "

@@ -11,7 +11,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -21,7 +21,7 @@ from keras_alds.extras import imported
 from keras_alds.resources import RESOURCES
 
 if TYPE_CHECKING:
-    from keras_alds.plan import CompressionPlan, LayerChoice
+    from keras_alds.plan import CompressionPlan
 
 PrintFn = Callable[[str], object]
 
@@ -38,9 +38,41 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def general_reason(reason: str) -> str:
-    """A reason why layers are skipped, without what differs between two of them."""
-    return _DETAIL.sub("…", reason)
+class SkippedLayers(NamedTuple):
+    """Layers that are skipped for one reason.
+
+    Attributes:
+        code: The reason in a word.
+        reason: The reason. What differs between the layers is left out.
+        layers: Their paths.
+        params: Their parameters in all.
+    """
+
+    code: str
+    reason: str
+    layers: Sequence[str]
+    params: int
+
+    @classmethod
+    def by_reason(cls, skipped: Iterable[tuple[str, int, str, str]]) -> list[SkippedLayers]:
+        """Groups some layers, given as path, parameters, reason in a word, and reason."""
+        groups: dict[tuple[str, str], list[tuple[str, int, str]]] = {}
+        for path, params, code, reason in skipped:
+            groups.setdefault((code, _DETAIL.sub("…", reason)), []).append((path, params, reason))
+        found = []
+        for (code, general), members in groups.items():
+            paths, params_of, reasons = zip(*members, strict=True)
+            reason = general if len(set(reasons)) > 1 else reasons[0]
+            found.append(cls(code, reason, paths, sum(params_of)))
+        return found
+
+    def named(self, most: int) -> str:
+        """The first paths."""
+        return ", ".join(self.layers[:most]) + ", …" * (len(self.layers) > most)
+
+    def __str__(self) -> str:
+        size = f"{counted(len(self.layers), 'layer')}, {self.params:,} params"
+        return f"Skipped ({self.code}): {size} ({self.named(3)}): {self.reason}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +206,11 @@ def plan_table(plan: CompressionPlan, *, show_skipped: bool = False) -> TextTabl
     measured = any(choice.divergence is not None for choice in plan.choices)
     columns += ["Output"] * measured
     without_kernel = [choice for choice in plan.choices if not choice.has_kernel]
-    skipped = [c for c in plan.choices if c.has_kernel and not c.factorized]
+    skipped = [
+        (choice.layer, choice.params_before, str(choice.reason_code), choice.reason or "")
+        for choice in plan.choices
+        if choice.has_kernel and not choice.factorized
+    ]
     rows = []
     for choice in plan.choices:
         if not choice.has_kernel or not (choice.factorized or show_skipped):
@@ -199,7 +235,7 @@ def plan_table(plan: CompressionPlan, *, show_skipped: bool = False) -> TextTabl
         lines.append(f"{info.total}{runtime}: {info.text(cost)} ({cost.removed:.2%} removed)")
     lines += [*_memory_lines(plan), *_target_lines(plan), *_output_lines(plan)]
     lines += [f"{choice.layer}: {choice.note}" for choice in plan.choices if choice.note]
-    lines += _skipped_lines(skipped)
+    lines += map(str, SkippedLayers.by_reason(skipped))
     if without_kernel:
         kinds = ", ".join(sorted({choice.kind for choice in without_kernel}))
         params = sum(choice.params_before for choice in without_kernel)
@@ -215,23 +251,6 @@ def plan_table(plan: CompressionPlan, *, show_skipped: bool = False) -> TextTabl
         f"Compression plan: cr={limits}method={plan.method!r}, error_measure={plan.error_measure!r}"
     )
     return TextTable(title, columns, rows, lines)
-
-
-def _skipped_lines(skipped: Sequence[LayerChoice]) -> list[str]:
-    """A line for every reason why layers are skipped. What differs between them is left out."""
-    groups: dict[str, list[LayerChoice]] = {}
-    for choice in skipped:
-        groups.setdefault(general_reason(choice.reason or ""), []).append(choice)
-    lines = []
-    for general, choices in groups.items():
-        reasons = {choice.reason for choice in choices}
-        names = ", ".join(choice.layer for choice in choices[:3]) + ", …" * (len(choices) > 3)
-        params = sum(choice.params_before for choice in choices)
-        lines.append(
-            f"Skipped ({choices[0].reason_code}): {counted(len(choices), 'layer')}, {params:,} "
-            f"params ({names}): {choices[0].reason if len(reasons) == 1 else general}"
-        )
-    return lines
 
 
 def _output_lines(plan: CompressionPlan) -> list[str]:

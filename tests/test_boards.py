@@ -76,7 +76,7 @@ def test_a_training_beside_a_tensorboard_callback(keras_module, tmp_path):
     (rank,) = [choice.rank for choice in plan.factorized if choice.layer == "hidden"]
     assert [row[-4].strip() for row in cells] == [str(rank)]
     head = next(index for index, line in enumerate(lines) if line.startswith("| Layer"))
-    assert (lines[head - 1], set(lines[head + 1])) == ("", {"|", "-"})
+    assert (lines[head - 1], set(lines[head + 1])) == ("", set("| -:"))
 
     for name in ("stem", "down", "hidden", "head"):
         assert [*values[f"singular_values/{name}"]] == [1, 3, 4]

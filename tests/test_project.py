@@ -24,7 +24,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # The parts of the package, from the bottom up. A module imports its own part and those of rows
 # above its own.
 ROWS = (
-    ("_version", "core", "_backend", "naming", "resources", "extras"),
+    ("_version", "core", "_backend", "naming", "resources", "extras", "writing"),
     ("tables", "progress", "scores"),
     ("targets", "plan", "research"),
     ("methods", "kinds"),

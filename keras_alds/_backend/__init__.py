@@ -21,7 +21,6 @@ may use Keras 3 and tf_keras. tf_keras is optional.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
@@ -29,6 +28,7 @@ import re
 import reprlib
 import sys
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -121,12 +121,18 @@ def saved_by(path: str | os.PathLike[str]) -> str:
     file = os.fspath(path)
     if os.path.isdir(file):
         return KERASES[int(_is_saved_model(file))]
-    if not zipfile.is_zipfile(file):
-        return KERASES[0]
-    with zipfile.ZipFile(file) as saved, contextlib.suppress(KeyError, ValueError):
-        version = str(json.loads(saved.read("metadata.json"))["keras_version"])
-        return KERASES[int(version.startswith("2."))]
-    return KERASES[0]
+    metadata = _document(file, "metadata.json")
+    version = metadata.get("keras_version") if isinstance(metadata, dict) else None
+    return KERASES[int(str(version).startswith("2."))]
+
+
+def _document(file: str, name: str) -> Any:
+    """A JSON document in a .keras file; None if there is none that can be read."""
+    try:
+        with zipfile.ZipFile(file) as saved:
+            return json.loads(saved.read(name))
+    except (KeyError, ValueError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        return None
 
 
 def _is_saved_model(folder: str) -> bool:
@@ -195,9 +201,7 @@ def _reason(error: Exception, file: str, module: Any, known: Mapping[str, Any]) 
     """Why Keras cannot load a model, in one sentence without its config."""
     text = str(error)
     found = [name for pattern in _UNKNOWN for name in re.findall(pattern, text)]
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as saved, contextlib.suppress(KeyError):
-            found = _unregistered(json.loads(saved.read("config.json")), module) or found
+    found = _unregistered(_document(file, "config.json"), module) or found
     found = [name for name in found if name not in known]
     if found:
         return (

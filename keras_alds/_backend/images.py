@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
@@ -33,9 +34,10 @@ def read_image(path: str | os.PathLike[str], channels: int) -> Any:
     """The pixels of a JPEG, PNG, GIF or BMP file, from 0 to 255, `[height, width, channels]`.
 
     Raises:
+        OSError: If the file cannot be opened.
         ValueError: If it is no such image.
     """
-    content = tf.io.read_file(os.fspath(path))
+    content = Path(path).read_bytes()
     try:
         return tf.io.decode_image(content, channels=channels, expand_animations=False).numpy()
     except tf.errors.InvalidArgumentError as error:

@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _terminated_as_an_error():
             _run(arguments)
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, ImportError, OSError) as error:

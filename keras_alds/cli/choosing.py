@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from keras_alds.methods import METHODS
 from keras_alds.options import OPTION_NAMES, add_flags, flags
 
-# What depends on the command.
-_OWN = ("quantize",)
-OPTIONS = tuple(name for name in OPTION_NAMES if name not in _OWN)
 
-
-def add_choosing(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `select`, without those of `_OWN`."""
+def add_choosing(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+    """Adds the options of `select`, but for those that mean more to a command."""
     group = parser.add_argument_group("what to choose")
-    add_flags(group, OPTIONS, {"method": {"choices": list(METHODS)}})
+    names = [name for name in OPTION_NAMES if name not in without]
+    add_flags(group, names, {"method": {"choices": list(METHODS)}})
 
 
 def fraction(text: str) -> float | dict[str, float]:
@@ -40,12 +38,5 @@ def add_cr(parser: argparse.ArgumentParser, default: float | None = None) -> Non
 
 
 def choosing(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_choosing` that differ from their defaults, by name.
-
-    `--quantize` counts for the latency alone, and only int8 is measured.
-    """
-    values = flags(arguments, OPTIONS)
-    measured = arguments.objective == "latency" and arguments.quantize == "int8"
-    if measured:
-        values["quantize"] = "int8"
-    return values
+    """The options of `select` by name."""
+    return flags(arguments, OPTION_NAMES)

@@ -48,7 +48,12 @@ def run(arguments: argparse.Namespace) -> Answer:
     source = arguments.representative or arguments.data
     paths = (arguments.first, arguments.second)
     models = [path for path in paths if not is_litert(path)]
-    check_conversion(arguments.quantize if models else None, source, "--representative")
+    if arguments.quantize and not models:
+        raise ValueError(
+            f"Expected a model to convert, with --quantize {arguments.quantize}. Received: two "
+            ".tflite files, which are compared as they are"
+        )
+    check_conversion(arguments.quantize, source, "--representative")
     first, second = (_read(arguments, path) for path in paths)
     data = representative = None
     if arguments.data is not None:
@@ -61,7 +66,7 @@ def run(arguments: argparse.Namespace) -> Answer:
         second,
         data,
         metric=None if data is None else "accuracy",
-        quantize=arguments.quantize if models else None,
+        quantize=arguments.quantize,
         representative_data=representative,
         threads=arguments.threads,
         runs=arguments.runs,

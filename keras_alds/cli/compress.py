@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quantize(out)
     add_output(out, "--report", endings=(".html", ".htm"), help="write a report as a web page")
     add_output(out, "--save-plan", endings=(".json",), help="write the plan")
-    add_choosing(parser)
+    add_choosing(parser, without=("quantize",))
     more = parser.add_argument_group("how to fit")
     more.add_argument(
         "--sequential",
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> Answer:
     small, plan = compressed_and_plan(
         model,
         arguments.cr,
-        choosing(arguments),
+        _options(arguments),
         plan=plan,
         calibration_data=data,
         sequential=arguments.sequential,
@@ -72,6 +72,12 @@ def run(arguments: argparse.Namespace) -> Answer:
         comparison.to_html(path)
     document = {"figures": comparison.rows, "plan": None if plan is None else plan.to_dict()}
     return Answer(document, comparison.summary)
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `select`. There, `quantize` is the number format of measured latencies."""
+    measured = arguments.objective == "latency" and arguments.quantize == "int8"
+    return {**choosing(arguments), "quantize": "int8" if measured else None}
 
 
 def _checked(arguments: argparse.Namespace) -> Any:
@@ -106,6 +112,11 @@ def _write(
     from keras_alds.models.expansion import expand
 
     outputs = arguments.outputs
+    if plan is None and arguments.save_plan is not None:
+        raise ValueError(
+            f"Expected a model to compress, to write {arguments.save_plan}. Received: one that is "
+            "compressed so far already. Leave out --save-plan for a copy of it."
+        )
     figures: dict[str, tuple[Any, Any]] = {}
     if (path := outputs.path("output")) is not None:
         written: Any = expand(small) if arguments.expand else small
@@ -115,6 +126,6 @@ def _write(
     if (path := outputs.path("tflite")) is not None:
         size = convert(small, path, arguments, data)
         figures[f"bytes of the {arguments.quantize or 'float32'} .tflite file"] = None, size
-    if plan is not None and (path := outputs.path("save_plan")) is not None:
+    if (path := outputs.path("save_plan")) is not None:
         plan.save(path)
     return figures

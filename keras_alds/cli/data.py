@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import zipfile
+import zlib
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from keras_alds.extras import imported
 
 SOURCES = ".npz or .npy file, folder of images, or tfds:NAME[:SPLIT]"
 #: The endings of images in a folder.
@@ -83,16 +85,13 @@ def add_scale(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_examples(
-    arguments: argparse.Namespace, source: str | None, model: Any, part: str = "train"
-) -> Any:
+def read_examples(arguments: argparse.Namespace, source: str | None, model: Any) -> Any:
     """Examples for a model, without labels; None without a source.
 
     Args:
         arguments: The arguments of `add_examples`.
         source: What the user named.
         model: A Keras model.
-        part: The part of the data that is taken, if there are several.
 
     Raises:
         ValueError: If they cannot be read, or do not fit the model.
@@ -100,13 +99,25 @@ def read_examples(
     """
     if source is None:
         return None
-    return read_labelled(arguments, source, Inputs.of(model), part, labels=False)[0]
+    return read_labelled(arguments, source, Inputs.of(model), "train", labels=False)[0]
 
 
 def read_labelled(
     arguments: argparse.Namespace, source: str, inputs: Inputs, part: str, *, labels: bool = True
 ) -> tuple[Any, Any]:
-    """Examples and their labels; see `read_examples`."""
+    """Examples and their labels.
+
+    Args:
+        arguments: The arguments of `add_examples`.
+        source: What the user named.
+        inputs: The inputs of the model.
+        part: The part of the data that is taken, if there are several: "train" or "test".
+        labels: Whether there have to be labels.
+
+    Raises:
+        ValueError: If they cannot be read, or do not fit the model.
+        ImportError: If they are of TensorFlow Datasets, and it is not installed.
+    """
     if arguments.max_examples is not None and arguments.max_examples < 1:
         raise ValueError(
             f"Expected --max-examples to be 1 or more. Received: {arguments.max_examples}"
@@ -154,7 +165,7 @@ def load_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, A
             return {"x": content}
         with content as file:
             return {name: file[name] for name in file.files if names is None or name in names}
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, OSError) as error:
+    except (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"Expected {path} to be an .npz file of arrays. "
             f"Received: a file that cannot be read ({error})"
@@ -240,19 +251,14 @@ def _stacked(images: Iterable[Any], inputs: Inputs) -> Any:
 
 def _of_tfds(source: str, inputs: Inputs, limit: int | None, part: str) -> tuple[Any, Any]:
     _, name, *split = source.split(":", 2)
-    try:
-        tfds = importlib.import_module("tensorflow_datasets")
-    except ImportError as error:
-        raise ImportError(
-            f"tensorflow_datasets is needed for {source} and is not installed. "
-            "Remedy: pip install tensorflow-datasets"
-        ) from error
+    tfds = imported("tensorflow_datasets", source, "tensorflow-datasets")
     try:
         data = tfds.load(name, split=split[0] if split else part, shuffle_files=False)
     except Exception as error:  # its own kinds, for unknown names and splits
+        reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"Expected the name of a TensorFlow data set. Received: {source} "
-            f"({type(error).__name__}: {str(error).strip().splitlines()[0]})"
+            f"({type(error).__name__}: {reason})"
         ) from error
     rows = list(itertools.islice(tfds.as_numpy(data), limit))
     if not rows or "image" not in rows[0]:

@@ -20,7 +20,7 @@ import numpy as np
 from keras_alds.cli.answers import Answer
 from keras_alds.cli.models import LOADERS
 from keras_alds.cli.outputs import add_output
-from keras_alds.extras import matplotlib
+from keras_alds.extras import imported, matplotlib
 from keras_alds.progress import progress_bar
 
 USAGE = "[options]"
@@ -86,14 +86,10 @@ def run(arguments: argparse.Namespace) -> Answer:
 
 def load_data() -> tuple[Any, Any, Any, Any]:
     """Images and their classes: to train with, and held out."""
-    try:
-        datasets = importlib.import_module("sklearn.datasets")
-        selection = importlib.import_module("sklearn.model_selection")
-    except ImportError as error:
-        raise ImportError(
-            "scikit-learn is needed for the demo and is not installed. "
-            'Remedy: pip install "keras_alds[demo]"'
-        ) from error
+    datasets, selection = (
+        imported(f"sklearn.{part}", "the demo", '"keras_alds[demo]"')
+        for part in ("datasets", "model_selection")
+    )
     digits = datasets.load_digits()
     images = (digits.images[..., np.newaxis] / 16).astype("float32")
     x_train, x_test, y_train, y_test = selection.train_test_split(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,9 +13,10 @@ from keras_alds.cli.answers import Answer
 from keras_alds.cli.choosing import add_choosing, choosing
 from keras_alds.cli.data import add_examples, read_examples
 from keras_alds.cli.models import add_model, read_model
-from keras_alds.options import LEAST_CR, Options, add_flags, flags
+from keras_alds.core.ranks import ranks_of
+from keras_alds.options import LEAST_CR, Options
 from keras_alds.resources import RESOURCES
-from keras_alds.tables import TextTable
+from keras_alds.tables import SkippedLayers, TextTable
 
 if TYPE_CHECKING:
     from keras_alds.models.inventory import Inventory
@@ -39,7 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_examples(parser, "--calibration", "unlabelled examples, to measure errors of outputs")
     add_choosing(parser)
-    add_flags(parser, ("quantize",))
 
 
 def run(arguments: argparse.Namespace) -> Answer:
@@ -49,22 +49,25 @@ def run(arguments: argparse.Namespace) -> Answer:
     from keras_alds.reports import sizes
 
     model = read_model(arguments)
-    options = {**choosing(arguments), **flags(arguments, ("quantize",))}
+    options = choosing(arguments)
     data = read_examples(arguments, arguments.calibration, model)
     checked = Options.checked(LEAST_CR, options, has_data=data is not None)
+    counts = sizes(model)
+    # An input without a size of its own, such as a text, has no multiply–accumulates.
+    resources = ("params",) if counts["MACs"] is None else ("params", "macs")
     inventory = inspected(model, checked)
     compressed = to_recompose(inventory, checked)
     with recomposed(inventory, compressed) as dense:
         params = dense.params
         layers = list(_layers(dense, checked))
-        reachable = _reachable(dense, options, data is not None)
+        reachable = _reachable(dense, options, resources, data is not None)
         # Of the dense form, also for a compressed model.
         stats = None if data is None else Calibration.of(dense, data).collected(dense)
     most = reachable.get(options["objective"], {})
     curve = list(_curve(model, options, stats, max(most.values(), default=1.0)))
     document = {
         "model": model.name,
-        "sizes": sizes(model),
+        "sizes": counts,
         "compressed": bool(compressed),
         "dense_params": params,
         "layers": layers,
@@ -93,26 +96,21 @@ def _layers(inventory: Inventory, options: Options) -> Iterator[dict[str, Any]]:
             "reason": None if record.skipped is None else record.skipped.detail,
         }
         if record.path in spectra:
-            row["rank"] = len(spectra[record.path])
-            row["rank_of_energy"] = {part: _rank(spectra[record.path], part) for part in ENERGIES}
+            values = spectra[record.path]
+            row["rank"] = len(values)
+            row["rank_of_energy"] = {part: ranks_of(values, part).energy for part in ENERGIES}
         yield row
 
 
-def _rank(values: Any, part: float) -> int:
-    """The rank that keeps a part of the squared singular values."""
-    energy = np.cumsum(np.square(values))
-    return int(np.searchsorted(energy, part * energy[-1] * (1 - 1e-12))) + 1
-
-
 def _reachable(
-    inventory: Inventory, options: Mapping[str, Any], has_data: bool
+    inventory: Inventory, options: Mapping[str, Any], resources: Sequence[str], has_data: bool
 ) -> dict[str, dict[str, float]]:
     """The greatest fractions that can be removed, by resource and target."""
     from keras_alds.api import checked_options, selection_of
     from keras_alds.models.selection import UnreachableError
 
     found: dict[str, dict[str, float]] = {}
-    for objective in ("params", "macs"):
+    for objective in resources:
         found[objective] = {}
         for target in _TARGETS if options["target"] is None else (options["target"],):
             given = {**options, "target": target, "objective": objective}
@@ -129,17 +127,21 @@ def _reachable(
 def _curve(
     model: Any, options: Mapping[str, Any], stats: Any, most: float
 ) -> Iterator[dict[str, Any]]:
-    """Sizes and errors of plans of several ratios."""
+    """Sizes and errors of plans of several ratios. A small model has one plan for some of them."""
     from keras_alds.api import select
     from keras_alds.models.selection import UnreachableError
 
+    reached = 0.0
     for ratio in (ratio for ratio in RATIOS if ratio <= most):
+        if ratio <= reached:
+            continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what users are told when they compress
             try:
                 plan = select(model, ratio, calibration_data=stats, **options)
             except UnreachableError:
                 return
+        reached = plan.cr
         errors = [choice.error for choice in plan.factorized]
         divergences = [choice.divergence or 0.0 for choice in plan.factorized]
         yield {
@@ -167,13 +169,18 @@ def _show(document: Mapping[str, Any], objective: str) -> None:
         for row in document["layers"]
         if row["skipped"] != "no_kernel"
     ]
+    skipped = SkippedLayers.by_reason(
+        (row["layer"], row["params"], row["skipped"], row["reason"])
+        for row in document["layers"]
+        if row["skipped"] not in (None, "no_kernel")
+    )
     free = [row for row in document["layers"] if row["skipped"] is None]
     share = sum(row["params"] for row in free) / params
     lines = [
         f"{len(free)} of {len(document['layers'])} layers with weights can be compressed. They "
         f"hold {share:.1%} of {params:,} parameters.",
         "The ranks keep 90 % and 99 % of a kernel's squared singular values.",
-        *_skipped(document["layers"]),
+        *map(str, skipped),
     ]
     columns = ["Layer (type)", "Kernel", "Params", "Share", "Rank for 90 %", "99 %", "all"]
     if document["compressed"]:
@@ -193,18 +200,6 @@ def _ranks(row: Mapping[str, Any]) -> list[str]:
     if row["skipped"] is not None:
         return [f"skipped ({row['skipped']})", "", ""]
     return [*(str(rank) for rank in row["rank_of_energy"].values()), str(row["rank"])]
-
-
-def _skipped(layers: list[dict[str, Any]]) -> list[str]:
-    """A line for every reason."""
-    by_reason: dict[tuple[str, str], list[str]] = {}
-    for row in layers:
-        if row["skipped"] not in (None, "no_kernel"):
-            by_reason.setdefault((row["skipped"], row["reason"]), []).append(row["layer"])
-    return [
-        f"Skipped ({code}): {', '.join(names[:3])}{', …' * (len(names) > 3)}: {reason}"
-        for (code, reason), names in by_reason.items()
-    ]
 
 
 def _show_curve(curve: list[dict[str, Any]], objective: str) -> None:

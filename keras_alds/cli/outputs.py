@@ -7,12 +7,14 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 #: The endings of files that hold a Keras model.
 MODEL_ENDINGS = (".keras", ".h5")
+# How the names of temporary folders begin.
+_PREFIX = ".keras_alds-"
 
 
 class _Declared(NamedTuple):
@@ -52,8 +54,8 @@ def add_output(
 class Outputs:
     """The outputs of one command.
 
-    All are written to temporary folders beside their places first. `publish` then moves them, so
-    that a file is either whole or as it was before.
+    All are written to temporary folders beside their places first, or in them if they are folders
+    that exist. `publish` then moves them, so that a file is either whole or as it was before.
 
     Args:
         arguments: The arguments of the command.
@@ -67,9 +69,9 @@ class Outputs:
         self._places = {
             name: getattr(arguments, name) for name in declared if getattr(arguments, name)
         }
+        self._declared, self._force = declared, getattr(arguments, "force", False)
         self._temporary: dict[str, Path] = {}
-        for name, place in self._places.items():
-            _check(place, declared[name], force=arguments.force)
+        self._check_all(self._places)
         by_place: dict[Path, str] = {}
         for name, place in self._places.items():
             other = by_place.setdefault(place.resolve(), name)
@@ -88,15 +90,21 @@ class Outputs:
         if place is None:
             return None
         if name not in self._temporary:
-            folder = tempfile.mkdtemp(prefix=".keras_alds-", dir=_existing(place))
-            self._temporary[name] = Path(folder)
-        return self._temporary[name] / place.name
+            folder = tempfile.mkdtemp(prefix=_PREFIX, dir=_existing(place))
+            # Keras knows `.keras`, and not `.KERAS`.
+            self._temporary[name] = Path(folder) / f"output{place.suffix.lower()}"
+        return self._temporary[name]
 
     def publish(self) -> dict[str, str]:
-        """Moves everything to its place; returns the places by the names of the arguments."""
+        """Moves everything to its place; returns the places by the names of the arguments.
+
+        Raises:
+            ValueError: If a file has come to exist since, and there is no `--force`.
+        """
+        self._check_all(self._temporary)
         written = {}
-        for name in list(self._temporary):
-            source, place = self._temporary[name] / self._places[name].name, self._places[name]
+        for name, source in self._temporary.items():
+            place = self._places[name]
             if source.is_dir():
                 place.mkdir(parents=True, exist_ok=True)
                 for file in source.iterdir():
@@ -112,13 +120,21 @@ class Outputs:
         try:
             yield self
         finally:
-            for folder in self._temporary.values():
-                shutil.rmtree(folder, ignore_errors=True)
+            for path in self._temporary.values():
+                shutil.rmtree(path.parent, ignore_errors=True)
+
+    def _check_all(self, names: Iterable[str]) -> None:
+        for name in names:
+            _check(self._places[name], self._declared[name], force=self._force)
 
 
 def _existing(place: Path) -> Path:
-    """The innermost folder above a place that exists."""
-    return next(folder for folder in place.absolute().parents if folder.is_dir())
+    """The innermost folder that exists: the place itself, or one above it.
+
+    A folder may be a disk of its own, to which files cannot be moved from above.
+    """
+    path = place.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def _check(place: Path, declared: _Declared, *, force: bool) -> None:
@@ -127,6 +143,10 @@ def _check(place: Path, declared: _Declared, *, force: bool) -> None:
         raise ValueError(
             f"Expected {flag} to name a file that ends in {' or '.join(endings)}. Received: {place}"
         )
+    if endings and place.is_dir():
+        raise ValueError(f"Expected {flag} to name a file. Received: {place}, a folder")
+    if not endings and place.exists() and not place.is_dir():
+        raise ValueError(f"Expected {flag} to name a folder. Received: {place}, a file")
     folder = _existing(place)
     if endings and folder != place.absolute().parent:
         raise ValueError(
@@ -137,13 +157,14 @@ def _check(place: Path, declared: _Declared, *, force: bool) -> None:
         raise ValueError(
             f"Expected {flag} to lie in a folder that you may write to. Received: {place}"
         )
-    if endings and place.is_dir():
-        raise ValueError(f"Expected {flag} to name a file. Received: {place}, a folder")
-    if not endings and place.exists() and not place.is_dir():
-        raise ValueError(f"Expected {flag} to name a folder. Received: {place}, a file")
-    taken = place.exists() if endings else place.is_dir() and any(place.iterdir())
+    taken = place.exists() if endings else place.is_dir() and not _is_empty(place)
     if taken and not force:
         raise ValueError(
             f"Expected {flag} to name a new {'file' if endings else 'or empty folder'}. Received: "
             f"{place}, which exists. Pass --force to replace it."
         )
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but temporary folders."""
+    return all(path.name.startswith(_PREFIX) for path in folder.iterdir())

@@ -9,7 +9,6 @@ from keras_alds.cli.choosing import add_choosing, add_cr, choosing
 from keras_alds.cli.data import add_examples, read_examples
 from keras_alds.cli.models import add_model, read_model
 from keras_alds.cli.outputs import add_output
-from keras_alds.options import add_flags, flags
 
 USAGE = "MODEL [--cr FRACTION] [-o FILE] [options]"
 EXAMPLES = """
@@ -27,7 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output(parser, "-o", "--output", endings=(".json",), help="write the plan to this file")
     add_examples(parser, "--calibration", "unlabelled examples")
     add_choosing(parser)
-    add_flags(parser, ("quantize",))
 
 
 def run(arguments: argparse.Namespace) -> Answer:
@@ -35,7 +33,7 @@ def run(arguments: argparse.Namespace) -> Answer:
     from keras_alds.api import select
 
     model = read_model(arguments)
-    options = {**choosing(arguments), **flags(arguments, ("quantize",))}
+    options = choosing(arguments)
     data = read_examples(arguments, arguments.calibration, model)
     plan = select(model, arguments.cr, calibration_data=data, **options)
     if (path := arguments.outputs.path("output")) is not None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from keras_alds.core.checks import positive_int
-from keras_alds.core.slicing import decoder_axes
+from keras_alds.core.slicing import convolution_unfolding, full_rank
 from keras_alds.plan import CompressionPlan, LayerChoice, check_plan
 from keras_alds.plots.axes import COLOURS, GREY, bar_axes, legend_above, note_at_end
 from keras_alds.resources import RESOURCES, Cost
@@ -61,10 +60,9 @@ def ranks(plan: CompressionPlan, *, ax: Any = None) -> Any:
 
 def _full_rank(choice: LayerChoice) -> int:
     """The smaller side of the unfolded kernel."""
-    *window, channels, filters = choice.kernel_shape or (0, 0)
-    of_decoder = decoder_axes(choice.scheme or 0, len(window))
-    decoder = math.prod(window[axis] for axis in of_decoder)
-    return min(channels * math.prod(window) // decoder, filters * decoder)
+    shape = choice.kernel_shape or (0, 0)
+    unfolding = convolution_unfolding(len(shape) - 2, choice.scheme or 0)
+    return full_rank(unfolding.shape(shape), slices=1)
 
 
 def costs(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from keras_alds.core.choices import ChoiceTable
+from keras_alds.core.solvers import lower_hull
 from keras_alds.methods import get_method
 from keras_alds.models.inventory import Inventory
 from keras_alds.models.resources import Params
@@ -103,16 +104,9 @@ def _of_model(fronts: Sequence[ChoiceTable], params: int) -> tuple[Point, ...]:
 
 def _steps(front: ChoiceTable) -> np.ndarray:
     """The steps `(weights saved, error added)` along the convex hull of a front, cheapest first."""
-    saved, added = [], []
-    at = len(front) - 1
-    while at > 0:
-        weights = front.weights[at] - front.weights[:at]
-        errors = front.error[:at] - front.error[at]
-        step = int(np.argmin(errors / weights))
-        saved.append(weights[step])
-        added.append(errors[step])
-        at = step
-    return np.array([saved, added], np.float64).T.reshape(-1, 2)
+    hull = lower_hull(front.weights, front.error)
+    steps = np.diff(front.weights[hull]), -np.diff(front.error[hull])
+    return np.stack(steps, axis=1)[::-1]
 
 
 def _mean(squares: Any, count: int) -> Any:

@@ -10,7 +10,7 @@ import html
 import importlib.metadata
 import importlib.resources
 import json
-import os
+import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -21,7 +21,7 @@ from keras_alds.methods import METHODS
 from keras_alds.plan import CompressionPlan, Skip
 from keras_alds.reporting.curves import Curve
 from keras_alds.reporting.layers import LayerRow, Pair
-from keras_alds.tables import counted, general_reason
+from keras_alds.tables import SkippedLayers, counted
 
 # The browser is told to load nothing either: the report may hold names that came from elsewhere.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -166,28 +166,25 @@ class Page:
         return _paragraph(text, "soft") if text else ""
 
     def _skipped(self) -> str:
-        groups: dict[tuple[str, str], list[LayerRow]] = {}
-        for row in self.rows:
-            if row.skipped is not None:
-                reason = general_reason(row.skipped.detail)
-                groups.setdefault((row.skipped.code.value, reason), []).append(row)
+        groups = SkippedLayers.by_reason(
+            (row.path, row.params[0] or 0, row.skipped.code.value, row.skipped.detail)
+            for row in self.rows
+            if row.skipped is not None
+        )
         if not groups:
             return _paragraph("None: every layer with weights is factorized.")
-        rows = []
-        for (_, general), layers in groups.items():
-            reasons = {row.skipped.detail for row in layers if row.skipped}
-            names = ", ".join(row.path for row in layers[:6]) + ", …" * (len(layers) > 6)
-            total = sum(row.params[0] or 0 for row in layers)
-            reason = reasons.pop() if len(reasons) == 1 else general
-            rows.append((reason, f"{len(layers):,}", f"{total:,}", names))
-        rows.sort(key=lambda row: -int(row[2].replace(",", "")))
+        groups.sort(key=lambda group: -group.params)
+        rows = [(g.reason, f"{len(g.layers):,}", f"{g.params:,}", g.named(6)) for g in groups]
         return _table(("Reason", "layers", "parameters", "which"), rows, "stack")
 
     # -- What repeats it ---------------------------------------------------------------------
 
     def _repeat(self) -> str:
+        cr = math.floor(self.cr * 1e4) / 1e4  # rounded up, it may be out of reach
+        if self.plan is None and cr <= 0:
+            return _paragraph("There is nothing to repeat: no parameters were removed.")
         if self.plan is None:
-            return _code(f"small = keras_alds.compress(model, cr={self.cr:.4f})") + _paragraph(
+            return _code(f"small = keras_alds.compress(model, cr={cr:g})") + _paragraph(
                 "This asks for the same ratio, with default options. A report that knows the plan "
                 "says what repeats it exactly.",
                 "soft",
@@ -225,18 +222,6 @@ def versions(backend_name: str, backend_version: str) -> dict[str, str]:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         found["tensorflow"] = importlib.metadata.version("tensorflow")
     return {**found, "numpy": np.__version__, "Python": platform.python_version()}
-
-
-def write(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a text file at once: an interruption leaves the old file or the new one."""
-    beside = f"{os.fspath(path)}.new"
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(beside, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(beside)
 
 
 def _layer(row: LayerRow, most: int, planned: bool, has_curve: bool) -> str:

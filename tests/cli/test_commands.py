@@ -69,6 +69,19 @@ def test_compress(folder, keras_module, run):
     assert not any(is_factorized(layer) for layer in expanded.layers)
 
 
+@pytest.mark.filterwarnings("ignore:The model .* is already compressed")
+def test_compress_what_is_compressed(folder, run, capsys):
+    model = zoo.functional(keras)
+    keras_alds.compress(model, cr=0.4, method="energy").save("small.keras")
+    again = ["compress", "small.keras", "--cr", "0.2", "-o", "copy.keras"]
+    with pytest.raises(SystemExit) as info:
+        run(*again, "--save-plan", "plan.json")
+    assert info.value.code == 2
+    assert "compressed so far already. Leave out --save-plan" in capsys.readouterr().err
+    assert sorted(os.listdir()) == ["model.keras", "small.keras", "x.npz"]
+    assert run(*again).endswith("Written: copy.keras\n")
+
+
 @pytest.mark.filterwarnings("always:The refinement was undone")
 def test_compress_to_int8(tmp_path, monkeypatch, run, capsys):
     """With images of a folder; then `compare` and `convert` of what was written."""
@@ -100,6 +113,9 @@ def test_compress_to_int8(tmp_path, monkeypatch, run, capsys):
     text = run("compare", "model.tflite", "small.tflite", "--runs", "0")
     assert "| MACs " in text
     assert "| ms " not in text
+    with pytest.raises(SystemExit):
+        run("compare", "model.tflite", "small.tflite", "--quantize", "int8")
+    assert "two .tflite files, which are compared as they are" in capsys.readouterr().err
 
 
 def test_inspect(folder, keras_module, run):
@@ -112,15 +128,28 @@ def test_inspect(folder, keras_module, run):
     most = found["reachable"]["params"]
     assert 0 <= most["cpu"] <= most["size"] < 1
     ratios = [point["cr"] for point in found["curve"]]
-    assert ratios == sorted(ratios)
+    assert ratios == sorted(set(ratios))
     assert ratios[-1] <= most["size"]
     assert all(point["divergence"] is None for point in found["curve"])
     small = keras_alds.compress(zoo.functional(keras_module), 0.4, method="energy")
     small.save("small.keras")
-    text = run("inspect", "small.keras", "--calibration", "x.npz", "--target", "size")
+    options = ["--calibration", "x.npz", "--target", "size", "--exclude", "head"]
+    text = run("inspect", "small.keras", *options)
     assert "The model is compressed. All figures are of its dense form." in text
     assert f"of {found['dense_params']:,} parameters" in text
     assert "| Output |" in text
+    assert f"Skipped (excluded): 1 layer, {rows['head']['params']:,} params (head): " in text
+
+
+def test_inspect_a_model_of_sequences_of_any_length(tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    layers = keras.layers
+    model = [keras.Input((None,)), layers.Embedding(99, 32), layers.LSTM(24), layers.Dense(2)]
+    keras.Sequential(model).save("text.keras")
+    found = run("inspect", "text.keras", "--json")
+    assert found["sizes"]["MACs"] is None
+    assert found["reachable"].keys() == {"params"}
+    assert found["curve"]
 
 
 def test_own_classes(tmp_path, monkeypatch, run, capsys):

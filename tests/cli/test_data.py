@@ -54,6 +54,10 @@ def test_files_that_do_not_fit(tmp_path):
     assert "x.npz, which does not exist" in complaint(path)
     path.write_text("no array")
     assert "to be an .npz file of arrays" in complaint(path)
+    np.savez_compressed(path, np.random.default_rng(0).normal(size=(99, 9)))
+    content = path.read_bytes()
+    path.write_bytes(content[:500] + content[500:1500][::-1] + content[1500:])
+    assert "to be an .npz file of arrays" in complaint(path)
     np.savez(path, a=x, b=x)
     assert "as x_train or x, or one array for each of the inputs pixels. Received: a, b" in (
         complaint(path)
@@ -99,7 +103,7 @@ def test_tensorflow_datasets(monkeypatch):
 
     def load(name, split, **_):
         if name != "mnist":
-            raise LookupError("no such name\nand more")
+            raise LookupError(*["no such name\nand more"] * (name == "other"))
         return [{"image": np.full((6, 4, 1), n), "label": n} for n in range(len(split))]
 
     fake = types.SimpleNamespace(load=load, as_numpy=iter)
@@ -109,6 +113,7 @@ def test_tensorflow_datasets(monkeypatch):
     assert (y == [0, 1, 2]).all()
     assert len(read("tfds:mnist", part="train")[1]) == len("train")
     assert complaint("tfds:other").endswith("tfds:other (LookupError: no such name)")
+    assert complaint("tfds:silent").endswith("tfds:silent (LookupError: )")
 
 
 def test_examples_of_a_model(keras_module, tmp_path):

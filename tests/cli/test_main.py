@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 
 import keras
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import zoo
 
 from keras_alds import CompressionPlan, select
+from keras_alds._backend import saved_by
 from keras_alds.cli import COMMANDS, compress, main
 from keras_alds.cli.answers import as_json
 
@@ -123,6 +125,19 @@ def test_files_that_do_not_load_give_one_sentence(keras_module, ending, tmp_path
     )
     assert "model.weights.h5, which holds weights without their model." in text
     assert len(text) < 300
+
+
+@pytest.mark.parametrize("part", ["metadata.json", "config.json", "model.weights.h5"])
+def test_a_file_with_damaged_bytes_gives_one_sentence(part, tmp_path, capsys):
+    path = tmp_path / "model.keras"
+    keras.Sequential([keras.Input((8,)), keras.layers.Dense(9)]).save(path)
+    with zipfile.ZipFile(path) as saved:
+        content = saved.read(part)[:40]
+    path.write_bytes(path.read_bytes().replace(content, content[::-1]))
+    assert saved_by(path) == "keras"
+    if part != "metadata.json":  # Keras does not need that
+        text = complaint(capsys, "plan", path)
+        assert f"Expected a model that keras can load. Received: {path} (Bad CRC-32" in text
 
 
 def test_json_has_no_nan_and_no_types_of_numpy():

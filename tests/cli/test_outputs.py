@@ -73,6 +73,30 @@ def test_files_appear_together_at_the_end(parsed):
     assert os.listdir("runs/new") == ["table"]
 
 
+def test_a_folder_that_exists_is_all_that_is_touched(parsed, monkeypatch):
+    """It may be a disk of its own, in a folder that may not be written to."""
+    Path("disk").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name == "disk")
+    with Outputs(parsed(["--folder", "disk"])).kept_tidy() as found:
+        found.path("folder").mkdir()
+        (found.path("folder") / "table").touch()
+        assert os.listdir() == ["disk"]
+        found.publish()
+    assert os.listdir("disk") == ["table"]
+
+
+def test_what_others_wrote_in_the_meantime_is_not_replaced(parsed):
+    with Outputs(parsed(["-o", "m.H5", "--save-plan", "p.json"])).kept_tidy() as found:
+        assert found.path("output").suffix == ".h5"
+        found.path("output").write_text("new")
+        found.path("save_plan").write_text("plan")
+        Path("p.json").write_text("of another process")
+        with pytest.raises(ValueError, match=r"a new file\. Received: p\.json, which exists"):
+            found.publish()
+    assert Path("p.json").read_text() == "of another process"
+    assert os.listdir() == ["p.json"]
+
+
 def write_both(arguments):
     """Writes two files, and fails if the process is interrupted or a file cannot be moved."""
     with Outputs(arguments).kept_tidy() as found:
@@ -133,3 +157,34 @@ def test_a_killed_command_leaves_nothing(number, status, tmp_path):
     assert process.returncode == status, text
     assert "Traceback" not in text
     assert os.listdir(tmp_path) == []
+
+
+# A command that prints a line.
+PRINTING = """
+import sys, types
+from keras_alds import cli
+from keras_alds.cli.answers import Answer
+
+cli.COMMANDS["say"] = ("say", "say")
+cli.quiet_tensorflow = lambda: None
+sys.modules["keras_alds.cli.say"] = types.SimpleNamespace(
+    add_arguments=lambda parser: None,
+    run=lambda arguments: Answer({}, lambda: print("word")),
+    USAGE="", EXAMPLES="",
+)
+sys.exit(cli.main(["say"]))
+"""
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    try:
+        run = subprocess.run(
+            [sys.executable, "-c", PRINTING],
+            env=buffered, stdout=writing, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(writing)
+    assert (run.returncode, run.stderr) == (0, "")

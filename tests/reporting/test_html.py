@@ -15,7 +15,6 @@ import zoo
 
 import keras_alds
 from keras_alds import CompressionPlan
-from keras_alds.reporting import html as pages
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -123,10 +122,12 @@ def test_a_page_without_a_plan_or_curves(compared, small, tmp_path):
     model, compressed = compared.models
     text = keras_alds.report(model, compressed).to_html()
     assert "planned" not in text
-    assert f"compress(model, cr={1 - compressed.count_params() / model.count_params():.4f})" in text
+    (cr,) = re.findall(r"compress\(model, cr=([\d.]+)\)", text)
+    assert 0 <= 1 - compressed.count_params() / model.count_params() - float(cr) < 1e-4
     assert "only the plan knows why" in text
     again = keras_alds.report(compressed, compressed).to_html()
     assert "There are no curves. Expected a model that is not compressed yet" in again
+    assert "There is nothing to repeat" in again
     assert "The compressed model is expanded" in (
         keras_alds.report(model, keras_alds.expand(compressed)).to_html()
     )
@@ -137,20 +138,6 @@ def test_a_page_without_a_plan_or_curves(compared, small, tmp_path):
         keras_alds.report(small, small, plan=compared.plan)
     with pytest.raises(ValueError, match="Expected `plan` to be a CompressionPlan"):
         keras_alds.report(model, compressed, plan=0.5)
-
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "report.html"
-    path.write_text("old")
-
-    def interrupted(*names):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pages.os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        pages.write(path, "new")
-    assert path.read_text() == "old"
-    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_pages_of_every_kind_of_model(keras_module):
