@@ -310,10 +310,10 @@ class CompressionPlan(Tabular):
         with open(path, encoding="utf-8") as file:
             try:
                 data = json.load(file)
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # not JSON, or not even text
                 raise ValueError(
                     f"Expected the JSON of a compression plan in {os.fspath(path)!r}. "
-                    f"Received: text that is not JSON ({error})"
+                    f"Received: a file that is not JSON ({error})"
                 ) from error
         return cls.from_dict(data)
 

@@ -30,6 +30,9 @@ def test_plan_files(small, tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             CompressionPlan.load(path)
+    path.write_bytes(b"PK\x03\x04\xe7\xff")
+    with pytest.raises(ValueError, match="plan.json.*not JSON"):
+        CompressionPlan.load(path)
 
 
 @pytest.mark.parametrize("before", [1, 7, 1000, 271_098, 10**12 + 7])
