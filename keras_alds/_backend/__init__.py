@@ -162,9 +162,10 @@ def load_model(
     module = tf_keras_backend().keras if name == KERASES[1] else keras
     try:
         # A compile state may need a user's own loss or metric.
-        return module.models.load_model(
-            file, compile=False, custom_objects=dict(custom_objects or {})
-        )
+        with _safe_mode(name):
+            return module.models.load_model(
+                file, compile=False, custom_objects=dict(custom_objects or {})
+            )
     except Exception as error:  # of many kinds, if a file is damaged
         other = next(kind for kind in KERASES if kind != name)
         reason = _reason(error, file, module, custom_objects or {})
@@ -172,6 +173,16 @@ def load_model(
             f"Expected a model that {name} can load. Received: {file} ({reason}). If {other} saved "
             f"it, pass --keras {other}."
         ) from error
+
+
+def _safe_mode(name: str) -> contextlib.AbstractContextManager[None]:
+    """Refuses to run the code of `Lambda` layers, in all kinds of files.
+
+    `load_model` does so in `.keras` files only: not in `.h5` files (Keras before 3.11.3, and
+    tf_keras), and not in SavedModel folders.
+    """
+    scope = importlib.import_module(f"{name}.src.saving.serialization_lib").SafeModeScope
+    return scope(safe_mode=True)  # type: ignore[no-any-return]
 
 
 def _other_than_a_model(file: str, name: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -121,6 +122,23 @@ def test_inspect(folder, keras_module, run):
     assert "The model is compressed. All figures are of its dense form." in text
     assert f"of {found['dense_params']:,} parameters" in text
     assert "| Output |" in text
+
+
+def test_no_file_runs_its_code(tmp_path, monkeypatch, keras_module, capsys):
+    """Neither a `.keras` nor an `.h5` file, nor a SavedModel folder."""
+    monkeypatch.chdir(tmp_path)
+    L = keras_module.layers
+    run = L.Lambda(lambda x: (__import__("pathlib").Path("ran").touch(), x)[1])
+    model = keras_module.Sequential([L.InputLayer((32,)), run, L.Dense(64)])
+    names = ["lambda.keras", "lambda.h5"] + ["lambda"] * (keras_module is not keras)
+    for name in names:
+        model.save(name)
+        Path("ran").unlink(missing_ok=True)
+        with contextlib.suppress(SystemExit):
+            main(["inspect", name, "--keras", keras_module.__name__])
+            assert name == "lambda"  # the graph in the folder stands for the code
+        assert not Path("ran").exists()
+        assert name == "lambda" or "holds code, which is not run" in capsys.readouterr().err
 
 
 def test_own_classes(tmp_path, monkeypatch, run, capsys):
