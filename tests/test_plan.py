@@ -31,7 +31,7 @@ def test_plan_files(small, tmp_path):
         with pytest.raises(ValueError, match=message):
             CompressionPlan.load(path)
     path.write_bytes(b"PK\x03\x04\xe7\xff")
-    with pytest.raises(ValueError, match="plan.json.*not JSON"):
+    with pytest.raises(ValueError, match=r"plan\.json.*not JSON"):
         CompressionPlan.load(path)
 
 

@@ -121,11 +121,15 @@ def saved_by(path: str | os.PathLike[str]) -> str:
     file = os.fspath(path)
     if os.path.isdir(file):
         return KERASES[int(_is_saved_model(file))]
-    if not zipfile.is_zipfile(file):
-        return KERASES[0]
-    with zipfile.ZipFile(file) as saved, contextlib.suppress(KeyError, ValueError):
-        version = str(json.loads(saved.read("metadata.json"))["keras_version"])
-        return KERASES[int(version.startswith("2."))]
+    with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as saved:
+                version = str(json.loads(saved.read("metadata.json"))["keras_version"])
+            return KERASES[int(version.startswith("2."))]
+        # Keras 3 loads most `.h5` files of Keras 2. It refuses names such as "conv1/conv".
+        with h5py.File(file, "r") as saved:
+            slash = re.search(r'"name": "[^"]*/', saved.attrs["model_config"])
+        return KERASES[int(slash is not None)]
     return KERASES[0]
 
 
@@ -182,7 +186,7 @@ def _safe_mode(name: str) -> contextlib.AbstractContextManager[None]:
     tf_keras), and not in SavedModel folders.
     """
     scope = importlib.import_module(f"{name}.src.saving.serialization_lib").SafeModeScope
-    return scope(safe_mode=True)  # type: ignore[no-any-return]
+    return scope(safe_mode=True)
 
 
 def _other_than_a_model(file: str, name: str) -> str | None:
@@ -192,7 +196,8 @@ def _other_than_a_model(file: str, name: str) -> str | None:
     if not os.access(file, os.R_OK):
         return "which you may not read"
     if zipfile.is_zipfile(file):
-        return None
+        with zipfile.ZipFile(file) as saved:
+            return None if "config.json" in saved.namelist() else "a file of another kind"
     if not h5py.is_hdf5(file):
         return "a file of another kind"
     try:
