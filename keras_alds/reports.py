@@ -26,7 +26,7 @@ from keras_alds.reporting.curves import Curve, error_curves
 from keras_alds.reporting.html import Page, versions
 from keras_alds.reporting.layers import LayerRow, choices_of, layer_rows
 from keras_alds.resources import RESOURCES, removed_fraction
-from keras_alds.tables import Tabular, TextTable
+from keras_alds.tables import Tabular, TextTable, decimals
 from keras_alds.writing import write_whole
 
 
@@ -241,7 +241,7 @@ def _figure(value: Any) -> str:
         return "–"
     if isinstance(value, str):
         return value
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else decimals(value)
 
 
 def _ratio(before: Any, after: Any) -> str:

@@ -19,7 +19,7 @@ from keras_alds.models.resources import Resource
 from keras_alds.models.turns import alone
 from keras_alds.options import LEAST_CR, SelectOptions, check_names, of_all_forms, takes_options
 from keras_alds.resources import RESOURCES
-from keras_alds.tables import Tabular, TextTable, counted
+from keras_alds.tables import Tabular, TextTable, counted, decimals
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -123,8 +123,8 @@ class Sensitivity(Tabular):
                 _text(row.removed, ".2%"),
                 _text(row.slices),
                 _text(row.rank),
-                _text(row.error, ".4f"),
-                _text(row.divergence, ".4f"),
+                _decimals(row.error),
+                _decimals(row.divergence),
             ]
             for row in self.layers
         ]
@@ -259,3 +259,7 @@ def _check_fraction(fraction: Any) -> None:
 
 def _text(figure: float | None, form: str = "") -> str:
     return "–" if figure is None else format(figure, form)
+
+
+def _decimals(figure: float | None) -> str:
+    return "–" if figure is None else decimals(figure)

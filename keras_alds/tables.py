@@ -38,6 +38,12 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def decimals(value: float) -> str:
+    """A number with four decimals; with a power of ten if that is nothing but zeros."""
+    text = f"{value:.4f}"
+    return text if value == 0 or float(text) else f"{value:.0e}"
+
+
 class SkippedLayers(NamedTuple):
     """Layers that are skipped for one reason.
 
@@ -224,9 +230,9 @@ def plan_table(plan: CompressionPlan, *, show_skipped: bool = False) -> TextTabl
         ]
         if plan.folded:
             row.insert(2, str(choice.scheme) if choice.factorized else "–")
-        row.append(f"{choice.error:.4f}" if choice.factorized else str(choice.reason_code))
+        row.append(decimals(choice.error) if choice.factorized else str(choice.reason_code))
         if measured:
-            row.append("–" if choice.divergence is None else f"{choice.divergence:.4f}")
+            row.append("–" if choice.divergence is None else decimals(choice.divergence))
         rows.append(row)
     lines = []
     for info in resources:
@@ -259,10 +265,10 @@ def _output_lines(plan: CompressionPlan) -> list[str]:
     if any(choice.divergence is not None for choice in plan.choices):
         lines.append("Output: what this layer alone does to the model's outputs, estimated")
     if plan.trials:
-        tried = ", ".join(f"{name} {distance:.4f}" for name, distance in plan.trials.items())
+        tried = ", ".join(f"{name} {decimals(distance)}" for name, distance in plan.trials.items())
         lines.append(
-            f"Distance of the outputs from the original's on held-out examples: {plan.distance:.4f}"
-            f". Tried: {tried}"
+            "Distance of the outputs from the original's on held-out examples: "
+            f"{decimals(plan.distance or 0)}. Tried: {tried}"
         )
     return lines
 

@@ -16,6 +16,7 @@ from keras_alds.research.sweeping import Sweep, SweepRow
 from keras_alds.resources import Cost
 from keras_alds.searching import SearchPoint, SearchResult
 from keras_alds.sensitivities import LayerSensitivity, Sensitivity
+from keras_alds.tables import decimals
 
 # What HTML, Markdown and the printed tables could take for their own.
 NAME = "<b>conv|[bold]1</b>"
@@ -117,6 +118,12 @@ def test_rows_have_all_figures():
     assert taken["within_limit"] is taken["taken"] is True
     assert [row["score"] for row in sweep.to_rows()] == [0.9, 0.8]
     assert files.to_rows()[-1] == {"figure": NAME, "original": 0.8, "compressed": 0.4}
+
+
+def test_small_numbers_are_not_nothing_but_zeros():
+    assert [decimals(value) for value in (0.0, 0.25, 6e-5, 2.8e-5)] == (
+        ["0.0000", "0.2500", "0.0001", "3e-05"]
+    )
 
 
 def test_a_notebook_shows_the_first_rows_of_a_long_table():

@@ -21,6 +21,7 @@ may use Keras 3 and tf_keras. tf_keras is optional.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -121,9 +122,16 @@ def saved_by(path: str | os.PathLike[str]) -> str:
     file = os.fspath(path)
     if os.path.isdir(file):
         return KERASES[int(_is_saved_model(file))]
-    metadata = _document(file, "metadata.json")
-    version = metadata.get("keras_version") if isinstance(metadata, dict) else None
-    return KERASES[int(str(version).startswith("2."))]
+    if zipfile.is_zipfile(file):
+        metadata = _document(file, "metadata.json")
+        version = metadata.get("keras_version") if isinstance(metadata, dict) else None
+        return KERASES[int(str(version).startswith("2."))]
+    # Keras 3 loads most `.h5` files of Keras 2. It refuses names such as "conv1/conv".
+    with contextlib.suppress(OSError, KeyError, TypeError):
+        with h5py.File(file, "r") as saved:
+            slash = re.search(r'"name": "[^"]*/', saved.attrs["model_config"])
+        return KERASES[int(slash is not None)]
+    return KERASES[0]
 
 
 def _document(file: str, name: str) -> Any:
@@ -168,9 +176,10 @@ def load_model(
     module = tf_keras_backend().keras if name == KERASES[1] else keras
     try:
         # A compile state may need a user's own loss or metric.
-        return module.models.load_model(
-            file, compile=False, custom_objects=dict(custom_objects or {})
-        )
+        with _safe_mode(name):
+            return module.models.load_model(
+                file, compile=False, custom_objects=dict(custom_objects or {})
+            )
     except Exception as error:  # of many kinds, if a file is damaged
         other = next(kind for kind in KERASES if kind != name)
         reason = _reason(error, file, module, custom_objects or {})
@@ -180,6 +189,16 @@ def load_model(
         ) from error
 
 
+def _safe_mode(name: str) -> contextlib.AbstractContextManager[None]:
+    """Refuses to run the code of `Lambda` layers, in all kinds of files.
+
+    `load_model` does so in `.keras` files only: not in `.h5` files (Keras before 3.11.3, and
+    tf_keras), and not in SavedModel folders.
+    """
+    scope = importlib.import_module(f"{name}.src.saving.serialization_lib").SafeModeScope
+    return scope(safe_mode=True)
+
+
 def _other_than_a_model(file: str, name: str) -> str | None:
     """What a file is that holds no model, or None."""
     if os.path.isdir(file):
@@ -187,7 +206,8 @@ def _other_than_a_model(file: str, name: str) -> str | None:
     if not os.access(file, os.R_OK):
         return "which you may not read"
     if zipfile.is_zipfile(file):
-        return None
+        with zipfile.ZipFile(file) as saved:
+            return None if "config.json" in saved.namelist() else "a file of another kind"
     if not h5py.is_hdf5(file):
         return "a file of another kind"
     try:

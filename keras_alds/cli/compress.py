@@ -120,8 +120,9 @@ def _write(
     figures: dict[str, tuple[Any, Any]] = {}
     if (path := outputs.path("output")) is not None:
         written: Any = expand(small) if arguments.expand else small
+        model.save(path)  # the user's file may hold an optimizer, which the new one does not
+        before = path.stat().st_size
         written.save(path)
-        before = arguments.model.stat().st_size if arguments.model.is_file() else None
         figures["bytes of the file"] = before, path.stat().st_size
     if (path := outputs.path("tflite")) is not None:
         size = convert(small, path, arguments, data)

@@ -126,6 +126,11 @@ def read_labelled(
         x, y = _of_tfds(source, inputs, arguments.max_examples, part)
     elif Path(source).is_dir():
         x, y = _of_folder(Path(source), inputs, arguments.max_examples)
+    elif not Path(source).exists():
+        raise ValueError(
+            "Expected a file of arrays or a folder of images. "
+            f"Received: {source}, which does not exist"
+        )
     else:
         x, y = _of_file(Path(source), inputs, arguments.max_examples, part)
     if labels and y is None:
@@ -178,6 +183,11 @@ def _of_file(path: Path, inputs: Inputs, limit: int | None, part: str) -> tuple[
     if len(inputs.names) > 1 and set(inputs.names) <= set(arrays):
         rows = len(arrays[inputs.names[0]])
         x = {name: _spread(arrays[name], limit) for name in inputs.names}
+    elif len(inputs.names) > 1:
+        raise ValueError(
+            f"Expected {path} to hold an array for each of the inputs {', '.join(inputs.names)}. "
+            f"Received: {', '.join(arrays) or 'no arrays'}"
+        )
     else:
         found = arrays[_array_of_inputs(path, arrays, inputs, part)]
         x, rows = _spread(found, limit), len(found)

@@ -16,7 +16,7 @@ from keras_alds.cli.models import add_model, read_model
 from keras_alds.core.ranks import ranks_of
 from keras_alds.options import LEAST_CR, Options
 from keras_alds.resources import RESOURCES
-from keras_alds.tables import SkippedLayers, TextTable
+from keras_alds.tables import SkippedLayers, TextTable, decimals
 
 if TYPE_CHECKING:
     from keras_alds.models.inventory import Inventory
@@ -212,10 +212,10 @@ def _show_curve(curve: list[dict[str, Any]], objective: str) -> None:
             f"{point['cr']:.1%}",
             f"{point['params']:,}",
             str(point["layers"]),
-            f"{point['mean_error']:.4f}",
-            f"{point['max_error']:.4f}",
+            decimals(point["mean_error"]),
+            decimals(point["max_error"]),
             point["worst"],
-            *([f"{point['divergence']:.4f}"] if measured else []),
+            *([decimals(point["divergence"])] if measured else []),
         ]
         for point in curve
     ]

@@ -93,7 +93,11 @@ class Runner:
         self.interpreter.invoke()
 
     def set_inputs(self, arrays: Sequence[Array]) -> None:
-        """Sets the inputs, and quantizes those that the file expects quantized."""
+        """Sets the inputs, and quantizes those that the file expects quantized.
+
+        Integers of the file's own type are taken as quantized already. All else are values:
+        pixels of 0 to 255 in uint8, for a file with int8 inputs, are quantized as floats are.
+        """
         for detail, array in zip(self.inputs, arrays, strict=True):
             self.interpreter.set_tensor(detail["index"], _quantized(array, detail))
 
@@ -288,7 +292,7 @@ def _signed(details: list[dict[str, Any]], signature: dict[str, dict[str, Any]])
 def _quantized(array: Array, detail: dict[str, Any]) -> Array:
     dtype = np.dtype(detail["dtype"])
     scale, zero_point = detail["quantization"]
-    if dtype.kind in "iu" and scale and array.dtype.kind == "f":
+    if dtype.kind in "iu" and scale and array.dtype != dtype:
         limits = np.iinfo(dtype)
         array = np.clip(np.round(array / scale) + zero_point, limits.min, limits.max)
     return np.ascontiguousarray(array, dtype)

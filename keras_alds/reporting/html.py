@@ -21,7 +21,7 @@ from keras_alds.methods import METHODS
 from keras_alds.plan import CompressionPlan, Skip
 from keras_alds.reporting.curves import Curve
 from keras_alds.reporting.layers import LayerRow, Pair
-from keras_alds.tables import SkippedLayers, counted
+from keras_alds.tables import SkippedLayers, counted, decimals
 
 # The browser is told to load nothing either: the report may hold names that came from elsewhere.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -277,7 +277,7 @@ def _bar(pair: Pair, most: int) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else decimals(value)
 
 
 def _curve(curve: Curve) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -42,6 +43,10 @@ def run(capsys):
 
 def test_compress(folder, keras_module, run):
     """Also that the loading package is found, and that a plan that was written can be applied."""
+    trained = zoo.functional(keras_module)
+    trained.compile("adam", "mean_squared_error")
+    trained.optimizer.build(trained.trainable_variables)
+    trained.save("model.keras")
     outputs = ["-o", "small.keras", "--save-plan", "plan.json", "--report", "report.html"]
     calibration = ["--calibration", "x.npz", "--max-examples", "32"]
     options = ["--cr", "params=0.4,macs=0.3", "--exclude", "head", "--bounds", "hidden=:0.5"]
@@ -55,7 +60,9 @@ def test_compress(folder, keras_module, run):
     assert plan.requested == {"params": 0.4, "macs": 0.3}
     assert not is_factorized(small.get_layer("head"))
     assert found["written"]["output"] == "small.keras"
-    assert found["figures"]["bytes of the file"][1] == os.path.getsize("small.keras")
+    before, after = found["figures"]["bytes of the file"]
+    assert after == os.path.getsize("small.keras")
+    assert after < before < 0.7 * os.path.getsize("model.keras")  # no optimizer in both
     page = Path("report.html").read_text(encoding="utf-8")
     assert f"{small.count_params():,}" in page
     assert "bytes of the file" in page
@@ -150,6 +157,31 @@ def test_inspect_a_model_of_sequences_of_any_length(tmp_path, monkeypatch, run):
     assert found["sizes"]["MACs"] is None
     assert found["reachable"].keys() == {"params"}
     assert found["curve"]
+
+
+def test_h5_files_with_names_that_keras_3_refuses(tmp_path, run):
+    tf_keras = pytest.importorskip("tf_keras")
+    layers = [tf_keras.layers.InputLayer((32,)), tf_keras.layers.Dense(64, name="head/dense")]
+    with pytest.warns(UserWarning, match="HDF5"):
+        tf_keras.Sequential(layers).save(tmp_path / "old.h5")
+    assert "head/dense (Dense)" in run("inspect", tmp_path / "old.h5")
+
+
+def test_no_file_runs_its_code(tmp_path, monkeypatch, keras_module, capsys):
+    """Neither a `.keras` nor an `.h5` file, nor a SavedModel folder."""
+    monkeypatch.chdir(tmp_path)
+    L = keras_module.layers
+    run = L.Lambda(lambda x: (__import__("pathlib").Path("ran").touch(), x)[1])
+    model = keras_module.Sequential([L.InputLayer((32,)), run, L.Dense(64)])
+    names = ["lambda.keras", "lambda.h5"] + ["lambda"] * (keras_module is not keras)
+    for name in names:
+        model.save(name)
+        Path("ran").unlink(missing_ok=True)
+        with contextlib.suppress(SystemExit):
+            main(["inspect", name, "--keras", keras_module.__name__])
+            assert name == "lambda"  # the graph in the folder stands for the code
+        assert not Path("ran").exists()
+        assert name == "lambda" or "holds code, which is not run" in capsys.readouterr().err
 
 
 def test_own_classes(tmp_path, monkeypatch, run, capsys):

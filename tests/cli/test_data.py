@@ -51,7 +51,7 @@ def test_arrays_of_files(tmp_path):
 
 def test_files_that_do_not_fit(tmp_path):
     path, x = tmp_path / "x.npz", np.zeros((10, 4))
-    assert "x.npz, which does not exist" in complaint(path)
+    assert "or a folder of images. Received: " in complaint(path)
     path.write_text("no array")
     assert "to be an .npz file of arrays" in complaint(path)
     np.savez_compressed(path, np.random.default_rng(0).normal(size=(99, 9)))
@@ -61,6 +61,9 @@ def test_files_that_do_not_fit(tmp_path):
     np.savez(path, a=x, b=x)
     assert "as x_train or x, or one array for each of the inputs pixels. Received: a, b" in (
         complaint(path)
+    )
+    assert "for each of the inputs a, c. Received: a, b" in (
+        complaint(path, inputs=Inputs(("a", "c"), ((4,), (4,))))
     )
     np.savez(path, x=x, y=np.zeros(9))
     assert "a label for each of 10 examples. Received: 9" in complaint(path)

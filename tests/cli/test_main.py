@@ -54,6 +54,8 @@ def test_bad_input_ends_with_status_2(saved, tmp_path, capsys, monkeypatch):
     (tmp_path / "bad.keras").write_text("no model")
     text = complaint(capsys, "plan", tmp_path / "bad.keras", *options)
     assert "bad.keras, a file of another kind. Write one with `model.save`" in text
+    np.savez(tmp_path / "x.npz", x=np.zeros(3))
+    assert "x.npz, a file of another kind." in complaint(capsys, "plan", tmp_path / "x.npz")
     assert f"{tmp_path}, a folder." in complaint(capsys, "plan", tmp_path, *options)
     assert "0 < cr < 1" in complaint(capsys, "plan", path, *options, "--cr", "50")
     assert "is not reachable" in complaint(capsys, "plan", path, *options, "--cr", "0.9999")

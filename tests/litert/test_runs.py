@@ -163,6 +163,29 @@ def test_a_dead_layer_is_named():
         convert(model, quantize="int8", representative_data=x, verbose=0)
 
 
+def test_pixels_are_values_and_integers_of_the_file_s_type_are_quantized_already():
+    inputs = keras.Input((4, 4, 3))
+    model = keras.Model(inputs, L.Dense(8)(L.Flatten()(inputs)))
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 4, 4, 3), "uint8", endpoint=True)
+    floats = pixels.astype("float32")
+    for input_type in ("float32", "int8"):
+        runner = Runner(
+            convert(
+                model,
+                quantize="int8",
+                representative_data=floats,
+                inference_input_type=input_type,
+                verbose=0,
+            )
+        )
+        expected = runner.predict(floats)
+        assert np.abs(expected - model.predict(floats, verbose=0)).max() < 20
+        np.testing.assert_array_equal(runner.predict(pixels), expected)
+    scale, zero = runner.inputs[0]["quantization"]
+    raw = np.clip(np.round(floats / scale) + zero, -128, 127).astype("int8")
+    np.testing.assert_array_equal(runner.predict(raw), expected)
+
+
 # -- The property ----------------------------------------------------------------------------------
 
 
