@@ -8,7 +8,7 @@ takes a trained network at the end of its learning-rate schedule, removes `--cr`
 - labels: the learning rate stays what it is at the end of the schedule;
 - rewinding: the rates of the last epochs are gone through again (`rewind_epochs`);
 - distillation: that, and the dense model teaches the compressed one (`distill=True`),
-  or at a higher temperature;
+  or at temperature 1;
 - blocks: that, with the outputs of blocks (`distill={"features": True}`);
 - iterative: rewinding in three steps of a third of the epochs (`cr=[…]`);
 - iterative, blocks: both.
@@ -41,7 +41,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "labels": {},
     "rewinding": {"rewind": True},
     "distillation": {"rewind": True, "distill": True},
-    "distillation, T=4": {"rewind": True, "distill": {"temperature": 4.0}},
+    "distillation, T=1": {"rewind": True, "distill": {"temperature": 1.0}},
     "blocks": {"rewind": True, "distill": BLOCKS},
     "iterative": {"rewind": True, "steps": 3},
     "iterative, blocks": {"rewind": True, "steps": 3, "distill": BLOCKS},
