@@ -125,7 +125,7 @@ def test_a_failure_leaves_everything_as_it_was(parsed, monkeypatch):
 
 # A command that writes half of its first file, and then waits.
 WAITING = """
-import sys, time, types
+import signal, sys, time, types
 from keras_alds import cli
 
 def add_arguments(parser):
@@ -141,6 +141,7 @@ cli.quiet_tensorflow = lambda: None
 sys.modules["keras_alds.cli.wait"] = types.SimpleNamespace(
     add_arguments=add_arguments, run=run, USAGE="", EXAMPLES=""
 )
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
 cli.main(["wait", "-o", "out.json"])
 """
 

@@ -82,7 +82,7 @@ def test_two_processes():
 
 
 def test_the_script_of_the_documentation(tmp_path):
-    page = (TESTS.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    page = (TESTS.parent / "docs" / "how-to" / "training.md").read_text(encoding="utf-8")
     (tmp_path / "train.py").write_text(re.search(r"```py\n(.*?)```", page, re.DOTALL).group(1))
     hosts = [f"localhost:{port}" for port in free_ports(2).split(",")]
     processes = []

@@ -18,6 +18,7 @@ import zoo
 import keras_alds
 from keras_alds import litert
 from keras_alds._backend.layers import called_function
+from keras_alds.cli import demo
 from keras_alds.litert.runs import Runner
 
 pytest.importorskip("ai_edge_litert")
@@ -383,15 +384,11 @@ def test_keras_quantize_after_expand(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_digits_at_half_the_parameters(monkeypatch: pytest.MonkeyPatch):
+def test_digits_at_half_the_parameters():
     """Train, compress in `fit`, retrain, expand, train for int8: small and as accurate."""
     pytest.importorskip("sklearn")
-    pytest.importorskip("matplotlib")
-    root = Path(__file__).resolve().parents[2]
-    monkeypatch.syspath_prepend(str(root / "examples"))
-    digits = importlib.import_module("digits")
-    x, y, x_test, y_test = digits.load_data()
-    original = compiled(digits.build_model(keras), keras)
+    x, y, x_test, y_test = demo.load_data()
+    original = compiled(demo.build_model(keras), keras)
     original.fit(x, y, batch_size=64, epochs=8, verbose=0)
     model = compiled(keras.models.clone_model(original), keras)
     model.set_weights(original.get_weights())
