@@ -40,6 +40,7 @@ def python_of(folder: Path, pins: list[str]) -> Path:
         venv.create(folder, with_pip=True)
         packages = [*pins, "tensorflow-model-optimization", "ai-edge-litert", "pytest"]
         packages += ["pytest-xdist", "matplotlib", "scikit-learn", "cloudpickle", "hypothesis"]
+        packages += ["tensorboard"]
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, *packages, "-e", str(ROOT)], check=True)
     return python

@@ -1,11 +1,12 @@
 """The life of a compressed model: trained on, copied, saved, exported, run in a fresh process.
 
-Every kind of model lives in both Keras 3 and tf_keras. One fresh process runs all files.
+Every kind of model lives in both Keras 3 and tf_keras. One fresh process runs all files of each.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import pickle
@@ -152,12 +153,16 @@ def attempted(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def lives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def lives(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, dict[str, Any]]]:
+    """The lives of one library; `pytest -n 2` may live those of each in another process."""
+    return functools.cache(lambda library: lived(library, tmp_path_factory.mktemp("lives")))
+
+
+def lived(library: str, folder: Path) -> dict[str, dict[str, Any]]:
     """For each life, the outputs of the model, of its copies and of its files, or errors."""
-    folder = tmp_path_factory.mktemp("lives")
+    K = {"keras": keras, "tf_keras": tf_keras}[library]
     lives: dict[str, dict[str, Any]] = {}
-    for library, kind, way in lives_to_live():
-        K = {"keras": keras, "tf_keras": tf_keras}[library]
+    for _, kind, way in (life for life in lives_to_live() if life[0] == library):
         name = f"{library}-{kind}-{way}"
         model, x = compressed_and_trained(K, kind, way)
         lives[name] = life = {"model": zoo.outputs(model, x)}
@@ -182,8 +187,8 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 
 
 @pytest.mark.parametrize(("library", "kind", "way"), lives_to_live())
-def test_life(library: str, kind: str, way: str, lives: dict[str, dict[str, Any]]) -> None:
-    life = dict(lives[f"{library}-{kind}-{way}"])
+def test_life(library: str, kind: str, way: str, lives: Callable[[str], Any]) -> None:
+    life = dict(lives(library)[f"{library}-{kind}-{way}"])
     expected = life.pop("model")
     errors = {what: outputs for what, outputs in life.items() if isinstance(outputs, str)}
     assert not errors

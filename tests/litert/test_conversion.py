@@ -552,6 +552,11 @@ def int8(model: Any) -> bytes:
 THIN = "int8 convolutions? in groups of fewer than 32 channels"
 
 
+def callers(record: Any) -> list[str]:
+    """The files that warnings for users name. Other packages give other kinds of warnings."""
+    return [warning.filename for warning in record if warning.category is UserWarning]
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
@@ -567,10 +572,10 @@ def test_int8_files_with_thin_groups_are_named(make: Any, text: str):
     model = make()
     with pytest.warns(UserWarning, match=rf"^1 {THIN}.*: {text}\. Remedy: .*") as record:
         content = int8(model)
-    assert [warning.filename for warning in record] == [__file__]
+    assert callers(record) == [__file__]
     with pytest.warns(UserWarning, match=text) as record:
         litert.compare(content, content, runs=0, verbose=0)
-    assert [warning.filename for warning in record] == [__file__]
+    assert callers(record) == [__file__]
 
 
 def test_models_with_thin_groups_are_named_once():
@@ -587,8 +592,8 @@ def test_models_with_thin_groups_are_named_once():
             UserWarning, match=rf"^5 {THIN}.*thin_a.*thin_b.*thin_c.*, 2 more\."
         ) as r:
             litert.compare(*pair, **options)
-        assert [warning.filename for warning in r] == [__file__]
-        assert "thin_d" not in str(r[0].message)
+        assert callers(r) == [__file__]
+        assert not any("thin_d" in str(warning.message) for warning in r)
 
 
 @pytest.mark.filterwarnings("error")
