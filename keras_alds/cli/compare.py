@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from keras_alds.cli.answers import Answer
-from keras_alds.cli.converting import add_quantize, check_conversion, is_litert
+from keras_alds.cli.converting import (
+    add_quantize,
+    check_conversion,
+    check_representative,
+    is_litert,
+)
 from keras_alds.cli.data import Inputs, add_examples, read_examples, read_labelled
 from keras_alds.cli.models import add_loading, read_model
 
@@ -53,6 +58,7 @@ def run(arguments: argparse.Namespace) -> Answer:
             f"Expected a model to convert, with --quantize {arguments.quantize}. Received: two "
             ".tflite files, which are compared as they are"
         )
+    check_representative(arguments.quantize, arguments.representative)
     check_conversion(arguments.quantize, source, "--representative")
     first, second = (_read(arguments, path) for path in paths)
     data = representative = None

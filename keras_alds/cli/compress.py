@@ -96,6 +96,11 @@ def _checked(arguments: argparse.Namespace) -> Any:
             f"Expected --tflite FILE with --quantize. Received: --quantize {arguments.quantize} "
             "and no file to quantize"
         )
+    if arguments.expand and not arguments.output:
+        raise ValueError(
+            "Expected -o FILE with --expand, which writes stock layers into that file. "
+            "Received: no -o"
+        )
     if arguments.tflite:
         check_conversion(arguments.quantize, arguments.calibration, "--calibration")
     if arguments.plan is None:

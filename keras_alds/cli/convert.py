@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from keras_alds.cli.answers import Answer
-from keras_alds.cli.converting import add_quantize, check_conversion, convert
+from keras_alds.cli.converting import add_quantize, check_conversion, check_representative, convert
 from keras_alds.cli.data import add_examples, read_examples
 from keras_alds.cli.models import add_model, read_model
 from keras_alds.cli.outputs import add_output
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Answer:
     """Runs the command."""
+    check_representative(arguments.quantize, arguments.representative)
     check_conversion(arguments.quantize, arguments.representative, "--representative")
     model = read_model(arguments)
     settings: dict[str, Any] = {

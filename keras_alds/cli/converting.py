@@ -46,6 +46,19 @@ def check_conversion(quantize: str | None, source: str | None, flag: str) -> Non
         )
 
 
+def check_representative(quantize: str | None, source: str | None) -> None:
+    """Checks that examples which only int8 files need were not named for others.
+
+    Raises:
+        ValueError: If they were.
+    """
+    if source is not None and quantize != "int8":
+        raise ValueError(
+            f"Expected --quantize int8 with --representative {source}: other files need no "
+            f"examples. Received: {'no --quantize' if quantize is None else quantize}"
+        )
+
+
 def convert(model: Any, path: Path, arguments: argparse.Namespace, data: Any, **more: Any) -> int:
     """Writes a LiteRT file; returns its bytes."""
     from keras_alds.litert import conversion

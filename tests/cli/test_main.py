@@ -76,6 +76,7 @@ def test_bad_arguments_of_compress_end_before_the_work(saved, tmp_path, capsys, 
         ("Expected a file to write", "--cr", "0.5"),
         ("Expected either --cr, such as --cr 0.5 to remove half, or --plan. Received: n", *output),
         ("Expected --tflite FILE with", "--cr", "0.5", *output, "--quantize", "int8"),
+        ("Expected -o FILE with --expand", "--cr", "0.5", *tflite, "--expand"),
         ("Expected --calibration with --quantize int8", "--cr", "1", *tflite, "--quantize", "int8"),
         ("none.json (No such file or directory)", "--plan", tmp_path / "none.json", *output),
         ("not JSON", "--plan", path.with_name("text.json"), *output),
@@ -87,6 +88,10 @@ def test_bad_arguments_of_compress_end_before_the_work(saved, tmp_path, capsys, 
         path.with_name("text.json").write_text("text")
         assert text in complaint(capsys, "compress", path, *arguments)
     assert sorted(os.listdir(tmp_path)) == ["model.keras", "text.json"]
+    for command in (("convert", path, "-o", tmp_path / "a.tflite"), ("compare", path, path)):
+        for quantize in ((), ("--quantize", "float16")):
+            text = complaint(capsys, *command, "--representative", "x.npz", *quantize)
+            assert "Expected --quantize int8 with --representative x.npz" in text
     text = complaint(capsys, "plan", "--exclude", "head", path)
     assert "required: model. Options of several values, such as --exclude" in text
     assert complaint(capsys, "plan").endswith("required: model\n")
