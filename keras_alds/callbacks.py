@@ -422,9 +422,11 @@ class ALDSCompress(_backend.Callback):
             self._say(f"refinement: {result}")
 
     def _board_of_part(self) -> Board | None:
-        """What shows the compression of this part in TensorBoard, shared with other callbacks."""
-        for other in self._siblings():
-            if isinstance(other, ALDSCompress) and other._part is self._part and other._board:
+        """What shows the compression of this part in TensorBoard, shared if the folder is one."""
+        others = [other for other in self._siblings() if isinstance(other, ALDSCompress)]
+        for other in others:
+            same = other._part is self._part and self._log_dir in (None, other._log_dir)
+            if same and other._board is not None:
                 return other._board
         return Board.of(self._log_dir, self._siblings(), self.model, self._part, self._suffix)
 

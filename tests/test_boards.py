@@ -39,6 +39,14 @@ def fit(K, model, callbacks, epochs):
     model.fit(x, y, epochs=epochs, verbose=0, callbacks=callbacks)
 
 
+def test_each_folder_has_its_run(tmp_path):
+    first = ALDSCompress(0.3, at_epoch=0, **OPTIONS, log_dir=tmp_path / "a")
+    second = ALDSCompress(0.5, at_epoch=1, **OPTIONS, log_dir=tmp_path / "b")
+    fit(keras, zoo.functional(keras), [first, second], epochs=2)
+    assert [*read(tmp_path / "a" / "alds")["plan"]] == [0]
+    assert [*read(tmp_path / "b" / "alds")["plan"]] == [1]
+
+
 def test_a_training_beside_a_tensorboard_callback(keras_module, tmp_path):
     K, model = keras_module, zoo.functional(keras_module)
     board = K.callbacks.TensorBoard(str(tmp_path), write_graph=False)
