@@ -77,12 +77,15 @@ class Distiller:
         return {**watched(self._sides[0], _into(self._step.features)), self.part: watch_part}
 
     def term(self) -> Any:
-        """The term of the loss, from what was watched in this step."""
+        """The term of the loss, from what was watched since the last one in this step."""
+        calls, self._step.calls = self._step.calls, []
+        if self._step.added and not calls:
+            return tf.constant(0.0)  # two losses of the same calls: the first one has it
         self._step.added = True
         losses: list[Any] = []
         wanted_features: list[tuple[Any, Any]] = []
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-        for args, kwargs, outputs in self._step.calls:
+        for args, kwargs, outputs in calls:
             flat = _flat(outputs)
             if graph is not None and any(y.graph is not graph for y in flat):
                 continue  # in a loop or a `tf.function` inside of the step
@@ -108,6 +111,7 @@ class Distiller:
         names = self._sides
         ours = _by_number(names[0], self._step.features)
         theirs = _by_number(names[1], wanted)
+        self._step.features.clear()  # in place: the layers' calls add to it
         errors = [
             relative_error(ours[key], tf.stop_gradient(theirs[key]))
             for key in ours.keys() & theirs.keys()
