@@ -3,13 +3,15 @@
     python benchmarks/protocol.py --model resnet20.keras --data cifar10.npz --json protocol.json
 
 takes a trained network at the end of its learning-rate schedule, removes `--cr` and trains on for
-`--epochs`, with the labels in each arm, and prints a Markdown table of top-1 on the test images:
+`--epochs`, with the labels in each arm but one, and prints a Markdown table of top-1 on the test
+images:
 
 - labels: the learning rate stays what it is at the end of the schedule;
 - rewinding: the rates of the last epochs are gone through again (`rewind_epochs`);
 - distillation: that, and the dense model teaches the compressed one (`distill=True`),
   or at temperature 1;
 - blocks: that, with the outputs of blocks (`distill={"features": True}`);
+- blocks, no labels: that, with the loss left out of `compile`, and Adam from 0.001 as in `refine`;
 - iterative: rewinding in three steps of a third of the epochs (`cr=[…]`);
 - iterative, blocks: both.
 
@@ -43,6 +45,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "distillation": {"rewind": True, "distill": True},
     "distillation, T=1": {"rewind": True, "distill": {"temperature": 1.0}},
     "blocks": {"rewind": True, "distill": BLOCKS},
+    "blocks, no labels": {"rewind": True, "distill": BLOCKS, "adam": 1e-3},
     "iterative": {"rewind": True, "steps": 3},
     "iterative, blocks": {"rewind": True, "steps": 3, "distill": BLOCKS},
 }
@@ -111,7 +114,7 @@ def main() -> None:
 
     def retrain(arm: str) -> None:
         options = dict(ARMS[arm])
-        count = options.pop("steps", 1)
+        count, adam = options.pop("steps", 1), options.pop("adam", None)
         period = arguments.epochs // count  # of one cosine
         rewound = {"rewind_epochs": period} if options.pop("rewind", False) else {}
         crs = [1 - (1 - arguments.cr) ** (i / count) for i in range(1, count + 1)]
@@ -119,12 +122,14 @@ def main() -> None:
         keras.utils.set_random_seed(0)
         model = cifar10.load_model(arguments.model, keras)
         schedule = keras.optimizers.schedules.CosineDecay(
-            arguments.learning_rate, period * steps, alpha=arguments.last_rate
+            adam or arguments.learning_rate, period * steps, alpha=arguments.last_rate
         )
-        optimizer = keras.optimizers.SGD(schedule, momentum=0.9, nesterov=True)
-        model.compile(
-            optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=from_logits)
-        )
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=from_logits)
+        if adam:
+            optimizer, loss = keras.optimizers.Adam(schedule), None
+        else:
+            optimizer = keras.optimizers.SGD(schedule, momentum=0.9, nesterov=True)
+        model.compile(optimizer, loss)
         optimizer.build(model.trainable_variables)
         optimizer.iterations.assign(period * steps)  # as if it was trained so
         begun = time.perf_counter()
