@@ -142,6 +142,23 @@ class TestProber:
         assert Prober(model, layers, [inputs]).divergence({}) == 0
 
 
+    def test_sees_the_masks_of_the_model(self, keras_module):
+        """Attention layers of Keras 3 take masks away, so that later layers do without them."""
+        L = keras_module.layers
+        inputs = keras_module.Input((6,), dtype="int32")
+        x = L.Embedding(20, 8, mask_zero=True)(inputs)
+        for width in (4, 3):  # of three readers of a tensor, the last one finds no mask
+            x = L.Add()([L.MultiHeadAttention(2, width)(x, x), L.Dense(8, "relu")(x), x])
+        x = L.GlobalAveragePooling1D()(L.Dense(8)(x))
+        model = keras_module.Model(inputs, L.Dense(3)(x))
+        batch = np.where(np.arange(6) < np.arange(2, 7)[:, None], 1 + np.arange(6), 0)
+        kernels = {record.layer: values(record.layer) for record in Inventory.of(model).candidates}
+        prober = Prober(model, kernels, [batch.astype("int32")])
+        for _ in range(2):
+            for layer, kernel in kernels.items():
+                assert prober.divergence({layer: kernel}) == pytest.approx(0, abs=1e-9), layer.name
+
+
 def flat_outputs(model, inputs):
     return [np.asarray(output) for output in tf.nest.flatten(model(inputs, training=False))]
 
