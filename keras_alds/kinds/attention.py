@@ -20,6 +20,8 @@ else:
 
 #: The projections that an attention layer may have.
 PROJECTIONS = ("query", "key", "value", "gate", "output")
+#: What is multiplied within a head: queries with keys, and values with the output projection.
+SCORES, VALUES = "scores", "values"
 
 
 def projections(layer: Any) -> dict[str, Any]:
@@ -161,7 +163,32 @@ class FactorizedMultiHeadAttention(Keras3Attention, keras.layers.MultiHeadAttent
 
 
 class Attention(Kind):
-    """`MultiHeadAttention` and `GroupQueryAttention`."""
+    """`MultiHeadAttention` and `GroupQueryAttention`.
+
+    Args:
+        name: As for `Kind`.
+        layer: As for `Kind`.
+        widths: The constructor arguments for the width of a head, and what gets narrower with each.
+    """
+
+    def __init__(self, name: str, layer: type, widths: Mapping[str, tuple[str, ...]]) -> None:
+        super().__init__(name, layer)
+        self._widths = widths
+
+    def widths(self, layer: Any) -> Mapping[str, tuple[str, ...]]:
+        """The arguments for the width of a layer's heads that can be smaller."""
+        if "gate" not in projections(layer):
+            return self._widths
+        # A gate multiplies each value of a context, so that no other values can stand for them.
+        return {name: parts for name, parts in self._widths.items() if VALUES not in parts}
+
+    def keeps_heads(self, layer: Any) -> str | None:
+        """Why the heads of a layer cannot be narrower, whatever its projections are; or None."""
+        if not self.is_stock(layer):
+            return f"{type(layer).__name__} is not the stock {self.name}"
+        if not self.widths(layer):
+            return "it has a gate"
+        return None
 
     bases_in_tf_keras: ClassVar[Mapping[type, type]] = {Keras3Attention: TfKerasAttention}
 
@@ -187,6 +214,10 @@ class Attention(Kind):
 
 
 register(
-    Attention("GroupQueryAttention", FactorizedGroupQueryAttention),
-    Attention("MultiHeadAttention", FactorizedMultiHeadAttention),
+    Attention("GroupQueryAttention", FactorizedGroupQueryAttention, {"head_dim": (SCORES, VALUES)}),
+    Attention(
+        "MultiHeadAttention",
+        FactorizedMultiHeadAttention,
+        {"key_dim": (SCORES,), "value_dim": (VALUES,)},
+    ),
 )

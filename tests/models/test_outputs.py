@@ -141,7 +141,6 @@ class TestProber:
         layers = [record.layer for record in Inventory.of(model).candidates]
         assert Prober(model, layers, [inputs]).divergence({}) == 0
 
-
     def test_sees_the_masks_of_the_model(self, keras_module):
         """Attention layers of Keras 3 take masks away, so that later layers do without them."""
         L = keras_module.layers

@@ -1,0 +1,262 @@
+"""`narrow_heads`: attention layers with narrower heads, which stay stock layers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from keras_alds import _backend
+from keras_alds._backend import wrappers
+from keras_alds._backend.layers import KerasModel
+from keras_alds.core.calibration.curves import Curve
+from keras_alds.core.checks import positive_int
+from keras_alds.core.solvers import InfeasibleBudget, min_sum
+from keras_alds.kinds.attention import Attention, projections
+from keras_alds.kinds.base import stock_kind
+from keras_alds.models.calibration import Calibration
+from keras_alds.models.curves import PROBED_ERRORS
+from keras_alds.models.heads import Heads, Product
+from keras_alds.models.inventory import Inventory
+from keras_alds.models.probes import Prober
+from keras_alds.models.rebuild import GraphRebuilder, Piece, check_symbolic
+from keras_alds.models.trials import EQUAL, WEIGHINGS
+from keras_alds.models.turns import alone
+from keras_alds.naming import check_exclude
+from keras_alds.options import check_cr
+from keras_alds.resources import allowed_after, removed_fraction
+
+#: A product and its new width.
+Choice = tuple[Product, int]
+
+
+def narrow_heads(
+    model: KerasModel,
+    cr: float,
+    *,
+    calibration_data: Any = None,
+    exclude: Any = (),
+    width_multiple: int = 4,
+) -> KerasModel:
+    """Returns a new model whose attention layers have narrower heads; `model` is not changed.
+
+    Queries and keys of a head are multiplied with each other, and values with the output
+    projection. The best approximation of each product by narrower heads has a closed form. So
+    `key_dim` and `value_dim` of a `MultiHeadAttention` become smaller, or `head_dim` of a
+    `GroupQueryAttention`, and nothing else changes: the layers stay stock layers, files load
+    without keras_alds, and attention gets faster too. All other layers are copied.
+
+    Call it before `compress`, which factorizes all kinds of layers, and removes less from each for
+    what is gone already. Trained transformers often lose no accuracy with heads of half the width;
+    docs/results.md has figures.
+
+    Left alone, with a warning, are attention layers of your own classes, those inside layers of
+    your own, and those with a projection that cannot be factorized. Gated heads keep their values.
+
+    Args:
+        model: A built Functional or Sequential model of Keras 3 or tf_keras.
+        cr: Float, 0 < cr < 1. The fraction of all the model's parameters to remove. The error says
+            how much is in reach.
+        calibration_data: As for `compress`. The products are then approximated on these examples,
+            and the width of each layer's heads is chosen by what it does to the model's outputs.
+            Defaults to None: by the weights alone.
+        exclude: Attention layers to leave as they are; as for `select`. Defaults to none.
+        width_multiple: Integer. Widths are multiples of it, which suits vector units. Defaults
+            to 4.
+
+    Returns:
+        A new model of the same class, compiled as `model` is, with a fresh optimizer.
+
+    Raises:
+        ValueError: If an argument is invalid, if `model` is not built or is a subclassed model, if
+            it has no attention layer whose heads can be narrower, or if `cr` is not reachable.
+
+    Example:
+    ```python
+    narrow = keras_alds.narrow_heads(model, 0.2, calibration_data=x)
+    small = keras_alds.compress(narrow, 0.4, calibration_data=x)  # 52 % removed in all
+    ```
+
+    References:
+        Wong et al., "A3: an Analytical Low-Rank Approximation Framework for Attention", 2025,
+        arXiv:2505.12942.
+    """
+    backend = check_symbolic(model, "narrow_heads")
+    wrappers.check_stripped(model, "narrow_heads")
+    check_cr(cr)
+    multiple = positive_int(width_multiple, "width_multiple")
+    excluded = check_exclude(exclude)
+    with alone(model):
+        inventory = Inventory.of(model, excluded)
+        inventory.warn_of_unmatched(stacklevel=2)
+        found = _found(inventory, stacklevel=2)
+        calibration = None
+        if calibration_data is not None:
+            calibration = Calibration.of(inventory, calibration_data, stacklevel=2)
+            stats = calibration.collected(inventory, curves=False, stacklevel=2)
+            found = _found(stats.match(inventory))
+        products = [product for heads in found for product in heads.products(multiple)]
+        choices = _chosen(inventory, products, cr, calibration)
+        rebuilder = _Narrower(backend, choices)
+        new = rebuilder.rebuild(model)
+        backend.copy_compile_state(model, new, rebuilder.pairs(), stacklevel=2)
+        return new
+
+
+def _found(inventory: Inventory, *, stacklevel: int = 0) -> list[Heads]:
+    """The attention layers whose heads can be narrower.
+
+    Args:
+        inventory: The model.
+        stacklevel: The frame that a warning of the others names; 1 is the caller of this function.
+            Defaults to 0: no warning.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found, others = [], {}
+    records = {record.layer: record for record in inventory.records}
+    for path, layer in inventory.layers:
+        kind = stock_kind(layer)
+        if not isinstance(kind, Attention):
+            continue
+        parts = {name: records[dense] for name, dense in projections(layer).items()}
+        if any(record.excluded for record in parts.values()):
+            continue
+        reason = _obstacle(inventory, path, layer, kind, parts)
+        if reason is None:
+            found.append(Heads(layer, kind, parts))
+        else:
+            others[path] = reason
+    listed = "; ".join(f"'{path}': {reason}" for path, reason in others.items())
+    if not found:
+        raise ValueError(
+            "Expected a model with `MultiHeadAttention` or `GroupQueryAttention` layers whose "
+            f"heads can be narrower. Received: '{inventory.model.name}' ({listed or 'none'})"
+        )
+    if listed and stacklevel:
+        warnings.warn(
+            f"These attention layers keep their heads: {listed}.", stacklevel=stacklevel + 1
+        )
+    return found
+
+
+def _obstacle(
+    inventory: Inventory, path: str, layer: Any, kind: Attention, parts: Any
+) -> str | None:
+    """Why the heads of an attention layer cannot be narrower, or None."""
+    at = dict(inventory.layers)
+    above = path.split("/")[:-1]
+    for end in range(1, len(above) + 1):
+        holder = at["/".join(above[:end])]
+        if not inventory.backend.is_symbolic(holder):
+            return f"'{holder.name}' calls it in Python code"
+    if (reason := kind.keeps_heads(layer)) is not None:
+        return reason
+    for name, record in parts.items():
+        if record.skipped is not None:
+            return f"its {name} projection: {record.skipped.detail}"
+    return None
+
+
+# -- The widths ----------------------------------------------------------------------------------
+
+
+def _chosen(
+    inventory: Inventory, products: Sequence[Product], cr: float, calibration: Calibration | None
+) -> list[Choice]:
+    """The width of every product.
+
+    Errors are weighed in several ways, as in a plan, and the widths are taken that bring the
+    outputs on held-out examples nearest to those of the model.
+
+    Raises:
+        ValueError: If `cr` is out of reach.
+    """
+    batches = calibration.judging() if calibration is not None else []
+    prober = None
+    curves: list[Curve | None] = [None] * len(products)
+    if batches:
+        layers = [layer for product in products for layer in product.kernels(product.widths[0])]
+        prober = Prober(inventory.model, layers, batches)
+        curves = [_curve(product, prober) for product in products]
+    best: list[Choice] = []
+    least = np.inf
+    for name, power in WEIGHINGS.items():
+        if prober is None and name != EQUAL:
+            continue
+        pairs = zip(products, curves, strict=True)
+        tables = [product.table(curve, power) for product, curve in pairs]
+        fixed = inventory.params - sum(int(table.weights.max()) for table in tables)
+        try:
+            solution = min_sum(tables, [allowed_after(inventory.params, cr) - fixed])
+        except InfeasibleBudget as infeasible:
+            most = removed_fraction(inventory.params, infeasible.required + fixed)
+            raise ValueError(
+                f"cr={cr} is not reachable by narrower heads for the model "
+                f"'{inventory.model.name}': expected 0 < cr <= {most:.4f}. Call `compress` for "
+                "the rest."
+            ) from None
+        choices = [
+            (product, product.widths[row])
+            for product, row in zip(products, solution.indices, strict=True)
+        ]
+        distance = 0.0 if prober is None else prober.distance(_kernels(choices))
+        if distance < least:
+            best, least = choices, distance
+    return best
+
+
+def _kernels(choices: Sequence[Choice]) -> dict[Any, Any]:
+    return {
+        layer: kernel
+        for product, width in choices
+        if width < product.widths[-1]
+        for layer, kernel in product.kernels(width).items()
+    }
+
+
+def _curve(product: Product, prober: Prober) -> Curve | None:
+    """What an error of one product does to the model's outputs, the others being exact."""
+    errors = product.errors[:-1]
+    known = np.flatnonzero(errors > 0)
+    if not known.size:
+        return None
+    nearest = np.abs(np.log(errors[known])[:, None] - np.log(PROBED_ERRORS)).argmin(axis=0)
+    rows = sorted(set(known[nearest].tolist()))
+    divergences = [prober.divergence(product.kernels(product.widths[row])) for row in rows]
+    return Curve.of([float(errors[row]) for row in rows], divergences)
+
+
+# -- The new model -------------------------------------------------------------------------------
+
+
+class _Narrower(GraphRebuilder):
+    """Copies a model with other widths of heads."""
+
+    def __init__(self, backend: _backend.Backend, choices: Sequence[Choice]) -> None:
+        super().__init__(backend, backend)
+        self._arguments: dict[Any, dict[str, int]] = {}
+        self._narrowed: dict[int, Any] = {}
+        for product, width in choices:
+            if width < product.widths[-1]:
+                self._arguments.setdefault(product.heads.layer, {})[product.argument] = width
+                self._narrowed.update(product.narrowed(width))
+
+    def pieces(self, call: _backend.GraphCall) -> list[Piece]:
+        if self.source.is_symbolic(call.layer):
+            return [self.model(call.layer)]
+        return [self.once(call.layer, "new", lambda: self._like(call.layer))]
+
+    def _like(self, layer: Any) -> Any:
+        new = type(layer).from_config({**layer.get_config(), **self._arguments.get(layer, {})})
+        if isinstance(layer, self.source.keras.layers.Layer):
+            weights = list(layer.weights)
+            values = [
+                self._narrowed.get(id(variable), old).astype(old.dtype)
+                for variable, old in zip(weights, layer.get_weights(), strict=True)
+            ]
+            self.record(layer, new, values, weights)
+        return new
