@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import keras
+import numpy as np
 
 from keras_alds import _backend
 from keras_alds._backend.layers import dtype_policy
 from keras_alds._backend.layers import projections as held_projections
-from keras_alds.kinds.base import Kind, Undo, is_factorized, known_kind, register
+from keras_alds.kinds.base import Kind, Shape, Undo, Writer, is_factorized, known_kind, register
 from keras_alds.kinds.factorized import checked_factorizations
 
 if TYPE_CHECKING:
@@ -206,6 +208,38 @@ class Attention(Kind):
         if not found or not self.is_stock(layer):
             return None
         return backend.adopt(layer, self.layer_class(backend), {"projections": found})
+
+    # -- Replacement by stock layers ---------------------------------------------------------
+
+    def is_written_out(self, layer: Any) -> bool:
+        return isinstance(layer, BaseFactorizedAttention)
+
+    def pieces(self, writer: Writer, layer: Any, shape: Shape, masked: bool) -> list[Any]:
+        return writer.once(layer, "pieces", lambda: [self._stock(writer, layer)])
+
+    def _stock(self, writer: Writer, layer: Any) -> Any:
+        """The stock layer, with dense kernels."""
+        factorized = {n: dense for n, dense in projections(layer).items() if is_factorized(dense)}
+        encoders = {id(dense.encoder): dense for dense in factorized.values()}
+        decoders = {id(dense.decoder) for dense in factorized.values()}
+        values, origins = [], []
+        for variable in layer.weights:
+            if id(variable) not in decoders:
+                dense = encoders.get(id(variable))
+                values.append(writer.value(variable) if dense is None else np.asarray(dense.kernel))
+                origins.append(variable)
+        whole = sum(math.prod(dense.kernel_shape) for dense in factorized.values())
+        factors = [f for dense in factorized.values() for f in (dense.encoder, dense.decoder)]
+        kept = sum(math.prod(factor.shape) for factor in factors)
+        writer.warn(
+            f"'{layer.name}' gets dense kernels instead of factors ({', '.join(factorized)}: "
+            f"{whole:,} weights, not {kept:,}). Stock attention layers keep what `narrow_heads` "
+            "removes."
+        )
+        config = {name: x for name, x in layer.get_config().items() if name != "projections"}
+        stock = getattr(writer.layers, self.name).from_config(config)
+        writer.record(layer, stock, values, origins)
+        return stock
 
     def release(self, backend: _backend.Backend, layer: Any) -> Undo | None:
         if type(layer) is not self.layer_class(backend):
