@@ -13,10 +13,10 @@ from keras_alds._backend import wrappers
 from keras_alds._backend.layers import KerasModel
 from keras_alds.core.calibration.curves import Curve
 from keras_alds.core.checks import positive_int
-from keras_alds.core.solvers import InfeasibleBudget, min_sum
+from keras_alds.core.solvers import min_sum
 from keras_alds.kinds.attention import Attention, projections
 from keras_alds.kinds.base import stock_kind
-from keras_alds.models.calibration import Calibration
+from keras_alds.models.calibration import Calibration, CalibrationStats
 from keras_alds.models.curves import PROBED_ERRORS
 from keras_alds.models.heads import Heads, Product
 from keras_alds.models.inventory import Inventory
@@ -30,11 +30,14 @@ from keras_alds.resources import allowed_after, removed_fraction
 
 #: A product and its new width.
 Choice = tuple[Product, int]
+# How far outputs may go without `cr`, and the steps of the bisection that looks for it. On two
+# transformers, what `compress` removed beside this lost least.
+_NEAR, _HALVINGS = 0.01, 6
 
 
 def narrow_heads(
     model: KerasModel,
-    cr: float,
+    cr: float | None = None,
     *,
     calibration_data: Any = None,
     exclude: Any = (),
@@ -48,17 +51,18 @@ def narrow_heads(
     `GroupQueryAttention`, and nothing else changes: the layers stay stock layers, files load
     without keras_alds, and attention gets faster too. All other layers are copied.
 
-    Call it before `compress`, which factorizes all kinds of layers, and removes less from each for
-    what is gone already. Trained transformers often lose no accuracy with heads of half the width;
-    docs/results.md has figures.
+    Call it before `compress`, which then has less to remove from each layer. Heads of half the
+    width often lose nothing; docs/results.md has figures.
 
     Left alone, with a warning, are attention layers of your own classes, those inside layers of
     your own, and those with a projection that cannot be factorized. Gated heads keep their values.
 
     Args:
         model: A built Functional or Sequential model of Keras 3 or tf_keras.
-        cr: Float, 0 < cr < 1. The fraction of all the model's parameters to remove. The error says
-            how much is in reach.
+        cr: Float, 0 < cr < 1, or None. The fraction of all the model's parameters to remove. The
+            error says how much is in reach. Defaults to None: as much as leaves the outputs on
+            held-out examples within 1 % of the model's, in total variation or relative squared
+            error; this needs examples.
         calibration_data: As for `compress`. The products are then approximated on these examples,
             and the width of each layer's heads is chosen by what it does to the model's outputs.
             Defaults to None: by the weights alone.
@@ -70,13 +74,15 @@ def narrow_heads(
         A new model of the same class, compiled as `model` is, with a fresh optimizer.
 
     Raises:
-        ValueError: If an argument is invalid, if `model` is not built or is a subclassed model, if
-            it has no attention layer whose heads can be narrower, or if `cr` is not reachable.
+        ValueError: If an argument is invalid or missing, if `model` is not built or is a subclassed
+            model, if it has no attention layer whose heads can be narrower, or if `cr` is not
+            reachable.
 
     Example:
     ```python
-    narrow = keras_alds.narrow_heads(model, 0.2, calibration_data=x)
-    small = keras_alds.compress(narrow, 0.4, calibration_data=x)  # 52 % removed in all
+    narrow = keras_alds.narrow_heads(model, calibration_data=x)
+    left = 0.5 * model.count_params() / narrow.count_params()  # half of all parameters
+    small = keras_alds.compress(narrow, 1 - left, calibration_data=x)
     ```
 
     References:
@@ -85,20 +91,27 @@ def narrow_heads(
     """
     backend = check_symbolic(model, "narrow_heads")
     wrappers.check_stripped(model, "narrow_heads")
-    check_cr(cr)
+    if cr is not None:
+        check_cr(cr)
+    elif calibration_data is None or isinstance(calibration_data, CalibrationStats):
+        raise ValueError(
+            "Expected `cr`, or examples as `calibration_data` to judge the outputs on. Received: "
+            f"cr=None, calibration_data of type {type(calibration_data).__name__}"
+        )
     multiple = positive_int(width_multiple, "width_multiple")
     excluded = check_exclude(exclude)
     with alone(model):
         inventory = Inventory.of(model, excluded)
         inventory.warn_of_unmatched(stacklevel=2)
         found = _found(inventory, stacklevel=2)
-        calibration = None
+        batches: list[Any] = []
         if calibration_data is not None:
             calibration = Calibration.of(inventory, calibration_data, stacklevel=2)
             stats = calibration.collected(inventory, curves=False, stacklevel=2)
-            found = _found(stats.match(inventory))
+            found, batches = _found(stats.match(inventory)), calibration.judging()
         products = [product for heads in found for product in heads.products(multiple)]
-        choices = _chosen(inventory, products, cr, calibration)
+        widths = _Widths(inventory, products, batches)
+        choices = widths.near(_NEAR) if cr is None else widths.removing(cr)[0]
         rebuilder = _Narrower(backend, choices)
         new = rebuilder.rebuild(model)
         backend.copy_compile_state(model, new, rebuilder.pairs(), stacklevel=2)
@@ -164,49 +177,73 @@ def _obstacle(
 # -- The widths ----------------------------------------------------------------------------------
 
 
-def _chosen(
-    inventory: Inventory, products: Sequence[Product], cr: float, calibration: Calibration | None
-) -> list[Choice]:
-    """The width of every product.
+class _Widths:
+    """Chooses the width of every product.
 
-    Errors are weighed in several ways, as in a plan, and the widths are taken that bring the
-    outputs on held-out examples nearest to those of the model.
-
-    Raises:
-        ValueError: If `cr` is out of reach.
+    Args:
+        inventory: The model.
+        products: What can be narrower.
+        batches: Batches of held-out examples; without any, errors are not weighed.
     """
-    batches = calibration.judging() if calibration is not None else []
-    prober = None
-    curves: list[Curve | None] = [None] * len(products)
-    if batches:
-        layers = [layer for product in products for layer in product.kernels(product.widths[0])]
-        prober = Prober(inventory.model, layers, batches)
-        curves = [_curve(product, prober) for product in products]
-    best: list[Choice] = []
-    least = np.inf
-    for name, power in WEIGHINGS.items():
-        if prober is None and name != EQUAL:
-            continue
-        pairs = zip(products, curves, strict=True)
-        tables = [product.table(curve, power) for product, curve in pairs]
-        fixed = inventory.params - sum(int(table.weights.max()) for table in tables)
-        try:
-            solution = min_sum(tables, [allowed_after(inventory.params, cr) - fixed])
-        except InfeasibleBudget as infeasible:
-            most = removed_fraction(inventory.params, infeasible.required + fixed)
-            raise ValueError(
-                f"cr={cr} is not reachable by narrower heads for the model "
-                f"'{inventory.model.name}': expected 0 < cr <= {most:.4f}. Call `compress` for "
-                "the rest."
-            ) from None
-        choices = [
-            (product, product.widths[row])
-            for product, row in zip(products, solution.indices, strict=True)
+
+    def __init__(
+        self, inventory: Inventory, products: Sequence[Product], batches: Sequence[Any]
+    ) -> None:
+        self._name, self._params = inventory.model.name, inventory.params
+        self._products = products
+        self._prober: Prober | None = None
+        curves: list[Curve | None] = [None] * len(products)
+        weighings = {EQUAL: WEIGHINGS[EQUAL]}
+        if batches:
+            layers = [layer for product in products for layer in product.kernels(product.widths[0])]
+            self._prober = Prober(inventory.model, layers, batches)
+            curves = [_curve(product, self._prober) for product in products]
+            weighings = dict(WEIGHINGS)
+        pairs = list(zip(products, curves, strict=True))
+        self._tables = [
+            [p.table(curve, power) for p, curve in pairs] for power in weighings.values()
         ]
-        distance = 0.0 if prober is None else prober.distance(_kernels(choices))
-        if distance < least:
-            best, least = choices, distance
-    return best
+        dense = sum(int(table.weights.max()) for table in self._tables[0])
+        least = sum(int(table.weights.min()) for table in self._tables[0])
+        self._fixed = self._params - dense
+        self.most = removed_fraction(self._params, self._fixed + least)
+
+    def removing(self, cr: float) -> tuple[list[Choice], float]:
+        """The widths that remove a fraction of the parameters, and the distance of the outputs.
+
+        Errors are weighed in several ways, as for a plan, and the nearest outputs win.
+
+        Raises:
+            ValueError: If that is out of reach.
+        """
+        if cr > self.most:
+            raise ValueError(
+                f"cr={cr} is not reachable by narrower heads for the model '{self._name}': "
+                f"expected 0 < cr <= {self.most:.4f}. Call `compress` for the rest."
+            )
+        budget = allowed_after(self._params, cr) - self._fixed
+        found = []
+        for tables in self._tables:
+            rows = min_sum(tables, [budget]).indices
+            pairs = zip(self._products, rows, strict=True)
+            choices = [(product, product.widths[row]) for product, row in pairs]
+            distance = 0.0
+            if self._prober is not None:
+                distance = self._prober.distance(_kernels(choices))
+            found.append((choices, distance))
+        return min(found, key=lambda trial: trial[1])
+
+    def near(self, distance: float) -> list[Choice]:
+        """The widths that remove most with outputs of at most this distance."""
+        best = [(product, product.widths[-1]) for product in self._products]
+        low, high = 0.0, self.most
+        for _ in range(_HALVINGS):
+            choices, found = self.removing((low + high) / 2)
+            if found <= distance:
+                best, low = choices, (low + high) / 2
+            else:
+                high = (low + high) / 2
+        return best
 
 
 def _kernels(choices: Sequence[Choice]) -> dict[Any, Any]:
