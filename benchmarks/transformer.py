@@ -207,12 +207,26 @@ def measure(task: Task, original: Any, crs: list[float], examples: int) -> None:
     """Prints the table of one network."""
     chosen = np.random.default_rng(0).permutation(len(task.examples))[:examples]
     data = {"calibration_data": task.examples[chosen]}
-    variants: dict[str, dict[str, Any]] = {
-        f"{examples} examples": data,
-        f"{examples} examples, refined": {**data, "refine": True},
-        '"energy", no data': {"method": "energy"},
-        '"alds", no data': {"method": "alds"},
-        "plain SVD, no data": {"method": "svd"},
+
+    def compressed(**options: Any) -> Callable[[float], Any]:
+        return lambda cr: keras_alds.compress(original, cr, **options)
+
+    def narrowed(**options: Any) -> Callable[[float], Any]:
+        def make(cr: float) -> Any:
+            narrow = keras_alds.narrow_heads(original, **data)
+            left = (1 - cr) * original.count_params() / narrow.count_params()
+            return keras_alds.compress(narrow, 1 - left, **options) if left < 1 else narrow
+
+        return make
+
+    variants: dict[str, Callable[[float], Any]] = {
+        f"{examples} examples": compressed(**data),
+        f"{examples} examples, narrower heads first": narrowed(**data),
+        f"{examples} examples, refined": compressed(**data, refine=True),
+        f"{examples} examples, narrower heads first, refined": narrowed(**data, refine=True),
+        '"energy", no data': compressed(method="energy"),
+        '"alds", no data': compressed(method="alds"),
+        "plain SVD, no data": compressed(method="svd"),
     }
 
     def top1(model: Any) -> float:
@@ -227,11 +241,11 @@ def measure(task: Task, original: Any, crs: list[float], examples: int) -> None:
     )
     print("| removed | " + " | ".join(f"{cr:.0%}" for cr in crs) + " |")
     print("|---|" + "---|" * len(crs))
-    for name, options in variants.items():
+    for name, make in variants.items():
         cells = []
         for cr in crs:
             start = time.perf_counter()
-            model = keras_alds.compress(original, cr, **options)
+            model = make(cr)
             seconds = time.perf_counter() - start
             cells.append(f"{top1(model) - base:+.1f} ({seconds:.0f})")
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)

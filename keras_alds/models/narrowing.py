@@ -80,9 +80,11 @@ def narrow_heads(
 
     Example:
     ```python
-    narrow = keras_alds.narrow_heads(model, calibration_data=x)
-    left = 0.5 * model.count_params() / narrow.count_params()  # half of all parameters
-    small = keras_alds.compress(narrow, 1 - left, calibration_data=x)
+    inputs = keras.Input((6, 32))
+    outputs = keras.layers.MultiHeadAttention(2, 16)(inputs, inputs)
+    transformer = keras.Model(inputs, outputs)
+    narrow = keras_alds.narrow_heads(transformer, 0.4)
+    print(narrow.layers[-1].key_dim, narrow.layers[-1].value_dim)  # smaller than 16
     ```
 
     References:
