@@ -89,6 +89,17 @@ class TestDivergence:
         constant = np.full((40, 4), 5.0)
         assert Reference(None, [constant]).divergence([constant + 1]) == pytest.approx(1 / 25)
 
+    def test_the_error_is_that_of_logits(self):
+        """However sure the scores are, and whatever is added to all of them."""
+        other = SCORES + 0.3 * rng.standard_normal(SCORES.shape)
+        mine, theirs = (s - s.mean(axis=-1, keepdims=True) for s in (SCORES, other))
+        expected = np.square(mine - theirs).mean() / mine.var(axis=0).mean()
+        assert Reference(None, [SCORES]).error([other + 7.0]) == pytest.approx(expected)
+        assert Reference(None, [9 * SCORES]).error([9 * other]) == pytest.approx(expected)
+        p, q = (1 / (1 + np.exp(-s)) for s in (SCORES, SCORES + 0.5))
+        assert Reference(None, [p]).error([q]) == pytest.approx(0.25 / SCORES.var(axis=0).mean())
+        assert Reference(None, [SCORES[:, :3]]).error([1.1 * SCORES[:, :3]]) > 0
+
     def test_of_labels_is_the_rate_of_others(self):
         labels = SCORES.argmax(-1)
         other = np.where(np.arange(40) < 10, labels + 1, labels)
