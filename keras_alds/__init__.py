@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from keras_alds.layers import FactorizedConv1D, FactorizedConv2D, FactorizedDense
     from keras_alds.models.calibration import CalibrationStats
     from keras_alds.models.expansion import expand
+    from keras_alds.models.narrowing import narrow_heads
     from keras_alds.models.resources import count_macs
     from keras_alds.monitoring import RankMonitor
     from keras_alds.plan import CompressionPlan, LayerChoice
@@ -55,6 +56,7 @@ _HOMES = {
     "compress": "api",
     "count_macs": "models.resources",
     "expand": "models.expansion",
+    "narrow_heads": "models.narrowing",
     "recompose": "api",
     "refine": "refinement",
     "report": "reports",
@@ -88,6 +90,7 @@ __all__ = [
     "count_macs",
     "expand",
     "litert",
+    "narrow_heads",
     "plots",
     "recompose",
     "refine",

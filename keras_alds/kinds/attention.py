@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import keras
+import numpy as np
 
 from keras_alds import _backend
 from keras_alds._backend.layers import dtype_policy
 from keras_alds._backend.layers import projections as held_projections
-from keras_alds.kinds.base import Kind, Undo, is_factorized, known_kind, register
+from keras_alds.kinds.base import Kind, Shape, Undo, Writer, is_factorized, known_kind, register
 from keras_alds.kinds.factorized import checked_factorizations
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ else:
 
 #: The projections that an attention layer may have.
 PROJECTIONS = ("query", "key", "value", "gate", "output")
+#: What is multiplied within a head: queries with keys, and values with the output projection.
+SCORES, VALUES = "scores", "values"
 
 
 def projections(layer: Any) -> dict[str, Any]:
@@ -161,7 +165,32 @@ class FactorizedMultiHeadAttention(Keras3Attention, keras.layers.MultiHeadAttent
 
 
 class Attention(Kind):
-    """`MultiHeadAttention` and `GroupQueryAttention`."""
+    """`MultiHeadAttention` and `GroupQueryAttention`.
+
+    Args:
+        name: As for `Kind`.
+        layer: As for `Kind`.
+        widths: The constructor arguments for the width of a head, and what gets narrower with each.
+    """
+
+    def __init__(self, name: str, layer: type, widths: Mapping[str, tuple[str, ...]]) -> None:
+        super().__init__(name, layer)
+        self._widths = widths
+
+    def widths(self, layer: Any) -> Mapping[str, tuple[str, ...]]:
+        """The arguments for the width of a layer's heads that can be smaller."""
+        if "gate" not in projections(layer):
+            return self._widths
+        # A gate multiplies each value of a context, so that no other values can stand for them.
+        return {name: parts for name, parts in self._widths.items() if VALUES not in parts}
+
+    def keeps_heads(self, layer: Any) -> str | None:
+        """Why the heads of a layer cannot be narrower, whatever its projections are; or None."""
+        if not self.is_stock(layer):
+            return f"{type(layer).__name__} is not the stock {self.name}"
+        if not self.widths(layer):
+            return "it has a gate"
+        return None
 
     bases_in_tf_keras: ClassVar[Mapping[type, type]] = {Keras3Attention: TfKerasAttention}
 
@@ -180,6 +209,38 @@ class Attention(Kind):
             return None
         return backend.adopt(layer, self.layer_class(backend), {"projections": found})
 
+    # -- Replacement by stock layers ---------------------------------------------------------
+
+    def is_written_out(self, layer: Any) -> bool:
+        return isinstance(layer, BaseFactorizedAttention)
+
+    def pieces(self, writer: Writer, layer: Any, shape: Shape, masked: bool) -> list[Any]:
+        return writer.once(layer, "pieces", lambda: [self._stock(writer, layer)])
+
+    def _stock(self, writer: Writer, layer: Any) -> Any:
+        """The stock layer, with dense kernels."""
+        factorized = {n: dense for n, dense in projections(layer).items() if is_factorized(dense)}
+        encoders = {id(dense.encoder): dense for dense in factorized.values()}
+        decoders = {id(dense.decoder) for dense in factorized.values()}
+        values, origins = [], []
+        for variable in layer.weights:
+            if id(variable) not in decoders:
+                dense = encoders.get(id(variable))
+                values.append(writer.value(variable) if dense is None else np.asarray(dense.kernel))
+                origins.append(variable)
+        whole = sum(math.prod(dense.kernel_shape) for dense in factorized.values())
+        factors = [f for dense in factorized.values() for f in (dense.encoder, dense.decoder)]
+        kept = sum(math.prod(factor.shape) for factor in factors)
+        writer.warn(
+            f"'{layer.name}' gets dense kernels instead of factors ({', '.join(factorized)}: "
+            f"{whole:,} weights, not {kept:,}). Stock attention layers keep what `narrow_heads` "
+            "removes."
+        )
+        config = {name: x for name, x in layer.get_config().items() if name != "projections"}
+        stock = getattr(writer.layers, self.name).from_config(config)
+        writer.record(layer, stock, values, origins)
+        return stock
+
     def release(self, backend: _backend.Backend, layer: Any) -> Undo | None:
         if type(layer) is not self.layer_class(backend):
             return None
@@ -187,6 +248,10 @@ class Attention(Kind):
 
 
 register(
-    Attention("GroupQueryAttention", FactorizedGroupQueryAttention),
-    Attention("MultiHeadAttention", FactorizedMultiHeadAttention),
+    Attention("GroupQueryAttention", FactorizedGroupQueryAttention, {"head_dim": (SCORES, VALUES)}),
+    Attention(
+        "MultiHeadAttention",
+        FactorizedMultiHeadAttention,
+        {"key_dim": (SCORES,), "value_dim": (VALUES,)},
+    ),
 )

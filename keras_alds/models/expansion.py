@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -97,7 +96,6 @@ class _Expander(GraphRebuilder):
 
     def __init__(self, backend: _backend.Backend, model: Any, fold_batch_norm: bool) -> None:
         super().__init__(backend, backend)
-        self._made: dict[tuple[Any, Any], Any] = {}
         self._folded: dict[Any, Any] = {}
         self._dropped: set[Any] = set()
         if fold_batch_norm:
@@ -172,11 +170,6 @@ class _Expander(GraphRebuilder):
     @property
     def layers(self) -> Any:
         return self.source.keras.layers
-
-    def once(self, layer: Any, key: Any, make: Callable[[], Any]) -> Any:
-        if (layer, key) not in self._made:
-            self._made[layer, key] = make()
-        return self._made[layer, key]
 
     def value(self, variable: Any) -> np.ndarray:
         return self.source.value(variable)

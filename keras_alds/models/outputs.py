@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import log_softmax, xlogy
+from scipy.special import log_softmax, logit, xlogy
 
 from keras_alds import _backend
 from keras_alds.core.slicing import Array
@@ -74,6 +74,13 @@ class Reference:
         other classes. A few examples of which a network is too sure do not outweigh the others.
         """
         return self._sum(outputs, _distance)
+
+    def error(self, outputs: Sequence[Array]) -> float:
+        """The squared error relative to the variance, for scores and probabilities that of logits.
+
+        Unlike the divergence, it does not depend on how sure a network is of the examples.
+        """
+        return self._sum(outputs, _error)
 
     def _sum(self, outputs: Sequence[Array], measure: Callable[..., float]) -> float:
         total = 0.0
@@ -182,6 +189,16 @@ def _distance(kind: OutputKind, mine: Array, other: Array) -> float:
     if mine.size and kind is OutputKind.BINARY:
         return float(np.abs(mine - other).mean())
     return _divergence(kind, mine, other)
+
+
+def _error(kind: OutputKind, mine: Array, other: Array) -> float:
+    if not mine.size or kind in (OutputKind.VALUES, OutputKind.LABELS):
+        return _divergence(kind, mine, other)  # of values, it becomes relative later
+    if kind is OutputKind.BINARY:
+        mine, other = logit(mine), logit(other)
+    else:
+        mine, other = (some - some.mean(axis=-1, keepdims=True) for some in (mine, other))
+    return float(np.square(mine - other).mean()) / _spread(mine)
 
 
 def _spread(values: Array) -> float:

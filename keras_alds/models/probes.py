@@ -67,6 +67,10 @@ class Prober:
         """Like `divergence`, but bounded for scores; see `Reference.distance`."""
         return self.reference.distance(self.outputs(kernels))
 
+    def error(self, kernels: Kernels) -> float:
+        """The relative squared error of the outputs; see `Reference.error`."""
+        return self.reference.error(self.outputs(kernels))
+
     def outputs(self, kernels: Kernels) -> list[Array]:
         """The model's outputs if it computes with other kernels.
 

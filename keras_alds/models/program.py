@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from keras_alds import _backend
 from keras_alds._backend import tensors as nest
 from keras_alds._backend.calls import Replacement, replaced_calls
+from keras_alds._backend.graphs import mask_of, set_mask
 from keras_alds._backend.layers import static_shape
 from keras_alds._backend.loops import restored, states_of
 from keras_alds.kinds.base import below, running, stock_kind
@@ -72,6 +74,8 @@ class Program:
         self.outputs: list[int] = []
         self.shapes: dict[int, tuple[int | None, ...] | None] = {}
         self._running = running(model)
+        # The steps that take the masks of tensors away, as attention layers of Keras 3 do.
+        self._unmasked: dict[int, int] = {}
         self._states = states_of(model)
 
     @classmethod
@@ -105,15 +109,39 @@ class Program:
             watching: More replacements of calls.
             standing: Contexts in which layers compute something else; see `KernelKind`.
         """
+        values = {tensor: value(tensor) for tensor in step.inputs}
         args, kwargs = nest.map_structure(
-            lambda leaf: value(leaf.tensor) if is_slot(leaf) else leaf, (step.args, step.kwargs)
+            lambda leaf: values[leaf.tensor] if is_slot(leaf) else leaf, (step.args, step.kwargs)
         )
         with contextlib.ExitStack() as stack:
             stack.enter_context(restored(self._states))
             stack.enter_context(replaced_calls(self._running, watching or {}))
             for context in standing:
                 stack.enter_context(context)
+            stack.enter_context(self._masks_kept(step, values))
             return self._backend.infer(step.layer, args, kwargs)
+
+    @contextlib.contextmanager
+    def _masks_kept(self, step: Step, values: Mapping[int, Any]) -> Iterator[None]:
+        """Lets a step see the masks that it sees in the model, however often it runs.
+
+        Only the steps after one that takes a mask away do without the mask.
+        """
+        number = self._numbers.get(id(step), 0)
+        masks = {tensor: mask_of(x) for tensor, x in values.items()}
+        masks = {tensor: mask for tensor, mask in masks.items() if mask is not None}
+        for tensor in masks:
+            if self._unmasked.get(tensor, number) < number:
+                set_mask(values[tensor], None)
+        yield
+        for tensor, mask in masks.items():
+            if mask_of(values[tensor]) is None:
+                self._unmasked.setdefault(tensor, number)
+                set_mask(values[tensor], mask)
+
+    @functools.cached_property
+    def _numbers(self) -> dict[int, int]:
+        return {id(step): number for number, step in enumerate(self.steps)}
 
     def from_graph(self) -> None:
         """Reads the graph of a symbolic model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,7 @@ class GraphRebuilder:
         self.target = target
         self.names: set[str] = set()
         self._models: dict[Any, Any] = {}
+        self._kept: dict[tuple[Any, Any], Any] = {}
         self._flags: list[tuple[Any, Any]] = []  # (old, new): children before their parents
         self._values: list[tuple[Any, list[np.ndarray]]] = []
         self._origins: list[tuple[Any, list[Any]]] = []
@@ -125,6 +127,12 @@ class GraphRebuilder:
         if values:
             self._values.append((new, values))
             self._origins.append((new, origins or []))
+
+    def once(self, layer: Any, key: Any, make: Callable[[], Any]) -> Any:
+        """The result of `make()`, called once for each layer and key."""
+        if (layer, key) not in self._kept:
+            self._kept[layer, key] = make()
+        return self._kept[layer, key]
 
     def pairs(self) -> list[tuple[Any, Any]]:
         """Pairs of old and new weights, once the model is rebuilt."""

@@ -112,15 +112,28 @@ def test_a_failure_puts_the_class_back(keras_module, monkeypatch):
     np.testing.assert_array_equal(zoo.outputs(model, x), expected)
 
 
-def test_rebuilt_in_tf_keras_and_refused_by_expand():
+def test_rebuilt_in_tf_keras():
     model = attention_model(keras)
     x, _ = attention_data()
     small = compress(model, 0.3, exclude="head")
     other = keras_alds.to_tf_keras(small)
     assert type(other.get_layer("attention")).__name__ == "FactorizedMultiHeadAttention"
     assert_close(zoo.outputs(other, x), zoo.outputs(small, x))
-    with pytest.raises(ValueError, match="'attention' of type FactorizedMultiHeadAttention"):
-        keras_alds.expand(small)
+
+
+def test_expand_multiplies_the_factors(keras_module):
+    model = attention_model(keras_module)
+    x, _ = attention_data()
+    small = compress(model, 0.3, exclude="head")
+    names = ", ".join(small.get_layer("attention").projections)
+    with pytest.warns(
+        UserWarning, match=rf"'attention' gets dense kernels .*\({names}: [0-9,]+ we"
+    ):
+        stock = keras_alds.expand(small)
+    layer = stock.get_layer("attention")
+    assert type(layer) is keras_module.layers.MultiHeadAttention
+    assert stock.count_params() == model.count_params()
+    assert_close(zoo.outputs(stock, x), zoo.outputs(small, x))
 
 
 def test_a_layer_with_code_of_its_own_is_left_alone(keras_module):

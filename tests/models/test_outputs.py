@@ -89,6 +89,17 @@ class TestDivergence:
         constant = np.full((40, 4), 5.0)
         assert Reference(None, [constant]).divergence([constant + 1]) == pytest.approx(1 / 25)
 
+    def test_the_error_is_that_of_logits(self):
+        """However sure the scores are, and whatever is added to all of them."""
+        other = SCORES + 0.3 * rng.standard_normal(SCORES.shape)
+        mine, theirs = (s - s.mean(axis=-1, keepdims=True) for s in (SCORES, other))
+        expected = np.square(mine - theirs).mean() / mine.var(axis=0).mean()
+        assert Reference(None, [SCORES]).error([other + 7.0]) == pytest.approx(expected)
+        assert Reference(None, [9 * SCORES]).error([9 * other]) == pytest.approx(expected)
+        p, q = (1 / (1 + np.exp(-s)) for s in (SCORES, SCORES + 0.5))
+        assert Reference(None, [p]).error([q]) == pytest.approx(0.25 / SCORES.var(axis=0).mean())
+        assert Reference(None, [SCORES[:, :3]]).error([1.1 * SCORES[:, :3]]) > 0
+
     def test_of_labels_is_the_rate_of_others(self):
         labels = SCORES.argmax(-1)
         other = np.where(np.arange(40) < 10, labels + 1, labels)
@@ -140,6 +151,22 @@ class TestProber:
         inputs = zoo.examples(model, 6)
         layers = [record.layer for record in Inventory.of(model).candidates]
         assert Prober(model, layers, [inputs]).divergence({}) == 0
+
+    def test_sees_the_masks_of_the_model(self, keras_module):
+        """Attention layers of Keras 3 take masks away, so that later layers do without them."""
+        L = keras_module.layers
+        inputs = keras_module.Input((6,), dtype="int32")
+        x = L.Embedding(20, 8, mask_zero=True)(inputs)
+        for width in (4, 3):  # of three readers of a tensor, the last one finds no mask
+            x = L.Add()([L.MultiHeadAttention(2, width)(x, x), L.Dense(8, "relu")(x), x])
+        x = L.GlobalAveragePooling1D()(L.Dense(8)(x))
+        model = keras_module.Model(inputs, L.Dense(3)(x))
+        batch = np.where(np.arange(6) < np.arange(2, 7)[:, None], 1 + np.arange(6), 0)
+        kernels = {record.layer: values(record.layer) for record in Inventory.of(model).candidates}
+        prober = Prober(model, kernels, [batch.astype("int32")])
+        for _ in range(2):
+            for layer, kernel in kernels.items():
+                assert prober.divergence({layer: kernel}) == pytest.approx(0, abs=1e-9), layer.name
 
 
 def flat_outputs(model, inputs):
