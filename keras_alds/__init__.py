@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from keras_alds.layers import FactorizedConv1D, FactorizedConv2D, FactorizedDense
     from keras_alds.models.calibration import CalibrationStats
     from keras_alds.models.expansion import expand
-    from keras_alds.models.narrowing import narrow_heads
+    from keras_alds.models.head_widths import narrow_heads
     from keras_alds.models.resources import count_macs
     from keras_alds.monitoring import RankMonitor
     from keras_alds.plan import CompressionPlan, LayerChoice
@@ -56,7 +56,7 @@ _HOMES = {
     "compress": "api",
     "count_macs": "models.resources",
     "expand": "models.expansion",
-    "narrow_heads": "models.narrowing",
+    "narrow_heads": "models.head_widths",
     "recompose": "api",
     "refine": "refinement",
     "report": "reports",
