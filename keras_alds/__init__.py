@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from keras_alds.models.expansion import expand
     from keras_alds.models.resources import count_macs
     from keras_alds.monitoring import RankMonitor
+    from keras_alds.narrowing import NarrowedLayer, Narrowing, narrow
     from keras_alds.plan import CompressionPlan, LayerChoice
     from keras_alds.refinement import Refinement, refine
     from keras_alds.reports import report
@@ -44,6 +45,8 @@ _HOMES = {
     "FactorizedDense": "layers",
     "LayerChoice": "plan",
     "LayerSensitivity": "sensitivities",
+    "NarrowedLayer": "narrowing",
+    "Narrowing": "narrowing",
     "RankMonitor": "monitoring",
     "Refinement": "refinement",
     "SearchPoint": "searching",
@@ -55,6 +58,7 @@ _HOMES = {
     "compress": "api",
     "count_macs": "models.resources",
     "expand": "models.expansion",
+    "narrow": "narrowing",
     "recompose": "api",
     "refine": "refinement",
     "report": "reports",
@@ -75,6 +79,8 @@ __all__ = [
     "FactorizedDense",
     "LayerChoice",
     "LayerSensitivity",
+    "NarrowedLayer",
+    "Narrowing",
     "RankMonitor",
     "Refinement",
     "SearchPoint",
@@ -88,6 +94,7 @@ __all__ = [
     "count_macs",
     "expand",
     "litert",
+    "narrow",
     "plots",
     "recompose",
     "refine",
