@@ -44,7 +44,7 @@ class NarrowedLayer:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Narrowing(Tabular):
-    """The result of `narrow`.
+    """What `narrow` has made; `summary()` prints it.
 
     Attributes:
         name: The model's name.
@@ -54,12 +54,6 @@ class Narrowing(Tabular):
         skipped: `{path: reason}` of pointwise convolutions after a depthwise one whose channels
             stay.
 
-    Example:
-    ```python
-    result = keras_alds.narrow(mobile_net, 0.2, calibration_data=images, verbose=0)
-    result.summary()
-    result.model.save("narrow.keras")
-    ```
     """
 
     name: str
@@ -133,7 +127,14 @@ def narrow(
 
     Example:
     ```python
-    small = keras_alds.narrow(mobile_net, 0.2, calibration_data=images, verbose=0).model
+    inputs = keras.Input((12, 12, 3))
+    y = keras.layers.Conv2D(32, 3, activation="relu", name="expand")(inputs)
+    y = keras.layers.DepthwiseConv2D(3, activation="relu", name="depthwise")(y)
+    y = keras.layers.Conv2D(8, 1, name="project")(y)
+    block = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(y))
+    result = keras_alds.narrow(block, 0.2, calibration_data=x, verbose=0)
+    result.summary()
+    result.model.save("narrow.keras")
     ```
 
     References:

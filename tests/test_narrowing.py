@@ -120,8 +120,8 @@ def test_what_stays_and_why(keras_module):
         keras_alds.narrow(model, 0, calibration_data=data, exclude="c_out", verbose=0)
     text = str(error.value)
     for part in (
-        "'a_out': 'gate' (Multiply) is not known to treat each channel alone",
-        "'b_out': 'softmax' (Softmax) is not known",
+        "'a_out': 'gate' (Multiply) may mix channels",
+        "'b_out': 'softmax' (Softmax) may mix channels",
         "'c_out': it is excluded",
         "'d_out': the output of 'c_out' is used elsewhere too",
     ):

@@ -115,11 +115,8 @@ class _Finder:
                 reason = None if made_once else f"'{layer.name}' is called several times"
                 return layer, between, reason
             if not self._keeps_channels_apart(layer):
-                return (
-                    None,
-                    between,
-                    f"'{layer.name}' ({type(layer).__name__}) is not known to treat each channel alone",
-                )
+                reason = f"'{layer.name}' ({type(layer).__name__}) may mix channels"
+                return None, between, reason
             between.insert(0, layer)
 
     def is_pointwise(self, layer: Any) -> bool:
