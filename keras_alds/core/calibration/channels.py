@@ -27,8 +27,9 @@ from keras_alds.core.spectra import Float64
 
 # After so many removals, the rows of removed channels are dropped from the matrices.
 _DROP_EVERY = 32
-# Channels vary if their variance is more than this part of the mean one. The rest is rounding.
-_VARIES = 1e-8
+# Channels vary if their variance is more than this part of the mean square of all. The rest is
+# rounding.
+_VARIES = 1e-7
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,7 @@ def channel_order(kernel: Array, moment: SecondMoment) -> ChannelOrder:
     """
     covariance = _covariance(moment)
     variance = np.diag(covariance) - (moment.ridge or 1.0)
-    silent = variance <= _VARIES * variance.mean()
+    silent = variance <= _VARIES * (variance + _mean(moment) ** 2).mean()
     fitted = np.asarray(kernel, np.float64).copy()
     total = float(np.vdot(fitted, covariance @ fitted))
     inverse = linalg.inv(covariance)
