@@ -10,10 +10,12 @@ from typing import Any
 from keras_alds._backend import wrappers
 from keras_alds._backend.layers import KerasModel
 from keras_alds.core.calibration.channels import channel_order
+from keras_alds.core.calibration.curves import Curve
+from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.parallel import threads
 from keras_alds.kinds.base import kernel_values
 from keras_alds.models.calibration import Calibration
-from keras_alds.models.channels import find_channels
+from keras_alds.models.channels import Channels, find_channels
 from keras_alds.models.inventory import Inventory, check_is_model, contains_factorized
 from keras_alds.models.narrowing import MULTIPLE, Candidate, MacsOfSizes, choose_sizes, narrowed
 from keras_alds.models.rebuild import check_symbolic
@@ -81,7 +83,7 @@ class Narrowing(Tabular):
 
     def _statement(self) -> str:
         info = RESOURCES["macs"]
-        return f"{info.text(self.macs)} {info.counted}, {self.macs.removed:.2%} removed"
+        return f"{info.total} {info.text(self.macs)}, {self.macs.removed:.2%} removed"
 
 
 def narrow(
@@ -189,18 +191,19 @@ def _candidates(
             skipped[channels.path] = f"it reads {counted(channels.count, 'channel')} only"
     found = [channels for channels in found if channels.path not in skipped]
     calibration = Calibration.of(inventory, data, stacklevel=stacklevel + 1)
-    stats = None
+    measured: list[tuple[Channels, SecondMoment, Curve | None]] = []
     if found:
         stats = calibration.collected(inventory, verbose=verbose, stacklevel=stacklevel + 1)
         records = {record.path: record for record in stats.match(inventory).records}
         for channels in found:
-            moment = records[channels.path].moment
-            if moment is None:
+            record = records[channels.path]
+            if record.moment is None:
                 skipped[channels.path] = "no example reached it"
-            elif moment.block_count > 1:
+            elif record.moment.block_count > 1:
                 skipped[channels.path] = f"it reads {counted(channels.count, 'channel')}, too many"
-        found = [channels for channels in found if channels.path not in skipped]
-    if not found:
+            else:
+                measured.append((channels, record.moment, record.curve))
+    if not measured:
         reasons = "".join(f" '{path}': {reason}." for path, reason in skipped.items())
         raise ValueError(
             "Expected a model with channels that a convolution makes, a depthwise convolution "
@@ -208,21 +211,16 @@ def _candidates(
             f"none to narrow.{reasons}"
         )
     with threads() as pool:
-        orders = pool.map(
-            lambda channels: channel_order(
-                kernel_values(channels.reader)[0, 0], records[channels.path].moment
-            ),
-            found,
-        )
-        candidates = [
-            Candidate(channels, records[channels.path].moment, order, records[channels.path].curve)
-            for channels, order in zip(found, orders, strict=True)
-        ]
-    return candidates, skipped
+        return list(pool.map(lambda parts: _candidate(*parts), measured)), skipped
+
+
+def _candidate(channels: Channels, moment: SecondMoment, curve: Curve | None) -> Candidate:
+    order = channel_order(kernel_values(channels.reader)[0, 0], moment)
+    return Candidate(channels, moment, order, curve)
 
 
 def _check_cr(cr: Any) -> None:
-    if isinstance(cr, bool) or not isinstance(cr, numbers.Real) or not 0 <= cr < 1:
+    if isinstance(cr, bool) or not isinstance(cr, numbers.Real) or not 0 <= float(cr) < 1:
         raise ValueError(
             "Expected `cr`, the fraction of multiply–accumulates to remove, to be a number with "
             f"0 <= cr < 1. Received: cr={cr!r}"
