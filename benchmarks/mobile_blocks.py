@@ -243,36 +243,14 @@ def folded(model: Any) -> Graph:
     return Graph(graph.rebuilt(replaced, weights))
 
 
-def applied(layer: Any, weights: Sequence[Array], inputs: Sequence[Array]) -> Array:
-    """A layer's outputs with other weights."""
-
-    def call(*x: Any) -> Any:
-        if is_convolution(layer):
-            y = tf.nn.conv2d(x[0], weights[0], layer.strides, layer.padding.upper())
-        elif is_depthwise(layer):
-            strides = (1, *layer.strides, 1)
-            y = tf.nn.depthwise_conv2d(x[0], weights[0], strides, layer.padding.upper())
-        elif isinstance(layer, layers.Dense):
-            y = layer.activation(x[0] @ weights[0] + weights[1])
-            return y
-        else:
-            return layer(list(x) if len(x) > 1 else x[0], training=False)
-        return layer.activation(y + weights[1] if len(weights) > 1 else y)
-
-    count = len(inputs[0])
-    parts = [call(*(x[n : n + 32] for x in inputs)) for n in range(0, count, 32)]
-    return np.concatenate([np.asarray(part) for part in parts])
-
-
 # -- Moments -------------------------------------------------------------------------------------
 
 
-def sampled(x: Array) -> Array:
-    """Rows [positions, channels] of a feature map, the same positions for all maps of its size."""
+def sampled(x: Array, random: np.random.Generator) -> Array:
+    """Rows [positions, channels] of a batch of feature maps, at some positions of each."""
     flat = x.reshape(len(x), -1, x.shape[-1])
     count = flat.shape[1]
     if count > POSITIONS:
-        random = np.random.default_rng(0)
         flat = np.stack([row[random.choice(count, POSITIONS, False)] for row in flat])
     return flat.reshape(-1, x.shape[-1]).astype("float64")
 
@@ -298,30 +276,14 @@ def ridged(covariance: Array, ridge: float = RIDGE) -> Array:
 
 def observe(graph: Graph, images: Array) -> dict[str, Moment]:
     """The moments of the inputs of all pointwise layers."""
-    moments = {}
-    weights = graph.weights()
-    values: dict[str, Array] = {}
-    for name, layer in graph.layers.items():
-        inputs = [values[source] for source in graph.sources[name]] or [images]
-        if is_pointwise(layer):
-            moments[name] = Moment.of(sampled(inputs[0]))
-        values[name] = (
-            applied(layer, weights.get(name, ()), inputs)
-            if weights.get(name) or graph.sources[name]
-            else images
-        )
-        release(graph, values, name)
-    return moments
-
-
-def release(graph: Graph, values: dict[str, Any], name: str) -> None:
-    """Forgets the outputs that no layer after this one reads."""
-    order = list(graph.layers)
-    for source in graph.sources[name]:
-        if order.index(graph.users[source][-1]) <= order.index(name) and all(
-            order.index(user) <= order.index(name) for user in graph.users[source]
-        ):
-            values.pop(source, None)
+    names = [name for name, layer in graph.layers.items() if is_pointwise(layer)]
+    inputs = keras.Model(graph.model.input, [graph.layers[name].input for name in names])
+    randoms = {name: np.random.default_rng(0) for name in names}
+    rows: dict[str, list[Array]] = {name: [] for name in names}
+    for n in range(0, len(images), 32):
+        for name, x in zip(names, inputs(images[n : n + 32], training=False), strict=True):
+            rows[name].append(sampled(np.asarray(x), randoms[name]))
+    return {name: Moment.of(np.concatenate(rows.pop(name))) for name in names}
 
 
 # -- What can be cut -----------------------------------------------------------------------------
