@@ -121,12 +121,7 @@ class _Finder:
 
     def is_pointwise(self, layer: Any) -> bool:
         """Whether a layer is a stock 1×1 convolution."""
-        return (
-            type(layer) is self._keras.layers.Conv2D
-            and tuple(layer.kernel_size) == (1, 1)
-            and layer.groups == 1
-            and layer.data_format == "channels_last"
-        )
+        return self._is_plain(layer) and tuple(layer.kernel_size) == (1, 1)
 
     def is_depthwise(self, layer: Any) -> bool:
         """Whether a layer is a stock depthwise convolution with one filter for each channel."""
@@ -138,11 +133,14 @@ class _Finder:
         )
 
     def _is_convolution(self, layer: Any) -> bool:
+        return self._is_plain(layer) and self._is_elementwise(layer)
+
+    def _is_plain(self, layer: Any) -> bool:
         return (
             type(layer) is self._keras.layers.Conv2D
             and layer.groups == 1
             and layer.data_format == "channels_last"
-            and self._is_elementwise(layer)
+            and not getattr(layer, "lora_enabled", False)
         )
 
     def _is_elementwise(self, layer: Any) -> bool:
