@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from keras_alds.models.head_widths import narrow_heads
     from keras_alds.models.resources import count_macs
     from keras_alds.monitoring import RankMonitor
+    from keras_alds.narrowing import NarrowedLayer, Narrowing, narrow
     from keras_alds.plan import CompressionPlan, LayerChoice
     from keras_alds.refinement import Refinement, refine
     from keras_alds.reports import report
@@ -45,6 +46,8 @@ _HOMES = {
     "FactorizedDense": "layers",
     "LayerChoice": "plan",
     "LayerSensitivity": "sensitivities",
+    "NarrowedLayer": "narrowing",
+    "Narrowing": "narrowing",
     "RankMonitor": "monitoring",
     "Refinement": "refinement",
     "SearchPoint": "searching",
@@ -56,6 +59,7 @@ _HOMES = {
     "compress": "api",
     "count_macs": "models.resources",
     "expand": "models.expansion",
+    "narrow": "narrowing",
     "narrow_heads": "models.head_widths",
     "recompose": "api",
     "refine": "refinement",
@@ -77,6 +81,8 @@ __all__ = [
     "FactorizedDense",
     "LayerChoice",
     "LayerSensitivity",
+    "NarrowedLayer",
+    "Narrowing",
     "RankMonitor",
     "Refinement",
     "SearchPoint",
@@ -90,6 +96,7 @@ __all__ = [
     "count_macs",
     "expand",
     "litert",
+    "narrow",
     "narrow_heads",
     "plots",
     "recompose",

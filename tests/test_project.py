@@ -31,7 +31,7 @@ ROWS = (
     ("options",),
     ("models",),
     ("reporting",),
-    ("litert", "refinement", "reports", "backups", "boards"),
+    ("litert", "refinement", "narrowing", "reports", "backups", "boards"),
     ("api", "distillation", "rewinding"),
     ("stages", "plots"),
     ("callbacks", "monitoring", "tfmot", "research/sweeping", "searching", "sensitivities"),
@@ -50,6 +50,8 @@ LONGEST_FUNCTION = 60
 RECORDS = {
     "LayerChoice": "select",
     "LayerSensitivity": "sensitivity",
+    "NarrowedLayer": "narrow",
+    "Narrowing": "narrow",
     "Refinement": "refine",
     "SearchPoint": "search",
     "SweepRow": "sweep",
