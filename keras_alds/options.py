@@ -330,6 +330,8 @@ class Options:
         """
         if self.schemes is not None:
             return self.schemes
+        if method.schemes is not None:
+            return method.schemes
         many = self.target is None and self.max_slices != 1
         if method.published or self.error_measure or (many and not method.uses_data):
             return (0,)

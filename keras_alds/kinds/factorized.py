@@ -65,6 +65,8 @@ class FactorizedLayer(_Base):
     _not_equal: ClassVar[Any] = staticmethod(keras.ops.not_equal)
     # All weights that have an initializer, a regularizer and a constraint of their own.
     _parts: ClassVar[tuple[str, ...]] = PARTS
+    #: The names of `factors`.
+    factor_names: ClassVar[tuple[str, ...]] = ("encoder", "decoder")
     # Shape of the dense kernel that the factors represent, in the stock layer's layout.
     kernel_shape: tuple[int, ...]
 
@@ -138,13 +140,14 @@ class FactorizedLayer(_Base):
         *spatial, _, filters = self.unfolding.shape(self.kernel_shape)
         return (*spatial, per_slice, hidden), (hidden, filters)
 
-    def _add_part(self, part: str, shape: tuple[int, ...]) -> None:
+    def _add_part(self, part: str, shape: tuple[int, ...], settings: str | None = None) -> None:
+        settings = settings or part
         weight = self.add_weight(
             name=part,
             shape=shape,
-            initializer=getattr(self, f"{part}_initializer"),
-            regularizer=getattr(self, f"{part}_regularizer"),
-            constraint=getattr(self, f"{part}_constraint"),
+            initializer=getattr(self, f"{settings}_initializer"),
+            regularizer=getattr(self, f"{settings}_regularizer"),
+            constraint=getattr(self, f"{settings}_constraint"),
             trainable=True,
             dtype=self.dtype,
         )
@@ -157,6 +160,11 @@ class FactorizedLayer(_Base):
             self.bias = None
 
     @property
+    def factors(self) -> tuple[Any, ...]:
+        """The variables that the dense kernel is a product of, in the order of their use."""
+        return tuple(getattr(self, name) for name in self.factor_names)
+
+    @property
     def kernel(self) -> Any:
         """The dense kernel that the factors represent: a tensor of the stock kernel's shape.
 
@@ -165,7 +173,7 @@ class FactorizedLayer(_Base):
         """
         if not self.built:
             raise AttributeError("You must build the layer before accessing `kernel`.")
-        return self._recomposed(tensors.tensor(self.encoder), tensors.tensor(self.decoder))
+        return self._recomposed(*map(tensors.tensor, self.factors))
 
     def _recomposed(self, encoder: Any, decoder: Any) -> Any:
         return forms.dense_kernel(encoder, decoder, self.slices, self.unfolding, self.kernel_shape)

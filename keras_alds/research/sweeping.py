@@ -239,11 +239,12 @@ def sweep(
         rows.append(_dense_row(model, evaluate, retrain))
         progress.advance(task)
         for name in chosen:
-            data = calibration if METHODS[name].needs_data else None
-            original = METHODS[name].factorize_with_bias is not None
+            method = METHODS[name]
+            data = calibration if method.needs_data or method.takes_data else None
+            original = method.factorize_with_bias is not None
             one_by_one = None if data is None or original else sequential
             mine = {**options, "method": name}
-            if not METHODS[name].folds:
+            if not method.folds:
                 mine["schemes"] = None
             for cr in crs:
                 progress.update(task, description=f"{name}, cr={cr:g}")
