@@ -39,6 +39,7 @@ class Method:
         needs_data: Whether it needs calibration data.
         takes_data: Whether it can do with calibration data or without.
         synthetic: Whether it makes examples itself.
+        package: An optional package that it needs, or None.
         published: Whether it is a published method, which any slices belong to.
         spectra: Decomposes kernels, given their inputs' second moments.
         factorize_with_bias: Makes the factors for one slice and a new bias, so that every
@@ -56,6 +57,7 @@ class Method:
     needs_data: bool = False
     takes_data: bool = False
     synthetic: bool = False
+    package: str | None = None
     published: bool = False
     spectra: Decompose = held_out_spectra_many
     factorize_with_bias: FactorizeWithBias | None = None

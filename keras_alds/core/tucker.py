@@ -13,8 +13,8 @@ to V.
 
 Sources: L. De Lathauwer et al., "A Multilinear Singular Value Decomposition" and "On the Best
 Rank-1 and Rank-(R1,…,RN) Approximation of Higher-Order Tensors", SIAM J. Matrix Anal. Appl. 21
-(2000); Y.-D. Kim et al., "Compression of Deep Convolutional Neural Networks for Fast and Low Power Mobile Applications", ICLR
-2016 (arXiv 1511.06530); for whitened channels, arXiv 2511.04494.
+(2000); Y.-D. Kim et al., "Compression of Deep Convolutional Neural Networks for Fast and Low Power
+Mobile Applications", ICLR 2016 (arXiv 1511.06530); for whitened channels, arXiv 2511.04494.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import keras
 
 from keras_alds._backend import tensors
+from keras_alds.core import tucker as tucker  # adds its decomposition
 from keras_alds.core.chains import CP, EQUATIONS, TUCKER
 from keras_alds.core.checks import positive_int
 from keras_alds.core.slicing import Unfolding, convolution_unfolding
@@ -124,7 +125,8 @@ class BaseTuckerConv2D(BaseChainConv2D):
             )
         return [channels, self.input_rank, self.rank, self.filters]
 
-    def _recomposed(self, encoder: Any, core: Any, decoder: Any) -> Any:
+    def _recomposed(self, *factors: Any) -> Any:
+        encoder, core, decoder = factors
         return tensors.einsum(EQUATIONS[TUCKER], encoder[0, 0], core, decoder[0, 0])
 
     def get_config(self) -> dict[str, Any]:
@@ -144,7 +146,8 @@ class BaseCPConv2D(BaseChainConv2D):
     def _widths(self, channels: int) -> list[int]:
         return [channels, self.rank, self.rank, self.rank, self.filters]
 
-    def _recomposed(self, encoder: Any, rows: Any, columns: Any, decoder: Any) -> Any:
+    def _recomposed(self, *factors: Any) -> Any:
+        encoder, rows, columns, decoder = factors
         parts = encoder[0, 0], rows[:, 0, 0], columns[0, :, 0], decoder[0, 0]
         return tensors.einsum(EQUATIONS[CP], *parts)
 

@@ -141,11 +141,15 @@ class FactorizedLayer(_Base):
         return (*spatial, per_slice, hidden), (hidden, filters)
 
     def _add_part(self, part: str, shape: tuple[int, ...], settings: str | None = None) -> None:
+        initializer = getattr(self, f"{settings or part}_initializer")
+        if settings not in (None, part):  # tf_keras warns of an initializer that is used twice
+            functions = self._keras.initializers
+            initializer = functions.get(functions.serialize(initializer))
         settings = settings or part
         weight = self.add_weight(
             name=part,
             shape=shape,
-            initializer=getattr(self, f"{settings}_initializer"),
+            initializer=initializer,
             regularizer=getattr(self, f"{settings}_regularizer"),
             constraint=getattr(self, f"{settings}_constraint"),
             trainable=True,
@@ -175,7 +179,8 @@ class FactorizedLayer(_Base):
             raise AttributeError("You must build the layer before accessing `kernel`.")
         return self._recomposed(*map(tensors.tensor, self.factors))
 
-    def _recomposed(self, encoder: Any, decoder: Any) -> Any:
+    def _recomposed(self, *factors: Any) -> Any:
+        encoder, decoder = factors
         return forms.dense_kernel(encoder, decoder, self.slices, self.unfolding, self.kernel_shape)
 
     # TF-MOT calls these methods of custom layers.
