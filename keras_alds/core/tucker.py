@@ -177,8 +177,8 @@ def _cholesky(gram: Float64) -> Float64:
     """A lower triangle; the whitened gram has a mean diagonal of 1."""
     for added in (0.0, 1e-12, 1e-9):
         with contextlib.suppress(np.linalg.LinAlgError):
-            return np.linalg.cholesky(gram + added * np.eye(len(gram)))
-    return np.linalg.cholesky(gram + 1e-6 * np.eye(len(gram)))
+            return np.asarray(np.linalg.cholesky(gram + added * np.eye(len(gram))), np.float64)
+    return np.asarray(np.linalg.cholesky(gram + 1e-6 * np.eye(len(gram))), np.float64)
 
 
 CHAINS[TUCKER] = Chain("Tucker-2", tucker_spectra, tucker)

@@ -92,7 +92,7 @@ def check_executor(executor: object) -> None:
 def decomposed(
     decompose: Decompose,
     kernels: Sequence[Array],
-    moments: Sequence[SecondMoment],
+    moments: Sequence[Any],
     slices: Sequence[Collection[int]],
 ) -> list[Spectra]:
     """The spectra of some kernels. An executor gets each layer's kernel and inputs once."""
