@@ -102,7 +102,7 @@ def test_only_choices_that_exceed_the_limit_are_forbidden(keras_module: ModuleTy
     found = 0
     for record in inventory.candidates:
         for scheme in sorted(set(record.kind.schemes(record.layer).values())):
-            most = memory.within(record.layer, scheme, 1, range(1, 999), memory.peak)[-1]
+            most = memory.within(record.layer, scheme, 1, range(1, 99999), memory.peak)[-1]
             assert memory.factorized(record.layer, (scheme, 1, most)) <= memory.peak
             assert memory.factorized(record.layer, (scheme, 1, most + 1)) > memory.peak
             found += 1
