@@ -27,6 +27,8 @@ from keras_alds.core.spectra import Spectra
 
 TUCKER, CP = 4, 5
 
+#: What users read.
+NAMES = {TUCKER: "Tucker-2", CP: "CP"}
 #: The kernel as an einsum of the arrays.
 EQUATIONS = {TUCKER: "cp,hwpj,jf->hwcf", CP: "cj,hj,wj,jf->hwcf"}
 
@@ -39,13 +41,11 @@ class Chain:
     """A way to decompose kernels into chains.
 
     Attributes:
-        name: Its name.
         spectra: Makes the errors of all ranks from a kernel and the second moment of its inputs, if
             it is known: `Spectra` with ranks p of the input channels in place of slices.
         factors: Makes the arrays of the chain, in order, from the same and the ranks p and j.
     """
 
-    name: str
     spectra: Callable[[Array, SecondMoment | None], Spectra]
     factors: Callable[[Array, SecondMoment | None, int, int], tuple[Array, ...]]
 

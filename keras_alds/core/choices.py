@@ -52,6 +52,11 @@ class Choice:
         """The rank of the input channels in Tucker-2, or None."""
         return self.slices if self.scheme == TUCKER else None
 
+    @property
+    def channel_slices(self) -> int:
+        """Number of channel slices k, 1 for a chain."""
+        return 1 if is_chain(self.scheme) else self.slices
+
 
 @dataclass(frozen=True, eq=False)
 class ChoiceTable:

@@ -181,4 +181,4 @@ def _cholesky(gram: Float64) -> Float64:
     return np.asarray(np.linalg.cholesky(gram + 1e-6 * np.eye(len(gram))), np.float64)
 
 
-CHAINS[TUCKER] = Chain("Tucker-2", tucker_spectra, tucker)
+CHAINS[TUCKER] = Chain(tucker_spectra, tucker)

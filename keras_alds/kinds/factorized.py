@@ -186,12 +186,12 @@ class FactorizedLayer(_Base):
     # TF-MOT calls these methods of custom layers.
 
     def get_prunable_weights(self) -> list[Any]:
-        """The weights that TF-MOT's `prune_low_magnitude` prunes: both factors."""
-        return [self.encoder, self.decoder]
+        """The weights that TF-MOT's `prune_low_magnitude` prunes: the factors."""
+        return [*self.factors]
 
     def get_clusterable_weights(self) -> list[tuple[str, Any]]:
-        """The weights that TF-MOT's `cluster_weights` clusters, by name: both factors."""
-        return [("encoder", self.encoder), ("decoder", self.decoder)]
+        """The weights that TF-MOT's `cluster_weights` clusters, by name: the factors."""
+        return list(zip(self.factor_names, self.factors, strict=True))
 
     def get_clusterable_algorithm(self, weight_name: str) -> None:
         """None: TF-MOT's own algorithm fits any shape."""

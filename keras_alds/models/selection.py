@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keras_alds.core.calibration.moments import MANY
-from keras_alds.core.chains import form_weights, is_chain
+from keras_alds.core.chains import form_weights
 from keras_alds.core.choices import ChoiceTable, offered_ranks
 from keras_alds.core.costs import Costs
 from keras_alds.core.methods import Method
@@ -550,7 +550,7 @@ class Selection:
             costs[resource.name] = Cost(before, before - of_choices.dense + int(after))
         return dataclasses.replace(
             left,
-            slices=1 if is_chain(chosen.scheme) else chosen.slices,
+            slices=chosen.channel_slices,
             rank=chosen.rank,
             scheme=chosen.scheme,
             input_rank=chosen.input_rank,

@@ -106,4 +106,4 @@ def _decomposed(kernel: Array, rank: int, rounds: int) -> tuple[list[Any], float
     return factors, float(errors[-1])
 
 
-CHAINS[CP] = Chain("CP", cp_spectra, cp)
+CHAINS[CP] = Chain(cp_spectra, cp)

@@ -168,6 +168,14 @@ def test_in_a_model(keras_module, tmp_path):
         content = convert(model, quantize="int8", representative_data=x, verbose=0)
         scores = Runner(content).predict(x).ravel()
         assert np.abs(scores - expected).max() < 0.1 * np.abs(expected).max()
+        html = keras_alds.report(model_of(K), small, plan=plan).to_html()
+        assert "Tucker-2" in html
+        assert "CP" in html
+        keras_alds.report(model_of(K), stock, plan=plan).to_html()
+        lines: list[str] = []
+        plan.summary(lines.append, 120)
+        assert any("Tucker-2" in line and " → " in line for line in "\n".join(lines).split("\n"))
+        keras_alds.plots.ranks(plan)
     # Compressed further: from the product of the factors.
     further = keras_alds.compress(model, 0.7, method="tucker")
     assert further.count_params() <= 0.3 * plan.params_before
@@ -199,6 +207,9 @@ def test_tucker_uses_data():
     assert errors[0] < 0.5 * errors[1]
     with pytest.raises(ValueError, match="method 'tucker', which has its own"):
         keras_alds.select(model, 0.4, method="tucker", error_measure="slice")
+    for option in ({"target": "litert"}, {"objective": "latency"}):
+        with pytest.raises(ValueError, match=r"no target and 'params' or 'macs'.*forms targets do"):
+            keras_alds.select(model, 0.4, method="tucker", **option)
     with pytest.raises(ValueError, match="`schemes` to be 0 with the method 'tucker'"):
         keras_alds.select(model, 0.4, method="tucker", schemes=3)
 
