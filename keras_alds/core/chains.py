@@ -34,6 +34,8 @@ EQUATIONS = {TUCKER: "cp,hwpj,jf->hwcf", CP: "cj,hj,wj,jf->hwcf"}
 
 # The most ranks of the input channels that are looked at.
 _MOST_INPUT_RANKS = 64
+# TensorLy's products of all arrays but one, of which each has as many entries at most (1 GB).
+_MOST_ENTRIES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ def chain_ranks(
         most = (math.prod(kernel_shape) - added - 1 - least) // (two - least)
         if scheme == TUCKER:
             most = min(most, f, kappa * p)
+        else:
+            most = min(most, _MOST_ENTRIES * min(kernel_shape) // math.prod(kernel_shape))
         if ranks := range(multiple, most + 1, multiple):
             offered[p] = ranks
     return offered
