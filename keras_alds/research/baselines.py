@@ -76,6 +76,7 @@ BASELINES = (
         near_slices=1,
         schemes=(CP,),
         published=True,
+        takes_data=True,
         package="tensorly",
         summary="CP of windows (1×1, two depthwise, 1×1), the SVD of matrices; needs TensorLy",
     ),

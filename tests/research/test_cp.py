@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from keras_alds import extras
+from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.chains import CP, chain_kernel, chain_ranks
+from keras_alds.core.slicing import unfold
 from keras_alds.research.cp import cp, cp_spectra
 
 
@@ -40,6 +42,30 @@ def test_errors_of_all_smaller_ranks():
         found = np.square(rest).sum() / spectra.energy
         assert 0.5 * errors[rank] <= found <= 1.01 * errors[rank]
     assert not cp_spectra(0 * kernel).slices[1].residual_energy.any()
+
+
+def test_the_outputs_are_fitted_to_data():
+    pytest.importorskip("tensorly")
+    rng = np.random.default_rng(2)
+    kernel = rng.standard_normal((3, 2, 6, 8))
+    x = rng.standard_normal((400, 36)) @ rng.standard_normal((36, 36))
+    moment = SecondMoment((x.T @ x / 400)[None], 400)
+    x = np.concatenate([x, np.sqrt(moment.ridge * 400) * np.eye(36)])  # ρI counts like more inputs
+    y = x @ unfold(kernel, 1)[0]
+    spectra = cp_spectra(kernel, moment)
+    plain, fitted = (chain_kernel(cp(kernel, m, 1, 4), CP) for m in (None, moment))
+    lost = [
+        np.square(y - x @ unfold(found, 1)[0]).sum() / np.square(y).sum()
+        for found in (plain, fitted)
+    ]
+    assert lost[1] < 0.9 * lost[0]
+    assert lost[1] == pytest.approx(spectra.slices[1].residual_energy[4] / spectra.energy, rel=0.1)
+    # The best for the other three: nothing is left in their outputs.
+    c, h, w, decoder = cp(kernel, moment, 1, 4)
+    seen = x @ np.einsum("cj,hj,wj->chwj", c, h, w).reshape(36, 4)
+    np.testing.assert_allclose(
+        seen @ decoder, seen @ np.linalg.lstsq(seen, y, rcond=None)[0], atol=1e-6
+    )
 
 
 def test_tensorly_is_missed(monkeypatch):
