@@ -1,6 +1,11 @@
-"""Accuracy against speed: plans for common CPUs, the default, and plans for size alone.
+"""Accuracy against speed: plans for common CPUs, the default, plans for size alone, other methods.
 
     python benchmarks/forms.py resnet20.keras resnet8.h5 vgglike.keras --data cifar10.npz
+
+    python benchmarks/forms.py resnet20.keras resnet8.h5 vgglike.keras --data cifar10.npz
+        --limits params=0.3 params=0.5 params=0.7 macs=0.5 --methods tucker cp svd pca
+
+sets tensor decompositions beside them, and the SVD of whole kernels.
 
 Plans and factors come from 512 unlabelled training images. Prints top-1 with no retraining, with
 `--refine` also after refinement, and the latency of float and int8 files with LiteRT on one thread.
@@ -24,6 +29,7 @@ import keras
 import keras_alds
 from keras_alds.litert import convert
 from keras_alds.litert.timing import time_files
+from keras_alds.methods import METHODS
 
 LIMITS = ("params=0.5", "params=0.6", "params=0.7", "macs=0.3", "macs=0.5")
 
@@ -36,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--images", type=int, default=512, help="unlabelled images; 0 for none (default: 512)")
     add("--limits", nargs="+", default=LIMITS, help="what to remove, such as macs=0.5")
     add("--targets", nargs="+", default=["cpu", "size"], help="what the plans are for")
+    add("--methods", nargs="+", default=[], choices=METHODS, help="other methods, for size alone")
     add("--refine", action="store_true", help="also refine every model")
     return parser.parse_args()
 
@@ -57,7 +64,12 @@ def main() -> None:
         found = [convert(model, verbose=0, **options) for options in formats.values()]
         return [lambda content=content: content for content in found]
 
-    print("| model | removed | target | top-1 | refined | float | int8 |")
+    forms = {name: {"target": name, **data} for name in arguments.targets}
+    for name in arguments.methods:
+        method = METHODS[name]
+        forms[name] = {"method": name, **(data if method.needs_data or method.takes_data else {})}
+
+    print("| model | removed | form | top-1 | refined | float | int8 |")
     print("|---|---|---|---|---|---|---|")
     for path in arguments.models:
         original = cifar10.load_model(path, keras)
@@ -65,15 +77,14 @@ def main() -> None:
         print(f"| {path.stem} | – | – | {accuracy(original):.1f} | – | 1 | 1 |", flush=True)
         for limit in arguments.limits:
             objective, cr = limit.split("=")
-            for target in arguments.targets:
-                options = {"objective": objective, "target": target, **data}
-                small = keras_alds.compress(original, float(cr), **options)
+            for name, options in forms.items():
+                small = keras_alds.compress(original, float(cr), objective=objective, **options)
                 top1, refined = f"{accuracy(small):.1f}", "–"
                 content.append(files(small))
                 if arguments.refine:
                     keras_alds.refine(small, original, x, verbose=0)
                     refined = f"{accuracy(small):.1f}"
-                rows.append(f"| {path.stem} | {limit} | `{target}` | {top1} | {refined} |")
+                rows.append(f"| {path.stem} | {limit} | `{name}` | {top1} | {refined} |")
         times = [time_files(column) for column in zip(*content, strict=True)]
         for n, row in enumerate(rows, start=1):
             print(

@@ -4,6 +4,7 @@ from keras_alds.kinds.attention import (
     FactorizedGroupQueryAttention,
     FactorizedMultiHeadAttention,
 )
+from keras_alds.kinds.chains import CPConv2D, TuckerConv2D
 from keras_alds.kinds.convolution import FactorizedConv1D, FactorizedConv2D, FactorizedConv3D
 from keras_alds.kinds.dense import FactorizedDense
 from keras_alds.kinds.einsum import FactorizedEinsumDense
@@ -25,6 +26,7 @@ from keras_alds.kinds.transposed import (
 )
 
 __all__ = [
+    "CPConv2D",
     "FactorizedConv1D",
     "FactorizedConv1DTranspose",
     "FactorizedConv2D",
@@ -44,5 +46,6 @@ __all__ = [
     "FactorizedSeparableConv2D",
     "FactorizedSimpleRNN",
     "FactorizedSimpleRNNCell",
+    "TuckerConv2D",
     "choose_form",
 ]

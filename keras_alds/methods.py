@@ -53,10 +53,10 @@ def get_method(name: str, error_measure: str | None = None) -> Method:
         ) from None
     if error_measure is None:
         return method
-    if method.needs_data or method.synthetic:
+    if method.needs_data or method.synthetic or method.schemes:
         raise ValueError(
-            f"Expected no `error_measure` with the method {name!r}, which measures the error of "
-            f"outputs. Received: error_measure={error_measure!r}"
+            f"Expected no `error_measure` with the method {name!r}, which has its own. "
+            f"Received: error_measure={error_measure!r}"
         )
     return replace(method, error_measure=get_error(error_measure).name)
 
@@ -90,8 +90,8 @@ def choose_method(name: str | None, *, has_data: bool, error_measure: str | None
         raise ValueError(
             f"Expected `calibration_data` for the method {name!r}. Received: calibration_data=None"
         )
-    if has_data and not method.needs_data:
-        users = [other.name for other in METHODS.values() if other.needs_data]
+    if has_data and not (method.needs_data or method.takes_data):
+        users = [m.name for m in METHODS.values() if m.needs_data or m.takes_data]
         raise ValueError(
             f"Expected a method that uses `calibration_data`, one of {users}, or no data. "
             f"Received: method={name!r}"

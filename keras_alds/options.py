@@ -293,6 +293,7 @@ class Options:
         known = get_method(method, values["error_measure"])
         if values["schemes"] is not None:
             values["schemes"] = check_schemes(values["schemes"], known)
+        _check_chain(values, known)
         values["target"], target_by_default = _target(values, known)
         for name in ("latency_table", "quantize"):
             if values[name] is not None and values["objective"] != "latency":
@@ -330,6 +331,8 @@ class Options:
         """
         if self.schemes is not None:
             return self.schemes
+        if method.schemes is not None:
+            return method.schemes
         many = self.target is None and self.max_slices != 1
         if method.published or self.error_measure or (many and not method.uses_data):
             return (0,)
@@ -390,6 +393,17 @@ def of_all_forms(options: Mapping[str, Any]) -> Any:
     if options.get("target") is not None or objective not in JOINT:
         return options
     return {**options, "target": SIZE}
+
+
+def _check_chain(values: Mapping[str, Any], method: Method) -> None:
+    """Raises a ValueError if a method's own forms are neither measured nor known to targets."""
+    target, objective = values["target"], values["objective"]
+    if method.schemes and (target not in (None, SIZE) or objective not in JOINT):
+        raise ValueError(
+            f"Expected no target and {' or '.join(map(repr, JOINT))} as objective with the method "
+            f"{method.name!r}, whose forms targets do not know. Received: target={target!r}, "
+            f"objective={objective!r}"
+        )
 
 
 def _target(values: Mapping[str, Any], method: Method) -> tuple[str | None, bool]:

@@ -10,6 +10,7 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from keras_alds.core.chains import CP, TUCKER
 from keras_alds.core.slicing import SCHEMES
 from keras_alds.resources import MEMORY, RESOURCES, Cost
 from keras_alds.tables import Tabular, TextTable, plan_table
@@ -60,7 +61,8 @@ class LayerChoice:
         rank: Rank j of every slice, or None if the layer is skipped.
         scheme: Fold scheme of the unfolding, or None if the layer is skipped. In scheme 0 the
             matrix is filters × (channels, window). In 1, 2 and 3 the height, the width and the
-            whole window move to the filters' side.
+            whole window move to the filters' side. 4 is Tucker-2, 5 is CP; see the methods
+            `"tucker"` and `"cp"`.
         costs: What the layer uses of each resource, as `Cost(before, after)`. `"params"` are
             always there, biases included. If the plan limits them, so are `"macs"` in one
             forward pass of one example, and measured `"latency"` in nanoseconds, both summed over
@@ -73,6 +75,8 @@ class LayerChoice:
             layers stay as they are: the Kullback–Leibler divergence in nats of probabilities, and
             of scores before softmax; for other outputs, the squared error relative to their
             variance. None without calibration data.
+        input_rank: In Tucker-2, the rank of the input channels; `rank` is that of the output
+            channels. None otherwise.
     """
 
     layer: str
@@ -87,6 +91,7 @@ class LayerChoice:
     note: str | None = None
     reason_code: str | None = None
     divergence: float | None = None
+    input_rank: int | None = None
 
     def __repr__(self) -> str:
         choice = f"skipped: {self.reason}"
@@ -287,9 +292,10 @@ class CompressionPlan(Tabular):
                 f"`LayerChoice`. Received: other fields ({error})"
             ) from error
         schemes = {choice.scheme for choice in plan.factorized}
-        if not schemes <= set(SCHEMES):
+        known = (*SCHEMES, TUCKER, CP)
+        if not schemes <= set(known):
             raise ValueError(
-                f"Expected the fold schemes of a plan to be among {SCHEMES}. "
+                f"Expected the fold schemes of a plan to be among {known}. "
                 f"Received: schemes={sorted(map(str, schemes))}"
             )
         return plan

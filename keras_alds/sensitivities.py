@@ -237,7 +237,7 @@ def _row(
     return dataclasses.replace(
         row,
         removed=float(removed[best]),
-        slices=choice.slices,
+        slices=choice.channel_slices,
         rank=choice.rank,
         scheme=choice.scheme,
         error=choice.error,

@@ -17,6 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from keras_alds.core.chains import NAMES
 from keras_alds.extras import imported
 from keras_alds.resources import RESOURCES
 
@@ -225,11 +226,14 @@ def plan_table(plan: CompressionPlan, *, show_skipped: bool = False) -> TextTabl
             f"{choice.layer} ({choice.kind})",
             "×".join(map(str, choice.kernel_shape or ())) or "–",
             str(choice.slices or "–"),
-            str(choice.rank or "–"),
+            f"{choice.input_rank} → {choice.rank}"
+            if choice.input_rank
+            else str(choice.rank or "–"),
             *(info.text(choice.costs.get(info.name)) for info in resources),
         ]
         if plan.folded:
-            row.insert(2, str(choice.scheme) if choice.factorized else "–")
+            scheme = NAMES.get(choice.scheme or 0, str(choice.scheme))
+            row.insert(2, scheme if choice.factorized else "–")
         row.append(decimals(choice.error) if choice.factorized else str(choice.reason_code))
         if measured:
             row.append("–" if choice.divergence is None else decimals(choice.divergence))

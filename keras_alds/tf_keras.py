@@ -62,7 +62,8 @@ def _layer(cls: type, kind: Kind) -> type | None:
 
 _LAYERS = {
     cls.__name__: made
-    for kind in KINDS.values()
+    for stock in KINDS.values()
+    for kind in (stock, *stock.chains.values())
     for cls in list(kind.layers.values())
     if (made := _layer(cls, kind)) is not None
 }

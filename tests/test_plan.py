@@ -14,7 +14,7 @@ from keras_alds.resources import allowed_after, removed_fraction
 def other_scheme(plan):
     data = plan.to_dict()
     for choice in data["choices"]:
-        choice["scheme"] = 4
+        choice["scheme"] = 6
     return data
 
 

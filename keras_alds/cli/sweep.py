@@ -78,8 +78,8 @@ def run(arguments: argparse.Namespace) -> Answer:
     logits = scores(model, x_test[:64])
     from_logits = bool((logits < 0).any() or not np.allclose(logits.sum(-1), 1, atol=1e-3))
     calibration = retrain = None
-    needs_data = [METHODS[name].needs_data for name in arguments.methods or METHODS]
-    if arguments.calibration and any(needs_data):
+    methods = [METHODS[name] for name in arguments.methods or METHODS]
+    if arguments.calibration and any(m.needs_data or m.takes_data for m in methods):
         calibration, _ = read_images(arguments, "train", arguments.calibration, labels=False)
     trained = 0
     if arguments.epochs:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from keras_alds.core.chains import TUCKER, chain_ranks, form_weights, is_chain
 from keras_alds.core.checks import positive_int
 from keras_alds.core.costs import Costs, WeightCosts
 from keras_alds.core.errors import error_curve, get_error
@@ -26,7 +27,8 @@ class Choice:
     Attributes:
         slices: Number of channel slices k, 0 for "keep".
         rank: Rank j of every slice, 0 for "keep".
-        scheme: Fold scheme of the kernel; 0 is `[c·κ, f]`, see `slicing.decoder_axes`.
+        scheme: Fold scheme of the kernel; 0 is `[c·κ, f]`, see `slicing.decoder_axes`. Or a chain
+            of `core.chains`; in Tucker-2, `slices` is the rank of the input channels.
         weights: Number of weights of encoder and decoder together, or of the dense kernel for
             "keep".
         cost: Cost of the choice in each budget.
@@ -44,6 +46,16 @@ class Choice:
     def keep(self) -> bool:
         """Whether the layer stays unchanged."""
         return self.slices == 0
+
+    @property
+    def input_rank(self) -> int | None:
+        """The rank of the input channels in Tucker-2, or None."""
+        return self.slices if self.scheme == TUCKER else None
+
+    @property
+    def channel_slices(self) -> int:
+        """Number of channel slices k, 1 for a chain."""
+        return 1 if is_chain(self.scheme) else self.slices
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +174,7 @@ def offered_ranks(
     rank_multiple: int = 1,
     blocks: int = 1,
     added: int = 0,
+    scheme: int = 0,
 ) -> dict[int, range]:
     """Returns the available choices for a layer: ranks by number of slices.
 
@@ -178,6 +191,7 @@ def offered_ranks(
         blocks: k is a multiple of this number of diagonal blocks of the input second moment.
         added: Parameters that every factorized form has besides its weights, such as a bias that
             the dense layer lacks.
+        scheme: The fold scheme. Of a chain, no limit of slices counts; see `chain_ranks`.
 
     Returns:
         Ranges of ranks, none of them empty, by k in ascending order.
@@ -193,6 +207,8 @@ def offered_ranks(
     most = None if max_slices is None else positive_int(max_slices, "max_slices")
     near = None if near_slices is None else positive_int(near_slices, "near_slices")
     shape = tuple(kernel_shape)
+    if is_chain(scheme):
+        return chain_ranks(shape, scheme, multiple, added)
     offered = {}
     for k in divisors(shape[-2]):
         if k % blocks or (most is not None and k > most) or (near == 1 != k):
@@ -256,7 +272,7 @@ def choice_table(
         curve = error_curve(spectra, error_measure, k, kernel, max_rank=ranks[-1])
         j = np.array(ranks)
         same = np.broadcast_to([k, spectra.slices[k].rank, scheme], (j.size, 3))
-        columns.append(np.column_stack([same, j, weights(shape, k, 1) * j]))
+        columns.append(np.column_stack([same, j, form_weights(shape, k, j, scheme)]))
         prices.append(np.column_stack([cost.of(k, ranks, scheme) for cost in costs]))
         errors.append(curve[j])
     slices, full, schemes, rank, size = np.concatenate(columns).astype(np.int64).T

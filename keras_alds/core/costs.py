@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from keras_alds.core.slicing import factor_weights
+from keras_alds.core.chains import stage_weights
 
 Int64 = NDArray[np.int64]
 #: The cost of a forbidden choice.
@@ -36,8 +36,8 @@ class WeightCosts:
     is used. In some fold schemes encoder and decoder differ in their number of positions.
 
     Attributes:
-        forms: Tuples `(scheme, kernel_shape, encoder_unit)`: the kernel's shape in the fold
-            scheme, and the cost of an encoder weight.
+        forms: Tuples `(scheme, kernel_shape, units)`: the kernel's shape in the fold scheme, and
+            the cost of a weight of the encoder; of a chain, of each convolution but the last.
         unit: Cost of a weight of the decoder or of the dense kernel.
         added: Cost of every factorized form besides its weights, such as a bias that the dense
             layer lacks.
@@ -48,7 +48,7 @@ class WeightCosts:
         (11520, [1040, 4160])
     """
 
-    forms: tuple[tuple[int, tuple[int, ...], int], ...]
+    forms: tuple[tuple[int, tuple[int, ...], int | tuple[int, ...]], ...]
     unit: int = 1
     added: int = 0
 
@@ -68,10 +68,11 @@ class WeightCosts:
         Returns:
             Array `[n]` of int64.
         """
-        shape, encoder_unit = next((s, unit) for known, s, unit in self.forms if known == scheme)
-        encoder, decoder = factor_weights(shape, slices, 1)
-        one = encoder * encoder_unit + decoder * self.unit
-        return one * np.asarray(list(ranks), np.int64) + self.added
+        shape, units = next((s, unit) for known, s, unit in self.forms if known == scheme)
+        *stages, last = stage_weights(shape, slices, np.asarray(list(ranks), np.int64), scheme)
+        others = np.broadcast_to(units, len(stages))
+        costs = sum(unit * part for unit, part in zip(others, stages, strict=True))
+        return costs + self.unit * last + self.added
 
 
 #: A choice: number of slices k, rank j and fold scheme.

@@ -35,8 +35,11 @@ class Method:
             from `choice_table` with this method's `error_measure` and `near_slices`.
         near_slices: The method uses only the number of slices k nearest to this one. Defaults to
             all.
+        schemes: The fold schemes that it uses, if it does not choose among those of `slicing`.
         needs_data: Whether it needs calibration data.
+        takes_data: Whether it can do with calibration data or without.
         synthetic: Whether it makes examples itself.
+        package: An optional package that it needs, or None.
         published: Whether it is a published method, which any slices belong to.
         spectra: Decomposes kernels, given their inputs' second moments.
         factorize_with_bias: Makes the factors for one slice and a new bias, so that every
@@ -50,8 +53,11 @@ class Method:
     error_measure: str
     solve: Callable[[Sequence[ChoiceTable], Sequence[int]], Solution]
     near_slices: int | None = None
+    schemes: tuple[int, ...] | None = None
     needs_data: bool = False
+    takes_data: bool = False
     synthetic: bool = False
+    package: str | None = None
     published: bool = False
     spectra: Decompose = held_out_spectra_many
     factorize_with_bias: FactorizeWithBias | None = None
@@ -61,7 +67,8 @@ class Method:
     @property
     def folds(self) -> bool:
         """Whether it can choose fold schemes: not with slices or factors of its own."""
-        return self.near_slices is None and self.factorize_with_bias is None
+        own = (self.near_slices, self.factorize_with_bias, self.schemes)
+        return own == (None, None, None)
 
     @property
     def uses_data(self) -> bool:

@@ -6,6 +6,7 @@ file, a line here, and its public name in `layers.py`; to remove one, remove all
 """
 
 from keras_alds.kinds import attention as attention
+from keras_alds.kinds import chains as chains
 from keras_alds.kinds import convolution as convolution
 from keras_alds.kinds import dense as dense
 from keras_alds.kinds import depthwise as depthwise

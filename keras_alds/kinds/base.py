@@ -23,7 +23,8 @@ from keras_alds._backend.layers import dtype_policy, like
 from keras_alds._backend.loops import compiled_loops
 from keras_alds.core.calibration.moments import moment_blocks
 from keras_alds.core.calibration.patches import patch_chunks
-from keras_alds.core.slicing import Array, Unfolding, distinct_schemes, divisors, weights
+from keras_alds.core.chains import CP, TUCKER, form_weights, hidden_channels, is_chain
+from keras_alds.core.slicing import Array, Unfolding, distinct_schemes, divisors
 from keras_alds.kinds.factorized import FactorizedLayer
 from keras_alds.plan import Skip, Skipped
 
@@ -70,8 +71,11 @@ class Writer(Protocol):
     def warn(self, text: str) -> None:
         """Warns the user once the model is rebuilt."""
 
-    def encoder_options(self, layer: Any) -> dict[str, Any]:
-        """The arguments, except sizes, of the stock layer that replaces an encoder."""
+    def encoder_options(self, layer: Any, part: str = "encoder") -> dict[str, Any]:
+        """The arguments, except sizes, of the stock layer that replaces an encoder.
+
+        `part` ends its name.
+        """
 
     def decoder_options(self, layer: Any) -> dict[str, Any]:
         """The arguments, except sizes, of the stock layer that replaces a decoder."""
@@ -99,9 +103,12 @@ class Kind:
         encodes: Whether a linear layer of the class may be the first of two stock layers whose
             middle channels can be scaled.
         decodes: Whether a layer of the class may be the second.
+        chains: Kinds of the same stock class whose kernels are chains, by fold scheme; see
+            `core.chains`.
     """
 
     bases_in_tf_keras: ClassVar[Mapping[type, type]] = {}
+    chains: Mapping[int, KernelKind] = {}
     output_axes: tuple[int, ...] | None = None
     encodes: bool = False
     decodes: bool = False
@@ -288,6 +295,12 @@ class KernelKind(Kind):
         """The fold schemes of a layer's kernel; see `distinct_schemes`."""
         return distinct_schemes(())
 
+    def chain_schemes(self, layer: Any) -> dict[int, int]:
+        """The chains that stand for a layer's kernel; scheme 0 for one that is a matrix."""
+        known = self.schemes(layer)
+        matrix = len(set(known.values())) == 1 or not self.chains
+        return dict.fromkeys((TUCKER, CP), 0) if matrix else {chain: chain for chain in self.chains}
+
     def folded(self, layer: Any, scheme: int) -> Unfolding:
         """How the kernel unfolds in a fold scheme, one of the values of `schemes`."""
         return self.unfolding(layer)
@@ -297,7 +310,9 @@ class KernelKind(Kind):
         for scheme in schemes:
             shape = self.folded(layer, scheme).shape(self.shape(layer))
             slices = [k for k in divisors(shape[-2]) if k <= (self.max_slices or k)]
-            if any(weights(shape, k, 1) < math.prod(shape) for k in slices):
+            if is_chain(scheme):
+                slices = [1]
+            if any(form_weights(shape, k, 1, scheme) < math.prod(shape) for k in slices):
                 return True
         return False
 
@@ -452,13 +467,30 @@ class KernelKind(Kind):
         """The axes over which the encoder of a fold scheme is applied."""
         return self.positions(layer, inputs, outputs)
 
+    def earlier_positions(
+        self, layer: Any, scheme: int, inputs: Shape, outputs: Shape
+    ) -> list[Shape]:
+        """The axes over which each part but the last is applied."""
+        return [self.encoder_positions(layer, scheme, inputs, outputs)]
+
     def before_kernel(self, layer: Any, inputs: Shape, outputs: Shape) -> int:
         """Entries of the tensor in a call that the kernel is applied to; 0 if it is the input."""
         return 0
 
-    def hidden_positions(self, layer: Any, scheme: int, inputs: Shape, outputs: Shape) -> int:
-        """Positions of the tensor between encoder and decoder in one call, in a fold scheme."""
-        return size_of(layer, self.encoder_positions(layer, scheme, inputs, outputs))
+    def hidden_sizes(
+        self, layer: Any, form: tuple[int, int, int], inputs: Shape, outputs: Shape
+    ) -> list[int]:
+        """Entries of the tensors between the parts of a factorized kernel in one call.
+
+        Args:
+            layer: The layer, stock or factorized.
+            form: Fold scheme, slices k, and rank j, as for `core.chains.hidden_channels`.
+            inputs: The shape of the call's input.
+            outputs: The shape of its output.
+        """
+        positions = self.earlier_positions(layer, form[0], inputs, outputs)
+        channels = hidden_channels(*form)
+        return [size_of(layer, p) * c for p, c in zip(positions, channels, strict=True)]
 
     def weights_per_position(self, layer: Any) -> int:
         """The number of weights that each position is multiplied by, without biases."""
@@ -663,6 +695,11 @@ def bias_settings(layer: Any) -> dict[str, Any]:
 def scheme_of(layer: Any) -> int:
     """The fold scheme of a factorized layer."""
     return int(getattr(layer, "scheme", 0))
+
+
+def input_rank_of(layer: Any) -> int | None:
+    """The rank of the input channels of a factorized layer that is a Tucker-2, or None."""
+    return getattr(layer, "input_rank", None)
 
 
 def without_channels(layer: Any, shape: Shape) -> Shape:

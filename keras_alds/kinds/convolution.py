@@ -11,6 +11,7 @@ import numpy as np
 
 from keras_alds._backend import tensors
 from keras_alds.core.calibration.patches import patch_chunks
+from keras_alds.core.chains import CP, is_chain
 from keras_alds.core.checks import positive_int
 from keras_alds.core.slicing import (
     Array,
@@ -581,7 +582,7 @@ class Convolution(BaseConvolution):
         return distinct_schemes(layer.kernel_size)
 
     def folded(self, layer: Any, scheme: int) -> Unfolding:
-        return convolution_unfolding(len(layer.kernel_size), scheme)
+        return convolution_unfolding(len(layer.kernel_size), 0 if is_chain(scheme) else scheme)
 
     def is_decoder(self, layer: Any, bias: bool) -> bool:
         # A padded window reads zeros, not the first layer's bias.
@@ -632,9 +633,18 @@ class Convolution(BaseConvolution):
         found = list(self.positions(layer, inputs, outputs))
         before = without_channels(layer, inputs)
         first = len(found) - len(layer.kernel_size)
-        for axis in decoder_axes(scheme, len(layer.kernel_size)):
+        # The first part of a chain is pointwise.
+        for axis in decoder_axes(3 if is_chain(scheme) else scheme, len(layer.kernel_size)):
             found[first + axis] = before[first + axis]
         return tuple(found)
+
+    def earlier_positions(
+        self, layer: Any, scheme: int, inputs: Shape, outputs: Shape
+    ) -> list[Shape]:
+        found = super().earlier_positions(layer, scheme, inputs, outputs)
+        if scheme == CP:  # the height first, as an encoder in fold scheme 2
+            found.append(self.encoder_positions(layer, 2, inputs, outputs))
+        return [*found, self.positions(layer, inputs, outputs)] if is_chain(scheme) else found
 
     def written_out(self, writer: Writer, layer: Any, axes: int) -> list[Any]:
         conv = getattr(writer.layers, f"Conv{len(layer.kernel_size)}D")
@@ -662,7 +672,14 @@ def pointwise(layer: Any) -> dict[str, Any]:
 
 
 def encoder_convolution(
-    writer: Writer, layer: Any, axes: int, *, constrained: bool = True, **settings: Any
+    writer: Writer,
+    layer: Any,
+    axes: int,
+    *,
+    part: str = "encoder",
+    slices: int | None = None,
+    constrained: bool = True,
+    **settings: Any,
 ) -> Any:
     """The stock convolution, grouped or depthwise, that replaces an encoder, with its weights.
 
@@ -670,31 +687,37 @@ def encoder_convolution(
         writer: Helper that collects weights and warnings.
         layer: The factorized layer.
         axes: Number of axes of its input.
+        part: Name of the factor. Defaults to the encoder.
+        slices: Its groups of channels. Defaults to the layer's slices.
         constrained: Whether the encoder's constraint is kept. Defaults to True.
         **settings: Kernel size, strides, padding, dilation and data format.
     """
     size = settings["kernel_size"]
-    values = writer.value(layer.encoder)
+    factor = getattr(layer, part)
+    slices = layer.slices if slices is None else slices
+    values = writer.value(factor)
     per_slice, hidden = values.shape[-2:]
-    common = writer.encoder_options(layer)
+    common = writer.encoder_options(layer, part)
     if not constrained:
         common["kernel_constraint"] = None
     if (
         len(size) == 2
         and axes == 4
-        and 1 == per_slice < layer.slices
+        and 1 == per_slice < slices
         and len(set(settings["strides"])) == 1
         and common["kernel_constraint"] is None
     ):
         for name in ("initializer", "regularizer", "constraint"):
             common[f"depthwise_{name}"] = common.pop(f"kernel_{name}")
-        encoder = writer.layers.DepthwiseConv2D(depth_multiplier=layer.rank, **common, **settings)
-        shape: tuple[int, ...] = (*size, layer.slices, layer.rank)
+        encoder = writer.layers.DepthwiseConv2D(
+            depth_multiplier=hidden // slices, **common, **settings
+        )
+        shape: tuple[int, ...] = (*size, slices, hidden // slices)
     else:
         conv = getattr(writer.layers, f"Conv{len(size)}D")
-        encoder = conv(hidden, groups=layer.slices, **common, **settings)
+        encoder = conv(hidden, groups=slices, **common, **settings)
         shape = (*size, per_slice, hidden)
-    writer.record(layer, encoder, [values.reshape(shape)], [layer.encoder])
+    writer.record(layer, encoder, [values.reshape(shape)], [factor])
     return encoder
 
 

@@ -65,6 +65,8 @@ class FactorizedLayer(_Base):
     _not_equal: ClassVar[Any] = staticmethod(keras.ops.not_equal)
     # All weights that have an initializer, a regularizer and a constraint of their own.
     _parts: ClassVar[tuple[str, ...]] = PARTS
+    #: The names of `factors`.
+    factor_names: ClassVar[tuple[str, ...]] = ("encoder", "decoder")
     # Shape of the dense kernel that the factors represent, in the stock layer's layout.
     kernel_shape: tuple[int, ...]
 
@@ -138,13 +140,18 @@ class FactorizedLayer(_Base):
         *spatial, _, filters = self.unfolding.shape(self.kernel_shape)
         return (*spatial, per_slice, hidden), (hidden, filters)
 
-    def _add_part(self, part: str, shape: tuple[int, ...]) -> None:
+    def _add_part(self, part: str, shape: tuple[int, ...], settings: str | None = None) -> None:
+        initializer = getattr(self, f"{settings or part}_initializer")
+        if settings not in (None, part):  # tf_keras warns of an initializer that is used twice
+            functions = self._keras.initializers
+            initializer = functions.get(functions.serialize(initializer))
+        settings = settings or part
         weight = self.add_weight(
             name=part,
             shape=shape,
-            initializer=getattr(self, f"{part}_initializer"),
-            regularizer=getattr(self, f"{part}_regularizer"),
-            constraint=getattr(self, f"{part}_constraint"),
+            initializer=initializer,
+            regularizer=getattr(self, f"{settings}_regularizer"),
+            constraint=getattr(self, f"{settings}_constraint"),
             trainable=True,
             dtype=self.dtype,
         )
@@ -157,6 +164,11 @@ class FactorizedLayer(_Base):
             self.bias = None
 
     @property
+    def factors(self) -> tuple[Any, ...]:
+        """The variables that the dense kernel is a product of, in the order of their use."""
+        return tuple(getattr(self, name) for name in self.factor_names)
+
+    @property
     def kernel(self) -> Any:
         """The dense kernel that the factors represent: a tensor of the stock kernel's shape.
 
@@ -165,20 +177,21 @@ class FactorizedLayer(_Base):
         """
         if not self.built:
             raise AttributeError("You must build the layer before accessing `kernel`.")
-        return self._recomposed(tensors.tensor(self.encoder), tensors.tensor(self.decoder))
+        return self._recomposed(*map(tensors.tensor, self.factors))
 
-    def _recomposed(self, encoder: Any, decoder: Any) -> Any:
+    def _recomposed(self, *factors: Any) -> Any:
+        encoder, decoder = factors
         return forms.dense_kernel(encoder, decoder, self.slices, self.unfolding, self.kernel_shape)
 
     # TF-MOT calls these methods of custom layers.
 
     def get_prunable_weights(self) -> list[Any]:
-        """The weights that TF-MOT's `prune_low_magnitude` prunes: both factors."""
-        return [self.encoder, self.decoder]
+        """The weights that TF-MOT's `prune_low_magnitude` prunes: the factors."""
+        return [*self.factors]
 
     def get_clusterable_weights(self) -> list[tuple[str, Any]]:
-        """The weights that TF-MOT's `cluster_weights` clusters, by name: both factors."""
-        return [("encoder", self.encoder), ("decoder", self.decoder)]
+        """The weights that TF-MOT's `cluster_weights` clusters, by name: the factors."""
+        return list(zip(self.factor_names, self.factors, strict=True))
 
     def get_clusterable_algorithm(self, weight_name: str) -> None:
         """None: TF-MOT's own algorithm fits any shape."""

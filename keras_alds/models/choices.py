@@ -15,12 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from keras_alds.core.calibration.moments import SecondMoment
+from keras_alds.core.chains import decomposer, is_chain
 from keras_alds.core.choices import ChoiceTable, choice_table, join_tables
 from keras_alds.core.costs import Costs
 from keras_alds.core.errors import get_error
 from keras_alds.core.methods import Decompose, Method
 from keras_alds.core.parallel import map_within
-from keras_alds.core.slicing import SCHEMES, Array
+from keras_alds.core.slicing import Array
 from keras_alds.core.spectra import Float64, Spectra, spectra_many, spectra_of
 from keras_alds.kinds.base import kernel_values
 from keras_alds.models.inventory import LayerRecord
@@ -91,7 +92,7 @@ def check_executor(executor: object) -> None:
 def decomposed(
     decompose: Decompose,
     kernels: Sequence[Array],
-    moments: Sequence[SecondMoment],
+    moments: Sequence[Any],
     slices: Sequence[Collection[int]],
 ) -> list[Spectra]:
     """The spectra of some kernels. An executor gets each layer's kernel and inputs once."""
@@ -131,7 +132,7 @@ def choice_tables(
                 entry.table(method.error_measure, s, *every[s]) for s in record.schemes
             ]
     for group in _together(measured, _moment_bytes):
-        for scheme in SCHEMES:
+        for scheme in sorted({scheme for record in group for scheme in record.schemes}):
             some = [record for record in group if scheme in record.schemes]
             offers = [offer(record, scheme) for record in some]
             found = _output_spectra(some, scheme, offers, method, stats)
@@ -163,7 +164,8 @@ def _output_spectra(
         for record, (offered, _), read in rows
         if record.moment is not None
     }
-    return [] if stats is None else stats.spectra(seen, method.spectra)
+    decompose = decomposer(scheme) if is_chain(scheme) else method.spectra
+    return [] if stats is None else stats.spectra(seen, decompose)
 
 
 def kernels(records: Iterable[LayerRecord], scheme: int = 0) -> Iterator[tuple[bytes, np.ndarray]]:
@@ -269,8 +271,11 @@ def _entries(
                 read = kernel_values(record.layer, scheme) if scheme else kernel
                 missing.append((entry, scheme, read))
                 slices.update(offered)
-    found = _kernel_spectra([kernel for *_, kernel in missing], slices)
-    for (entry, scheme, _), values in zip(missing, found, strict=True):
+    matrices = [kernel for _, scheme, kernel in missing if not is_chain(scheme)]
+    found = iter(_kernel_spectra(matrices, slices))
+    for entry, scheme, read in missing:
+        chain = decomposed(decomposer(scheme), [read], [None], [()]) if is_chain(scheme) else found
+        values = next(iter(chain))
         entry.spectra[scheme] = values
         entry.tables.clear()
     return [_CACHE[record.layer] for record in records]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from keras_alds.core.calibration.curves import Curve
 from keras_alds.core.calibration.refit import factorize_outputs
+from keras_alds.core.chains import CHAINS, chain_kernel, is_chain
 from keras_alds.core.choices import Choice, ChoiceTable, offered_ranks
 from keras_alds.core.costs import Costs, WeightCosts
 from keras_alds.core.methods import ACTIVATION
@@ -46,6 +48,11 @@ def measure_curves(
     Returns:
         Curves by path, of the layers whose kernels have choices with errors.
     """
+    # What an error does is much alike in all forms; chains take long.
+    records = [
+        dataclasses.replace(record, schemes=(0,)) if is_chain(record.schemes[-1]) else record
+        for record in records
+    ]
     tables = choice_tables(records, ACTIVATION, _one_slice, spectra)
     prober = Prober(model, [record.layer for record in records], batches)
     curves = {}
@@ -80,6 +87,10 @@ def approximation(record: LayerRecord, choice: Any, *, sweeps: int | None = None
     layer, slices = record.layer, choice.slices
     kernel = kernel_values(layer, choice.scheme)
     moment = record.moment and record.moment.without_held_out()
+    if is_chain(choice.scheme):
+        parts = CHAINS[choice.scheme].factors(kernel, moment, choice.input_rank or 1, choice.rank)
+        unfolded = chain_kernel(parts, choice.scheme)
+        return record.kind.folded(layer, choice.scheme).write(unfolded, record.kind.shape(layer))
     if moment is None or slices % moment.block_count:
         factors = factorize(kernel, slices, choice.rank)
     else:

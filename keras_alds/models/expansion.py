@@ -174,9 +174,9 @@ class _Expander(GraphRebuilder):
     def value(self, variable: Any) -> np.ndarray:
         return self.source.value(variable)
 
-    def encoder_options(self, layer: Any) -> dict[str, Any]:
+    def encoder_options(self, layer: Any, part: str = "encoder") -> dict[str, Any]:
         return {
-            "name": self.unique(f"{layer.name}_encoder"),
+            "name": self.unique(f"{layer.name}_{part}"),
             "use_bias": False,
             "kernel_initializer": self.copied(layer.encoder_initializer),
             "kernel_regularizer": layer.encoder_regularizer,

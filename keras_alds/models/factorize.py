@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from keras_alds import _backend
 from keras_alds._backend.layers import dtype_policy
 from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.calibration.refit import factorize_outputs
+from keras_alds.core.chains import CHAINS, is_chain
 from keras_alds.core.methods import FactorizeWithBias
 from keras_alds.core.spectra import factorize
 from keras_alds.kinds.base import KernelKind, kernel_values
@@ -58,26 +58,14 @@ def replacement(
         make: A function that makes the factors and a bias instead, so that every layer gets a bias.
     """
     layer, kind = record.layer, record.kind
-    slices, rank, scheme = choice.slices or 1, choice.rank or 1, choice.scheme or 0
     backend = _backend.backend_of(layer)
-    factorized = _built(record, slices, rank, scheme, with_bias=make is not None)
-    read = functools.partial(kernel_values, layer, scheme)
-    bias = None
-    if make is not None and moment is not None:
-        old = backend.value(layer.bias) if layer.use_bias else None
-        encoder, decoder, bias = make(read(), moment, rank, old)
-    elif moment is None or slices % moment.block_count:
-        encoder, decoder = factorize(read(), slices, rank)
-    else:
-        kernel = read()
-        if target is not None:
-            whole = kind.folded(layer, 0).write(target, kind.shape(layer))
-            kernel = kind.folded(layer, scheme).read(whole)
-        folded = record.fold(moment, scheme)
-        encoder, decoder = factorize_outputs(kernel, folded, slices, rank)
-    decoder = factorized.unfolding.write_decoder(decoder, kind.shape(layer))
-    factorized.encoder.assign(np.reshape(encoder, tuple(factorized.encoder.shape)))
-    factorized.decoder.assign(np.reshape(decoder, tuple(factorized.decoder.shape)))
+    factorized = _built(record, choice, with_bias=make is not None)
+    parts, bias = _values(record, choice, moment, target, make)
+    if not is_chain(choice.scheme):
+        encoder, decoder = parts
+        parts = encoder, factorized.unfolding.write_decoder(decoder, kind.shape(layer))
+    for variable, part in zip(factorized.factors, parts, strict=True):
+        variable.assign(np.reshape(part, tuple(variable.shape)))
     for theirs, ours in kind.kept.items():
         if getattr(layer, theirs) is not None:
             getattr(factorized, ours).assign(backend.value(getattr(layer, theirs)))
@@ -105,8 +93,7 @@ def rebuilt(
         made: The other one. With None, the factors are 0.
         with_bias: Whether the method gives every layer a bias.
     """
-    slices, rank, scheme = choice.slices or 1, choice.rank or 1, choice.scheme or 0
-    factorized = _built(record, slices, rank, scheme, with_bias=with_bias)
+    factorized = _built(record, choice, with_bias=with_bias)
     if made is not None:
         for variable, other in zip(factorized.weights, made.factorized.weights, strict=True):
             variable.assign(backend.value(other))
@@ -114,9 +101,36 @@ def rebuilt(
     return Replacement(record.layer, factorized, record.kind, bias)
 
 
-def _built(record: LayerRecord, slices: int, rank: int, scheme: int, *, with_bias: bool) -> Any:
-    """A new built factorized layer with the layer's settings and zero weights."""
+def _values(
+    record: LayerRecord,
+    choice: LayerChoice,
+    moment: SecondMoment | None,
+    target: np.ndarray | None,
+    make: FactorizeWithBias | None,
+) -> tuple[tuple[np.ndarray, ...], np.ndarray | None]:
+    """The factors of a choice, as of a kernel in its fold scheme, and a new bias or None."""
     layer, kind = record.layer, record.kind
+    slices, rank, scheme = choice.slices or 1, choice.rank or 1, choice.scheme or 0
+    kernel = kernel_values(layer, scheme)
+    if make is not None and moment is not None:
+        old = _backend.backend_of(layer).value(layer.bias) if layer.use_bias else None
+        encoder, decoder, bias = make(kernel, moment, rank, old)
+        return (encoder, decoder), bias
+    if target is not None:
+        whole = kind.folded(layer, 0).write(target, kind.shape(layer))
+        kernel = kind.folded(layer, scheme).read(whole)
+    if is_chain(scheme):
+        return CHAINS[scheme].factors(kernel, moment, choice.input_rank or 1, rank), None
+    if moment is None or slices % moment.block_count:
+        return factorize(kernel, slices, rank), None
+    return factorize_outputs(kernel, record.fold(moment, scheme), slices, rank), None
+
+
+def _built(record: LayerRecord, choice: LayerChoice, *, with_bias: bool) -> Any:
+    """A new built factorized layer with the layer's settings and zero weights."""
+    layer = record.layer
+    slices, rank, scheme = choice.slices or 1, choice.rank or 1, choice.scheme or 0
+    kind = record.kind.chains.get(scheme, record.kind)
     backend = _backend.backend_of(layer)
     regularizer = kind.setting(layer, "regularizer")
     arguments: dict[str, Any] = {
@@ -136,7 +150,9 @@ def _built(record: LayerRecord, slices: int, rank: int, scheme: int, *, with_bia
         arguments["use_bias"] = True
     if kind.max_slices != 1:
         arguments["slices"] = slices
-    if scheme:
+    if choice.input_rank is not None:
+        arguments["input_rank"] = choice.input_rank
+    if scheme and not is_chain(scheme):
         arguments["scheme"] = scheme
     factorized = kind.layer_class(backend)(**arguments)
     with backend.name_scope(layer):
@@ -147,6 +163,6 @@ def _built(record: LayerRecord, slices: int, rank: int, scheme: int, *, with_bia
         initializer = initializers.get("glorot_uniform")
     factorized.encoder_initializer = factorized.decoder_initializer = initializer
     if layer.trainable:
-        for factor in (factorized.encoder, factorized.decoder):
+        for factor in factorized.factors:
             backend.copy_trainable(kind.variable(layer), factor)
     return factorized

@@ -137,10 +137,10 @@ def _change(
 def _factorized(backend: _backend.Backend, layer: Any, kernel: Any) -> Exchange:
     """A kernel in whose place are the factors of a layer."""
 
-    def convert(meaning: str, states: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def convert(meaning: str, states: list[np.ndarray]) -> tuple[np.ndarray, ...]:
         return carried(backend, meaning, states[0], layer)
 
-    return Exchange(layer, (kernel,), (layer.encoder, layer.decoder), convert)
+    return Exchange(layer, (kernel,), layer.factors, convert)
 
 
 @dataclasses.dataclass

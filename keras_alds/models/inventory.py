@@ -21,6 +21,7 @@ from keras_alds._backend.calls import replaced_calls
 from keras_alds._backend.functions import run_as_code
 from keras_alds.core.calibration.curves import Curve
 from keras_alds.core.calibration.moments import SecondMoment
+from keras_alds.core.chains import is_chain
 from keras_alds.core.checks import did_you_mean
 from keras_alds.core.choices import RankRule
 from keras_alds.core.slicing import decoder_axes
@@ -133,7 +134,7 @@ class LayerRecord:
 
     def fold(self, moment: SecondMoment, scheme: int) -> SecondMoment:
         """A second moment of its unfolded inputs, for one of its fold schemes."""
-        if not scheme:
+        if not scheme or is_chain(scheme):
             return moment
         return moment.folded(self.window, decoder_axes(scheme, len(self.window)))
 
@@ -145,7 +146,7 @@ class LayerRecord:
         """The same record with only the given fold schemes, as far as the kernel has them."""
         if self.skipped is not None:
             return self
-        known = self.kind.schemes(self.layer)
+        known = {**self.kind.schemes(self.layer), **self.kind.chain_schemes(self.layer)}
         # Schemes that are equal for this kernel count once.
         found = tuple(sorted({known[scheme] for scheme in schemes if scheme in known}))
         if not found:
@@ -364,7 +365,7 @@ def contains_factorized(layer: Any) -> bool:
 
 def factor_weights(layer: Any) -> int:
     """Weights of both factors of a factorized layer."""
-    return math.prod(layer.encoder.shape) + math.prod(layer.decoder.shape)
+    return sum(math.prod(tuple(factor.shape)) for factor in layer.factors)
 
 
 def walk(model: Any) -> tuple[tuple[str, Any], ...]:

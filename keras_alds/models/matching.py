@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from keras_alds.kinds.base import factorized_kind, is_factorized, scheme_of
+from keras_alds.kinds.base import factorized_kind, input_rank_of, is_factorized, scheme_of
 from keras_alds.models.inventory import Inventory, LayerRecord, already_compressed
 from keras_alds.plan import CompressionPlan, LayerChoice, Skip
 from keras_alds.tables import counted
@@ -50,7 +50,11 @@ def match(inventory: Inventory, plan: CompressionPlan) -> Pairs:
 def _fits(record: LayerRecord | None, choice: LayerChoice) -> bool:
     if record is None or record.kernel_shape != choice.kernel_shape:
         return False
-    known = not choice.scheme or choice.scheme in record.kind.schemes(record.layer).values()
+    kind, layer = record.kind if choice.scheme else None, record.layer
+    known = kind is None or choice.scheme in {
+        *kind.schemes(layer).values(),
+        *kind.chain_schemes(layer).values(),
+    }
     return known and record.params == choice.params_before
 
 
@@ -67,5 +71,6 @@ def _is_as_chosen(record: LayerRecord, choice: LayerChoice) -> bool:
     if not choice.factorized:
         return choice.reason_code == Skip.FACTORIZED.value
     shape = factorized_kind(layer).folded(layer, 0).shape(layer.kernel_shape)
-    found = layer.slices, layer.rank, scheme_of(layer), shape
-    return found == (choice.slices, choice.rank, choice.scheme, choice.kernel_shape)
+    found = layer.slices, layer.rank, scheme_of(layer), input_rank_of(layer), shape
+    chosen = choice.slices, choice.rank, choice.scheme, choice.input_rank, choice.kernel_shape
+    return found == chosen

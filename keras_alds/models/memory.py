@@ -8,8 +8,10 @@ raise the peak, although it removes parameters.
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -22,6 +24,7 @@ from keras_alds.kinds.base import (
     Shape,
     below,
     factorized_kind,
+    input_rank_of,
     is_factorized,
     known_kind,
     scheme_of,
@@ -61,14 +64,17 @@ class Site:
 
     Attributes:
         live: Entries that are live while the dense layer runs.
-        spared: Entries that are not live with the hidden tensor: the output while the encoder runs,
-            or the input while the decoder does, whichever is smaller.
+        output: Entries of its output, which are not live before the last part of its factorized
+            form runs.
+        dying: Entries of its input, if nothing else needs it: then they are not live after the
+            first part.
         inputs: The shape of its input, for one example.
         outputs: The shape of its output.
     """
 
     live: int
-    spared: int
+    output: int
+    dying: int
     inputs: Shape
     outputs: Shape
 
@@ -119,33 +125,27 @@ class Memory:
         """The most entries that are live while a layer runs as it is; 0 if it is not called."""
         return max((site.live for site in self.sites.get(layer, ())), default=0)
 
-    def factorized(self, layer: Any, scheme: int, hidden: int) -> int:
-        """The same for its factorized form, with so many hidden channels (slices · rank)."""
-        return max(
-            (
-                site.live - site.spared + hidden * _positions(layer, scheme, site)
-                for site in self.sites.get(layer, ())
-            ),
-            default=0,
-        )
+    def factorized(self, layer: Any, form: tuple[int, int, int]) -> int:
+        """The same for its factorized form: fold scheme, slices k and rank j.
 
-    def most_hidden(self, layer: Any, scheme: int, allowed: int) -> int | None:
-        """The most hidden channels with which a layer stays within a limit; None for no limit."""
-        return min(
-            (
-                (allowed - site.live + site.spared) // max(_positions(layer, scheme, site), 1)
-                for site in self.sites.get(layer, ())
-            ),
-            default=None,
+        In Tucker-2, the rank of the input channels is in the place of k.
+        """
+        return max((_live(layer, form, site) for site in self.sites.get(layer, ())), default=0)
+
+    def within(self, layer: Any, scheme: int, slices: int, ranks: range, allowed: int) -> range:
+        """The ranks with which a layer stays within a limit."""
+        count = bisect.bisect_right(
+            ranks, allowed, key=lambda rank: self.factorized(layer, (scheme, slices, rank))
         )
+        return ranks[:count]
 
     def after(self, choices: Iterable[tuple[Any, LayerChoice]]) -> int:
         """The peak with the choices of a plan for layers; all others stay as they are."""
         peaks = {layer: self.dense(layer) for layer in self.sites}
         for layer, choice in choices:
             if choice.slices and choice.rank and layer in peaks:
-                hidden = choice.slices * choice.rank
-                peaks[layer] = self.factorized(layer, choice.scheme or 0, hidden)
+                form = choice.scheme or 0, choice.input_rank or choice.slices, choice.rank
+                peaks[layer] = self.factorized(layer, form)
         return max([self.fixed, *peaks.values()])
 
 
@@ -155,8 +155,11 @@ def peak_entries(inventory: Inventory) -> int | None:
     return None if memory is None else memory.peak
 
 
-def _positions(layer: Any, scheme: int, site: Site) -> int:
-    return known_kind(layer).hidden_positions(layer, scheme, site.inputs, site.outputs)
+def _live(layer: Any, form: tuple[int, int, int], site: Site) -> int:
+    """The most entries that are live while the parts of a factorized form run."""
+    hidden = known_kind(layer).hidden_sizes(layer, form, site.inputs, site.outputs)
+    tensors = [site.dying, *hidden, site.output]
+    return site.live - site.dying - site.output + max(map(sum, itertools.pairwise(tensors)))
 
 
 class _UnknownError(ValueError):
@@ -196,15 +199,16 @@ class _Reader:
             node = self._nodes[index]
             dying = sum(self._sizes[t] for t in set(node.inputs) if last[t] == index)
             output = self._sizes[node.outputs[0]]
-            sites[layer].append(Site(live[index], min(output, dying), inputs, outputs))
+            sites[layer].append(Site(live[index], output, dying, inputs, outputs))
         hidden: collections.Counter[int] = collections.Counter()
         for index, layers in self._inside:
             for layer in layers:
                 for inputs, outputs in self._traced(layer):
                     if is_factorized(layer):
-                        hidden[index] = max(hidden[index], _hidden(layer, inputs, outputs))
+                        largest = max(_hidden(layer, inputs, outputs))
+                        hidden[index] = max(hidden[index], largest)
                     else:
-                        sites[layer].append(Site(live[index], 0, inputs, outputs))
+                        sites[layer].append(Site(live[index], 0, 0, inputs, outputs))
         called = {index for _, index, _, _ in self._calls}
         fixed = [(size + hidden[n], -n) for n, size in enumerate(live) if n not in called]
         most, where = max(fixed, default=(0, 0))
@@ -279,7 +283,7 @@ class _Reader:
         chain = [self._places(step.inputs)]
         if isinstance(kernel, KernelKind):
             between = [kernel.before_kernel(layer, inputs, outputs)]
-            between += [_hidden(layer, inputs, outputs)] if is_factorized(layer) else []
+            between += _hidden(layer, inputs, outputs) if is_factorized(layer) else []
             chain += [self._new(size) for size in between if size]
         index = len(self._nodes) + len(chain) - 1
         activation = _name_of(getattr(layer, "activation", None))
@@ -362,7 +366,7 @@ def _name_of(activation: Any) -> str:
     return str(getattr(activation, "__name__", type(activation).__name__))
 
 
-def _hidden(layer: Any, inputs: Shape, outputs: Shape) -> int:
-    """Entries of the hidden tensor in a call of a factorized layer."""
-    positions = factorized_kind(layer).hidden_positions(layer, scheme_of(layer), inputs, outputs)
-    return positions * layer.slices * layer.rank
+def _hidden(layer: Any, inputs: Shape, outputs: Shape) -> list[int]:
+    """Entries of the hidden tensors in a call of a factorized layer."""
+    form = scheme_of(layer), input_rank_of(layer) or layer.slices, layer.rank
+    return factorized_kind(layer).hidden_sizes(layer, form, inputs, outputs)

@@ -20,7 +20,9 @@ import numpy as np
 from keras_alds import _backend
 from keras_alds._backend.live import Holders, variables_of
 from keras_alds._backend.training import AVERAGE, SQUARED, slot_meaning
+from keras_alds.core.chains import CP, EQUATIONS, chain_kernel, is_chain
 from keras_alds.core.slicing import Unfolding, fold_encoder, unfold, unfold_encoder
+from keras_alds.kinds.base import scheme_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -174,8 +176,8 @@ def _carry(
 
 def carried(
     backend: _backend.Backend, meaning: str, state: np.ndarray, layer: Any
-) -> tuple[np.ndarray, np.ndarray]:
-    """The state of encoder and decoder, converted from the state of the dense kernel.
+) -> tuple[np.ndarray, ...]:
+    """The state of a layer's factors, converted from the state of the dense kernel.
 
     Args:
         backend: The layer's backend.
@@ -184,9 +186,11 @@ def carried(
         layer: The factorized layer.
 
     Returns:
-        Arrays in the shapes of `layer.encoder` and `layer.decoder`.
+        Arrays in the shapes of `layer.factors`.
     """
     factors = Factors.of(backend, layer)
+    if isinstance(factors, ChainFactors):
+        return factors.carried(meaning, state)
     if meaning == AVERAGE:
         return factors.encoder, factors.decoder
     E, D = factors.matrices(factors.encoder, factors.decoder)
@@ -208,8 +212,10 @@ class Factors:
     kernel_shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, backend: _backend.Backend, layer: Any) -> Factors:
-        """Those of a factorized layer."""
+    def of(cls, backend: _backend.Backend, layer: Any) -> Any:
+        """Those of a factorized layer; `ChainFactors` of a chain."""
+        if is_chain(scheme := scheme_of(layer)):
+            return ChainFactors(tuple(backend.value(part) for part in layer.factors), scheme)
         values = backend.value(layer.encoder), backend.value(layer.decoder)
         return cls(*values, layer.slices, layer.rank, layer.unfolding, tuple(layer.kernel_shape))
 
@@ -242,7 +248,60 @@ class Factors:
         return self.kernel(E @ D).astype(self.encoder.dtype)
 
 
-def gathered(meaning: str, states: Sequence[np.ndarray], factors: Factors) -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class ChainFactors:
+    """The values of the factors of a chain, and what they are a product of; see `core.chains`."""
+
+    values: tuple[np.ndarray, ...]
+    scheme: int
+
+    def _arrays(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The arrays of the decomposition, without the axes of length 1 that a convolution adds."""
+        outer = ((0, 1), *(((1, 2), (0, 2)) if self.scheme == CP else ((),)), (0, 1))
+        pairs = zip(values, outer, strict=True)
+        return [np.squeeze(value.astype(np.float64), axes) for value, axes in pairs]
+
+    @property
+    def product(self) -> np.ndarray:
+        """The dense kernel that they stand for."""
+        kernel = chain_kernel(self._arrays(self.values), self.scheme)
+        return kernel.astype(self.values[0].dtype)
+
+    def carried(self, meaning: str, state: np.ndarray) -> tuple[np.ndarray, ...]:
+        """As the function of this name."""
+        if meaning == AVERAGE:
+            return self.values
+        arrays = self._arrays(self.values)
+        if meaning == SQUARED:
+            arrays = [array**2 for array in arrays]
+        sources, _, kernel = EQUATIONS[self.scheme].partition("->")
+        terms, found = sources.split(","), []
+        for i, term in enumerate(terms):
+            others = [
+                state.astype(np.float64) if n == i else array for n, array in enumerate(arrays)
+            ]
+            given = ",".join(kernel if n == i else other for n, other in enumerate(terms))
+            found.append(np.einsum(f"{given}->{term}", *others, optimize=True))
+        return tuple(found)
+
+    def gathered(self, meaning: str, states: Sequence[np.ndarray]) -> np.ndarray:
+        """As the function of this name; what is known from the last factor's state."""
+        if meaning == AVERAGE:
+            return self.product
+        *arrays, last = self._arrays(self.values)
+        first = chain_kernel([*arrays, np.eye(len(last))], self.scheme)
+        E, shape = first.reshape(-1, len(last)), (*first.shape[:-1], last.shape[-1])
+        state = self._arrays(states)[-1]
+        if meaning == SQUARED:
+            scale = np.square(E).sum()
+            rows = np.broadcast_to(state.sum(0) / (scale if scale > 0 else np.inf), shape)
+            return np.array(rows)
+        return (np.linalg.pinv(E).T @ state).reshape(shape)
+
+
+def gathered(
+    meaning: str, states: Sequence[np.ndarray], factors: Factors | ChainFactors
+) -> np.ndarray:
     """The state of a dense kernel, converted from the states of its encoder and decoder.
 
     The inverse of `carried`, as far as there is one. Of gradients G, the states G Dᵀ and Eᵀ G of
@@ -258,6 +317,8 @@ def gathered(meaning: str, states: Sequence[np.ndarray], factors: Factors) -> np
     Returns:
         An array in the shape of the dense kernel.
     """
+    if isinstance(factors, ChainFactors):
+        return factors.gathered(meaning, states)
     if meaning == AVERAGE:
         return factors.product
     E, D = factors.matrices(factors.encoder, factors.decoder)

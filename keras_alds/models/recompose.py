@@ -170,7 +170,7 @@ def _recompose(
     cells = {cell for cell, _ in parts}
     single = [record.layer for record in records if record.layer not in inside]
     found = [
-        ((layer.encoder, layer.decoder), Factors.of(backend, layer))
+        (layer.factors, Factors.of(backend, layer))
         for layer in [*single, *(stock_kind(cell).kernels(cell)[name] for cell, name in parts)]
     ]
     for layer, (_, factors) in zip(single, found, strict=False):

@@ -111,20 +111,21 @@ class Macs:
         """One per weight and position at which it is applied."""
         unit = self.of(record) // max(record.kind.weights_per_position(record.layer), 1)
         forms = tuple(
-            (scheme, record.shape_in(scheme), self._encoder_unit(record, scheme, unit))
+            (scheme, record.shape_in(scheme), self._units(record, scheme, unit))
             for scheme in record.schemes
         )
         return WeightCosts(forms, unit)
 
-    def _encoder_unit(self, record: LayerRecord, scheme: int, unit: int) -> int:
-        """The number of the encoder's positions, which may differ from the decoder's."""
+    def _units(self, record: LayerRecord, scheme: int, unit: int) -> int | tuple[int, ...]:
+        """The numbers of positions of all parts but the last, which may differ from its own."""
         if not scheme:
             return unit
         layer, kind = record.layer, record.kind
-        return sum(
-            size_of(layer, kind.encoder_positions(layer, scheme, *shapes))
+        calls = [
+            [size_of(layer, some) for some in kind.earlier_positions(layer, scheme, *shapes)]
             for shapes in self._inventory.calls[layer]
-        )
+        ]
+        return tuple(map(sum, zip(*calls, strict=True))) if calls else 0
 
     def skipped(self, record: LayerRecord) -> Skipped | None:
         """Skips lookup tables, which use no multiply–accumulates, and layers without calls."""

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keras_alds.core.calibration.moments import MANY
+from keras_alds.core.chains import form_weights
 from keras_alds.core.choices import ChoiceTable, offered_ranks
 from keras_alds.core.costs import Costs
 from keras_alds.core.methods import Method
-from keras_alds.core.slicing import weights
 from keras_alds.core.solvers import InfeasibleBudget, Solution
 from keras_alds.kinds.base import factorizable_names, observable
 from keras_alds.methods import DEFAULT, get_method
@@ -230,7 +230,7 @@ class Selection:
         peaks = [self.memory.dense(record.layer)]
         if record.skipped is None:
             peaks += [
-                self.memory.factorized(record.layer, scheme, slices * ranks[0])
+                self.memory.factorized(record.layer, (scheme, slices, ranks[0]))
                 for scheme in record.schemes
                 for slices, ranks in self._offered(record, scheme).items()
             ]
@@ -246,13 +246,11 @@ class Selection:
 
     def offered(self, record: LayerRecord, scheme: int) -> dict[int, range]:
         """The allowed ranks of a layer, by number of slices."""
-        offered, most = self._offered(record, scheme), None
-        if self.memory is not None and self.allowed is not None:
-            most = self.memory.most_hidden(record.layer, scheme, self.allowed)
-        if most is None:
+        offered = self._offered(record, scheme)
+        if self.memory is None or self.allowed is None:
             return offered
         within = {
-            slices: range(ranks.start, min(ranks.stop, most // slices + 1), ranks.step)
+            slices: self.memory.within(record.layer, scheme, slices, ranks, self.allowed)
             for slices, ranks in offered.items()
         }
         return {slices: ranks for slices, ranks in within.items() if ranks}
@@ -281,6 +279,7 @@ class Selection:
             rank_multiple=self.options.rank_multiple,
             blocks=blocks,
             added=self.params.added(record) if counts_bias else 0,
+            scheme=scheme,
         )
 
     def smallest_cost(self, record: LayerRecord, resource: Resource) -> int:
@@ -293,7 +292,7 @@ class Selection:
         sizes, prices = [np.array([record.dense_weights])], [np.array([costs.dense])]
         for scheme in record.schemes:
             for k, ranks in self.offered(record, scheme).items():
-                sizes.append(np.array(ranks) * weights(record.shape_in(scheme), k, 1))
+                sizes.append(form_weights(record.shape_in(scheme), k, np.array(ranks), scheme))
                 prices.append(costs.of(k, ranks, scheme))
         size, price = np.concatenate(sizes), np.concatenate(prices)
         size, price = size[price <= costs.dense], price[price <= costs.dense]
@@ -551,9 +550,10 @@ class Selection:
             costs[resource.name] = Cost(before, before - of_choices.dense + int(after))
         return dataclasses.replace(
             left,
-            slices=chosen.slices,
+            slices=chosen.channel_slices,
             rank=chosen.rank,
             scheme=chosen.scheme,
+            input_rank=chosen.input_rank,
             costs=costs,
             error=chosen.error,
             divergence=float(record.curve(np.array(chosen.error))) if record.curve else None,

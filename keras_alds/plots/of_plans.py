@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from keras_alds.core.chains import is_chain
 from keras_alds.core.checks import positive_int
 from keras_alds.core.slicing import convolution_unfolding, full_rank
 from keras_alds.plan import CompressionPlan, LayerChoice, check_plan
@@ -61,7 +62,8 @@ def ranks(plan: CompressionPlan, *, ax: Any = None) -> Any:
 def _full_rank(choice: LayerChoice) -> int:
     """The smaller side of the unfolded kernel."""
     shape = choice.kernel_shape or (0, 0)
-    unfolding = convolution_unfolding(len(shape) - 2, choice.scheme or 0)
+    scheme = 0 if is_chain(choice.scheme) else choice.scheme or 0
+    unfolding = convolution_unfolding(len(shape) - 2, scheme)
     return full_rank(unfolding.shape(shape), slices=1)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_alds.core.chains import is_chain
 from keras_alds.core.choices import ChoiceTable
 from keras_alds.core.solvers import lower_hull
 from keras_alds.methods import get_method
@@ -57,7 +58,8 @@ def error_curves(
         ValueError: If the model is factorized already, holds no layer that can be, or holds NaN.
     """
     rows_by_path = {row.path: row for row in rows}
-    schemes = tuple(sorted({0, *(row.scheme for row in rows if row.scheme)}))
+    found = {row.scheme for row in rows if row.scheme and not is_chain(row.scheme)}
+    schemes = tuple(sorted({0, *found}))
     given = {
         "method": "energy",
         "schemes": schemes,
@@ -81,6 +83,9 @@ def error_curves(
 def _of_layer(path: str, table: ChoiceTable, row: LayerRow) -> Curve:
     front, dense = table.front(), int(table.weights.max())
     points = list(zip((front.weights / dense).tolist(), np.sqrt(front.error).tolist(), strict=True))
+    if is_chain(row.scheme):  # not in the table
+        saved = (row.params[0] or 0) - (row.params[1] or 0)
+        return Curve(path, _thinned(points), (1 - saved / dense, row.measured or 0.0))
     form = (table.scheme == row.scheme) & (table.slices == row.slices) & (table.rank == row.rank)
     at = np.flatnonzero(form)
     if row.rank is None or not at.size:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from keras_alds._version import __version__
+from keras_alds.core.chains import NAMES
 from keras_alds.methods import METHODS
 from keras_alds.plan import CompressionPlan, Skip
 from keras_alds.reporting.curves import Curve
@@ -245,7 +246,7 @@ def _layer(row: LayerRow, most: int, planned: bool, has_curve: bool) -> str:
         cells.append(_cell("Error, planned", row.predicted, _number(row.predicted)))
     what = row.skipped.detail if row.skipped else "expanded" if row.expanded else "factorized"
     if row.scheme:
-        what += f", fold scheme {row.scheme}"
+        what += f", {NAMES.get(row.scheme, f'fold scheme {row.scheme}')}"
     if row.note:
         what += f". {row.note}"
     cells.append(_cell("What happened", what, _safe(what), "text"))

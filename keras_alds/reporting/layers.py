@@ -17,7 +17,7 @@ from keras_alds.models.resources import Macs
 from keras_alds.plan import CompressionPlan, LayerChoice, Skip, Skipped
 
 # How the names of layers end that `expand` puts before the one with the layer's own name.
-_PIECES = ("_depthwise", "_encoder")
+_PIECES = ("_depthwise", "_encoder", "_core", "_rows", "_columns")
 _UNKNOWN = Skipped(Skip.BUDGET, "it stays dense; only the plan knows why (pass it as `plan=`)")
 _NOT_APPLIED = Skipped(Skip.BUDGET, "it is dense here, and factorized in the plan")
 

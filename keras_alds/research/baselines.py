@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from functools import partial
 
+from keras_alds.core.chains import CP, TUCKER
 from keras_alds.core.methods import Method
-from keras_alds.core.solvers import hull_chain, min_max
+from keras_alds.core.solvers import hull_chain, min_max, min_sum
+from keras_alds.research import cp as cp  # adds its decomposition
 from keras_alds.research import pca
 from keras_alds.research.scalars import (
     energy_drops,
@@ -56,6 +58,27 @@ BASELINES = (
         factorize_with_bias=pca.factorize_pca,
         obstacle=pca.obstacle,
         summary="principal components of the layers' outputs on data, one slice",
+    ),
+    Method(
+        "tucker",
+        error_measure="energy",
+        solve=min_sum,
+        near_slices=1,
+        schemes=(TUCKER,),
+        published=True,
+        takes_data=True,
+        summary="Tucker-2 of windows (1×1, a small core, 1×1), the SVD of matrices",
+    ),
+    Method(
+        "cp",
+        error_measure="energy",
+        solve=min_sum,
+        near_slices=1,
+        schemes=(CP,),
+        published=True,
+        takes_data=True,
+        package="tensorly",
+        summary="CP of windows (1×1, two depthwise, 1×1), the SVD of matrices; needs TensorLy",
     ),
     Method(
         "alds-error",

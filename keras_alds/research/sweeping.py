@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -175,8 +176,8 @@ def sweep(
     Args:
         model: A built Keras 3 or tf_keras model.
         evaluate: `evaluate(model)` returns the score of a model, such as its accuracy.
-        methods: Names of methods. Defaults to all; those that need `calibration_data` are
-            included only if it is given.
+        methods: Names of methods. Defaults to all; those that need `calibration_data` or an
+            optional package only with these.
         crs: Fractions to remove. Defaults to 0.2, 0.3 … 0.7.
         calibration_data: As for `select`, for the methods that use it; the statistics are
             collected once.
@@ -239,11 +240,12 @@ def sweep(
         rows.append(_dense_row(model, evaluate, retrain))
         progress.advance(task)
         for name in chosen:
-            data = calibration if METHODS[name].needs_data else None
-            original = METHODS[name].factorize_with_bias is not None
+            method = METHODS[name]
+            data = calibration if method.needs_data or method.takes_data else None
+            original = method.factorize_with_bias is not None
             one_by_one = None if data is None or original else sequential
             mine = {**options, "method": name}
-            if not METHODS[name].folds:
+            if not method.folds:
                 mine["schemes"] = None
             for cr in crs:
                 progress.update(task, description=f"{name}, cr={cr:g}")
@@ -255,7 +257,12 @@ def sweep(
 def _chosen(methods: str | Iterable[str] | None, *, has_data: bool) -> list[str]:
     """The names of the methods; by default all whose requirements are met."""
     if methods is None:
-        return [name for name, method in METHODS.items() if has_data or not method.needs_data]
+        return [
+            name
+            for name, method in METHODS.items()
+            if (has_data or not method.needs_data)
+            and (method.package is None or importlib.util.find_spec(method.package))
+        ]
     names = list(dict.fromkeys([methods] if isinstance(methods, str) else methods))
     for name in names:
         if get_method(name).needs_data and not has_data:

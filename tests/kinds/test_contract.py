@@ -60,6 +60,20 @@ CONTRACT = [
         [(1, 2, 4), (3, 4, 4), (4,)],
     ),
     (
+        "TuckerConv2D",
+        {"filters": 6, "kernel_size": (3, 2), "input_rank": 2, "rank": 3, "strides": (2, 1)},
+        (4, 9, 8, 4),
+        (4, 4, 7, 6),
+        [(1, 1, 4, 2), (3, 2, 2, 3), (1, 1, 3, 6), (6,)],
+    ),
+    (
+        "CPConv2D",
+        {"filters": 6, "kernel_size": (3, 2), "rank": 3, "padding": "same", "use_bias": False},
+        (4, 9, 8, 4),
+        (4, 9, 8, 6),
+        [(1, 1, 4, 3), (3, 1, 1, 3), (1, 2, 1, 3), (1, 1, 3, 6)],
+    ),
+    (
         "FactorizedDense",
         {"units": 5, "slices": 3, "rank": 2, "encoder_form": "split"},
         (8, 9),

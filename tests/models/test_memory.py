@@ -102,16 +102,17 @@ def test_only_choices_that_exceed_the_limit_are_forbidden(keras_module: ModuleTy
     found = 0
     for record in inventory.candidates:
         for scheme in sorted(set(record.kind.schemes(record.layer).values())):
-            most = memory.most_hidden(record.layer, scheme, memory.peak)
-            assert memory.factorized(record.layer, scheme, most) <= memory.peak
-            assert memory.factorized(record.layer, scheme, most + 1) > memory.peak
+            most = memory.within(record.layer, scheme, 1, range(1, 99999), memory.peak)[-1]
+            assert memory.factorized(record.layer, (scheme, 1, most)) <= memory.peak
+            assert memory.factorized(record.layer, (scheme, 1, most + 1)) > memory.peak
             found += 1
     assert found > 6
     # `second` reads 8 channels and writes 16: 16 hidden channels between them are no more.
-    assert memory.most_hidden(model.get_layer("second"), 0, memory.peak) == 8
+    second = model.get_layer("second")
+    assert memory.within(second, 0, 4, range(1, 9), memory.peak) == range(1, 3)
     # Along the height the encoder of `third` keeps the input's 8 rows and writes 3 columns.
     third = model.get_layer("third")
-    assert memory.factorized(third, 1, 5) == 64 * 16 + 8 * 3 * 5
+    assert memory.factorized(third, (1, 1, 5)) == 64 * 16 + 8 * 3 * 5
 
 
 def test_the_limit_binds_and_is_kept_beside_others(tmp_path: Any):
