@@ -33,7 +33,7 @@ from keras_alds._backend.loops import passing
 from keras_alds.core.slicing import Array
 from keras_alds.models.calibration import CalibrationStats, fingerprint
 from keras_alds.models.curves import measure_curves
-from keras_alds.models.inventory import Inventory
+from keras_alds.models.inventory import Inventory, LayerRecord
 from keras_alds.models.observe import Observer, when_known
 from keras_alds.models.scale import Channels
 from keras_alds.progress import progress_bar
@@ -44,8 +44,9 @@ _FEWEST, _MOST, _ENTRIES = 64, 256, 1 << 23
 _FITTED = 8
 # Entries of the examples in one forward pass.
 _BATCH_ENTRIES = 1 << 22
-# Examples on which the outputs are compared.
-_PROBES = 16
+# The most and fewest examples on which the outputs are compared, and the multiply–accumulates of
+# them all, with one run for each layer: a network for large images takes minutes otherwise.
+_PROBES, _FEWEST_PROBES, _PROBED_MACS = 16, 4, 1e12
 # The least ridge of a second moment, as a part of its mean eigenvalue: real inputs also vary in
 # directions in which noise does not.
 _RIDGE = 0.1
@@ -139,13 +140,21 @@ def synthetic_stats(
         seen = [r for r in stats.match(inventory).candidates if r.moment is not None]
         if curves and seen:
             task = progress.add_task("outputs", total=len(seen))
+            probes = made.probes[: _affordable(seen, len(made.examples))]
             found = measure_curves(
-                model, seen, stats, made.batches(made.probes), lambda: progress.advance(task)
+                model, seen, stats, made.batches(probes), lambda: progress.advance(task)
             )
             stats.curves = MappingProxyType(found)
     if sum(8 * moment.side**2 for moment in moments.values() if moment) <= _KEPT_BYTES:
         _CACHE[model] = _Known(stats, wanted)
     return stats
+
+
+def _affordable(records: Sequence[LayerRecord], examples: int) -> int:
+    """The number of examples on which to probe layers, whose moments are those of `examples`."""
+    macs = sum(record.dense_weights * record.moment.count for record in records if record.moment)
+    of_one = len(records) * macs / examples
+    return int(np.clip(_PROBED_MACS / max(of_one, 1), _FEWEST_PROBES, _PROBES))
 
 
 class _EnoughSeen(BaseException):
