@@ -153,11 +153,11 @@ class Drift:
         return mapped(x, axis_of(layer), factor, mean - factor * found[0])
 
     def _statistics(self, layer: Any) -> tuple[Array, Array] | None:
-        own, new = self._own[layer], self._new.get(layer, [])
-        count = min(len(own), len(new))
+        noted, found = self._own[layer], self._new.get(layer, [])
+        count = min(len(noted), len(found))
         if not count:
             return None
-        own, new = _joined(own[:count]), _joined(new[:count])
+        own, new = _joined(noted[:count]), _joined(found[:count])
         mean, variance = moving(layer)
         ratio = (new[1] + layer.epsilon) / (own[1] + layer.epsilon)
         ratio = np.clip(ratio, 1 / _MOST, _MOST)
