@@ -149,16 +149,20 @@ class CompressionPlan(Tabular):
             other configurations. None unless the objective is `"latency"`.
         sequential: Whether `compress` should fit the layers one after the other. None if that was
             not tried.
+        normalized: Whether `compress` should correct the moving statistics of BatchNormalization,
+            by the difference that the compression makes to them on the examples. None if that was
+            not tried.
         distance: How far the outputs on held-out examples are from the original's. For
             probabilities, and scores before softmax, it is the total variation distance: the
             probability, from 0 to 1, that is given to other classes. For other outputs, it is the
             squared error relative to their variance. The factors are fitted without the held-out
             examples. None if that was not measured.
         trials: The same of each plan that was tried. The names say how errors are weighed: by what
-            they do to the `"outputs"`, by a power of that, or `"equal"`; and whether the layers are
-            fitted one after the other: `", sequential"`. `"no data"` uses data for nothing else.
-            The nearest plan is taken. If two are nearly as near, it is that with equal weights, and
-            the sequential one. None without examples.
+            they do to the `"outputs"`, by a power of that, or `"equal"`; whether the layers are
+            fitted one after the other, `", sequential"`; and whether the moving statistics are
+            corrected, `", normalized"`. `"no data"` uses data for nothing else. The nearest plan is
+            taken. If two are nearly as near, it is that with equal weights, and the sequential
+            one. None without examples.
         memory: The peak of the activation memory for one example, as `Cost(before, after)`: how
             many entries of feature maps are live at once. In int8 it is as many bytes, in float32
             four times as many. None for a subclassed model, or if a size is unknown. If memory is
@@ -185,6 +189,7 @@ class CompressionPlan(Tabular):
     output_error_without_target: float | None = None
     runtime: str | None = None
     sequential: bool | None = None
+    normalized: bool | None = None
     distance: float | None = None
     trials: Mapping[str, float] | None = dataclasses.field(default=None, hash=False)
     memory: Cost | None = None

@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from keras_alds._backend.calls import replaced_calls
 from keras_alds.models.calibration import Calibration
-from keras_alds.models.fit import can_be_sequential, tried_one_by_one
+from keras_alds.models.data import KeptExamples
+from keras_alds.models.fit import TRIED_EXAMPLES, can_be_sequential, tried_one_by_one
+from keras_alds.models.inventory import Inventory
 from keras_alds.models.matching import Pairs, match
+from keras_alds.models.normalization import Drift
 from keras_alds.models.probes import Kernels, Prober
 from keras_alds.models.selection import Selection
 from keras_alds.models.trials import WEIGHINGS, WITHOUT_DATA, approximations, judge, weighed
@@ -18,10 +22,13 @@ from keras_alds.plan import CompressionPlan
 _MOST, _NEAR = 2, 1.5
 # The part to which a distance is expected to shrink: with the sequential pass, as it is tried on
 # some of the examples only; and with equal weights, into which no measurement on few has gone. A
-# smaller power of the measured divergences is between the two.
-_WITH_MORE, _WITHOUT_NOISE = 0.9, 0.9
+# smaller power of the measured divergences is between the two. Moving statistics gain more on new
+# examples than on those of the training, of which a network is too sure.
+_WITH_MORE, _WITHOUT_NOISE, _CORRECTED = 0.9, 0.9, 0.95
 # Logarithms of distances that differ by less are equal.
 _EQUAL = 0.02
+#: What is added to the name of a trial.
+SEQUENTIAL, NORMALIZED = "sequential", "normalized"
 
 
 def best_plan(
@@ -69,12 +76,14 @@ def best_plan(
         for name, pairs in near.items():
             kernels = tried_one_by_one(inventory, pairs, calibration, verbose)
             plan = dataclasses.replace(trials.plans[name], sequential=True)
-            if not trials.note(f"{name}, sequential", plan, kernels) < trials.distance(name):
+            if not trials.note(f"{name}, {SEQUENTIAL}", plan, kernels) < trials.distance(name):
                 break  # the other plan is alike
     if sequential is True:
         trials.plans = {name: plan for name, plan in trials.plans.items() if plan.sequential}
     if without_data is not None:
         trials.add(without_data, WITHOUT_DATA, without_data.weighings[0])
+    if calibration.examples is not None:
+        trials.normalize(inventory, calibration.examples.fitted(TRIED_EXAMPLES))
     return trials.best()
 
 
@@ -85,6 +94,8 @@ class _Trials:
         self._prober = prober
         self.plans: dict[str, CompressionPlan] = {}
         self._distances: dict[str, float] = {}
+        # The best plan so far and its kernels, of those fitted at once and of the sequential ones.
+        self._kernels: dict[bool, tuple[str, Kernels]] = {}
 
     def add(self, selection: Selection, name: str, weighing: str) -> None:
         """Tries the plan that a way to weigh errors gives, fitted at once."""
@@ -100,7 +111,29 @@ class _Trials:
         """Measures the distance with the kernels of a plan."""
         self.plans[name] = plan
         self._distances[name] = self._prober.distance(kernels)
+        best, _ = self._kernels.setdefault(bool(plan.sequential), (name, kernels))
+        if self._rank(name) < self._rank(best):
+            self._kernels[bool(plan.sequential)] = name, kernels
         return self._distances[name]
+
+    def normalize(self, inventory: Inventory, examples: KeptExamples) -> None:
+        """Tries the best plan with corrected moving statistics, from some examples."""
+        drift, name = Drift(inventory.model), self._best()
+        if name == WITHOUT_DATA:
+            return
+        best, kernels = self._kernels[bool(self.plans[name].sequential)]
+        if not drift or best != name:
+            return
+        with replaced_calls(drift.original()):
+            batches = [batch for batch, _ in examples]
+            prober = judge(inventory.model, inventory.candidates, batches)
+        with replaced_calls(drift.changed()):
+            prober.outputs(kernels)
+        with replaced_calls(drift.corrected()):
+            distance = self._prober.distance(kernels)
+        better = f"{name}, {NORMALIZED}"
+        self.plans[better] = dataclasses.replace(self.plans[name], normalized=True)
+        self._distances[better] = distance
 
     def distance(self, name: str) -> float:
         """The distance of a plan that was tried."""
@@ -114,19 +147,28 @@ class _Trials:
 
     def best(self) -> CompressionPlan:
         """The best plan, and the first one among equals."""
-        name = min(self.plans, key=lambda name: round(math.log(self._expected(name)) / _EQUAL))
+        name = self._best()
         return dataclasses.replace(
             self.plans[name],
             sequential=bool(self.plans[name].sequential),
+            normalized=bool(self.plans[name].normalized),
             distance=self._distances[name],
             trials={name: self._distances[name] for name in self.plans},
         )
 
+    def _best(self) -> str:
+        return min(self.plans, key=self._rank)
+
+    def _rank(self, name: str) -> int:
+        """The smaller, the better; equal for plans that are nearly as near."""
+        return round(math.log(self._expected(name)) / _EQUAL)
+
     def _expected(self, name: str) -> float:
         """The distance that is expected in the end."""
-        weighing, *one_by_one = name.split(", ")
-        power = WEIGHINGS.get(weighing, 1.0) or 0.0
-        part = (_WITH_MORE if one_by_one else 1.0) * (_WITHOUT_NOISE ** (1 - power))
+        weighing, *more = name.split(", ")
+        power = WEIGHINGS.get(weighing, 1.0)
+        part = (_WITH_MORE if SEQUENTIAL in more else 1.0) * (_WITHOUT_NOISE ** (1 - power))
+        part *= _CORRECTED if NORMALIZED in more else 1.0
         return min(max(part * self._distances[name], 1e-12), 1e12)  # it may be infinite
 
 

@@ -20,9 +20,10 @@ from keras_alds.kinds.base import stock_kind
 from keras_alds.models import workers
 from keras_alds.models.calibration import Calibration
 from keras_alds.models.factorize import Replacement
-from keras_alds.models.fit import factors
+from keras_alds.models.fit import TRIED_EXAMPLES, factors
 from keras_alds.models.inventory import Inventory, outermost_holders
 from keras_alds.models.matching import match
+from keras_alds.models.normalization import correction
 from keras_alds.models.optimizer import Exchange, carried, carry_optimizers
 from keras_alds.plan import CompressionPlan
 
@@ -78,7 +79,11 @@ def apply(
     with inventory.backend.creation_scope(first):
         several = replicas.count > 1 and pairs
         made = workers.made_together(replicas, make, pairs, plan) if several else make()
-        _change(inventory, made, trainer, fresh=fresh, stacklevel=stacklevel + 1)
+        correct = None
+        if plan.normalized and calibration and calibration.examples and replicas.count == 1:
+            examples = calibration.examples.fitted(TRIED_EXAMPLES)
+            correct = correction(inventory.model, examples)
+        _change(inventory, made, trainer, correct, fresh=fresh, stacklevel=stacklevel + 1)
         workers.follow_chief(replicas, first)
 
 
@@ -105,11 +110,15 @@ def _change(
     inventory: Inventory,
     made: Sequence[Replacement],
     trainer: Any | None = None,
+    correct: Callable[[list[Callable[[], None]]], None] | None = None,
     *,
     fresh: bool,
     stacklevel: int,
 ) -> None:
-    """Replaces layers, masks, optimizer state and graphs together; undoes all if a step fails."""
+    """Replaces layers, masks, optimizer state and graphs together; undoes all if a step fails.
+
+    What corrects the moving statistics then runs the changed model.
+    """
     backend = inventory.backend
     alive = Holders.inside(backend, inventory.model) if fresh else None
     with surgery(inventory, trainer, alive) as operation:
@@ -132,6 +141,8 @@ def _change(
                 undo += [wrappers.renew_masks(backend, wrapper)]
         exchanges = [_factorized(backend, layer, kernel) for layer, kernel in kernels.items()]
         operation.carry(exchanges, stacklevel=stacklevel + 1)
+        if correct is not None:
+            correct(undo)
 
 
 def _factorized(backend: _backend.Backend, layer: Any, kernel: Any) -> Exchange:

@@ -28,12 +28,18 @@ import numpy as np
 from keras_alds import _backend
 from keras_alds._backend import tensors
 from keras_alds._backend.calls import Replacement, replaced_calls, watched
-from keras_alds._backend.functions import layers_of
 from keras_alds._backend.loops import passing
 from keras_alds.core.slicing import Array
 from keras_alds.models.calibration import CalibrationStats, fingerprint
 from keras_alds.models.curves import measure_curves
-from keras_alds.models.inventory import Inventory
+from keras_alds.models.inventory import Inventory, LayerRecord
+from keras_alds.models.normalization import (
+    axis_of,
+    mapped,
+    moving,
+    normalizations,
+    with_changed,
+)
 from keras_alds.models.observe import Observer, when_known
 from keras_alds.models.scale import Channels
 from keras_alds.progress import progress_bar
@@ -44,8 +50,9 @@ _FEWEST, _MOST, _ENTRIES = 64, 256, 1 << 23
 _FITTED = 8
 # Entries of the examples in one forward pass.
 _BATCH_ENTRIES = 1 << 22
-# Examples on which the outputs are compared.
-_PROBES = 16
+# The most and fewest examples on which the outputs are compared, and the multiply–accumulates of
+# them all, with one run for each layer: a network for large images takes minutes otherwise.
+_PROBES, _FEWEST_PROBES, _PROBED_MACS = 16, 4, 1e12
 # The least ridge of a second moment, as a part of its mean eigenvalue: real inputs also vary in
 # directions in which noise does not.
 _RIDGE = 0.1
@@ -87,10 +94,10 @@ def unsuitable(inventory: Inventory) -> str | None:
     shape = tuple(specs[0].shape)[1:]
     if len(shape) < 2 or None in shape or min(shape[:-1]) < 2:
         return "its inputs are not images or signals of a known size"
-    norms = _normalizations(model)
+    norms = normalizations(model)
     if not norms or not 2 * len(norms) >= len(inventory.candidates):
         return "it has few BatchNormalization layers, or none"
-    if not all(_is_trained(backend, layer) for layer in norms):
+    if not all(map(_is_trained, norms)):
         return "its BatchNormalization layers are not trained"
     return None
 
@@ -139,13 +146,21 @@ def synthetic_stats(
         seen = [r for r in stats.match(inventory).candidates if r.moment is not None]
         if curves and seen:
             task = progress.add_task("outputs", total=len(seen))
+            probes = made.probes[: _affordable(seen, len(made.examples))]
             found = measure_curves(
-                model, seen, stats, made.batches(made.probes), lambda: progress.advance(task)
+                model, seen, stats, made.batches(probes), lambda: progress.advance(task)
             )
             stats.curves = MappingProxyType(found)
     if sum(8 * moment.side**2 for moment in moments.values() if moment) <= _KEPT_BYTES:
         _CACHE[model] = _Known(stats, wanted)
     return stats
+
+
+def _affordable(records: Sequence[LayerRecord], examples: int) -> int:
+    """The number of examples on which to probe layers, whose moments are those of `examples`."""
+    macs = sum(record.dense_weights * record.moment.count for record in records if record.moment)
+    of_one = len(records) * macs / examples
+    return int(np.clip(_PROBED_MACS / max(of_one, 1), _FEWEST_PROBES, _PROBES))
 
 
 class _EnoughSeen(BaseException):
@@ -166,7 +181,7 @@ class Synthetic:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._backend = _backend.backend_of(model)
-        self._layers = _normalizations(model)
+        self._layers = normalizations(model)
         (self._spec,) = tensors.flatten(self._backend.input_specs(model))
         shape = tuple(self._spec.shape)[1:]
         count = min(max(_ENTRIES // math.prod(shape), _FEWEST), _MOST)
@@ -181,9 +196,7 @@ class Synthetic:
         """Replacements that give the inputs of every BatchNormalization its moving statistics."""
 
         def changing(layer: Any) -> Replacement:
-            return lambda call, *args, **kwargs: _with(
-                lambda x: _mapped(x, *self._maps[layer]), call, args, kwargs
-            )
+            return with_changed(lambda x: mapped(x, *self._maps[layer]))
 
         return {layer: changing(layer) for layer in self._maps}
 
@@ -220,7 +233,7 @@ class Synthetic:
         if not order:
             return 1.0, 0 * ones
         first = order[0]
-        mean, variance = self._moving(first)
+        mean, variance = moving(first)
         varies = variance > 1e-6 * variance.max(initial=0.0)
         deviation = np.sqrt(variance + first.epsilon)
         statistics = self._statistics(first, unit)
@@ -266,7 +279,7 @@ class Synthetic:
 
             self._run(x.astype(np.float32), watched([first], see))
             found = np.concatenate(seen) if seen else np.zeros((1, 1), np.float32)
-            return np.moveaxis(found, _axis(first), -1).astype(np.float64)
+            return np.moveaxis(found, axis_of(first), -1).astype(np.float64)
 
         def run(scale: float, offset: Array) -> tuple[Array, Array]:
             rows = inputs(unit * scale + offset)
@@ -299,22 +312,17 @@ class Synthetic:
             def change(x: Any) -> Any:
                 if not tensors.has_values(x):
                     return x  # in a graph
-                channels = seen.setdefault(layer, Channels(_axis(layer)))
+                channels = seen.setdefault(layer, Channels(axis_of(layer)))
                 channels.add(x.numpy())
-                mean, variance = self._moving(layer)
+                mean, variance = moving(layer)
                 factor = np.sqrt((variance + layer.epsilon) / (channels.variance + layer.epsilon))
-                maps[layer] = (_axis(layer), factor, mean - factor * channels.mean)
-                return _mapped(x, *maps[layer])
+                maps[layer] = (axis_of(layer), factor, mean - factor * channels.mean)
+                return mapped(x, *maps[layer])
 
-            return lambda call, *args, **kwargs: _with(change, call, args, kwargs)
+            return with_changed(change)
 
         self._run(self.examples[:_FEWEST], {layer: measuring(layer) for layer in self._layers})
         return maps
-
-    def _moving(self, layer: Any) -> tuple[Array, Array]:
-        value = self._backend.value
-        mean, variance = value(layer.moving_mean), value(layer.moving_variance)
-        return mean.astype(np.float64), variance.astype(np.float64)
 
 
 def noise(count: int, shape: Sequence[int], seed: int = 0) -> Array:
@@ -380,36 +388,6 @@ def _leaves(random: np.random.Generator, shape: Sequence[int]) -> Array:
     return x
 
 
-# -- BatchNormalization ----------------------------------------------------------------------------
-
-
-def _normalizations(model: Any) -> list[Any]:
-    """The BatchNormalization layers of a model that normalize one axis."""
-    kind = _backend.backend_of(model).keras.layers.BatchNormalization
-    found = [layer for layer in layers_of(model) if isinstance(layer, kind) and layer.built]
-    return [x for x in found if not isinstance(x.axis, (list, tuple)) or len(x.axis) == 1]
-
-
-def _axis(layer: Any) -> int:
-    return layer.axis[0] if isinstance(layer.axis, (list, tuple)) else layer.axis
-
-
-def _is_trained(backend: _backend.Backend, layer: Any) -> bool:
-    value = backend.value
-    return bool((value(layer.moving_variance) != 1).any() and value(layer.moving_mean).any())
-
-
-def _mapped(x: Any, axis: int, factor: Array, summand: Array) -> Any:
-    """A tensor times a factor plus a summand, for every channel."""
-    shape = [1] * len(x.shape)
-    shape[axis] = -1
-    kind = tensors.numpy_dtype(x.dtype)
-    return x * factor.reshape(shape).astype(kind) + summand.reshape(shape).astype(kind)
-
-
-def _with(change: Callable[[Any], Any], call: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """A call with a change of its first argument."""
-    if args:
-        return call(change(args[0]), *args[1:], **kwargs)
-    (name, first), *rest = kwargs.items()
-    return call(**{name: change(first), **dict(rest)})
+def _is_trained(layer: Any) -> bool:
+    mean, variance = moving(layer)
+    return bool((variance != 1).any() and mean.any())

@@ -20,13 +20,14 @@ from keras_alds.models.curves import approximation
 from keras_alds.models.inventory import LayerRecord
 from keras_alds.models.probes import Kernels, Prober
 
-#: How errors are weighed: the power of the divergence that a layer's curve gives, or None for the
-#: errors themselves.
-WEIGHINGS: Mapping[str, float | None] = {
+#: How errors are weighed: the power p in d^p ε^(1 − p) with the divergence d that a layer's curve
+#: gives for its error ε. This draws the weights together. (A power of d alone grows slower than ε:
+#: the sum is then least where a few layers have all the error.)
+WEIGHINGS: Mapping[str, float] = {
     "outputs": 1.0,
     "outputs^0.75": 0.75,
     "outputs^0.5": 0.5,
-    "equal": None,
+    "equal": 0.0,
 }
 EQUAL = "equal"
 #: The name of the trial whose choices and factors use no data.
@@ -38,14 +39,15 @@ def weighed(
 ) -> list[ChoiceTable]:
     """The tables with weighed errors. Layers without a curve get that of a typical layer."""
     power = WEIGHINGS[weighing]
-    if power is None:
+    if not power:
         return list(tables)
     curves = [record.curve for record in records]
     typical = _typical([curve for curve in curves if curve is not None])
     found = []
     for table, curve in zip(tables, curves, strict=True):
         measured = curve or typical
-        found.append(dataclasses.replace(table, error=measured(table.error) ** power))
+        error = measured(table.error) ** power * table.error ** (1 - power)
+        found.append(dataclasses.replace(table, error=error))
     return found
 
 

@@ -84,6 +84,8 @@ class FakeProber:
         ({"outputs": 0.2, "equal": 0.21}, "equal"),
         ({"outputs": 0.2, "outputs, sequential": 0.21}, "outputs, sequential"),
         ({"outputs": 0.2, "outputs, sequential": 0.3}, "outputs"),
+        ({"outputs": 0.2, "outputs, normalized": 0.205}, "outputs, normalized"),
+        ({"outputs": 0.2, "outputs, normalized": 0.22}, "outputs"),
         ({"outputs": 0.2, "no data": 0.1}, "no data"),
         ({"outputs": 0.0, "outputs^0.5": 0.0}, "outputs"),
         ({"outputs": np.inf, "equal": 0.5}, "equal"),

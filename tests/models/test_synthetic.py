@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from keras_alds import ALDSCompress, CompressionPlan, apply_plan, compress, select
+from keras_alds import ALDSCompress, CompressionPlan, apply_plan, compress, count_macs, select
 from keras_alds._backend.calls import replaced_calls, watched
 from keras_alds.models import synthetic
 from keras_alds.models.inventory import Inventory
@@ -88,6 +88,16 @@ def test_examples_have_the_scale_of_the_training_data(network):
     assert abs(made.examples.mean() - x.mean()) < x.std()
     assert made.probes.shape[1:] == SHAPE
     assert not (made.probes[:1] == made.examples).all((1, 2, 3)).any()
+
+
+def test_large_networks_are_probed_with_fewer_examples(network, monkeypatch):
+    inventory = Inventory.of(network)
+    stats = synthetic.synthetic_stats(inventory, curves=False, verbose=0)
+    records = stats.match(inventory).candidates
+    of_one = len(records) * count_macs(network)
+    for budget, expected in ((1e6 * of_one, 16), (6.5 * of_one, 6), (of_one, 4)):
+        monkeypatch.setattr(synthetic, "_PROBED_MACS", budget)
+        assert synthetic._affordable(records, stats.examples) == expected
 
 
 def test_every_batch_normalization_sees_its_moving_statistics(network):

@@ -197,16 +197,19 @@ class _Judged:
         bases, rows, block = self._bases(slices, first, most, fit)
         first *= self.positions
         fitted = _encoded(bases, fit.columns(fit.block_count, block, rows))
-        judged = _encoded(bases, judge.columns(fit.block_count, block, rows))
         triangle = _triangle(fit.gram(bases, first))
         solve = scipy.linalg.solve_triangular
         B = solve(triangle, fitted, lower=True, check_finite=False)
-        C = solve(triangle, judged, lower=True, check_finite=False)
-        G = judge.gram(bases, first)
-        G = solve(triangle, G, lower=True, check_finite=False, overwrite_b=True)
-        G = solve(triangle, G.T, lower=True, check_finite=False, overwrite_b=True)
-        G *= B @ B.T
-        added = 2 * np.tril(G, -1).sum(axis=1) + G.diagonal() - 2 * (B * C).sum(axis=1)
+        if judge is fit:  # L⁻¹ Eᵀ J E L⁻ᵀ = I and C = B
+            added = -np.square(B).sum(axis=1)
+        else:
+            judged = _encoded(bases, judge.columns(fit.block_count, block, rows))
+            C = solve(triangle, judged, lower=True, check_finite=False)
+            G = judge.gram(bases, first)
+            G = solve(triangle, G, lower=True, check_finite=False, overwrite_b=True)
+            G = solve(triangle, G.T, lower=True, check_finite=False, overwrite_b=True)
+            G *= B @ B.T
+            added = 2 * np.tril(G, -1).sum(axis=1) + G.diagonal() - 2 * (B * C).sum(axis=1)
         total = judge.energy(block, rows)
         steps = np.cumsum(added.reshape(most, -1).sum(axis=1))
         return np.maximum(np.concatenate([[total], total + steps]), 0.0)
