@@ -11,7 +11,7 @@ from keras_alds.models.data import KeptExamples
 from keras_alds.models.fit import TRIED_EXAMPLES, can_be_sequential, tried_one_by_one
 from keras_alds.models.inventory import Inventory
 from keras_alds.models.matching import Pairs, match
-from keras_alds.models.normalization import Drift
+from keras_alds.models.moving_statistics import Drift
 from keras_alds.models.probes import Kernels, Prober
 from keras_alds.models.selection import Selection
 from keras_alds.models.trials import WEIGHINGS, WITHOUT_DATA, approximations, judge, weighed

@@ -23,7 +23,7 @@ from keras_alds.models.factorize import Replacement
 from keras_alds.models.fit import TRIED_EXAMPLES, factors
 from keras_alds.models.inventory import Inventory, outermost_holders
 from keras_alds.models.matching import match
-from keras_alds.models.normalization import correction
+from keras_alds.models.moving_statistics import correction
 from keras_alds.models.optimizer import Exchange, carried, carry_optimizers
 from keras_alds.plan import CompressionPlan
 

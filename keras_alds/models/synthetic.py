@@ -33,7 +33,7 @@ from keras_alds.core.slicing import Array
 from keras_alds.models.calibration import CalibrationStats, fingerprint
 from keras_alds.models.curves import measure_curves
 from keras_alds.models.inventory import Inventory, LayerRecord
-from keras_alds.models.normalization import (
+from keras_alds.models.moving_statistics import (
     axis_of,
     mapped,
     moving,

@@ -9,7 +9,7 @@ import pytest
 
 from keras_alds import apply_plan, compress, select
 from keras_alds._backend.calls import replaced_calls
-from keras_alds.models.normalization import Drift
+from keras_alds.models.moving_statistics import Drift
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((96, 10)).astype("float32")
