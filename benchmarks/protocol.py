@@ -3,7 +3,7 @@
     python benchmarks/protocol.py --model resnet20.keras --data cifar10.npz --json protocol.json
 
 takes a trained network at the end of its learning-rate schedule, removes `--cr` and trains on for
-`--epochs`, with the labels in each arm but one, and prints a Markdown table of top-1 on the test
+`--epochs`, with the labels in most arms, and prints a Markdown table of top-1 on the test
 images:
 
 - labels: the learning rate stays what it is at the end of the schedule;
@@ -12,6 +12,7 @@ images:
   or at temperature 1;
 - blocks: that, with the outputs of blocks (`distill={"features": True}`);
 - blocks, no labels: that, with the loss left out of `compile`, and Adam from 0.001 as in `refine`;
+- outputs, no labels: the same without blocks, at temperature 100: scores as they are;
 - iterative: rewinding in three steps of a third of the epochs (`cr=[…]`);
 - iterative, blocks: both.
 
@@ -46,6 +47,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "distillation, T=1": {"rewind": True, "distill": {"temperature": 1.0}},
     "blocks": {"rewind": True, "distill": BLOCKS},
     "blocks, no labels": {"rewind": True, "distill": BLOCKS, "adam": 1e-3},
+    "outputs, no labels": {"rewind": True, "distill": {"temperature": 100.0}, "adam": 1e-3},
     "iterative": {"rewind": True, "steps": 3},
     "iterative, blocks": {"rewind": True, "steps": 3, "distill": BLOCKS},
 }

@@ -107,9 +107,9 @@ class TestTraining:
         K = keras_module
 
         class Trainer(K.Model):
-            def __init__(self, student):
+            def __init__(self, student, times):
                 super().__init__()
-                self.student = student
+                self.student, self.times = student, times
 
             def call(self, x):
                 return self.student(x)
@@ -125,13 +125,13 @@ class TestTraining:
 
             def loss_of(self, x, y):
                 outputs = self.student(x, training=True)
-                return sum(self.compute_loss(y=y, y_pred=outputs) for _ in range(times))
+                return sum(self.compute_loss(y=y, y_pred=outputs) for _ in range(self.times))
 
         results = []
         # The teacher counts once for each call of the part, however often the loss is asked for.
         for distill, times, rate in ((False, 1, 0.02), (50.0, 1, 0.02), (100.0, 2, 0.01)):
             K.utils.set_random_seed(0)
-            model = Trainer(zoo.functional(K))
+            model = Trainer(zoo.functional(K), times)
             loss = K.losses.SparseCategoricalCrossentropy(from_logits=True)
             model.compile(K.optimizers.SGD(rate), loss, **EAGER)
             data = zoo.images(16)[0]
