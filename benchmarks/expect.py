@@ -28,13 +28,14 @@ weights).
 from __future__ import annotations
 
 import argparse
+import bisect
 import gzip
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--fidelity", action="store_true", help="score agreement with the original")
     add("--rows", nargs="+", default=ROWS, help="what to make (see above)")
     add("--refine", nargs="*", default=[], help="rows to refine as well")
-    add("--images", type=int, default=512, help="unlabelled images (default: 512)")
+    add("--images", type=int, default=512, help="unlabelled images; 0 for none (default: 512)")
     add("--json", type=Path, required=True, help="figures of all networks, also to go on from")
     add("--folder", type=Path, required=True, help="where the .tflite files are kept")
     add("--latency-only", action="store_true", help="measure the latency of the files again")
@@ -91,26 +92,26 @@ class Bed:
         self.name = Path(arguments.model).stem
         self.original = load(arguments.model, top=True)
         self.images: Any = None
-        if arguments.data:
-            with np.load(arguments.data) as file:
-                self.images = file["x_train"][: arguments.images].astype("float32")
-                self.x_test = file["x_test"].astype("float32")
-                self.y_test = None if arguments.fidelity else file["y_test"].reshape(-1)
-            if self.y_test is None:
-                self.y_test = classes(self.original, self.x_test)
+        self.x_test: Any = None
+        # Images that set the ranges of int8 files.
+        shape = (16, *self.original.input_shape[1:])
+        self.representative = np.random.default_rng(0).uniform(-1, 1, shape).astype("float32")
+        if not arguments.data:
+            return
+        with np.load(arguments.data) as file:
+            train = file["x_train"][: max(arguments.images, 256)].astype("float32")
+            self.x_test = file["x_test"].astype("float32")
+            labels = None if arguments.fidelity else file["y_test"].reshape(-1)
+        self.images = train[: arguments.images] if arguments.images else None
+        self.representative = train[:256]
+        self.y_test = classes(self.original, self.x_test) if labels is None else labels
 
     @property
     def options(self) -> dict[str, Any]:
-        """How plans are made: with the images, or from the weights alone."""
-        return {"method": "energy"} if self.images is None else {"calibration_data": self.images}
-
-    @property
-    def representative(self) -> Any:
-        """Images that set the ranges of int8 files."""
-        if self.images is not None:
-            return self.images[:256]
-        shape = (16, *self.original.input_shape[1:])
-        return np.random.default_rng(0).uniform(-1, 1, shape).astype("float32")
+        """How plans are made: with the images, without, or for random weights."""
+        if self.x_test is None:
+            return {"method": "energy"}
+        return {} if self.images is None else {"calibration_data": self.images}
 
     def score(self, model: Any) -> float:
         """The share of test images that a model or a file gets right."""
@@ -155,7 +156,7 @@ def compressed(bed: Bed, row: str) -> Made:
 
 def searched(bed: Bed, quantize: str | None) -> Made:
     """The fastest model that `search` finds."""
-    begun = time.perf_counter()
+    begun = time.perf_counter(), time.process_time()
     result = keras_alds.search(
         bed.original,
         bed.score,
@@ -165,7 +166,11 @@ def searched(bed: Bed, quantize: str | None) -> Made:
         verbose=0,
         **bed.options,
     )
-    facts = {"seconds": round(time.perf_counter() - begun), "evaluations": len(result.points)}
+    facts = {
+        "evaluations": len(result.points),
+        "seconds": round(time.perf_counter() - begun[0]),
+        "processor_seconds": round(time.process_time() - begun[1]),
+    }
     result.summary()
     predicted = None if result.best is None else 1 - result.best.removed
     return Made(result.model, {**facts, "predicted": predicted})
@@ -182,31 +187,33 @@ def shrunk(model: Any, side: int) -> Any:
             config["pool_size"] = config["strides"] = layer.input.shape[1] * side // before
         return layer.__class__.from_config(config)
 
-    inputs = keras.Input((side, side, model.input_shape[-1]))
+    inputs = keras.tree.map_structure(lambda t: keras.Input((side, side, t.shape[-1])), model.input)
     small = keras.models.clone_model(model, input_tensors=inputs, clone_function=copied)
     small.set_weights(model.get_weights())
     return small
 
 
-def at_latency(original: Any, wanted: float, candidates: Iterable[tuple[Any, Any]]) -> Made:
-    """The first of some models, each smaller than the one before, that takes at most a latency."""
+def at_latency(
+    original: Any, wanted: float, sizes: Sequence[Any], build: Callable[[Any], Any]
+) -> tuple[Any, Any]:
+    """The first size whose model takes at most a latency, and the model."""
     dense = convert(original, verbose=0)
-    for note, model in candidates:
-        made = Made(model, {"note": note})
-        if ratio_of(dense, convert(model, verbose=0), repeats=3)[0] <= wanted:
-            break
-    return made
+
+    def reached(size: Any) -> bool:
+        return ratio_of(dense, convert(build(size), verbose=0), repeats=3)[0] <= wanted
+
+    size = sizes[min(bisect.bisect_left(sizes, True, key=reached), len(sizes) - 1)]
+    return size, build(size)
 
 
 def narrow(bed: Bed, wanted: float) -> Made:
     """Width pruning at a latency."""
     stats = keras_alds.CalibrationStats.collect(bed.original, bed.images, verbose=0)
-    fractions = np.arange(0.05, 0.9, 0.05)
-    candidates = (
-        (f"{fraction:.0%} of inner channels", narrowed(bed.original, stats, fraction))
-        for fraction in fractions
+    fractions = [n / 100 for n in range(5, 90, 5)]
+    fraction, model = at_latency(
+        bed.original, wanted, fractions, lambda part: narrowed(bed.original, stats, part)
     )
-    return at_latency(bed.original, wanted, candidates)
+    return Made(model, {"note": f"{fraction:.0%} of inner channels"})
 
 
 def smaller_images(bed: Bed, wanted: float) -> Made:
@@ -214,7 +221,10 @@ def smaller_images(bed: Bed, wanted: float) -> Made:
     side = bed.original.input_shape[1]
     step = 32 if side >= 128 else 4
     sides = range(side - step, step, -step)
-    return at_latency(bed.original, wanted, ((f"{s}×{s}", shrunk(bed.original, s)) for s in sides))
+    side, model = at_latency(
+        bed.original, wanted, sides, lambda smaller: shrunk(bed.original, smaller)
+    )
+    return Made(model, {"note": f"{side}×{side}"})
 
 
 def make(bed: Bed, row: str, wanted: Callable[[], float]) -> Made:
@@ -242,7 +252,7 @@ def figures(bed: Bed, row: str, made: Made, arguments: argparse.Namespace) -> di
     """All that is known of a row but its latency; the files are kept."""
     found: dict[str, Any] = dict(made.facts)
     model = made.model
-    if bed.images is not None:
+    if bed.x_test is not None:
         found["top1"] = bed.score(model)
         if row in arguments.refine:
             keras_alds.refine(model, bed.original, bed.images, verbose=0)
@@ -260,7 +270,7 @@ def figures(bed: Bed, row: str, made: Made, arguments: argparse.Namespace) -> di
             "gzip": len(gzip.compress(content, mtime=0)),
             "arena": activation_memory(read_file(content)).arena,
         }
-        if kind == "int8" and bed.images is not None:
+        if kind == "int8" and bed.x_test is not None:
             found[kind]["top1"] = bed.score(content)
     return found
 

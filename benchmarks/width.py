@@ -8,6 +8,7 @@ to its outputs on calibration data, given the channels that stay.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import keras
@@ -42,10 +43,13 @@ class Chain(NamedTuple):
 def chains(model: Any) -> list[Chain]:
     """All chains of a model whose layers are called once."""
     readers: dict[int, list[Any]] = {}
-    for layer in model.layers:
-        if not isinstance(layer, layers.InputLayer):
-            for tensor in tree.flatten(layer.input):
-                readers.setdefault(id(tensor), []).append(layer)
+    if isinstance(model, keras.Sequential):
+        readers = {id(a.output): [b] for a, b in itertools.pairwise(model.layers)}
+    else:
+        for layer in model.layers:
+            if not isinstance(layer, layers.InputLayer):
+                for tensor in tree.flatten(layer.input):
+                    readers.setdefault(id(tensor), []).append(layer)
     found = []
     for writer in model.layers:
         if type(writer) not in (layers.Conv2D, layers.Dense):
