@@ -13,6 +13,8 @@ each network of the JSON file. The rows:
   unlabelled images. With `--refine` it is refined too.
 - search, search-int8: `search` with objective="latency" and max_drop=0.01. It scores the Keras
   models on the test images, also for int8.
+- aware: the model of search-int8 after an epoch of quantization-aware training on all of x_train,
+  without labels.
 - pruning: half of the weights of every kernel are zero, as TF-MOT's pruning does. Its file counts
   gzipped, and it is not faster.
 - width: channels between two layers are removed, and the second layer is refitted by least squares;
@@ -55,11 +57,12 @@ from keras_alds.litert.runs import Runner
 from keras_alds.litert.timing import time_files
 from keras_alds.writing import write_whole
 
-MAX_DROP, SPARSITY, EQUAL = 0.01, 0.5, "macs=0.5"
+MAX_DROP, SPARSITY, EQUAL, SEARCHED = 0.01, 0.5, "macs=0.5", "search-int8"
 ROWS = ("original", "params=0.5", EQUAL, "search", "search-int8", "pruning", "width", "inputs")
 LABELS = {
     "search": "`search`, latency in float",
-    "search-int8": "`search`, latency in int8",
+    SEARCHED: "`search`, latency in int8",
+    "aware": "the same, trained for int8",
     "pruning": "half of the weights zero (TF-MOT)",
     "width": "width pruning",
     "inputs": "smaller images",
@@ -75,6 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--rows", nargs="+", default=ROWS, help="what to make (see above)")
     add("--refine", nargs="*", default=[], help="rows to refine as well")
     add("--images", type=int, default=512, help="unlabelled images; 0 for none (default: 512)")
+    add("--rate", type=float, default=1e-4, help="learning rate of the row `aware`")
     add("--json", type=Path, required=True, help="figures of all networks, also to go on from")
     add("--folder", type=Path, required=True, help="where the .tflite files are kept")
     add("--latency-only", action="store_true", help="measure the latency of the files again")
@@ -166,11 +170,7 @@ def searched(bed: Bed, quantize: str | None) -> Made:
         verbose=0,
         **bed.options,
     )
-    facts = {
-        "evaluations": len(result.points),
-        "seconds": round(time.perf_counter() - begun[0]),
-        "processor_seconds": round(time.process_time() - begun[1]),
-    }
+    facts = {"evaluations": len(result.points), **spent(begun)}
     result.summary()
     predicted = None if result.best is None else 1 - result.best.removed
     return Made(result.model, {**facts, "predicted": predicted})
@@ -264,15 +264,53 @@ def figures(bed: Bed, row: str, made: Made, arguments: argparse.Namespace) -> di
     ):
         path = file_of(arguments.folder, bed.name, row, kind)
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = bytes(convert(model, path, verbose=0, **options))
-        found[kind] = {
-            "bytes": len(content),
-            "gzip": len(gzip.compress(content, mtime=0)),
-            "arena": activation_memory(read_file(content)).arena,
-        }
+        found[kind] = file_figures(convert(model, path, verbose=0, **options))
         if kind == "int8" and bed.x_test is not None:
-            found[kind]["top1"] = bed.score(content)
+            found[kind]["top1"] = bed.score(path.read_bytes())
+    if row == SEARCHED:
+        model.save(arguments.folder / bed.name / f"{row}.keras")
     return found
+
+
+def file_figures(content: bytes) -> dict[str, Any]:
+    """What is known of a file without running it."""
+    return {
+        "bytes": len(content),
+        "gzip": len(gzip.compress(content, mtime=0)),
+        "arena": activation_memory(read_file(content)).arena,
+    }
+
+
+def aware(bed: Bed, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The model of `SEARCHED`, trained for int8 to have the original's outputs, without labels."""
+    import tf_keras
+
+    small = keras.models.load_model(arguments.folder / bed.name / f"{SEARCHED}.keras")
+    path = file_of(arguments.folder, bed.name, "aware", "int8")
+    with np.load(arguments.data) as file:
+        x = file["x_train"].astype("float32")
+    y = bed.original.predict(x, batch_size=100, verbose=0)
+    begun = time.perf_counter(), time.process_time()
+    keras_alds.tfmot.quantize_aware_training(
+        small,
+        x,
+        y,
+        optimizer=tf_keras.optimizers.Adam(arguments.rate),
+        loss="mse",
+        batch_size=64,
+        epochs=1,
+        path=path,
+        verbose=0,
+    )
+    facts = spent(begun)
+    content = path.read_bytes()
+    return {**facts, "int8": {**file_figures(content), "top1": bed.score(content)}}
+
+
+def spent(begun: tuple[float, float]) -> dict[str, int]:
+    """Seconds since then, by the clock and of the processors."""
+    seconds, processor = time.perf_counter() - begun[0], time.process_time() - begun[1]
+    return {"seconds": round(seconds), "processor_seconds": round(processor)}
 
 
 # -- Latency ---------------------------------------------------------------------------------------
@@ -291,7 +329,7 @@ def measure(networks: dict[str, Any], arguments: argparse.Namespace) -> None:
         for row, found in rows.items():
             for kind in ("float", "int8"):
                 paths = [file_of(arguments.folder, network, r, kind) for r in ("original", row)]
-                if row == "original" or not all(path.exists() for path in paths):
+                if row == "original" or kind not in found:
                     continue
                 before, after = (path.read_bytes() for path in paths)
                 ratio, ms = ratio_of(before, after, arguments.repeats)
@@ -315,7 +353,7 @@ def label(row: str, found: dict[str, Any]) -> str:
 
 def place(row: str) -> tuple[int, str]:
     """Where a row stands in the table: the original, plans, searches, then the others."""
-    kinds = [row == "original", "=" in row, row.startswith("search"), True]
+    kinds = [row == "original", "=" in row, row.startswith("search"), row == "aware", True]
     return kinds.index(True), row
 
 
@@ -326,17 +364,20 @@ def table(network: str, rows: dict[str, Any]) -> str:
     lines = [f"\n{network}\n", head, "|---" * 10 + "|"]
     for row in sorted(rows, key=place):
         found = rows[row]
-        both = found["float"], found["int8"]
-        if row == "original":
-            times = [f"{kind['ms']:.2f} ms" if "ms" in kind else "–" for kind in both]
-        else:
-            times = [f"{kind['latency']:.2f}" if "latency" in kind else "–" for kind in both]
-        scores = (found.get("top1"), found.get("refined"), found["int8"].get("top1"))
+        both = [found.get(kind, {}) for kind in ("float", "int8")]
+        scores = (found.get("top1"), found.get("refined"), both[1].get("top1"))
         cells = ["–" if score is None else f"{100 * score:.1f}" for score in scores]
-        sizes = (both[0]["bytes"], both[0]["gzip"], both[1]["bytes"], both[1]["arena"])
-        cells += [*times, *(f"{size / 1000:.0f}" for size in sizes)]
+        cells += [f"{kind['ms']:.2f} ms" if "ms" in kind else ratio(kind) for kind in both]
+        sizes = [both[0].get("bytes"), both[0].get("gzip"), both[1].get("bytes")]
+        sizes.append(both[1].get("arena"))
+        cells += ["–" if size is None else f"{size / 1000:.0f}" for size in sizes]
         lines.append(f"| {label(row, found)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def ratio(kind: dict[str, Any]) -> str:
+    """The latency of a file as text."""
+    return f"{kind['latency']:.2f}" if "latency" in kind else "–"
 
 
 def add_rows(networks: dict[str, Any], arguments: argparse.Namespace, write: Any) -> None:
@@ -352,7 +393,10 @@ def add_rows(networks: dict[str, Any], arguments: argparse.Namespace, write: Any
         if row in rows:
             continue
         begun = time.perf_counter()
-        rows[row] = figures(bed, row, make(bed, row, equal), arguments)
+        if row == "aware":
+            rows[row] = aware(bed, arguments)
+        else:
+            rows[row] = figures(bed, row, make(bed, row, equal), arguments)
         seconds = time.perf_counter() - begun
         print(f"{row}: {rows[row]}, {seconds:.0f} s", file=sys.stderr, flush=True)
         write()
