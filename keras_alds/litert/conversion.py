@@ -28,6 +28,7 @@ from keras_alds.litert.quantized import check_quantized, warn_of_thin_groups
 from keras_alds.litert.runs import check_file, check_targets
 from keras_alds.models.data import KeptExamples, with_progress
 from keras_alds.models.inventory import walk
+from keras_alds.models.normalizations import merged
 from keras_alds.models.ranges import equalized
 from keras_alds.models.scale import check_scale
 from keras_alds.progress import progress_bar
@@ -300,6 +301,7 @@ def _converted(
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         if examples is not None and not aware:
+            stack.enter_context(merged(model))
             # All channels between two factors share one scale: give them the same range.
             batches = with_progress(examples, progress, "equalization")
             stack.enter_context(equalized(model, (inputs for inputs, _ in batches)))
