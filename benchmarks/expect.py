@@ -13,13 +13,11 @@ each network of the JSON file. The rows:
   unlabelled images. With `--refine` it is refined too.
 - search, search-int8: `search` with objective="latency" and max_drop=0.01. It scores the Keras
   models on the test images, also for int8.
-- aware: the model of search-int8 after an epoch of quantization-aware training on all of x_train,
-  without labels.
 - pruning: half of the weights of every kernel are zero, as TF-MOT's pruning does. Its file counts
   gzipped, and it is not faster.
 - width: channels between two layers are removed, and the second layer is refitted by least squares;
-  as many as bring it to the latency of macs=0.5.
-- inputs: smaller images, the largest ones that bring it to the latency of macs=0.5.
+  as many as bring it to the latency of `--equal`.
+- inputs: smaller images, the largest ones that bring it to the latency of `--equal`.
 
 `--data` is an .npz file with x_train, x_test and y_test. With `--fidelity` no labels are needed:
 the score is the share of the images that get the same class as from the original. Without data,
@@ -57,12 +55,11 @@ from keras_alds.litert.runs import Runner
 from keras_alds.litert.timing import time_files
 from keras_alds.writing import write_whole
 
-MAX_DROP, SPARSITY, EQUAL, SEARCHED = 0.01, 0.5, "macs=0.5", "search-int8"
-ROWS = ("original", "params=0.5", EQUAL, "search", "search-int8", "pruning", "width", "inputs")
+MAX_DROP, SPARSITY = 0.01, 0.5
+ROWS = ("original", "params=0.5", "macs=0.5", "search", "search-int8", "pruning", "width", "inputs")
 LABELS = {
     "search": "`search`, latency in float",
-    SEARCHED: "`search`, latency in int8",
-    "aware": "the same, trained for int8",
+    "search-int8": "`search`, latency in int8",
     "pruning": "half of the weights zero (TF-MOT)",
     "width": "width pruning",
     "inputs": "smaller images",
@@ -77,8 +74,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--fidelity", action="store_true", help="score agreement with the original")
     add("--rows", nargs="+", default=ROWS, help="what to make (see above)")
     add("--refine", nargs="*", default=[], help="rows to refine as well")
+    add("--equal", default="macs=0.5", help="row whose latency width and inputs get (macs=0.5)")
     add("--images", type=int, default=512, help="unlabelled images; 0 for none (default: 512)")
-    add("--rate", type=float, default=1e-4, help="learning rate of the row `aware`")
     add("--json", type=Path, required=True, help="figures of all networks, also to go on from")
     add("--folder", type=Path, required=True, help="where the .tflite files are kept")
     add("--latency-only", action="store_true", help="measure the latency of the files again")
@@ -268,8 +265,6 @@ def figures(bed: Bed, row: str, made: Made, arguments: argparse.Namespace) -> di
         found[kind] = file_figures(convert(model, path, verbose=0, **options))
         if kind == "int8" and bed.x_test is not None:
             found[kind]["top1"] = bed.score(path.read_bytes())
-    if row == SEARCHED:
-        model.save(arguments.folder / bed.name / f"{row}.keras")
     return found
 
 
@@ -280,32 +275,6 @@ def file_figures(content: bytes) -> dict[str, Any]:
         "gzip": len(gzip.compress(content, mtime=0)),
         "arena": activation_memory(read_file(content)).arena,
     }
-
-
-def aware(bed: Bed, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The model of `SEARCHED`, trained for int8 to have the original's outputs, without labels."""
-    import tf_keras
-
-    small = keras.models.load_model(arguments.folder / bed.name / f"{SEARCHED}.keras")
-    path = file_of(arguments.folder, bed.name, "aware", "int8")
-    with np.load(arguments.data) as file:
-        x = file["x_train"].astype("float32")
-    y = bed.original.predict(x, batch_size=100, verbose=0)
-    begun = time.perf_counter(), time.process_time()
-    keras_alds.tfmot.quantize_aware_training(
-        small,
-        x,
-        y,
-        optimizer=tf_keras.optimizers.Adam(arguments.rate),
-        loss="mse",
-        batch_size=64,
-        epochs=1,
-        path=path,
-        verbose=0,
-    )
-    facts = spent(begun)
-    content = path.read_bytes()
-    return {**facts, "int8": {**file_figures(content), "top1": bed.score(content)}}
 
 
 def spent(begun: tuple[float, float]) -> dict[str, int]:
@@ -354,7 +323,7 @@ def label(row: str, found: dict[str, Any]) -> str:
 
 def place(row: str) -> tuple[int, str]:
     """Where a row stands in the table: the original, plans, searches, then the others."""
-    kinds = [row == "original", "=" in row, row.startswith("search"), row == "aware", True]
+    kinds = [row == "original", "=" in row, row.startswith("search"), True]
     return kinds.index(True), row
 
 
@@ -387,17 +356,17 @@ def add_rows(networks: dict[str, Any], arguments: argparse.Namespace, write: Any
     rows = networks.setdefault(bed.name, {})
 
     def equal() -> float:
-        paths = [file_of(arguments.folder, bed.name, row, "float") for row in ("original", EQUAL)]
+        paths = [
+            file_of(arguments.folder, bed.name, row, "float")
+            for row in ("original", arguments.equal)
+        ]
         return ratio_of(*(path.read_bytes() for path in paths), repeats=3)[0]
 
     for row in arguments.rows:
         if row in rows:
             continue
         begun = time.perf_counter()
-        if row == "aware":
-            rows[row] = aware(bed, arguments)
-        else:
-            rows[row] = figures(bed, row, make(bed, row, equal), arguments)
+        rows[row] = figures(bed, row, make(bed, row, equal), arguments)
         seconds = time.perf_counter() - begun
         print(f"{row}: {rows[row]}, {seconds:.0f} s", file=sys.stderr, flush=True)
         write()

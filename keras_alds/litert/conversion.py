@@ -56,7 +56,8 @@ def convert(
     It takes any model of Keras 3 or tf_keras: original, compressed or expanded; Functional,
     Sequential or subclassed; and models from TF-MOT's quantization-aware training.
     Factorized layers become grouped and pointwise operators. The model does not change. For int8,
-    the conversion equalizes the channels between encoder and decoder (see `equalize`).
+    the conversion equalizes the channels between encoder and decoder (see `equalize`), and
+    BatchNormalization behind an activation is merged with the layers around it.
 
     Every file is checked: every convolution and dense layer must be quantized as requested, and
     the file is loaded and run once. A warning names the int8 convolutions in groups of fewer than
