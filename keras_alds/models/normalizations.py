@@ -143,7 +143,7 @@ def _only(graph: Graph, layer: Any) -> Any:
 def _writer(backend: _backend.Backend, graph: Graph, layer: Any) -> Any:
     """The layer before an activation and poolings whose outputs nothing else reads, or None."""
     passed = tuple(getattr(backend.keras.layers, name) for name in _SCALED)
-    behind = []
+    behind: list[Any] = []
     while (call := _only(graph, layer)) is not None:
         writer = graph.writer(call)
         before = _only(graph, writer)
