@@ -150,12 +150,13 @@ def _writer(backend: _backend.Backend, graph: Graph, layer: Any) -> Any:
         if before is None or graph.reader(before) is not layer:
             return None
         layer = writer
-        if not _is_homogeneous(backend, layer):
+        is_passed = type(layer) in passed
+        if not (is_passed or _mixes(layer)) or not _is_homogeneous(backend, layer):
             return None
-        if type(layer) not in passed:
+        if not is_passed:
             # Without an activation, the converter merges the two.
-            is_linear = not behind and layer.activation is backend.keras.activations.linear
-            return layer if _mixes(layer) and not is_linear else None
+            activated = behind or layer.activation is not backend.keras.activations.linear
+            return layer if activated else None
         behind.append(layer)
     return None
 

@@ -16,7 +16,7 @@ def network(keras: Any) -> Any:
     """Normalizations of every kind: movable ones, some of them only in part, and others."""
     L = keras.layers
     inputs = keras.Input((16, 16, 8))
-    x = L.Conv2D(16, 3, activation="relu", name="a")(inputs)
+    x = L.Conv2D(16, 3, activation="relu", name="a")(L.BatchNormalization(name="first")(inputs))
     x = L.BatchNormalization(name="whole")(x)
     x = L.Conv2D(16, 3, padding="same", use_bias=False, name="b")(L.MaxPooling2D(2)(x))
     x = L.BatchNormalization(name="half", center=False)(L.AveragePooling2D(2)(L.ReLU()(x)))
