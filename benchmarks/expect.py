@@ -12,7 +12,7 @@ each network of the JSON file. The rows:
 - OBJECTIVE=CR or OBJECTIVE=CR:TARGET, such as macs=0.5:litert: `compress` with `--images`
   unlabelled images. With `--refine` it is refined too.
 - search, search-int8: `search` with objective="latency" and max_drop=0.01. It scores the Keras
-  models on the test images, also for int8.
+  models, or the int8 files, on the test images.
 - pruning: half of the weights of every kernel are zero, as TF-MOT's pruning does. Its file counts
   gzipped, and it is not faster.
 - width: channels between two layers are removed, and the second layer is refitted by least squares;
@@ -160,7 +160,7 @@ def searched(bed: Bed, quantize: str | None) -> Made:
     begun = time.perf_counter(), time.process_time()
     result = keras_alds.search(
         bed.original,
-        bed.score,
+        bed.score if quantize is None else lambda model: bed.score(int8_file(bed, model)),
         max_drop=MAX_DROP,
         objective="latency",
         quantize=quantize,
@@ -171,6 +171,12 @@ def searched(bed: Bed, quantize: str | None) -> Made:
     result.summary()
     predicted = None if result.best is None else 1 - result.best.removed
     return Made(result.model, {**facts, "predicted": predicted})
+
+
+def int8_file(bed: Bed, model: Any) -> bytes:
+    """The int8 file of a model, quantized after training."""
+    examples = resized(bed.representative, model.input_shape[1])
+    return bytes(convert(model, quantize="int8", representative_data=examples, verbose=0))
 
 
 def shrunk(model: Any, side: int) -> Any:
@@ -255,14 +261,11 @@ def figures(bed: Bed, row: str, made: Made, arguments: argparse.Namespace) -> di
         if row in arguments.refine:
             keras_alds.refine(model, bed.original, bed.images, verbose=0)
             found["refined"] = bed.score(model)
-    side = model.input_shape[1]
-    for kind, options in (
-        ("float", {}),
-        ("int8", {"quantize": "int8", "representative_data": resized(bed.representative, side)}),
-    ):
+    for kind in ("float", "int8"):
         path = file_of(arguments.folder, bed.name, row, kind)
         path.parent.mkdir(parents=True, exist_ok=True)
-        found[kind] = file_figures(convert(model, path, verbose=0, **options))
+        path.write_bytes(int8_file(bed, model) if kind == "int8" else convert(model, verbose=0))
+        found[kind] = file_figures(path.read_bytes())
         if kind == "int8" and bed.x_test is not None:
             found[kind]["top1"] = bed.score(path.read_bytes())
     return found
