@@ -33,6 +33,7 @@ import gzip
 import json
 import os
 import re
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -290,10 +291,9 @@ def spent(begun: tuple[float, float]) -> dict[str, int]:
 
 
 def ratio_of(before: bytes, after: bytes, repeats: int) -> tuple[float, float]:
-    """The ratio of the least times of two files that take turns, and the first one's ms."""
+    """The median ratio of the least times of two files that take turns, and the first one's ms."""
     times = [time_files([lambda: before, lambda: after]) for _ in range(repeats)]
-    dense, small = (min(column) for column in zip(*times, strict=True))
-    return small / dense, dense / 1e6
+    return statistics.median(b / a for a, b in times), min(a for a, _ in times) / 1e6
 
 
 def measure(networks: dict[str, Any], arguments: argparse.Namespace) -> None:
