@@ -58,6 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--refine", action="store_true", help="refine too")
     add("--data-only", action="store_true", help="leave out compression without data")
     add("--csv", type=Path, help="write the figures here")
+    add("--save", type=Path, help="only write the network and the images to this folder")
     return parser.parse_args()
 
 
@@ -213,6 +214,10 @@ def main() -> None:
     arguments = parse_arguments()
     x, x_test, y_test = load_images(arguments.images, max(arguments.calibration))
     original = efficientnet_lite0(read_state(arguments.weights))
+    if arguments.save:
+        original.save(arguments.save / "lite0.keras")
+        np.savez(arguments.save / "images.npz", x_train=x, x_test=x_test, y_test=y_test)
+        return
 
     def accuracy(model: Any) -> float:
         scores = model.predict(x_test, batch_size=32, verbose=0)

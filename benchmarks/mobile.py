@@ -84,28 +84,28 @@ def gzipped(content: bytes) -> int:
     return len(gzip.compress(content, mtime=0))
 
 
+def zeroed(model: Any, sparsity: float) -> Any:
+    """The model with the smallest weights of every kernel set to zero."""
+    copy = keras_alds.to_tf_keras(model)
+    for variable in copy.trainable_weights:
+        if len(variable.shape) > 1:
+            values = abs(variable.numpy())
+            variable.assign(np.where(values <= np.quantile(values, sparsity), 0, variable))
+    return copy
+
+
 def pruned(model: Any, training: Training | None, gzip_size: int) -> tuple[Any, float]:
     """The model pruned by TF-MOT until its gzipped float file is as small as wanted."""
     import tensorflow_model_optimization as tfmot
 
     pruning = tfmot.sparsity.keras
-
-    def zeroed(sparsity: float) -> Any:
-        """The model with the smallest weights of every kernel set to zero."""
-        copy = keras_alds.to_tf_keras(model)
-        for variable in copy.trainable_weights:
-            if len(variable.shape) > 1:
-                values = abs(variable.numpy())
-                variable.assign(np.where(values <= np.quantile(values, sparsity), 0, variable))
-        return copy
-
     low, high = 0.0, 0.99
     while high - low > 0.005:
         middle = (low + high) / 2
-        size = gzipped(keras_alds.litert.convert(zeroed(middle), verbose=0))
+        size = gzipped(keras_alds.litert.convert(zeroed(model, middle), verbose=0))
         low, high = (low, middle) if size <= gzip_size else (middle, high)
     if training is None or not training.epochs:
-        return zeroed(high), high
+        return zeroed(model, high), high
     steps = max(training.steps // 20 * 10, 10)
     schedule = pruning.PolynomialDecay(0.0, high, begin_step=0, end_step=steps, frequency=10)
     wrapped = keras_alds.tfmot.prune_low_magnitude(

@@ -28,6 +28,7 @@ from keras_alds.litert.quantized import check_quantized, warn_of_thin_groups
 from keras_alds.litert.runs import check_file, check_targets
 from keras_alds.models.data import KeptExamples, with_progress
 from keras_alds.models.inventory import walk
+from keras_alds.models.normalizations import merged
 from keras_alds.models.ranges import equalized
 from keras_alds.models.scale import check_scale
 from keras_alds.progress import progress_bar
@@ -55,7 +56,8 @@ def convert(
     It takes any model of Keras 3 or tf_keras: original, compressed or expanded; Functional,
     Sequential or subclassed; and models from TF-MOT's quantization-aware training.
     Factorized layers become grouped and pointwise operators. The model does not change. For int8,
-    the conversion equalizes the channels between encoder and decoder (see `equalize`).
+    the conversion equalizes the channels between encoder and decoder (see `equalize`), and
+    BatchNormalization behind an activation is merged with the layers around it.
 
     Every file is checked: every convolution and dense layer must be quantized as requested, and
     the file is loaded and run once. A warning names the int8 convolutions in groups of fewer than
@@ -300,6 +302,7 @@ def _converted(
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         if examples is not None and not aware:
+            stack.enter_context(merged(model))
             # All channels between two factors share one scale: give them the same range.
             batches = with_progress(examples, progress, "equalization")
             stack.enter_context(equalized(model, (inputs for inputs, _ in batches)))

@@ -10,5 +10,6 @@ The modules, in the order of their use:
 - `trials`, `best`: several plans, and the best of them;
 - `matching`, `factorize`, `sequential`, `fit`: from a plan to the factors of each layer;
 - `in_place`, `optimizer`: factorization of the layers in place, with the optimizer state;
-- `rebuild`, `expansion`, `ranges`: afterwards, stock layers and equalized channels.
+- `rebuild`, `expansion`: afterwards, stock layers;
+- `ranges`, `normalizations`: before int8, equalized channels and merged normalizations.
 """

@@ -192,21 +192,32 @@ def find_pairs(model: Any) -> list[Pair]:
         for layer in layers
         if is_factorized(layer) and factorized_kind(layer).equalized and layer.built
     ]
+    pairs += _stock_pairs(_backend.backend_of(model), symbolic_models(model))
+    # Weights in two pairs, or shared with another layer, do not change.
+    held = held_once(model)
+    return [pair for pair in pairs if {id(pair.encoder), id(pair.decoder)} <= held]
+
+
+def symbolic_models(model: Any) -> list[Any]:
+    """The Functional and Sequential models in a model, with itself."""
     backend = _backend.backend_of(model)
-    symbolic = [
+    return [
         layer
-        for layer in [model, *layers]
+        for layer in [model, *(layer for _, layer in walk(model))]
         if backend.is_model(layer) and backend.is_symbolic(layer) and getattr(layer, "inputs", None)
     ]
-    pairs += _stock_pairs(backend, symbolic)
-    # Weights in two pairs, or shared with another layer, do not change.
-    held = Counter(id(variable) for layer in layers for variable in backend.own_variables(layer))
-    return [pair for pair in pairs if held[id(pair.encoder)] == held[id(pair.decoder)] == 1]
+
+
+def held_once(model: Any) -> set[int]:
+    """The ids of the weights that only one layer holds."""
+    own = _backend.backend_of(model).own_variables
+    held = Counter(id(variable) for _, layer in walk(model) for variable in own(layer))
+    return {variable for variable, count in held.items() if count == 1}
 
 
 def _stock_pairs(backend: _backend.Backend, models: list[Any]) -> list[Pair]:
     """Linear stock layers whose output goes only to one layer that can be their decoder."""
-    graph = _Graph(backend, models)
+    graph = Graph(backend, models)
     pairs = []
     for encoder, calls in graph.calls.items():
         if not stock_kind(encoder).is_encoder(encoder):
@@ -224,7 +235,7 @@ def _stock_pairs(backend: _backend.Backend, models: list[Any]) -> list[Pair]:
     return pairs
 
 
-class _Graph:
+class Graph:
     """Which layers of symbolic models write tensors, and which read them.
 
     Reshapes that keep the channels are skipped.
