@@ -25,7 +25,7 @@ from keras_alds import _backend
 from keras_alds._backend import tensors
 from keras_alds._backend.calls import Replacement, replaced_calls
 from keras_alds._backend.functions import layers_of
-from keras_alds._backend.loops import passing
+from keras_alds._backend.loops import compiled_loops, passing
 from keras_alds.core.slicing import Array
 from keras_alds.models.data import KeptExamples
 from keras_alds.models.scale import Channels
@@ -179,7 +179,7 @@ def correction(model: Any, examples: KeptExamples) -> Callable[[list[Callable[[]
     drift = Drift(model)
 
     def run(replacements: Mapping[Any, Replacement]) -> None:
-        with passing(model), replaced_calls(replacements):
+        with passing(model), replaced_calls(compiled_loops(model), replacements):
             for batch, _ in examples:
                 model(batch, training=False)
 
