@@ -32,6 +32,7 @@ from keras_alds._backend.loops import passing
 from keras_alds.core.slicing import Array
 from keras_alds.models.calibration import CalibrationStats, fingerprint
 from keras_alds.models.curves import measure_curves
+from keras_alds.models.data import fixed_batch_size
 from keras_alds.models.inventory import Inventory, LayerRecord
 from keras_alds.models.moving_statistics import (
     axis_of,
@@ -202,15 +203,13 @@ class Synthetic:
 
     def batches(self, x: Array) -> list[Any]:
         """Examples as inputs of the model, in batches as large as fits in memory."""
-        sizes = {tensor.shape[0] for tensor in getattr(self._model, "inputs", None) or []}
-        size = next(iter(sizes), None) or max(1, _BATCH_ENTRIES // math.prod(x.shape[1:]))
+        fixed = fixed_batch_size(self._model)
+        size = fixed or max(1, _BATCH_ENTRIES // math.prod(x.shape[1:]))
+        if fixed is not None:  # the first examples come again, for whole batches
+            x = x[np.arange(-(-len(x) // size) * size) % len(x)]
         x = x.astype(tensors.numpy_dtype(self._spec.dtype))
         parts = [x[start : start + size] for start in range(0, len(x), size)]
-        return [
-            tensors.as_input(p, self._spec)
-            for p in parts
-            if sizes in (set(), {None}) or len(p) == size
-        ]
+        return [tensors.as_input(part, self._spec) for part in parts]
 
     def _run(self, x: Array, replacements: Mapping[Any, Replacement]) -> None:
         for batch in self.batches(x):
