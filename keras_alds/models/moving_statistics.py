@@ -36,7 +36,7 @@ _ENTRIES = 1 << 20
 _MOST = 16.0
 
 
-def normalizations(model: Any) -> list[Any]:
+def batch_normalizations(model: Any) -> list[Any]:
     """The BatchNormalization layers of a model that normalize one axis."""
     kind = _backend.backend_of(model).keras.layers.BatchNormalization
     found = [layer for layer in layers_of(model) if isinstance(layer, kind) and layer.built]
@@ -97,7 +97,7 @@ class Drift:
     """
 
     def __init__(self, model: Any) -> None:
-        self._layers = normalizations(model)
+        self._layers = batch_normalizations(model)
         self._own: dict[Any, list[Channels]] = {layer: [] for layer in self._layers}
         self._new: dict[Any, list[Channels]] = {}
 

@@ -36,9 +36,9 @@ from keras_alds.models.data import fixed_batch_size
 from keras_alds.models.inventory import Inventory, LayerRecord
 from keras_alds.models.moving_statistics import (
     axis_of,
+    batch_normalizations,
     mapped,
     moving,
-    normalizations,
     with_changed,
 )
 from keras_alds.models.observe import Observer, when_known
@@ -95,7 +95,7 @@ def unsuitable(inventory: Inventory) -> str | None:
     shape = tuple(specs[0].shape)[1:]
     if len(shape) < 2 or None in shape or min(shape[:-1]) < 2:
         return "its inputs are not images or signals of a known size"
-    norms = normalizations(model)
+    norms = batch_normalizations(model)
     if not norms or not 2 * len(norms) >= len(inventory.candidates):
         return "it has few BatchNormalization layers, or none"
     if not all(map(_is_trained, norms)):
@@ -182,7 +182,7 @@ class Synthetic:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._backend = _backend.backend_of(model)
-        self._layers = normalizations(model)
+        self._layers = batch_normalizations(model)
         (self._spec,) = tensors.flatten(self._backend.input_specs(model))
         shape = tuple(self._spec.shape)[1:]
         count = min(max(_ENTRIES // math.prod(shape), _FEWEST), _MOST)
