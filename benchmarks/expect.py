@@ -10,7 +10,7 @@ each network of the JSON file. The rows:
 
 - original
 - OBJECTIVE=CR or OBJECTIVE=CR:TARGET, such as macs=0.5:litert: `compress` with `--images`
-  unlabelled images. With `--refine` it is refined too.
+  unlabelled images. With `--refine` it is refined too, and the files are then of that model.
 - search, search-int8: `search` with objective="latency" and max_drop=0.01. It scores the Keras
   models, or the int8 files, on the test images.
 - pruning: half of the weights of every kernel are zero, as TF-MOT's pruning does. Its file counts

@@ -215,6 +215,7 @@ def main() -> None:
     x, x_test, y_test = load_images(arguments.images, max(arguments.calibration))
     original = efficientnet_lite0(read_state(arguments.weights))
     if arguments.save:
+        arguments.save.mkdir(parents=True, exist_ok=True)
         original.save(arguments.save / "lite0.keras")
         np.savez(arguments.save / "images.npz", x_train=x, x_test=x_test, y_test=y_test)
         return

@@ -172,9 +172,10 @@ def compress(
         plan: A `CompressionPlan` from `select` for this model or one of the same architecture.
             Replaces `cr` and the options of `select`.
         calibration_data: As for `select`. The factors then minimise the error of the layers'
-            outputs on these examples. With `plan` the data affect the factors only. A plan that
-            was chosen with data needs the same data or `CalibrationStats` again; without them a
-            warning is issued.
+            outputs on these examples. With `plan` the data affect the factors only, and the moving
+            statistics of BatchNormalization if the plan says so (`CompressionPlan.normalized`;
+            this needs examples). A plan that was chosen with data needs the same data or
+            `CalibrationStats` again; without them a warning is issued.
         sequential: Boolean or None. Whether to compress the layers one after the other. Each layer
             is then fitted on the outputs of the compressed layers before it and corrects their
             errors. This needs examples (not `CalibrationStats`) and about two more forward passes.
@@ -240,8 +241,8 @@ def apply_plan(
         model: A built Keras 3 or tf_keras model.
         plan: A plan made for this model, or for one of the same architecture.
         calibration_data: As for `select`. The factors then minimise the error of the layers'
-            outputs on these examples. Defaults to None: the factors approximate the kernels, even
-            if the plan was chosen with data.
+            outputs on these examples, and moving statistics follow as by `compress`. Defaults to
+            None: the factors approximate the kernels, even if the plan was chosen with data.
         sequential: As for `compress`.
 
     Raises:

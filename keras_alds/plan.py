@@ -161,8 +161,8 @@ class CompressionPlan(Tabular):
             they do to the `"outputs"`, by a power of that, or `"equal"`; whether the layers are
             fitted one after the other, `", sequential"`; and whether the moving statistics are
             corrected, `", normalized"`. `"no data"` uses data for nothing else. The nearest plan is
-            taken. If two are nearly as near, it is that with equal weights, and the sequential
-            one. None without examples.
+            taken. If two are nearly as near, it is that with equal weights, the sequential
+            one, and the one with corrected statistics. None without examples.
         memory: The peak of the activation memory for one example, as `Cost(before, after)`: how
             many entries of feature maps are live at once. In int8 it is as many bytes, in float32
             four times as many. None for a subclassed model, or if a size is unknown. If memory is

@@ -131,6 +131,8 @@ class _Trials:
             prober.outputs(kernels)
         with replaced_calls(drift.corrected()):
             distance = self._prober.distance(kernels)
+        if math.isclose(distance, self._distances[name], rel_tol=1e-6):
+            return  # no normalization is behind a changed layer
         better = f"{name}, {NORMALIZED}"
         self.plans[better] = dataclasses.replace(self.plans[name], normalized=True)
         self._distances[better] = distance

@@ -25,7 +25,7 @@ from keras_alds import _backend
 from keras_alds._backend import tensors
 from keras_alds._backend.calls import Replacement, replaced_calls
 from keras_alds._backend.functions import layers_of
-from keras_alds._backend.loops import passing
+from keras_alds._backend.loops import compiled_loops, passing
 from keras_alds.core.slicing import Array
 from keras_alds.models.data import KeptExamples
 from keras_alds.models.scale import Channels
@@ -36,7 +36,7 @@ _ENTRIES = 1 << 20
 _MOST = 16.0
 
 
-def normalizations(model: Any) -> list[Any]:
+def batch_normalizations(model: Any) -> list[Any]:
     """The BatchNormalization layers of a model that normalize one axis."""
     kind = _backend.backend_of(model).keras.layers.BatchNormalization
     found = [layer for layer in layers_of(model) if isinstance(layer, kind) and layer.built]
@@ -97,7 +97,7 @@ class Drift:
     """
 
     def __init__(self, model: Any) -> None:
-        self._layers = normalizations(model)
+        self._layers = batch_normalizations(model)
         self._own: dict[Any, list[Channels]] = {layer: [] for layer in self._layers}
         self._new: dict[Any, list[Channels]] = {}
 
@@ -179,7 +179,7 @@ def correction(model: Any, examples: KeptExamples) -> Callable[[list[Callable[[]
     drift = Drift(model)
 
     def run(replacements: Mapping[Any, Replacement]) -> None:
-        with passing(model), replaced_calls(replacements):
+        with passing(model), replaced_calls(compiled_loops(model), replacements):
             for batch, _ in examples:
                 model(batch, training=False)
 

@@ -119,9 +119,11 @@ def find_normalizations(model: Any) -> list[Normalization]:
     for layer, (call, *_) in graph.calls.items():
         if type(layer) is not backend.keras.layers.BatchNormalization or layer.epsilon >= 1:
             continue
-        (axis,) = np.atleast_1d(layer.axis)  # a list in tf_keras
-        if axis not in (-1, len(call.outputs[0].shape) - 1) or not _can_change(layer, held):
+        last = (-1, len(call.outputs[0].shape) - 1)
+        if any(axis not in last for axis in np.atleast_1d(layer.axis)):  # a list in tf_keras
             continue
+        if call.kwargs.get("training") or not _can_change(layer, held):
+            continue  # statistics of a batch do not change with the factors
         writer, reader = _writer(backend, graph, layer), _reader(backend, graph, layer)
         if writer is not None and _can_change(writer, held):
             free = reader is not None and _can_change(reader, held)
@@ -181,7 +183,8 @@ def _mixes(layer: Any) -> bool:
     kind = stock_kind(layer)
     known = kind.decodes and (is_factorized(layer) or kind.is_stock(layer)) and layer.built
     first = getattr(layer, "data_format", None) == "channels_first"
-    return known and not first and getattr(layer, "groups", 1) == 1
+    adapted = getattr(layer, "lora_enabled", False)  # its kernel is no variable
+    return known and not first and not adapted and getattr(layer, "groups", 1) == 1
 
 
 def _is_homogeneous(backend: _backend.Backend, layer: Any) -> bool:

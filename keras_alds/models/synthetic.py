@@ -32,12 +32,13 @@ from keras_alds._backend.loops import passing
 from keras_alds.core.slicing import Array
 from keras_alds.models.calibration import CalibrationStats, fingerprint
 from keras_alds.models.curves import measure_curves
+from keras_alds.models.data import fixed_batch_size
 from keras_alds.models.inventory import Inventory, LayerRecord
 from keras_alds.models.moving_statistics import (
     axis_of,
+    batch_normalizations,
     mapped,
     moving,
-    normalizations,
     with_changed,
 )
 from keras_alds.models.observe import Observer, when_known
@@ -94,7 +95,7 @@ def unsuitable(inventory: Inventory) -> str | None:
     shape = tuple(specs[0].shape)[1:]
     if len(shape) < 2 or None in shape or min(shape[:-1]) < 2:
         return "its inputs are not images or signals of a known size"
-    norms = normalizations(model)
+    norms = batch_normalizations(model)
     if not norms or not 2 * len(norms) >= len(inventory.candidates):
         return "it has few BatchNormalization layers, or none"
     if not all(map(_is_trained, norms)):
@@ -181,7 +182,7 @@ class Synthetic:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._backend = _backend.backend_of(model)
-        self._layers = normalizations(model)
+        self._layers = batch_normalizations(model)
         (self._spec,) = tensors.flatten(self._backend.input_specs(model))
         shape = tuple(self._spec.shape)[1:]
         count = min(max(_ENTRIES // math.prod(shape), _FEWEST), _MOST)
@@ -202,15 +203,13 @@ class Synthetic:
 
     def batches(self, x: Array) -> list[Any]:
         """Examples as inputs of the model, in batches as large as fits in memory."""
-        sizes = {tensor.shape[0] for tensor in getattr(self._model, "inputs", None) or []}
-        size = next(iter(sizes), None) or max(1, _BATCH_ENTRIES // math.prod(x.shape[1:]))
+        fixed = fixed_batch_size(self._model)
+        size = fixed or max(1, _BATCH_ENTRIES // math.prod(x.shape[1:]))
+        if fixed is not None:  # the first examples come again, for whole batches
+            x = x[np.arange(-(-len(x) // size) * size) % len(x)]
         x = x.astype(tensors.numpy_dtype(self._spec.dtype))
         parts = [x[start : start + size] for start in range(0, len(x), size)]
-        return [
-            tensors.as_input(p, self._spec)
-            for p in parts
-            if sizes in (set(), {None}) or len(p) == size
-        ]
+        return [tensors.as_input(part, self._spec) for part in parts]
 
     def _run(self, x: Array, replacements: Mapping[Any, Replacement]) -> None:
         for batch in self.batches(x):

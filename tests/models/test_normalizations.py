@@ -74,6 +74,26 @@ def test_merging_moves_what_it_can_and_changes_no_output(keras_module: Any):
             np.testing.assert_array_equal(old, new)
 
 
+def test_what_cannot_be_moved_is_left_alone(keras_module: Any):
+    L = keras_module.layers
+
+    def found(**options: Any) -> list[Any]:
+        inputs = keras_module.Input((8, 8, 4))
+        writer = L.Conv2D(8, 3, activation="relu")
+        x = L.BatchNormalization(axis=options.pop("axis", -1))(writer(inputs), **options)
+        model = keras_module.Model(inputs, L.Conv2D(4, 1)(x))
+        if hasattr(writer, "enable_lora"):
+            assert len(find_normalizations(model)) == (0 if options.get("training") else 1)
+            writer.enable_lora(2)  # the kernel is no variable then
+        return find_normalizations(model)
+
+    adapted = hasattr(L.Conv2D, "enable_lora")
+    assert len(found()) == (0 if adapted else 1)
+    assert not found(training=True)  # the statistics are those of the batch
+    if not adapted:
+        assert not found(axis=[1, 3])
+
+
 def test_int8_files_keep_channels_whose_factors_are_small():
     pytest.importorskip("ai_edge_litert")
     import keras
