@@ -147,11 +147,11 @@ class CompressionPlan(Tabular):
             the target's constraints. None otherwise.
         runtime: The measured configuration, such as `"int8, 1 thread"`. The ratios do not hold for
             other configurations. None unless the objective is `"latency"`.
-        sequential: Whether `compress` should fit the layers one after the other. None if that was
-            not tried.
+        sequential: Whether `compress` should fit the layers one after the other. None if no
+            other plan was tried.
         normalized: Whether `compress` should correct the moving statistics of BatchNormalization,
-            by the difference that the compression makes to them on the examples. None if that was
-            not tried.
+            by the difference that the compression makes to them on the examples. None if no
+            other plan was tried.
         distance: How far the outputs on held-out examples are from the original's. For
             probabilities, and scores before softmax, it is the total variation distance: the
             probability, from 0 to 1, that is given to other classes. For other outputs, it is the

@@ -21,6 +21,14 @@ _LARGEST_KEY = (1 << 31) - _KEYS
 _last_keys = 0
 
 
+def replica_count(model: Model) -> int:
+    """The number of replicas of a model; one if it has no strategy."""
+    strategy = getattr(model, "distribute_strategy", None)
+    if strategy is None or isinstance(strategy, tf.distribute.ParameterServerStrategy):
+        return 1  # the one process that calls `fit` has all weights
+    return strategy.num_replicas_in_sync
+
+
 class Replicas:
     """The replicas of a model, in one process or several; one if it has no strategy.
 
@@ -37,11 +45,7 @@ class Replicas:
     def __init__(self, model: Model) -> None:
         self._strategy: Any = getattr(model, "distribute_strategy", None)
         self._first = 0
-        self.count, self.workers, self.worker = 1, 1, 0
-        servers = tf.distribute.ParameterServerStrategy
-        if self._strategy is None or isinstance(self._strategy, servers):
-            return  # the one process that calls `fit` has all weights
-        self.count = self._strategy.num_replicas_in_sync
+        self.count, self.workers, self.worker = replica_count(model), 1, 0
         if isinstance(self._strategy, tf.distribute.MultiWorkerMirroredStrategy):
             mine = self._strategy.experimental_local_results(
                 self._strategy.experimental_distribute_values_from_function(

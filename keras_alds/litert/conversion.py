@@ -28,7 +28,7 @@ from keras_alds.litert.quantized import check_quantized, warn_of_thin_groups
 from keras_alds.litert.runs import check_file, check_targets
 from keras_alds.models.data import KeptExamples, with_progress
 from keras_alds.models.inventory import walk
-from keras_alds.models.normalizations import merged
+from keras_alds.models.merging import merged
 from keras_alds.models.ranges import equalized
 from keras_alds.models.scale import check_scale
 from keras_alds.progress import progress_bar

@@ -11,5 +11,5 @@ The modules, in the order of their use:
 - `matching`, `factorize`, `sequential`, `fit`: from a plan to the factors of each layer;
 - `in_place`, `optimizer`: factorization of the layers in place, with the optimizer state;
 - `rebuild`, `expansion`: afterwards, stock layers;
-- `ranges`, `normalizations`: before int8, equalized channels and merged normalizations.
+- `ranges`, `merging`: before int8, equalized channels and merged normalizations.
 """

@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 from keras_alds._backend.calls import replaced_calls
+from keras_alds._backend.strategies import replica_count
 from keras_alds.models.calibration import Calibration
 from keras_alds.models.data import KeptExamples
 from keras_alds.models.fit import TRIED_EXAMPLES, can_be_sequential, tried_one_by_one
@@ -82,7 +83,7 @@ def best_plan(
         trials.plans = {name: plan for name, plan in trials.plans.items() if plan.sequential}
     if without_data is not None:
         trials.add(without_data, WITHOUT_DATA, without_data.weighings[0])
-    if calibration.examples is not None:
+    if calibration.examples is not None and replica_count(inventory.model) == 1:
         trials.normalize(inventory, calibration.examples.fitted(TRIED_EXAMPLES))
     return trials.best()
 

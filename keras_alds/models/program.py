@@ -133,11 +133,13 @@ class Program:
         for tensor in masks:
             if self._unmasked.get(tensor, number) < number:
                 set_mask(values[tensor], None)
-        yield
-        for tensor, mask in masks.items():
-            if mask_of(values[tensor]) is None:
-                self._unmasked.setdefault(tensor, number)
-                set_mask(values[tensor], mask)
+        try:
+            yield
+        finally:
+            for tensor, mask in masks.items():
+                if mask_of(values[tensor]) is None:
+                    self._unmasked.setdefault(tensor, number)
+                    set_mask(values[tensor], mask)
 
     @functools.cached_property
     def _numbers(self) -> dict[int, int]:

@@ -9,7 +9,7 @@ import pytest
 import zoo
 
 import keras_alds
-from keras_alds.models.normalizations import find_normalizations, merged
+from keras_alds.models.merging import find_normalizations, merged
 
 
 def network(keras: Any) -> Any:
