@@ -157,7 +157,8 @@ class _Finder:
         )
 
     def _is_elementwise(self, layer: Any) -> bool:
-        return self._keras.activations.serialize(layer.activation) in _ELEMENTWISE
+        name = self._keras.activations.serialize(layer.activation)
+        return isinstance(name, str) and name in _ELEMENTWISE  # of custom ones it is a dict
 
     def _keeps_channels_apart(self, layer: Any) -> bool:
         stock = self._keras.layers
