@@ -15,7 +15,7 @@ from keras_alds.core.calibration.curves import Curve
 from keras_alds.core.checks import positive_int
 from keras_alds.core.solvers import min_sum
 from keras_alds.kinds.attention import Attention, projections
-from keras_alds.kinds.base import stock_kind
+from keras_alds.kinds.base import below, stock_kind
 from keras_alds.models.calibration import Calibration, CalibrationStats
 from keras_alds.models.curves import PROBED_ERRORS
 from keras_alds.models.heads import Heads, Product
@@ -162,11 +162,9 @@ def _obstacle(
     inventory: Inventory, path: str, layer: Any, kind: Attention, parts: Any
 ) -> str | None:
     """Why the heads of an attention layer cannot be narrower, or None."""
-    at = dict(inventory.layers)
-    above = path.split("/")[:-1]
-    for end in range(1, len(above) + 1):
-        holder = at["/".join(above[:end])]
-        if not inventory.backend.is_symbolic(holder):
+    for above, holder in inventory.layers:  # a layer of tf_keras may have a "/" in its name
+        inside = path.startswith(f"{above}/") and layer in below(holder)
+        if inside and not inventory.backend.is_symbolic(holder):
             return f"'{holder.name}' calls it in Python code"
     if (reason := kind.keeps_heads(layer)) is not None:
         return reason
