@@ -17,7 +17,7 @@ from keras_alds.kinds.base import kernel_values
 from keras_alds.models.calibration import Calibration
 from keras_alds.models.channels import Channels, find_channels
 from keras_alds.models.inventory import Inventory, check_is_model, contains_factorized
-from keras_alds.models.narrowing import MULTIPLE, Candidate, MacsOfSizes, choose_sizes, narrowed
+from keras_alds.models.narrowing import MULTIPLE, Candidate, MacsOfSizes, Narrower, choose_sizes
 from keras_alds.models.rebuild import check_symbolic
 from keras_alds.models.turns import alone
 from keras_alds.naming import check_exclude
@@ -166,8 +166,9 @@ def narrow(
                 f"'{model.name}'. Received: cr={cr:g}"
             )
         chosen = list(zip(candidates, sizes, strict=True))
-        small, pairs = narrowed(model, backend, chosen)
-        backend.copy_compile_state(model, small, pairs, stacklevel=2)
+        rebuilder = Narrower(backend, chosen)
+        small = rebuilder.rebuild(model)
+        backend.copy_compile_state(model, small, rebuilder.pairs(), stacklevel=2)
     layers = tuple(
         NarrowedLayer(
             candidate.channels.path,
