@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Sequence
 from typing import Any
 
 from keras_alds._backend import wrappers
@@ -91,7 +90,7 @@ def narrow(
     cr: float,
     *,
     calibration_data: Any,
-    exclude: Sequence[Any] = (),
+    exclude: Any = (),
     verbose: int = 1,
 ) -> Narrowing:
     """Removes channels between the convolutions of mobile blocks; `model` is not changed.
@@ -199,7 +198,8 @@ def _candidates(
         for channels in found:
             record = records[channels.path]
             if record.moment is None:
-                skipped[channels.path] = "no example reached it"
+                detail = record.skipped and record.skipped.detail
+                skipped[channels.path] = detail or "no example reached it"
             elif record.moment.block_count > 1:
                 skipped[channels.path] = f"it reads {counted(channels.count, 'channel')}, too many"
             else:
