@@ -133,6 +133,7 @@ class Narrower(GraphRebuilder):
             self._fitted[channels.reader] = _fit(candidate.moment, kept)
 
     def pieces(self, call: _backend.GraphCall) -> list[Piece]:
+        """As for `GraphRebuilder`."""
         return [self.once(call.layer, "new", lambda: self._copy(call.layer))]
 
     def _copy(self, layer: Any) -> Any:
