@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Sequence
 from typing import Any
 
 from keras_alds._backend import wrappers
@@ -17,7 +16,7 @@ from keras_alds.kinds.base import kernel_values
 from keras_alds.models.calibration import Calibration
 from keras_alds.models.channels import Channels, find_channels
 from keras_alds.models.inventory import Inventory, check_is_model, contains_factorized
-from keras_alds.models.narrowing import MULTIPLE, Candidate, MacsOfSizes, choose_sizes, narrowed
+from keras_alds.models.narrowing import MULTIPLE, Candidate, MacsOfSizes, Narrower, choose_sizes
 from keras_alds.models.rebuild import check_symbolic
 from keras_alds.models.turns import alone
 from keras_alds.naming import check_exclude
@@ -91,7 +90,7 @@ def narrow(
     cr: float,
     *,
     calibration_data: Any,
-    exclude: Sequence[Any] = (),
+    exclude: Any = (),
     verbose: int = 1,
 ) -> Narrowing:
     """Removes channels between the convolutions of mobile blocks; `model` is not changed.
@@ -166,8 +165,9 @@ def narrow(
                 f"'{model.name}'. Received: cr={cr:g}"
             )
         chosen = list(zip(candidates, sizes, strict=True))
-        small, pairs = narrowed(model, backend, chosen)
-        backend.copy_compile_state(model, small, pairs, stacklevel=2)
+        rebuilder = Narrower(backend, chosen)
+        small = rebuilder.rebuild(model)
+        backend.copy_compile_state(model, small, rebuilder.pairs(), stacklevel=2)
     layers = tuple(
         NarrowedLayer(
             candidate.channels.path,
@@ -198,7 +198,8 @@ def _candidates(
         for channels in found:
             record = records[channels.path]
             if record.moment is None:
-                skipped[channels.path] = "no example reached it"
+                detail = record.skipped and record.skipped.detail
+                skipped[channels.path] = detail or "no example reached it"
             elif record.moment.block_count > 1:
                 skipped[channels.path] = f"it reads {counted(channels.count, 'channel')}, too many"
             else:

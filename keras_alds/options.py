@@ -85,9 +85,10 @@ class SelectOptions(TypedDict, total=False):
             the layers' outputs on `calibration_data`. `"synthetic"` does so on noise that is made
             to fit the model's BatchNormalization. The others are the paper's baselines: `"svd"`,
             `"svd-energy"`, `"l-rank"`, `"pca"` (needs data), `"alds-error"`, `"alds-simple"`,
-            `"alds-simple-5"`. Defaults to None: `"activation"` with calibration data, `"alds"`
-            with an `error_measure`, else `"synthetic"`, or `"energy"` for models for which that
-            is not possible.""",
+            `"alds-simple-5"`; and tensor decompositions, with data or without: `"tucker"`, and
+            `"cp"`, which needs TensorLy. Defaults to None: `"activation"` with calibration data,
+            `"alds"` with an `error_measure`, else `"synthetic"`, or `"energy"` for models for
+            which that is not possible.""",
             flag={
                 "choices": [name for name, known in METHODS.items() if not known.needs_data],
                 "help": "default: as for `select`",

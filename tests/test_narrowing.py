@@ -128,6 +128,14 @@ def test_what_stays_and_why(keras_module):
         assert part in text
 
 
+def test_what_a_wrapper_holds_stays(keras_module):
+    inputs = keras_module.Input((2, 10, 10, 3))
+    frames = keras_module.layers.TimeDistributed(mobile(keras_module), name="frames")
+    model = keras_module.Model(inputs, frames(inputs))
+    with pytest.raises(ValueError, match="'frames/mobile/first_out': it is inside a wrapper"):
+        keras_alds.narrow(model, 0, calibration_data=X.reshape(32, 2, 10, 10, 3), verbose=0)
+
+
 def test_errors_name_the_limit_and_change_nothing(keras_module):
     model = mobile(keras_module)
     for cr in (1, -0.1, True, "half"):

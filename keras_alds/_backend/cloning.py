@@ -82,6 +82,10 @@ class Cloning(Graphs, Training):
             new.trainable = old.trainable
         if hasattr(new, "finalize_state") and new.weights:
             new.finalize_state()  # adapted layers compute with constants derived from the weights
+        self.copy_assets(old, new)
+
+    def copy_assets(self, old: Layer, new: Layer) -> None:
+        """Copies what an adapted layer saves in files of its own, such as a vocabulary."""
         keeps_assets = getattr(type(old), "load_assets", None) is not getattr(
             self.keras.layers.Layer, "load_assets", None
         )

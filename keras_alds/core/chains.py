@@ -116,7 +116,9 @@ def chain_ranks(
     """
     c, kappa, f = kernel_sizes(kernel_shape)
     most_inputs = 1 if scheme == CP else min(c, kappa * f)
-    step = 1 if scheme == CP else multiple * -(-most_inputs // (_MOST_INPUT_RANKS * multiple))
+    # A power of two, so that spectra of all ranks have those of every multiple.
+    grid = 1 << (-(-most_inputs // _MOST_INPUT_RANKS) - 1).bit_length()
+    step = 1 if scheme == CP else math.lcm(grid, multiple)
     offered = {}
     for p in range(step, most_inputs + 1, step):
         least, two = (form_weights(kernel_shape, p, j, scheme) for j in (0, 1))

@@ -173,6 +173,8 @@ class Attention(Kind):
         widths: The constructor arguments for the width of a head, and what gets narrower with each.
     """
 
+    bases_in_tf_keras: ClassVar[Mapping[type, type]] = {Keras3Attention: TfKerasAttention}
+
     def __init__(self, name: str, layer: type, widths: Mapping[str, tuple[str, ...]]) -> None:
         super().__init__(name, layer)
         self._widths = widths
@@ -191,8 +193,6 @@ class Attention(Kind):
         if not self.widths(layer):
             return "it has a gate"
         return None
-
-    bases_in_tf_keras: ClassVar[Mapping[type, type]] = {Keras3Attention: TfKerasAttention}
 
     def obstacle(self, layer: Any, inner: Any, holders: Sequence[Any]) -> str | None:
         if self.is_stock(layer) or all(inner is not dense for dense in projections(layer).values()):

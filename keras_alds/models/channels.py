@@ -63,6 +63,8 @@ def find_channels(inventory: Inventory) -> tuple[list[Channels], dict[str, str]]
             continue
         if reason is None and record.excluded:
             reason = "it is excluded"
+        if reason is None and not finder.is_rebuilt(record.layer):
+            reason = "it is inside a wrapper or a layer that calls it in Python code"
         if reason is not None:
             reasons[record.path] = reason
         else:
@@ -79,9 +81,16 @@ class _Finder:
         self._calls: dict[Any, list[_backend.GraphCall]] = {}
         self._writers: dict[int, _backend.GraphCall] = {}
         self._reads: dict[int, int] = {}
+        self._rebuilt: set[Any] = {inventory.model}
+        pending = [inventory.model]
+        while pending:
+            for call in backend.graph(pending.pop()):
+                if call.layer not in self._rebuilt and backend.is_symbolic(call.layer):
+                    pending.append(call.layer)
+                self._rebuilt.add(call.layer)
         models = [inventory.model, *(layer for _, layer in inventory.layers)]
         for model in models:
-            if not (backend.is_model(model) and backend.is_symbolic(model)):
+            if not (backend.is_symbolic(model) and getattr(model, "inputs", None)):
                 continue
             for call in backend.graph(model):
                 self._calls.setdefault(call.layer, []).append(call)
@@ -119,6 +128,10 @@ class _Finder:
                 return None, between, reason
             between.insert(0, layer)
 
+    def is_rebuilt(self, layer: Any) -> bool:
+        """Whether `GraphRebuilder` replaces a layer, not what holds it."""
+        return layer in self._rebuilt
+
     def is_pointwise(self, layer: Any) -> bool:
         """Whether a layer is a stock 1×1 convolution."""
         return self._is_plain(layer) and tuple(layer.kernel_size) == (1, 1)
@@ -144,7 +157,8 @@ class _Finder:
         )
 
     def _is_elementwise(self, layer: Any) -> bool:
-        return self._keras.activations.serialize(layer.activation) in _ELEMENTWISE
+        name = self._keras.activations.serialize(layer.activation)
+        return isinstance(name, str) and name in _ELEMENTWISE  # of custom ones it is a dict
 
     def _keeps_channels_apart(self, layer: Any) -> bool:
         stock = self._keras.layers

@@ -15,7 +15,7 @@ from keras_alds.core.calibration.curves import Curve
 from keras_alds.core.checks import positive_int
 from keras_alds.core.solvers import min_sum
 from keras_alds.kinds.attention import Attention, projections
-from keras_alds.kinds.base import stock_kind
+from keras_alds.kinds.base import below, stock_kind
 from keras_alds.models.calibration import Calibration, CalibrationStats
 from keras_alds.models.curves import PROBED_ERRORS
 from keras_alds.models.heads import Heads, Product
@@ -71,7 +71,8 @@ def narrow_heads(
             to 4.
 
     Returns:
-        A new model of the same class, compiled as `model` is, with a fresh optimizer.
+        A new model of the same class, compiled as `model` is, with a fresh optimizer. A warning
+        says if no heads got narrower.
 
     Raises:
         ValueError: If an argument is invalid or missing, if `model` is not built or is a subclassed
@@ -112,8 +113,19 @@ def narrow_heads(
             stats = calibration.collected(inventory, curves=False, stacklevel=2)
             found, batches = _found(stats.match(inventory)), calibration.judging()
         products = [product for heads in found for product in heads.products(multiple)]
+        if not products:
+            raise ValueError(
+                "Expected attention layers with heads wider than `width_multiple`. Received: "
+                f"'{model.name}', width_multiple={multiple}"
+            )
         widths = _Widths(inventory, products, batches)
         choices = widths.near(_NEAR) if cr is None else widths.removing(cr)[0]
+        if all(width == product.widths[-1] for product, width in choices):
+            warnings.warn(
+                f"All narrower heads change the outputs of '{model.name}' too much: the new model "
+                "is a copy. Pass a fraction as `cr` to narrow them all the same.",
+                stacklevel=2,
+            )
         rebuilder = _Narrower(backend, choices)
         new = rebuilder.rebuild(model)
         backend.copy_compile_state(model, new, rebuilder.pairs(), stacklevel=2)
@@ -149,7 +161,8 @@ def _found(inventory: Inventory, *, stacklevel: int = 0) -> list[Heads]:
     if not found:
         raise ValueError(
             "Expected a model with `MultiHeadAttention` or `GroupQueryAttention` layers whose "
-            f"heads can be narrower. Received: '{inventory.model.name}' ({listed or 'none'})"
+            f"heads can be narrower. Received: '{inventory.model.name}' "
+            f"({listed or 'none that is not excluded'})"
         )
     if listed and stacklevel:
         warnings.warn(
@@ -162,11 +175,9 @@ def _obstacle(
     inventory: Inventory, path: str, layer: Any, kind: Attention, parts: Any
 ) -> str | None:
     """Why the heads of an attention layer cannot be narrower, or None."""
-    at = dict(inventory.layers)
-    above = path.split("/")[:-1]
-    for end in range(1, len(above) + 1):
-        holder = at["/".join(above[:end])]
-        if not inventory.backend.is_symbolic(holder):
+    for above, holder in inventory.layers:  # a layer of tf_keras may have a "/" in its name
+        inside = path.startswith(f"{above}/") and layer in below(holder)
+        if inside and not inventory.backend.is_symbolic(holder):
             return f"'{holder.name}' calls it in Python code"
     if (reason := kind.keeps_heads(layer)) is not None:
         return reason

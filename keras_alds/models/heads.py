@@ -138,11 +138,13 @@ class Product:
         """The relative squared errors for all widths."""
         return np.array([sum(part.errors[w] for part in self.parts.values()) for w in self.widths])
 
-    def table(self, curve: Curve | None, power: float | None) -> ChoiceTable:
+    def table(self, curve: Curve | None, power: float) -> ChoiceTable:
         """The widths as choices; their errors are weighed as in `models.trials`."""
         widths = np.array(self.widths)
         sizes = widths * self.per_width
-        errors = self.errors if curve is None or power is None else curve(self.errors) ** power
+        errors = self.errors
+        if curve is not None:
+            errors = curve(errors) ** power * errors ** (1 - power)
         zeros = np.zeros_like(widths)
         return ChoiceTable(
             slices=zeros + 1,

@@ -113,25 +113,14 @@ def choose_sizes(
     return sizes, macs.of(sizes)
 
 
-def narrowed(
-    model: Any, backend: _backend.Backend, sizes: Sequence[tuple[Candidate, int]]
-) -> tuple[Any, list[tuple[Any, Any]]]:
-    """A new model in which so many channels of each candidate are left.
+class Narrower(GraphRebuilder):
+    """Rebuilds a model in which so many channels of each candidate are left.
 
-    Returns:
-        The model, and pairs of old and new weights.
+    The layers that read them get other weights.
     """
-    rebuilder = _Narrower(backend, sizes)
-    new = rebuilder.rebuild(model)
-    return new, rebuilder.pairs()
-
-
-class _Narrower(GraphRebuilder):
-    """Layers with fewer channels, and other weights in those that read them."""
 
     def __init__(self, backend: _backend.Backend, sizes: Sequence[tuple[Candidate, int]]) -> None:
         super().__init__(backend, backend)
-        self._made: dict[Any, Any] = {}
         self._kept: dict[Any, Array] = {}
         self._fitted: dict[Any, Callable[[Array], tuple[Array, Array]]] = {}
         for candidate, size in sizes:
@@ -144,10 +133,8 @@ class _Narrower(GraphRebuilder):
             self._fitted[channels.reader] = _fit(candidate.moment, kept)
 
     def pieces(self, call: _backend.GraphCall) -> list[Piece]:
-        layer = call.layer
-        if layer not in self._made:
-            self._made[layer] = self._copy(layer)
-        return [self._made[layer]]
+        """As for `GraphRebuilder`."""
+        return [self.once(call.layer, "new", lambda: self._copy(call.layer))]
 
     def _copy(self, layer: Any) -> Any:
         if not isinstance(layer, self.source.keras.layers.Layer):

@@ -226,6 +226,9 @@ class GraphRebuilder:
             new.set_weights(values)
             if hasattr(new, "finalize_state"):  # Normalization caches values derived from them
                 new.finalize_state()
+        for old, new in self._flags:
+            if type(old) is type(new):
+                self.source.copy_assets(old, new)
 
 
 def _below(layer: Any, backend: _backend.Backend) -> list[Any]:

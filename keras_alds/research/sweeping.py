@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from keras_alds import _backend, plots
@@ -22,6 +22,7 @@ from keras_alds.progress import progress_bar
 from keras_alds.resources import RESOURCES
 from keras_alds.scores import check_evaluate, check_function, scored
 from keras_alds.tables import Tabular, TextTable
+from keras_alds.targets import SIZE
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -177,7 +178,8 @@ def sweep(
         model: A built Keras 3 or tf_keras model.
         evaluate: `evaluate(model)` returns the score of a model, such as its accuracy.
         methods: Names of methods. Defaults to all; those that need `calibration_data` or an
-            optional package only with these.
+            optional package only with these, and `"tucker"` and `"cp"` only without a target and
+            latency.
         crs: Fractions to remove. Defaults to 0.2, 0.3 … 0.7.
         calibration_data: As for `select`, for the methods that use it; the statistics are
             collected once.
@@ -221,7 +223,7 @@ def sweep(
     crs = (float(crs),) if isinstance(crs, (int, float)) else tuple(crs)
     for cr in crs:
         check_cr(cr)
-    chosen = _chosen(methods, has_data=calibration_data is not None)
+    chosen = _chosen(methods, options, has_data=calibration_data is not None)
     if not crs or not chosen:
         raise ValueError(
             f"Expected at least one method and one ratio. Received: methods={chosen!r}, crs={crs!r}"
@@ -254,14 +256,18 @@ def sweep(
     return Sweep(tuple(rows), options.get("objective", "params"), model.name)
 
 
-def _chosen(methods: str | Iterable[str] | None, *, has_data: bool) -> list[str]:
+def _chosen(
+    methods: str | Iterable[str] | None, options: Mapping[str, Any], *, has_data: bool
+) -> list[str]:
     """The names of the methods; by default all whose requirements are met."""
     if methods is None:
+        for_target = of_all_forms(options).get("target") != SIZE
         return [
             name
             for name, method in METHODS.items()
             if (has_data or not method.needs_data)
             and (method.package is None or importlib.util.find_spec(method.package))
+            and not (method.schemes and for_target)
         ]
     names = list(dict.fromkeys([methods] if isinstance(methods, str) else methods))
     for name in names:

@@ -57,6 +57,15 @@ def test_the_errors_of_all_ranks_are_those_of_the_arrays(kernel, x):
             assert better <= expected + 1e-9
 
 
+@pytest.mark.parametrize("channels", [96, 160, 192, 300])
+def test_spectra_have_the_ranks_of_every_multiple(channels):
+    shape = 3, 3, channels, channels
+    known = chain_ranks(shape, TUCKER)
+    assert len(known) <= 64
+    for multiple in (2, 3, 4, 8):
+        assert chain_ranks(shape, TUCKER, multiple).keys() <= known.keys()
+
+
 def test_core_and_outputs_are_the_best_for_the_first_factor(kernel):
     """Against the rank-reduced regression of the outputs on what the first factor leaves."""
     x = inputs()

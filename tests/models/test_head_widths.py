@@ -135,6 +135,17 @@ def test_widths_are_chosen_by_what_they_do_to_the_outputs():
     assert widths(kept)[0] == (8, 8) > widths(kept)[1]
 
 
+@pytest.mark.parametrize("name", ["attention", "encoder/attention"])
+def test_names_with_a_slash_and_heads_without_a_smaller_width(name):
+    tf_keras = pytest.importorskip("tf_keras")
+    inputs = tf_keras.Input((6, 12))
+    outputs = tf_keras.layers.MultiHeadAttention(2, 8, name=name)(inputs, inputs)
+    model = tf_keras.Model(inputs, outputs)
+    assert widths(narrow_heads(model, 0.2)) < widths(model)
+    with pytest.raises(ValueError, match="wider than `width_multiple`"):
+        narrow_heads(model, 0.2, width_multiple=8)
+
+
 def test_files_of_litert():
     model = model_of(keras)
     narrow = narrow_heads(model, 0.3, calibration_data=X)
