@@ -80,7 +80,7 @@ class Layer:
     def __init__(self, layer: Any, records: dict[Any, Any]) -> None:
         self.dense = projections(layer)
         known = {name: records[dense] for name, dense in self.dense.items()}
-        self.heads = Heads(layer, stock_kind(layer), known)
+        self.heads = Heads(layer.name, layer, stock_kind(layer), known)
         self.moments = {n: r.moment.times(np.eye(r.moment.side)) for n, r in known.items()}
         self.matrices = {n: unfold(kernel_values(d), 1)[0] for n, d in self.dense.items()}
         self.side = len(self.matrices["query"])

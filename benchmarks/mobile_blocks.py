@@ -570,7 +570,7 @@ class Bench:
         return keras_alds.CalibrationStats.collect(self.model, self.x, verbose=0)
 
     def narrow(self, removed: Sequence[float]) -> None:
-        """`keras_alds.narrow`, also with 0: only what costs nothing."""
+        """`keras_alds.narrow`, also with 0, which is the same as None: only what is free."""
         for fraction in (0.0, *removed):
             try:
                 result = keras_alds.narrow(

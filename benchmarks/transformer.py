@@ -217,7 +217,7 @@ def measure(task: Task, original: Any, crs: list[float], examples: int) -> None:
 
     def narrowed(**options: Any) -> Callable[[float], Any]:
         def make(cr: float) -> Any:
-            narrow = keras_alds.narrow_heads(original, **data)
+            narrow = keras_alds.narrow_heads(original, **data, verbose=0).model
             left = (1 - cr) * original.count_params() / narrow.count_params()
             return keras_alds.compress(narrow, 1 - left, **options) if left < 1 else narrow
 
@@ -262,7 +262,7 @@ def compare_files(task: Task, original: Any, examples: int) -> None:
     """
     chosen = np.random.default_rng(0).permutation(len(task.examples))[:examples]
     x = task.examples[chosen]
-    narrow = keras_alds.narrow_heads(original, calibration_data=x)
+    narrow = keras_alds.narrow_heads(original, calibration_data=x, verbose=0).model
     cr = 1 - narrow.count_params() / original.count_params()
     models = {
         "original": original,

@@ -24,10 +24,9 @@ if TYPE_CHECKING:
     from keras_alds.layers import FactorizedConv1D, FactorizedConv2D, FactorizedDense
     from keras_alds.models.calibration import CalibrationStats
     from keras_alds.models.expansion import expand
-    from keras_alds.models.head_widths import narrow_heads
     from keras_alds.models.resources import count_macs
     from keras_alds.monitoring import RankMonitor
-    from keras_alds.narrowing import NarrowedLayer, Narrowing, narrow
+    from keras_alds.narrowing import NarrowedLayer, Narrowing, narrow, narrow_heads
     from keras_alds.plan import CompressionPlan, LayerChoice
     from keras_alds.refinement import Refinement, refine
     from keras_alds.reports import report
@@ -60,7 +59,7 @@ _HOMES = {
     "count_macs": "models.resources",
     "expand": "models.expansion",
     "narrow": "narrowing",
-    "narrow_heads": "models.head_widths",
+    "narrow_heads": "narrowing",
     "recompose": "api",
     "refine": "refinement",
     "report": "reports",

@@ -7,6 +7,7 @@ parameters and multiply–accumulates; `litert.latency` measures latency.
 from __future__ import annotations
 
 import dataclasses
+import decimal
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -32,6 +33,22 @@ class Cost(NamedTuple):
 def removed_fraction(before: int, after: int) -> float:
     """The fraction `cr` that was removed, 1 - after / before."""
     return 1 - after / before
+
+
+def rounded_down(fraction: float) -> str:
+    """A fraction as a decimal number, rounded down, but not to 0."""
+    if not fraction:
+        return "0"
+    exact, digits = decimal.Decimal(fraction), 4
+    while not (rounded := exact.quantize(decimal.Decimal(1).scaleb(-digits), decimal.ROUND_FLOOR)):
+        digits += 1
+    return f"{rounded:f}"
+
+
+def rounded_up(fraction: float) -> str:
+    """A fraction with four decimals, rounded up."""
+    exact = decimal.Decimal(fraction)
+    return str(exact.quantize(decimal.Decimal("0.0001"), decimal.ROUND_CEILING))
 
 
 def allowed_after(before: int, cr: float) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+import keras
 import numpy as np
 import pytest
 import zoo
@@ -56,21 +59,25 @@ def with_dead_channels(model):
 def test_channels_that_say_nothing_are_removed_without_a_loss(keras_module, tmp_path):
     model = with_dead_channels(mobile(keras_module))
     model.get_layer("first_deep").trainable = False
+    if keras_module is keras:  # only there, single variables can be frozen
+        model.get_layer("wide").kernel.trainable = False
     model.compile("sgd", "mse")
-    result = keras_alds.narrow(model, 0, calibration_data=X, verbose=0)
+    result = keras_alds.narrow(model, calibration_data=X, verbose=0)
     small = result.model
-    sizes = {row.layer: (row.maker, row.before, row.after) for row in result.layers}
-    assert sizes["first_out"] == ("expand", 24, 16)
-    assert sizes["second_out"] == ("wide", 24, 16)
-    assert sizes["third_out"][:2] == ("second_out", 32)
+    sizes = {row.layer: (row.width, row.before, row.after) for row in result.layers}
+    assert sizes["first_out"] == ("channels of 'expand'", 24, 16)
+    assert sizes["second_out"] == ("channels of 'wide'", 24, 16)
+    assert sizes["third_out"][:2] == ("channels of 'second_out'", 32)
     assert small.get_layer("expand").kernel.shape == (1, 1, 16, 16)
     assert small.get_layer("first_deep").get_weights()[0].shape == (3, 3, 16, 1)
     wanted = zoo.outputs(model, X)
     assert np.abs(zoo.outputs(small, X) - wanted).max() < 1e-3 * np.abs(wanted).max()
-    assert result.macs == (keras_alds.count_macs(model), keras_alds.count_macs(small))
+    assert result.cost == (keras_alds.count_macs(model), keras_alds.count_macs(small))
     assert [layer.name for layer in small.layers] == [layer.name for layer in model.layers]
     assert not small.get_layer("first_deep").trainable
     assert small.get_layer("expand").trainable
+    assert small.get_layer("wide").bias.trainable
+    assert small.get_layer("wide").kernel.trainable == (keras_module is not keras)
     small.fit(X, np.zeros((64, 10)), verbose=0)  # compiled as `model` is
     small.save(tmp_path / "small.keras")
     loaded = keras_module.models.load_model(tmp_path / "small.keras")
@@ -87,8 +94,8 @@ def test_the_fraction_is_removed_where_it_costs_least(keras_module):
     for cr in (0.1, 0.25):
         result = keras_alds.narrow(model, cr, calibration_data=stats, verbose=0)
         small = result.model
-        assert result.macs.removed >= cr
-        assert result.macs == (keras_alds.count_macs(model), keras_alds.count_macs(small))
+        assert result.cost.removed >= cr
+        assert result.cost == (keras_alds.count_macs(model), keras_alds.count_macs(small))
         assert all(row.after % 8 == 0 for row in result.layers)
         errors.append(float(np.square(zoo.outputs(small, X) - wanted).mean() / wanted.var()))
     assert errors[0] <= errors[1] < 0.5
@@ -117,7 +124,7 @@ def test_what_stays_and_why(keras_module):
     model = K.Model(inputs, [block(K, x, "d", 16), x], name="stays")
     data = RANDOM.standard_normal((16, 8, 8, 16)).astype("float32")
     with pytest.raises(ValueError, match="none to narrow") as error:
-        keras_alds.narrow(model, 0, calibration_data=data, exclude="c_out", verbose=0)
+        keras_alds.narrow(model, calibration_data=data, exclude="c_out", verbose=0)
     text = str(error.value)
     for part in (
         "'a_out': 'gate' (Multiply) may mix channels",
@@ -133,16 +140,34 @@ def test_what_a_wrapper_holds_stays(keras_module):
     frames = keras_module.layers.TimeDistributed(mobile(keras_module), name="frames")
     model = keras_module.Model(inputs, frames(inputs))
     with pytest.raises(ValueError, match="'frames/mobile/first_out': it is inside a wrapper"):
-        keras_alds.narrow(model, 0, calibration_data=X.reshape(32, 2, 10, 10, 3), verbose=0)
+        keras_alds.narrow(model, calibration_data=X.reshape(32, 2, 10, 10, 3), verbose=0)
+
+
+def test_channels_first_stays(keras_module):
+    K, L = keras_module, keras_module.layers
+    inputs = K.Input((3, 8, 8))
+    first = {"data_format": "channels_first"}
+    x = L.Conv2D(16, 1, **first)(inputs)
+    x = L.DepthwiseConv2D(3, **first)(x)
+    x = L.BatchNormalization(axis=1)(x)
+    model = K.Model(inputs, L.Conv2D(8, 1, name="out", **first)(x))
+    data = RANDOM.standard_normal((16, 3, 8, 8)).astype("float32")
+    with pytest.raises(ValueError, match="'out' is channels_first"):
+        keras_alds.narrow(model, calibration_data=data, verbose=0)
 
 
 def test_errors_name_the_limit_and_change_nothing(keras_module):
     model = mobile(keras_module)
     for cr in (1, -0.1, True, "half"):
-        with pytest.raises(ValueError, match="0 <= cr < 1"):
+        with pytest.raises(ValueError, match="0 < cr < 1, or None"):
             keras_alds.narrow(model, cr, calibration_data=X, verbose=0)
-    with pytest.raises(ValueError, match=r"to be at most 0.*cr=0\.99"):
+    with pytest.raises(ValueError, match=r"to be at most 0.*cr=0\.99") as error:
         keras_alds.narrow(model, 0.99, calibration_data=X, verbose=0)
+    limit = float(re.search(r"at most (\S+),", str(error.value)).group(1))
+    result = keras_alds.narrow(model, limit, calibration_data=X, multiple=8, verbose=0)
+    assert result.cost.removed >= limit
+    with pytest.raises(ValueError, match="'first_out': it reads 24 channels only"):
+        keras_alds.narrow(model, calibration_data=X, multiple=32, verbose=0)
     small = keras_alds.compress(model, 0.2, method="energy", target="size")
     with pytest.raises(ValueError, match="Narrow first"):
         keras_alds.narrow(small, 0.2, calibration_data=X, verbose=0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import tempfile
 import warnings
-from collections.abc import Collection, Iterator
-from types import ModuleType
+from collections.abc import Collection, Iterator, Mapping
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import keras
@@ -44,10 +44,8 @@ class Cloning(Graphs, Training):
             except Exception as error:
                 raise ValueError(
                     f"A copy of the model '{model.name}' could not be made from the configs of its "
-                    f"layers ({type(error).__name__}: {error}). Expected serializable layers, "
-                    "functions and initializers. Remedy: register your own with "
-                    f"`{self.name}.saving.register_keras_serializable`, or compress in training "
-                    "with `ALDSCompress`, or in place with `apply_plan`."
+                    f"layers {self.copy_problem(error)}. Or compress in training with "
+                    "`ALDSCompress`, or in place with `apply_plan`."
                 ) from error
             if type(copy) is not type(model):
                 copy = type(model)(copy.inputs, copy.outputs, name=model.name)
@@ -75,6 +73,18 @@ class Cloning(Graphs, Training):
         pairs = zip(model.weights, copy.weights, strict=True)
         self.copy_compile_state(model, copy, pairs, stacklevel=stacklevel + 1)
         return copy
+
+    def copy_problem(self, error: Exception) -> str:
+        """The end of the message that a copy could not be made, without a full stop."""
+        return (
+            f"({type(error).__name__}: {error}). Expected serializable layers, functions and "
+            "initializers. Remedy: register your own with "
+            f"`{self.name}.saving.register_keras_serializable`"
+        )
+
+    def copy_layer(self, layer: Layer, changes: Mapping[str, Any]) -> Layer:
+        """A new layer with the config of another one and some changes, without its weights."""
+        return type(layer).from_config({**layer.get_config(), **changes})
 
     def _copy_layer_state(self, old: Layer, new: Layer) -> None:
         """Copies the state of a layer apart from its config and weights."""
@@ -279,6 +289,11 @@ class Keras3Cloning(Cloning):
         with ignored_warnings():
             return keras.models.clone_model(model, recursive=True, clone_function=_clone_layer)
 
+    def copy_layer(self, layer: Layer, changes: Mapping[str, Any]) -> Layer:
+        """As for `Cloning`. Functions that cannot be read back are shared."""
+        with ignored_warnings():
+            return _clone_layer(layer, changes)
+
 
 class TfKerasCloning(Cloning):
     """The implementation for tf_keras."""
@@ -319,7 +334,7 @@ def _is_plain_constructor(kind: ModuleType, cls: type) -> bool:
     return constructor.__module__.startswith(f"{kind.__name__}.")
 
 
-def _clone_layer(layer: Layer) -> Layer:
+def _clone_layer(layer: Layer, changes: Mapping[str, Any] = MappingProxyType({})) -> Layer:
     # Functions and objects that Keras cannot read back from a config (lambdas, unregistered ones)
     # have no state, so both layers share them.
     config = layer.get_config()
@@ -332,4 +347,4 @@ def _clone_layer(layer: Layer) -> Layer:
         value = vars(layer).get(name)
         if callable(value) and not isinstance(value, (keras.layers.Layer, type)):
             config[name] = value
-    return type(layer).from_config(config)
+    return type(layer).from_config({**config, **changes})

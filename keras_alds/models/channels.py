@@ -61,6 +61,8 @@ def find_channels(inventory: Inventory) -> tuple[list[Channels], dict[str, str]]
         maker, between, reason = finder.traced(record.layer)
         if not any(map(finder.is_depthwise, between)):
             continue
+        if record.layer.data_format == "channels_first":
+            reason = f"'{record.layer.name}' is channels_first"
         if reason is None and record.excluded:
             reason = "it is excluded"
         if reason is None and not finder.is_rebuilt(record.layer):
@@ -103,7 +105,7 @@ class _Finder:
     def traced(self, reader: Any) -> tuple[Any, list[Any], str | None]:
         """What made the input of a layer, what lies between, and why it cannot be cut, or None."""
         between: list[Any] = []
-        layer = reader
+        layer, form = reader, reader.data_format
         while True:
             calls = self._calls.get(layer, [])
             if len(calls) != 1:
@@ -119,11 +121,11 @@ class _Finder:
             layer = call.layer
             if self._reads[id(tensors[0])] > 1:
                 return None, between, f"the output of '{layer.name}' is used elsewhere too"
-            if self._is_convolution(layer):
+            if self._is_convolution(layer, form):
                 made_once = len(self._calls[layer]) == 1
                 reason = None if made_once else f"'{layer.name}' is called several times"
                 return layer, between, reason
-            if not self._keeps_channels_apart(layer):
+            if not self._keeps_channels_apart(layer, form):
                 reason = f"'{layer.name}' ({type(layer).__name__}) may mix channels"
                 return None, between, reason
             between.insert(0, layer)
@@ -141,18 +143,16 @@ class _Finder:
         return (
             type(layer) is self._keras.layers.DepthwiseConv2D
             and layer.depth_multiplier == 1
-            and layer.data_format == "channels_last"
             and self._is_elementwise(layer)
         )
 
-    def _is_convolution(self, layer: Any) -> bool:
-        return self._is_plain(layer) and self._is_elementwise(layer)
+    def _is_convolution(self, layer: Any, form: str) -> bool:
+        return self._is_plain(layer) and layer.data_format == form and self._is_elementwise(layer)
 
     def _is_plain(self, layer: Any) -> bool:
         return (
             type(layer) is self._keras.layers.Conv2D
             and layer.groups == 1
-            and layer.data_format == "channels_last"
             and not getattr(layer, "lora_enabled", False)
         )
 
@@ -160,17 +160,17 @@ class _Finder:
         name = self._keras.activations.serialize(layer.activation)
         return isinstance(name, str) and name in _ELEMENTWISE  # of custom ones it is a dict
 
-    def _keeps_channels_apart(self, layer: Any) -> bool:
+    def _keeps_channels_apart(self, layer: Any, form: str) -> bool:
         stock = self._keras.layers
         if type(layer) is stock.Activation:
             return self._is_elementwise(layer)
         if type(layer) is stock.BatchNormalization:
             axis = layer.axis
             (axis,) = axis if isinstance(axis, (list, tuple)) else (axis,)
-            return axis in (-1, 3)
-        if type(layer) is stock.ZeroPadding2D:
-            return layer.data_format == "channels_last"
-        return self.is_depthwise(layer) or type(layer) in (
+            return axis in ((-1, 3) if form == "channels_last" else (1, -3))
+        if type(layer) is stock.ZeroPadding2D or self.is_depthwise(layer):
+            return bool(layer.data_format == form)
+        return type(layer) in (
             stock.ReLU,
             stock.LeakyReLU,
             stock.ELU,

@@ -176,12 +176,17 @@ def kernels(records: Iterable[LayerRecord], scheme: int = 0) -> Iterator[tuple[b
     """
     for record in records:
         kernel = np.ascontiguousarray(kernel_values(record.layer, scheme))
-        if not np.isfinite(kernel).all():
-            raise ValueError(
-                f"Expected finite weights. Received: NaN or infinity in the kernel of layer "
-                f"'{record.path}'. Look for the step at which training diverged."
-            )
+        check_finite(kernel, "kernel", record.path)
         yield hashlib.sha256(kernel.data).digest(), kernel
+
+
+def check_finite(values: Array, part: str, path: str) -> None:
+    """Raises a ValueError if a part of a layer holds NaN or infinity."""
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"Expected finite weights. Received: NaN or infinity in the {part} of layer '{path}'. "
+            "Look for the step at which training diverged."
+        )
 
 
 def singular_values(records: Sequence[LayerRecord]) -> list[Float64]:

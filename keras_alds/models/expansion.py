@@ -119,7 +119,7 @@ class _Expander(GraphRebuilder):
     def _pieces(self, layer: Any, shape: Any, masked: bool) -> list[Piece]:
         if not isinstance(layer, self.layers.Layer):
             # An operation of Keras 3 that is not a layer: `x + 1`, `keras.ops.mean(x)`.
-            return [self.once(layer, "new", lambda: type(layer).from_config(layer.get_config()))]
+            return [self.once(layer, "new", lambda: self.copy_of(layer))]
         if self.source.is_symbolic(layer):
             return [self.model(layer)]
         kind = stock_kind(layer)
@@ -143,14 +143,14 @@ class _Expander(GraphRebuilder):
 
     def _like(self, layer: Any) -> Any:
         """A copy of a layer that is not replaced."""
-        config = layer.get_config()
+        changes = {}
         values, origins = layer.get_weights(), list(layer.weights)
         if layer in self._folded:
-            config["use_bias"] = True
+            changes["use_bias"] = True
             kernels = len(values) - bool(layer.use_bias)
             values = self._fold(layer, values[:kernels])
             origins = [*origins[:kernels], self._bias(layer)]
-        new = type(layer).from_config(config)
+        new = self.copy_of(layer, changes)
         self.record(layer, new, values, origins)
         return new
 
@@ -178,7 +178,7 @@ class _Expander(GraphRebuilder):
         return {
             "name": self.unique(f"{layer.name}_{part}"),
             "use_bias": False,
-            "kernel_initializer": self.copied(layer.encoder_initializer),
+            "kernel_initializer": self.copy_of(layer.encoder_initializer),
             "kernel_regularizer": layer.encoder_regularizer,
             "kernel_constraint": layer.encoder_constraint,
             "trainable": layer.trainable,
@@ -190,8 +190,8 @@ class _Expander(GraphRebuilder):
             "name": layer.name,
             "use_bias": layer.use_bias or layer in self._folded,
             "activation": layer.activation,
-            "kernel_initializer": self.copied(layer.decoder_initializer),
-            "bias_initializer": self.copied(layer.bias_initializer),
+            "kernel_initializer": self.copy_of(layer.decoder_initializer),
+            "bias_initializer": self.copy_of(layer.bias_initializer),
             "kernel_regularizer": layer.decoder_regularizer,
             "bias_regularizer": layer.bias_regularizer,
             "kernel_constraint": layer.decoder_constraint,

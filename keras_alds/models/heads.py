@@ -19,6 +19,7 @@ from keras_alds.core.choices import ChoiceTable
 from keras_alds.core.heads import Contexts, Scores
 from keras_alds.core.spectra import Float64
 from keras_alds.kinds.attention import SCORES, VALUES, Attention
+from keras_alds.models.choices import check_finite
 from keras_alds.models.inventory import LayerRecord
 from keras_alds.models.probes import Kernels
 
@@ -31,14 +32,21 @@ class Heads:
     """An attention layer whose heads can be narrower.
 
     Attributes:
+        path: Path of the layer.
         layer: The layer.
         kind: Its kind.
         records: The records of its projections by name.
     """
 
+    path: str
     layer: Any
     kind: Attention
     records: Mapping[str, LayerRecord]
+
+    def are_wider(self, multiple: int) -> bool:
+        """Whether a width is more than so many."""
+        config = self.layer.get_config()
+        return any(config[argument] > multiple for argument in self.kind.widths(self.layer))
 
     def products(self, multiple: int) -> list[Product]:
         """What can be narrower independently, if there are smaller widths."""
@@ -55,11 +63,17 @@ class Heads:
         """The kernel and the bias of a projection, `[inputs, heads, width]` and `[heads, width]`.
 
         The kernel of the output projection is `[heads, width, outputs]`.
+
+        Raises:
+            ValueError: If they are not finite.
         """
         dense = self.records[name].layer
         value = _backend.backend_of(dense).value
         kernel = value(dense.kernel).astype(np.float64)
         bias = None if dense.bias is None else value(dense.bias).astype(np.float64)
+        for part, values in (("kernel", kernel), ("bias", bias)):
+            if values is not None:
+                check_finite(values, part, self.records[name].path)
         return (kernel.reshape(*kernel.shape[:2], -1) if name == "output" else kernel), bias
 
     def _scores(self) -> Scores:

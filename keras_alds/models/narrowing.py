@@ -19,8 +19,6 @@ from keras_alds.models.inventory import Inventory
 from keras_alds.models.rebuild import GraphRebuilder, Piece
 from keras_alds.models.resources import Macs
 
-#: Processors compute channels in groups of so many.
-MULTIPLE = 8
 # Halvings of the logarithm of the price of a multiply–accumulate, and its limits.
 _HALVINGS, _LIMITS = 60, (-60.0, 20.0)
 
@@ -34,18 +32,20 @@ class Candidate:
         moment: The second moment of the inputs of the layer that reads them.
         order: The order of their removal.
         curve: What an error of that layer does to the model's outputs, or None.
+        multiple: Numbers of channels are multiples of it.
     """
 
     channels: Channels
     moment: SecondMoment
     order: ChannelOrder
     curve: Curve | None
+    multiple: int
 
     @property
     def sizes(self) -> Array:
         """The numbers of channels that may stay."""
         count = self.channels.count
-        return np.array([*range(MULTIPLE, count, MULTIPLE), count])
+        return np.array([*range(self.multiple, count, self.multiple), count])
 
 
 class MacsOfSizes:
@@ -138,12 +138,13 @@ class Narrower(GraphRebuilder):
 
     def _copy(self, layer: Any) -> Any:
         if not isinstance(layer, self.source.keras.layers.Layer):
-            return type(layer).from_config(layer.get_config())  # an operation of Keras 3
+            return self.copy_of(layer)  # an operation of Keras 3
         if self.source.is_symbolic(layer):
             return self.model(layer)
-        config, values, origins = layer.get_config(), layer.get_weights(), list(layer.weights)
+        changes: dict[str, Any] = {}
+        values, origins = layer.get_weights(), list(layer.weights)
         if layer in self._fitted:
-            config["use_bias"] = True
+            changes["use_bias"] = True
             bias = values[1] if layer.use_bias else 0.0
             kernel, gained = self._fitted[layer](values[0][0, 0])
             values = [
@@ -153,14 +154,15 @@ class Narrower(GraphRebuilder):
             origins = [layer.kernel, layer.bias if layer.use_bias else None]
         if layer in self._kept:
             kept = self._kept[layer]
-            if "filters" in config:
-                config["filters"] = len(kept)
-            deep = isinstance(layer, self.source.keras.layers.DepthwiseConv2D)
+            stock = self.source.keras.layers
+            deep = isinstance(layer, stock.DepthwiseConv2D)
+            if isinstance(layer, stock.Conv2D) and not deep:
+                changes["filters"] = len(kept)
             values = [
                 value[:, :, kept] if deep and value.ndim == 4 else value[..., kept]
                 for value in values
             ]
-        new = type(layer).from_config(config)
+        new = self.copy_of(layer, changes)
         self.record(layer, new, values, origins)
         return new
 

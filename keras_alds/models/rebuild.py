@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,20 @@ class GraphRebuilder:
         """The new input layer for an old one."""
         return type(layer).from_config(layer.get_config())
 
+    def copy_of(self, layer: Any, changes: Mapping[str, Any] | None = None) -> Any:
+        """A new layer, or operation of Keras 3, with the old one's config and some changes.
+
+        Raises:
+            ValueError: If the config holds what cannot be read back.
+        """
+        try:
+            return self.source.copy_layer(layer, changes or {})
+        except Exception as error:
+            raise ValueError(
+                f"A copy of the layer '{layer.name}' could not be made from its config "
+                f"{self.source.copy_problem(error)}."
+            ) from error
+
     def arguments(
         self, call: _backend.GraphCall, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -99,13 +113,19 @@ class GraphRebuilder:
                 )
         return cls(*parts, name=model.name)
 
-    def rebuild(self, model: Any) -> Any:
-        """The new model, with weights and trainable flags; called by the public function."""
+    def rebuild(self, model: Any, *, stacklevel: int = 2) -> Any:
+        """The new model, with weights and trainable flags.
+
+        Args:
+            model: The model.
+            stacklevel: The frame that warnings name; 1 is the caller of this method. Defaults to 2,
+                for one that is called by the public function.
+        """
         self.names |= {layer.name for _, layer in walk(model)}
         new = self.model(model)
         self._finish()
         for text in self._warnings:
-            warnings.warn(text, stacklevel=3)
+            warnings.warn(text, stacklevel=stacklevel + 1)
         return new
 
     def warn(self, text: str) -> None:
@@ -226,6 +246,8 @@ class GraphRebuilder:
             new.set_weights(values)
             if hasattr(new, "finalize_state"):  # Normalization caches values derived from them
                 new.finalize_state()
+        for old, new in self.pairs():
+            self.target.copy_trainable(old, new)
         for old, new in self._flags:
             if type(old) is type(new):
                 self.source.copy_assets(old, new)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import decimal
 import functools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +32,7 @@ from keras_alds.plan import (
     Skip,
     Skipped,
 )
-from keras_alds.resources import RESOURCES, Cost, allowed_after
+from keras_alds.resources import RESOURCES, Cost, allowed_after, rounded_down, rounded_up
 from keras_alds.tables import counted
 from keras_alds.targets import get_target
 
@@ -218,7 +217,7 @@ class Selection:
         most = Cost(self.memory.peak, least).removed
         raise UnreachableError(
             f"memory={self.options.memory:g} is not reachable for the model "
-            f"'{self.inventory.model.name}': expected 0 <= memory <= {_rounded_down(most)}, as "
+            f"'{self.inventory.model.name}': expected 0 <= memory <= {rounded_down(most)}, as "
             f"at least {least:,} entries are live while layer '{where}' runs, and "
             f"{self.memory.peak:,} at the peak before ({self._limits}). "
             f"Received: cr={self.options.requested}"
@@ -327,14 +326,13 @@ class Selection:
         least, greatest = record.bounds
         fractions = np.sort(self.removed(record, sizes)).tolist()
         nearest = [
-            *[fraction for fraction in fractions if fraction < least][-1:],
-            *[fraction for fraction in fractions if fraction > greatest][:1],
+            *[rounded_down(fraction) for fraction in fractions if fraction < least][-1:],
+            *[rounded_up(fraction) for fraction in fractions if fraction > greatest][:1],
         ]
         return UnreachableError(
             f"Expected the `bounds` of layer '{record.path}' to allow one of its choices. Received:"
             f" ({least:g}, {greatest:g}), where the nearest fractions of its parameters that the "
-            f"method {self.options.method!r} can remove are "
-            + " and ".join(f"{fraction:.4f}" for fraction in nearest)
+            f"method {self.options.method!r} can remove are " + " and ".join(nearest)
         )
 
     # -- Budgets -----------------------------------------------------------------------------
@@ -373,7 +371,7 @@ class Selection:
                 f"({counted(len(self.inventory.candidates), 'layer')} can be factorized).{skipped}"
             )
         return UnreachableError(
-            f"{start}expected 0 < cr <= {_rounded_down(best)}, with the smallest allowed choice "
+            f"{start}expected 0 < cr <= {rounded_down(best)}, with the smallest allowed choice "
             f"everywhere ({self._limits}). Received: cr={cr}. Then, of "
             f"{total:,}{RESOURCES[resource.name].unit}, {required:,} remain in the "
             f"layers that can be factorized and {fixed:,} in everything else: biases, and layers "
@@ -586,13 +584,3 @@ def _total_error(tables: Sequence[ChoiceTable], solution: Solution) -> float:
 
 def _least(limits: Iterable[int | None]) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
-
-
-def _rounded_down(fraction: float) -> str:
-    """A fraction as a decimal number, rounded down, but not to 0."""
-    if not fraction:
-        return "0"
-    exact, digits = decimal.Decimal(fraction), 4
-    while not (rounded := exact.quantize(decimal.Decimal(1).scaleb(-digits), decimal.ROUND_FLOOR)):
-        digits += 1
-    return f"{rounded:f}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import zipfile
 
 import keras
@@ -10,7 +12,11 @@ import pytest
 
 import keras_alds
 from keras_alds import litert, narrow_heads
+from keras_alds.core.calibration.curves import Curve
 from keras_alds.litert.runs import Runner
+from keras_alds.models.head_widths import find_heads
+from keras_alds.models.inventory import Inventory
+from keras_alds.models.trials import WEIGHINGS, weighed
 
 rng = np.random.default_rng(0)
 X = [rng.standard_normal(shape).astype("f") for shape in ((24, 6, 12), (24, 4, 10))]
@@ -85,9 +91,16 @@ def test_heads_of_a_smaller_rank_become_narrower_exactly(keras_module, data, tmp
         for weight in getattr(layer, f"_{name}_dense").get_weights()
         if name != "output" or weight.ndim > 2  # not its bias
     ]
-    narrow = narrow_heads(
-        model, sum(removed) / model.count_params(), calibration_data=X if data else None
+    result = narrow_heads(
+        model, sum(removed) / model.count_params(), calibration_data=X if data else None, verbose=0
     )
+    narrow = result.model
+    assert result.cost == (model.count_params(), narrow.count_params())
+    assert {(row.layer, row.width, row.before, row.after) for row in result.layers} >= {
+        ("cross", "key_dim", 8, 4),
+        ("cross", "value_dim", 16, 8),
+    }
+    assert max(row.error for row in result.layers) < 1e-6
     assert widths(narrow) == [tuple(n // 2 for n in some) for some in widths(model)]
     assert model.count_params() - narrow.count_params() == sum(removed)
     assert_close(outputs(narrow), expected)
@@ -121,18 +134,43 @@ def test_widths_are_chosen_by_what_they_do_to_the_outputs():
     for dense in (second._query_dense, second._key_dense):
         dense.kernel.assign(4 * dense.get_weights()[0])
     x = rng.standard_normal((64, 6, 12)).astype("f")
-    narrow = narrow_heads(model, 0.15, calibration_data=x, width_multiple=1)
+    narrow = narrow_heads(model, 0.15, calibration_data=x, multiple=1, verbose=0).model
     assert 1 - narrow.count_params() / model.count_params() >= 0.15
     (first_width, _), (second_width, _) = widths(narrow)
     assert first_width < second_width
-    near = narrow_heads(model, calibration_data=x)
+    near = narrow_heads(model, calibration_data=x, verbose=0).model
     first, second = (m.predict(x, verbose=0) for m in (model, near))
     assert near.count_params() < model.count_params()
     assert 0 < np.square(first - second).mean() / first.var(axis=0).mean() < 2e-3
     with pytest.raises(ValueError, match="Expected `cr`, or examples"):
         narrow_heads(model)
-    kept = narrow_heads(model, 0.1, exclude="attention_0", width_multiple=1)
-    assert widths(kept)[0] == (8, 8) > widths(kept)[1]
+    lines: list[str] = []
+    kept = narrow_heads(model, 0.1, exclude="attention_0", multiple=1)
+    assert widths(kept.model)[0] == (8, 8) > widths(kept.model)[1]
+    assert kept.skipped == {"attention_0": "it is excluded"}
+    kept.summary(lines.append)
+    assert "attention_0: it is excluded" in lines[0]
+    attention_layers(model)[1]._query_dense.bias.assign(np.full((2, 8), np.nan))
+    with pytest.raises(ValueError, match=r"NaN or infinity in the bias .*attention_1.*query"):
+        narrow_heads(model, 0.1)
+
+
+def test_errors_are_weighed_as_those_of_factors():
+    layer = keras.layers.MultiHeadAttention(2, 8, name="attention")
+    inputs = keras.Input((6, 12))
+    inventory = Inventory.of(keras.Model(inputs, layer(inputs, inputs)))
+    ((heads,), _) = find_heads(inventory, 2)
+    curve = Curve((0.01, 0.5), (0.1, 0.7))
+    record = dataclasses.replace(heads.records["query"], curve=curve)
+    for product in heads.products(2):
+        table = product.table(None, 1.0)
+        assert table.rank.tolist() == [2, 4, 6, 8]
+        assert np.array_equal(table.error, product.errors)
+        assert np.ptp(table.cost[:, 0] / table.rank) == 0
+        for weighing, power in WEIGHINGS.items():
+            (expected,) = weighed([table], [record], weighing)
+            actual = product.table(curve, power)
+            np.testing.assert_allclose(actual.error, expected.error, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["attention", "encoder/attention"])
@@ -141,14 +179,14 @@ def test_names_with_a_slash_and_heads_without_a_smaller_width(name):
     inputs = tf_keras.Input((6, 12))
     outputs = tf_keras.layers.MultiHeadAttention(2, 8, name=name)(inputs, inputs)
     model = tf_keras.Model(inputs, outputs)
-    assert widths(narrow_heads(model, 0.2)) < widths(model)
-    with pytest.raises(ValueError, match="wider than `width_multiple`"):
-        narrow_heads(model, 0.2, width_multiple=8)
+    assert widths(narrow_heads(model, 0.2).model) < widths(model)
+    with pytest.raises(ValueError, match="its heads are not wider than 8"):
+        narrow_heads(model, 0.2, multiple=8)
 
 
 def test_files_of_litert():
     model = model_of(keras)
-    narrow = narrow_heads(model, 0.3, calibration_data=X)
+    narrow = narrow_heads(model, 0.3, calibration_data=X, verbose=0).model
     expected = outputs(narrow)
     content = litert.convert(narrow, verbose=0)
     int8 = litert.convert(narrow, quantize="int8", representative_data=X, verbose=0)
@@ -180,18 +218,19 @@ def test_layers_that_keep_their_heads():
     x = L.GroupQueryAttention(8, 4, 2, use_gate=True, name="gated_group")(x, x)
     x = Block(name="block")(Own(2, 8, name="own")(x, x))
     model = keras.Model(inputs, x)
-    with pytest.warns(UserWarning, match="keep their heads") as caught:
-        narrow = narrow_heads(model, 0.03)
-    (text,) = [str(w.message) for w in caught if "keep their" in str(w.message)]
-    for reason in (
-        "'gated_group': it has a gate",
-        "'own': Own is not the stock MultiHeadAttention",
-        "'block' calls it in Python code",
+    result = narrow_heads(model, 0.03)
+    narrow = result.model
+    assert result.skipped.keys() == {"gated_group", "own", "block/multi_head_attention"}
+    for reason, known in zip(
+        ("it has a gate", "Own is not the stock MultiHeadAttention", "'block' calls it in Python"),
+        result.skipped.values(),
+        strict=True,
     ):
-        assert reason in text
-    assert caught[0].filename == __file__
+        assert known.startswith(reason)
     assert widths(narrow)[0][1] == 8 > widths(narrow)[0][0]
-    with pytest.raises(ValueError, match=r"expected 0 < cr <= 0\.\d+"):
+    with pytest.raises(ValueError, match=r"expected 0 < cr <= 0\.\d+") as error:
         narrow_heads(model, 0.9, exclude=["gated_group", "own", "block"])
+    limit = float(re.search(r"<= ([\d.]+\d)", str(error.value)).group(1))
+    assert narrow_heads(model, limit).cost.removed >= limit
     with pytest.raises(ValueError, match="heads can be narrower"):
         narrow_heads(keras.Sequential([keras.Input((3,)), L.Dense(2)], name="plain"), 0.5)

@@ -10,8 +10,9 @@ inverse of S + ρI and W the kernel that is fitted so far, the removal of channe
 
     |W_i|² / H_ii
 
-to the squared error (optimal brain surgeon, Hassibi and Stork, NeurIPS 1992), and the least one is taken.
-Channels that are the same for all inputs add nothing, whatever ρ is: the bias makes up for them.
+to the squared error (optimal brain surgeon, Hassibi and Stork, NeurIPS 1992), and the least one is
+taken. Channels that are the same for all inputs add nothing, whatever ρ is: the bias makes up for
+them.
 """
 
 from __future__ import annotations
