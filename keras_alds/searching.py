@@ -391,9 +391,8 @@ def _asked(
         most: The most points.
         limits: Score of the model itself, by how much it may fall, and the largest ratio.
     """
-    same: list[Tried] = []
     while len(record.points) < most:
-        tried = [*(Tried(p.cr, p.removed, p.score) for p in record.points), *same]
+        tried = [*(Tried(p.cr, p.removed, p.score) for p in record.points), *record.same]
         left = most - len(record.points)
         cr = next_cr(tried, *limits, left)
         if cr is None:
@@ -404,7 +403,7 @@ def _asked(
         if known is None:
             yield cr, chosen, start
         else:
-            same.append(Tried(cr, known.removed, known.score))
+            record.same.append(Tried(cr, known.removed, known.score))
 
 
 def _alike(first: CompressionPlan, second: CompressionPlan) -> bool:
@@ -535,12 +534,15 @@ class _Record:
         search: What the scores depend on, as text by name.
         dense_score: The score of the model itself, or None.
         points: The points.
+        same: Ratios for which the plan of a point was chosen again. A search that goes on
+            asks for the same ratios only if it knows them.
     """
 
     path: str | None
     search: dict[str, str]
     dense_score: float | None = None
     points: list[SearchPoint] = dataclasses.field(default_factory=list)
+    same: list[Tried] = dataclasses.field(default_factory=list)
 
     @classmethod
     def at(cls, path: str | os.PathLike[str] | None, search: dict[str, str]) -> _Record:
@@ -580,6 +582,7 @@ class _Record:
                 {"score": point.score, "seconds": point.seconds, "plan": point.plan.to_dict()}
                 for point in self.points
             ],
+            "same": self.same,
         }
         write_whole(self.path, json.dumps(data, indent=1))
 
@@ -595,6 +598,7 @@ class _Record:
                 SearchPoint(CompressionPlan.from_dict(p["plan"]), p["score"], p["seconds"])
                 for p in data["points"]
             ]
+            self.same = [Tried(*ratio) for ratio in data.get("same", [])]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{where}a file without them ({error})") from error
         names = {**search, **self.search}

@@ -194,7 +194,7 @@ class TestBackups:
         refused("Expected a plan made for the model", compiled(K, model=other(K), **EAGER))
         whole = plans.read_text()
         plans.write_text(whole[:1000])
-        refused("Expected the plans of version 1 .* Received: .* line 1 column 10")
+        refused("Expected the plans of version 1 .* Received: .* line 1 column")
         plans.write_text(whole.replace('"version": 1, "stages"', '"version": 0, "stages"'))
         refused("Received: format='keras_alds.backup', version=0")
         plans.unlink()
