@@ -281,6 +281,9 @@ def convolution(
 ) -> Any:
     """Apply a convolution over one to three spatial axes, grouped if the kernel has fewer channels.
 
+    Gradients can be computed on every machine. Where its kernels have none for a grouped
+    convolution, a convolution for each group gives them.
+
     Args:
         x: tensor `[batch, *spatial, channels]`, or `[batch, channels, *spatial]`.
         kernel: tensor `[*kernel_size, channels / groups, filters]`.
@@ -293,14 +296,38 @@ def convolution(
         Tensor of the same layout as `x` with `filters` channels.
     """
     x, padding = padded(x, kernel, padding, dilation_rate, data_format)
-    return tf.nn.convolution(
-        x,
-        kernel,
+    convolve = functools.partial(
+        tf.nn.convolution,
         strides=list(strides),
         padding=padding.upper(),
         dilations=list(dilation_rate),
         data_format=_DATA_FORMATS[data_format][len(strides)],
     )
+    axis = -1 if data_format == "channels_last" else 1
+    channels, of_group = x.shape[axis], kernel.shape[-2]
+    grouped = channels is not None and channels != of_group
+    if not grouped or grouped_convolution_trains(dtype_name(x.dtype)):
+        return convolve(x, kernel)
+    return _convolved_in_groups(x, kernel, channels // of_group, axis, convolve)
+
+
+def _convolved_in_groups(x: Any, kernel: Any, groups: int, axis: int, convolve: Any) -> Any:
+    """A grouped convolution whose gradient is that of one convolution for each group."""
+
+    @tf.custom_gradient
+    def convolved(x: Any, kernel: Any) -> Any:
+        def gradient(upstream: Any) -> Any:
+            with tf.GradientTape() as tape:
+                tape.watch((x, kernel))
+                parts = zip(
+                    tf.split(x, groups, axis), tf.split(kernel, groups, axis=-1), strict=True
+                )
+                y = tf.concat([convolve(part, kernel) for part, kernel in parts], axis)
+            return tape.gradient(y, (x, kernel), output_gradients=upstream)
+
+        return convolve(x, kernel), gradient
+
+    return convolved(x, kernel)
 
 
 def depthwise_convolution(

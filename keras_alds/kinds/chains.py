@@ -75,13 +75,12 @@ class BaseChainConv2D(BaseFactorizedConv):
         self._add_bias(self.filters)
 
     def _convolve(self, x: Any, data_format: str, training: Any) -> Any:
-        trains = tensors.grouped_convolution_trains(tensors.dtype_name(x.dtype))
         for factor, (groups, settings) in zip(self.factors, self.stages(), strict=True):
             x = forms.convolve_encoder(
                 x,
                 tensors.cast(tensors.tensor(factor), x.dtype),
                 slices=groups,
-                form="grouped" if trains else "split",
+                form="grouped",
                 strides=settings["strides"],
                 padding=settings["padding"],
                 dilation_rate=settings["dilation_rate"],

@@ -597,10 +597,8 @@ class Convolution(BaseConvolution):
         x = tensors.tensor(self.batches(layer, inputs))
         settings = {**layer.window(decoder=False), "data_format": "channels_last"}
         del settings["kernel_size"]
-        dtype = tensors.dtype_name(x.dtype)
-        form = "grouped" if tensors.grouped_convolution_trains(dtype) else "split"
         encoder = tensors.cast(tensors.tensor(layer.encoder), x.dtype)
-        y = forms.convolve_encoder(x, encoder, slices=layer.slices, form=form, **settings)
+        y = forms.convolve_encoder(x, encoder, slices=layer.slices, form="grouped", **settings)
         return np.asarray(y)
 
     def timed_call(self, layer: Any, shape: Sequence[int]) -> dict[str, Any]:

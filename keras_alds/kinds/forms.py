@@ -56,8 +56,9 @@ def choose_form(
     - **CPU, inference**: `"grouped"`. An exported graph keeps the small weights (a recomposed
       kernel would be folded back to the dense one). Sliced dense layers take `"convolution"`, one
       grouped 1×1 convolution: exported, a batched product is up to four times as slow in int8, and
-      ai-edge-quantizer makes its output a constant. If this machine's kernels cannot
-      differentiate grouped convolutions (see `grouped_convolution_trains`), `"split"`.
+      ai-edge-quantizer makes its output a constant. 3D convolutions take `"split"`: TensorFlow
+      has no grouped ones. The choice does not depend on the machine's kernels, because an
+      exported file runs on another one.
     - **CPU, training**: the cheapest by a small cost model. `"recomposed"` was 1.00–1.15 for every
       `slices` and size. `"grouped"` gets slower with more slices and faster with more channels:
       3×3, 64 channels at 32×32: 0.66, 0.80, 0.96, 1.18, 1.5, 1.8 for 1, 2, 4, 8, 16, 32 slices;
@@ -65,7 +66,9 @@ def choose_form(
       16 channels at 32×32: 1.03 to 2.0. `"split"` was never much better than `"grouped"` and up to
       twice as slow for many slices. For pointwise kernels `"merged"` was 0.6–1.0 while the grouped
       one was 1.3–5. Recomposing costs about as much as `rank` / 2 more positions, so wide dense
-      layers on few rows (2048 channels, 64 rows: 1.3–4.9) never use it.
+      layers on few rows (2048 channels, 64 rows: 1.3–4.9) never use it. Never a grouped
+      convolution if this machine's kernels cannot differentiate it
+      (`grouped_convolution_trains`).
     - **XLA on CPU**: as in training, but never a grouped or depthwise convolution. Compiled, its
       gradient is 100 to 200 times slower than the dense one; its forward pass 1.5 to 14 times.
 
@@ -87,15 +90,16 @@ def choose_form(
     if not cpu:
         return "grouped"
     convolution = len(kernel_size) > 0
-    unsafe = slices > 1 and (
-        xla or len(kernel_size) > 2 or not tensors.grouped_convolution_trains(dtype)
-    )
     if not training and not xla:
-        if unsafe:
+        if slices > 1 and len(kernel_size) > 2:
             return "split"
         return "grouped" if convolution or slices == 1 else CONVOLUTION
 
-    unsafe = unsafe and convolution
+    unsafe = (
+        convolution
+        and slices > 1
+        and (xla or len(kernel_size) > 2 or not tensors.grouped_convolution_trains(dtype))
+    )
     area = math.prod(kernel_size)
     dense = channels * area * filters
     width = min(channels, filters)

@@ -48,9 +48,6 @@ def side(request):
     return KERASES[request.param]
 
 
-CPU = [form for form in FORMS if form != "grouped" or tensors.grouped_convolution_trains("float32")]
-
-
 def values_and_gradients(layer, x, training=True):
     """The output of a layer and the gradients of its squared sum: input first, then weights."""
     with tf.GradientTape() as tape:
@@ -69,7 +66,7 @@ def assert_close(actual, expected, message=""):
 
 def check_forms(layer, x, expected, factors_gradient):
     """Compare every form with the expected output and the gradients of the dense kernel."""
-    for form in [*CPU, "auto"]:
+    for form in [*FORMS, "auto"]:
         layer.encoder_form = form
         for training in (True, False):
             y, gradients = values_and_gradients(layer, x, training)
@@ -295,11 +292,11 @@ def test_choice_of_the_form(monkeypatch):
     # A sliced dense layer is exported as a convolution, which quantizers take.
     assert choose(training=False, kernel_size=()) == "convolution"
     assert choose(training=False, kernel_size=(), slices=1) == "grouped"
-    assert choose(training=False, kernel_size=(), dtype="float64") == "split"
     assert choose(cpu=False, training=False, kernel_size=()) == "grouped"
-    # No gradient of grouped convolutions here: nothing that could be differentiated may use one.
-    assert choose(training=False, dtype="float64") == "split"
-    assert choose(training=False, dtype="float64", slices=1) == "grouped"
+    # Files are for other machines, whatever this one can differentiate.
+    assert choose(training=False, dtype="float64") == "grouped"
+    assert choose(training=False, kernel_size=(), dtype="float64") == "convolution"
+    assert choose(training=False, kernel_size=(3, 3, 3)) == "split"
     assert choose(dtype="float64") == "recomposed"
     # Few slices and many channels: two small convolutions; many slices: one dense one.
     assert choose(slices=1, rank=28) == "grouped"
@@ -359,6 +356,41 @@ def test_the_probe_of_grouped_gradients_tells_the_truth():
             trains = False
         tensors.grouped_convolution_trains.cache_clear()
         assert tf.function(lambda d=dtype: tensors.grouped_convolution_trains(d))() == trains
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("strides", "padding", "dilation"), [(1, "same", 2), ((2, 1), "valid", 1)])
+def test_grouped_convolutions_train_on_every_machine(
+    monkeypatch, strides, padding, dilation, compiled
+):
+    generator = np.random.default_rng(0)
+    x = tf.constant(generator.normal(size=(2, 9, 9, 6)))
+    encoder = tf.constant(generator.normal(size=(3, 3, 3, 8)))
+    settings = {
+        "strides": strides if isinstance(strides, tuple) else (strides, strides),
+        "dilation_rate": (dilation, dilation),
+        "padding": padding,
+        "data_format": "channels_last",
+    }
+
+    def gradients(form):
+        def first_and_second(x, encoder):
+            with tf.GradientTape() as outer:
+                outer.watch((x, encoder))
+                with tf.GradientTape() as inner:
+                    inner.watch(encoder)
+                    y = _forms.convolve_encoder(x, encoder, slices=2, form=form, **settings)
+                    loss = tf.reduce_sum(y**2)
+                first = inner.gradient(loss, encoder)
+                loss = tf.reduce_sum(first**2)
+            return first, *outer.gradient(loss, (x, encoder))
+
+        return (tf.function(first_and_second) if compiled else first_and_second)(x, encoder)
+
+    expected = gradients("split")
+    monkeypatch.setattr(tensors, "grouped_convolution_trains", lambda dtype: False)
+    for found, reference in zip(gradients("grouped"), expected, strict=True):
+        np.testing.assert_allclose(found, reference, rtol=1e-9)
 
 
 @pytest.mark.parametrize("limit", [0, 10**9])

@@ -21,7 +21,7 @@ import zoo
 import keras_alds
 from keras_alds import litert
 from keras_alds._backend import tensors
-from keras_alds.layers import FactorizedDense
+from keras_alds.layers import FactorizedConv2D, FactorizedDense
 from keras_alds.litert import _package
 from keras_alds.litert.quantized import check_quantized
 from keras_alds.litert.runs import LOCAL, Runner, check_file
@@ -625,6 +625,20 @@ def sliced_dense(slices=4, rank=6):
 def off(values, expected):
     """The mean error, relative to the mean of what is expected."""
     return np.abs(values - expected).mean() / np.abs(expected).mean()
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize(("slices", "encoder"), [(2, "CONV_2D"), (8, "DEPTHWISE_CONV_2D")])
+def test_files_do_not_depend_on_the_kernels_of_this_machine(monkeypatch, slices, encoder, quantize):
+    # As on a processor without AVX-512, where TensorFlow does without oneDNN.
+    monkeypatch.setattr(tensors, "grouped_convolution_trains", lambda dtype: False)
+    layer = FactorizedConv2D(4, 3, slices=slices, rank=1, padding="same")
+    model = keras.Sequential([keras.Input((6, 6, 8)), layer])
+    x = np.random.default_rng(0).normal(size=(8, 6, 6, 8)).astype("float32")
+    data = x if quantize else None
+    content = litert.convert(model, quantize=quantize, representative_data=data, verbose=0)
+    names = [operator.name for operator in litert.read_file(content).operators]
+    assert [n for n in names if "QUANTIZE" not in n] == [encoder, "CONV_2D"]
 
 
 @pytest.mark.parametrize("quantize", [None, "float16", "dynamic", "int8"])
