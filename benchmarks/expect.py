@@ -188,7 +188,7 @@ def shrunk(model: Any, side: int) -> Any:
         config = layer.get_config()
         pools_all = isinstance(layer, keras.layers.AveragePooling2D) and layer.output.shape[1] == 1
         if pools_all:
-            config["pool_size"] = config["strides"] = layer.input.shape[1] * side // before
+            config["pool_size"] = config["strides"] = -(-layer.input.shape[1] * side // before)
         return layer.__class__.from_config(config)
 
     inputs = keras.tree.map_structure(lambda t: keras.Input((side, side, t.shape[-1])), model.input)

@@ -14,6 +14,7 @@ from keras_alds.kinds import holders
 from keras_alds.methods import DEFAULT_WITHOUT_DATA, METHODS
 from keras_alds.models.best import best_plan
 from keras_alds.models.calibration import Calibration
+from keras_alds.models.channels import find_channels
 from keras_alds.models.choices import decomposing_on, kernels
 from keras_alds.models.fit import check_sequential
 from keras_alds.models.in_place import apply
@@ -578,8 +579,24 @@ def _warn_if_far(chosen: Chosen, *, stacklevel: int) -> None:
         "Without retraining, the compressed model loses much: on held-out examples its outputs "
         f"are {plan.distance:.2f} away from the original's (total variation, or relative squared "
         f"error). Remove less, retrain, use more than {chosen.examples.total} examples, or spare "
-        f"the layers that matter most with `bounds` or `exclude`: {names}.",
+        f"the layers that matter most with `bounds` or `exclude`: {names}."
+        + _narrow_instead(chosen),
         stacklevel=stacklevel + 1,
+    )
+
+
+def _narrow_instead(chosen: Chosen) -> str:
+    """What to say where fewer channels lose less than factors."""
+    inventory = chosen.inventory
+    only_params = set(chosen.plan.requested) == {Params.name}
+    if only_params or not inventory.backend.is_symbolic(inventory.model):
+        return ""
+    blocks, _ = find_channels(inventory)
+    if not blocks:
+        return ""
+    return (
+        " Or call `keras_alds.narrow` instead: this model has blocks with depthwise convolutions, "
+        "where fewer channels lose less than factors."
     )
 
 

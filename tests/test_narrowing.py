@@ -171,3 +171,13 @@ def test_errors_name_the_limit_and_change_nothing(keras_module):
     small = keras_alds.compress(model, 0.2, method="energy", target="size")
     with pytest.raises(ValueError, match="Narrow first"):
         keras_alds.narrow(small, 0.2, calibration_data=X, verbose=0)
+
+
+def test_select_names_narrow_where_it_would_lose_less():
+    for objective, named in (("macs", True), ("params", False)):
+        with pytest.warns(UserWarning, match="loses much") as caught:
+            keras_alds.select(
+                mobile(keras), 0.6, objective=objective, calibration_data=X, target="size"
+            )
+        text = next(str(w.message) for w in caught if "loses much" in str(w.message))
+        assert ("keras_alds.narrow" in text) is named
