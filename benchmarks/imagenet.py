@@ -17,6 +17,7 @@ import os
 import pickle
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--objective", choices=["params", "macs"], default="params", help="what the ratios count")
     add("--target", help="what the plans are for (default: cpu)")
     add("--refine", action="store_true", help="refine too")
+    add("--narrow", action="store_true", help="use `narrow` too, whose ratios count MACs")
     add("--data-only", action="store_true", help="leave out compression without data")
     add("--csv", type=Path, help="write the figures here")
     add("--save", type=Path, help="only write the network and the images to this folder")
@@ -224,22 +226,34 @@ def main() -> None:
         scores = model.predict(x_test, batch_size=32, verbose=0)
         return 100 * float(np.mean(scores.argmax(-1) == y_test))
 
+    def compressed(**options: Any) -> Callable[[float], Any]:
+        options |= {"objective": arguments.objective, "target": arguments.target}
+        return lambda cr: keras_alds.compress(original, cr, **options)
+
+    def narrowed(examples: Array) -> Callable[[float], Any]:
+        return lambda cr: (
+            keras_alds.narrow(original, cr, calibration_data=examples, verbose=0).model
+        )
+
     base = accuracy(original)
-    variants: dict[str, dict[str, Any]] = {}
+    variants: dict[str, Callable[[float], Any]] = {}
     if not arguments.data_only:
-        variants |= {"the weights alone": {"method": "energy"}, "no data": {}}
+        variants |= {"the weights alone": compressed(method="energy"), "no data": compressed()}
     for count in arguments.calibration:
-        variants[f"{count} images"] = {"calibration_data": x[:count]}
+        examples = x[:count]
+        variants[f"{count} images"] = compressed(calibration_data=examples)
         if arguments.refine:
-            variants[f"{count} images, refined"] = {"calibration_data": x[:count], "refine": True}
+            refined = compressed(calibration_data=examples, refine=True)
+            variants[f"{count} images, refined"] = refined
+        if arguments.narrow:
+            variants[f"{count} images, `narrow`"] = narrowed(examples)
     rows: list[dict[str, Any]] = []
     with Progress(transient=True) as progress:
         task = progress.add_task("compression", total=len(variants) * len(arguments.crs))
-        for name, options in variants.items():
+        for name, make in variants.items():
             for cr in arguments.crs:
                 start = time.perf_counter()
-                options |= {"objective": arguments.objective, "target": arguments.target}
-                model = keras_alds.compress(original, cr, **options)
+                model = make(cr)
                 seconds = time.perf_counter() - start
                 top1 = accuracy(model)
                 rows.append({"variant": name, "cr": cr, "top1": top1, "seconds": seconds})
@@ -248,7 +262,7 @@ def main() -> None:
     print(
         f"EfficientNet-Lite0, top-1 in % of {len(x_test)} images, no retraining; dense: {base:.1f}"
     )
-    print("seconds of `compress` in brackets\n")
+    print("seconds in brackets\n")
     print("| cr | " + " | ".join(f"{cr:g}" for cr in arguments.crs) + " |")
     print("|---|" + "---|" * len(arguments.crs))
     for name in variants:

@@ -586,17 +586,17 @@ def _warn_if_far(chosen: Chosen, *, stacklevel: int) -> None:
 
 
 def _narrow_instead(chosen: Chosen) -> str:
-    """What to say where fewer channels lose less than factors."""
+    """What to say where fewer channels may lose less than factors."""
     inventory = chosen.inventory
-    only_params = set(chosen.plan.requested) == {Params.name}
-    if only_params or not inventory.backend.is_symbolic(inventory.model):
+    of_work = set(chosen.plan.requested) & {"macs", "latency"}
+    if not of_work or not inventory.backend.is_symbolic(inventory.model):
         return ""
     blocks, _ = find_channels(inventory)
     if not blocks:
         return ""
     return (
-        " Or call `keras_alds.narrow` instead: this model has blocks with depthwise convolutions, "
-        "where fewer channels lose less than factors."
+        f" Around depthwise convolutions, as before '{blocks[0].path}', fewer channels often lose "
+        "less: see `keras_alds.narrow`, for models that are not compressed yet."
     )
 
 

@@ -16,8 +16,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
-# Without oneDNN, which TensorFlow enables by itself only on newer processors, the stock layers that
-# the tests compare with take no `channels_first`, and no gradients of grouped convolutions.
+# Without oneDNN, which TensorFlow enables by default only on newer processors, the stock layers
+# that the tests compare with do not run `channels_first`, and grouped ones have no gradient.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 import pytest

@@ -10,6 +10,7 @@ import pytest
 import zoo
 
 import keras_alds
+from keras_alds import api
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.standard_normal((64, 10, 10, 3)).astype("float32")
@@ -173,11 +174,26 @@ def test_errors_name_the_limit_and_change_nothing(keras_module):
         keras_alds.narrow(small, 0.2, calibration_data=X, verbose=0)
 
 
-def test_select_names_narrow_where_it_would_lose_less():
-    for objective, named in (("macs", True), ("params", False)):
-        with pytest.warns(UserWarning, match="loses much") as caught:
-            keras_alds.select(
-                mobile(keras), 0.6, objective=objective, calibration_data=X, target="size"
-            )
-        text = next(str(w.message) for w in caught if "loses much" in str(w.message))
-        assert ("keras_alds.narrow" in text) is named
+def warned(model, **options):
+    with pytest.warns(UserWarning, match="loses much") as caught:
+        keras_alds.select(model, calibration_data=X, target="size", **options)
+    return next(str(w.message) for w in caught if "loses much" in str(w.message))
+
+
+def test_select_names_narrow_where_it_may_lose_less(monkeypatch):
+    monkeypatch.setattr(api, "_FAR", 0.0)
+    text = warned(mobile(keras), cr=0.6, objective="macs")
+    assert "as before 'first_out'" in text
+    assert "keras_alds.narrow" in text
+    assert "narrow" not in warned(mobile(keras), cr=0.6)
+    assert "narrow" not in warned(mobile(keras), cr={"params": 0.6, "memory": 0.0})
+    plain = keras.Sequential(
+        [
+            keras.Input((10, 10, 3)),
+            keras.layers.Conv2D(16, 3, activation="relu"),
+            keras.layers.Conv2D(32, 3, activation="relu"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(10),
+        ]
+    )
+    assert "narrow" not in warned(plain, cr=0.7, objective="macs")

@@ -84,7 +84,7 @@ class Refiner:
         masks: What to multiply single variables by after every step, by their `id`.
         blocks: The layers of both models whose outputs are compared, by a name for each pair.
         factorized: The factorized layers of `small`. Their factors get gradients in the way that
-            is fastest in training; in inference, a machine may have no gradients at all.
+            is fastest in training.
         scores: For each output what makes it comparable, None for outputs that do not count.
     """
 

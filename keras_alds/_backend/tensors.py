@@ -278,11 +278,12 @@ def convolution(
     padding: str,
     dilation_rate: Sequence[int],
     data_format: str,
+    groups: int = 1,
 ) -> Any:
-    """Apply a convolution over one to three spatial axes, grouped if the kernel has fewer channels.
+    """Apply a convolution over one to three spatial axes.
 
-    Gradients can be computed on every machine. Where its kernels have none for a grouped
-    convolution, a convolution for each group gives them.
+    Gradients exist also where TensorFlow's kernels have none for grouped 1D and 2D convolutions.
+    There, each group is differentiated as a convolution of its own.
 
     Args:
         x: tensor `[batch, *spatial, channels]`, or `[batch, channels, *spatial]`.
@@ -291,6 +292,7 @@ def convolution(
         padding: `"valid"`, `"same"` or `"causal"`.
         dilation_rate: sequence of int.
         data_format: `"channels_last"` or `"channels_first"`.
+        groups: int, number of groups of channels. Default 1.
 
     Returns:
         Tensor of the same layout as `x` with `filters` channels.
@@ -303,27 +305,32 @@ def convolution(
         dilations=list(dilation_rate),
         data_format=_DATA_FORMATS[data_format][len(strides)],
     )
-    axis = -1 if data_format == "channels_last" else 1
-    channels, of_group = x.shape[axis], kernel.shape[-2]
-    grouped = channels is not None and channels != of_group
-    if not grouped or grouped_convolution_trains(dtype_name(x.dtype)):
+    if groups == 1 or not on_cpu() or grouped_convolution_trains(dtype_name(x.dtype)):
         return convolve(x, kernel)
-    return _convolved_in_groups(x, kernel, channels // of_group, axis, convolve)
+    axis = -1 if data_format == "channels_last" else 1
+    return _convolved_in_groups(x, kernel, groups, axis, convolve)
 
 
 def _convolved_in_groups(x: Any, kernel: Any, groups: int, axis: int, convolve: Any) -> Any:
     """A grouped convolution whose gradient is that of one convolution for each group."""
 
+    def of_group(x: Any, kernel: Any, upstream: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch((x, kernel))
+            y = convolve(x, kernel)
+        return tape.gradient(y, (x, kernel), output_gradients=upstream)
+
     @tf.custom_gradient
     def convolved(x: Any, kernel: Any) -> Any:
         def gradient(upstream: Any) -> Any:
-            with tf.GradientTape() as tape:
-                tape.watch((x, kernel))
-                parts = zip(
-                    tf.split(x, groups, axis), tf.split(kernel, groups, axis=-1), strict=True
-                )
-                y = tf.concat([convolve(part, kernel) for part, kernel in parts], axis)
-            return tape.gradient(y, (x, kernel), output_gradients=upstream)
+            parts = zip(
+                tf.split(x, groups, axis),
+                tf.split(kernel, groups, axis=-1),
+                tf.split(upstream, groups, axis),
+                strict=True,
+            )
+            of_x, of_kernel = zip(*(of_group(*part) for part in parts), strict=True)
+            return tf.concat(of_x, axis), tf.concat(of_kernel, axis=-1)
 
         return convolve(x, kernel), gradient
 
@@ -467,7 +474,6 @@ def in_xla_trace() -> bool:
     return bool(ask(tf.compat.v1.get_default_graph())) if ask else False
 
 
-@functools.cache
 def grouped_convolution_trains(dtype: str) -> bool:
     """Tell whether this machine's CPU kernels can differentiate a grouped convolution.
 
@@ -479,16 +485,20 @@ def grouped_convolution_trains(dtype: str) -> bool:
         dtype: str, the layer's compute dtype.
 
     Returns:
-        `True` if the gradient of a grouped 2D convolution can be computed.
+        `True` if the gradient of a grouped 2D convolution can be computed; `False` in a graph of
+        TensorFlow 1, where nothing can be tried.
     """
     with tf.init_scope():
-        if not tf.executing_eagerly():  # a TF1 graph, where nothing can run
-            return False
-        image, kernel = tf.ones([1, 3, 3, 4], dtype), tf.ones([3, 3, 2, 4], dtype)
-        options = {"out_backprop": image, "strides": [1, 1, 1, 1], "padding": "SAME"}
-        try:  # with raw operations, as gradient tapes do not record in this scope
-            tf.raw_ops.Conv2DBackpropInput(input_sizes=image.shape, filter=kernel, **options)
-            tf.raw_ops.Conv2DBackpropFilter(input=image, filter_sizes=kernel.shape, **options)
-        except (tf.errors.OpError, TypeError, ValueError):
-            return False
+        return tf.executing_eagerly() and _differentiates_groups(dtype)
+
+
+@functools.cache
+def _differentiates_groups(dtype: str) -> bool:
+    image, kernel = tf.ones([1, 3, 3, 4], dtype), tf.ones([3, 3, 2, 4], dtype)
+    options = {"out_backprop": image, "strides": [1, 1, 1, 1], "padding": "SAME"}
+    try:  # with raw operations, as gradient tapes do not record in this scope
+        tf.raw_ops.Conv2DBackpropInput(input_sizes=image.shape, filter=kernel, **options)
+        tf.raw_ops.Conv2DBackpropFilter(input=image, filter_sizes=kernel.shape, **options)
+    except (tf.errors.OpError, TypeError, ValueError):
+        return False
     return True

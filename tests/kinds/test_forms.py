@@ -140,13 +140,20 @@ def test_conv1d(side, options, slices):
     check_convolution(side, 1, options, "channels_last", slices)
 
 
+@pytest.fixture(params=[True, False], ids=["", "no_gradients_of_groups"])
+def kernels(request, monkeypatch):
+    """This machine's kernels, and those of one that cannot differentiate grouped convolutions."""
+    if not request.param:
+        monkeypatch.setattr(tensors, "grouped_convolution_trains", lambda dtype: False)
+
+
 @pytest.mark.parametrize("options", OPTIONS_2D, ids=str)
-def test_conv2d_channels_first(side, options):
+def test_conv2d_channels_first(side, kernels, options):
     check_convolution(side, 2, options, "channels_first", 2)
 
 
 @pytest.mark.parametrize("options", OPTIONS_1D, ids=str)
-def test_conv1d_channels_first(side, options):
+def test_conv1d_channels_first(side, kernels, options):
     check_convolution(side, 1, options, "channels_first", 2)
 
 
@@ -354,7 +361,7 @@ def test_the_probe_of_grouped_gradients_tells_the_truth():
             trains = True
         except tf.errors.InvalidArgumentError:
             trains = False
-        tensors.grouped_convolution_trains.cache_clear()
+        tensors._differentiates_groups.cache_clear()
         assert tf.function(lambda d=dtype: tensors.grouped_convolution_trains(d))() == trains
 
 

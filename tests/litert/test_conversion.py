@@ -630,7 +630,7 @@ def off(values, expected):
 @pytest.mark.parametrize("quantize", [None, "int8"])
 @pytest.mark.parametrize(("slices", "encoder"), [(2, "CONV_2D"), (8, "DEPTHWISE_CONV_2D")])
 def test_files_do_not_depend_on_the_kernels_of_this_machine(monkeypatch, slices, encoder, quantize):
-    # As on a processor without AVX-512, where TensorFlow does without oneDNN.
+    # As on a processor without VNNI, where TensorFlow does without oneDNN.
     monkeypatch.setattr(tensors, "grouped_convolution_trains", lambda dtype: False)
     layer = FactorizedConv2D(4, 3, slices=slices, rank=1, padding="same")
     model = keras.Sequential([keras.Input((6, 6, 8)), layer])
