@@ -400,6 +400,23 @@ def test_grouped_convolutions_train_on_every_machine(
         np.testing.assert_allclose(found, reference, rtol=1e-9)
 
 
+def test_grouped_convolutions_of_exported_models_have_gradients(monkeypatch, side, tmp_path):
+    monkeypatch.setattr(tensors, "grouped_convolution_trains", lambda dtype: False)
+    layer = side.layers.FactorizedConv2D(6, 3, slices=2, rank=2)
+    model = side.keras.Sequential([side.keras.layers.InputLayer((8, 8, 8)), layer])
+    model.export(str(tmp_path))
+    loaded = tf.saved_model.load(tmp_path)
+    x = tf.random.normal((2, 8, 8, 8))
+
+    def gradient(call):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = tf.reduce_sum(tf.convert_to_tensor(call(x)) ** 2)
+        return tape.gradient(y, x)
+
+    np.testing.assert_allclose(gradient(loaded.serve), gradient(model), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("limit", [0, 10**9])
 @pytest.mark.parametrize("spatial", [(), (5,), (3, 2), (2, 3, 2)], ids=str)
 @pytest.mark.parametrize("slices", [1, 3, 6])
