@@ -277,10 +277,17 @@ def min_sum(tables: Sequence[ChoiceTable], budgets: Sequence[int]) -> Solution:
     fronts = [table.take(front) for table, front in zip(tables, rows, strict=True)]
     scale = _scale(limits)
     trials = []
+    # Costs above the least one of each layer: the price of a budget that leaves no choice is so
+    # high that total costs would round away the errors.
+    floors = [front.cost.min(axis=0) for front in fronts]
+    spare = limits - sum(floors)
     bound = 0.0
     for picks, prices in walks(fronts, limits, hull_chain):
-        least = [float((front.error + front.cost @ prices).min()) for front in fronts]
-        bound = max(bound, math.fsum(least) - float(limits @ prices))
+        least = [
+            float((front.error + (front.cost - floor) @ prices).min())
+            for front, floor in zip(fronts, floors, strict=True)
+        ]
+        bound = max(bound, math.fsum(least) - float(spare @ prices))
         trials += [_spend(fronts, picks, limits, each) for each in (None, scale)]
     best = min(trials, key=lambda trial: total_error(fronts, trial))
     best = _exchange(fronts, best, limits, bound)

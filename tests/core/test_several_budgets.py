@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from keras_alds.core.choices import choice_table, offered_ranks
@@ -72,6 +72,7 @@ def test_min_max_is_exact(problem):
 
 @settings(max_examples=60, deadline=None)
 @given(problems(max_layers=3))
+@example(([(6, 6), (3, 4, 4), (6, 6)], 0, [0, 1, 1], 0.25, 0.0))  # one budget leaves no choice
 def test_min_sum_is_between_its_bound_and_one_step_above_each_budget(problem):
     shapes, seed, units, *shares = problem
     tables = tables_of(shapes, units, seed)
