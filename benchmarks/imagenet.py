@@ -57,11 +57,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--objective", choices=["params", "macs"], default="params", help="what the ratios count")
     add("--target", help="what the plans are for (default: cpu)")
     add("--refine", action="store_true", help="refine too")
-    add("--narrow", action="store_true", help="use `narrow` too, whose ratios count MACs")
+    add("--narrow", action="store_true", help="use `narrow` too; needs --objective macs")
     add("--data-only", action="store_true", help="leave out compression without data")
     add("--csv", type=Path, help="write the figures here")
     add("--save", type=Path, help="only write the network and the images to this folder")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.narrow and arguments.objective != "macs":
+        parser.error("expected --objective macs beside --narrow, whose ratios count MACs")
+    return arguments
 
 
 # -- A state dictionary without PyTorch ----------------------------------------------------------

@@ -570,8 +570,8 @@ class Bench:
         return keras_alds.CalibrationStats.collect(self.model, self.x, verbose=0)
 
     def narrow(self, removed: Sequence[float]) -> None:
-        """`keras_alds.narrow`, also with 0, which is the same as None: only what is free."""
-        for fraction in (0.0, *removed):
+        """`keras_alds.narrow`, also without a ratio: only what is free."""
+        for fraction in (None, *removed):
             try:
                 result = keras_alds.narrow(
                     self.model, fraction, calibration_data=self.stats, verbose=0
@@ -579,7 +579,7 @@ class Bench:
             except ValueError as error:  # more than can be removed
                 print(error, file=sys.stderr)
                 return
-            self.judge.add(f"`narrow` {fraction:g}", result.model)
+            self.judge.add(f"`narrow` {fraction or 0:g}", result.model)
 
     def compress(self) -> None:
         """Plans of the package, of the forms that run fast."""

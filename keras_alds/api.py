@@ -589,14 +589,17 @@ def _narrow_instead(chosen: Chosen) -> str:
     """What to say where fewer channels may lose less than factors."""
     inventory = chosen.inventory
     of_work = set(chosen.plan.requested) & {"macs", "latency"}
-    if not of_work or not inventory.backend.is_symbolic(inventory.model):
+    if not of_work or not inventory.backend.has_graph(inventory.model):
         return ""
-    blocks, _ = find_channels(inventory)
+    effects = {choice.layer: choice.divergence or 0.0 for choice in chosen.plan.factorized}
+    blocks = [block.path for block in find_channels(inventory)[0] if block.path in effects]
     if not blocks:
         return ""
+    worst = max(blocks, key=lambda path: effects[path])
     return (
-        f" Around depthwise convolutions, as before '{blocks[0].path}', fewer channels often lose "
-        "less: see `keras_alds.narrow`, for models that are not compressed yet."
+        " In blocks with depthwise convolutions, such as the one that "
+        f"'{worst}' ends, fewer channels often lose less: see `keras_alds.narrow`, for models that "
+        "are not compressed yet."
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -19,6 +18,7 @@ from keras_alds.core.parallel import threads
 from keras_alds.kinds.base import kernel_values
 from keras_alds.models.calibration import Calibration, CalibrationStats
 from keras_alds.models.channels import Channels, find_channels
+from keras_alds.models.choices import kernels
 from keras_alds.models.head_widths import HeadNarrower, HeadWidths, find_heads
 from keras_alds.models.heads import Product
 from keras_alds.models.inventory import Inventory, check_is_model, contains_factorized
@@ -26,6 +26,7 @@ from keras_alds.models.narrowing import Candidate, MacsOfSizes, Narrower, choose
 from keras_alds.models.rebuild import GraphRebuilder, check_symbolic
 from keras_alds.models.turns import alone
 from keras_alds.naming import check_exclude
+from keras_alds.options import check_cr
 from keras_alds.resources import RESOURCES, Cost, rounded_down
 from keras_alds.tables import Tabular, TextTable, counted, decimals
 
@@ -63,7 +64,6 @@ class Narrowing(Tabular):
         layers: A `NarrowedLayer` for every width, in the order of the model.
         skipped: `{path: reason}` of the layers that stay: pointwise convolutions after a depthwise
             one, or attention layers.
-
     """
 
     name: str
@@ -124,7 +124,8 @@ def narrow(
         model: A built Functional or Sequential model of Keras 3 or tf_keras.
         cr: Float, 0 < cr < 1, or None. The fraction of the model's multiply–accumulates to remove
             (see `count_macs`); that of `narrow_heads` counts parameters. More is removed where it
-            costs nothing. Defaults to None: as much as is free, which is what costs nothing.
+            costs nothing. Defaults to None: only channels whose removal changes nothing but
+            rounding.
         calibration_data: A few hundred unlabelled examples, or `CalibrationStats`; as for
             `select`.
         exclude: As for `select`: pointwise convolutions whose channels stay.
@@ -158,7 +159,9 @@ def narrow(
         Hassibi and Stork, "Second Order Derivatives for Network Pruning: Optimal Brain Surgeon",
         NeurIPS 1992: the error that a removal adds, once the rest is fitted again.
     """
-    cr = _checked_cr(cr)
+    if cr is not None:
+        check_cr(cr)
+    wanted = float(cr or 0)
     multiple = positive_int(multiple, "multiple")
     backend = _checked_model(model, "narrow")
     if contains_factorized(model):
@@ -169,17 +172,18 @@ def narrow(
     with alone(model):
         inventory = Inventory.of(model, check_exclude(exclude))
         inventory.warn_of_unmatched(stacklevel=2)
+        _check_finite(inventory)
         candidates, skipped = _candidates(
             inventory, calibration_data, multiple, verbose, stacklevel=2
         )
         macs = MacsOfSizes(inventory, candidates)
-        sizes, left = choose_sizes(candidates, macs, cr)
+        sizes, left = choose_sizes(candidates, macs, wanted)
         cost = Cost(macs.total, round(left))
-        if cost.removed < cr - 1e-9:
+        if cost.removed < wanted - 1e-9:
             raise ValueError(
                 f"Expected `cr` to be at most {rounded_down(cost.removed)}, the part of the "
                 "multiply–accumulates that narrowing can remove from the model "
-                f"'{model.name}'. Received: cr={cr:g}"
+                f"'{model.name}'. Received: cr={wanted:g}"
             )
         chosen = list(zip(candidates, sizes, strict=True))
         rows = [_narrowed_channels(candidate, size) for candidate, size in chosen]
@@ -297,17 +301,19 @@ def narrow_heads(
         Wong et al., "A3: an Analytical Low-Rank Approximation Framework for Attention", 2025,
         arXiv:2505.12942.
     """
-    cr = _checked_cr(cr)
+    if cr is not None:
+        check_cr(cr)
     multiple = positive_int(multiple, "multiple")
     backend = _checked_model(model, "narrow_heads")
-    if not cr and (calibration_data is None or isinstance(calibration_data, CalibrationStats)):
+    if cr is None and (calibration_data is None or isinstance(calibration_data, CalibrationStats)):
         raise ValueError(
             "Expected `cr`, or examples as `calibration_data` to judge the outputs on. Received: "
-            f"no `cr`, calibration_data of type {type(calibration_data).__name__}"
+            f"cr=None, calibration_data of type {type(calibration_data).__name__}"
         )
     with alone(model):
         inventory = Inventory.of(model, check_exclude(exclude))
         inventory.warn_of_unmatched(stacklevel=2)
+        _check_finite(inventory)
         found, skipped = find_heads(inventory, multiple)
         batches: list[Any] = []
         if calibration_data is not None:
@@ -317,7 +323,7 @@ def narrow_heads(
             batches = calibration.judging()
         products = [product for heads in found for product in heads.products(multiple)]
         widths = HeadWidths(inventory, products, batches)
-        choices = widths.removing(cr)[0] if cr else widths.free()
+        choices = widths.free() if cr is None else widths.removing(cr)[0]
         rows = [_narrowed_heads(*choice) for choice in choices]
         small = _made(HeadNarrower(backend, choices), model, rows, stacklevel=2)
         cost = Cost(inventory.params, widths.params(choices))
@@ -333,21 +339,6 @@ def _narrowed_heads(product: Product, width: int) -> NarrowedLayer:
 # -- What both do ----------------------------------------------------------------------------------
 
 
-def _checked_cr(cr: Any) -> float:
-    """The fraction to remove, 0 for as much as is free.
-
-    Raises:
-        ValueError: If it is no such fraction.
-    """
-    number = isinstance(cr, numbers.Real) and not isinstance(cr, bool)
-    if cr is not None and not (number and 0 <= float(cr) < 1):
-        raise ValueError(
-            "Expected `cr`, the fraction to remove, to be a number with 0 < cr < 1, or None for as "
-            f"much as is free. Received: cr={cr!r}"
-        )
-    return float(cr or 0)
-
-
 def _checked_model(model: Any, user: str) -> _backend.Backend:
     """The backend of a built Functional or Sequential model.
 
@@ -358,6 +349,12 @@ def _checked_model(model: Any, user: str) -> _backend.Backend:
     backend = check_symbolic(model, user)
     wrappers.check_stripped(model, user)
     return backend
+
+
+def _check_finite(inventory: Inventory) -> None:
+    """Raises a ValueError if a kernel is not finite, before the model is run."""
+    for _ in kernels(inventory.candidates):
+        pass
 
 
 def _made(

@@ -341,7 +341,11 @@ def _clone_layer(layer: Layer, changes: Mapping[str, Any] = MappingProxyType({})
     if isinstance(layer, keras.layers.Lambda):
         arguments = {key: config[key] for key in ("name", "trainable", "dtype")}
         return type(layer)(
-            layer.function, layer._output_shape, layer.mask, layer.arguments, **arguments
+            layer.function,
+            layer._output_shape,
+            layer.mask,
+            layer.arguments,
+            **{**arguments, **changes},
         )
     for name in config:
         value = vars(layer).get(name)

@@ -46,8 +46,8 @@ class Graphs(Layers):
         tensor = self.keras.Input((1,))
         return type(self.keras.Model(tensor, self.keras.layers.Activation("linear")(tensor)))
 
-    def _has_graph(self, model: Model) -> bool:
-        # A Sequential model may not know its inputs yet.
+    def has_graph(self, model: Model) -> bool:
+        """Whether `model` is symbolic and built: a Sequential may not know its inputs yet."""
         return self.is_symbolic(model) and bool(model.built and getattr(model, "inputs", None))
 
     def check_call(self, model: Model) -> None:
@@ -67,7 +67,7 @@ class Graphs(Layers):
         Raises:
             ValueError: If the shapes are not known.
         """
-        if self._has_graph(model):
+        if self.has_graph(model):
             return specs_of(self.graph_ends(model)[0])
         config = model.get_build_config() or {}
         shapes = config.get("input_shape") or config.get("shapes_dict")
@@ -129,7 +129,7 @@ class Graphs(Layers):
 
     def input_names(self, model: Model) -> list[str]:
         """The names of a symbolic model's input layers; empty for other models."""
-        if not self._has_graph(model):
+        if not self.has_graph(model):
             return []
         names = {
             id(call.outputs[0]): call.layer.name
@@ -142,7 +142,7 @@ class Graphs(Layers):
         """Whether calling `layer` runs its graph: a symbolic model without a custom `call`."""
         return (
             isinstance(layer, self.keras.layers.Layer)
-            and self._has_graph(layer)
+            and self.has_graph(layer)
             and getattr(type(layer), "call", None)
             in [
                 getattr(kind, "call", None)

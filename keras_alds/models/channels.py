@@ -92,7 +92,7 @@ class _Finder:
                 self._rebuilt.add(call.layer)
         models = [inventory.model, *(layer for _, layer in inventory.layers)]
         for model in models:
-            if not (backend.is_symbolic(model) and getattr(model, "inputs", None)):
+            if not backend.has_graph(model):
                 continue
             for call in backend.graph(model):
                 self._calls.setdefault(call.layer, []).append(call)

@@ -178,7 +178,7 @@ class _Expander(GraphRebuilder):
         return {
             "name": self.unique(f"{layer.name}_{part}"),
             "use_bias": False,
-            "kernel_initializer": self.copy_of(layer.encoder_initializer),
+            "kernel_initializer": self.copied(layer.encoder_initializer),
             "kernel_regularizer": layer.encoder_regularizer,
             "kernel_constraint": layer.encoder_constraint,
             "trainable": layer.trainable,
@@ -190,8 +190,8 @@ class _Expander(GraphRebuilder):
             "name": layer.name,
             "use_bias": layer.use_bias or layer in self._folded,
             "activation": layer.activation,
-            "kernel_initializer": self.copy_of(layer.decoder_initializer),
-            "bias_initializer": self.copy_of(layer.bias_initializer),
+            "kernel_initializer": self.copied(layer.decoder_initializer),
+            "bias_initializer": self.copied(layer.bias_initializer),
             "kernel_regularizer": layer.decoder_regularizer,
             "bias_regularizer": layer.bias_regularizer,
             "kernel_constraint": layer.decoder_constraint,
@@ -202,9 +202,9 @@ class _Expander(GraphRebuilder):
         }
 
     def copied(self, initializer: Any) -> Any:
-        # tf_keras warns if one initializer object is used twice.
-        functions = self.source.keras.initializers
-        return functions.get(functions.serialize(initializer))
+        # tf_keras warns if one initializer object is used twice; a function can be.
+        is_object = isinstance(initializer, self.source.keras.initializers.Initializer)
+        return self.copy_of(initializer) if is_object else initializer
 
     def pair(
         self, layer: Any, encoder: Any, decoder: Any, kernel: np.ndarray | None = None

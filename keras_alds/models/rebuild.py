@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ def check_symbolic(model: Any, user: str) -> _backend.Backend:
             "outputs), or export it as it is: `model.export` and the TFLite converter run "
             "factorized layers."
         )
-    if not model.built or not getattr(model, "inputs", None):
+    if not backend.has_graph(model):
         raise ValueError(
             f"Expected a built Sequential model for `{user}`. Received: '{model.name}', which was "
             "never called. Call it once on a batch, or `build()` it."
@@ -55,7 +55,7 @@ class GraphRebuilder:
         self._kept: dict[tuple[Any, Any], Any] = {}
         self._flags: list[tuple[Any, Any]] = []  # (old, new): children before their parents
         self._values: list[tuple[Any, list[np.ndarray]]] = []
-        self._origins: list[tuple[Any, list[Any]]] = []
+        self._origins: list[tuple[Any, Any, list[Any]]] = []  # as in `record`
         self._warnings: list[str] = []
 
     def pieces(self, call: _backend.GraphCall) -> list[Piece]:
@@ -75,8 +75,9 @@ class GraphRebuilder:
         try:
             return self.source.copy_layer(layer, changes or {})
         except Exception as error:
+            name = getattr(layer, "name", type(layer).__name__)  # initializers have no name
             raise ValueError(
-                f"A copy of the layer '{layer.name}' could not be made from its config "
+                f"A copy of the layer '{name}' could not be made from its config "
                 f"{self.source.copy_problem(error)}."
             ) from error
 
@@ -146,7 +147,7 @@ class GraphRebuilder:
         self._flags.append((old, new))
         if values:
             self._values.append((new, values))
-            self._origins.append((new, origins or []))
+            self._origins.append((old, new, origins or []))
 
     def once(self, layer: Any, key: Any, make: Callable[[], Any]) -> Any:
         """The result of `make()`, called once for each layer and key."""
@@ -156,12 +157,12 @@ class GraphRebuilder:
 
     def pairs(self) -> list[tuple[Any, Any]]:
         """Pairs of old and new weights, once the model is rebuilt."""
-        return [
-            (old, weight)
-            for new, origins in self._origins
-            for old, weight in zip(origins, new.weights, strict=bool(origins))
-            if old is not None
-        ]
+        return [pair for _, pairs in self._pairs_by_layer() for pair in pairs]
+
+    def _pairs_by_layer(self) -> Iterator[tuple[Any, list[tuple[Any, Any]]]]:
+        for layer, new, origins in self._origins:
+            pairs = zip(origins, new.weights, strict=bool(origins))
+            yield layer, [(old, weight) for old, weight in pairs if old is not None]
 
     def unique(self, name: str) -> str:
         """A layer name, numbered if it is taken."""
@@ -246,8 +247,11 @@ class GraphRebuilder:
             new.set_weights(values)
             if hasattr(new, "finalize_state"):  # Normalization caches values derived from them
                 new.finalize_state()
-        for old, new in self.pairs():
-            self.target.copy_trainable(old, new)
+        for layer, pairs in self._pairs_by_layer():
+            own = {id(weight) for weight in layer.weights}
+            for old, weight in pairs:  # folding takes a bias from another layer
+                if layer.trainable and id(old) in own:
+                    self.target.copy_trainable(old, weight)
         for old, new in self._flags:
             if type(old) is type(new):
                 self.source.copy_assets(old, new)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -92,6 +96,13 @@ def chain(stock, x, encoder, decoder, slices):
     return [of_x, of_encoder, of_decoder.reshape(decoder.shape), *of_bias]
 
 
+@pytest.fixture(params=[True, False], ids=["own", "no_gradients_of_groups"])
+def kernels(request, monkeypatch):
+    """This machine's kernels, and those of one that cannot differentiate grouped convolutions."""
+    if not request.param:
+        monkeypatch.setattr(tensors, "grouped_convolution_trains", lambda dtype: False)
+
+
 def check_convolution(side, dimensions, options, data_format, slices):
     options = {"kernel_size": 3, "data_format": data_format, **options}
     # No output has as many pixels along its last axis as filters: stock Keras 3 then takes a
@@ -130,30 +141,23 @@ def check_convolution(side, dimensions, options, data_format, slices):
 
 @pytest.mark.parametrize("options", OPTIONS_2D, ids=str)
 @pytest.mark.parametrize("slices", [1, 2, 6])
-def test_conv2d(side, options, slices):
+def test_conv2d(side, kernels, options, slices):
     check_convolution(side, 2, options, "channels_last", slices)
 
 
 @pytest.mark.parametrize("options", OPTIONS_1D, ids=str)
 @pytest.mark.parametrize("slices", [1, 3, 6])
-def test_conv1d(side, options, slices):
+def test_conv1d(side, kernels, options, slices):
     check_convolution(side, 1, options, "channels_last", slices)
 
 
-@pytest.fixture(params=[True, False], ids=["", "no_gradients_of_groups"])
-def kernels(request, monkeypatch):
-    """This machine's kernels, and those of one that cannot differentiate grouped convolutions."""
-    if not request.param:
-        monkeypatch.setattr(tensors, "grouped_convolution_trains", lambda dtype: False)
-
-
 @pytest.mark.parametrize("options", OPTIONS_2D, ids=str)
-def test_conv2d_channels_first(side, kernels, options):
+def test_conv2d_channels_first(side, options):
     check_convolution(side, 2, options, "channels_first", 2)
 
 
 @pytest.mark.parametrize("options", OPTIONS_1D, ids=str)
-def test_conv1d_channels_first(side, kernels, options):
+def test_conv1d_channels_first(side, options):
     check_convolution(side, 1, options, "channels_first", 2)
 
 
@@ -362,6 +366,8 @@ def test_the_probe_of_grouped_gradients_tells_the_truth():
         except tf.errors.InvalidArgumentError:
             trains = False
         tensors._differentiates_groups.cache_clear()
+        with tf.Graph().as_default():  # of TensorFlow 1: nothing can be tried, or kept
+            assert not tensors.grouped_convolution_trains(dtype)
         assert tf.function(lambda d=dtype: tensors.grouped_convolution_trains(d))() == trains
 
 
@@ -400,13 +406,14 @@ def test_grouped_convolutions_train_on_every_machine(
         np.testing.assert_allclose(found, reference, rtol=1e-9)
 
 
-def test_grouped_convolutions_of_exported_models_have_gradients(monkeypatch, side, tmp_path):
-    monkeypatch.setattr(tensors, "grouped_convolution_trains", lambda dtype: False)
-    layer = side.layers.FactorizedConv2D(6, 3, slices=2, rank=2)
-    model = side.keras.Sequential([side.keras.layers.InputLayer((8, 8, 8)), layer])
+def test_grouped_convolutions_of_exported_models_have_gradients(side, tmp_path):
+    assert not tensors.grouped_convolution_trains("float64")  # with any kernels of today
+    layer = side.layers.FactorizedConv2D(6, 3, slices=2, rank=2, dtype="float64")
+    inputs = side.keras.layers.InputLayer((8, 8, 8), dtype="float64")
+    model = side.keras.Sequential([inputs, layer])
     model.export(str(tmp_path))
     loaded = tf.saved_model.load(tmp_path)
-    x = tf.random.normal((2, 8, 8, 8))
+    x = tf.random.normal((2, 8, 8, 8), dtype="float64")
 
     def gradient(call):
         with tf.GradientTape() as tape:
@@ -449,3 +456,30 @@ def test_the_convolution_of_dense_layers(rows, slices):
     )
     expected = tf.matmul(x, _forms.merge(encoder, slices))
     np.testing.assert_allclose(encode(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_without_onednn_models_train_and_files_are_the_same():
+    """As on a processor without VNNI, where TensorFlow leaves oneDNN off by default."""
+    code = """
+import keras, numpy as np
+from keras_alds import litert
+from keras_alds._backend.tensors import grouped_convolution_trains
+from keras_alds.layers import FactorizedConv2D
+
+assert not grouped_convolution_trains("float32")
+layers = [FactorizedConv2D(8, 3, slices=k, rank=1, padding="same") for k in (2, 8)]
+model = keras.Sequential([keras.Input((6, 6, 8)), *layers])
+model.compile("sgd", "mse")
+x = np.ones((4, 6, 6, 8), "float32")
+before = model.predict(x, verbose=0)
+model.fit(x, x, verbose=0)
+after = model.predict(x, verbose=0)
+assert np.isfinite(after).all() and (after != before).any()
+names = [step.name for step in litert.read_file(litert.convert(model, verbose=0)).operators]
+assert names == ["CONV_2D", "CONV_2D", "DEPTHWISE_CONV_2D", "CONV_2D"], names
+"""
+    pytest.importorskip("ai_edge_litert")
+    environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "0"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert result.returncode == 0, result.stderr.decode()[-2000:]

@@ -560,3 +560,43 @@ def test_batch_norm_that_stays_is_named_with_the_reason(keras_module: ModuleType
     assert "'first': " in text
     x = zoo.examples(model)
     np.testing.assert_allclose(zoo.outputs(stock, x), zoo.outputs(model, x), rtol=0, atol=1e-5)
+
+
+def ones(shape, dtype=None, **kwargs):
+    return tf.ones(shape, dtype)
+
+
+def test_functions_as_initializers(keras_module: ModuleType):
+    K = keras_module
+    layer = factorized(K).FactorizedConv2D(
+        4, 3, slices=2, rank=2, encoder_initializer=ones, decoder_initializer="ones"
+    )
+    model = K.Sequential([K.Input((8, 8, 6)), layer])
+    stock = keras_alds.expand(model)
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 6)).astype("float32")
+    np.testing.assert_allclose(
+        stock.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("frozen", ["conv", "norm"])
+def test_a_folded_bias_is_trained_if_its_layer_is(keras_module: ModuleType, frozen: str):
+    L = keras_module.layers
+    model = keras_module.Sequential(
+        [
+            keras_module.Input((8, 8, 6)),
+            L.Conv2D(16, 3, use_bias=False, name="conv"),
+            L.BatchNormalization(name="norm"),
+            L.ReLU(),
+        ]
+    )
+    model.get_layer(frozen).trainable = False
+    small = keras_alds.compress(model, 0.3, method="alds", max_slices=1)
+    small.get_layer("conv").trainable = frozen != "conv"
+    stock = keras_alds.expand(small, fold_batch_norm=True)
+    conv = stock.get_layer("conv")
+    assert len(conv.weights) == 2
+    assert len(conv.trainable_weights) == len(stock.trainable_weights) - len(
+        stock.get_layer("conv_encoder").trainable_weights
+    )
+    assert len(conv.trainable_weights) == (0 if frozen == "conv" else 2)
