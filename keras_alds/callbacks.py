@@ -15,9 +15,9 @@ import numpy as np
 
 from keras_alds import _backend
 from keras_alds._backend.strategies import Replicas
-from keras_alds.api import Chosen, make_choice, selection_of, wants_data
 from keras_alds.backups import Backup, Part
 from keras_alds.boards import Board
+from keras_alds.choosing import Chosen, make_choice, selection_of, wants_data
 from keras_alds.distillation import Distillation
 from keras_alds.distillation import stop as stop_distillation
 from keras_alds.kinds.base import is_factorized

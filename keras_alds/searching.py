@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from keras_alds import plots
 from keras_alds._backend.layers import KerasModel
-from keras_alds.api import (
+from keras_alds.api import carried_out
+from keras_alds.choosing import (
     Chosen,
     calibrated,
-    carried_out,
     checked_options,
     choose,
     make_choice,

@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_alds import plots
 from keras_alds._backend.layers import KerasModel
-from keras_alds.api import calibrated, checked_options, selection_of
+from keras_alds.choosing import calibrated, checked_options, selection_of
 from keras_alds.core.checks import did_you_mean
 from keras_alds.core.choices import ChoiceTable
 from keras_alds.models.inventory import LayerRecord, check_is_model

@@ -8,7 +8,7 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keras_alds.api import checked_options
+from keras_alds.choosing import checked_options
 from keras_alds.models.recompose import Request
 from keras_alds.options import Options, check_cr_or_plan
 from keras_alds.plan import CompressionPlan

@@ -32,6 +32,7 @@ ROWS = (
     ("models",),
     ("reporting",),
     ("litert", "refinement", "narrowing", "reports", "backups", "boards"),
+    ("choosing",),
     ("api", "distillation", "rewinding"),
     ("stages", "plots"),
     ("callbacks", "monitoring", "tfmot", "research/sweeping", "searching", "sensitivities"),

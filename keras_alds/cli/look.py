@@ -106,7 +106,7 @@ def _reachable(
     inventory: Inventory, options: Mapping[str, Any], resources: Sequence[str], has_data: bool
 ) -> dict[str, dict[str, float]]:
     """The greatest fractions that can be removed, by resource and target."""
-    from keras_alds.api import checked_options, selection_of
+    from keras_alds.choosing import checked_options, selection_of
     from keras_alds.models.selection import UnreachableError
 
     found: dict[str, dict[str, float]] = {}

@@ -22,6 +22,7 @@ from keras_alds.kinds.attention import SCORES, VALUES, Attention
 from keras_alds.models.choices import check_finite
 from keras_alds.models.inventory import LayerRecord
 from keras_alds.models.probes import Kernels
+from keras_alds.models.trials import weighed_errors
 
 #: The projections of each product.
 _FACTORS = {SCORES: ("query", "key"), VALUES: ("value", "output")}
@@ -153,12 +154,12 @@ class Product:
         return np.array([sum(part.errors[w] for part in self.parts.values()) for w in self.widths])
 
     def table(self, curve: Curve | None, power: float) -> ChoiceTable:
-        """The widths as choices; their errors are weighed as in `models.trials`."""
+        """The widths as choices, with weighed errors if there is a curve."""
         widths = np.array(self.widths)
         sizes = widths * self.per_width
         errors = self.errors
         if curve is not None:
-            errors = curve(errors) ** power * errors ** (1 - power)
+            errors = weighed_errors(errors, curve, power)
         zeros = np.zeros_like(widths)
         return ChoiceTable(
             slices=zeros + 1,

@@ -2,7 +2,7 @@
 
 A resource gives the cost of a whole model, of a layer, and of every choice for it. To add one,
 write a class with the members of `Resource`, name it in `keras_alds.resources`, and make it in
-`api._resources`. `litert.latency` has one.
+`choosing._resources`. `litert.latency` has one.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import numpy as np
 from keras_alds.core.calibration.curves import Curve
 from keras_alds.core.choices import ChoiceTable
 from keras_alds.core.parallel import threads
+from keras_alds.core.spectra import Float64
 from keras_alds.models.curves import approximation
 from keras_alds.models.inventory import LayerRecord
 from keras_alds.models.probes import Kernels, Prober
@@ -46,9 +47,14 @@ def weighed(
     found = []
     for table, curve in zip(tables, curves, strict=True):
         measured = curve or typical
-        error = measured(table.error) ** power * table.error ** (1 - power)
+        error = weighed_errors(table.error, measured, power)
         found.append(dataclasses.replace(table, error=error))
     return found
+
+
+def weighed_errors(errors: Float64, curve: Curve, power: float) -> Float64:
+    """Errors ε of a layer, weighed by what they do to the outputs, d: d^p · ε^(1 − p)."""
+    return curve(errors) ** power * errors ** (1 - power)
 
 
 def _typical(curves: Sequence[Curve]) -> Curve:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keras_alds._backend.layers import KerasModel
-from keras_alds.api import calibrated, checked_options, selection_of, wants_data
+from keras_alds.choosing import calibrated, checked_options, selection_of, wants_data
 from keras_alds.core.choices import ChoiceTable
 from keras_alds.methods import get_method
 from keras_alds.models.inventory import Inventory, LayerRecord, check_is_model
