@@ -70,7 +70,7 @@ class WeightCosts:
         """
         shape, units = next((s, unit) for known, s, unit in self.forms if known == scheme)
         *stages, last = stage_weights(shape, slices, np.asarray(list(ranks), np.int64), scheme)
-        others = np.broadcast_to(units, len(stages))
+        others = units if isinstance(units, tuple) else (units,) * len(stages)
         costs = sum(unit * part for unit, part in zip(others, stages, strict=True))
         return costs + self.unit * last + self.added
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    FIRST_EXCEPTION,
+    Executor,
+    Future,
+    ThreadPoolExecutor,
+    wait,
+)
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -96,9 +103,9 @@ def map_within(
     running: dict[Future[Any], int] = {}
     used = 0
 
-    def collect() -> None:
+    def collect(when: str) -> None:
         nonlocal used
-        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        done, _ = wait(running, return_when=when)
         for future in done:
             index = running.pop(future)
             used -= sizes[index]
@@ -107,11 +114,11 @@ def map_within(
     try:
         for index, arguments in enumerate(calls):
             while running and used + sizes[index] > limit:
-                collect()
+                collect(FIRST_COMPLETED)
             used += sizes[index]
             running[executor.submit(function, *arguments)] = index
         while running:
-            collect()
+            collect(FIRST_EXCEPTION)
     except BaseException:
         for future in running:
             future.cancel()

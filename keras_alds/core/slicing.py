@@ -26,6 +26,7 @@ Array = NDArray[Any]
 SCHEMES = (0, 1, 2, 3)
 
 
+@functools.lru_cache(maxsize=1024)
 def divisors(n: int) -> tuple[int, ...]:
     """Returns the divisors of a positive integer in ascending order.
 
@@ -63,6 +64,11 @@ def kernel_sizes(kernel_shape: Sequence[int]) -> tuple[int, int, int]:
         >>> kernel_sizes((3, 3, 16, 32))
         (16, 9, 32)
     """
+    return _kernel_sizes(tuple(kernel_shape))
+
+
+@functools.lru_cache(maxsize=1024)
+def _kernel_sizes(kernel_shape: tuple[int, ...]) -> tuple[int, int, int]:
     shape = tuple(int(n) for n in kernel_shape)
     if len(shape) < 2 or min(shape) < 1:
         raise ValueError(
@@ -423,6 +429,7 @@ def distinct_schemes(window: Sequence[int]) -> dict[int, int]:
     }
 
 
+@functools.lru_cache(maxsize=64)
 def convolution_unfolding(dimensions: int, scheme: int = 0) -> Unfolding:
     """Returns how to read the kernel `[*window, c, f]` of a convolution or dense layer.
 

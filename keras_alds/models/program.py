@@ -73,10 +73,8 @@ class Program:
         self.inputs: list[int] = []
         self.outputs: list[int] = []
         self.shapes: dict[int, tuple[int | None, ...] | None] = {}
-        self._running = running(model)
         # The steps that take the masks of tensors away, as attention layers of Keras 3 do.
         self._unmasked: dict[int, int] = {}
-        self._states = states_of(model)
 
     @classmethod
     def of(cls, model: Any, layers: Sequence[Any], batch: Any) -> Program:
@@ -142,6 +140,14 @@ class Program:
                     set_mask(values[tensor], mask)
 
     @functools.cached_property
+    def _running(self) -> dict[Any, Replacement]:
+        return running(self.model)
+
+    @functools.cached_property
+    def _states(self) -> list[Any]:
+        return states_of(self.model)
+
+    @functools.cached_property
     def _numbers(self) -> dict[int, int]:
         return {id(step): number for number, step in enumerate(self.steps)}
 
@@ -172,10 +178,7 @@ class Program:
         for call in backend.graph(model):
             if isinstance(call.layer, backend.keras.layers.InputLayer):
                 continue
-            args, kwargs = nest.map_structure(
-                lambda leaf: Slot(known[id(leaf)]) if id(leaf) in known else leaf,
-                (call.args, call.kwargs),
-            )
+            args, kwargs = _with_slots((call.args, call.kwargs), known)
             used = [leaf.tensor for leaf in nest.flatten((args, kwargs)) if is_slot(leaf)]
             first = nest.flatten(args[0]) if args else []
             if (
@@ -222,6 +225,17 @@ class Program:
             kernels = [k for inner in inside for k in stock_kind(inner).kernels(inner).values()]
             self._inside[layer] = self._wanted.intersection([*inside, *kernels])
         return self._inside[layer]
+
+
+def _with_slots(value: Any, known: Mapping[int, int]) -> Any:
+    """A structure of arguments with `Slot`s in place of the known tensors, given by `id`."""
+    if type(value) in (tuple, list):  # much faster than `map_structure`
+        return type(value)(_with_slots(item, known) for item in value)
+    if type(value) is dict:
+        return {name: _with_slots(item, known) for name, item in value.items()}
+    if nest.is_nested(value):
+        return nest.map_structure(lambda leaf: _with_slots(leaf, known), value)
+    return Slot(known[id(value)]) if id(value) in known else value
 
 
 def is_slot(leaf: Any) -> bool:

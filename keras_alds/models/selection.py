@@ -288,17 +288,25 @@ class Selection:
             ValueError: If the layer's bounds allow no form.
         """
         costs = resource.costs(record)
-        sizes, prices = [np.array([record.dense_weights])], [np.array([costs.dense])]
-        for scheme in record.schemes:
-            for k, ranks in self.offered(record, scheme).items():
-                sizes.append(form_weights(record.shape_in(scheme), k, np.array(ranks), scheme))
-                prices.append(costs.of(k, ranks, scheme))
-        size, price = np.concatenate(sizes), np.concatenate(prices)
+        forms = [
+            (scheme, k, ranks)
+            for scheme in record.schemes
+            for k, ranks in self.offered(record, scheme).items()
+        ]
+        price = np.concatenate([[costs.dense], *(costs.of(k, j, s) for s, k, j in forms)])
+        if self.is_unbounded(record):
+            return int(price.min())
+        sizes = [form_weights(record.shape_in(s), k, np.array(j), s) for s, k, j in forms]
+        size = np.concatenate([[record.dense_weights], *sizes])
         size, price = size[price <= costs.dense], price[price <= costs.dense]
         within = self.is_within(record, size)
         if not within.any():
             raise self.nothing_within(record, size)
         return int(price[within].min())
+
+    def is_unbounded(self, record: LayerRecord) -> bool:
+        """Whether a layer is within its bounds in every form, and as it is."""
+        return record.bounds == (0.0, 1.0) and self.keeps(record)
 
     def is_within(self, record: LayerRecord, sizes: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether a layer is within its bounds, for each number of weights of its kernel.
@@ -413,7 +421,7 @@ class Selection:
         return [self._within(record, t) for record, t in zip(records, tables, strict=True)]
 
     def _within(self, record: LayerRecord, table: ChoiceTable) -> ChoiceTable:
-        if record.bounds == (0.0, 1.0) and self.keeps(record):
+        if self.is_unbounded(record):
             return table
         within = self.is_within(record, table.weights)
         if not within.any():
