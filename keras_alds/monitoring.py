@@ -25,8 +25,8 @@ _COLUMNS = ("epoch", "layer", "full_rank", *RANKS, "removable")
 class RankMonitor(_backend.Callback):
     """Measures the ranks of all layers during training, to see when to compress.
 
-    After an epoch, each kernel W that can be factorized is unfolded to a matrix (fold scheme 0, as
-    in `ALDSCompress`) with the singular values σ_1 ≥ σ_2 ≥ …, and measured:
+    After an epoch, each kernel W that can be factorized is unfolded to a matrix (fold scheme 0)
+    with the singular values σ_1 ≥ σ_2 ≥ …, and measured:
 
     - the stable rank, ‖W‖²_F / σ_1²;
     - the effective rank, exp(−Σ p_i ln p_i) with p_i = σ_i / Σ σ_m;
