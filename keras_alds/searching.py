@@ -363,7 +363,9 @@ def next_cr(
     if width <= TOLERANCE and tried:
         return None
     cr = start + width / 2
-    if width > 2 * TOLERANCE and max_drop > 0 and math.isfinite(high.score):
+    # Where two ratios gave the same plan, the scores do not tell which one to try next.
+    flat = any(t.removed == high.removed and t.cr > high.cr for t in tried)
+    if width > 2 * TOLERANCE and max_drop > 0 and math.isfinite(high.score) and not flat:
         below, above = (
             math.log(max((dense_score - t.score) / max_drop, _NOISE)) for t in (low, high)
         )

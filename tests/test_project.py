@@ -467,6 +467,8 @@ def test_options_after_the_first_arguments_are_keyword_only():
         ("refine", 3),
         ("search", 2),
         ("sensitivity", 2),
+        ("narrow", 2),
+        ("narrow_heads", 2),
     ):
         parameters = inspect.signature(getattr(keras_alds, function)).parameters.values()
         assert sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) == positional, function

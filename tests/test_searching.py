@@ -104,6 +104,12 @@ def test_no_loss_and_no_gain(max_drop):
     assert best == 0.0
 
 
+def test_what_is_open_is_halved_where_ratios_give_the_same_plan():
+    tried = [Tried(0.16, 0.26, 0.892)]
+    assert next_cr(tried, 1.0, 0.1, 0.5, 7) == 0.15  # interpolated
+    assert next_cr([*tried, Tried(0.15, 0.26, 0.892)], 1.0, 0.1, 0.5, 7) == 0.075
+
+
 def test_little_that_can_be_removed_is_tried_once():
     assert follow(lambda cr: 0.9, 0.01, greatest=0.006) == (0.003, 1)
 
@@ -264,6 +270,19 @@ class TestResume:
         wider = keras_alds.search(net, first, resume=path, **options)
         assert wider.points[: len(whole.points)] == result.points
         assert wider.best.removed > result.best.removed
+
+    def test_plans_that_came_up_twice_are_not_evaluated_again(self, net, tmp_path):
+        path = tmp_path / "search.json"
+        # With so few ranks, several ratios give the same plan.
+        options = {"max_drop": 0.05, "rank_multiple": 8, "max_slices": 1, "method": "energy"}
+        options |= {"resume": path, "verbose": 0}
+        evaluate = Closeness()
+        first = keras_alds.search(net, evaluate, **options)
+        assert json.loads(path.read_text(encoding="utf-8"))["same"]
+        assert evaluate.calls == 1 + len(first.points)
+        again = keras_alds.search(net, evaluate, **options)
+        assert (again.points, again.plan) == (first.points, first.plan)
+        assert evaluate.calls == 1 + len(first.points)
 
     def test_refuses_other_searches(self, net, tmp_path, monkeypatch):
         collected = []
