@@ -157,8 +157,8 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 slice_channels=None,
                 slice_channel_multiple=1,
                 multipliers=((32, 1), (128, 2)),
-                why="measured: grouped convolutions have reference kernels only, 4 to 24 times as "
-                "slow as the dense layer in int8; depthwise ones are optimized",
+                why="measured: grouped convolutions have reference kernels only, 3.5 to 24 times "
+                "as slow as the dense layer in int8; depthwise ones are optimized",
             ),
             Target(
                 "gpu-delegate",
