@@ -446,8 +446,15 @@ def _records(
             detail = "TF-MOT prunes its cell; `strip_pruning` first, or compress before pruning"
             skipped = Skipped(Skip.WRAPPED, detail)
         if skipped is None and kind is not None:
+            kernel = kind.variable(layer)
             own_path = path.rpartition("/")[0] if apart else path
-            others = [name for name in holders[id(kind.variable(layer))] if name != own_path]
+            others = [name for name in holders[id(kernel)] if name != own_path]
+            # Such as `SpectralNormalization`, which changes the kernel of its layer.
+            others += [
+                name
+                for name, holder in (*reversed(inside), (model.name, model))
+                if name != own_path and any(value is kernel for value in vars(holder).values())
+            ]
             if others:
                 skipped = Skipped(Skip.SHARED, f"its kernel is shared with '{others[0]}'")
         params = sum(math.prod(tuple(variable.shape)) for variable in own)

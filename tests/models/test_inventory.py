@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import keras
+import numpy as np
 import tensorflow as tf
 
-from keras_alds import select
+from keras_alds import ALDSCompress, select
 
 
 class TestLeftAlone:
@@ -29,6 +31,39 @@ class TestLeftAlone:
         assert "kernel_constraint NonNeg" in reasons["transposed"]
         assert "kernel_constraint NonNeg" in reasons["constrained"]
         assert reasons["tiny"].startswith("no factorization of its kernel")
+
+    def test_kernels_that_a_layer_around_them_changes(self, keras_module):
+        L, K = keras_module.layers, keras_module
+
+        class UnitNorm(L.Wrapper):
+            def build(self, shape):
+                super().build(shape)
+                self.weight = self.layer.kernel
+
+            def call(self, inputs):
+                return self.layer(inputs)
+
+        # With this TensorFlow, tf_keras's own makes an `InputSpec` of Keras 3 and fails.
+        Spectral = L.SpectralNormalization if K is keras else UnitNorm
+        model = K.Sequential(
+            [
+                K.Input((8, 8, 8)),
+                Spectral(L.Conv2D(32, 3, name="conv"), name="spectral"),
+                UnitNorm(L.Conv2D(16, 3, name="conv"), name="unit"),
+                L.Conv2D(32, 3, name="plain"),
+                L.GlobalAveragePooling2D(),
+            ]
+        )
+        reasons = self.reasons(model)
+        assert reasons["spectral/conv"] == "its kernel is shared with 'spectral'"
+        assert reasons["unit/conv"] == "its kernel is shared with 'unit'"
+        assert reasons["plain"] is None
+        model.compile("sgd", "mse")
+        alds = ALDSCompress(cr=0.05, at_epoch=1)
+        x, y = np.ones((4, 8, 8, 8)), np.ones((4, 32))
+        losses = model.fit(x, y, epochs=2, callbacks=[alds], verbose=0).history["loss"]
+        assert np.isfinite(losses).all()
+        assert [choice.layer for choice in alds.plan.factorized] == ["plain"]
 
     def test_grouped_convolution(self, keras_module):
         L, K = keras_module.layers, keras_module
