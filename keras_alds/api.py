@@ -405,7 +405,7 @@ def _refine(small: Any, model: Any, chosen: Chosen, steps: int, *, stacklevel: i
         )
 
 
-# -- Shared with the callback, `sweep` and `search` ------------------------------------------------
+# -- Shared with `search` --------------------------------------------------------------------------
 
 
 def carried_out(

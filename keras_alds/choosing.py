@@ -61,9 +61,8 @@ def make_choice(
         )
     match(inventory, request)
     calibration = None
-    if calibration_data is None and is_synthetic(request) and unsuitable(inventory) is None:
-        for _ in kernels(inventory.candidates):
-            pass  # as in `choose`
+    if calibration_data is None and _is_synthetic(request) and unsuitable(inventory) is None:
+        _check_kernels(inventory)
         stats = synthetic_stats(inventory, curves=False, verbose=verbose)
         calibration = Calibration(stats=stats)
     elif calibration_data is not None:
@@ -122,13 +121,18 @@ def calibrated(
     inventory = selection.inventory
     wrappers.apply_masks(inventory.pruning)
     if calibration_data is not None or selection.method.synthetic:
-        for _ in kernels(inventory.candidates):
-            pass  # raises on weights that are not finite before the model is run
+        _check_kernels(inventory)
     if calibration_data is None:
         return selection, None
     calibration = Calibration.of(inventory, calibration_data, stacklevel=stacklevel + 1)
     stats = calibration.collected(inventory, verbose=verbose, stacklevel=stacklevel + 1)
     return _reachable(selection.calibrated(stats), stacklevel=stacklevel + 1), calibration
+
+
+def _check_kernels(inventory: Inventory) -> None:
+    """Raises a ValueError on kernels that are not finite, before the model is run."""
+    for _ in kernels(inventory.candidates):
+        pass
 
 
 def _without_data(selection: Selection, examples: int, verbose: int) -> Selection | None:
@@ -248,7 +252,7 @@ def checked_options(cr: Any, given: Mapping[str, Any], *, has_data: bool, caller
     return dataclasses.replace(options, latency_table=table)
 
 
-def is_synthetic(plan: CompressionPlan) -> bool:
+def _is_synthetic(plan: CompressionPlan) -> bool:
     """Whether a plan was chosen by a method that makes examples itself."""
     return plan.method in METHODS and METHODS[plan.method].synthetic
 

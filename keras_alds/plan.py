@@ -32,7 +32,7 @@ class Skip(str, enum.Enum):
     TOO_SMALL = "too_small"  # no factorization is smaller
     HOLDER = "holder"  # the layer that contains it does not allow it
     WRAPPED = "wrapped"  # by TF-MOT
-    SHARED = "shared"  # another layer uses the same kernel
+    SHARED = "shared"  # another layer or the model uses its kernel too
     EXCLUDED = "excluded"
     NOT_COUNTED = "not_counted"  # it uses none of the limited resource, or this is not measured
     NO_DATA = "no_data"  # no calibration example reaches it

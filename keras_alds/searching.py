@@ -217,10 +217,11 @@ def search(
     """Finds the smallest model whose score falls by at most `max_drop`.
 
     `model` is not changed. It is evaluated first, and then one compressed model after the other.
-    The next `cr` is interpolated from the scores so far. Each is chosen so that bisection could
-    still reach a precision of 0.01 with the evaluations that are left. The
-    search ends when the largest `cr` within the limit is known to 0.01, usually after five
-    compressed models. Statistics of the calibration data are collected once.
+    The next `cr` is interpolated from the scores so far, or is in the middle of what is open where
+    two ratios gave the same plan. Each is chosen so that bisection could still reach a precision of
+    0.01 with the evaluations that are left. The search ends when the largest `cr` within the limit
+    is known to 0.01, usually after five compressed models. Statistics of the calibration data are
+    collected once.
 
     Scores are noisy, and need not fall steadily as more is removed. The result is always a model
     that was evaluated and met the limit. As in `select`, it has only forms that run fast on common
@@ -363,9 +364,9 @@ def next_cr(
     if width <= TOLERANCE and tried:
         return None
     cr = start + width / 2
-    # Where two ratios gave the same plan, the scores do not tell which one to try next.
-    flat = any(t.removed == high.removed and t.cr > high.cr for t in tried)
-    if width > 2 * TOLERANCE and max_drop > 0 and math.isfinite(high.score) and not flat:
+    # Where a larger ratio gave the same plan, the score says nothing about the ratios below.
+    repeated = any(t.removed == high.removed and t.cr > high.cr for t in tried)
+    if width > 2 * TOLERANCE and max_drop > 0 and math.isfinite(high.score) and not repeated:
         below, above = (
             math.log(max((dense_score - t.score) / max_drop, _NOISE)) for t in (low, high)
         )

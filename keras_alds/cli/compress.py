@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from keras_alds.cli.answers import Answer
-from keras_alds.cli.choosing import add_choosing, add_cr, choosing
 from keras_alds.cli.converting import add_quantize, check_conversion, convert
 from keras_alds.cli.data import add_examples, read_examples
 from keras_alds.cli.models import add_model, read_model
 from keras_alds.cli.outputs import MODEL_ENDINGS, add_output
+from keras_alds.cli.select_options import add_choosing, add_cr, choosing
 
 USAGE = "MODEL --cr FRACTION [-o FILE] [--tflite FILE] [--report FILE] [options]"
 EXAMPLES = """

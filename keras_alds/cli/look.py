@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keras_alds.cli.answers import Answer
-from keras_alds.cli.choosing import add_choosing, choosing
 from keras_alds.cli.data import add_examples, read_examples
 from keras_alds.cli.models import add_model, read_model
+from keras_alds.cli.select_options import add_choosing, choosing
 from keras_alds.core.ranks import ranks_of
 from keras_alds.options import LEAST_CR, Options
 from keras_alds.resources import RESOURCES

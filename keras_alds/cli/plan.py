@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 
 from keras_alds.cli.answers import Answer
-from keras_alds.cli.choosing import add_choosing, add_cr, choosing
 from keras_alds.cli.data import add_examples, read_examples
 from keras_alds.cli.models import add_model, read_model
 from keras_alds.cli.outputs import add_output
+from keras_alds.cli.select_options import add_choosing, add_cr, choosing
 
 USAGE = "MODEL [--cr FRACTION] [-o FILE] [options]"
 EXAMPLES = """

@@ -37,7 +37,8 @@ class WeightCosts:
 
     Attributes:
         forms: Tuples `(scheme, kernel_shape, units)`: the kernel's shape in the fold scheme, and
-            the cost of a weight of the encoder; of a chain, of each convolution but the last.
+            the cost of a weight of the encoder; of a chain, one for each convolution but the last,
+            or one for all of them.
         unit: Cost of a weight of the decoder or of the dense kernel.
         added: Cost of every factorized form besides its weights, such as a bias that the dense
             layer lacks.
@@ -70,7 +71,7 @@ class WeightCosts:
         """
         shape, units = next((s, unit) for known, s, unit in self.forms if known == scheme)
         *stages, last = stage_weights(shape, slices, np.asarray(list(ranks), np.int64), scheme)
-        others = units if isinstance(units, tuple) else (units,) * len(stages)
+        others = (units,) * len(stages) if isinstance(units, int) else units
         costs = sum(unit * part for unit, part in zip(others, stages, strict=True))
         return costs + self.unit * last + self.added
 

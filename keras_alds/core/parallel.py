@@ -118,7 +118,7 @@ def map_within(
             used += sizes[index]
             running[executor.submit(function, *arguments)] = index
         while running:
-            collect(FIRST_EXCEPTION)
+            collect(FIRST_EXCEPTION)  # one wait: each of them registers with all futures
     except BaseException:
         for future in running:
             future.cancel()

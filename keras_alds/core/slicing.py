@@ -26,7 +26,6 @@ Array = NDArray[Any]
 SCHEMES = (0, 1, 2, 3)
 
 
-@functools.lru_cache(maxsize=1024)
 def divisors(n: int) -> tuple[int, ...]:
     """Returns the divisors of a positive integer in ascending order.
 
@@ -43,7 +42,11 @@ def divisors(n: int) -> tuple[int, ...]:
         >>> divisors(12)
         (1, 2, 3, 4, 6, 12)
     """
-    positive_int(n, "n")
+    return _divisors(positive_int(n, "n"))
+
+
+@functools.lru_cache(maxsize=1024)
+def _divisors(n: int) -> tuple[int, ...]:
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return tuple(small + [n // d for d in reversed(small) if d * d != n])
 

@@ -429,10 +429,7 @@ def _records(
     """A record of every layer with weights, regardless of `exclude`."""
     backend = _backend.backend_of(model)
     at = dict(layers)
-    holders: dict[int, list[str]] = {}
-    for path, layer in layers:
-        for variable in backend.own_variables(layer):
-            holders.setdefault(id(variable), []).append(path)
+    users = _users_of_weights(model, layers)
     for path, layer, own, apart in _holders_of_weights(backend, layers):
         above = itertools.accumulate(path.split("/")[:-1], "{}/{}".format)
         inside = tuple((name, at[name]) for name in above if name in at)
@@ -446,20 +443,36 @@ def _records(
             detail = "TF-MOT prunes its cell; `strip_pruning` first, or compress before pruning"
             skipped = Skipped(Skip.WRAPPED, detail)
         if skipped is None and kind is not None:
-            kernel = kind.variable(layer)
-            own_path = path.rpartition("/")[0] if apart else path
-            others = [name for name in holders[id(kernel)] if name != own_path]
-            # Such as `SpectralNormalization`, which changes the kernel of its layer.
-            others += [
-                name
-                for name, holder in (*reversed(inside), (model.name, model))
-                if name != own_path and any(value is kernel for value in vars(holder).values())
-            ]
+            owner = at[path.rpartition("/")[0]] if apart else layer
+            found = users[id(kind.variable(layer))]
+            others = [name for name, user in found if user is not owner and user is not layer]
             if others:
                 skipped = Skipped(Skip.SHARED, f"its kernel is shared with '{others[0]}'")
         params = sum(math.prod(tuple(variable.shape)) for variable in own)
         able = skipped is None
         yield LayerRecord(path, layer, int(params), shape, skipped, able, inside=inside)
+
+
+def _users_of_weights(
+    model: Any, layers: Sequence[tuple[str, Any]]
+) -> dict[int, list[tuple[str, Any]]]:
+    """The paths and layers that use each weight, by the weight's `id`.
+
+    A layer uses its own weights, and those of other layers that it keeps in an attribute. So does
+    the model. `SpectralNormalization`, for example, changes the kernel of the layer in it.
+    """
+    backend = _backend.backend_of(model)
+    users: dict[int, list[tuple[str, Any]]] = {}
+    for path, layer in layers:
+        for variable in backend.own_variables(layer):
+            users.setdefault(id(variable), []).append((path, layer))
+    for path, user in (*layers, (model.name, model)):
+        for value in vars(user).values():
+            held = value.values() if isinstance(value, dict) else value
+            for item in held if isinstance(value, (dict, list, tuple)) else (value,):
+                if id(item) in users:
+                    users[id(item)].append((path, user))
+    return users
 
 
 def _skipped(layer: Any, around: Sequence[Any]) -> Skipped | None:

@@ -139,6 +139,8 @@ class Program:
                     self._unmasked.setdefault(tensor, number)
                     set_mask(values[tensor], mask)
 
+    # Not needed where only the graph is read.
+
     @functools.cached_property
     def _running(self) -> dict[Any, Replacement]:
         return running(self.model)
@@ -229,7 +231,8 @@ class Program:
 
 def _with_slots(value: Any, known: Mapping[int, int]) -> Any:
     """A structure of arguments with `Slot`s in place of the known tensors, given by `id`."""
-    if type(value) in (tuple, list):  # much faster than `map_structure`
+    # `map_structure` is much slower, so plain containers are made here.
+    if type(value) in (tuple, list):
         return type(value)(_with_slots(item, known) for item in value)
     if type(value) is dict:
         return {name: _with_slots(item, known) for name, item in value.items()}

@@ -293,10 +293,14 @@ class Selection:
             for scheme in record.schemes
             for k, ranks in self.offered(record, scheme).items()
         ]
-        price = np.concatenate([[costs.dense], *(costs.of(k, j, s) for s, k, j in forms)])
-        if self.is_unbounded(record):
+        found = [costs.of(k, ranks, scheme) for scheme, k, ranks in forms]
+        price = np.concatenate([[costs.dense], *found])
+        if self._is_unlimited(record):
             return int(price.min())
-        sizes = [form_weights(record.shape_in(s), k, np.array(j), s) for s, k, j in forms]
+        sizes = [
+            form_weights(record.shape_in(scheme), k, np.array(ranks), scheme)
+            for scheme, k, ranks in forms
+        ]
         size = np.concatenate([[record.dense_weights], *sizes])
         size, price = size[price <= costs.dense], price[price <= costs.dense]
         within = self.is_within(record, size)
@@ -304,8 +308,8 @@ class Selection:
             raise self.nothing_within(record, size)
         return int(price[within].min())
 
-    def is_unbounded(self, record: LayerRecord) -> bool:
-        """Whether a layer is within its bounds in every form, and as it is."""
+    def _is_unlimited(self, record: LayerRecord) -> bool:
+        """Whether a layer has no bounds, and may stay as it is."""
         return record.bounds == (0.0, 1.0) and self.keeps(record)
 
     def is_within(self, record: LayerRecord, sizes: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -421,7 +425,7 @@ class Selection:
         return [self._within(record, t) for record, t in zip(records, tables, strict=True)]
 
     def _within(self, record: LayerRecord, table: ChoiceTable) -> ChoiceTable:
-        if self.is_unbounded(record):
+        if self._is_unlimited(record):
             return table
         within = self.is_within(record, table.weights)
         if not within.any():

@@ -53,7 +53,7 @@ def weighed(
 
 
 def weighed_errors(errors: Float64, curve: Curve, power: float) -> Float64:
-    """Errors ε of a layer, weighed by what they do to the outputs, d: d^p · ε^(1 − p)."""
+    """Errors ε of a layer, weighted by their effect d on the outputs: d^p · ε^(1 − p)."""
     return curve(errors) ** power * errors ** (1 - power)
 
 

@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from keras_alds.core import parallel
-from keras_alds.core.parallel import single_threaded_blas, threads
+from keras_alds.core.parallel import map_within, single_threaded_blas, threads
 
 PROGRAM = """
 import threading, time
@@ -76,3 +77,22 @@ def test_after_a_fork(monkeypatch):
     leave.set()
     thread.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_an_error_ends_the_wait_for_calls_that_still_run():
+    leave, begun = threading.Event(), []
+
+    def call(what):
+        begun.append(what)
+        if what == "fails":
+            raise ArithmeticError(what)
+        assert leave.wait(20)
+
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            with pytest.raises(ArithmeticError, match="fails"):
+                map_within(pool, call, [("waits",), ("fails",), *[("waits",)] * 9])
+            assert not leave.is_set()
+        finally:
+            leave.set()
+    assert len(begun) <= 3

@@ -13,6 +13,13 @@ def test_divisors_are_all_of_them_in_order(n):
     assert slicing.divisors(n) == tuple(d for d in range(1, n + 1) if n % d == 0)
 
 
+@pytest.mark.parametrize("n", [0, -4, 2.5, 12.0, True, "12", [12], None])
+def test_divisors_are_of_positive_integers(n):
+    assert slicing.divisors(np.int64(12)) == slicing.divisors(12)
+    with pytest.raises(ValueError, match="positive integer"):
+        slicing.divisors(n)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("slices", [1, 2, 3, 12])
 def test_unfold_is_channel_major(shape, slices):

@@ -32,38 +32,85 @@ class TestLeftAlone:
         assert "kernel_constraint NonNeg" in reasons["constrained"]
         assert reasons["tiny"].startswith("no factorization of its kernel")
 
-    def test_kernels_that_a_layer_around_them_changes(self, keras_module):
+    def test_kernels_that_a_layer_around_them_uses(self, keras_module):
         L, K = keras_module.layers, keras_module
 
-        class UnitNorm(L.Wrapper):
+        class HoldsKernel(L.Wrapper):
+            keep = staticmethod(lambda kernel: kernel)
+
             def build(self, shape):
                 super().build(shape)
-                self.weight = self.layer.kernel
+                self.weight = self.keep(self.layer.kernel)
 
             def call(self, inputs):
                 return self.layer(inputs)
 
-        # With this TensorFlow, tf_keras's own makes an `InputSpec` of Keras 3 and fails.
-        Spectral = L.SpectralNormalization if K is keras else UnitNorm
-        model = K.Sequential(
-            [
-                K.Input((8, 8, 8)),
-                Spectral(L.Conv2D(32, 3, name="conv"), name="spectral"),
-                UnitNorm(L.Conv2D(16, 3, name="conv"), name="unit"),
-                L.Conv2D(32, 3, name="plain"),
-                L.GlobalAveragePooling2D(),
-            ]
-        )
+        class HoldsList(HoldsKernel):
+            keep = staticmethod(lambda kernel: [kernel])
+
+        class HoldsDict(HoldsKernel):
+            keep = staticmethod(lambda kernel: {"kernel": kernel})
+
+        wrapped = {
+            cls.__name__: cls(L.Conv2D(32, 3, name="conv"), name=cls.__name__)
+            for cls in (HoldsKernel, HoldsList, HoldsDict)
+        }
+        if K is keras:  # with this TensorFlow, tf_keras's makes an `InputSpec` of Keras 3 and fails
+            wrapped["spectral"] = L.SpectralNormalization(
+                L.Conv2D(32, 3, name="conv"), name="spectral"
+            )
+        last = [L.Conv2D(32, 3, name="plain"), L.GlobalAveragePooling2D()]
+        model = K.Sequential([K.Input((12, 12, 8)), *wrapped.values(), *last])
         reasons = self.reasons(model)
-        assert reasons["spectral/conv"] == "its kernel is shared with 'spectral'"
-        assert reasons["unit/conv"] == "its kernel is shared with 'unit'"
+        for name in wrapped:
+            assert reasons[f"{name}/conv"] == f"its kernel is shared with '{name}'"
         assert reasons["plain"] is None
         model.compile("sgd", "mse")
         alds = ALDSCompress(cr=0.05, at_epoch=1)
-        x, y = np.ones((4, 8, 8, 8)), np.ones((4, 32))
+        x, y = np.ones((4, 12, 12, 8)), np.ones((4, 32))
         losses = model.fit(x, y, epochs=2, callbacks=[alds], verbose=0).history["loss"]
         assert np.isfinite(losses).all()
         assert [choice.layer for choice in alds.plan.factorized] == ["plain"]
+
+    def test_kernels_that_other_layers_or_the_model_use(self, keras_module):
+        L, K = keras_module.layers, keras_module
+
+        class Holder(L.Layer):
+            def __init__(self, inner):
+                super().__init__(name="holder")
+                self.inner = inner
+                self.weight = inner.kernel
+
+            def call(self, inputs):
+                return self.inner(inputs)
+
+        class Model(K.Model):
+            def __init__(self):
+                super().__init__(name="dense")  # like its layer
+                self.dense, self.other, self.free = (
+                    L.Dense(32, name=name) for name in ("dense", "other", "free")
+                )
+                self.cells = L.LSTM(32, name="lstm")
+
+            def build(self, shape):
+                for layer in (self.dense, self.other, self.free):
+                    layer.build((None, 32))
+                self.kernel = self.dense.kernel
+                self.holder = Holder(self.other)  # after `other`: it is found there first
+                self.built = True
+
+            def call(self, inputs):
+                x = self.holder(self.dense(self.free(inputs)))
+                return self.cells(x[:, None])
+
+        model = Model()
+        model(np.ones((2, 32), "float32"))
+        reasons = self.reasons(model)
+        assert reasons["dense"] == "its kernel is shared with 'dense'"
+        assert reasons["other"] == "its kernel is shared with 'holder'"
+        shared = {path for path, reason in reasons.items() if "shared" in (reason or "")}
+        assert shared == {"dense", "other"}
+        assert "lstm/lstm_cell/kernel" in reasons
 
     def test_grouped_convolution(self, keras_module):
         L, K = keras_module.layers, keras_module
