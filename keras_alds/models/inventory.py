@@ -467,9 +467,12 @@ def _users_of_weights(
         for variable in backend.own_variables(layer):
             users.setdefault(id(variable), []).append((path, layer))
     for path, user in (*layers, (model.name, model)):
-        for value in vars(user).values():
-            held = value.values() if isinstance(value, dict) else value
-            for item in held if isinstance(value, (dict, list, tuple)) else (value,):
+        for value in list(vars(user).values()):  # copies: other threads may use the model
+            if isinstance(value, dict):
+                held = list(value.values())
+            else:
+                held = list(value) if isinstance(value, (list, tuple)) else [value]
+            for item in held:
                 if id(item) in users:
                     users[id(item)].append((path, user))
     return users
