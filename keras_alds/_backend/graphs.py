@@ -157,6 +157,10 @@ class Graphs(Layers):
             # An identity model sorts its inputs like `model`.
             return tf.nest.flatten(self.keras.Model(starts, model.inputs, name=model.name)(inputs))
 
+    def given_arguments(self, call: GraphCall) -> dict[str, Any]:
+        """The keyword arguments that a call of a graph has, whatever the mode of the model."""
+        return call.kwargs
+
     def infer(self, layer: Layer, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Calls a layer, a graph operation or a function in inference mode."""
         call = getattr(layer, "call", None)  # functions have none
@@ -189,6 +193,11 @@ class Keras3Graphs(Graphs):
 
     def _functional_of(self, model: Model) -> Model:
         return model._functional if isinstance(model, keras.Sequential) else model
+
+    def given_arguments(self, call: GraphCall) -> dict[str, Any]:
+        # The mode of the model wins, also over `training=True`, which random augmentation has
+        # by default.
+        return {name: value for name, value in call.kwargs.items() if name != "training"}
 
     def _graph_call(self, node: Any) -> GraphCall:
         arguments = node.arguments

@@ -180,7 +180,7 @@ class Program:
         for call in backend.graph(model):
             if isinstance(call.layer, backend.keras.layers.InputLayer):
                 continue
-            args, kwargs = _with_slots((call.args, call.kwargs), known)
+            args, kwargs = _with_slots((call.args, backend.given_arguments(call)), known)
             used = [leaf.tensor for leaf in nest.flatten((args, kwargs)) if is_slot(leaf)]
             first = nest.flatten(args[0]) if args else []
             if (
