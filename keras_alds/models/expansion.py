@@ -117,11 +117,8 @@ class _Expander(GraphRebuilder):
         return stock_kind(call.layer).last_call(value, args, kwargs)
 
     def _pieces(self, layer: Any, shape: Any, masked: bool) -> list[Piece]:
-        if not isinstance(layer, self.layers.Layer):
-            # An operation of Keras 3 that is not a layer: `x + 1`, `keras.ops.mean(x)`.
-            return [self.once(layer, "new", lambda: self.copy_of(layer))]
-        if self.source.is_symbolic(layer):
-            return [self.model(layer)]
+        if not isinstance(layer, self.layers.Layer) or self.source.is_symbolic(layer):
+            return [self.like(layer)]
         kind = stock_kind(layer)
         if kind.is_written_out(layer):
             shape = tuple(None if size is None else int(size) for size in shape)
@@ -139,20 +136,16 @@ class _Expander(GraphRebuilder):
                 "on a `keras.Input` and make it a functional model, or skip it with "
                 f"`exclude=` when compressing."
             )
-        return [self.once(layer, "new", lambda: self._like(layer))]
+        return [self.like(layer)]
 
-    def _like(self, layer: Any) -> Any:
-        """A copy of a layer that is not replaced."""
-        changes = {}
-        values, origins = layer.get_weights(), list(layer.weights)
+    def changed(self, layer: Any) -> tuple[dict[str, Any], list[np.ndarray], list[Any]]:
+        changes, values, origins = super().changed(layer)
         if layer in self._folded:
             changes["use_bias"] = True
             kernels = len(values) - bool(layer.use_bias)
             values = self._fold(layer, values[:kernels])
             origins = [*origins[:kernels], self._bias(layer)]
-        new = self.copy_of(layer, changes)
-        self.record(layer, new, values, origins)
-        return new
+        return changes, values, origins
 
     def _wrapped(self, wrapper: Any, piece: Any, last: bool) -> Any:
         def make() -> Any:

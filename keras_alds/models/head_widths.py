@@ -16,7 +16,7 @@ from keras_alds.models.curves import PROBED_ERRORS
 from keras_alds.models.heads import Heads, Product
 from keras_alds.models.inventory import Inventory
 from keras_alds.models.probes import Prober
-from keras_alds.models.rebuild import GraphRebuilder, Piece
+from keras_alds.models.rebuild import GraphRebuilder
 from keras_alds.models.trials import EQUAL, WEIGHINGS
 from keras_alds.resources import allowed_after, removed_fraction, rounded_down
 
@@ -189,19 +189,11 @@ class HeadNarrower(GraphRebuilder):
                 self._arguments.setdefault(product.heads.layer, {})[product.argument] = width
                 self._narrowed.update(product.narrowed(width))
 
-    def pieces(self, call: _backend.GraphCall) -> list[Piece]:
+    def changed(self, layer: Any) -> tuple[dict[str, Any], list[np.ndarray], list[Any]]:
         """As for `GraphRebuilder`."""
-        if self.source.is_symbolic(call.layer):
-            return [self.model(call.layer)]
-        return [self.once(call.layer, "new", lambda: self._like(call.layer))]
-
-    def _like(self, layer: Any) -> Any:
-        new = self.copy_of(layer, self._arguments.get(layer, {}))
-        if isinstance(layer, self.source.keras.layers.Layer):
-            weights = list(layer.weights)
-            values = [
-                self._narrowed.get(id(variable), old).astype(old.dtype)
-                for variable, old in zip(weights, layer.get_weights(), strict=True)
-            ]
-            self.record(layer, new, values, weights)
-        return new
+        _, values, weights = super().changed(layer)
+        values = [
+            self._narrowed.get(id(variable), old).astype(old.dtype)
+            for variable, old in zip(weights, values, strict=True)
+        ]
+        return self._arguments.get(layer, {}), values, weights

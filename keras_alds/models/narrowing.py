@@ -16,7 +16,7 @@ from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.slicing import Array
 from keras_alds.models.channels import Channels
 from keras_alds.models.inventory import Inventory
-from keras_alds.models.rebuild import GraphRebuilder, Piece
+from keras_alds.models.rebuild import GraphRebuilder
 from keras_alds.models.resources import Macs
 
 # Halvings of the logarithm of the price of a multiply–accumulate, and its limits.
@@ -132,17 +132,9 @@ class Narrower(GraphRebuilder):
                 self._kept[layer] = kept
             self._fitted[channels.reader] = _fit(candidate.moment, kept)
 
-    def pieces(self, call: _backend.GraphCall) -> list[Piece]:
+    def changed(self, layer: Any) -> tuple[dict[str, Any], list[Array], list[Any]]:
         """As for `GraphRebuilder`."""
-        return [self.once(call.layer, "new", lambda: self._copy(call.layer))]
-
-    def _copy(self, layer: Any) -> Any:
-        if not isinstance(layer, self.source.keras.layers.Layer):
-            return self.copy_of(layer)  # an operation of Keras 3
-        if self.source.is_symbolic(layer):
-            return self.model(layer)
-        changes: dict[str, Any] = {}
-        values, origins = layer.get_weights(), list(layer.weights)
+        changes, values, origins = super().changed(layer)
         if layer in self._fitted:
             changes["use_bias"] = True
             bias = values[1] if layer.use_bias else 0.0
@@ -162,9 +154,7 @@ class Narrower(GraphRebuilder):
                 value[:, :, kept] if deep and value.ndim == 4 else value[..., kept]
                 for value in values
             ]
-        new = self.copy_of(layer, changes)
-        self.record(layer, new, values, origins)
-        return new
+        return changes, values, origins
 
 
 def _fit(moment: SecondMoment, kept: Array) -> Callable[[Array], tuple[Array, Array]]:

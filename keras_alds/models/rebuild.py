@@ -40,7 +40,10 @@ def check_symbolic(model: Any, user: str) -> _backend.Backend:
 
 
 class GraphRebuilder:
-    """Rebuilds symbolic models layer by layer; a subclass defines the replacements of layers.
+    """Rebuilds symbolic models layer by layer.
+
+    By default every layer is copied. A subclass defines what is changed in a copy (`changed`), or
+    replaces layers (`pieces`).
 
     Args:
         source: The backend of the old model.
@@ -52,7 +55,7 @@ class GraphRebuilder:
         self.target = target
         self.names: set[str] = set()
         self._models: dict[Any, Any] = {}
-        self._kept: dict[tuple[Any, Any], Any] = {}
+        self._once: dict[tuple[Any, Any], Any] = {}
         self._flags: list[tuple[Any, Any]] = []  # (old, new): children before their parents
         self._values: list[tuple[Any, list[np.ndarray]]] = []
         self._origins: list[tuple[Any, Any, list[Any]]] = []  # as in `record`
@@ -60,7 +63,25 @@ class GraphRebuilder:
 
     def pieces(self, call: _backend.GraphCall) -> list[Piece]:
         """The replacement of `call.layer` in this call; empty if the input passes through."""
-        raise NotImplementedError
+        return [self.like(call.layer)]
+
+    def like(self, layer: Any) -> Piece:
+        """The new layer, model or operation for an old one: the same object for every call."""
+        if self.source.is_symbolic(layer):
+            return self.model(layer)
+        return self.once(layer, "new", lambda: self._like(layer))
+
+    def _like(self, layer: Any) -> Piece:
+        if not isinstance(layer, self.source.keras.layers.Layer):
+            return self.copy_of(layer)  # an operation of Keras 3: `x + 1`, `keras.ops.mean(x)`
+        changes, values, origins = self.changed(layer)
+        new = self.copy_of(layer, changes)
+        self.record(layer, new, values, origins)
+        return new
+
+    def changed(self, layer: Any) -> tuple[dict[str, Any], list[np.ndarray], list[Any]]:
+        """The changes of a layer's config for its copy, and the copy's weights; see `record`."""
+        return {}, layer.get_weights(), list(layer.weights)
 
     def input_layer(self, layer: Any) -> Any:
         """The new input layer for an old one."""
@@ -151,9 +172,9 @@ class GraphRebuilder:
 
     def once(self, layer: Any, key: Any, make: Callable[[], Any]) -> Any:
         """The result of `make()`, called once for each layer and key."""
-        if (layer, key) not in self._kept:
-            self._kept[layer, key] = make()
-        return self._kept[layer, key]
+        if (layer, key) not in self._once:
+            self._once[layer, key] = make()
+        return self._once[layer, key]
 
     def pairs(self) -> list[tuple[Any, Any]]:
         """Pairs of old and new weights, once the model is rebuilt."""
