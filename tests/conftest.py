@@ -6,6 +6,7 @@ import gc
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -43,7 +44,8 @@ def frozen_imports() -> Iterator[None]:
     No layer is among these 400,000 objects, so `live` does not have to look there either. Garbage
     is collected more rarely, and not at every conversion: another tenth of the time.
     """
-    for name in ("keras", "tf_keras", "keras_alds._backend.live"):
+    converter = "tensorflow.lite.python.lite"
+    for name in ("keras", "tf_keras", converter, "keras_alds._backend.live"):
         if importlib.util.find_spec(name.partition(".")[0]) is not None:
             importlib.import_module(name)
     gc.collect()
@@ -52,8 +54,7 @@ def frozen_imports() -> Iterator[None]:
     gc.set_threshold(20_000, 20, 20)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gc, "get_freeze_count", lambda: 0)
-        converter = importlib.import_module("tensorflow.lite.python.lite")
-        patch.setattr(converter, "gc", SimpleNamespace(collect=lambda: 0))
+        patch.setattr(sys.modules[converter], "gc", SimpleNamespace(collect=lambda: 0))
         yield
     gc.set_threshold(*before)
 

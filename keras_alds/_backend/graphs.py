@@ -162,10 +162,12 @@ class Graphs(Layers):
         return call.kwargs
 
     def infer(self, layer: Layer, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Calls a layer, a graph operation or a function in inference mode."""
-        call = getattr(layer, "call", None)  # functions have none
-        takes = () if call is None else inspect.signature(call).parameters
-        if "training" in takes and kwargs.get("training") is None:
+        """Calls a layer, a graph operation or a function in inference mode.
+
+        Layers without an argument `training` pass the mode on to those that they call.
+        """
+        is_layer = isinstance(layer, self.keras.layers.Layer)
+        if is_layer and kwargs.get("training") is None and not _gives_mode(layer, args):
             kwargs = {**kwargs, "training": False}
         return layer(*args, **kwargs)
 
@@ -196,7 +198,9 @@ class Keras3Graphs(Graphs):
 
     def given_arguments(self, call: GraphCall) -> dict[str, Any]:
         # The mode of the model wins, also over `training=True`, which random augmentation has
-        # by default.
+        # by default. Operations are not told of it.
+        if not isinstance(call.layer, keras.layers.Layer):
+            return call.kwargs
         return {name: value for name, value in call.kwargs.items() if name != "training"}
 
     def _graph_call(self, node: Any) -> GraphCall:
@@ -223,6 +227,13 @@ class TfKerasGraphs(Graphs):
     def _graph_call(self, node: Any) -> GraphCall:
         outputs = tf.nest.flatten(node.outputs)
         return GraphCall(node.layer, tuple(node.call_args), dict(node.call_kwargs), outputs)
+
+
+def _gives_mode(layer: Layer, args: Sequence[Any]) -> bool:
+    """Whether `training` is among positional arguments, which tf_keras allows."""
+    if len(args) < 2:
+        return False
+    return "training" in list(inspect.signature(layer.call).parameters)[: len(args)]
 
 
 def forget_graph(function: Any) -> Undo:

@@ -118,7 +118,7 @@ class _Expander(GraphRebuilder):
 
     def _pieces(self, layer: Any, shape: Any, masked: bool) -> list[Piece]:
         if not isinstance(layer, self.layers.Layer) or self.source.is_symbolic(layer):
-            return [self.like(layer)]
+            return [self.copied_piece(layer)]
         kind = stock_kind(layer)
         if kind.is_written_out(layer):
             shape = tuple(None if size is None else int(size) for size in shape)
@@ -136,7 +136,7 @@ class _Expander(GraphRebuilder):
                 "on a `keras.Input` and make it a functional model, or skip it with "
                 f"`exclude=` when compressing."
             )
-        return [self.like(layer)]
+        return [self.copied_piece(layer)]
 
     def changed(self, layer: Any) -> tuple[dict[str, Any], list[np.ndarray], list[Any]]:
         changes, values, origins = super().changed(layer)

@@ -191,9 +191,9 @@ class HeadNarrower(GraphRebuilder):
 
     def changed(self, layer: Any) -> tuple[dict[str, Any], list[np.ndarray], list[Any]]:
         """As for `GraphRebuilder`."""
-        _, values, weights = super().changed(layer)
+        changes, values, weights = super().changed(layer)
         values = [
             self._narrowed.get(id(variable), old).astype(old.dtype)
             for variable, old in zip(weights, values, strict=True)
         ]
-        return self._arguments.get(layer, {}), values, weights
+        return {**changes, **self._arguments.get(layer, {})}, values, weights

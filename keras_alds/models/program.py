@@ -186,7 +186,8 @@ class Program:
             if (
                 backend.runs_graph(call.layer)
                 and not kwargs.get("training")
-                and not any(map(is_slot, nest.flatten((args[1:], kwargs))))
+                and not any(map(is_slot, nest.flatten(kwargs)))
+                and all(argument is None or argument is False for argument in args[1:])
                 and len(first) == len(nest.flatten(backend.graph_ends(call.layer)[0]))
                 and all(map(is_slot, first))
             ):

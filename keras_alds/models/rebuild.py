@@ -63,15 +63,15 @@ class GraphRebuilder:
 
     def pieces(self, call: _backend.GraphCall) -> list[Piece]:
         """The replacement of `call.layer` in this call; empty if the input passes through."""
-        return [self.like(call.layer)]
+        return [self.copied_piece(call.layer)]
 
-    def like(self, layer: Any) -> Piece:
+    def copied_piece(self, layer: Any) -> Piece:
         """The new layer, model or operation for an old one: the same object for every call."""
         if self.source.is_symbolic(layer):
             return self.model(layer)
-        return self.once(layer, "new", lambda: self._like(layer))
+        return self.once(layer, "new", lambda: self._copied(layer))
 
-    def _like(self, layer: Any) -> Piece:
+    def _copied(self, layer: Any) -> Piece:
         if not isinstance(layer, self.source.keras.layers.Layer):
             return self.copy_of(layer)  # an operation of Keras 3: `x + 1`, `keras.ops.mean(x)`
         changes, values, origins = self.changed(layer)

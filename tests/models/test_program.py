@@ -33,21 +33,65 @@ def test_known_tensors_become_slots(given, expected):
     assert type(found) is type(expected)
 
 
-def test_random_augmentation_inside_a_model_is_off(keras_module):
-    """Its layers have `training=True` by default, and Keras 3 keeps that in the graph."""
-    L = keras_module.layers
-    inputs = keras_module.Input((12, 12, 3))
-    x = L.RandomBrightness(0.5, value_range=(0.0, 1.0))(L.RandomFlip()(inputs))
-    x = L.GlobalAveragePooling2D()(L.Conv2D(24, 3, activation="relu")(x))
-    model = keras_module.Model(inputs, L.Dense(5)(L.Dense(32, "relu")(x)))
+def augmentation(K):
+    """A layer without an argument `training`, whose layers have `training=True` by default."""
+
+    class Augmentation(K.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.flip = K.layers.RandomFlip()
+            self.brightness = K.layers.RandomBrightness(0.5, value_range=(0.0, 1.0))
+
+        def call(self, inputs):
+            return self.brightness(self.flip(inputs))
+
+    return [Augmentation()]
+
+
+AUGMENTATIONS = {
+    "stock": lambda K: augmentation(K)[0]._flatten_layers(include_self=False),
+    "own": augmentation,
+    "nested": lambda K: [K.Sequential([K.Input((12, 12, 3)), *augmentation(K)])],
+}
+
+
+@pytest.mark.parametrize("kind", [*AUGMENTATIONS, "subclassed"])
+def test_random_augmentation_inside_a_model_is_off(keras_module, kind):
+    K, L = keras_module, keras_module.layers
+    layers = [
+        L.Conv2D(24, 3, activation="relu"),
+        *(L.GlobalAveragePooling2D(), L.Dense(32, "relu"), L.Dense(5)),
+    ]
+    bare = K.Sequential([K.Input((12, 12, 3)), *layers])
+    if kind == "subclassed":
+
+        class Net(K.Model):
+            def __init__(self):
+                super().__init__()
+                self.parts = [*augmentation(K), *layers]
+
+            def call(self, inputs):
+                for part in self.parts:
+                    inputs = part(inputs)
+                return inputs
+
+        model = Net()
+        model(np.zeros((1, 12, 12, 3), "float32"))
+    else:
+        model = K.Sequential([K.Input((12, 12, 3)), *AUGMENTATIONS[kind](K), *layers])
     data = np.random.default_rng(0).random((24, 12, 12, 3), np.float32)
-    augmented = keras_alds.CalibrationStats.collect(model, data, verbose=0)
-    bare = keras_module.Sequential([keras_module.Input((12, 12, 3)), *model.layers[-4:]])
-    plain = keras_alds.CalibrationStats.collect(bare, data, verbose=0)
-    pairs = zip(augmented.moments.values(), plain.moments.values(), strict=True)
-    for found, expected in pairs:
-        np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-5, atol=1e-7)
+    plans = [keras_alds.select(m, 0.3, calibration_data=data) for m in (model, model, bare)]
+    assert plans[0] == plans[1]
+    assert plans[0].distance == pytest.approx(plans[2].distance, rel=1e-4)
+
+
+def test_the_mode_as_a_positional_argument_of_tf_keras():
+    tf_keras = pytest.importorskip("tf_keras")
+    L = tf_keras.layers
+    inner = tf_keras.Sequential([tf_keras.Input((16,)), L.Dropout(0.5), L.Dense(16)])
+    inputs = tf_keras.Input((16,))
+    x = L.Dense(32, "relu")(L.Dropout(0.5)(inner(inputs, False), False))
+    model = tf_keras.Model(inputs, L.Dense(4)(x))
+    data = np.random.default_rng(0).random((24, 16), np.float32)
     plans = [keras_alds.select(model, 0.3, calibration_data=data) for _ in range(2)]
     assert plans[0] == plans[1]
-    expected = keras_alds.select(bare, 0.3, calibration_data=data).distance
-    assert plans[0].distance == pytest.approx(expected, rel=1e-4)
