@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -157,8 +157,8 @@ class Graphs(Layers):
             # An identity model sorts its inputs like `model`.
             return tf.nest.flatten(self.keras.Model(starts, model.inputs, name=model.name)(inputs))
 
-    def given_arguments(self, call: GraphCall) -> dict[str, Any]:
-        """The keyword arguments that a call of a graph has, whatever the mode of the model."""
+    def inference_arguments(self, call: GraphCall) -> dict[str, Any]:
+        """The keyword arguments that a call of a graph keeps when its model predicts."""
         return call.kwargs
 
     def infer(self, layer: Layer, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -166,8 +166,7 @@ class Graphs(Layers):
 
         Layers without an argument `training` pass the mode on to those that they call.
         """
-        is_layer = isinstance(layer, self.keras.layers.Layer)
-        if is_layer and kwargs.get("training") is None and not _gives_mode(layer, args):
+        if isinstance(layer, self.keras.layers.Layer) and kwargs.get("training") is None:
             kwargs = {**kwargs, "training": False}
         return layer(*args, **kwargs)
 
@@ -196,9 +195,9 @@ class Keras3Graphs(Graphs):
     def _functional_of(self, model: Model) -> Model:
         return model._functional if isinstance(model, keras.Sequential) else model
 
-    def given_arguments(self, call: GraphCall) -> dict[str, Any]:
-        # The mode of the model wins, also over `training=True`, which random augmentation has
-        # by default. Operations are not told of it.
+    def inference_arguments(self, call: GraphCall) -> dict[str, Any]:
+        # The mode of the model wins over that of a layer's call, which is `training=True` by
+        # default for random augmentation. Operations that are no layers keep theirs.
         if not isinstance(call.layer, keras.layers.Layer):
             return call.kwargs
         return {name: value for name, value in call.kwargs.items() if name != "training"}
@@ -226,14 +225,20 @@ class TfKerasGraphs(Graphs):
 
     def _graph_call(self, node: Any) -> GraphCall:
         outputs = tf.nest.flatten(node.outputs)
-        return GraphCall(node.layer, tuple(node.call_args), dict(node.call_kwargs), outputs)
+        args, kwargs = _with_named_mode(node.layer, node.call_args, node.call_kwargs)
+        return GraphCall(node.layer, args, kwargs, outputs)
 
 
-def _gives_mode(layer: Layer, args: Sequence[Any]) -> bool:
-    """Whether `training` is among positional arguments, which tf_keras allows."""
-    if len(args) < 2:
-        return False
-    return "training" in list(inspect.signature(layer.call).parameters)[: len(args)]
+def _with_named_mode(
+    layer: Layer, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments with `training`, and what follows it, as keyword arguments."""
+    given = inspect.signature(layer.call).bind_partial(*args).arguments if len(args) > 1 else {}
+    if "training" not in given or len(given) < len(args):  # fewer names: `*args` takes some
+        return tuple(args), dict(kwargs)
+    names = list(given)
+    start = names.index("training")
+    return tuple(args[:start]), {**{name: given[name] for name in names[start:]}, **kwargs}
 
 
 def forget_graph(function: Any) -> Undo:

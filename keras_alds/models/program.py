@@ -180,14 +180,13 @@ class Program:
         for call in backend.graph(model):
             if isinstance(call.layer, backend.keras.layers.InputLayer):
                 continue
-            args, kwargs = _with_slots((call.args, backend.given_arguments(call)), known)
+            args, kwargs = _with_slots((call.args, backend.inference_arguments(call)), known)
             used = [leaf.tensor for leaf in nest.flatten((args, kwargs)) if is_slot(leaf)]
             first = nest.flatten(args[0]) if args else []
             if (
                 backend.runs_graph(call.layer)
                 and not kwargs.get("training")
-                and not any(map(is_slot, nest.flatten(kwargs)))
-                and all(argument is None or argument is False for argument in args[1:])
+                and not any(map(is_slot, nest.flatten((args[1:], kwargs))))
                 and len(first) == len(nest.flatten(backend.graph_ends(call.layer)[0]))
                 and all(map(is_slot, first))
             ):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import keras_alds
-from keras_alds.models.program import Slot, _with_slots
+from keras_alds.models.program import Program, Slot, _with_slots
 
 Pair = collections.namedtuple("Pair", "first second")
 A, B, OTHER = object(), object(), object()
@@ -33,25 +33,31 @@ def test_known_tensors_become_slots(given, expected):
     assert type(found) is type(expected)
 
 
-def augmentation(K):
-    """A layer without an argument `training`, whose layers have `training=True` by default."""
+def augmenting(K):
+    """Layers whose `training` is True by default."""
+    return [K.layers.RandomFlip(), K.layers.RandomBrightness(0.5, value_range=(0.0, 1.0))]
+
+
+def own_layer(K):
+    """A layer without an argument `training`, which calls such layers."""
 
     class Augmentation(K.layers.Layer):
         def __init__(self):
             super().__init__()
-            self.flip = K.layers.RandomFlip()
-            self.brightness = K.layers.RandomBrightness(0.5, value_range=(0.0, 1.0))
+            self.parts = augmenting(K)
 
         def call(self, inputs):
-            return self.brightness(self.flip(inputs))
+            for part in self.parts:
+                inputs = part(inputs)
+            return inputs
 
-    return [Augmentation()]
+    return Augmentation()
 
 
 AUGMENTATIONS = {
-    "stock": lambda K: augmentation(K)[0]._flatten_layers(include_self=False),
-    "own": augmentation,
-    "nested": lambda K: [K.Sequential([K.Input((12, 12, 3)), *augmentation(K)])],
+    "stock": augmenting,
+    "own": lambda K: [own_layer(K)],
+    "nested": lambda K: [K.Sequential([K.Input((12, 12, 3)), own_layer(K)])],
 }
 
 
@@ -68,7 +74,7 @@ def test_random_augmentation_inside_a_model_is_off(keras_module, kind):
         class Net(K.Model):
             def __init__(self):
                 super().__init__()
-                self.parts = [*augmentation(K), *layers]
+                self.parts = [own_layer(K), *layers]
 
             def call(self, inputs):
                 for part in self.parts:
@@ -85,13 +91,32 @@ def test_random_augmentation_inside_a_model_is_off(keras_module, kind):
     assert plans[0].distance == pytest.approx(plans[2].distance, rel=1e-4)
 
 
-def test_the_mode_as_a_positional_argument_of_tf_keras():
+@pytest.fixture
+def positional():
+    """Models of tf_keras that are called with their mode as a positional argument."""
     tf_keras = pytest.importorskip("tf_keras")
     L = tf_keras.layers
-    inner = tf_keras.Sequential([tf_keras.Input((16,)), L.Dropout(0.5), L.Dense(16)])
-    inputs = tf_keras.Input((16,))
-    x = L.Dense(32, "relu")(L.Dropout(0.5)(inner(inputs, False), False))
-    model = tf_keras.Model(inputs, L.Dense(4)(x))
+
+    def make(mode):
+        inner = tf_keras.Sequential([tf_keras.Input((16,)), L.Dropout(0.5), L.Dense(16)])
+        inputs = tf_keras.Input((16,))
+        x = L.BatchNormalization()(L.Dense(32)(inner(inputs, mode)), mode)
+        return tf_keras.Model(inputs, L.Dense(4)(x))
+
+    return make
+
+
+def test_the_mode_as_a_positional_argument_of_tf_keras(positional):
+    model = positional(False)
     data = np.random.default_rng(0).random((24, 16), np.float32)
     plans = [keras_alds.select(model, 0.3, calibration_data=data) for _ in range(2)]
     assert plans[0] == plans[1]
+    assert [step.layer for step in Program.of(model, [], data).steps].count(model.layers[1]) == 0
+    always = positional(True)  # in training mode it is no list of its layers
+    assert [step.layer for step in Program.of(always, [], data).steps].count(always.layers[1]) == 1
+
+
+def test_a_normalization_that_is_always_in_training_mode_is_not_folded(positional):
+    model = positional(True)
+    with pytest.warns(UserWarning, match="it is called with `training=True`"):
+        keras_alds.expand(model, fold_batch_norm=True)
