@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -27,14 +28,50 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what is marked `data` where there is none."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--everything",
+        action="store_true",
+        help="run tests marked `long`, and every combination of parameter and Keras, too",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what only `--everything` runs; skips what is marked `data` where there is none."""
+    if not (config.getoption("everything") or any("::" in name for name in config.args)):
+        left_out = {item for item in items if item.get_closest_marker("long")} | alternated(items)
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
     if DATA.is_dir():
         return
     skip = pytest.mark.skip(reason="needs the real networks and images of ../shared/data")
     for item in items:
         if item.get_closest_marker("data") or "data_dir" in getattr(item, "fixturenames", ()):
             item.add_marker(skip)
+
+
+def alternated(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Half of the tests that run with three parameters or more in both Kerases.
+
+    Every parameter is left with one Keras, in turn. Which one comes first depends on the test, so
+    that no kind of model is left with one Keras in all tests.
+    """
+    tests: dict[str, dict[str, dict[str, pytest.Item]]] = {}
+    for item in items:
+        test, _, parameters = item.nodeid.partition("[")
+        names = parameters.removesuffix("]").split("-")
+        for library in {"keras", "tf_keras"}.intersection(names):
+            others = "-".join(name for name in names if name != library)
+            tests.setdefault(test, {}).setdefault(others, {})[library] = item
+    left_out = set()
+    for test, by_parameters in tests.items():
+        pairs = [pair for pair in by_parameters.values() if len(pair) == 2]
+        if len(pairs) >= 3:
+            start = zlib.crc32(test.encode())
+            left_out |= {
+                pair[("keras", "tf_keras")[(start + i) % 2]] for i, pair in enumerate(pairs)
+            }
+    return left_out
 
 
 @pytest.fixture(scope="session", autouse=True)

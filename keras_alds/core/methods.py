@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from keras_alds.core.calibration.held_out import held_out_spectra_many
@@ -17,9 +17,10 @@ from keras_alds.core.spectra import Spectra
 
 #: Makes `(encoder, decoder, bias)` from a kernel, its second moment, a rank and the bias, if any.
 FactorizeWithBias = Callable[[Array, SecondMoment, int, "Array | None"], tuple[Array, Array, Array]]
-#: `decompose(kernels, moments, slices)` makes spectra, for some numbers of slices of every kernel.
+#: `decompose(kernels, moments, ranks)` makes spectra. The ranks are the largest ones that matter,
+#: by number of slices, for every kernel.
 Decompose = Callable[
-    [Sequence[Array], Sequence[SecondMoment], Sequence[Collection[int]]], list[Spectra]
+    [Sequence[Array], Sequence[SecondMoment], Sequence[Mapping[int, int]]], list[Spectra]
 ]
 
 

@@ -114,7 +114,7 @@ class CalibrationStats:
         self.examples = examples
         self.fingerprint = fingerprint
         self.curves = MappingProxyType(dict(curves or {}))
-        self._spectra: dict[tuple[str, int, frozenset[int], Decompose], tuple[bytes, Spectra]] = {}
+        self._spectra: dict[tuple[Any, ...], tuple[bytes, Spectra]] = {}
         self._ridges_due = False  # of a sum: they depend on the kernels
 
     def __getstate__(self) -> dict[str, Any]:
@@ -302,7 +302,10 @@ class CalibrationStats:
         Returns:
             One `Spectra` per layer, in order.
         """
-        keys = {key: (*key, seen.slices, decompose) for key, seen in kernels.items()}
+        keys = {
+            key: (*key, tuple(sorted(seen.ranks.items())), decompose)
+            for key, seen in kernels.items()
+        }
         new = {
             keys[key]: seen
             for key, seen in kernels.items()
@@ -312,7 +315,7 @@ class CalibrationStats:
             decompose,
             [seen.kernel for seen in new.values()],
             [seen.moment() for seen in new.values()],
-            [seen.slices for seen in new.values()],
+            [seen.ranks for seen in new.values()],
         )
         for key, spectra in zip(new, found, strict=True):
             self._spectra[key] = (new[key].digest, spectra)

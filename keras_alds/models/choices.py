@@ -45,13 +45,13 @@ class Seen:
         digest: Digest of the kernel.
         kernel: The kernel, `[*spatial, c, f]`.
         moment: Makes the second moment of its unfolded inputs.
-        slices: The numbers of slices that matter.
+        ranks: The largest rank that matters by number of slices.
     """
 
     digest: bytes
     kernel: Array
     moment: Callable[[], SecondMoment]
-    slices: frozenset[int]
+    ranks: Mapping[int, int]
 
 
 class Spectrums(Protocol):
@@ -93,14 +93,14 @@ def decomposed(
     decompose: Decompose,
     kernels: Sequence[Array],
     moments: Sequence[Any],
-    slices: Sequence[Collection[int]],
+    ranks: Sequence[Mapping[int, int]],
 ) -> list[Spectra]:
     """The spectra of some kernels. An executor gets each layer's kernel and inputs once."""
     executor = _executor.get()
     if executor is None:
-        return decompose(kernels, moments, slices)
+        return decompose(kernels, moments, ranks)
     calls = [
-        ([kernel], [m], [some]) for kernel, m, some in zip(kernels, moments, slices, strict=True)
+        ([kernel], [m], [some]) for kernel, m, some in zip(kernels, moments, ranks, strict=True)
     ]
     return [spectra for (spectra,) in map_within(executor, decompose, calls)]
 
@@ -154,12 +154,14 @@ def _output_spectra(
     method: Method,
     stats: Spectrums | None,
 ) -> list[Spectra]:
-    """The output spectra of some layers in one fold scheme, for the offered slices."""
+    """The output spectra of some layers in one fold scheme, for the offered choices."""
     rows = zip(records, offers, kernels(records, scheme), strict=True)
     seen = {
         # Folded when it is needed: it may be large.
         (record.path, scheme): Seen(
-            *read, functools.partial(record.fold, record.moment, scheme), frozenset(offered)
+            *read,
+            functools.partial(record.fold, record.moment, scheme),
+            {k: ranks[-1] for k, ranks in offered.items()},
         )
         for record, (offered, _), read in rows
         if record.moment is not None
@@ -279,7 +281,7 @@ def _entries(
     matrices = [kernel for _, scheme, kernel in missing if not is_chain(scheme)]
     found = iter(_kernel_spectra(matrices, slices))
     for entry, scheme, read in missing:
-        chain = decomposed(decomposer(scheme), [read], [None], [()]) if is_chain(scheme) else found
+        chain = decomposed(decomposer(scheme), [read], [None], [{}]) if is_chain(scheme) else found
         values = next(iter(chain))
         entry.spectra[scheme] = values
         entry.tables.clear()

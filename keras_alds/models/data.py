@@ -69,7 +69,10 @@ class Examples:
         self._specs: list[Any] = [] if structure is None else tensors.flatten(structure)
         if inspect.isroutine(data) or isinstance(data, functools.partial):
             data = data()  # a generator function, such as TFLite's `representative_dataset`
-        keys = set(structure) if isinstance(structure, dict) else set()
+        #: What is known of such inputs is from a call: others may have other sizes, or be left out.
+        self._of_python = not _backend.backend_of(model).has_graph(model)
+        self._spec_of: dict[str, Any] = structure if isinstance(structure, dict) else {}
+        keys = set(self._spec_of)
         #: The names by which a dict may hold the inputs.
         self._keys = [names for names in (keys, set(self._names)) if names]
         data = self._without_labels(data)
@@ -125,7 +128,7 @@ class Examples:
         """The inputs of the model in a dict that holds more, such as identifiers."""
         if isinstance(data, dict):
             for keys in self._keys:
-                if keys <= set(data):
+                if keys <= set(data) or (self._of_python and keys & set(data)):
                     return {key: value for key, value in data.items() if key in keys}
         return data
 
@@ -207,6 +210,8 @@ class Examples:
             names = sorted(inputs)  # as `tensors.flatten` does
             if set(names) == set(self._names):
                 specs = [self._specs[self._names.index(name)] for name in names]
+            elif self._of_python and set(names) <= set(self._spec_of):
+                specs = [self._spec_of[name] for name in names]
         if specs and len(flat) != len(specs):
             raise ValueError(
                 f"Expected `{self._argument}` for {len(specs)} inputs. Received: {len(flat)}"
@@ -257,7 +262,8 @@ class Examples:
         if spec is not None:
             wanted = tuple(spec.shape)[1:]
             fits = array.ndim == len(wanted) + 1 and all(
-                n is None or n == m for n, m in zip(wanted, array.shape[1:], strict=True)
+                n is None or n == m or self._of_python
+                for n, m in zip(wanted, array.shape[1:], strict=True)
             )
             if not fits:
                 raise ValueError(

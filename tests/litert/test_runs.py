@@ -257,7 +257,7 @@ def hostile(model: Any, random: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2))])
 def test_every_plan_under_a_target_runs(target: str, seed: int):
     random = np.random.default_rng([seed, len(target)])
     keras.utils.set_random_seed(seed)

@@ -235,6 +235,33 @@ class TestKindsOfData:
             tf.data.Dataset.from_tensor_slices(({"b": b, "a": a}, labels)).batch(8),
         )
 
+    def test_python_code_does_without_some_inputs_and_takes_other_sizes(self, keras_module):
+        L = keras_module.layers
+
+        class Net(keras_module.Model):
+            def __init__(self):
+                super().__init__()
+                self.conv, self.head = L.Conv1D(32, 3, padding="same"), L.Dense(16)
+
+            def call(self, inputs, training=False):
+                x = self.conv(inputs["tokens"])
+                if "mask" in inputs:
+                    x = x * inputs["mask"][..., None]
+                return self.head(tf.reduce_max(x, axis=1))
+
+        model = Net()
+        model({"tokens": np.zeros((2, 6, 8), "float32"), "mask": np.ones((2, 6), "float32")})
+        x = np.random.default_rng(0).standard_normal((40, 9, 8)).astype("float32")
+        names = np.array(["a"] * 40)
+        self.same(
+            model,
+            {"tokens": x},
+            {"tokens": x, "names": names},
+            {"tokens": x, "mask": np.ones((40, 9), "float32"), "names": names},
+        )
+        with pytest.raises(ValueError, match=r"of shape \(batch, 6, 8\) for tokens.*single"):
+            select(model, 0.4, calibration_data={"tokens": x[:, 0]})
+
     def test_integer_images_and_long_arrays(self, small):
         x = np.random.default_rng(0).integers(0, 255, (50, *zoo.IMAGE), dtype="uint8")
         self.same(small, x, x.astype("float32"))

@@ -376,7 +376,8 @@ FEW = (
     "InceptionV3", "MobileNet", "MobileNetV2", "MobileNetV3Small", "NASNetMobile", "ResNet50",
     "ResNet50V2", "VGG16", "Xception",
 )  # fmt: skip
-QUICK = ("EfficientNetB0", "MobileNetV2", "MobileNetV3Small")
+#: Those with the most different layers, among the quick ones.
+DIFFERENT = ("ConvNeXtTiny", "DenseNet121", "EfficientNetB0", "MobileNetV2", "MobileNetV3Small")
 
 
 def application(name: str) -> Any:
@@ -412,7 +413,7 @@ def check_outputs(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FEW],
+    [name if name in DIFFERENT else pytest.param(name, marks=pytest.mark.long) for name in FEW],
 )
 @pytest.mark.usefixtures("float64")
 def test_one_application_of_every_family(name: str):

@@ -43,7 +43,7 @@ _COLUMNS = 256
 def held_out_spectra_many(
     kernels: Sequence[Array],
     moments: Sequence[SecondMoment],
-    slices: Sequence[Collection[int]] | None = None,
+    ranks: Sequence[Mapping[int, int]] | None = None,
     *,
     executor: Executor | None = None,
 ) -> list[Spectra]:
@@ -52,8 +52,8 @@ def held_out_spectra_many(
     Args:
         kernels: Real arrays `[*spatial, c, f]`.
         moments: Their second moments, folded if the kernels are read in another fold scheme.
-        slices: The numbers of slices k that matter, by kernel. Of a wide layer, only some of them
-            are looked at. Defaults to all.
+        ranks: The largest rank that matters by number of slices k, for every kernel. Of a wide
+            layer, only some k are looked at. Defaults to all that make a kernel smaller.
         executor: As for `output_spectra_many`.
 
     Returns:
@@ -63,7 +63,7 @@ def held_out_spectra_many(
     Raises:
         ValueError: As for `output_spectra`.
     """
-    wanted = [None] * len(kernels) if slices is None else [tuple(sorted(k)) for k in slices]
+    wanted = [None] * len(kernels) if ranks is None else list(ranks)
     found: dict[int, Spectra] = {}
     judged = [n for n, m in enumerate(moments) if m.held_out is not None or m.positions > 1]
     others = [n for n in range(len(kernels)) if n not in set(judged)]
@@ -77,20 +77,22 @@ def held_out_spectra_many(
         found.update(zip(others, parts, strict=True))
         layers = {n: _Judged(kernels[n], moments[n]) for n in judged}
         works = [
-            (k, n, first)
+            (k, n, first, most)
             for n, layer in layers.items()
-            for k in _ranks(layer.kernel.shape, layer.fit.block_count, layer.positions, wanted[n])
+            for k, most in _ranks(
+                layer.kernel.shape, layer.fit.block_count, layer.positions, wanted[n]
+            ).items()
             for first in range(0, k, k // layer.fit.block_count)
         ]
         works.sort()  # the largest matrices first
         curves = map_within(
             executor,
             _errors_of,
-            [(layers[n], k, first) for k, n, first in works],
-            [layers[n].bytes(k) for k, n, _ in works],
+            [(layers[n], k, first, most) for k, n, first, most in works],
+            [layers[n].bytes(k, most) for k, n, _, most in works],
         )
         sums: dict[int, dict[int, Float64]] = {n: {} for n in judged}
-        for (k, n, _), curve in zip(works, curves, strict=True):
+        for (k, n, *_), curve in zip(works, curves, strict=True):
             sums[n][k] = sums[n].get(k, 0.0) + curve
     for n, layer in layers.items():
         found[n] = layer.spectra(sums[n])
@@ -131,18 +133,18 @@ def best_ridge(kernel: Array, moment: SecondMoment) -> float:
 
 
 def _ranks(
-    shape: Sequence[int], blocks: int, positions: int, slices: Sequence[int] | None = None
+    shape: Sequence[int], blocks: int, positions: int, wanted: Mapping[int, int] | None = None
 ) -> dict[int, int]:
-    """The largest rank that makes a kernel smaller, by number of slices.
+    """The largest rank that is wanted and makes a kernel smaller, by number of slices.
 
     Of a wide layer, only some numbers of slices are looked at.
     """
     every = {
-        k: _most(shape, k)
-        for k in (divisors(shape[-2]) if slices is None else slices)
+        k: _most(shape, k) if wanted is None else min(_most(shape, k), wanted[k])
+        for k in (divisors(shape[-2]) if wanted is None else sorted(wanted))
         if k % blocks == 0 and shape[-2] % k == 0
     }
-    found = every = {k: every[k] for k in sorted(every) if every[k]}
+    found = every = {k: most for k, most in every.items() if most}
     left = len(every)
     while left > _FEWEST and _work(found, blocks, positions) > _MOST_WORK:
         left -= 1
@@ -155,7 +157,7 @@ def _most(shape: Sequence[int], slices: int) -> int:
     return min(full_rank(shape, slices), (math.prod(shape) - 1) // weights(shape, slices, 1))
 
 
-def _union(slices: Sequence[tuple[int, ...] | None]) -> tuple[int, ...] | None:
+def _union(slices: Sequence[Collection[int] | None]) -> tuple[int, ...] | None:
     if None in slices:
         return None
     return tuple(sorted({k for some in slices for k in some or ()}))
@@ -180,14 +182,10 @@ class _Judged:
             for i, part in enumerate(unfold(kernel, moment.block_count))
         )
 
-    def most(self, slices: int) -> int:
-        """The largest rank that makes the kernel smaller."""
-        return _most(self.kernel.shape, slices)
-
-    def bytes(self, slices: int) -> int:
+    def bytes(self, slices: int, most: int) -> int:
         """Approximate bytes to compute `errors`."""
         parts = slices // self.fit.block_count * self.positions
-        size, rows = parts * self.most(slices), self.fit.block_side
+        size, rows = parts * most, self.fit.block_side
         filters = self.kernel.shape[-1] // self.positions
         return 8 * (rows * filters + size * (4 * size + 2 * rows // parts))
 
@@ -205,9 +203,9 @@ class _Judged:
         else:
             judged = _encoded(bases, judge.columns(fit.block_count, block, rows))
             C = solve(triangle, judged, lower=True, check_finite=False)
-            G = judge.gram(bases, first)
-            G = solve(triangle, G, lower=True, check_finite=False, overwrite_b=True)
-            G = solve(triangle, G.T, lower=True, check_finite=False, overwrite_b=True)
+            # Its lower half, at half the cost of two triangular systems.
+            gram = judge.gram(bases, first).T  # symmetric, and in Fortran order
+            G, _ = scipy.linalg.lapack.dsygst(gram, triangle, lower=True, overwrite_a=True)
             G *= B @ B.T
             added = 2 * np.tril(G, -1).sum(axis=1) + G.diagonal() - 2 * (B * C).sum(axis=1)
         total = judge.energy(block, rows)
@@ -266,9 +264,9 @@ def _encoded(bases: Float64, rows: Float64) -> Float64:
     return parts.transpose(1, 0, 2).reshape(most * count, -1)
 
 
-def _errors_of(layer: _Judged, slices: int, first: int) -> Float64:
+def _errors_of(layer: _Judged, slices: int, first: int, most: int) -> Float64:
     with single_threaded_blas():
-        return layer.errors(slices, first, layer.most(slices))
+        return layer.errors(slices, first, most)
 
 
 def _triangle(gram: Float64, added: float = np.finfo(np.float64).eps) -> Float64:

@@ -13,6 +13,7 @@ Convolutional Networks", TPAMI 2016 (arXiv 1505.06798), for reconstructing outpu
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from keras_alds.core.calibration.moments import (
     check_moment,
     rows_by_position,
 )
-from keras_alds.core.calibration.semidefinite import solve
+from keras_alds.core.calibration.semidefinite import solve, solver
 from keras_alds.core.calibration.whitening import seen_basis, slice_spectrum
 from keras_alds.core.parallel import single_threaded_blas
 from keras_alds.core.slicing import Array, check_slices, fold_encoder, full_rank, unfold
@@ -32,7 +33,7 @@ from keras_alds.core.spectra import Float64
 SWEEPS = 2
 # Conjugate gradients: the most steps, and fewer for wide layers, by floating-point operations; and
 # the part of the gradient's square that is left.
-_STEPS, _MOST_WORK, _TOLERANCE = 15, 2e11, 1e-8
+_STEPS, _MOST_WORK, _TOLERANCE = 15, 1e11, 1e-8
 
 
 def factorize_outputs(
@@ -156,8 +157,10 @@ def _alternated(
     block = first // count
     rows = rows_by_position(matrices, positions)
     weighted = moment.columns(moment.block_count, block, rows)
-    steps = int(np.clip(_MOST_WORK / (2.0 * rows.size * len(rows)), 1, _STEPS))
-    blocks = [moment.encoder_block(slices, first + i) for i in range(count)]
+    every, rank = positions * count, encoders.shape[-1]
+    work = 2.0 * len(rows) * rank * (len(rows) + every * rank)
+    steps = int(np.clip(_MOST_WORK / work, 1, _STEPS))
+    solve_own = [solver(moment.encoder_block(slices, first + i)) for i in range(count)]
 
     def split(rows: Float64) -> Float64:
         return rows.reshape(positions, count, -1, rows.shape[-1])
@@ -166,15 +169,20 @@ def _alternated(
         D = refit_decoder(encoders, matrices, moment, first)
         D = np.moveaxis(D.reshape(*D.shape[:2], positions, -1), 2, 0)
         transposed = D.swapaxes(-1, -2)
-        gram = (D @ transposed).sum(axis=0)
+        solve_decoders = [solver(gram) for gram in (D @ transposed).sum(axis=0)]
+        # Of a decoder with those of all positions and slices: S E comes first, as it has fewer
+        # columns than E D has filters.
+        grams = D.reshape(every * rank, -1) @ transposed
 
-        def image(E: Float64, D: Float64 = D, transposed: Float64 = transposed) -> Float64:
-            product = (E @ D).reshape(-1, D.shape[-1])
-            return (split(moment.columns(moment.block_count, block, product)) @ transposed).sum(0)
+        def image(E: Float64, grams: Float64 = grams) -> Float64:
+            columns = moment.encoded(
+                slices * positions, first * positions, at_positions(E, positions)
+            )
+            return (split(columns) @ grams).sum(0)
 
-        def preconditioned(E: Float64, gram: Float64 = gram) -> Float64:
-            found = [solve(own, part) for own, part in zip(blocks, E, strict=True)]
-            return np.stack([solve(g, x.T).T for g, x in zip(gram, found, strict=True)])
+        def preconditioned(E: Float64, solve_decoders: Any = solve_decoders) -> Float64:
+            solvers = zip(solve_own, solve_decoders, E, strict=True)
+            return np.stack([decoder(own(part).T).T for own, decoder, part in solvers])
 
         right = (split(weighted) @ transposed).sum(0)
         solution = _conjugate_gradients(image, right, encoders, preconditioned, steps)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 import scipy.linalg
 
@@ -20,6 +23,16 @@ def solve(gram: Float64, right: Float64, *, overwrite: bool = False) -> Float64:
     Returns:
         Array `[n, m]`.
     """
+    return solver(gram, overwrite=overwrite)(right)
+
+
+def solver(gram: Float64, *, overwrite: bool = False) -> Callable[[Float64], Float64]:
+    """Returns a function that solves systems of one matrix, which is factorized once.
+
+    Args:
+        gram: As for `solve`.
+        overwrite: As for `solve`.
+    """
     if not overwrite:
         gram = (gram + gram.T) / 2
     diagonal = gram.diagonal().copy()
@@ -27,7 +40,6 @@ def solve(gram: Float64, right: Float64, *, overwrite: bool = False) -> Float64:
         # The transpose is in Fortran order: its lower half is factorized in place, and the other
         # half does not change.
         factor = scipy.linalg.cho_factor(gram.T, lower=True, overwrite_a=True, check_finite=False)
-        return scipy.linalg.cho_solve(factor, right, check_finite=False)
     except np.linalg.LinAlgError:
         gram = np.tril(gram, -1)
         gram += gram.T
@@ -35,7 +47,8 @@ def solve(gram: Float64, right: Float64, *, overwrite: bool = False) -> Float64:
         values, vectors = np.linalg.eigh(gram)
         kept = values > gram.shape[0] * np.finfo(np.float64).eps * max(values[-1], 0.0)
         inverse = np.divide(1.0, values, out=np.zeros_like(values), where=kept)
-        return vectors @ (inverse[:, None] * (vectors.T @ right))
+        return lambda right: vectors @ (inverse[:, None] * (vectors.T @ right))
+    return functools.partial(scipy.linalg.cho_solve, factor, check_finite=False)
 
 
 def square_root(block: Float64, floor: float) -> Float64:
