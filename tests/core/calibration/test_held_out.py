@@ -177,7 +177,18 @@ def test_of_a_wide_layer_only_some_numbers_of_slices_are_looked_at():
     found = held_out._ranks((1440, 1000), 1, 1)
     assert held_out._FEWEST <= len(found) < 20
     assert 1 in found
-    assert held_out._ranks((1440, 1000), 1, 1, [2, 3, 1440]) == {2: 418, 3: 324}
+    wanted = {2: 1000, 3: 20, 1440: 1}
+    assert held_out._ranks((1440, 1000), 1, 1, wanted) == {2: 418, 3: 20}
+
+
+def test_errors_of_the_wanted_ranks_do_not_depend_on_larger_ones(rng):
+    kernel = rng.standard_normal((24, 30))
+    _, both = split(rng, 24, 400, 100)
+    (every,) = held_out_spectra_many([kernel], [both])
+    (some,) = held_out_spectra_many([kernel], [both], [{1: 5, 24: 1}])
+    assert set(some.slices) == {1}  # one rank of 24 slices is as large as the kernel
+    expected = every.slices[1].residual_energy[:6]
+    np.testing.assert_allclose(some.slices[1].residual_energy[:6], expected, rtol=1e-9)
 
 
 def test_a_gram_matrix_that_rounding_made_indefinite():
