@@ -53,7 +53,18 @@ def versions(python: Path) -> list[str]:
 
 def last_line(python: Path) -> str:
     """What pytest says at its end, without the time."""
-    command = [python, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", *TESTS]
+    command = [
+        python,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "2",
+        "--everything",
+        "-p",
+        "no:cacheprovider",
+        *TESTS,
+    ]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     print(*re.findall(r"^(?:FAILED|ERROR).*", run.stdout, re.MULTILINE), sep="\n", file=sys.stderr)

@@ -53,24 +53,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def alternated(items: list[pytest.Item]) -> set[pytest.Item]:
     """Half of the tests that run with three parameters or more in both Kerases.
 
-    Every parameter is left with one Keras, in turn. Which one comes first depends on the test, so
-    that no kind of model is left with one Keras in all tests.
+    Every parameter is left with one Keras, in turn, in an order that has nothing to do with what
+    the parameters are.
     """
+    libraries = ("keras", "tf_keras")
+    if not all(map(importlib.util.find_spec, libraries)):
+        return set()
     tests: dict[str, dict[str, dict[str, pytest.Item]]] = {}
     for item in items:
         test, _, parameters = item.nodeid.partition("[")
         names = parameters.removesuffix("]").split("-")
-        for library in {"keras", "tf_keras"}.intersection(names):
-            others = "-".join(name for name in names if name != library)
-            tests.setdefault(test, {}).setdefault(others, {})[library] = item
+        for library in libraries:
+            if library in names:
+                others = "-".join(name for name in names if name != library)
+                tests.setdefault(test, {}).setdefault(others, {})[library] = item
     left_out = set()
     for test, by_parameters in tests.items():
-        pairs = [pair for pair in by_parameters.values() if len(pair) == 2]
+        pairs = {others: pair for others, pair in by_parameters.items() if len(pair) == 2}
         if len(pairs) >= 3:
-            start = zlib.crc32(test.encode())
-            left_out |= {
-                pair[("keras", "tf_keras")[(start + i) % 2]] for i, pair in enumerate(pairs)
-            }
+            mixed = sorted(pairs, key=lambda others: zlib.crc32(f"{test}{others}".encode()))
+            left_out |= {pairs[others][libraries[i % 2]] for i, others in enumerate(mixed)}
     return left_out
 
 

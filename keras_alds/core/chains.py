@@ -134,7 +134,7 @@ def chain_ranks(
 
 @functools.cache
 def decomposer(scheme: int) -> Callable[..., list[Spectra]]:
-    """Returns `decompose(kernels, moments, slices)` of a chain, as in `core.methods`."""
+    """Returns `decompose(kernels, moments, ranks)` of a chain, as in `core.methods`."""
     return functools.partial(_each, CHAINS[scheme].spectra)
 
 

@@ -198,7 +198,10 @@ def convert_quietly(
         task = progress.add_task("conversion", total=2)
         data, examples = options.representative_data, None
         if data is not None:
-            examples = KeptExamples(model, data, options.max_examples, "representative_data")
+            # The file has all inputs, in fixed sizes.
+            examples = KeptExamples(
+                model, data, options.max_examples, "representative_data", exact=True
+            )
             if stacklevel is not None and not aware:
                 check_scale(model, examples, stacklevel=stacklevel)
         content = FileBytes(_converted(model, specs, options, examples, aware, progress))

@@ -17,7 +17,7 @@ from rich.progress import Progress
 from keras_alds import _backend
 from keras_alds._backend import tensors
 from keras_alds._backend.graphs import is_ragged
-from keras_alds.core.checks import int_at_least
+from keras_alds.core.checks import did_you_mean, int_at_least
 from keras_alds.core.slicing import Array
 from keras_alds.models.storage import Store
 
@@ -45,6 +45,8 @@ class Examples:
         data: The user's `calibration_data` or `representative_data`.
         limit: The user's `max_examples`: the largest number of examples, or None.
         argument: The name of the user's argument, for errors.
+        exact: Whether a model that is Python code, too, must get all inputs of its first call, in
+            the sizes of that call. Otherwise such a model may do without some, or take other sizes.
 
     Attributes:
         total: The number of examples, or None if it is not known.
@@ -56,7 +58,13 @@ class Examples:
     """
 
     def __init__(
-        self, model: Any, data: Any, limit: int | None, argument: str = "calibration_data"
+        self,
+        model: Any,
+        data: Any,
+        limit: int | None,
+        argument: str = "calibration_data",
+        *,
+        exact: bool = False,
     ) -> None:
         _backend.backend_of(model).check_call(model)
         if limit is not None:
@@ -69,8 +77,8 @@ class Examples:
         self._specs: list[Any] = [] if structure is None else tensors.flatten(structure)
         if inspect.isroutine(data) or isinstance(data, functools.partial):
             data = data()  # a generator function, such as TFLite's `representative_dataset`
-        #: What is known of such inputs is from a call: others may have other sizes, or be left out.
-        self._of_python = not _backend.backend_of(model).has_graph(model)
+        self._of_python = not (exact or _backend.backend_of(model).has_graph(model))
+        self._given: list[str] | None = None  # names of the first batch
         self._spec_of: dict[str, Any] = structure if isinstance(structure, dict) else {}
         keys = set(self._spec_of)
         #: The names by which a dict may hold the inputs.
@@ -129,8 +137,21 @@ class Examples:
         if isinstance(data, dict):
             for keys in self._keys:
                 if keys <= set(data) or (self._of_python and keys & set(data)):
+                    self._check_spelling(set(data), keys)
                     return {key: value for key, value in data.items() if key in keys}
         return data
+
+    def _check_spelling(self, given: set[str], known: set[str]) -> None:
+        """Raises an error if what would be left out is nearly the name of a missing input."""
+        for name in sorted(map(str, given - known)):
+            if hint := did_you_mean(name, known - given):
+                raise ValueError(self._other_inputs(sorted(given), sorted(known)) + hint)
+
+    def _other_inputs(self, names: list[str], known: list[str]) -> str:
+        return (
+            f"Expected `{self._argument}` for {len(known)} inputs. "
+            f"Received: {len(names)}, {names}, where the model has {known}"
+        )
 
     def _as_arrays(self, data: Any) -> Any:
         """`data` as a structure of arrays, or None if it is something else."""
@@ -211,12 +232,19 @@ class Examples:
             if set(names) == set(self._names):
                 specs = [self._specs[self._names.index(name)] for name in names]
             elif self._of_python and set(names) <= set(self._spec_of):
-                specs = [self._spec_of[name] for name in names]
+                specs = tensors.flatten([self._spec_of[name] for name in names])
+            if self._of_python and names != (self._given or names):
+                raise ValueError(
+                    f"Expected the same inputs in all batches of `{self._argument}`. "
+                    f"Received: {names} after {self._given}"
+                )
+            self._given = names
         if specs and len(flat) != len(specs):
+            if isinstance(inputs, dict):
+                raise ValueError(self._other_inputs(names, self._names or sorted(self._spec_of)))
             raise ValueError(
                 f"Expected `{self._argument}` for {len(specs)} inputs. Received: {len(flat)}"
                 + (" in a list; labels go into a tuple, (x, y)" if isinstance(inputs, list) else "")
-                + (f", {names}, where the model has {self._names}" * isinstance(inputs, dict))
             )
         cast = [
             self._checked_array(array, name, spec)
@@ -350,6 +378,7 @@ class KeptExamples:
         data: The user's `calibration_data` or `representative_data`.
         limit: As for `Examples`.
         argument: As for `Examples`.
+        exact: As for `Examples`.
 
     Attributes:
         total: The number of examples.
@@ -365,9 +394,11 @@ class KeptExamples:
         data: Any,
         limit: int | None = DEFAULT_EXAMPLES,
         argument: str = "calibration_data",
+        *,
+        exact: bool = False,
     ) -> None:
         self._store = Store()
-        source = Examples(model, data, limit, argument)
+        source = Examples(model, data, limit, argument, exact=exact)
         self.fixed = source.fixed
         self._batches = [
             (tensors.map_structure(self._store.keep, batch), count)

@@ -10,7 +10,7 @@ Source: X. Zhang et al., "Accelerating Very Deep Convolutional Networks", TPAMI 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -57,7 +57,7 @@ def centred_spectra(kernel: Array, moment: SecondMoment) -> Spectra:
 def centred_spectra_many(
     kernels: Sequence[Array],
     moments: Sequence[SecondMoment],
-    slices: Sequence[Collection[int]] = (),
+    ranks: Sequence[Mapping[int, int]] = (),
 ) -> list[Spectra]:
     """Returns `centred_spectra` of several layers, always for one slice."""
     return [centred_spectra(k, m) for k, m in zip(kernels, moments, strict=True)]

@@ -323,6 +323,14 @@ def test_wrong_options(options: dict[str, Any], text: str, dense_and_conv: Any, 
     assert not list(tmp_path.iterdir())
 
 
+def test_the_data_of_python_code_have_the_sizes_of_the_file(keras_module: Any):
+    model = zoo.subclassed(keras_module)  # its code would run images of other sizes
+    with pytest.raises(ValueError, match=r"batches in `representative_data` of shape \(batch, 12"):
+        litert.convert(
+            model, quantize="int8", representative_data=np.zeros((8, 14, 12, 3)), verbose=0
+        )
+
+
 def test_a_folder_that_is_missing_is_named_first(dense_and_conv: Any, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="Expected `path` to lie in a folder that exists"):
         litert.convert(dense_and_conv, tmp_path / "none" / "file.tflite", quantize="int8")

@@ -259,8 +259,37 @@ class TestKindsOfData:
             {"tokens": x, "names": names},
             {"tokens": x, "mask": np.ones((40, 9), "float32"), "names": names},
         )
-        with pytest.raises(ValueError, match=r"of shape \(batch, 6, 8\) for tokens.*single"):
-            select(model, 0.4, calibration_data={"tokens": x[:, 0]})
+        for data, message in (
+            ({"tokens": x[:, 0]}, r"of shape \(batch, 6, 8\) for tokens.*single"),
+            ({"tokens": x, "masks": names}, r"for 2 inputs.*'masks'.*Did you mean 'mask'\?"),
+            (
+                ({"tokens": x, "mask": x[:, :, 0]} if i else {"tokens": x} for i in range(2)),
+                r"the same inputs in all batches.*\['mask', 'tokens'\] after \['tokens'\]",
+            ),
+        ):
+            with pytest.raises(ValueError, match=message):
+                select(model, 0.4, calibration_data=data)
+
+    def test_dicts_inside_dicts(self, keras_module):
+        L = keras_module.layers
+
+        class Net(keras_module.Model):
+            def __init__(self):
+                super().__init__()
+                self.conv, self.head = L.Dense(32), L.Dense(16)
+
+            def call(self, inputs, training=False):
+                return self.head(self.conv(inputs["a"]["u"] + inputs["a"]["v"]) + inputs["b"])
+
+        rows = np.random.default_rng(0).standard_normal((3, 40, 32)).astype("float32")
+        data = {"a": {"u": rows[0], "v": rows[1]}, "b": rows[2]}
+        model = Net()
+        model(data)
+        self.same(
+            model,
+            tf.data.Dataset.from_tensor_slices(data).batch(8),
+            tf.data.Dataset.from_tensor_slices((data, np.zeros(40))).batch(20),
+        )
 
     def test_integer_images_and_long_arrays(self, small):
         x = np.random.default_rng(0).integers(0, 255, (50, *zoo.IMAGE), dtype="uint8")

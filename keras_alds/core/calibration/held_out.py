@@ -52,8 +52,9 @@ def held_out_spectra_many(
     Args:
         kernels: Real arrays `[*spatial, c, f]`.
         moments: Their second moments, folded if the kernels are read in another fold scheme.
-        ranks: The largest rank that matters by number of slices k, for every kernel. Of a wide
-            layer, only some k are looked at. Defaults to all that make a kernel smaller.
+        ranks: The largest rank that matters by number of slices k, for every kernel; larger ones
+            get its error. Of a wide layer, only some k are looked at. Defaults to all that make a
+            kernel smaller. Without held-out inputs, all ranks get their own error.
         executor: As for `output_spectra_many`.
 
     Returns:

@@ -12,8 +12,7 @@ Convolutional Networks", TPAMI 2016 (arXiv 1505.06798), for reconstructing outpu
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -23,7 +22,7 @@ from keras_alds.core.calibration.moments import (
     check_moment,
     rows_by_position,
 )
-from keras_alds.core.calibration.semidefinite import solve, solver
+from keras_alds.core.calibration.semidefinite import Solver, solve, solver
 from keras_alds.core.calibration.whitening import seen_basis, slice_spectrum
 from keras_alds.core.parallel import single_threaded_blas
 from keras_alds.core.slicing import Array, check_slices, fold_encoder, full_rank, unfold
@@ -170,8 +169,8 @@ def _alternated(
         D = np.moveaxis(D.reshape(*D.shape[:2], positions, -1), 2, 0)
         transposed = D.swapaxes(-1, -2)
         solve_decoders = [solver(gram) for gram in (D @ transposed).sum(axis=0)]
-        # Of a decoder with those of all positions and slices: S E comes first, as it has fewer
-        # columns than E D has filters.
+        # Of each decoder with those of all positions and slices: S E comes first, as an encoder
+        # has fewer columns than E D has filters.
         grams = D.reshape(every * rank, -1) @ transposed
 
         def image(E: Float64, grams: Float64 = grams) -> Float64:
@@ -180,7 +179,9 @@ def _alternated(
             )
             return (split(columns) @ grams).sum(0)
 
-        def preconditioned(E: Float64, solve_decoders: Any = solve_decoders) -> Float64:
+        def preconditioned(
+            E: Float64, solve_decoders: Sequence[Solver] = solve_decoders
+        ) -> Float64:
             solvers = zip(solve_own, solve_decoders, E, strict=True)
             return np.stack([decoder(own(part).T).T for own, decoder, part in solvers])
 

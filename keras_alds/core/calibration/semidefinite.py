@@ -10,6 +10,9 @@ import scipy.linalg
 
 from keras_alds.core.spectra import Float64
 
+#: Returns the solution for right-hand sides `[n, m]`.
+Solver = Callable[[Float64], Float64]
+
 
 def solve(gram: Float64, right: Float64, *, overwrite: bool = False) -> Float64:
     """Solves a positive semidefinite system; undetermined components are zero.
@@ -26,7 +29,7 @@ def solve(gram: Float64, right: Float64, *, overwrite: bool = False) -> Float64:
     return solver(gram, overwrite=overwrite)(right)
 
 
-def solver(gram: Float64, *, overwrite: bool = False) -> Callable[[Float64], Float64]:
+def solver(gram: Float64, *, overwrite: bool = False) -> Solver:
     """Returns a function that solves systems of one matrix, which is factorized once.
 
     Args:
