@@ -140,3 +140,5 @@ def seeds() -> None:
     """Seeds Python, NumPy and TensorFlow before every test (Keras 3 and tf_keras use these)."""
     keras = importlib.import_module("keras")
     keras.utils.set_random_seed(0)
+    if "tf_keras" in sys.modules:  # what an earlier test has seeded would go on
+        vars(importlib.import_module("tf_keras.src.backend")._SEED_GENERATOR).clear()
