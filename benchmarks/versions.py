@@ -29,6 +29,7 @@ SHOWN = ("tensorflow", "keras", "tf_keras", "numpy")
 #: Selecting, compressing, training on, saving, loading in a fresh process, conversion.
 TESTS = (
     *("tests/core/test_solvers.py", "tests/test_api.py", "tests/test_callbacks.py"),
+    *("tests/test_callbacks_optimizers.py", "tests/test_callbacks_saved.py"),
     *("tests/test_callbacks_again.py", "tests/test_life.py", "tests/litert/test_conversion.py"),
 )
 
@@ -53,18 +54,8 @@ def versions(python: Path) -> list[str]:
 
 def last_line(python: Path) -> str:
     """What pytest says at its end, without the time."""
-    command = [
-        python,
-        "-m",
-        "pytest",
-        "-q",
-        "-n",
-        "2",
-        "--everything",
-        "-p",
-        "no:cacheprovider",
-        *TESTS,
-    ]
+    options = ["-q", "-n", "2", "--everything", "-p", "no:cacheprovider"]
+    command = [python, "-m", "pytest", *options, *TESTS]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     print(*re.findall(r"^(?:FAILED|ERROR).*", run.stdout, re.MULTILINE), sep="\n", file=sys.stderr)

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import zoo
-from test_callbacks import EAGER, compiled, fit
+from fitting import EAGER, compiled, fit
 
 from keras_alds import ALDSCompress, CompressionPlan, apply_plan, select
 

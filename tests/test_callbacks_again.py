@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import zoo
-from test_callbacks import EAGER, Spy, compiled, factorized, fit, value
+from fitting import EAGER, Spy, compiled, factorized, fit, value
 
 from keras_alds import ALDSCompress, FactorizedDense, compress, select
 

@@ -7,7 +7,7 @@ import csv
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_callbacks import Spy, factorized, value
+from fitting import Spy, factorized, value
 
 from keras_alds import ALDSCompress, apply_plan, compress, select
 from keras_alds._backend import backend_of

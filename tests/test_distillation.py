@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import zoo
+from fitting import EAGER, compiled, fit
 from scipy.special import log_softmax
-from test_callbacks import EAGER, compiled, fit
 
 from keras_alds import ALDSCompress, compress
 from keras_alds._backend import distilling

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_callbacks import EAGER, Spy, compiled, fit, value
+from fitting import EAGER, Spy, compiled, fit, value
 
 from keras_alds import ALDSCompress
 from keras_alds._backend import backend_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_callbacks import EAGER, compiled, fit
+from fitting import EAGER, compiled, fit
 from test_callbacks_again import unchanged
 
 from keras_alds import ALDSCompress, compress, select
