@@ -59,6 +59,24 @@ _FINGERPRINT_ENTRIES = 1 << 22
 JUDGED_EXAMPLES, PROBED_EXAMPLES, PROBED_LARGE_EXAMPLES, SMALL_ENTRIES = 128, 128, 32, 1 << 14
 
 
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """The spectra of a kernel with this digest, for the largest ranks by number of slices."""
+
+    digest: bytes
+    ranks: Mapping[int, int]
+    spectra: Spectra
+
+    def holds(self, seen: Seen) -> bool:
+        """Whether all that matters now is here: a layer's curve needs more than most targets."""
+        if self.digest != seen.digest:
+            return False
+        return self.ranks == seen.ranks or all(
+            k in self.spectra.slices and self.ranks.get(k, 0) >= rank
+            for k, rank in seen.ranks.items()
+        )
+
+
 class CalibrationStats:
     """Second moments S of every layer's unfolded inputs on unlabelled examples.
 
@@ -114,7 +132,7 @@ class CalibrationStats:
         self.examples = examples
         self.fingerprint = fingerprint
         self.curves = MappingProxyType(dict(curves or {}))
-        self._spectra: dict[tuple[Any, ...], tuple[bytes, Spectra]] = {}
+        self._spectra: dict[tuple[str, int, Decompose], list[_Known]] = {}
         self._ridges_due = False  # of a sum: they depend on the kernels
 
     def __getstate__(self) -> dict[str, Any]:
@@ -302,24 +320,24 @@ class CalibrationStats:
         Returns:
             One `Spectra` per layer, in order.
         """
-        keys = {
-            key: (*key, tuple(sorted(seen.ranks.items())), decompose)
-            for key, seen in kernels.items()
-        }
-        new = {
-            keys[key]: seen
-            for key, seen in kernels.items()
-            if self._spectra.get(keys[key], (b"",))[0] != seen.digest
-        }
-        found = decomposed(
+        found: dict[tuple[str, int], Spectra] = {}
+        for key, seen in kernels.items():
+            for known in self._spectra.get((*key, decompose), []):
+                if known.holds(seen):
+                    found[key] = known.spectra
+        missing = {key: seen for key, seen in kernels.items() if key not in found}
+        new = decomposed(
             decompose,
-            [seen.kernel for seen in new.values()],
-            [seen.moment() for seen in new.values()],
-            [seen.ranks for seen in new.values()],
+            [seen.kernel for seen in missing.values()],
+            [seen.moment() for seen in missing.values()],
+            [seen.ranks for seen in missing.values()],
         )
-        for key, spectra in zip(new, found, strict=True):
-            self._spectra[key] = (new[key].digest, spectra)
-        return [self._spectra[key][1] for key in keys.values()]
+        for (key, seen), spectra in zip(missing.items(), new, strict=True):
+            place = (*key, decompose)
+            kept = [one for one in self._spectra.get(place, []) if one.digest == seen.digest]
+            self._spectra[place] = [*kept, _Known(seen.digest, seen.ranks, spectra)]
+            found[key] = spectra
+        return [found[key] for key in kernels]
 
     def warn_of_other_weights(self, model: Any, *, stacklevel: int) -> None:
         """Warns if the model's weights have changed since the statistics were collected."""

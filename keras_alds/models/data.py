@@ -45,8 +45,8 @@ class Examples:
         data: The user's `calibration_data` or `representative_data`.
         limit: The user's `max_examples`: the largest number of examples, or None.
         argument: The name of the user's argument, for errors.
-        exact: Whether a model that is Python code, too, must get all inputs of its first call, in
-            the sizes of that call. Otherwise such a model may do without some, or take other sizes.
+        exact: Whether a model that calls its layers in Python code must get all inputs of its first
+            call, in the sizes of that call. By default it may get fewer inputs and other sizes.
 
     Attributes:
         total: The number of examples, or None if it is not known.
@@ -77,8 +77,9 @@ class Examples:
         self._specs: list[Any] = [] if structure is None else tensors.flatten(structure)
         if inspect.isroutine(data) or isinstance(data, functools.partial):
             data = data()  # a generator function, such as TFLite's `representative_dataset`
-        self._of_python = not (exact or _backend.backend_of(model).has_graph(model))
-        self._given: list[str] | None = None  # names of the first batch
+        #: Whether what is known of the inputs is from a call, and others may differ.
+        self._may_differ = not (exact or _backend.backend_of(model).has_graph(model))
+        self._given: list[str] | None = None  # names of the inputs in the first batch
         self._spec_of: dict[str, Any] = structure if isinstance(structure, dict) else {}
         keys = set(self._spec_of)
         #: The names by which a dict may hold the inputs.
@@ -136,18 +137,19 @@ class Examples:
         """The inputs of the model in a dict that holds more, such as identifiers."""
         if isinstance(data, dict):
             for keys in self._keys:
-                if keys <= set(data) or (self._of_python and keys & set(data)):
+                if keys <= set(data) or (self._may_differ and keys & set(data)):
                     self._check_spelling(set(data), keys)
                     return {key: value for key, value in data.items() if key in keys}
         return data
 
     def _check_spelling(self, given: set[str], known: set[str]) -> None:
-        """Raises an error if what would be left out is nearly the name of a missing input."""
+        """Raises a ValueError if an unknown name is nearly that of a missing input."""
         for name in sorted(map(str, given - known)):
             if hint := did_you_mean(name, known - given):
                 raise ValueError(self._other_inputs(sorted(given), sorted(known)) + hint)
 
     def _other_inputs(self, names: list[str], known: list[str]) -> str:
+        """The message about a dict of other inputs."""
         return (
             f"Expected `{self._argument}` for {len(known)} inputs. "
             f"Received: {len(names)}, {names}, where the model has {known}"
@@ -231,9 +233,9 @@ class Examples:
             names = sorted(inputs)  # as `tensors.flatten` does
             if set(names) == set(self._names):
                 specs = [self._specs[self._names.index(name)] for name in names]
-            elif self._of_python and set(names) <= set(self._spec_of):
+            elif self._may_differ and set(names) <= set(self._spec_of):
                 specs = tensors.flatten([self._spec_of[name] for name in names])
-            if self._of_python and names != (self._given or names):
+            if self._may_differ and names != (self._given or names):
                 raise ValueError(
                     f"Expected the same inputs in all batches of `{self._argument}`. "
                     f"Received: {names} after {self._given}"
@@ -290,7 +292,7 @@ class Examples:
         if spec is not None:
             wanted = tuple(spec.shape)[1:]
             fits = array.ndim == len(wanted) + 1 and all(
-                n is None or n == m or self._of_python
+                n is None or n == m or self._may_differ
                 for n, m in zip(wanted, array.shape[1:], strict=True)
             )
             if not fits:

@@ -14,9 +14,12 @@ import zoo
 
 from keras_alds import ALDSCompress, CompressionPlan, apply_plan, compress, select
 from keras_alds.core.calibration import moments
+from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.calibration.refit import output_error
+from keras_alds.core.calibration.whitening import output_spectra
 from keras_alds.kinds.base import is_factorized, kernel_values, known_kind
 from keras_alds.models.calibration import CalibrationStats
+from keras_alds.models.choices import Seen
 from keras_alds.models.inventory import walk
 
 
@@ -461,6 +464,28 @@ class TestRankDeficientData:
 
 
 class TestStats:
+    def test_spectra_are_computed_again_for_more_ranks_or_another_kernel(self, small):
+        stats, asked = collect(small, zoo.examples(small, 8)), []
+
+        def decompose(kernels, moments, ranks):
+            asked.extend(dict(some) for some in ranks)
+            return [output_spectra(kernel, moments[0], slices=[1, 2]) for kernel in kernels]
+
+        def spectra(kernel, ranks):
+            seen = Seen(kernel.tobytes(), kernel, lambda: SecondMoment(np.eye(6)[None], 9), ranks)
+            return stats.spectra({("layer", 0): seen}, decompose)[0]
+
+        kernel = np.diag(np.arange(1.0, 7.0))
+        first = spectra(kernel, {1: 3, 2: 2})
+        assert spectra(kernel, {1: 3}) is first
+        assert spectra(kernel, {1: 2, 2: 2}) is first
+        assert asked == [{1: 3, 2: 2}]
+        assert spectra(kernel, {1: 4}) is not first
+        assert spectra(kernel, {1: 3, 2: 1}) is first
+        other = spectra(2 * kernel, {1: 3})
+        assert other.norm == pytest.approx(2 * first.norm)
+        assert asked[1:] == [{1: 4}, {1: 3}]
+
     def test_of_another_model(self, small, keras_module):
         stats = collect(small, zoo.examples(small, 8))
         with pytest.raises(ValueError, match="statistics of the model"):
