@@ -173,11 +173,11 @@ def warn_of_other_inputs(model: Any, data: Any, training: Any, *, stacklevel: in
     if any(_is_read_once(given) for given in (data, training)):
         return
     try:
-        sides = [_variances(model, given) for given in (data, training)]
+        found, expected = (_variances(model, given) for given in (data, training))
     except ValueError:
         return  # other checks say what is wrong with the data
-    for found, expected in zip(*sides, strict=True):
-        factor = times(found, expected)
+    for key in found.keys() & expected.keys():
+        factor = times(found[key], expected[key])
         if is_off(factor):
             warnings.warn(
                 "The calibration data are of another scale than the training data: they vary "
@@ -192,12 +192,18 @@ def _is_read_once(data: Any) -> bool:
     return tensors.is_dataset(data) or not (readable or hasattr(data, "__getitem__"))
 
 
-def _variances(model: Any, data: Any) -> list[Array]:
-    """The variance of every channel of each floating-point input."""
-    inputs: dict[int, Channels] = {}
+def _variances(model: Any, data: Any) -> dict[tuple[Any, ...], Array]:
+    """The variance of every channel of each floating-point input, by name, place and channels."""
+    inputs: dict[tuple[Any, ...], Channels] = {}
+    names = _backend.backend_of(model).input_names(model)
     for batch, _ in Examples(model, data, _EXAMPLES):
-        for index, array in enumerate(tensors.flatten(batch)):
-            value = tensors.to_numpy(array)
-            if value.dtype.kind == "f":
-                inputs.setdefault(index, Channels()).add(value)
-    return [channels.variance for channels in inputs.values()]
+        if isinstance(batch, (list, tuple)) and len(batch) == len(names):
+            batch = dict(zip(names, batch, strict=True))
+        parts = batch if isinstance(batch, dict) else {"": batch}
+        for name, part in parts.items():
+            for place, array in enumerate(tensors.flatten(part)):
+                value = tensors.to_numpy(array)
+                if value.dtype.kind == "f":
+                    key = (name, place, value.shape[-1])
+                    inputs.setdefault(key, Channels()).add(value)
+    return {key: channels.variance for key, channels in inputs.items()}

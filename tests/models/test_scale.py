@@ -129,3 +129,45 @@ def test_in_training_the_data_of_fit_are_compared(keras_module):
             warnings.simplefilter("error")
             warnings.filterwarnings("ignore", "The model was not compressed")
             fit({"calibration_data": data}, x)
+
+
+def test_in_training_inputs_are_compared_by_name(keras_module):
+    K, L = keras_module, keras_module.layers
+
+    class Net(K.Model):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.wide, self.head = L.Dense(32), L.Dense(8)
+
+        def call(self, inputs, training=False):
+            x = self.wide(inputs["second"])
+            return self.head(x + inputs["first"] if "first" in inputs else x)
+
+    rows = np.random.default_rng(0).standard_normal((2, 64, 32)).astype("float32")
+    data = {"second": rows[0], "first": rows[1]}
+
+    def symbolic():
+        inputs = {name: K.Input((32,), name=name) for name in data}
+        joined = L.Add()([L.Dense(32)(inputs["second"]), inputs["first"]])
+        return K.Model([*inputs.values()], L.Dense(8)(joined))
+
+    def python():
+        model = Net()
+        model(data)
+        return model
+
+    def fit(make, given):
+        alds = ALDSCompress(0.3, at_epoch=0, calibration_data=given, verbose=0)
+        model = make()
+        model.compile("sgd", "mse", run_eagerly=True)
+        model.fit(data, np.zeros((64, 8)), verbose=0, callbacks=[alds])
+
+    for make, given in (
+        (symbolic, [rows[0], 255 * rows[1]]),
+        (python, {"second": 255 * rows[0]}),
+        (python, {"first": 255 * rows[1], "second": rows[0]}),
+    ):
+        with pytest.warns(UserWarning, match=r"they vary 2[45]\d times as much"):
+            fit(make, given)
+    for make, given in ((symbolic, [*rows]), (python, {"second": rows[0]})):
+        quietly(fit, make, given)
