@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -28,11 +28,15 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 
 
+#: In the names of files about what differs most between Keras 3 and tf_keras.
+DIFFERENT = ("_backend/", "test_callbacks.py", "test_backups", "test_saving")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--everything",
         action="store_true",
-        help="run tests marked `long`, and every combination of parameter and Keras, too",
+        help="run tests marked `long` too, and every test in Keras 3 and in tf_keras",
     )
 
 
@@ -51,28 +55,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def alternated(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Half of the tests that run with three parameters or more in both Kerases.
+    """What is left out of the tests that can run in both Kerases, so that each runs in one.
 
-    Every parameter is left with one Keras, in turn, in an order that has nothing to do with what
-    the parameters are.
+    The parameters of a test alternate, and so do the tests of a file without other parameters, in
+    an order that has nothing to do with what they are. Tests without other parameters run in both
+    where the Kerases differ most.
     """
     libraries = ("keras", "tf_keras")
     if not all(map(importlib.util.find_spec, libraries)):
         return set()
-    tests: dict[str, dict[str, dict[str, pytest.Item]]] = {}
+    groups: dict[str, dict[str, dict[str, pytest.Item]]] = {}
     for item in items:
         test, _, parameters = item.nodeid.partition("[")
         names = parameters.removesuffix("]").split("-")
         for library in libraries:
             if library in names:
                 others = "-".join(name for name in names if name != library)
-                tests.setdefault(test, {}).setdefault(others, {})[library] = item
+                file = test.partition("::")[0]
+                group = test if others or any(name in file for name in DIFFERENT) else file
+                by_library = groups.setdefault(group, {}).setdefault(f"{test}[{others}]", {})
+                by_library[library] = item
     left_out = set()
-    for test, by_parameters in tests.items():
-        pairs = {others: pair for others, pair in by_parameters.items() if len(pair) == 2}
-        if len(pairs) >= 3:
-            mixed = sorted(pairs, key=lambda others: zlib.crc32(f"{test}{others}".encode()))
-            left_out |= {pairs[others][libraries[i % 2]] for i, others in enumerate(mixed)}
+    for group in groups.values():
+        pairs = {name: pair for name, pair in group.items() if len(pair) == 2}
+        if len(pairs) > 1:
+            mixed = sorted(pairs, key=lambda name: zlib.crc32(name.encode()))
+            left_out |= {pairs[name][libraries[i % 2]] for i, name in enumerate(mixed)}
     return left_out
 
 
@@ -126,6 +134,16 @@ def model(request: pytest.FixtureRequest, keras_module: ModuleType) -> Any:
     zoo = importlib.import_module("zoo")
     assert tuple(zoo.MODELS) == KINDS_OF_MODELS
     return zoo.MODELS[request.param](keras_module)
+
+
+@pytest.fixture(scope="session")
+def parameters_of(request: pytest.FixtureRequest) -> Callable[[str], list[dict[str, Any]]]:
+    """The parameters with which a test will run, by its name."""
+    return lambda test: [
+        item.callspec.params
+        for item in request.session.items
+        if getattr(item, "originalname", None) == test
+    ]
 
 
 @pytest.fixture

@@ -315,7 +315,7 @@ def run_example(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["keras", "tf_keras"])
+@pytest.mark.parametrize("kind", ["keras", pytest.param("tf_keras", marks=pytest.mark.long)])
 def test_digits_example_runs(kind: str, tmp_path: Path, run_example: Callable[..., str]):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
@@ -351,7 +351,10 @@ def test_low_rank_bias_example_runs(tmp_path: Path, run_example: Callable[..., s
 @pytest.mark.data
 @pytest.mark.parametrize(
     ("kind", "file"),
-    [("keras", "resnet20_cifar10.keras"), ("tf_keras", "mlperf_tiny_resnet8_cifar10.h5")],
+    [
+        pytest.param("keras", "resnet20_cifar10.keras", marks=pytest.mark.long),
+        ("tf_keras", "mlperf_tiny_resnet8_cifar10.h5"),
+    ],
 )
 def test_cifar10_example_runs(
     kind: str, file: str, data_dir: Path, tmp_path: Path, run_example: Callable[..., str]

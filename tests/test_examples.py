@@ -131,6 +131,7 @@ def notebook_tools() -> dict[str, Any]:
     return runpy.run_path(str(EXAMPLES / "notebooks" / "run.py"))
 
 
+@pytest.mark.long
 def test_a_notebook_runs_in_jupyter():
     pytest.importorskip("ipykernel")
     tools = notebook_tools()
@@ -142,6 +143,7 @@ def test_a_notebook_runs_in_jupyter():
     assert "FactorizedConv2D" in notebook.cells[-2].outputs[0].text
 
 
+@pytest.mark.long  # the scripts of these names do the same
 @pytest.mark.parametrize("name", ["latency", "prune_and_quantize"])
 def test_notebooks_run(name: str, run: Run, capsys: pytest.CaptureFixture[str]):
     """In this process, as a kernel takes long to start."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
+def saved(
+    parameters_of: Callable[[str], list[dict[str, str]]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, np.ndarray]]:
     """A folder with compressed models that a fresh process has run, and their outputs here."""
     folder = tmp_path_factory.mktemp("hub")
     outputs = {}
-    for name, make in hub.MODELS.items():
+    for name in [life["name"] for life in parameters_of("test_a_life")]:
         keras.utils.set_random_seed(0)
-        model = make()
+        model = hub.MODELS[name]()
         x = hub.examples(model)
         small = keras_alds.compress(model, 0.3, calibration_data=x)
         assert small.count_params() <= 0.7 * model.count_params()
@@ -44,7 +47,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", hub.MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.long] if name in ("resnet", "segmenter") else [])
+        for name in hub.MODELS
+    ],
+)
 def test_a_life(name: str, saved: tuple[Path, dict[str, np.ndarray]]) -> None:
     folder, outputs = saved
     found = np.load(folder / f"{name}.out.npy")

@@ -106,11 +106,11 @@ def _built(copied: Any, model: Any, x: Any) -> Any:
     return copied
 
 
-def lives_to_live() -> list[tuple[str, str, str]]:
+def lives_to_live() -> list[Any]:
     """Every kind of model: in Keras 3 compressed in one way, in tf_keras in the other."""
-    ways = ("compress", "in_fit")
+    ways, long = ("compress", "in_fit"), pytest.mark.long
     return [
-        (library, kind, ways[(i + j) % 2])
+        pytest.param(library, kind, ways[(i + j) % 2], marks=[long] if (i + j // 2) % 2 else [])
         for i, library in enumerate(("keras", "tf_keras"))
         for j, kind in enumerate(MODELS)
     ]
@@ -153,34 +153,43 @@ def attempted(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def lives(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, dict[str, Any]]]:
+def lives(
+    parameters_of: Callable[[str], list[dict[str, str]]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, dict[str, Any]]]:
     """The lives of one library; `pytest -n 2` may live those of each in another process."""
-    return functools.cache(lambda library: lived(library, tmp_path_factory.mktemp("lives")))
+
+    @functools.cache
+    def of_library(library: str) -> dict[str, dict[str, Any]]:
+        chosen = [life for life in parameters_of("test_life") if life["library"] == library]
+        return lived(chosen, tmp_path_factory.mktemp("lives"))
+
+    return of_library
 
 
-def lived(library: str, folder: Path) -> dict[str, dict[str, Any]]:
+def lived(chosen: list[dict[str, str]], folder: Path) -> dict[str, dict[str, Any]]:
     """For each life, the outputs of the model, of its copies and of its files, or errors."""
-    K = {"keras": keras, "tf_keras": tf_keras}[library]
     lives: dict[str, dict[str, Any]] = {}
-    for _, kind, way in (life for life in lives_to_live() if life[0] == library):
+    for life in chosen:
+        library, kind, way = life["library"], life["kind"], life["way"]
+        K = {"keras": keras, "tf_keras": tf_keras}[library]
         name = f"{library}-{kind}-{way}"
         model, x = compressed_and_trained(K, kind, way)
-        lives[name] = life = {"model": zoo.outputs(model, x)}
+        lives[name] = found = {"model": zoo.outputs(model, x)}
         np.savez(folder / f"{name}.npz", *(x if isinstance(x, list) else [x]))
         for what, make in COPIES.items():
-            life[what] = attempted(outputs_of_copy, make, K, model, x)
+            found[what] = attempted(outputs_of_copy, make, K, model, x)
         for ending, save in FILES.items():
             if not impossible(library, kind, ending):
                 path = str(folder / f"{name}{ending}")
-                life[ending] = attempted(save, model, path)
+                found[ending] = attempted(save, model, path)
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     subprocess.run(
         [sys.executable, str(ROOT / "tests" / "life.py"), str(folder)],
         check=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
     )
-    found = dict(np.load(folder / "outputs.npz"))
-    for file, result in {**json.loads(str(found.pop("failed"))), **found}.items():
+    outputs = dict(np.load(folder / "outputs.npz"))
+    for file, result in {**json.loads(str(outputs.pop("failed"))), **outputs}.items():
         name = file.split(".")[0].split("_as_")[0]
         lives[name][file.removeprefix(name)] = result
     return lives
@@ -221,7 +230,9 @@ def _joined(parts: list[Any]) -> list[Any]:
     return joined
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(
+    "seed", [*range(4), *(pytest.param(n, marks=pytest.mark.long) for n in range(4, 8))]
+)
 def test_containers_at_random(seed: int, keras_module: Any, tmp_path: Path) -> None:
     """Own layers in own layers, lists, dicts; shared, frozen, built late."""
     K, random = keras_module, np.random.default_rng(seed)

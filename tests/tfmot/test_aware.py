@@ -384,6 +384,7 @@ def test_keras_quantize_after_expand(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_digits_at_half_the_parameters():
     """Train, compress in `fit`, retrain, expand, train for int8: small and as accurate."""
     pytest.importorskip("sklearn")
