@@ -324,10 +324,11 @@ def _compressed(
         )
         return _copy(model, stacklevel=stacklevel + 1), None
     if not to_recompose(inventory, request):
+        copy = _copy(model, stacklevel=stacklevel + 1)  # first, as it may fail
         chosen = make_choice(inventory, request, data, sequential, stacklevel=stacklevel + 1)
         # Statistics collected here are not used again.
         last = chosen.calibration is not data
-        copy = carried_out(model, chosen, sequential, last=last, stacklevel=stacklevel + 1)
+        carry_out(copy, chosen, sequential, last=last, stacklevel=stacklevel + 1)
     else:
         copy = _copy(model, stacklevel=stacklevel + 1)
         inventory = inspected(copy, request)
@@ -417,17 +418,31 @@ def carried_out(
     verbose: int = 1,
     stacklevel: int = 1,
 ) -> Model:
-    """A copy of a dense model, compressed as chosen.
+    """A copy of a dense model, compressed as chosen; see `carry_out`."""
+    copy = _copy(model, stacklevel=stacklevel + 1)
+    carry_out(copy, chosen, sequential, last=last, verbose=verbose, stacklevel=stacklevel + 1)
+    return copy
+
+
+def carry_out(
+    copy: Model,
+    chosen: Chosen,
+    sequential: bool | None,
+    *,
+    last: bool,
+    verbose: int = 1,
+    stacklevel: int = 1,
+) -> None:
+    """Compresses the copy of a dense model as chosen for the model.
 
     Args:
-        model: The model.
-        chosen: What was chosen for it.
+        copy: The copy.
+        chosen: What was chosen.
         sequential: As for `compress`.
         last: Whether the calibration statistics are not used again.
         verbose: As for `apply`.
         stacklevel: The frame that warnings name; 1 is the caller of this function.
     """
-    copy = _copy(model, stacklevel=stacklevel + 1)
     apply(
         chosen.inventory.of_copy(copy),
         chosen.plan,
@@ -438,7 +453,6 @@ def carried_out(
         verbose=verbose,
         stacklevel=stacklevel + 1,
     )
-    return copy
 
 
 def _warn_if_far(chosen: Chosen, *, stacklevel: int) -> None:

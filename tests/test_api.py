@@ -44,6 +44,22 @@ def largest_step(model, plan):
     )
 
 
+def test_what_cannot_be_copied_is_told_before_the_calibration(keras_module):
+    class Own(keras_module.Model):
+        def __init__(self, width):
+            super().__init__()
+            self.dense = keras_module.layers.Dense(width)
+
+        def call(self, x):
+            return self.dense(x)
+
+    model, read = Own(24), []
+    model(np.zeros((1, 32), "float32"))
+    with pytest.raises(ValueError, match="could not be made from its config"):
+        compress(model, 0.3, calibration_data=(read.append(x) for x in np.ones((4, 8, 32))))
+    assert not read
+
+
 class TestEveryKindOfModel:
     def test_removes_what_was_asked_for_and_leaves_the_model_alone(self, model):
         before = model.get_weights()

@@ -103,6 +103,33 @@ class TestTraining:
         assert int(model.optimizer.iterations) > 0
         assert all(np.isfinite(weight).all() for weight in model.get_weights())
 
+    def test_a_loss_that_calls_the_model(self, keras_module):
+        K = keras_module
+
+        class Own(K.Model):
+            def compute_loss(self, x=None, y=None, **kwargs):
+                return tf.reduce_mean(tf.square(self(x, training=True) - tf.one_hot(y, 10)))
+
+            def train_step(self, data):
+                x, y = data
+                with tf.GradientTape() as tape:
+                    loss = self.compute_loss(x, y)
+                gradients = tape.gradient(loss, self.trainable_variables)
+                pairs = zip(gradients, self.trainable_variables, strict=True)
+                self.optimizer.apply_gradients(pairs)
+                return {"loss": loss}
+
+        results = []
+        for weight in (1e-6, 50.0):
+            K.utils.set_random_seed(0)
+            plain = zoo.functional(K)
+            model = Own(plain.inputs, plain.outputs)
+            model.compile("sgd", **EAGER)
+            alds = ALDSCompress(0.4, at_epoch=0, distill=weight, verbose=0)
+            fit(model, [alds], epochs=1)
+            results.append(model.get_weights()[-1])
+        assert not np.allclose(*results, atol=1e-4)
+
     def test_a_part_of_a_model_with_its_own_step(self, keras_module):
         K = keras_module
 

@@ -222,11 +222,11 @@ class _Hook:
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         if not getattr(self._active, "now", False):
             return self._loss(*args, **kwargs)  # in `test_step`
+        # Keras 3 would find no loss; that of tf_keras is None without labels.
+        has_loss = self._has_loss or self.model.losses
+        loss = self._loss(*args, **kwargs) if has_loss else None  # it may call the model
         total = tf.add_n([distiller.term() for distiller in self.distillers])
         total /= tf.distribute.get_strategy().num_replicas_in_sync
-        if not self._has_loss and not self.model.losses:
-            return total  # Keras 3 would find no loss
-        loss = self._loss(*args, **kwargs)  # None for tf_keras without labels
         return total if loss is None else loss + tf.cast(total, loss.dtype)
 
     def made_again(self, force: bool = False) -> Any:

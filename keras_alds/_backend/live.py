@@ -22,6 +22,11 @@ from keras_alds._backend.layers import Layer, Model, Optimizer, Undo, Variable
 
 _FUNCTION = tf.types.experimental.PolymorphicFunction
 _CONCRETE = tf.types.experimental.ConcreteFunction
+_TABLES = (
+    tf.lookup.StaticHashTable,
+    tf.lookup.experimental.MutableHashTable,
+    tf.lookup.experimental.DenseHashTable,
+)
 
 
 def live(*kinds: type) -> list[Any]:
@@ -120,6 +125,14 @@ class Holders:
                 undo.append(forget_graph(function))
 
 
+def live_tables(function: Any) -> list[Any]:
+    """The lookup tables that a concrete function reads, which it does not keep itself."""
+    handles = set(map(id, function._captured_inputs))
+    if handles <= {id(handle) for variable in function.variables for handle in _handles(variable)}:
+        return []
+    return [table for table in live(*_TABLES) if id(table.resource_handle) in handles]
+
+
 def variables_of(layer: Layer) -> list[Variable]:
     """The variables of a layer; none if its constructor failed, or its own code does."""
     try:
@@ -149,6 +162,30 @@ def _references(variable: Variable) -> list[int]:
     return [sys.getrefcount(handle) for handle in _handles(variable)]
 
 
+def retire(variables: list[Variable]) -> bool:
+    """Lets nothing compute with variables that were replaced.
+
+    Functions trace again; graphs that cannot be made again fail.
+
+    Args:
+        variables: Variables of layers that were just made.
+
+    Returns:
+        Whether there are such graphs.
+    """
+    # Nothing reads those that Keras 3 has not initialized yet.
+    there = [v for v in variables if all(hasattr(part, "handle") for part in _parts(v))]
+    if not are_read(there):
+        return False
+    Holders({}, [], live(_FUNCTION)).forget_graphs(there, [])
+    gc.collect()  # the graphs that were only theirs
+    fail: list[Undo] = []
+    Holders({}, [], live(_CONCRETE)).forget_graphs(there, fail)
+    for variable in there:
+        empty(variable)
+    return bool(fail)
+
+
 def empty(variable: Variable) -> Undo:
     """Replaces the value of a variable by one number, NaN, whatever its shape.
 
@@ -176,9 +213,14 @@ def _assign(handle: Any, value: Any) -> None:
 
 def _handles(variable: Variable) -> list[Any]:
     """What graphs know a variable by: one tensor, or one per replica."""
+    return [part.handle for part in _parts(variable)]
+
+
+def _parts(variable: Variable) -> list[Any]:
+    """The variables of TensorFlow that a variable is: one, or one per replica."""
     if isinstance(variable, keras.Variable):
         variable = variable.value
-    return [part.handle for part in getattr(variable, "values", [variable])]
+    return list(getattr(variable, "values", [variable]))
 
 
 def _refuse(function: Any) -> Undo:

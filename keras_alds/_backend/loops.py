@@ -113,9 +113,21 @@ def restored(states: Sequence[Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def passing(model: Any) -> Iterator[None]:
-    """Surrounds a pass over examples: states and losses of layers are as before afterwards."""
+    """Surrounds a pass over examples: states and losses of layers are as before afterwards.
+
+    Raises:
+        ValueError: If TensorFlow cannot compute the model on a batch.
+    """
     with run_as_code(model), restored(states_of(model)):
         try:
             yield
+        except tf.errors.InvalidArgumentError as error:
+            reason = " ".join(line for line in str(error).splitlines()[:3] if line.strip())
+            raise ValueError(
+                f"Expected the model '{model.name}' to run on the examples in small batches. "
+                f"Received: {type(error).__name__}: {reason[:400]}. If the examples of a batch "
+                "belong together, as the nodes of a graph do, give the inputs a fixed batch size: "
+                "`Input(…, batch_size=n)`."
+            ) from error
         finally:
             _backend.backend_of(model).clear_losses(model)

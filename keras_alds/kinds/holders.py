@@ -12,6 +12,7 @@ import functools
 import itertools
 import json
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import keras
 
 from keras_alds import _backend
+from keras_alds._backend.live import retire, variables_of
 from keras_alds.kinds.base import below, is_own, stock_kind
 
 if TYPE_CHECKING:
@@ -261,6 +263,7 @@ def _put(made: Any, configs: dict[str, Any]) -> None:
     """Puts factorized layers in their places in a layer, now or once the places are built."""
     backend = _backend.backend_of(made)
     places, later = _places(made, configs)
+    replaced: list[Any] = []
     for path, old in places.items():
         new = _made(backend.keras.saving, configs[path])
         if stock_kind(old) is not stock_kind(new):
@@ -268,9 +271,18 @@ def _put(made: Any, configs: dict[str, Any]) -> None:
         if old.built:
             with backend.name_scope(old):
                 new.build_from_config(configs[path]["build_config"])
+        replaced += variables_of(old)
         backend.transplant(old, new)
     for layer, paths in later.items():
         backend.after_build(layer, functools.partial(_put, made, {p: configs[p] for p in paths}))
+    kept = set(map(id, variables_of(made)))
+    if retire([variable for variable in replaced if id(variable) not in kept]):
+        warnings.warn(
+            f"The code of {type(made).__name__} traces its layers into graphs, such as in "
+            "`Dataset.map` or a concrete function. Those with a dense kernel that is factorized "
+            f"in the saved '{made.name}' fail from now on: make them again.",
+            stacklevel=2,
+        )
     for layer in (*reversed(list(dict.fromkeys(below(made)))), made):
         stock_kind(layer).adopt(backend, layer)
         adopt(layer)

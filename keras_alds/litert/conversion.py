@@ -20,6 +20,7 @@ from rich.progress import Progress
 
 from keras_alds import _backend
 from keras_alds._backend import tensors, wrappers
+from keras_alds._backend.live import live_tables
 from keras_alds._backend.quiet import ignored_warnings
 from keras_alds.core.checks import did_you_mean, positive_int
 from keras_alds.litert import _package
@@ -368,6 +369,7 @@ class _Signature:
         module = tf.Module()
         module.weights = list(self._function.variables)
         module.forward = self._function
+        module.tables = live_tables(self._function)
 
         def own(record: logging.LogRecord) -> bool:
             return "Assets written" not in record.getMessage()  # notebooks show it

@@ -352,6 +352,21 @@ def test_models_that_take_dicts(keras_module: ModuleType):
         assert np.abs(runner.predict(x) - wanted).max() < 0.1 * np.abs(wanted).max()
 
 
+def test_words_are_looked_up_in_the_file(keras_module: ModuleType):
+    L = keras_module.layers
+    words = keras_module.Input((3,), dtype="string")
+    x = L.StringLookup(vocabulary=["red", "green", "blue"])(words)
+    model = keras_module.Model(words, L.Dense(8)(L.Flatten()(L.Embedding(4, 32)(x))))
+    small = keras_alds.compress(model, 0.2)
+    x = np.array([["red", "blue", "green"], ["grey", "red", "red"]])
+    runner = Runner(litert.convert(small, verbose=0))
+    np.testing.assert_allclose(runner.predict(x), small(tf.constant(x)), atol=1e-6)
+    numbers = keras_module.Input((3,), dtype="int64")
+    looked_up = L.IntegerLookup(vocabulary=[3, 5])(numbers)
+    with pytest.raises(ValueError, match="Expected a model that the TFLite converter accepts"):
+        litert.convert(keras_module.Model(numbers, L.Embedding(4, 8)(looked_up)), verbose=0)
+
+
 def test_wrong_models(keras_module: ModuleType):
     layers = keras_module.layers
     inputs = keras_module.Input((None, None, 3))

@@ -355,6 +355,23 @@ class TestKindsOfData:
         assert collect(model, x).moments["dense"].count == 18  # six whole batches
         assert compress(model, 0.05, calibration_data=x).count_params() < model.count_params()
 
+    def test_examples_that_belong_together(self, keras_module):
+        """The nodes of a graph: each row is computed from all rows."""
+        L, rng = keras_module.layers, np.random.default_rng(0)
+        nodes = rng.standard_normal((40, 12)).astype("float32")
+        edges = (rng.random((40, 40)) < 0.2).astype("float32")
+
+        def model_of(batch_size):
+            x = keras_module.Input((12,), batch_size=batch_size)
+            a = keras_module.Input((40,), batch_size=batch_size)
+            neighbours = L.Lambda(lambda parts: tf.matmul(*parts), output_shape=(12,))
+            return keras_module.Model([x, a], L.Dense(24)(neighbours([a, x])))
+
+        with pytest.raises(ValueError, match=r"small batches\. Received: InvalidArg.*batch_size=n"):
+            compress(model_of(None), 0.05, calibration_data=[nodes, edges])
+        stats = collect(model_of(40), [nodes, edges])
+        assert [moment.count for moment in stats.moments.values()] == [40]
+
 
 class TestBadData:
     X = np.ones((16, *zoo.IMAGE), "float32")

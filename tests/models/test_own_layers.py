@@ -13,6 +13,7 @@ import warnings
 import numpy as np
 import own_layers
 import pytest
+import tensorflow as tf
 import zoo
 from own_layers import WIDTH, alone, model_of, names_for, own_classes
 
@@ -141,6 +142,55 @@ def test_a_fresh_process_loads_all_formats(tmp_path):
         check=False,
     )
     assert done.stdout.split() == ["loaded"] * len(files), done.stderr[-3000:]
+
+
+def test_graphs_that_a_layer_makes_of_its_layers(keras_module, tmp_path):
+    """A loaded layer's code makes graphs of dense kernels, which do not compute on in silence."""
+    K, x = keras_module, np.ones((2, 64), "float32")
+
+    class Traced(own_classes(K)["InInit"]):
+        def make(self):
+            super().make()
+            self.b.build((None, 64))
+            traced = tf.function(self.b)
+            graph = traced.get_concrete_function(tf.TensorSpec((None, 64)))
+            mapped = tf.data.Dataset.from_tensors(x).map(self.b)
+            self.graphs = lambda: (traced, graph, mapped)
+
+    inputs = K.Input((WIDTH,))
+    small = compress(K.Model(inputs, Traced(64, name="traced")(inputs)), 0.3)
+    small.save(tmp_path / "small.keras")
+    with pytest.warns(UserWarning, match=r"Traced traces its .* 'traced' fail from now on"):
+        loaded = K.models.load_model(tmp_path / "small.keras", custom_objects={"Traced": Traced})
+    layer = loaded.get_layer("traced")
+    assert is_factorized(layer.b)
+    np.testing.assert_array_equal(loaded(data()), small(data()))
+    traced, graph, mapped = layer.graphs()
+    np.testing.assert_allclose(traced(x), layer.b(x), atol=1e-6)
+    with pytest.raises(RuntimeError, match="Call `get_concrete_function` of its"):
+        graph(tf.constant(x))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="is not a matrix"):
+        list(mapped)
+
+
+def test_functions_that_a_layer_makes_trace_again(keras_module, tmp_path):
+    K, x = keras_module, np.ones((2, 64), "float32")
+
+    class Traced(own_classes(K)["InInit"]):
+        def make(self):
+            super().make()
+            traced = tf.function(self.b)
+            traced(x)
+            self.traced = lambda: traced
+
+    inputs = K.Input((WIDTH,))
+    small = compress(K.Model(inputs, Traced(64, name="traced")(inputs)), 0.3)
+    small.save(tmp_path / "small.keras")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".* traces its layers")
+        loaded = K.models.load_model(tmp_path / "small.keras", custom_objects={"Traced": Traced})
+    layer = loaded.get_layer("traced")
+    np.testing.assert_allclose(layer.traced()(x), layer.b(x), atol=1e-6)
 
 
 class TestLifeAfterTheCompression:
