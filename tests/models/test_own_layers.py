@@ -160,7 +160,7 @@ def test_graphs_that_a_layer_makes_of_its_layers(keras_module, tmp_path):
     inputs = K.Input((WIDTH,))
     small = compress(K.Model(inputs, Traced(64, name="traced")(inputs)), 0.3)
     small.save(tmp_path / "small.keras")
-    with pytest.warns(UserWarning, match=r"Traced traces its .* 'traced' fail from now on"):
+    with pytest.warns(UserWarning, match=r"Traced traces its .* 'traced', and fail from now on"):
         loaded = K.models.load_model(tmp_path / "small.keras", custom_objects={"Traced": Traced})
     layer = loaded.get_layer("traced")
     assert is_factorized(layer.b)
