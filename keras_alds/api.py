@@ -324,10 +324,12 @@ def _compressed(
         )
         return _copy(model, stacklevel=stacklevel + 1), None
     if not to_recompose(inventory, request):
-        copy = _copy(model, stacklevel=stacklevel + 1)  # first, as it may fail
+        # First, as it may fail; but calibration calls models that were not called yet.
+        copy = _copy(model, stacklevel=stacklevel + 1) if model.built else None
         chosen = make_choice(inventory, request, data, sequential, stacklevel=stacklevel + 1)
         # Statistics collected here are not used again.
         last = chosen.calibration is not data
+        copy = _copy(model, stacklevel=stacklevel + 1) if copy is None else copy
         carry_out(copy, chosen, sequential, last=last, stacklevel=stacklevel + 1)
     else:
         copy = _copy(model, stacklevel=stacklevel + 1)

@@ -173,8 +173,12 @@ def retire(variables: list[Variable]) -> bool:
     Returns:
         Whether there are such graphs.
     """
-    # Nothing reads those that Keras 3 has not initialized yet.
-    there = [v for v in variables if all(hasattr(part, "handle") for part in _parts(v))]
+    # Nothing reads those that Keras 3 has not initialized yet. States of seeds go on.
+    there = [
+        v
+        for v in variables
+        if tf.as_dtype(v.dtype).is_floating and all(hasattr(part, "handle") for part in _parts(v))
+    ]
     if not are_read(there):
         return False
     Holders({}, [], live(_FUNCTION)).forget_graphs(there, [])

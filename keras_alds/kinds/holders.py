@@ -271,11 +271,12 @@ def _put(made: Any, configs: dict[str, Any]) -> None:
         if old.built:
             with backend.name_scope(old):
                 new.build_from_config(configs[path]["build_config"])
-        replaced += variables_of(old)
+        replaced += [v for v in variables_of(old) if len(v.shape) > 1]  # kernels
         backend.transplant(old, new)
     for layer, paths in later.items():
         backend.after_build(layer, functools.partial(_put, made, {p: configs[p] for p in paths}))
-    kept = set(map(id, variables_of(made)))
+    inside = [v for layer in below(made) for v in backend.own_variables(layer)]
+    kept = {id(v) for v in (*variables_of(made), *inside)}
     if retire([variable for variable in replaced if id(variable) not in kept]):
         warnings.warn(
             f"The code of {type(made).__name__} traces its layers into graphs, such as in "
