@@ -44,11 +44,11 @@ def largest_step(model, plan):
     )
 
 
-def test_what_cannot_be_copied_is_told_before_the_calibration(keras_module):
-    class Own(keras_module.Model):
+def test_what_cannot_be_copied_is_told_before_the_calibration():
+    class Own(keras.Model):
         def __init__(self, width):
             super().__init__()
-            self.dense = keras_module.layers.Dense(width)
+            self.dense = keras.layers.Dense(width)
 
         def call(self, x):
             return self.dense(x)

@@ -275,8 +275,7 @@ def _put(made: Any, configs: dict[str, Any]) -> None:
         backend.transplant(old, new)
     for layer, paths in later.items():
         backend.after_build(layer, functools.partial(_put, made, {p: configs[p] for p in paths}))
-    inside = [v for layer in below(made) for v in backend.own_variables(layer)]
-    kept = {id(v) for v in (*variables_of(made), *inside)}
+    kept = {id(v) for layer in (made, *below(made)) for v in variables_of(layer)}
     if retire([variable for variable in replaced if id(variable) not in kept]):
         warnings.warn(
             f"The code of {type(made).__name__} traces its layers into graphs, such as in "
