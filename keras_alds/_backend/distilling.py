@@ -99,8 +99,9 @@ class Distiller:
             ]
         if not losses:
             raise ValueError(
-                f"Expected the `train_step` of {type(self.part).__name__} to call the model "
-                f"'{self.part.name}', for `distill` to compare with its teacher. Received: no call"
+                f"Expected the `train_step` or `compute_loss` of {type(self.part).__name__} to "
+                f"call the model '{self.part.name}', for `distill` to compare with its teacher. "
+                "Received: no call"
             )
         outputs_of_a_call = sum(distance is not None for distance in self._distances)
         loss = tf.add_n(losses) * (outputs_of_a_call / len(losses))  # the mean of the calls

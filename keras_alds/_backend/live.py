@@ -185,8 +185,9 @@ def retire(variables: list[Variable]) -> bool:
     gc.collect()  # the graphs that were only theirs
     fail: list[Undo] = []
     Holders({}, [], live(_CONCRETE)).forget_graphs(there, fail)
-    for variable in there:
-        empty(variable)
+    with tf.init_scope():  # the user's code may build layers in a graph
+        for variable in there:
+            empty(variable)
     return bool(fail)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -122,11 +123,14 @@ def passing(model: Any) -> Iterator[None]:
         try:
             yield
         except tf.errors.InvalidArgumentError as error:
-            reason = " ".join(line for line in str(error).splitlines()[:3] if line.strip())
+            text = re.sub("\x1b\\[[0-9;]*m", "", str(error))  # Keras 3 prints in colours
+            if "IteratorGetNext" in text:
+                raise  # the user's data set fails, not the model
+            reason = " ".join(line.strip() for line in text.splitlines()[:3] if line.strip())
             raise ValueError(
-                f"Expected the model '{model.name}' to run on the examples in small batches. "
-                f"Received: {type(error).__name__}: {reason[:400]}. If the examples of a batch "
-                "belong together, as the nodes of a graph do, give the inputs a fixed batch size: "
+                f"Expected the model '{model.name}' to run on any batch of examples. Received: "
+                f"{type(error).__name__}: {reason[:400]}. If the examples of a batch belong "
+                "together, as the nodes of a graph do, the inputs need a fixed batch size: "
                 "`Input(…, batch_size=n)`."
             ) from error
         finally:

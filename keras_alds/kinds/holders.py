@@ -279,8 +279,9 @@ def _put(made: Any, configs: dict[str, Any]) -> None:
     if retire([variable for variable in replaced if id(variable) not in kept]):
         warnings.warn(
             f"The code of {type(made).__name__} traces its layers into graphs, such as in "
-            "`Dataset.map` or a concrete function. They read dense kernels, which are factorized "
-            f"in '{made.name}', and fail from now on: make them again.",
+            "`Dataset.map` or a concrete function. Those that cannot be traced again read dense "
+            f"kernels, which are factorized in '{made.name}', and fail from now on: make them "
+            "again.",
             stacklevel=2,
         )
     for layer in (*reversed(list(dict.fromkeys(below(made)))), made):

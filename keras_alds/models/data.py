@@ -69,8 +69,10 @@ class Examples:
         _backend.backend_of(model).check_call(model)
         if limit is not None:
             limit = int_at_least(limit, "max_examples", MIN_EXAMPLES)
-        self._limit, self._argument = limit, argument
         self.fixed = fixed_batch_size(model)
+        size = self.fixed or 1
+        self._limit = limit if limit is None else math.ceil(limit / size) * size
+        self._argument = argument
         self._names: list[str] = _backend.backend_of(model).input_names(model)
         structure = self._input_specs(model)
         self._single = structure is not None and not tensors.is_nested(structure)
@@ -89,16 +91,15 @@ class Examples:
         self.total: int | None = None
         self._batches: Iterable[Any]
         if arrays is not None:
-            rows = self._rows(arrays)
-            self.total = rows if limit is None else min(rows, limit)
-            chosen = np.linspace(0, rows, self.total, endpoint=False).astype(int)
+            chosen = self._chosen(self._rows(arrays))
+            self.total = len(chosen)
             self._batches = (
                 tensors.map_structure(functools.partial(_at, chosen[i : i + _BATCH]), arrays)
                 for i in range(0, self.total, _BATCH)
             )
         elif tensors.is_dataset(data):
             self._batches = data
-            self.total = limit
+            self.total = self._limit
         elif hasattr(data, "__getitem__") and not isinstance(data, (list, tuple, str, bytes)):
             count = len(data) if hasattr(data, "__len__") else None
             indices = itertools.count() if count is None else range(count)
@@ -178,6 +179,14 @@ class Examples:
                 f"Received: {sorted(rows)}"
             )
         return rows.pop()
+
+    def _chosen(self, rows: int) -> Array:
+        """The rows of arrays to use, evenly spaced; whole batches if their size is fixed."""
+        size = min(self.fixed or 1, max(rows, 1))
+        batches = rows // size
+        most = batches if self._limit is None else min(batches, self._limit // size)
+        starts = size * np.linspace(0, batches, most, endpoint=False).astype(int)
+        return (starts[:, None] + np.arange(size)).ravel()
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         count = 0

@@ -20,6 +20,7 @@ from keras_alds.core.calibration.whitening import output_spectra
 from keras_alds.kinds.base import is_factorized, kernel_values, known_kind
 from keras_alds.models.calibration import CalibrationStats
 from keras_alds.models.choices import Seen
+from keras_alds.models.data import Examples
 from keras_alds.models.inventory import walk
 
 
@@ -367,10 +368,19 @@ class TestKindsOfData:
             neighbours = L.Lambda(lambda parts: tf.matmul(*parts), output_shape=(12,))
             return keras_module.Model([x, a], L.Dense(24)(neighbours([a, x])))
 
-        with pytest.raises(ValueError, match=r"small batches\. Received: InvalidArg.*batch_size=n"):
+        with pytest.raises(
+            ValueError, match=r"any batch of examples\. Received: InvalidArg.*batch_size=n"
+        ):
             compress(model_of(None), 0.05, calibration_data=[nodes, edges])
         stats = collect(model_of(40), [nodes, edges])
         assert [moment.count for moment in stats.moments.values()] == [40]
+        several = (
+            np.repeat(np.arange(30.0), 40)[:, None] + np.zeros((1, 12)),
+            np.tile(edges, (30, 1)),
+        )
+        batches = [x for (x, _), _ in Examples(model_of(40), list(several), 1024)]
+        assert len(batches) == 26  # whole graphs, and no fewer rows than asked for
+        assert all(len(x) == 40 and len(np.unique(x)) == 1 for x in batches)
 
 
 class TestBadData:
