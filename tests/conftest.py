@@ -46,7 +46,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leaves out what only `--everything` runs; skips what is marked `data` where there is none."""
     if not (config.getoption("everything") or any("::" in name for name in config.args)):
         left_out = {item for item in items if item.get_closest_marker("long")}
-        left_out |= alternated([item for item in items if item not in left_out])
+        rest = [item for item in items if item not in left_out]
+        left_out |= alternated([item for item in rest if not item.get_closest_marker("both")])
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
     if DATA.is_dir():

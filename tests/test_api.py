@@ -310,6 +310,7 @@ class TestCopies:
         small = compress(model, plan=nothing(select(model, 0.2)))
         np.testing.assert_array_equal(value(small(text)), value(model(text)))
 
+    @pytest.mark.both
     def test_what_cannot_be_serialized(self, keras_module):
         L, K = keras_module.layers, keras_module
 

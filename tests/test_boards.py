@@ -47,6 +47,7 @@ def test_each_folder_has_its_run(tmp_path):
     assert [*read(tmp_path / "b" / "alds")["plan"]] == [1]
 
 
+@pytest.mark.both
 def test_a_training_beside_a_tensorboard_callback(keras_module, tmp_path):
     K, model = keras_module, zoo.functional(keras_module)
     board = K.callbacks.TensorBoard(str(tmp_path), write_graph=False)

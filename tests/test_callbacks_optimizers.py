@@ -151,6 +151,7 @@ class TestOptimizers:
         assert int(model.optimizer.iterations) == 4
         assert float(value(model.optimizer.learning_rate)) == pytest.approx(0.001)
 
+    @pytest.mark.both
     def test_loss_scale_carries_on(self, keras_module):
         K = keras_module
         if K.__name__ == "keras":

@@ -88,6 +88,7 @@ class TestTraining:
         fit(model, [], epochs=1)
         assert not hooks(model)
 
+    @pytest.mark.both
     def test_mixed_precision(self, keras_module):
         K = keras_module
         before = (

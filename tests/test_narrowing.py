@@ -57,6 +57,7 @@ def with_dead_channels(model):
     return model
 
 
+@pytest.mark.both
 def test_channels_that_say_nothing_are_removed_without_a_loss(keras_module, tmp_path):
     model = with_dead_channels(mobile(keras_module))
     model.get_layer("first_deep").trainable = False

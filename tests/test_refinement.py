@@ -55,6 +55,7 @@ def no_progress(monkeypatch):
     monkeypatch.setattr(refinement, "_RATE", 1e3)
 
 
+@pytest.mark.both
 def test_it_comes_nearer_and_changes_only_what_it_should(keras_module):
     K = keras_module
     model = residual(K)
@@ -288,6 +289,7 @@ def test_images_are_flipped_only_where_the_model_does_not_mind(keras_module, mir
 # -- Arguments -------------------------------------------------------------------------------------
 
 
+@pytest.mark.both
 def test_what_cannot_be_refined_is_refused(keras_module, monkeypatch):
     K = keras_module
     model = residual(K)

@@ -200,10 +200,10 @@ def empty(variable: Variable) -> Undo:
         A function that restores the value.
     """
     before = []
-    for handle in _handles(variable):
-        dtype = tf.as_dtype(variable.dtype)
-        before.append((handle, tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype)))
-        _assign(handle, tf.constant(np.nan, dtype))
+    for part in _parts(variable):
+        value = tf.raw_ops.ReadVariableOp(resource=part.handle, dtype=part.dtype)
+        before.append((part.handle, value))
+        _assign(part.handle, tf.constant(np.nan, part.dtype))
 
     def undo() -> None:
         for handle, value in before:
@@ -224,7 +224,7 @@ def _handles(variable: Variable) -> list[Any]:
 def _parts(variable: Variable) -> list[Any]:
     """The variables of TensorFlow that a variable is: one, or one per replica."""
     if isinstance(variable, keras.Variable):
-        variable = variable.value
+        variable = variable._value  # `value` is a cast copy where a layer runs in mixed precision
     return list(getattr(variable, "values", [variable]))
 
 

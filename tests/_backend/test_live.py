@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from keras_alds import apply_plan, select
 from keras_alds._backend import backend_of
-from keras_alds._backend.live import Holders, are_read, empty, live, variables_of
+from keras_alds._backend.live import Holders, are_read, empty, live, retire, variables_of
 
 
 def dense(K):
@@ -93,6 +93,23 @@ def test_objects_whose_constructor_failed_are_left_out(keras_module):
     assert len(broken) == 2
     assert all(holders.layers[item] == [] for item in broken)
     apply_plan(model, select(model, 0.3))
+
+
+def test_what_is_replaced_is_retired_in_mixed_precision(keras_module):
+    K, failed = keras_module, []
+
+    class Outer(K.layers.Layer):
+        def call(self, inputs):  # where a layer that is built late loads its factors
+            failed.append(retire([inner.kernel]))
+            return inputs
+
+    inner = dense(K)
+    graph = tf.function(lambda x: inner(x)).get_concrete_function(tf.TensorSpec((2, 4)))
+    Outer(dtype="mixed_float16")(np.zeros((2, 4), "float32"))
+    assert failed == [True]
+    with pytest.raises(RuntimeError, match="replaced since"):
+        graph(tf.zeros((2, 4)))
+    assert np.isnan(backend_of(inner).value(inner.kernel))
 
 
 class TestEmpty:

@@ -253,6 +253,13 @@ def test_maybe_update_block_mask():
 # -- live.py -------------------------------------------------------------------------------------
 
 
+def test_a_variable_keeps_that_of_tensorflow():
+    """`value` is a cast copy where a layer runs in mixed precision, and a copy has no handle."""
+    variable = keras.Variable(1.0)
+    assert isinstance(variable._value, tf.Variable)
+    assert variable._value is variable.value
+
+
 def test_captured_inputs():
     """What a graph reads. `captured_inputs` also calls what makes keys of collective operations."""
     variable, calls = tf.Variable(1.0), []

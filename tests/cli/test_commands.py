@@ -167,6 +167,7 @@ def test_h5_files_with_names_that_keras_3_refuses(tmp_path, run):
     assert "head/dense (Dense)" in run("inspect", tmp_path / "old.h5")
 
 
+@pytest.mark.both
 def test_no_file_runs_its_code(tmp_path, monkeypatch, keras_module, capsys):
     """Neither a `.keras` nor an `.h5` file, nor a SavedModel folder."""
     monkeypatch.chdir(tmp_path)

@@ -151,6 +151,7 @@ def test_a_layer_with_code_of_its_own_is_left_alone(keras_module):
     assert "Attention creates it in its own code" in reasons["attention/query"]
 
 
+@pytest.mark.both
 def test_bad_projections(keras_module):
     side = keras_alds.layers if keras_module is keras else keras_alds.tf_keras
     cls = side.FactorizedMultiHeadAttention

@@ -117,6 +117,7 @@ def plan_of(model):
     return plan
 
 
+@pytest.mark.both
 def test_in_a_model(keras_module, tmp_path):
     pytest.importorskip("tensorly")
     K = keras_module
@@ -214,6 +215,7 @@ def test_tucker_uses_data():
         keras_alds.select(model, 0.4, method="tucker", schemes=3)
 
 
+@pytest.mark.both
 def test_arguments_out_of_range(keras_module):
     layers = keras_alds.layers if keras_module is keras else keras_alds.tf_keras
     with pytest.raises(ValueError, match=r"`input_rank` to be at most 4, and `rank` at most 8"):

@@ -57,6 +57,7 @@ def test_einsum_kernels_that_are_no_matrix(keras_module):
     assert "axis 'c' of its kernel is in inputs and outputs" in reasons["scale"]
 
 
+@pytest.mark.both
 def test_bad_equations(keras_module):
     side = keras_alds.layers if keras_module is keras else keras_alds.tf_keras
     with pytest.raises(ValueError, match="holds many matrices, not one"):

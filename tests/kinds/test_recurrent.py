@@ -622,6 +622,7 @@ def test_reasons(keras_module):
     assert "convolve between its time steps" in convolved
 
 
+@pytest.mark.both
 def test_bad_kernels(keras_module):
     side = keras_alds.layers if keras_module is keras else keras_alds.tf_keras
     for bad in ("kernel", {"kernels": {"slices": 1, "rank": 1}}, {"kernel": {"rank": 1}}):
@@ -655,6 +656,7 @@ def test_pruned_by_tfmot():
     assert reason == "TF-MOT prunes its cell; `strip_pruning` first, or compress before pruning"
 
 
+@pytest.mark.both
 def test_in_a_litert_file(keras_module):
     """As it is, with the loop of both factors; and expanded, in tf_keras with one LSTM operator."""
     model = model_of(keras_module)

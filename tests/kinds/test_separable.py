@@ -36,6 +36,7 @@ class TestSeparableInAModel(InAModel):
     pass
 
 
+@pytest.mark.both
 def test_bad_strides(keras_module):
     side = keras_alds.layers if keras_module is keras else keras_alds.tf_keras
     with pytest.raises(ValueError, match=r"equal `strides`.*Received: strides=\(1, 2\)"):

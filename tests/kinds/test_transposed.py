@@ -75,6 +75,7 @@ def test_pca_needs_a_bias_for_every_column(keras_module):
     assert "needs a bias for every column" in reason
 
 
+@pytest.mark.both
 def test_bad_output_padding(keras_module):
     side = keras_alds.layers if keras_module is keras else keras_alds.tf_keras
     with pytest.raises(ValueError, match=r"Received: output_padding=2, strides=\(2, 2\)"):

@@ -367,6 +367,7 @@ def test_words_are_looked_up_in_the_file(keras_module: ModuleType):
         litert.convert(keras_module.Model(numbers, L.Embedding(4, 8)(looked_up)), verbose=0)
 
 
+@pytest.mark.both
 def test_wrong_models(keras_module: ModuleType):
     layers = keras_module.layers
     inputs = keras_module.Input((None, None, 3))

@@ -190,6 +190,7 @@ class TestKindsOfData:
             for one, other in zip(plan.choices, plans[0].choices, strict=True):
                 assert one.error == pytest.approx(other.error, rel=1e-4, abs=1e-6)
 
+    @pytest.mark.both
     def test_give_the_same_plan(self, small, keras_module):
         x, y = zoo.images(40)
 

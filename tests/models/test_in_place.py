@@ -252,6 +252,7 @@ class TestOtherModels:
         step()
         assert all((a != b).any() for a, b in zip(before, model.get_weights(), strict=True))
 
+    @pytest.mark.both
     def test_variables_that_no_layer_holds(self, keras_module):
         # tf_keras's optimizers only keep keys of what they update.
         K = keras_module

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from keras_alds import ALDSCompress, select
@@ -32,6 +33,7 @@ class TestLeftAlone:
         assert "kernel_constraint NonNeg" in reasons["constrained"]
         assert reasons["tiny"].startswith("no factorization of its kernel")
 
+    @pytest.mark.both
     def test_kernels_that_a_layer_around_them_uses(self, keras_module):
         L, K = keras_module.layers, keras_module
 

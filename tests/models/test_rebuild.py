@@ -10,6 +10,7 @@ import zoo
 import keras_alds
 
 
+@pytest.mark.both
 def test_functions_are_shared_and_what_cannot_be_copied_is_named(keras_module):
     K, L = keras_module, keras_module.layers
 

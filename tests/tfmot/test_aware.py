@@ -271,6 +271,7 @@ def test_classes_are_compared_by_accuracy():
     assert "on 32 held-out examples, its accuracy is 0." in text
 
 
+@pytest.mark.both
 def test_learning_rate_is_a_tenth_of_the_models(keras_module: ModuleType):
     K = keras_module
     x, y = np.ones((8, 8), "float32"), np.zeros((8, 4))
@@ -415,6 +416,7 @@ def hard_swish_by_operators(K: ModuleType, x: Any) -> Any:
     return K.layers.Multiply()([x, gate])
 
 
+@pytest.mark.both
 def test_arithmetic_between_layers(keras_module: ModuleType):
     K = keras_module
     L = K.layers
