@@ -46,6 +46,7 @@ def select(
     *,
     calibration_data: Any = None,
     executor: Executor | None = None,
+    verbose: int = 1,
     **options: Unpack[SelectOptions],
 ) -> CompressionPlan:
     """Chooses slices and rank for all layers jointly, so that the fraction `cr` is removed.
@@ -85,6 +86,7 @@ def select(
             the layers. They need no TensorFlow, and get each kernel and its statistics once. The
             plan is the same. Defaults to None: threads of this process, which is faster on one
             machine.
+        verbose: 0 for silence, else shows a progress bar on a terminal. Defaults to 1.
         {options}
 
     Returns:
@@ -117,7 +119,7 @@ def select(
         inventory = inspected(model, checked)
         with recomposed(inventory, to_recompose(inventory, checked)) as dense:
             with decomposing_on(executor):
-                chosen = choose(dense, checked, calibration_data, stacklevel=2)
+                chosen = choose(dense, checked, calibration_data, verbose=verbose, stacklevel=2)
             _warn_of_frozen(chosen, stacklevel=2)
             _warn_if_far(chosen, stacklevel=2)
         return chosen.plan
@@ -132,6 +134,7 @@ def compress(
     calibration_data: Any = None,
     sequential: bool | None = None,
     refine: bool | int = False,
+    verbose: int = 1,
     **options: Unpack[SelectOptions],
 ) -> Model:
     """Returns a new, smaller model; `model` is not changed.
@@ -179,6 +182,7 @@ def compress(
             takes minutes, and never makes outputs worse on examples held out. See `refine`, which
             also tells how far it came. Needs examples, not `CalibrationStats`. Defaults to False;
             True is 200 steps.
+        verbose: 0 for silence, else shows a progress bar on a terminal. Defaults to 1.
         {options}
 
     Returns:
@@ -204,6 +208,7 @@ def compress(
         calibration_data=calibration_data,
         sequential=sequential,
         refine=refine,
+        verbose=verbose,
         stacklevel=2,
     )[0]
 
@@ -214,6 +219,7 @@ def apply_plan(
     *,
     calibration_data: Any = None,
     sequential: bool | None = None,
+    verbose: int = 1,
 ) -> None:
     """Factorizes the layers of `model` **in place**, as `plan` says.
 
@@ -236,6 +242,7 @@ def apply_plan(
             outputs on these examples, and moving statistics follow as by `compress`. Defaults to
             None: the factors approximate the kernels, even if the plan was chosen with data.
         sequential: As for `compress`.
+        verbose: 0 for silence, else shows a progress bar on a terminal. Defaults to 1.
 
     Raises:
         ValueError: If `plan` was made for another model, or keeps more parameters than a
@@ -259,8 +266,17 @@ def apply_plan(
             warnings.warn(f"The model '{model.name}' is {met}: it is left as it is.", stacklevel=2)
             return
         with recomposed(inventory, to_recompose(inventory, plan), keep=True) as dense:
-            chosen = make_choice(dense, plan, calibration_data, sequential, stacklevel=2)
-            apply(chosen.inventory, plan, chosen.calibration, sequential, stacklevel=2)
+            chosen = make_choice(
+                dense, plan, calibration_data, sequential, verbose=verbose, stacklevel=2
+            )
+            apply(
+                chosen.inventory,
+                plan,
+                chosen.calibration,
+                sequential,
+                verbose=verbose,
+                stacklevel=2,
+            )
 
 
 def recompose(model: Model, *, exclude: Any = ()) -> Model:
@@ -313,7 +329,13 @@ def recompose(model: Model, *, exclude: Any = ()) -> Model:
 
 
 def _compressed(
-    model: Model, request: Request, data: Any, sequential: bool | None, *, stacklevel: int
+    model: Model,
+    request: Request,
+    data: Any,
+    sequential: bool | None,
+    verbose: int,
+    *,
+    stacklevel: int,
 ) -> tuple[Model, Chosen | None]:
     """A copy of a model, compressed as requested, and what was chosen, if anything was to do."""
     inventory = inspected(model, request)
@@ -326,21 +348,26 @@ def _compressed(
     if not to_recompose(inventory, request):
         # First, as it may fail; but calibration calls models that were not called yet.
         copy = _copy(model, stacklevel=stacklevel + 1) if model.built else None
-        chosen = make_choice(inventory, request, data, sequential, stacklevel=stacklevel + 1)
+        chosen = make_choice(
+            inventory, request, data, sequential, verbose=verbose, stacklevel=stacklevel + 1
+        )
         # Statistics collected here are not used again.
         last = chosen.calibration is not data
         copy = _copy(model, stacklevel=stacklevel + 1) if copy is None else copy
-        carry_out(copy, chosen, sequential, last=last, stacklevel=stacklevel + 1)
+        carry_out(copy, chosen, sequential, last=last, verbose=verbose, stacklevel=stacklevel + 1)
     else:
         copy = _copy(model, stacklevel=stacklevel + 1)
         inventory = inspected(copy, request)
         with recomposed(inventory, to_recompose(inventory, request), keep=True) as dense:
-            chosen = make_choice(dense, request, data, sequential, stacklevel=stacklevel + 1)
+            chosen = make_choice(
+                dense, request, data, sequential, verbose=verbose, stacklevel=stacklevel + 1
+            )
             apply(
                 chosen.inventory,
                 chosen.plan,
                 chosen.calibration,
                 sequential,
+                verbose=verbose,
                 stacklevel=stacklevel + 1,
             )
     if isinstance(request, Options):
@@ -359,6 +386,7 @@ def compressed_and_plan(
     calibration_data: Any,
     sequential: bool | None,
     refine: bool | int,
+    verbose: int = 1,
     stacklevel: int,
 ) -> tuple[Model, CompressionPlan | None]:
     """`compress`, and the plan that it followed; None if the model is compressed so far already.
@@ -371,6 +399,7 @@ def compressed_and_plan(
         calibration_data: As for `compress`.
         sequential: As for `compress`.
         refine: As for `compress`.
+        verbose: As for `compress`.
         stacklevel: The frame that warnings name; 1 is the caller of this function.
     """
     check_cr_or_plan(cr, plan, options, "compress")
@@ -392,15 +421,17 @@ def compressed_and_plan(
     check_is_model(model)
     with alone(model):
         small, chosen = _compressed(
-            model, request, calibration_data, sequential, stacklevel=stacklevel + 1
+            model, request, calibration_data, sequential, verbose, stacklevel=stacklevel + 1
         )
         if steps is not None and chosen is not None:
-            _refine(small, model, chosen, steps, stacklevel=stacklevel + 1)
+            _refine(small, model, chosen, steps, verbose, stacklevel=stacklevel + 1)
         return small, None if chosen is None else chosen.plan
 
 
-def _refine(small: Any, model: Any, chosen: Chosen, steps: int, *, stacklevel: int) -> None:
-    result = refined(small, model, chosen.examples, steps)
+def _refine(
+    small: Any, model: Any, chosen: Chosen, steps: int, verbose: int, *, stacklevel: int
+) -> None:
+    result = refined(small, model, chosen.examples, steps, verbose=verbose)
     if not result.best_step:
         warnings.warn(
             f"The refinement was undone: {result}. More examples may help.",

@@ -7,9 +7,13 @@ import io
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import rich
+import zoo
+from rich.progress import Progress
 
+import keras_alds
 from keras_alds import progress as progress_module
 from keras_alds.progress import lines_without_terminal, progress_bar
 
@@ -59,6 +63,32 @@ def test_lines_stand_for_it_where_a_command_asks_for_them(monkeypatch, capsys):
     assert out == ""
     assert "Working...: 3 of 3, 0 s\n" in lines
     assert "silent" not in lines
+
+
+@pytest.mark.parametrize("verbose", [0, 1])
+@pytest.mark.parametrize("function", ["select", "compress", "apply_plan"])
+def test_silence(monkeypatch, keras_module, function, verbose):
+    disabled = []
+
+    def progress(disable=False, **options):
+        disabled.append(disable)
+        return Progress(disable=True, **options)
+
+    model = zoo.functional(keras_module)
+    data = np.random.default_rng(0).normal(size=(16, *zoo.IMAGE)).astype("float32")
+    options = {"calibration_data": data, "verbose": verbose}
+    plan = keras_alds.select(model, 0.3, calibration_data=data, verbose=0)
+    monkeypatch.setattr(progress_module, "Progress", progress)
+    if function == "select":
+        keras_alds.select(model, 0.3, **options)
+    elif function == "compress":
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The refinement was undone")
+            keras_alds.compress(model, 0.3, refine=1, **options)
+    else:
+        keras_alds.apply_plan(model, plan, **options)
+    assert disabled
+    assert all(disabled) == (verbose == 0)
 
 
 def test_no_other_is_made():
