@@ -227,13 +227,13 @@ class ALDSCompress(_backend.Callback):
         self._stages = stages_of(cr, at_epoch, plan, options, has_data=has_data)
         self._source = self._stages[0].request
         self._distill = Distillation.checked(distill)
-        self._rewind_epochs = check_rewind(rewind_epochs, [s.at_epoch for s in self._stages])
         self._auto = at_epoch == AUTO
-        if self._auto and self._rewind_epochs:
+        if self._auto and rewind_epochs:
             raise ValueError(
                 "Expected an epoch as `at_epoch` with `rewind_epochs`. Received: at_epoch='auto', "
                 f"rewind_epochs={rewind_epochs}"
             )
+        self._rewind_epochs = check_rewind(rewind_epochs, [s.at_epoch for s in self._stages])
         if submodel is not None and calibration_data is None and self._needs_data:
             raise ValueError(
                 "Expected `calibration_data`, inputs of the submodel, for a method that needs "
@@ -253,12 +253,13 @@ class ALDSCompress(_backend.Callback):
         self.at_epoch = at_epoch
         self.verbose = verbose
         self.plan = None
+        self._thresholds: dict[Any, float | None] = {}
         self._start_training()
 
     def _start_training(self) -> None:
         self._rewinding: Rewinding | None = None
         self._course = Course(self._stages)
-        self._done = False
+        self._done = self._told = False
         self._checked = False
         self._suffix = ""
         self._settling: SettlingTime | None = None
@@ -286,7 +287,7 @@ class ALDSCompress(_backend.Callback):
         """Raises every error that can be found before the first epoch."""
         self._start_training()
         if self._auto:
-            self._settling = SettlingTime(self.params["epochs"])
+            self._settling = SettlingTime((self.params or {}).get("epochs"))
             self._set_epoch(self._settling.latest)
         if self._steps is not None:
             workers.check_refinable(self.model)
@@ -295,6 +296,7 @@ class ALDSCompress(_backend.Callback):
         backend = _backend.backend_of(self.model)
         for callback in self._siblings():
             backend.hide_logs(callback, names, lambda: not self._done)
+            self._thresholds.setdefault(callback, backend.threshold(callback))
         if self._calibration_data is not None or self._needs_forward or self._distill:
             self._check_forward()
         if has_weights(self._part):
@@ -321,6 +323,10 @@ class ALDSCompress(_backend.Callback):
             "Pass the same arguments in every process.",
         )
         self._board = self._board_of_part()
+        self._warn_of_best_epochs()
+        epochs = (self.params or {}).get("epochs")
+        if epochs is not None and not self._auto:
+            self._warn_of_end([s for s in self._course.left if s.at_epoch >= epochs], "will not be")
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Compresses the model before epoch `at_epoch`."""
@@ -351,14 +357,7 @@ class ALDSCompress(_backend.Callback):
             with alone(self.model):
                 self._board.add_epoch(epoch, self._cr(), self.plan)
         if self._watched:
-            value = _backend.backend_of(self.model).value
-            if all(np.array_equal(value(variable), old) for variable, old in self._watched):
-                warnings.warn(
-                    "No factor has changed in the first epoch after the compression. Expected a "
-                    "learning rate other than zero, and a `train_step` that reads "
-                    "`trainable_variables` in every step.",
-                    stacklevel=2,
-                )
+            self._look_at_factors(logs or {})
             self._watched = []
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
@@ -371,13 +370,7 @@ class ALDSCompress(_backend.Callback):
             with alone(self.model):
                 self._board.close()
         self._rewinding, self._backups, self._teacher = None, [], None
-        if left := self._course.left:
-            warnings.warn(
-                f"The model was not compressed{' further' if self._done else ''}: training ended "
-                f"before epoch index at_epoch={left[0].at_epoch} (epochs are counted from "
-                f"0). Received: epochs={self.params.get('epochs')}",
-                stacklevel=2,
-            )
+        self._warn_of_end(self._course.left, "was not")
 
     # -- The compression ---------------------------------------------------------------------
 
@@ -408,7 +401,7 @@ class ALDSCompress(_backend.Callback):
             self._board.add_plan(epoch, chosen.plan)
         backend = chosen.inventory.backend
         for callback in self._siblings():
-            backend.forget_best(callback)
+            backend.forget_best(callback, self._thresholds.get(callback))
         layers = [layer for layer in self._factorized_layers() if layer.trainable]
         self._watched = [(layer.decoder, backend.value(layer.decoder)) for layer in layers]
         frozen = len(self._factorized_layers()) - len(layers)
@@ -538,6 +531,51 @@ class ALDSCompress(_backend.Callback):
         """
         first = self._course.is_first(epoch)
         return len(self._due(epoch)) if first else self._course.count_at(epoch)
+
+    def _warn_of_end(self, left: Sequence[Stage], verb: str) -> None:
+        """Warns, once, of steps that come after the end of the training."""
+        if left and not self._told:
+            self._told = True
+            warnings.warn(
+                f"The model {verb} compressed{' further' if self._done else ''}: training ends "
+                f"before epoch index at_epoch={left[0].at_epoch} (epochs are counted from "
+                f"0). Received: epochs={self.params.get('epochs')}",
+                stacklevel=3,
+            )
+
+    def _warn_of_best_epochs(self) -> None:
+        """KerasTuner takes the best epoch, and loads its weights into a model that it builds."""
+        tuners = [c for c in self._siblings() if type(c).__module__.startswith("keras_tuner")]
+        if tuners and self._course.left:
+            warnings.warn(
+                "KerasTuner keeps the best epoch of a training, which may be one before the "
+                "compression, and loads its weights into a dense model. Compress in the function "
+                "that builds the model: load a trained one, and return "
+                "`keras_alds.compress(trained, cr=hp.Float(…))`, compiled.",
+                stacklevel=3,
+            )
+
+    def _look_at_factors(self, logs: Mapping[str, Any]) -> None:
+        """Warns if the first epoch after the compression did not train the factors."""
+        value = _backend.backend_of(self.model).value
+        now = [value(variable) for variable, _ in self._watched]
+        loss = logs.get("loss")
+        if loss is not None and np.isnan(loss) and all(np.isfinite(x).all() for x in now):
+            warnings.warn(
+                "The loss is NaN since the compression, and the factors are finite. Expected code "
+                "that reads the variables of the model anew in every step. Received: a loss or "
+                "`train_step` that seems to have kept a kernel which is factorized now.",
+                stacklevel=3,
+            )
+        elif all(np.array_equal(x, old) for x, (_, old) in zip(now, self._watched, strict=True)):
+            optimizer = type(getattr(self.model, "optimizer", None)).__name__
+            warnings.warn(
+                "No factor has changed in the first epoch after the compression. Expected a "
+                "learning rate other than zero, a `train_step` that reads `trainable_variables` in "
+                "every step, and an optimizer that updates all of them in every epoch. Received: "
+                f"the optimizer {optimizer}",
+                stacklevel=3,
+            )
 
     def _drop_met(self) -> None:
         """Leaves out the first steps, as far as the model is compressed already; says so once."""

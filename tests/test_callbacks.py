@@ -246,6 +246,43 @@ class TestWaysToTrain:
 
 
 class TestBesideOtherCallbacks:
+    @pytest.mark.parametrize("reached", [False, True])
+    def test_a_checkpoint_keeps_its_threshold(self, keras_module, tmp_path, reached):
+        K = keras_module
+        file = tmp_path / "best.keras"
+        checkpoint = K.callbacks.ModelCheckpoint(
+            str(file), "loss", save_best_only=True, initial_value_threshold=1e9 if reached else 1e-9
+        )
+        fit(compiled(K, **EAGER), [ALDSCompress(0.4, at_epoch=1, verbose=0), checkpoint], epochs=2)
+        assert file.exists() == reached
+        if reached:
+            assert factorized(K.models.load_model(file))
+
+    def test_subclasses_do_not_begin_twice(self, keras_module):
+        begun = []
+
+        class Stopping(keras_module.callbacks.EarlyStopping):
+            def on_train_begin(self, logs):  # without a default
+                begun.append(1)
+                super().on_train_begin(logs)
+
+        stopping = Stopping("loss")
+        fit(compiled(keras_module), [ALDSCompress(0.4, at_epoch=1, verbose=0), stopping], epochs=2)
+        assert begun == [1]
+
+    def test_the_best_epoch_of_a_tuner(self, keras_module):
+        tuner = type(
+            "SaveBestEpoch",
+            (keras_module.callbacks.Callback,),
+            {"__module__": "keras_tuner.engine"},
+        )
+        with pytest.warns(UserWarning, match="KerasTuner keeps the best epoch"):
+            fit(
+                compiled(keras_module),
+                [ALDSCompress(0.4, at_epoch=1, verbose=0), tuner()],
+                epochs=2,
+            )
+
     def test_many_at_once(self, keras_module, tmp_path):
         K = keras_module
         model = compiled(K)
@@ -410,9 +447,30 @@ class TestErrors:
 
     def test_at_epoch_beyond_the_end_warns(self, keras_module):
         model = compiled(keras_module, **EAGER)
-        with pytest.warns(UserWarning, match=r"was not compressed.*at_epoch=7.*epochs=2"):
+        with pytest.warns(UserWarning, match=r"will not be compressed.*at_epoch=7.*epochs=2"):
             fit(model, [ALDSCompress(cr=0.4, at_epoch=7)], epochs=2)
         assert not factorized(model)
+
+    def test_a_training_that_stops_early_warns(self, keras_module):
+        model = compiled(keras_module, **EAGER)
+        stop = keras_module.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: setattr(model, "stop_training", True)
+        )
+        with pytest.warns(UserWarning, match=r"was not compressed.*at_epoch=1.*epochs=2"):
+            fit(model, [ALDSCompress(cr=0.4, at_epoch=1), stop], epochs=2)
+
+    def test_a_loss_that_reads_kernels_of_before(self, keras_module):
+        K = keras_module
+        model = compiled(K, **EAGER)
+        kept = [v for v in model.trainable_variables if len(v.shape) > 1]
+
+        def loss(y, predictions):
+            norm = sum(tf.reduce_sum(tf.square(v)) for v in kept)
+            return tf.reduce_mean(tf.square(predictions)) + 1e-4 * norm
+
+        model.compile(K.optimizers.SGD(0.01), loss, run_eagerly=True)
+        with pytest.warns(UserWarning, match="The loss is NaN since the compression"):
+            fit(model, [ALDSCompress(0.4, at_epoch=1, verbose=0)], epochs=2)
 
     def test_a_good_run_warns_of_nothing(self, keras_module):
         with warnings.catch_warnings():

@@ -14,6 +14,43 @@ from keras_alds.core.slicing import recompose
 from keras_alds.models.optimizer import carried
 
 
+def momentum_class(K, place):
+    """A user's optimizer, which keeps its state in a dictionary or in pairs."""
+    new = K.__name__ == "keras"
+
+    class Momentum(K.optimizers.Optimizer):
+        def __init__(self, learning_rate, name="momentum"):
+            super().__init__(**({"learning_rate": learning_rate} if new else {}), name=name)
+            if not new:
+                self._learning_rate = self._build_learning_rate(learning_rate)
+
+        def build(self, variables):
+            if getattr(self, "built" if new else "_built", False):
+                return
+            super().build(variables)
+            named = {"name": "m"} if new else {"variable_name": "m"}
+            self.paths = [v.path if new else v._unique_id for v in variables]
+            made = [(self.key(v), self.add_variable_from_reference(v, **named)) for v in variables]
+            self.states = dict(made) if place == "dictionary" else made
+            self._built = True
+
+        def key(self, variable):
+            return self.paths[self._get_variable_index(variable)] if new else variable._unique_id
+
+        def momentum(self, variable):
+            return dict(self.states)[self.key(variable)]
+
+        def update_step(self, gradient, variable, learning_rate=None):
+            state = self.momentum(variable)
+            state.assign(0.9 * tf.convert_to_tensor(state) + gradient)
+            variable.assign_sub(0.01 * tf.convert_to_tensor(state))
+
+        def get_config(self):
+            return {"learning_rate": 0.01, "name": self.name}
+
+    return Momentum
+
+
 class TestOptimizers:
     @pytest.mark.parametrize("name", list(OPTIMIZERS))
     def test_state_of_untouched_variables_carries_on(self, keras_module, name):
@@ -47,10 +84,29 @@ class TestOptimizers:
         # stem, hidden or head may stay whole; biases and BatchNormalization always do
         if before:
             assert kept >= 5
+        assert not backend.other_state(optimizer, backend.slots(optimizer, new))  # left over
         assert backend.value(optimizer.iterations) == scalars == 4
         history = fit(model, [], epochs=1)
         assert np.isfinite(history.history["loss"]).all()
         assert backend.value(optimizer.iterations) == 6
+
+    @pytest.mark.parametrize("place", ["dictionary", "pairs"])
+    def test_state_that_a_user_keeps_in_another_way(self, keras_module, place):
+        K = keras_module
+        model = compiled(K, momentum_class(K, place)(0.01), **EAGER)
+        fit(model, [], epochs=1)
+        optimizer, head = model.optimizer, model.get_layer("head").kernel
+        before = np.array(optimizer.momentum(head))
+        plan = select(model, 0.4, exclude="head")
+        if place == "dictionary":
+            apply_plan(model, plan)
+            np.testing.assert_array_equal(optimizer.momentum(head), before)
+            states = [v for v in optimizer.variables if len(v.shape)]
+            assert len(states) == len(model.trainable_variables)
+        else:
+            with pytest.warns(UserWarning, match=r"of the optimizer .*\(Momentum\) starts anew"):
+                apply_plan(model, plan)
+        fit(model, [], epochs=1)
 
     @pytest.mark.parametrize("name", ["sgd", "adam", "legacy_sgd", "legacy_adam"])
     def test_moments_of_a_factorized_kernel_follow_the_chain_rule(self, keras_module, name):

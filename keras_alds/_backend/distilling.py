@@ -18,6 +18,7 @@ from keras_alds import _backend
 from keras_alds._backend.calls import Replacement, replaced_calls, watched
 from keras_alds._backend.layers import Layer, Model
 from keras_alds._backend.refining import relative_error
+from keras_alds._backend.tensors import comparable
 
 _WRAPPED = ("train_step", "compute_loss", "make_train_function")
 
@@ -86,12 +87,14 @@ class Distiller:
         wanted_features: list[tuple[Any, Any]] = []
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         for args, kwargs, outputs in calls:
-            flat = _flat(outputs)
+            flat = comparable(outputs)
             if graph is not None and any(y.graph is not graph for y in flat):
                 continue  # in a loop or a `tf.function` inside of the step
             kwargs = {k: v for k, v in kwargs.items() if v is not None and k != "training"}
             with replaced_calls(watched(self._sides[1], _into(wanted_features))):
-                wanted = _flat(_backend.backend_of(self.part).infer(self._teacher, args, kwargs))
+                wanted = comparable(
+                    _backend.backend_of(self.part).infer(self._teacher, args, kwargs)
+                )
             losses += [
                 distance(tf.cast(y, tf.float32), tf.stop_gradient(tf.cast(target, tf.float32)))
                 for y, target, distance in zip(flat, wanted, self._distances, strict=True)
@@ -147,17 +150,11 @@ def _by_number(names: Mapping[Any, str], found: list[tuple[Any, Any]]) -> dict[A
     counts: dict[str, int] = {}
     numbered = {}
     for layer, outputs in found:
-        for tensor in _flat(outputs):
+        for tensor in comparable(outputs):
             if tensor.dtype.is_floating and (graph is None or tensor.graph is graph):
                 number = counts[names[layer]] = counts.get(names[layer], 0) + 1
                 numbered[names[layer], number] = tensor
     return numbered
-
-
-def _flat(outputs: Any) -> list[Any]:
-    return [
-        y.flat_values if isinstance(y, tf.RaggedTensor) else y for y in tf.nest.flatten(outputs)
-    ]
 
 
 def check_train_step(model: Model) -> None:

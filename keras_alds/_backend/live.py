@@ -133,6 +133,11 @@ def live_tables(function: Any) -> list[Any]:
     return [table for table in live(*_TABLES) if id(table.resource_handle) in handles]
 
 
+def live_variables() -> list[Any]:
+    """Every live variable of TensorFlow, also those that no layer holds."""
+    return live(tf.Variable)
+
+
 def variables_of(layer: Layer) -> list[Variable]:
     """The variables of a layer; none if its constructor failed, or its own code does."""
     try:

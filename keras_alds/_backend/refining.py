@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras_alds import _backend
 from keras_alds._backend.calls import Replacement, replaced_calls, watched
 from keras_alds._backend.functions import layers_of
+from keras_alds._backend.tensors import comparable
 
 # Adam's, as published. Its epsilon is Keras's.
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-7
@@ -69,9 +70,8 @@ class Traced:
 
 
 def outputs_of(model: Any, inputs: Any) -> list[Any]:
-    """The outputs of a model in inference mode, flattened, ragged ones without their raggedness."""
-    outputs = tf.nest.flatten(model(inputs, training=False))
-    return [y.flat_values if isinstance(y, tf.RaggedTensor) else y for y in outputs]
+    """The outputs of a model in inference mode, as tensors that can be compared."""
+    return comparable(model(inputs, training=False))
 
 
 class Refiner:

@@ -7,7 +7,7 @@ import contextvars
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -126,6 +126,29 @@ def to_scipy(value: Any) -> Any:
 def without_raggedness(value: Any) -> Any:
     """A dense tensor; of a ragged one all rows one after the other, `[rows, ...]`."""
     return value.flat_values if is_ragged(value) else dense(value)
+
+
+def comparable(outputs: Any) -> list[Any]:
+    """The dense tensors by which the outputs of two models are compared.
+
+    An output may be a distribution of TensorFlow Probability, which draws a new sample whenever it
+    becomes a tensor. Its parameters say what it is.
+    """
+    found = []
+    for output in flatten(outputs):
+        parameters = getattr(output, "parameters", None)
+        if isinstance(parameters, Mapping) and not tf.is_tensor(output):
+            known = [value for value in parameters.values() if not callable(value)]
+            found += comparable(list(filter(_holds_tensors, known)))
+        else:
+            found.append(without_raggedness(output))
+    return found
+
+
+def _holds_tensors(parameter: Any) -> bool:
+    if tf.is_tensor(parameter):
+        return bool(parameter.shape.rank)  # one number says nothing of an example
+    return hasattr(parameter, "parameters")
 
 
 def steps_of(ragged: Any) -> Any:

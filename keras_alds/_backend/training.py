@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import keras
@@ -149,17 +149,38 @@ class Training(Layers):
     def slots(
         self, optimizer: Optimizer, targets: list[Variable]
     ) -> dict[str, list[Variable | None]]:
-        """The optimizer's per-variable state: slot name to one variable per target."""
+        """The optimizer's per-variable state: slot name to one variable per target.
+
+        Optimizers keep it in a list, and those that users write often in a dictionary.
+        """
         # `iterations` is listed among the variables, but is not a slot.
         state = {id(v) for v in optimizer.variables if v is not optimizer.iterations}
-        return {
-            name: list(value)
-            for name, value in vars(optimizer).items()
-            if isinstance(value, list)
-            and name != "_variables"  # all of them, which may be as many
-            and len(value) == len(targets)
-            and all(item is None or id(item) in state for item in value)
-        }
+        found = {}
+        for name, value in vars(optimizer).items():
+            if name == "_variables":  # all of them, which may be as many
+                continue
+            if isinstance(value, list) and len(value) == len(targets):
+                slot = value
+            elif isinstance(value, dict) and value:
+                slot = _by_target(value, targets, optimizer)
+            else:
+                continue
+            # tf_keras's Adafactor has numbers where a variable has no state.
+            slot = [None if _is_number(item) and id(item) not in state else item for item in slot]
+            if any(id(item) in state for item in slot) and all(
+                item is None or id(item) in state for item in slot
+            ):
+                found[name] = slot
+        return found
+
+    def other_state(
+        self, optimizer: Optimizer, slots: dict[str, list[Variable | None]]
+    ) -> list[Variable]:
+        """Arrays among the optimizer's own variables that are in none of its `slots`."""
+        if self.inner_optimizers(optimizer):  # which have the state
+            return []
+        known = {id(v) for slot in slots.values() for v in slot}
+        return [v for v in optimizer.variables if len(v.shape) and id(v) not in known]
 
     def rebuild_optimizer(
         self,
@@ -249,13 +270,29 @@ class Training(Layers):
         is_board = isinstance(callback, self.keras.callbacks.TensorBoard)
         return str(callback.log_dir) if is_board else None
 
-    def forget_best(self, callback: Any) -> None:
-        """Resets the best value and weights that a stock callback remembers."""
+    def threshold(self, callback: Any) -> float | None:
+        """The value that an unused `ModelCheckpoint` wants to be exceeded, if it has one."""
+        stock = self.keras.callbacks.ModelCheckpoint
+        if not isinstance(callback, stock) or hasattr(callback, "_current_epoch"):
+            return None
+        best = callback.best
+        return None if best is None or np.isinf(best) else float(best)
+
+    def forget_best(self, callback: Any, threshold: float | None) -> None:
+        """Resets the best value and weights that a stock callback remembers.
+
+        Args:
+            callback: Any callback.
+            threshold: Its `threshold` when training began.
+        """
         callbacks = self.keras.callbacks
-        if isinstance(callback, (callbacks.EarlyStopping, callbacks.ReduceLROnPlateau)):
-            callback.on_train_begin()
-        elif isinstance(callback, callbacks.ModelCheckpoint) and callback.save_best_only:
+        for stock in (callbacks.EarlyStopping, callbacks.ReduceLROnPlateau):
+            if isinstance(callback, stock):
+                stock.on_train_begin(callback)  # a subclass may do more there
+        if isinstance(callback, callbacks.ModelCheckpoint) and callback.save_best_only:
             self._forget_checkpoint(callback)
+            if threshold is not None:
+                callback.best = threshold
 
     def _forget_checkpoint(self, callback: Any) -> None:
         raise NotImplementedError
@@ -399,6 +436,11 @@ class TfKerasTraining(Training):
             for name in optimizer.get_slot_names()
         }
 
+    def other_state(
+        self, optimizer: Optimizer, slots: dict[str, list[Variable | None]]
+    ) -> list[Variable]:
+        return [] if self._is_legacy(optimizer) else super().other_state(optimizer, slots)
+
     def learning_rate(self, optimizer: Optimizer) -> float:
         inner = self.inner_optimizer(optimizer) or optimizer
         # With a schedule, `learning_rate` is the rate of the optimizer's last step.
@@ -467,6 +509,31 @@ def is_multi_optimizer(optimizer: Optimizer) -> bool:
     """Whether it is a `MultiOptimizer`, which newer versions of Keras 3 have."""
     cls = getattr(keras.optimizers, "MultiOptimizer", None)
     return cls is not None and isinstance(optimizer, cls)
+
+
+def _by_target(
+    by_key: dict[Any, Any], targets: Sequence[Variable | None], optimizer: Optimizer
+) -> list[Any]:
+    """The values of a dictionary by target, whatever of a variable its keys are."""
+    keys: list[Callable[[int, Any], Any]] = [
+        lambda _, variable: optimizer._var_key(variable),
+        lambda _, variable: getattr(variable, "path", None),
+        lambda _, variable: variable.name,
+        lambda _, variable: id(variable),
+        lambda number, _: number,
+    ]
+    for key in keys:
+        found = [
+            None if target is None else by_key.get(key(number, target))
+            for number, target in enumerate(targets)
+        ]
+        if sum(item is not None for item in found) == len(by_key):
+            return found
+    return []
+
+
+def _is_number(item: Any) -> bool:
+    return isinstance(item, tf.Variable) and item.shape.rank == 0
 
 
 def has_optimizer_map(optimizer: Optimizer) -> bool:

@@ -12,13 +12,14 @@ the factor itself, and any other state at its initial value.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from keras_alds import _backend
-from keras_alds._backend.live import Holders, variables_of
+from keras_alds._backend.live import Holders, live_variables, variables_of
 from keras_alds._backend.training import AVERAGE, SQUARED, slot_meaning
 from keras_alds.core.chains import CP, EQUATIONS, chain_kernel, is_chain
 from keras_alds.core.slicing import Unfolding, fold_encoder, unfold, unfold_encoder
@@ -83,6 +84,8 @@ def carry_optimizers(
             now = [] if owner is None else variables_of(owner)
             unique = {id(variable): variable for variable in [*known, *everything]}
             old = backend.optimizer_targets(optimizer, list(unique.values()))
+            if any(target is None for target in old):  # tf_keras keeps keys of variables only
+                old = backend.optimizer_targets(optimizer, [*unique.values(), *live_variables()])
             gone += _carry_one(backend, optimizer, old, known, now, exchanges, undo)
     return gone
 
@@ -113,6 +116,13 @@ def _carry_one(
         found = exchange_of.get(id(target))
         new.update((id(v), v) for v in ([target] if found is None else found.new))
     before = backend.slots(optimizer, old)
+    if backend.other_state(optimizer, before):
+        warnings.warn(
+            f"The state of the optimizer '{optimizer.name}' ({type(optimizer).__name__}) starts "
+            "anew, for all variables. Expected a list or dictionary with one variable for each "
+            "that it updates. Received: another structure, which is not known.",
+            stacklevel=2,
+        )
     in_order = all(a is b for a, b in zip(_in_order(old, known), old, strict=True))
     built = _in_order([*new.values()], now) if in_order else [*new.values()]
     backend.rebuild_optimizer(optimizer, old, built, undo)

@@ -7,6 +7,7 @@ its kernel, on held-out examples, and the divergence of the outputs is measured 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ class Prober:
         every = frozenset(range(len(self._steps)))
         self._after = {layer: self._dependent(layer) if keep else every for layer in layers}
         needed = {tensor for after in self._after.values() for tensor in self._from_outside(after)}
-        outputs: list[list[Any]] = []
+        outputs: list[list[list[Array]]] = []
         self._kept: list[dict[int, Any]] = []
         with passing(model):
             for batch in batches:
@@ -92,9 +93,9 @@ class Prober:
         values: dict[int, Any],
         keep: set[int],
         kernels: Kernels,
-        own: Sequence[Array] = (),
-    ) -> list[Array]:
-        """The outputs; `values` then has the tensors in `keep`, and those given."""
+        own: Sequence[list[Array]] = (),
+    ) -> list[list[Array]]:
+        """What stands for each output; `values` then has the tensors in `keep`, and those given."""
         steps = list(steps)
         last = {tensor: n for n in steps for tensor in self._steps[n].inputs}
         ends = set(self._program.outputs)
@@ -106,13 +107,13 @@ class Prober:
             ]
             result = self._program.call(step, values.__getitem__, standing=standing)
             if not ends:  # the only step of a model without a graph
-                return [_array(tensor) for tensor in nest.flatten(result)]
-            values.update(zip(step.outputs, nest.flatten(result), strict=True))
+                return [_arrays(result)]
+            values.update(zip(step.outputs, result, strict=True))
             for tensor in step.inputs:
                 if last[tensor] == n and tensor not in keep | ends:
                     values.pop(tensor, None)
         return [
-            _array(values[tensor]) if tensor in values else own[i]
+            _arrays(values[tensor]) if tensor in values else own[i]
             for i, tensor in enumerate(self._program.outputs)
         ]
 
@@ -132,14 +133,14 @@ class Prober:
         return {tensor for n in steps for tensor in self._steps[n].inputs} - made
 
 
-def _array(tensor: Any) -> Array:
-    return nest.to_numpy(nest.without_raggedness(tensor))
+def _arrays(output: Any) -> list[Array]:
+    return [nest.to_numpy(tensor) for tensor in nest.comparable(output)]
 
 
-def _joined(outputs: Sequence[Sequence[Array]]) -> list[Array]:
+def _joined(outputs: Sequence[Sequence[list[Array]]]) -> list[Array]:
     """The outputs of all batches; axes of other lengths are flattened into the first."""
     joined = []
-    for parts in zip(*outputs, strict=True):
+    for parts in zip(*map(itertools.chain.from_iterable, outputs), strict=True):
         if len({part.shape[1:] for part in parts}) > 1:
             parts = tuple(part.reshape(-1, part.shape[-1]) for part in parts)
         joined.append(np.concatenate([np.atleast_1d(part) for part in parts]))

@@ -98,8 +98,8 @@ class Program:
         value: Callable[[int], Any],
         watching: Mapping[Any, Replacement] | None = None,
         standing: Iterable[contextlib.AbstractContextManager[Any]] = (),
-    ) -> Any:
-        """The outputs of a step as the layer returns them.
+    ) -> list[Any]:
+        """What a step returns, flattened.
 
         Args:
             step: The step.
@@ -117,7 +117,9 @@ class Program:
             for context in standing:
                 stack.enter_context(context)
             stack.enter_context(self._masks_kept(step, values))
-            return self._backend.infer(step.layer, args, kwargs)
+            found = nest.flatten(self._backend.infer(step.layer, args, kwargs))
+        # Of a distribution, tf_keras notes two outputs in the graph.
+        return [*found, *found[-1:] * (len(step.outputs) - len(found))]
 
     @contextlib.contextmanager
     def _masks_kept(self, step: Step, values: Mapping[int, Any]) -> Iterator[None]:

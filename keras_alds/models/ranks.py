@@ -100,8 +100,8 @@ class SettlingTime:
         latest: The last epoch to wait for: half of all, so that the other half trains the factors.
     """
 
-    def __init__(self, epochs: int) -> None:
-        if epochs < 2:
+    def __init__(self, epochs: int | None) -> None:
+        if epochs is None or epochs < 2:
             raise ValueError(
                 "Expected at least 2 epochs with at_epoch='auto', to train before the compression "
                 f"and after it. Received: epochs={epochs}"

@@ -311,7 +311,7 @@ class Walk:
 
         inside = step.inside & self._compressed.keys() if version else ()
         standing = [known_kind(x).standing_for(x, self._compressed[x]) for x in inside]
-        return nest.flatten(self._program.call(step, value, watching, standing))
+        return self._program.call(step, value, watching, standing)
 
     def _release(self, tensors: Iterable[int]) -> None:
         for tensor in tensors:
