@@ -314,6 +314,7 @@ def recompose(model: Model, *, exclude: Any = ()) -> Model:
     with alone(model):
         copy = _copy(model, stacklevel=2)
         inventory = Inventory.of(copy, excluded)
+        inventory.warn_of_unmatched(stacklevel=2)
         records = [record for record in inventory.factorized if not record.excluded]
         if not records:
             warnings.warn(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from keras_alds._backend import wrappers
+from keras_alds._backend.loops import unchanged
 from keras_alds.methods import DEFAULT_WITHOUT_DATA, METHODS
 from keras_alds.models.best import best_plan
 from keras_alds.models.calibration import Calibration
@@ -80,6 +81,26 @@ def choose(
     stacklevel: int = 1,
 ) -> Chosen:
     """`select` with checked options."""
+    with unchanged(inventory.model):
+        return _choose(
+            inventory,
+            options,
+            calibration_data,
+            sequential,
+            verbose=verbose,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _choose(
+    inventory: Inventory,
+    options: Options,
+    calibration_data: Any,
+    sequential: bool | None,
+    *,
+    verbose: int,
+    stacklevel: int,
+) -> Chosen:
     selection = selection_of(inventory, options, verbose=verbose, stacklevel=stacklevel + 1)
     inventory = selection.inventory
     selection, calibration = calibrated(

@@ -60,6 +60,96 @@ def test_what_cannot_be_copied_is_told_before_the_calibration():
     assert not read
 
 
+def test_a_model_that_is_built_only_as_it_is_loaded(keras_module):
+    K = keras_module
+
+    class Held(K.Model):  # its code calls it with a key that no saved input has
+        def __init__(self, units=24):
+            super().__init__()
+            self.units, self.dense = units, K.layers.Dense(units, name="dense")
+
+        def build(self, input_shape=None):
+            self.dense.build((None, 32))
+            super().build((None, 32))
+
+        def call(self, inputs, given=None):
+            return self.dense(given["x"])
+
+        def get_config(self):
+            return {"units": self.units}
+
+        def get_build_config(self):
+            return {"input_shape": (None, 32)}
+
+        def build_from_config(self, config):
+            self.build(config["input_shape"])
+
+    model, x = Held(), np.ones((2, 32), "float32")
+    model.build()
+    random = np.random.default_rng(0)
+    model.dense.set_weights(
+        [random.normal(size=(32, 4)) @ random.normal(size=(4, 24)), np.ones(24)]
+    )
+    small = compress(model, 0.3, method="energy")
+    assert small.count_params() <= 0.7 * model.count_params()
+    outputs = [value(net(x, given={"x": x})) for net in (small, model)]
+    np.testing.assert_allclose(*outputs, rtol=1e-4, atol=1e-4)
+
+
+def test_what_layers_count_stays(keras_module):
+    K = keras_module
+
+    class Counting(K.layers.Layer):
+        def build(self, shape):
+            self.seen = self.add_weight(shape=(2,), trainable=False, name="seen")
+
+        def call(self, inputs):
+            self.seen.assign(self.seen + 1.0)
+            return inputs
+
+    inputs = K.Input((32,))
+    model = K.Model(inputs, K.layers.Dense(4)(K.layers.Dense(64)(Counting()(inputs))))
+    before = model.get_weights()
+    x = np.random.default_rng(0).normal(size=(64, 32)).astype("float32")
+    select(model, 0.3, calibration_data=x)
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+class Distribution:
+    """An output like those of TensorFlow Probability: a tensor of it is a sample."""
+
+    def __init__(self, **parameters):
+        self.parameters = {"validate": False, "inner": abs, "axes": tf.constant(1), **parameters}
+
+    def __array__(self, *args, **kwargs):
+        raise AssertionError("a sample was drawn")
+
+
+def test_outputs_that_are_distributions(keras_module):
+    K = keras_module
+
+    class Net(K.Model):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.head = K.layers.Dense(64, activation="relu"), K.layers.Dense(2)
+
+        def call(self, x):
+            found = self.head(self.hidden(x))
+            return Distribution(inner=Distribution(loc=found[:, :1], scale=found[:, 1:]))
+
+        def get_config(self):
+            return {}
+
+    x = np.random.default_rng(0).normal(size=(128, 32)).astype("float32")
+    model = Net()
+    model.hidden.build((None, 32))
+    model.head.build((None, 64))
+    model.built = True
+    apply_plan(model, (plan := select(model, 0.4, calibration_data=x)), calibration_data=x)
+    assert 0 < plan.distance < np.inf
+
+
 class TestEveryKindOfModel:
     def test_removes_what_was_asked_for_and_leaves_the_model_alone(self, model):
         before = model.get_weights()

@@ -129,6 +129,9 @@ class Cloning(Graphs, Training):
                 lambda inputs: copy(inputs, training=False), autograph=False
             ).get_concrete_function(specs)
         except Exception as error:
+            copy = self._built_as_loaded(model)
+            if copy is not None:
+                return copy
             parts = ", ".join(f"`compress(model.{name}, …)`" for name in self.parts(model))
             raise ValueError(
                 f"A copy of the subclassed model '{model.name}' could not be made from its config "
@@ -140,6 +143,17 @@ class Cloning(Graphs, Training):
                 + (f" Or compress a model inside it: {parts}." if parts else "")
             ) from error
         return copy
+
+    def _built_as_loaded(self, model: Model) -> Model | None:
+        """A copy that is built as `load_model` builds it, if that makes the same weights."""
+        try:
+            copy = type(model).from_config(model.get_config())
+            if not copy.built:
+                copy.build_from_config(model.get_build_config())
+            shapes = [[tuple(w.shape) for w in each.weights] for each in (model, copy)]
+        except Exception:  # the error of the first attempt says more
+            return None
+        return copy if shapes[0] == shapes[1] else None
 
     def copy_compile_state(
         self, model: Model, copy: Model, pairs: Pairs, *, stacklevel: int = 1

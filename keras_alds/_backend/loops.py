@@ -113,6 +113,22 @@ def restored(states: Sequence[Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def unchanged(model: Any) -> Iterator[None]:
+    """Gives what a model keeps besides weights, such as moments and seeds, its values back.
+
+    Some layers change it in inference, too.
+    """
+    kept = [v for v in model.non_trainable_variables if len(v.shape) <= 1]
+    before = [tf.identity(tf.convert_to_tensor(variable)) for variable in kept]
+    try:
+        yield
+    finally:
+        for variable, value in zip(kept, before, strict=True):
+            if not np.array_equal(tf.convert_to_tensor(variable), value):
+                variable.assign(value)
+
+
+@contextlib.contextmanager
 def passing(model: Any) -> Iterator[None]:
     """Surrounds a pass over examples: states and losses of layers are as before afterwards.
 

@@ -277,7 +277,7 @@ def _entries(
             if known is None or not offered.keys() <= known.slices.keys():
                 read = kernel_values(record.layer, scheme) if scheme else kernel
                 missing.append((entry, scheme, read))
-                slices.update(offered)
+                slices.update(() if is_chain(scheme) else offered)
     matrices = [kernel for _, scheme, kernel in missing if not is_chain(scheme)]
     found = iter(_kernel_spectra(matrices, slices))
     for entry, scheme, read in missing:

@@ -183,6 +183,15 @@ def test_in_a_model(keras_module, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["tucker", "cp"])
+def test_beside_a_single_layer_without_chains(keras_module, method):
+    L = keras_module.layers
+    model = keras_module.Sequential(
+        [keras_module.Input((8, 8, 16)), L.Conv2D(64, 3), L.GlobalAveragePooling2D(), L.Dense(10)]
+    )
+    assert keras_alds.select(model, 0.4, method=method).cr >= 0.4
+
+
+@pytest.mark.parametrize("method", ["tucker", "cp"])
 def test_costs_are_those_of_the_plan(method):
     if method == "cp":
         pytest.importorskip("tensorly")

@@ -10,6 +10,7 @@ import zoo
 
 from keras_alds import apply_plan, compress, recompose, select
 from keras_alds._backend import backend_of
+from keras_alds.kinds.base import is_factorized
 from keras_alds.layers import FactorizedConv2DTranspose, FactorizedDense
 from keras_alds.models.in_place import surgery
 from keras_alds.models.inventory import Inventory, count_params, walk
@@ -58,6 +59,12 @@ def classes(model):
 
 
 class TestRecompose:
+    def test_a_typo_in_exclude_is_told(self, keras_module):
+        model = compress(zoo.functional(keras_module), 0.4)
+        with pytest.warns(UserWarning, match="'haed' matches no layer"):
+            dense = recompose(model, exclude="haed")
+        assert not any(is_factorized(layer) for _, layer in walk(dense))
+
     def test_a_copy_that_is_trained_and_saved(self, keras_module, tmp_path):
         K = keras_module
         for make in (zoo.functional, zoo.subclassed):
