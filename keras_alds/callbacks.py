@@ -37,7 +37,7 @@ from keras_alds.models.matching import match
 from keras_alds.models.ranks import SettlingTime
 from keras_alds.models.recompose import Request, already, inspected, recomposed, to_recompose
 from keras_alds.models.scale import warn_of_other_inputs
-from keras_alds.models.submodels import find_submodel, frozen_part
+from keras_alds.models.submodels import find_submodel, frozen_part, twins
 from keras_alds.models.turns import alone
 from keras_alds.options import (
     Options,
@@ -324,6 +324,7 @@ class ALDSCompress(_backend.Callback):
         )
         self._board = self._board_of_part()
         self._warn_of_best_epochs()
+        self._warn_of_twins()
         epochs = (self.params or {}).get("epochs")
         if epochs is not None and not self._auto:
             self._warn_of_end([s for s in self._course.left if s.at_epoch >= epochs], "will not be")
@@ -552,6 +553,19 @@ class ALDSCompress(_backend.Callback):
                 "compression, and loads its weights into a dense model. Compress in the function "
                 "that builds the model: load a trained one, and return "
                 "`keras_alds.compress(trained, cr=hp.Float(…))`, compiled.",
+                stacklevel=3,
+            )
+
+    def _warn_of_twins(self) -> None:
+        """Warns of two models of which one may be a moving average of the other."""
+        pair = twins(self.model) if self._course.left and has_weights(self.model) else None
+        if pair is not None and (self._submodel is None or self._part_name in pair):
+            warnings.warn(
+                f"'{pair[0]}' and '{pair[1]}' have weights of the same shapes. If one is a moving "
+                "average of the other, as in momentum encoders, this ends with the compression: "
+                "each gets factors of its own, and averages of factors are no averages of kernels. "
+                "Train in two calls of `fit`, and between them apply one plan to both and copy the "
+                "weights of one to the other.",
                 stacklevel=3,
             )
 

@@ -353,3 +353,23 @@ class TestFrozenParts:
 def select_in_silence(model, cr):
     with pytest.warns(UserWarning, match="frozen part"):
         return select(model, cr)
+
+
+@pytest.mark.parametrize("submodel", [None, "online"])
+def test_a_momentum_encoder_is_told_before_the_first_epoch(keras_module, submodel):
+    K = keras_module
+
+    class Momentum(K.Model):
+        def __init__(self):
+            super().__init__()
+            self.online, self.target = (net(K, 64, 8, name=name) for name in ("a", "b"))
+
+        def call(self, x):
+            return self.online(x)
+
+    model = Momentum()
+    model(X)
+    model.compile("sgd", "mse")
+    callback = ALDSCompress(0.4, at_epoch=1, submodel=submodel, verbose=0)
+    with pytest.warns(UserWarning, match="'online' and 'target' have weights of the same shapes"):
+        model.fit(X, np.zeros((len(X), 8)), epochs=2, callbacks=[callback], verbose=0)

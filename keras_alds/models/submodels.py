@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,6 +62,20 @@ def _at(model: Any, path: str) -> Any:
 def _child(layer: Any, name: str) -> Any:
     children = _backend.backend_of(layer).children(layer)
     return next((child for child in children if child.name == name), None)
+
+
+def twins(model: Any) -> tuple[str, str] | None:
+    """The names of two trained models in a model whose weights have the same shapes, if any.
+
+    A momentum encoder, for example. Twins that share weights are one model here.
+    """
+    parts = {name: getattr(model, name) for name in _backend.backend_of(model).parts(model)}
+    for (first, a), (second, b) in itertools.combinations(parts.items(), 2):
+        shapes = [[tuple(w.shape) for w in part.weights] for part in (a, b)]
+        shared = {id(w) for w in a.weights} & {id(w) for w in b.weights}
+        if shapes[0] == shapes[1] and any(len(shape) > 1 for shape in shapes[0]) and not shared:
+            return first, second
+    return None
 
 
 def frozen_part(model: Any, records: Sequence[LayerRecord]) -> str | None:

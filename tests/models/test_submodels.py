@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from keras_alds.models.inventory import Inventory
-from keras_alds.models.submodels import find_submodel, frozen_part
+from keras_alds.models.submodels import find_submodel, frozen_part, twins
 
 
 def net(K, name):
@@ -67,3 +67,21 @@ class TestFrozen:
         assert frozen_part(model, others) is None
         model.trainable = False
         assert frozen_part(model, records) is None  # nothing is trained
+
+
+@pytest.mark.parametrize("widths", [(64, 8), (64, 9)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_twins_have_weights_of_the_same_shapes(keras_module, widths, shared):
+    K = keras_module
+
+    class Pair(K.Model):
+        def __init__(self):
+            super().__init__()
+            self.online = net(8)
+            self.target = self.online if shared else net(widths[1])
+
+    def net(width):
+        return K.Sequential([K.Input((32,)), K.layers.Dense(64), K.layers.Dense(width)])
+
+    expected = ("online", "target") if widths[1] == 8 and not shared else None
+    assert twins(Pair()) == expected
