@@ -371,9 +371,29 @@ class KernelKind(Kind):
                 f"two factors cannot keep its {setting} {type(constraint).__name__}; set "
                 f"`layer.{setting} = None` to factorize it",
             )
+        if (error := self._error_on_factors(layer)) is not None:
+            setting = self.setting_name(layer, "regularizer")
+            return Skipped(
+                Skip.SETTINGS, f"its {setting} does not take arrays of other shapes ({error})"
+            )
         if not self.can_shrink(layer, set(self.schemes(layer).values())):
             detail = f"no factorization of its kernel {unfolded_shape(layer)} is smaller"
             return Skipped(Skip.TOO_SMALL, detail)
+        return None
+
+    def _error_on_factors(self, layer: Any) -> str | None:
+        """The error of a user's regularizer on arrays in the shapes of factors, if there is one."""
+        regularizer, shape = self.setting(layer, "regularizer"), self.shape(layer)
+        home = type(regularizer).__module__.partition(".")[0]
+        if regularizer is None or home in _backend.KERASES:
+            return None
+        rank = next(j for j in (2, 3, 5) if j not in shape)
+        ones = (1,) * (len(shape) - 2)
+        try:
+            for size in ((*shape[:-1], rank), (*ones, rank, shape[-1])):
+                regularizer(tensors.tensor(np.zeros(size, np.float32)))
+        except Exception as error:  # the user's code
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return None
 
     # -- The factorized layer ----------------------------------------------------------------

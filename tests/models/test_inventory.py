@@ -10,6 +10,16 @@ import tensorflow as tf
 from keras_alds import ALDSCompress, select
 
 
+def near(K, start):
+    """A regularizer that keeps a kernel near its start, as in transfer learning (L2-SP)."""
+
+    class Near(K.regularizers.Regularizer):
+        def __call__(self, x):
+            return 1e-3 * tf.reduce_sum(tf.square(x - tf.constant(start, tf.float32)))
+
+    return Near()
+
+
 class TestLeftAlone:
     def reasons(self, model, **options):
         return {choice.layer: choice.reason for choice in select(model, 0.05, **options).choices}
@@ -22,7 +32,8 @@ class TestLeftAlone:
         x = L.UpSampling2D(name="up")(x)
         x = L.Conv2DTranspose(8, 3, name="transposed", kernel_constraint="non_neg")(x)
         x = L.Conv2D(8, 3, kernel_constraint=K.constraints.NonNeg(), name="constrained")(x)
-        x = L.Conv2D(16, 3, name="conv")(x)
+        x = L.Conv2D(8, 3, kernel_regularizer=near(K, np.ones((3, 3, 8, 8))), name="near")(x)
+        x = L.Conv2D(16, 3, kernel_regularizer=near(K, 0.5), name="conv")(x)
         x = L.Conv2D(1, 1, name="tiny")(x)
         model = K.Model(inputs, x)
         reasons = self.reasons(model)
@@ -31,6 +42,7 @@ class TestLeftAlone:
         assert reasons["bn"] == "BatchNormalization has no kernel to factorize"
         assert "kernel_constraint NonNeg" in reasons["transposed"]
         assert "kernel_constraint NonNeg" in reasons["constrained"]
+        assert "kernel_regularizer does not take arrays of other shapes" in reasons["near"]
         assert reasons["tiny"].startswith("no factorization of its kernel")
 
     @pytest.mark.both
