@@ -14,10 +14,9 @@ import numpy as np
 from keras_alds import _backend
 from keras_alds._backend import tensors, wrappers
 from keras_alds._backend.layers import KerasModel
-from keras_alds._backend.loops import passing
+from keras_alds._backend.loops import Traced, passing
 from keras_alds._backend.refining import (
     Refiner,
-    Traced,
     as_is,
     centred_logarithms,
     log_odds,
@@ -166,7 +165,7 @@ def refine(
             f"Received: {type(small).__module__}.{type(small).__name__} and "
             f"{type(original).__module__}.{type(original).__name__}"
         )
-    with alone(small), alone(original):
+    with alone(small, original):
         source = Examples(small, data, DEFAULT_EXAMPLES, "data")
         return refined(small, original, source, int(steps), verbose=verbose)
 

@@ -76,6 +76,45 @@ def _has_values(leaf: Any) -> bool:
     return tf.is_tensor(leaf) or isinstance(leaf, np.ndarray)
 
 
+class Traced:
+    """A function of a nested structure of tensors, run as a graph.
+
+    It is traced where `tf.function`s run eagerly, too.
+
+    Args:
+        function: The function.
+        or_as_code: Whether to run it as it is if it cannot be traced. Defaults to False.
+    """
+
+    def __init__(self, function: Callable[[Any], Any], *, or_as_code: bool = False) -> None:
+        self._function = function
+        self._or_as_code = or_as_code
+        self._graphs: dict[str, Any] = {}
+
+    def __call__(self, inputs: Any) -> Any:
+        flat = tf.nest.flatten(inputs, expand_composites=True)
+        try:
+            graph = self._graph_of(inputs, flat)
+        except Exception:
+            if not self._or_as_code:
+                raise
+            return self._function(inputs)  # where any other error comes again
+        return graph(*flat)
+
+    def _graph_of(self, inputs: Any, flat: list[Any]) -> Any:
+        kinds = [(str(leaf.dtype), len(leaf.shape)) for leaf in flat]
+        key = repr((tf.nest.map_structure(lambda leaf: ..., inputs), kinds))
+        if key not in self._graphs:
+
+            def traced(*leaves: Any) -> Any:
+                return self._function(
+                    tf.nest.pack_sequence_as(inputs, leaves, expand_composites=True)
+                )
+
+            self._graphs[key] = tf.function(traced, autograph=False, reduce_retracing=True)
+        return self._graphs[key].get_concrete_function(*flat)
+
+
 def compiled_loops(model: Any) -> dict[Any, Replacement]:
     """Replacements that run the recurrent layers of a model as graphs."""
     recurrent = _backend.backend_of(model).keras.layers.RNN
@@ -118,7 +157,8 @@ def unchanged(model: Any) -> Iterator[None]:
 
     Some layers change it in inference, too.
     """
-    kept = [v for v in model.non_trainable_variables if len(v.shape) <= 1]
+    variables = model.non_trainable_variables
+    kept = [v for v in variables if len(getattr(v, "shape", (0, 0))) <= 1]
     before = [tf.identity(tf.convert_to_tensor(variable)) for variable in kept]
     try:
         yield

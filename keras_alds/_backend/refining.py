@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras_alds import _backend
 from keras_alds._backend.calls import Replacement, replaced_calls, watched
 from keras_alds._backend.functions import layers_of
+from keras_alds._backend.loops import Traced
 from keras_alds._backend.tensors import comparable
 
 # Adam's, as published. Its epsilon is Keras's.
@@ -42,31 +43,6 @@ def log_odds(output: Any) -> Any:
         sign * tf.math.log(tf.maximum(part, _LEAST_PROBABILITY))
         for sign, part in ((1, output), (-1, 1 - output))
     )
-
-
-class Traced:
-    """A function of a nested structure of tensors, run as a graph.
-
-    It is traced where `tf.function`s run eagerly, too.
-    """
-
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self._function = function
-        self._graphs: dict[str, Any] = {}
-
-    def __call__(self, inputs: Any) -> Any:
-        flat = tf.nest.flatten(inputs, expand_composites=True)
-        kinds = [(str(leaf.dtype), len(leaf.shape)) for leaf in flat]
-        key = repr((tf.nest.map_structure(lambda leaf: ..., inputs), kinds))
-        if key not in self._graphs:
-
-            def traced(*leaves: Any) -> Any:
-                return self._function(
-                    tf.nest.pack_sequence_as(inputs, leaves, expand_composites=True)
-                )
-
-            self._graphs[key] = tf.function(traced, autograph=False, reduce_retracing=True)
-        return self._graphs[key].get_concrete_function(*flat)(*flat)
 
 
 def outputs_of(model: Any, inputs: Any) -> list[Any]:

@@ -8,17 +8,23 @@ its kernel, on held-out examples, and the divergence of the outputs is measured 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from keras_alds._backend import tensors as nest
-from keras_alds._backend.loops import passing
+from keras_alds._backend.calls import replacements_of
+from keras_alds._backend.functions import layers_of
+from keras_alds._backend.graphs import mask_of, set_mask
+from keras_alds._backend.loops import Traced, passing
 from keras_alds.core.slicing import Array
 from keras_alds.kinds.base import known_kind
 from keras_alds.models.outputs import Reference
 from keras_alds.models.program import Program
+
+# How many graphs are made of a model, each from another step to its end.
+_MOST_TAILS, _FEWEST_IN_A_TAIL = 4, 8
 
 #: New kernels by layer, in the shapes of the layers' own.
 Kernels = Mapping[Any, Array]
@@ -27,11 +33,13 @@ Kernels = Mapping[Any, Array]
 class Prober:
     """Runs a model on a few examples again and again, each time with some kernels replaced.
 
+    It runs as a graph, from the last of a few steps that is not after a replaced kernel.
+
     Args:
         model: A built model.
         layers: The layers whose kernels may be replaced.
         batches: Batches of inputs.
-        keep: Whether to compute only once what no replaced kernel changes. This takes memory.
+        keep: Whether to keep what is computed before some of the steps. This takes memory.
             Defaults to True.
 
     Attributes:
@@ -41,24 +49,27 @@ class Prober:
     def __init__(
         self, model: Any, layers: Iterable[Any], batches: Sequence[Any], *, keep: bool = True
     ) -> None:
-        self._model = model
-        layers = list(layers)
+        self._model, layers = model, list(layers)
         self._program = Program.of(model, layers, batches[0])
         self._steps = self._program.steps
-        #: The steps to run for each replaced kernel.
-        every = frozenset(range(len(self._steps)))
-        self._after = {layer: self._dependent(layer) if keep else every for layer in layers}
-        needed = {tensor for after in self._after.values() for tensor in self._from_outside(after)}
-        outputs: list[list[list[Array]]] = []
+        numbers = reversed(range(len(self._steps)))
+        first = {layer: number for number in numbers for layer in self._steps[number].inside}
+        self._first = {layer: first.get(layer) for layer in layers}
+        starts = sorted(set(first.values())) if keep else []
+        count = min(_MOST_TAILS, len(starts) // _FEWEST_IN_A_TAIL)
+        cuts = sorted({0, *(starts[len(starts) * n // count] for n in range(1, count))})
+        self._tails = {cut: _Tail(self._program, cut, self._first) for cut in cuts}
+        needed = {tensor for tail in self._tails.values() for tensor in tail.inputs}
+        self._own: list[list[list[Array]]] = []
         self._kept: list[dict[int, Any]] = []
         with passing(model):
             for batch in batches:
                 flat = self._program.flat_inputs(batch)
                 values = dict(zip(self._program.inputs, flat, strict=True))
-                outputs.append(self._run(range(len(self._steps)), values, needed, {}))
+                found = self._tails[0].run(values, {}, needed)
+                self._own.append([_arrays(tensors) for tensors in found if tensors is not None])
                 self._kept.append({t: value for t, value in values.items() if t in needed})
-        self._own = outputs
-        self.reference = Reference(model, _joined(outputs))
+        self.reference = Reference(model, _joined(self._own))
 
     def divergence(self, kernels: Kernels) -> float:
         """The divergence of the model's outputs if it computes with other kernels."""
@@ -78,63 +89,87 @@ class Prober:
         Raises:
             KeyError: If a layer is not one of those that were named.
         """
-        steps = sorted(set().union(*(self._after[layer] for layer in kernels)))
-        if not steps:
+        numbers = [self._first[layer] for layer in kernels]
+        used = [number for number in numbers if number is not None]
+        if not used:
             return _joined(self._own)
+        tail = self._tails[max(cut for cut in self._tails if cut <= min(used))]
         found = []
         with passing(self._model):
             for kept, own in zip(self._kept, self._own, strict=True):
-                found.append(self._run(steps, dict(kept), set(), kernels, own))
+                outputs = zip(tail(kept, kernels), own, strict=True)
+                found.append([same if new is None else _arrays(new) for new, same in outputs])
         return _joined(found)
 
-    def _run(
-        self,
-        steps: Iterable[int],
-        values: dict[int, Any],
-        keep: set[int],
-        kernels: Kernels,
-        own: Sequence[list[Array]] = (),
-    ) -> list[list[Array]]:
-        """What stands for each output; `values` then has the tensors in `keep`, and those given."""
-        steps = list(steps)
-        last = {tensor: n for n in steps for tensor in self._steps[n].inputs}
-        ends = set(self._program.outputs)
-        for n in steps:
-            step = self._steps[n]
+
+class _Tail:
+    """The steps of a program from one of them on, as a function of tensors and kernels.
+
+    Args:
+        program: The program.
+        cut: The number of the first step.
+        layers: The layers whose kernels may be replaced, in their order.
+
+    Attributes:
+        inputs: The tensors that it reads and does not make.
+    """
+
+    def __init__(self, program: Program, cut: int, layers: Iterable[Any]) -> None:
+        self._program = program
+        self._steps = program.steps[cut:]
+        inside = set().union(*(step.inside for step in self._steps))
+        self._layers = [layer for layer in layers if layer in inside]
+        read = [tensor for step in self._steps for tensor in step.inputs]
+        made = {tensor for step in self._steps for tensor in step.outputs}
+        self.inputs = [tensor for tensor in dict.fromkeys(read) if tensor not in made]
+        self._last = {tensor: step for step in self._steps for tensor in step.inputs}
+        self._graph = Traced(self._from_tensors, or_as_code=True)
+
+    def __call__(self, kept: Mapping[int, Any], kernels: Kernels) -> list[list[Any] | None]:
+        """Tensors for each output of the model, or None where an output was made before."""
+        inputs = {tensor: kept[tensor] for tensor in self.inputs}
+        if any(replacements_of(layers_of(self._program.model))):  # code that sees every run
+            return self.run(inputs, kernels)
+        masks = {tensor: mask_of(x) for tensor, x in inputs.items() if mask_of(x) is not None}
+        own = [known_kind(layer).variable(layer) for layer in self._layers]
+        given = [
+            nest.cast(nest.tensor(kernels.get(layer, variable)), variable.dtype)
+            for layer, variable in zip(self._layers, own, strict=True)
+        ]
+        found: list[list[Any] | None] = self._graph((inputs, masks, given))
+        return found
+
+    def _from_tensors(self, arguments: Any) -> list[list[Any] | None]:
+        inputs, masks, kernels = arguments
+        for tensor, mask in masks.items():
+            set_mask(inputs[tensor], mask)
+        return self.run(dict(inputs), dict(zip(self._layers, kernels, strict=True)))
+
+    def run(
+        self, values: dict[int, Any], kernels: Kernels, keep: Collection[int] = ()
+    ) -> list[list[Any] | None]:
+        """The outputs; `values` then has the tensors in `keep`, and those given."""
+        ends = {*self._program.outputs, *keep}
+        for step in self._steps:
             standing = [
                 known_kind(layer).computing_with(layer, kernels[layer])
                 for layer in step.inside & kernels.keys()
             ]
             result = self._program.call(step, values.__getitem__, standing=standing)
-            if not ends:  # the only step of a model without a graph
-                return [_arrays(result)]
+            if not self._program.outputs:  # the only step of a model without a graph
+                return [nest.comparable(result)]
             values.update(zip(step.outputs, result, strict=True))
             for tensor in step.inputs:
-                if last[tensor] == n and tensor not in keep | ends:
+                if self._last[tensor] is step and tensor not in ends:
                     values.pop(tensor, None)
         return [
-            _arrays(values[tensor]) if tensor in values else own[i]
-            for i, tensor in enumerate(self._program.outputs)
+            nest.comparable(values[tensor]) if tensor in values else None
+            for tensor in self._program.outputs
         ]
 
-    def _dependent(self, layer: Any) -> frozenset[int]:
-        """The steps that run a layer, and all that use what these compute."""
-        found: set[int] = set()
-        changed: set[int] = set()
-        for n, step in enumerate(self._steps):
-            if layer in step.inside or not changed.isdisjoint(step.inputs):
-                found.add(n)
-                changed.update(step.outputs)
-        return frozenset(found)
 
-    def _from_outside(self, steps: frozenset[int]) -> set[int]:
-        """The tensors that some steps read and others make."""
-        made = {tensor for n in steps for tensor in self._steps[n].outputs}
-        return {tensor for n in steps for tensor in self._steps[n].inputs} - made
-
-
-def _arrays(output: Any) -> list[Array]:
-    return [nest.to_numpy(tensor) for tensor in nest.comparable(output)]
+def _arrays(tensors: Sequence[Any]) -> list[Array]:
+    return [nest.to_numpy(tensor) for tensor in tensors]
 
 
 def _joined(outputs: Sequence[Sequence[list[Array]]]) -> list[Array]:
