@@ -253,7 +253,7 @@ def test_maybe_update_block_mask():
 # -- live.py -------------------------------------------------------------------------------------
 
 
-def test_a_variable_keeps_that_of_tensorflow():
+def test_value():
     """`value` is a cast copy where a layer runs in mixed precision, and a copy has no handle."""
     variable = keras.Variable(1.0)
     assert isinstance(variable._value, tf.Variable)
