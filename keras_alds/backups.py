@@ -169,7 +169,7 @@ class Backup:
             missing = _missing(found, self._backend.to_back_up(self.model))
             if missing is not None:
                 raise ValueError(self._does_not_fit(missing))
-        except ValueError:
+        except BaseException:
             if not compressed:
                 for part in parts.values():
                     self._change(part, None)

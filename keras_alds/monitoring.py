@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import os
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from keras_alds import _backend, plots
 from keras_alds._backend.summaries import EventWriter
-from keras_alds.core.checks import positive_int
+from keras_alds.core.checks import is_fraction, positive_int
 from keras_alds.models.inventory import Inventory, has_weights
 from keras_alds.models.ranks import ModelRanks, measured_ranks
 from keras_alds.models.selection import candidates_of
@@ -36,7 +35,7 @@ class RankMonitor(_backend.Callback):
     `alds_energy_rank`, the means over the layers of rank divided by full rank, and
     `alds_reachable_cr`: the largest `cr` for which every layer's relative error is at most
     `error`. So `History`, `CSVLogger` and `TensorBoard` have them, if `RankMonitor` comes before
-    them in the list of callbacks. It does not tell the accuracy. Watch how it changes.
+    them in the list of callbacks. It does not predict accuracy. Watch how it changes.
 
     The callback works in `fit` of Keras 3 and tf_keras. It changes nothing in the training. With
     one slice it takes one eigenvalue decomposition per layer, a few milliseconds for a small net.
@@ -180,7 +179,7 @@ class RankMonitor(_backend.Callback):
 
 
 def _fraction(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < 1:
+    if not is_fraction(value):
         raise ValueError(
             f"Expected `{name}` of RankMonitor to be a number with 0 < {name} < 1. "
             f"Received: {name}={value!r}"

@@ -114,9 +114,9 @@ def narrow(
     and only stock layers. Compress it afterwards, refine it with `refine(small, model, x)`, or
     convert it, as any other model. For the heads of attention, there is `narrow_heads`.
 
-    Channels go one after the other, always the one whose loss the others make up for best, by least
-    squares on the examples. The kernel of the 1×1 convolution is fitted anew, and gets a bias if it
-    had none. Their numbers are chosen for the least sum of what the layers' errors do to the
+    Channels go one after the other, each time the channel that the remaining ones replace best, by
+    least squares on the examples. The kernel of the 1×1 convolution is fitted anew, and gets a bias
+    if it had none. Their numbers are chosen for the least sum of what the layers' errors do to the
     model's outputs. Channels that are the same for all examples, of which trained networks often
     have many, go first.
 
@@ -268,9 +268,8 @@ def narrow_heads(
         model: A built Functional or Sequential model of Keras 3 or tf_keras.
         cr: Float, 0 < cr < 1, or None. The fraction of all the model's parameters to remove; that
             of `narrow` counts multiply–accumulates. The error says how much is in reach. Defaults
-            to None: as much as is free, which is what leaves a relative squared error of 0.0005 in
-            the outputs on held-out examples (for scores and probabilities that of logits). This
-            needs examples.
+            to None: as much as keeps the relative squared error of the outputs on held-out examples
+            at 0.0005 or less (for scores and probabilities, that of logits). This needs examples.
         calibration_data: As for `compress`. The products are then approximated on these examples,
             and the width of each layer's heads is chosen by what it does to the model's outputs.
             Defaults to None: by the weights alone.

@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, TypedDict, TypeVar
 
-from keras_alds.core.checks import did_you_mean, positive_int
+from keras_alds.core.checks import did_you_mean, is_fraction, positive_int
 from keras_alds.core.errors import ERRORS
 from keras_alds.core.methods import Method
 from keras_alds.core.slicing import SCHEMES
@@ -159,8 +159,8 @@ class SelectOptions(TypedDict, total=False):
             calibration data and a named target, and unless the objective is `"latency"`, the plan
             shows how much error the constraints add. Defaults to None: `"litert"` with
             `objective="latency"`; no constraints with `max_slices`, an `error_measure` or a
-            published method such as `"alds"`; else `"cpu"`, with a warning where `cr` is out of
-            its reach and other forms of one slice are taken.""",
+            published method such as `"alds"`; else `"cpu"`, and a warning is issued if `cr`
+            cannot be reached for it and other forms of one slice are taken.""",
             flag={
                 "choices": [*TARGETS, *ALIASES, SIZE],
                 "help": "what the model is for (default: as for `select`)",
@@ -216,8 +216,9 @@ class SelectOptions(TypedDict, total=False):
             the height, in 2 the width, and in 3 both. Conv1D and Conv3D have schemes 0 and 3. All
             other layers, and 1×1 kernels, have scheme 0 only. The solver chooses a scheme for every
             layer, together with slices and rank. Convolutions without an allowed scheme are
-            skipped. With a target, schemes 1 to 3 have one slice. Defaults to None: all; but 0
-            with a published method such as `"alds"`, and with `"energy"` for many slices.""",
+            skipped. With a target, schemes 1 to 3 have one slice. Defaults to None: all schemes, or
+            only 0 with a published method such as `"alds"`, and with `"energy"` for many
+            slices.""",
             flag={
                 "type": fold_schemes,
                 "help": "fold schemes to choose from: all, or numbers as in 0,3 (default: "
@@ -363,7 +364,7 @@ def _limits(cr: Any, objective: Any) -> dict[str, float]:
 
     The first one is the objective.
     """
-    if objective not in RESOURCES:
+    if not isinstance(objective, str) or objective not in RESOURCES:
         raise ValueError(
             f"Expected `objective` to be one of {', '.join(map(repr, RESOURCES))}. "
             f"Received: objective={objective!r}{did_you_mean(objective, RESOURCES)}"
@@ -422,7 +423,8 @@ def _target(values: Mapping[str, Any], method: Method) -> tuple[str | None, bool
         return (target.name if target else None), False
     if measured_for is not None:
         return measured_for, False
-    if method.published or {values["max_slices"], values["error_measure"]} != {None}:
+    limited = values["max_slices"] is not None or values["error_measure"] is not None
+    if method.published or limited:
         return None, False
     return CPU, True
 
@@ -470,7 +472,7 @@ def check_quantize(quantize: Any) -> None:
 
 def check_cr(cr: Any) -> None:
     """Raises a ValueError unless `cr` is a number strictly between 0 and 1."""
-    if isinstance(cr, bool) or not isinstance(cr, numbers.Real) or not 0 < float(cr) < 1:
+    if not is_fraction(cr):
         raise ValueError(
             "Expected `cr`, the fraction to remove, to be a number with 0 < cr < 1. "
             f"Received: cr={cr!r} of type {type(cr).__name__}"

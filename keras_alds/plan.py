@@ -157,12 +157,12 @@ class CompressionPlan(Tabular):
             probability, from 0 to 1, that is given to other classes. For other outputs, it is the
             squared error relative to their variance. The factors are fitted without the held-out
             examples. None if that was not measured.
-        trials: The same of each plan that was tried. The names say how errors are weighed: by what
-            they do to the `"outputs"`, by a power of that, or `"equal"`; whether the layers are
-            fitted one after the other, `", sequential"`; and whether the moving statistics are
-            corrected, `", normalized"`. `"no data"` uses data for nothing else. The nearest plan is
-            taken. If two are nearly as near, it is that with equal weights, the sequential
-            one, and the one with corrected statistics. None without examples.
+        trials: The `distance` of each plan that was tried. The names say how errors are weighed: by
+            what they do to the `"outputs"`, by a power of that, or `"equal"`; whether the layers
+            are fitted one after the other, `", sequential"`; and whether the moving statistics are
+            corrected, `", normalized"`. For `"no data"`, the data only measured the distance. The
+            plan with the least distance is taken; in a near tie, the one with equal weights, then
+            the sequential one, then the one with corrected statistics. None without examples.
         memory: The peak of the activation memory for one example, as `Cost(before, after)`: how
             many entries of feature maps are live at once. In int8 it is as many bytes, in float32
             four times as many. None for a subclassed model, or if a size is unknown. If memory is
@@ -291,7 +291,7 @@ class CompressionPlan(Tabular):
             fields["costs"] = _costs(fields["costs"])
             fields["memory"] = Cost(*fields["memory"]) if fields.get("memory") else None
             plan = cls(**fields)
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
                 "Expected a compression plan with the fields of `CompressionPlan` and "
                 f"`LayerChoice`. Received: other fields ({error})"
@@ -360,7 +360,7 @@ class CompressionPlan(Tabular):
 
 
 # The columns of `to_rows` before and after the costs.
-_FIRST = ("layer", "kind", "kernel_shape", "slices", "rank", "scheme")
+_FIRST = ("layer", "kind", "kernel_shape", "slices", "rank", "input_rank", "scheme")
 _LAST = ("error", "divergence", "reason_code", "reason", "note")
 
 

@@ -31,8 +31,8 @@ class Cost(NamedTuple):
 
 
 def removed_fraction(before: int, after: int) -> float:
-    """The fraction `cr` that was removed, 1 - after / before."""
-    return 1 - after / before
+    """The fraction `cr` that was removed, 1 - after / before; 0 of nothing."""
+    return 1 - after / before if before else 0.0
 
 
 def rounded_down(fraction: float) -> str:
@@ -53,6 +53,8 @@ def rounded_up(fraction: float) -> str:
 
 def allowed_after(before: int, cr: float) -> int:
     """The largest count with which `removed_fraction` is still at least `cr`."""
+    if not before:
+        return -1 if cr else 0  # nothing can be removed of nothing
     after = int((1 - cr) * before)
     while removed_fraction(before, after) < cr:
         after -= 1

@@ -100,18 +100,18 @@ class Rewinding:
             steps: The number of batches in an epoch, if known.
         """
         for optimizer, now in self._records[epoch].clocks.items():
-            start = self._records.get(epoch - self._epochs)
+            start, first = self._records.get(epoch - self._epochs), min(self._records)
             if start is not None and times == 1:
                 back = now - start.clocks[optimizer]
-            elif steps is None and (first := min(self._records)) < epoch:
-                steps = (now - self._records[first].clocks[optimizer]) // (epoch - first)
-                back = self._epochs * times * steps
             elif steps is not None:
                 back = self._epochs * times * steps
+            elif first < epoch:
+                seen = (now - self._records[first].clocks[optimizer]) // (epoch - first)
+                back = self._epochs * times * seen
             else:
                 raise ValueError(
                     "Expected `steps_per_epoch` in `fit`, to rewind epochs that another run has "
-                    f"trained. Received: initial_epoch={min(self._records)}, data of unknown "
+                    f"trained. Received: initial_epoch={first}, data of unknown "
                     f"length, rewind_epochs={self._epochs}"
                 )
             set_back(self._backend, self._model, optimizer, back)

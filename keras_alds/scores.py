@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -54,11 +55,14 @@ class Scored(NamedTuple):
 def frontier(models: Iterable[Scored]) -> list[Scored]:
     """The models than which no other one is better in size and score, smallest first.
 
+    Models whose score is NaN are left out.
+
     >>> frontier([Scored(1.0, 0.9), Scored(0.5, 0.8), Scored(0.7, 0.8)])
     [Scored(size=0.5, score=0.8), Scored(size=1.0, score=0.9)]
     """
     found: list[Scored] = []
-    for model in sorted(models, key=lambda model: (model.size, -model.score)):
+    known = [model for model in models if not math.isnan(model.score)]
+    for model in sorted(known, key=lambda model: (model.size, -model.score)):
         if not found or model.score > found[-1].score:
             found.append(model)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import numbers
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from keras_alds import plots
+from keras_alds._backend import tensors
 from keras_alds._backend.layers import KerasModel
 from keras_alds.api import carried_out
 from keras_alds.choosing import (
@@ -26,6 +28,7 @@ from keras_alds.choosing import (
 )
 from keras_alds.core.checks import positive_int
 from keras_alds.models.calibration import Calibration, fingerprint
+from keras_alds.models.data import KeptExamples
 from keras_alds.models.fit import check_sequential
 from keras_alds.models.inventory import Inventory, check_is_model
 from keras_alds.models.recompose import inspected
@@ -217,11 +220,11 @@ def search(
     """Finds the smallest model whose score falls by at most `max_drop`.
 
     `model` is not changed. It is evaluated first, and then one compressed model after the other.
-    The next `cr` is interpolated from the scores so far, or is in the middle of what is open where
-    two ratios gave the same plan. Each is chosen so that bisection could still reach a precision of
-    0.01 with the evaluations that are left. The search ends when the largest `cr` within the limit
-    is known to 0.01, usually after five compressed models. Statistics of the calibration data are
-    collected once.
+    The next `cr` is interpolated from the scores so far, or is the midpoint of the remaining
+    interval if two ratios gave the same plan. Each is chosen so that bisection could still reach a
+    precision of 0.01 with the evaluations that are left. The search ends when the largest `cr`
+    within the limit is known to 0.01, usually after five compressed models. Statistics of the
+    calibration data are collected once.
 
     Scores are noisy, and need not fall steadily as more is removed. The result is always a model
     that was evaluated and met the limit. As in `select`, it has only forms that run fast on common
@@ -245,9 +248,9 @@ def search(
         refine: As for `compress`, after each compression. Defaults to False.
         resume: Path of a JSON file, or None. The scores are written to it after every evaluation.
             If it exists already, the search goes on where it was, also with another `max_drop` or
-            more `max_evaluations`; the scores in it count. `evaluate` has to be the same function.
-            With `objective="latency"`, pass `latency_table` too: latencies that are measured anew
-            differ a little. Defaults to None.
+            more `max_evaluations`; the scores in it count. `evaluate` has to be the same function,
+            and the calibration data the same examples. With `objective="latency"`, pass
+            `latency_table` too: latencies that are measured anew differ a little. Defaults to None.
         verbose: 0 for silence, else shows a progress bar on a terminal. Defaults to 1.
         {options}
 
@@ -411,11 +414,11 @@ def _asked(
 
 def _alike(first: CompressionPlan, second: CompressionPlan) -> bool:
     """Whether two plans make the same model."""
-    return (first.choices, first.method, first.sequential) == (
-        second.choices,
-        second.method,
-        second.sequential,
-    )
+
+    def parts(plan: CompressionPlan) -> tuple[Any, ...]:
+        return plan.choices, plan.method, plan.sequential, plan.normalized
+
+    return parts(first) == parts(second)
 
 
 def _best(points: Sequence[SearchPoint], limit: float) -> SearchPoint | None:
@@ -480,13 +483,9 @@ class _Maker:
             for field in dataclasses.fields(self.options)
             if field.name != "limits"
         }
-        examples = None
-        if self.calibration is not None:
-            stats, kept = self.calibration.stats, self.calibration.examples
-            examples = stats.examples if stats else kept and kept.total
         return {
             "weights": fingerprint(self.inventory.model),
-            "calibration_data": f"{examples} examples",
+            "calibration_data": _described(self.calibration),
             "sequential": repr(self.sequential),
             "refine": repr(self.steps),
             **given,
@@ -523,6 +522,34 @@ class _Maker:
                 self.inventory, plan, data, self.sequential, verbose=0, stacklevel=2
             )
         return self.made(chosen)
+
+
+def _described(calibration: Calibration | None) -> str:
+    """What calibration data are known by; the order of examples does not matter."""
+    if calibration is None:
+        return "None"
+    kept, stats = calibration.examples, calibration.stats
+    if kept is not None:
+        return f"{kept.total} examples {_digest(kept)}"
+    assert stats is not None
+    known = (m.ridge / m.relative_ridge for m in stats.moments.values() if m is not None)
+    # Sums that are collected again may differ in their last digits.
+    return f"{stats.examples} examples, mean eigenvalue {next(known, 0.0):.4g}"
+
+
+def _digest(examples: KeptExamples) -> str:
+    """A hash of all examples."""
+    found = []
+    for batch, count in examples:
+        arrays = [tensors.to_numpy(tensors.dense(x)) for x in tensors.flatten(batch)]
+        for row in range(count):
+            digest = hashlib.sha256()
+            for array in arrays:
+                part = array[row : row + 1] if len(array) == count else array
+                text = part.dtype.kind == "O"
+                digest.update(repr(part.tolist()).encode() if text else part.tobytes())
+            found.append(digest.digest())
+    return hashlib.sha256(b"".join(sorted(found))).hexdigest()
 
 
 # -- The file --------------------------------------------------------------------------------------

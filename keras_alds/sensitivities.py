@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from keras_alds import plots
 from keras_alds._backend.layers import KerasModel
 from keras_alds.choosing import calibrated, checked_options, selection_of
-from keras_alds.core.checks import did_you_mean
+from keras_alds.core.checks import did_you_mean, is_fraction
 from keras_alds.core.choices import ChoiceTable
 from keras_alds.models.inventory import LayerRecord, check_is_model
 from keras_alds.models.recompose import inspected, recomposed, to_recompose
@@ -164,7 +163,7 @@ def sensitivity(
     verbose: int = 1,
     **options: Unpack[SelectOptions],
 ) -> Sensitivity:
-    """Tells what cutting each layer alone does to the outputs of a model.
+    """Estimates how much compressing each layer alone changes the outputs of a model.
 
     For each layer, the choice is taken that removes at least `fraction` of it with the least error
     of its outputs. What this error does to the model's outputs is read from a curve: they were
@@ -201,7 +200,11 @@ def sensitivity(
         3.2: the sensitivity of single layers.
     """
     check_names(options, "sensitivity", leave_out=("method", "error_measure"))
-    _check_fraction(fraction)
+    if not is_fraction(fraction):
+        raise ValueError(
+            "Expected `fraction`, the part of each layer to remove, to be a number with "
+            f"0 < fraction < 1. Received: fraction={fraction!r}"
+        )
     if calibration_data is None:
         raise ValueError(
             "Expected `calibration_data`, to measure what layers do to the outputs. Received: None"
@@ -243,18 +246,6 @@ def _row(
         error=choice.error,
         divergence=float(record.curve(np.array(choice.error))) if record.curve else None,
     )
-
-
-def _check_fraction(fraction: Any) -> None:
-    if (
-        isinstance(fraction, bool)
-        or not isinstance(fraction, numbers.Real)
-        or not 0 < float(fraction) < 1
-    ):
-        raise ValueError(
-            "Expected `fraction`, the part of each layer to remove, to be a number with "
-            f"0 < fraction < 1. Received: fraction={fraction!r}"
-        )
 
 
 def _text(figure: float | None, form: str = "") -> str:

@@ -300,5 +300,5 @@ def _target_lines(plan: CompressionPlan) -> list[str]:
     ratio = f" ({own / free:.2f} times)" if free > 0 else ""
     return [
         f"{line}; sum of the relative errors of the layers' outputs: {own:.4f}, and {free:.4f} "
-        f"without its constraints{ratio}. Measure the model's accuracy with `evaluate`"
+        f"without its constraints{ratio}. This is no accuracy; call `model.evaluate`"
     ]

@@ -26,7 +26,6 @@ class Target:
 
     Attributes:
         name: Its name in `TARGETS`.
-        runtime: The software that runs the model.
         rank_multiple: Ranks are multiples of this.
         narrow: Layers with fewer channels or fewer filters than this are narrow.
         narrow_rank_multiple: Ranks of narrow layers are multiples of this.
@@ -36,7 +35,6 @@ class Target:
         multipliers: Depth multipliers j allowed for k = c, the depthwise form of a 2D convolution:
             pairs (smallest number of channels, largest j), ascending. These ranks need not be
             multiples of `rank_multiple`, since the vector lanes run along the channels.
-        why: One sentence that says where the constraints come from.
         least_width: Layers with fewer channels or fewer filters than this stay whole.
         least_width_split: The same where encoder and decoder share the window: in the fold schemes
             1 and 2.
@@ -44,14 +42,12 @@ class Target:
     """
 
     name: str
-    runtime: str
     rank_multiple: int
     narrow: int
     narrow_rank_multiple: int
     slice_channels: int | None
     slice_channel_multiple: int
     multipliers: tuple[tuple[int, int], ...]
-    why: str
     least_width: int = 0
     least_width_split: int = 0
     most_work: float = math.inf
@@ -120,57 +116,55 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
     {
         target.name: target
         for target in (
+            # CPUs without int8 matrix units, with LiteRT or Keras. Measured: these forms were not
+            # slower than the dense layer, except in int8 on a processor with such units.
             Target(
                 "cpu",
-                runtime="CPUs without int8 matrix units, with LiteRT or Keras",
                 rank_multiple=8,
                 narrow=64,
                 narrow_rank_multiple=4,
                 slice_channels=64,
                 slice_channel_multiple=1,
                 multipliers=((32, 1),),
-                why="measured: these forms were not slower than the dense layer, except in int8 "
-                "on a processor with int8 matrix units",
                 least_width=32,
                 least_width_split=16,
                 most_work=0.75,
             ),
+            # LiteRT on a CPU with XNNPACK, the delegate that it takes by itself. Measured: slices
+            # of fewer than 16 channels, and depth multipliers above 1, take up to 11 times the
+            # dense layer's time in int8.
             Target(
                 "litert",
-                runtime="LiteRT on a CPU with XNNPACK, the delegate that it takes by itself",
                 rank_multiple=8,
                 narrow=64,
                 narrow_rank_multiple=4,
                 slice_channels=16,
                 slice_channel_multiple=1,
                 multipliers=((32, 1),),
-                why="measured: slices of fewer than 16 channels, and depth multipliers above 1, "
-                "take up to 11 times the dense layer's time in int8",
             ),
+            # LiteRT's built-in kernels without delegate, and LiteRT for Microcontrollers. Measured:
+            # grouped convolutions have reference kernels only, 3.5 to 24 times as slow as the dense
+            # layer in int8; depthwise ones are optimized.
             Target(
                 "litert-reference",
-                runtime="LiteRT's built-in kernels without delegate, and LiteRT for "
-                "Microcontrollers",
                 rank_multiple=8,
                 narrow=64,
                 narrow_rank_multiple=4,
                 slice_channels=None,
                 slice_channel_multiple=1,
                 multipliers=((32, 1), (128, 2)),
-                why="measured: grouped convolutions have reference kernels only, 3.5 to 24 times "
-                "as slow as the dense layer in int8; depthwise ones are optimized",
             ),
+            # LiteRT's GPU delegate, which leaves what it cannot run to XNNPACK. Its source code
+            # says: groups run as they are if channels and ranks of a slice are multiples of 4,
+            # depthwise convolutions with multiplier 1. Not measured here.
             Target(
                 "gpu-delegate",
-                runtime="LiteRT's GPU delegate, which leaves what it cannot run to XNNPACK",
                 rank_multiple=8,
                 narrow=64,
                 narrow_rank_multiple=4,
                 slice_channels=16,
                 slice_channel_multiple=4,
                 multipliers=((32, 1),),
-                why="its source code: groups run as they are if channels and ranks of a slice are "
-                "multiples of 4, depthwise convolutions with multiplier 1; not measured here",
             ),
         )
     }

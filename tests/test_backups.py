@@ -10,7 +10,7 @@ import pytest
 import zoo
 from fitting import EAGER, compiled, fit
 
-from keras_alds import ALDSCompress, CompressionPlan, apply_plan, select
+from keras_alds import ALDSCompress, CompressionPlan, apply_plan, backups, select
 
 
 class KilledError(Exception):
@@ -160,6 +160,28 @@ class TestBackups:
         weights = model.get_weights()
         with pytest.raises(ValueError, match="Expected a plan made for the model"):
             run(K, tmp_path / "b", model=model)
+        for a, b in zip(weights, model.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    def test_an_interruption_leaves_the_model_dense(
+        self, keras_module, interrupted, tmp_path, monkeypatch
+    ):
+        K, calls = keras_module, []
+        shutil.copytree(interrupted(K)[0], tmp_path / "b")
+        model = compiled(K, **EAGER)
+        weights = model.get_weights()
+
+        def stopped(found, wanted):
+            calls.append(wanted)
+            if len(calls) == 3:  # the plan is applied
+                raise KeyboardInterrupt
+            return missing(found, wanted)
+
+        missing = backups._missing
+        monkeypatch.setattr(backups, "_missing", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(K, tmp_path / "b", model=model)
+        assert calls[2] != calls[1]
         for a, b in zip(weights, model.get_weights(), strict=True):
             np.testing.assert_array_equal(a, b)
 

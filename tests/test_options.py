@@ -66,6 +66,13 @@ def test_a_value_that_is_none_names_the_nearest(options, near):
         Options.checked(0.5, options, has_data=False)
 
 
+@pytest.mark.parametrize("options", [{"objective": ["params"]}, {"max_slices": [2]}])
+def test_a_list_is_no_value(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=rf"Expected `{name}` to be .* Received: {name}=\["):
+        Options.checked(0.5, options, has_data=False)
+
+
 def test_the_key_of_a_limit_names_the_nearest():
     with pytest.raises(ValueError, match=r"Did you mean 'macs'\?$"):
         Options.checked({"params": 0.5, "mac": 0.4}, {}, has_data=False)

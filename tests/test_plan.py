@@ -25,6 +25,7 @@ def test_plan_files(small, tmp_path):
         ("[]", "Expected the JSON of a keras_alds compression plan"),
         ('{"format": "keras_alds.CompressionPlan", "version": 99}', "of version 2"),
         ('{"format": "keras_alds.CompressionPlan", "version": 2}', "other fields"),
+        (json.dumps({**select(small, 0.4).to_dict(), "costs": [1]}), "other fields"),
         (json.dumps(other_scheme(select(small, 0.4))), "the fold schemes of a plan"),
     ):
         path.write_text(text)
@@ -41,6 +42,21 @@ def test_the_budget_is_the_largest_that_keeps_the_promise(before):
         after = allowed_after(before, cr)
         assert removed_fraction(before, after) >= cr
         assert removed_fraction(before, after + 1) < cr
+
+
+def test_of_nothing_nothing_can_be_removed(keras_module):
+    assert (removed_fraction(0, 0), allowed_after(0, 0.5), allowed_after(0, 0.0)) == (0, -1, 0)
+    layers = keras_module.layers
+    table = keras_module.Sequential([layers.Input((4,)), layers.Embedding(90, 24)])
+    with pytest.raises(ValueError, match="is not reachable"):
+        select(table, 0.4, objective="macs")
+
+
+def test_rows_have_both_ranks_of_tucker(small):
+    plan = select(small, 0.3, method="tucker")
+    found = [row["input_rank"] for row in plan.to_rows()]
+    assert found == [choice.input_rank for choice in plan.choices]
+    assert any(found)
 
 
 def test_errors_print_shortly_what_they_got(small):

@@ -45,6 +45,12 @@ def test_swapped_models_are_told_from_others(small):
         keras_alds.report(compressed, keras_alds.expand(compressed))
 
 
+def test_models_without_weights(keras_module):
+    model = keras_module.Sequential([keras_module.Input((4,)), keras_module.layers.ReLU()])
+    rows = keras_alds.report(model, model).rows
+    assert rows["parameters"] == rows["cr (parameters removed)"] == (0, 0)
+
+
 def test_a_comparison_prints_shortly(small):
     found = keras_alds.report(small, compress(small, 0.4), {"accuracy": (0.9, 0.8)})
     assert len(repr(found)) < 250

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 from fitting import EAGER, Spy, compiled, fit, value
 
-from keras_alds import ALDSCompress
+from keras_alds import ALDSCompress, rewinding
 from keras_alds._backend import backend_of
 from keras_alds._backend.clocks import set_back
 
@@ -116,6 +116,22 @@ def test_corrected_averages_stay(keras_module):
         assert changed[0] in before
         optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
         assert all(np.isfinite(weight).all() for weight in model.get_weights())
+
+
+def test_optimizers_have_steps_of_their_own(monkeypatch):
+    back = {}
+    monkeypatch.setattr(
+        rewinding, "set_back", lambda _, __, optimizer, by: back.update({optimizer: by})
+    )
+    monkeypatch.setattr(rewinding, "clock", lambda _: 0)
+    records = {
+        0: rewinding._Record({}, {"a": 0, "b": 0}),
+        2: rewinding._Record({}, {"a": 8, "b": 4}),
+    }
+    late = object.__new__(rewinding.Rewinding)
+    vars(late).update(_backend=None, _model=None, _epochs=1, _records=records, _restored={2})
+    late.rewind(2, times=2, steps=None)
+    assert back == {"a": 8, "b": 4}
 
 
 class TestToldBeforeTraining:

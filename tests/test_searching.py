@@ -14,7 +14,7 @@ import zoo
 import keras_alds
 from keras_alds import CalibrationStats, SearchPoint, SearchResult
 from keras_alds.resources import Cost
-from keras_alds.searching import TOLERANCE, Tried, next_cr
+from keras_alds.searching import TOLERANCE, Tried, _alike, next_cr
 
 X = np.random.default_rng(0).standard_normal((64, 16)).astype("float32")
 
@@ -203,6 +203,13 @@ def test_equal_plans_are_evaluated_once(net):
 
 
 @pytest.mark.parametrize("keras_module", [keras], ids=["keras"])
+def test_plans_that_correct_moving_statistics_are_others(net):
+    plan = keras_alds.select(net, 0.3, method="energy")
+    assert _alike(plan, dataclasses.replace(plan, distance=0.1))
+    assert not _alike(plan, dataclasses.replace(plan, normalized=True))
+
+
+@pytest.mark.parametrize("keras_module", [keras], ids=["keras"])
 def test_what_matches_no_layer_is_said_once(net):
     with pytest.warns(UserWarning, match="matches no layer") as found:
         keras_alds.search(
@@ -243,6 +250,10 @@ OPTIONS = {
 }
 
 
+def stats_of(model, x):
+    return CalibrationStats.collect(model, x, verbose=0)
+
+
 class TestResume:
     @pytest.fixture
     def keras_module(self):
@@ -265,6 +276,10 @@ class TestResume:
         again = keras_alds.search(net, first, resume=path, **OPTIONS)
         assert first.calls == 1 + len(whole.points) + 1
         np.testing.assert_array_equal(zoo.outputs(again.model, X), zoo.outputs(whole.model, X))
+        # In another order, the examples are the same.
+        options = {**OPTIONS, "calibration_data": X[::-1], "max_evaluations": len(whole.points)}
+        keras_alds.search(net, first, resume=path, **options)
+        assert first.calls == 1 + len(whole.points) + 1
         # With another limit, the scores in the file count.
         options = {**OPTIONS, "max_drop": 0.5, "max_evaluations": 8}
         wider = keras_alds.search(net, first, resume=path, **options)
@@ -300,6 +315,13 @@ class TestResume:
             with pytest.raises(ValueError, match=f"a search with other .*{names}"):
                 keras_alds.search(net, Closeness(), **other, **options)
             assert not collected
+        monkeypatch.undo()
+        for name, data in (("x", (X, -X)), ("stats", (stats_of(net, X), stats_of(net, 2 * X)))):
+            options |= {"resume": tmp_path / name}
+            keras_alds.search(net, Closeness(), calibration_data=data[0], **options)
+            with pytest.raises(ValueError, match="a search with other calibration_data"):
+                keras_alds.search(net, Closeness(), calibration_data=data[1], **options)
+        options |= {"resume": path}
         net.layers[1].kernel.assign(2 * net.layers[1].kernel)
         with pytest.raises(ValueError, match="a search with other weights"):
             keras_alds.search(net, Closeness(), method="energy", **options)

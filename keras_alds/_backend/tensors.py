@@ -27,7 +27,6 @@ expand_dims = tf.expand_dims
 eye = tf.eye
 flatten = tf.nest.flatten
 gather = tf.gather
-identity = tf.identity
 is_nested = tf.nest.is_nested
 is_tensor = tf.is_tensor
 map_structure = tf.nest.map_structure

@@ -135,8 +135,9 @@ def read_labelled(
         x, y = _of_file(Path(source), inputs, arguments.max_examples, part)
     if labels and y is None:
         raise ValueError(
-            f"Expected labels beside the examples. Received: {source} without. An .npz file holds "
-            f"x_{part} and y_{part}, or x and y; a folder has a folder for each class."
+            f"Expected labels beside the examples. Received: {source}, which has no labels. An "
+            f".npz file holds x_{part} and y_{part}, or x and y; a folder has a folder for each "
+            "class."
         )
     return _scaled(x, arguments.scale), y
 
@@ -232,7 +233,8 @@ def _of_folder(folder: Path, inputs: Inputs, limit: int | None) -> tuple[Any, An
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
     if not paths:
         raise ValueError(
-            f"Expected a folder of images ({', '.join(IMAGES)}). Received: {folder} without any"
+            f"Expected a folder of images ({', '.join(IMAGES)}). "
+            f"Received: {folder}, which has no images"
         )
     classes = sorted({path.relative_to(folder).parts[0] for path in paths})
     in_folders = all(len(path.relative_to(folder).parts) > 1 for path in paths)

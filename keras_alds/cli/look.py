@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +127,7 @@ def _curve(
     model: Any, options: Mapping[str, Any], stats: Any, most: float
 ) -> Iterator[dict[str, Any]]:
     """Sizes and errors of plans of several ratios. A small model has one plan for some of them."""
+    from keras_alds._backend.quiet import ignored_warnings
     from keras_alds.api import select
     from keras_alds.models.selection import UnreachableError
 
@@ -135,12 +135,11 @@ def _curve(
     for ratio in (ratio for ratio in RATIOS if ratio <= most):
         if ratio <= reached:
             continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what users are told when they compress
-            try:
+        try:
+            with ignored_warnings():  # what users are told when they compress
                 plan = select(model, ratio, calibration_data=stats, **options)
-            except UnreachableError:
-                return
+        except UnreachableError:
+            return
         reached = plan.cr
         errors = [choice.error for choice in plan.factorized]
         divergences = [choice.divergence or 0.0 for choice in plan.factorized]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import numbers
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -49,6 +50,11 @@ def int_at_least(value: Any, name: str, least: int) -> int:
             f"Expected `{name}` to be an integer >= {least}. Received: {name}={value!r}"
         )
     return number
+
+
+def is_fraction(value: Any) -> bool:
+    """Whether a value is a number strictly between 0 and 1."""
+    return isinstance(value, numbers.Real) and 0 < float(value) < 1
 
 
 def did_you_mean(name: Any, known: Iterable[Any]) -> str:

@@ -230,7 +230,7 @@ def error_curve(
 
     Args:
         spectra: Spectra of the kernel, including k.
-        name: One of `"slice"`, `"bound"`, `"spectral"`, `"energy"`.
+        name: One of `"slice"`, `"bound"`, `"spectral"`, `"energy"`, `"residual"`.
         k: Number of channel slices.
         kernel: The kernel itself, `[*spatial, c, f]`; needed by `"spectral"` only.
         max_rank: The last rank of the curve. Defaults to the full rank r of a slice. A smaller one

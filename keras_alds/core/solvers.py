@@ -129,16 +129,18 @@ def check_budgets(tables: Sequence[ChoiceTable], budgets: Sequence[int]) -> Int6
     except TypeError:
         raise ValueError(f"Expected integer budgets. Received: budgets={budgets!r}") from None
     for layer, table in enumerate(tables):
-        order = np.argsort(table.cost[:, 0], kind="stable")
-        if (
-            len(table) == 0
-            or table.cost.shape[1] != limits.size
-            or (np.diff(table.cost[order], axis=0) < 0).any()
-        ):
-            raise ValueError(
-                "Expected at least one choice, one cost for each choice and budget, and budgets "
-                f"that order a layer's choices alike. Received: a bad table for layer {layer}"
-            )
+        received = f"costs of shape {table.cost.shape} for {limits.size} budgets"
+        if len(table) and table.cost.shape[1] == limits.size:
+            costs = table.cost[np.argsort(table.cost[:, 0], kind="stable")]
+            falls = (np.diff(costs, axis=0) < 0).any(axis=1)
+            if not falls.any():
+                continue
+            at = int(falls.argmax())
+            received = f"costs of two choices {costs[at].tolist()} and {costs[at + 1].tolist()}"
+        raise ValueError(
+            "Expected at least one choice, one cost for each choice and budget, and budgets "
+            f"that order a layer's choices alike. Received: for layer {layer} {received}"
+        )
     required = sum((table.cost.min(axis=0) for table in tables), start=np.zeros_like(limits))
     for resource in np.flatnonzero(required > limits):
         raise InfeasibleBudget(int(required[resource]), int(limits[resource]), int(resource))

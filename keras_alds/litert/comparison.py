@@ -13,7 +13,7 @@ import numpy as np
 
 from keras_alds import _backend
 from keras_alds.core.checks import int_at_least, positive_int
-from keras_alds.litert.conversion import ConvertOptions, convert_quietly
+from keras_alds.litert.conversion import ConvertOptions, convert_quietly, numbered
 from keras_alds.litert.files import contents, read_file
 from keras_alds.litert.measure import Latency, time_together
 from keras_alds.litert.memory import activation_memory
@@ -160,7 +160,7 @@ def compare(
 
     The files are timed alternately, one run each, so that other load on the machine affects
     both. Metrics are computed on the files, not on the Keras models, so they include the cost of
-    quantization. It warns as `litert.convert` does, once for both files.
+    quantization. Warnings of `litert.convert` are issued once, not per file.
 
     Args:
         original: A model, or the bytes or path of a `.tflite` file.
@@ -270,7 +270,8 @@ def _metrics(metric: Any, model: Any) -> dict[str, Compute]:
         if backend is not None and backend.is_compiled(model):
             own = backend.compile_arguments(model).get("metrics")
             chosen = list(own) if isinstance(own, (list, tuple)) and own else chosen
-    return dict(_metric(item, backend) for item in chosen)
+    names, computes = zip(*(_metric(item, backend) for item in chosen), strict=True)
+    return dict(zip(numbered(names), computes, strict=True))
 
 
 def _metric(metric: Any, backend: _backend.Backend | None) -> tuple[str, Compute]:

@@ -34,8 +34,8 @@ from keras_alds.models.ranges import equalized
 from keras_alds.models.scale import check_scale
 from keras_alds.progress import progress_bar
 
-QUANTIZE = (None, "float16", "dynamic", "int8")
-#: Runtimes in which a file can be checked, and whether each uses XNNPACK.
+#: The number formats of files, and the types of their inputs and outputs.
+_FORMATS = (None, "float16", "dynamic", "int8")
 _IO_TYPES = ("float32", "int8", "uint8")
 
 
@@ -92,7 +92,7 @@ def convert(
             `"dynamic"` left in float. Defaults to 1.
 
     Returns:
-        The file's bytes. They print as their number. The file's inputs and outputs have the
+        The file's bytes. Their repr shows only the length. The file's inputs and outputs have the
         model's names and order.
 
     Raises:
@@ -144,10 +144,10 @@ class ConvertOptions:
     verbose: int = 1
 
     def __post_init__(self) -> None:
-        if self.quantize not in QUANTIZE:
+        if self.quantize not in _FORMATS:
             raise ValueError(
-                f"Expected `quantize` to be one of {', '.join(map(repr, QUANTIZE))}. "
-                f"Received: quantize={self.quantize!r}{did_you_mean(self.quantize, QUANTIZE)}"
+                f"Expected `quantize` to be one of {', '.join(map(repr, _FORMATS))}. "
+                f"Received: quantize={self.quantize!r}{did_you_mean(self.quantize, _FORMATS)}"
             )
         positive_int(self.batch_size, "batch_size")
         check_targets(self.targets)
@@ -424,11 +424,23 @@ def _names(names: Sequence[str], default: str, count: int) -> list[str]:
     """Valid, unique signature names, one for each tensor."""
     if len(names) != count:
         names = [default] if count == 1 else [f"{default}_{n}" for n in range(count)]
-    plain = [re.sub(r"\W", "_", name) for name in names]
-    return [
-        name if plain.count(name) == 1 else f"{name}_{plain[:n].count(name)}"
-        for n, name in enumerate(plain)
-    ]
+    return numbered([re.sub(r"\W", "_", name) for name in names])
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """Names, with numbers behind those that are there several times.
+
+    >>> numbered(["dense", "dense", "dense_1"])
+    ['dense_0', 'dense_2', 'dense_1']
+    """
+    used = {name for name in names if names.count(name) == 1}
+    found = []
+    for name in names:
+        if names.count(name) > 1:
+            name = next(free for n in itertools.count() if (free := f"{name}_{n}") not in used)
+            used.add(name)
+        found.append(name)
+    return found
 
 
 def _check_loops(folder: str, model: Any) -> None:

@@ -115,7 +115,7 @@ def read_latency_log(folder: str | os.PathLike[str], log: str | os.PathLike[str]
     if not index.is_file():
         raise ValueError(
             f"Expected {INDEX} in the folder, as `latency-files` writes it. "
-            f"Received: folder={os.fspath(folder)!r} without"
+            f"Received: folder={os.fspath(folder)!r}, which has no {INDEX}"
         )
     rows = read_rows(index)
     if [row.get("kind") for row in rows[:2]] != ["model", "empty"] or "file" not in rows[0]:

@@ -208,7 +208,7 @@ def measured_latency(
         table: A table of this model, or None to measure.
         settings: How to measure without a table.
         verbose: As for `measure_latency`.
-        stacklevel: As for `warnings.warn`.
+        stacklevel: The frame that the warning names; 1 is the caller of this function.
 
     Raises:
         ValueError: If the table lacks a layer, or belongs to another model.

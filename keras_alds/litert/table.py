@@ -140,7 +140,7 @@ class LatencyTable:
 
     def __repr__(self) -> str:
         return (
-            f"LatencyTable(total={self.total}, layers={{{len(self.layers)} of them}}, "
+            f"LatencyTable(total={self.total}, layers=<{len(self.layers)} layers>, "
             f"quantize={self.quantize!r}, threads={self.threads}, target={self.target!r})"
         )
 
@@ -181,7 +181,7 @@ class LatencyTable:
         """Warns if the table is too noisy to choose by.
 
         Args:
-            stacklevel: As for `warnings.warn`: 2 is the line that calls this function.
+            stacklevel: The frame that the warning names; 1 is the caller of this function.
         """
         if self.noise > MOST_NOISE:
             warnings.warn(

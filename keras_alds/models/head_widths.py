@@ -120,8 +120,9 @@ class HeadWidths:
         """
         if cr > self.most:
             raise ValueError(
-                f"cr={cr} is not reachable by narrower heads for the model '{self._name}': "
-                f"expected 0 < cr <= {rounded_down(self.most)}. Call `compress` for the rest."
+                f"Expected 0 < cr <= {rounded_down(self.most)} for the model '{self._name}': "
+                f"narrower heads cannot remove more. Received: cr={cr}. Call `compress` for the "
+                "rest."
             )
         budget = allowed_after(self._params, cr) - self._fixed
         found = []

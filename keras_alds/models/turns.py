@@ -15,12 +15,14 @@ _owners: dict[Any, int] = {}  # the layers that are worked on, and by which thre
 
 
 @contextlib.contextmanager
-def alone(model: Any) -> Iterator[None]:
-    """Waits until no other thread works on a layer of `model`, and keeps others waiting.
+def alone(*models: Any) -> Iterator[None]:
+    """Waits until no other thread works on a layer of `models`, and keeps others waiting.
 
-    Contexts nest. A thread that only runs the model does not wait.
+    Contexts nest. But if two threads take the same models one by one, in another order, each waits
+    for the other: take several models at once. A thread that only runs a model does not wait.
     """
-    layers, thread = layers_of(model), threading.get_ident()
+    layers = [layer for model in models for layer in layers_of(model)]
+    thread = threading.get_ident()
     mine: list[Any] = []
     try:
         with _changed:

@@ -33,7 +33,7 @@ def errors_of_outputs(model: Any, compressed: Any, data: Any) -> dict[str, float
     theirs = {path: original for path, (original, _) in layers.items()}
     ours = {path: layer for path, (_, layer) in layers.items()}
     distance, energy = dict.fromkeys(ours, 0.0), dict.fromkeys(ours, 0.0)
-    with alone(model), alone(compressed):
+    with alone(model, compressed):
         for batch, _ in Examples(model, data, DEFAULT_EXAMPLES, "data"):
             wanted, found = _outputs(model, theirs, batch), _outputs(compressed, ours, batch)
             for path in ours:

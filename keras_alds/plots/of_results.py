@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from keras_alds.core.checks import did_you_mean
@@ -34,9 +35,9 @@ def scores(
     """Draws scores against the size that is left, one line for each method.
 
     The size is the one that was reached, of what the objective counts: parameters,
-    multiply–accumulates or latency. Grey circles are the frontier: no model of the result is both
-    smaller, by a hundredth or more, and as good. For a search, the least allowed score and the
-    chosen model are marked.
+    multiply–accumulates or latency. Grey circles are the frontier: models for which no other is at
+    least 0.01 smaller and at least as good. For a search, the least allowed score and the chosen
+    model are marked.
 
     Args:
         result: What `sweep` or `search` returned.
@@ -64,13 +65,19 @@ def scores(
             "Expected `result` to be a Sweep or a SearchResult. "
             f"Received: result of type {type(result).__name__}"
         )
+    dense = getattr(result, "dense", None)
+    if retrained and (dense is None or dense.retrained is None):
+        raise ValueError(
+            "Expected a sweep with `retrain=`, to draw its scores after retraining. "
+            f"Received: retrained=True, and a {type(result).__name__} without"
+        )
     curves = _of_search(result) if search else _of_sweep(result, retrained)
     ax = line_axes(ax)
     # The same ratio gives sizes that differ a little between methods.
     every = {Scored(round(p.size, 2), p.score): p for points in curves.values() for p in points}
     best = [every[key] for key in frontier(every)]
     ax.plot(
-        *zip(*best, strict=True),
+        *_columns(best),
         "o",
         color=GREY,
         alpha=0.5,
@@ -83,7 +90,7 @@ def scores(
             ax.axhline(points[0].score, color=GREY, linestyle=":", label=name)
             continue
         ax.plot(
-            *(zip(*sorted(points), strict=True) if points else ([], [])),
+            *_columns(sorted(points)),
             marker=MARKERS[index % len(MARKERS)],
             markersize=5,
             linewidth=1.4,
@@ -99,13 +106,13 @@ def scores(
     return ax
 
 
+def _columns(points: Sequence[Scored]) -> tuple[list[float], list[float]]:
+    """The sizes and the scores of points."""
+    return [point.size for point in points], [point.score for point in points]
+
+
 def _of_sweep(sweep: Any, retrained: bool) -> dict[str, list[Scored]]:
     """The sizes and scores of each method, and of the dense model last."""
-    if retrained and sweep.dense.retrained is None:
-        raise ValueError(
-            "Expected a sweep with `retrain=`, to draw its scores after retraining. "
-            "Received: retrained=True, and one without"
-        )
     curves: dict[str, list[Scored]] = {method: [] for method in (*sweep.methods, "dense")}
     for row in sweep.rows:
         if row.removed is not None:

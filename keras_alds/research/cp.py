@@ -11,7 +11,6 @@ CP-Decomposition", ICLR 2015 (arXiv 1412.6553).
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import numpy as np
@@ -113,6 +112,8 @@ def _decomposed(kernel: Array, rank: int, rounds: int) -> list[Any]:
 
     A trace of ridge keeps the least squares solvable.
     """
+    from keras_alds._backend.quiet import ignored_warnings  # `_backend` imports TensorFlow
+
     norm = float(np.linalg.norm(kernel))
     if not norm:
         return [np.zeros((length, rank)) for length in kernel.shape]
@@ -120,8 +121,7 @@ def _decomposed(kernel: Array, rank: int, rounds: int) -> list[Any]:
         "tensorly.decomposition", "CP decompositions", '"keras_alds[tensors]"'
     )
     options = {"n_iter_max": rounds, "init": "svd", "random_state": 0, "tol": 1e-7, "l2_reg": 1e-9}
-    with single_threaded_blas(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of ranks above an axis's length
+    with single_threaded_blas(), ignored_warnings():  # of ranks above an axis's length
         scales, factors = decomposition.parafac(kernel.astype(np.float64) / norm, rank, **options)
     factors = [np.asarray(factor) for factor in factors]
     factors[0] = factors[0] * np.asarray(scales) * norm

@@ -196,6 +196,7 @@ def sweep(
         with a note and no figures.
 
     Raises:
+        TypeError: If an option's name is unknown.
         ValueError: If `evaluate` or `retrain` is not a function, `evaluate` returns no number, a
             method or ratio is invalid, a method lacks the calibration data it needs, or the model
             cannot be compressed at all.
@@ -230,7 +231,7 @@ def sweep(
         )
     options = of_all_forms(options)
     # Raises errors about the model or the options early.
-    select(model, min(crs), **options)
+    select(model, min(crs), verbose=verbose, **options)
     calibration = None
     if calibration_data is not None:
         inventory = Inventory.of(model)
@@ -303,10 +304,12 @@ def _row(
 ) -> SweepRow:
     start, method = time.perf_counter(), options["method"]
     try:
-        plan = select(model, cr, calibration_data=calibration, **options)
+        plan = select(model, cr, calibration_data=calibration, verbose=0, **options)
     except ValueError as error:
         return SweepRow(method, cr, None, None, None, None, None, str(error))
-    small = compress(model, plan=plan, calibration_data=calibration, sequential=sequential)
+    small = compress(
+        model, plan=plan, calibration_data=calibration, sequential=sequential, verbose=0
+    )
     seconds = time.perf_counter() - start
     score, retrained = scored(evaluate, small), None
     if retrain is not None:

@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_alds import _backend
+from keras_alds._backend.quiet import ignored_warnings
 from keras_alds.api import compress as compress_model
 from keras_alds.litert import _package
 from keras_alds.litert.comparison import accuracy
@@ -132,8 +133,7 @@ def quantize_aware_training(
     _check_fit_options(target, fit_options)
     given = model
     if compress is not None:
-        with warnings.catch_warnings():  # it is trained next
-            warnings.filterwarnings("ignore", "Expected `calibration_data` to remove more than")
+        with ignored_warnings("Expected `calibration_data` to remove more than"):  # trained next
             model = compress_model(model, **compress)
     model = expand(model)
     if _backend.backend_of(model) is not target:

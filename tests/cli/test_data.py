@@ -96,7 +96,7 @@ def test_images_of_folders(tmp_path):
     (tmp_path / "cat.png").write_text("no image")
     assert re.search(r"Expected an image.*cat\.png, which cannot be read", complaint(tmp_path))
     (tmp_path / "empty").mkdir()
-    assert "empty without any" in complaint(tmp_path / "empty")
+    assert "empty, which has no images" in complaint(tmp_path / "empty")
 
 
 def test_tensorflow_datasets(monkeypatch):

@@ -506,6 +506,17 @@ def test_compare(contents: dict[str | None, bytes], dense_and_conv: Any, data: n
     ]
 
 
+def test_a_layer_that_is_called_twice_gives_two_outputs():
+    first, second = keras.Input((4,)), keras.Input((4,))
+    shared, other = keras.layers.Dense(3, name="dense"), keras.layers.Dense(2, name="dense_1")
+    model = keras.Model([first, second], [shared(first), shared(second), other(first)])
+    x = zoo.examples(model, 8)
+    runner = Runner(litert.convert(model, verbose=0))
+    assert runner.output_names == ["dense_0", "dense_2", "dense_1"]
+    for ours, theirs in zip(runner.predict(x), model(x), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_accuracy_wants_one_output():
     model = zoo.shared(keras)
     content = litert.convert(model, verbose=0)
@@ -536,6 +547,10 @@ def test_compare_metrics(contents: dict[str | None, bytes], dense_and_conv: Any,
     for y in (binary, binary[:, None]):
         found = litert.compare(second, file, (data, y), runs=0, verbose=0)
         assert dict(found.original.metrics) == {"accuracy": wanted}
+    kinds = keras.metrics.MeanAbsoluteError, keras.metrics.MeanSquaredError
+    second.compile("sgd", "mse", metrics=[kind(name="error") for kind in kinds])
+    found = litert.compare(second, file, (data, binary[:, None]), runs=0, verbose=0)
+    assert list(found.original.metrics) == ["error_0", "error_1"]
     for y in (np.random.default_rng(2).normal(size=scores.shape), labels + 0.5, labels[:4]):
         with pytest.raises(ValueError, match="Expected targets to be class numbers"):
             of(contents[None], y, None)

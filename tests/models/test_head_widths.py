@@ -223,7 +223,7 @@ def test_layers_that_keep_their_heads():
     ):
         assert known.startswith(reason)
     assert widths(narrow)[0][1] == 8 > widths(narrow)[0][0]
-    with pytest.raises(ValueError, match=r"expected 0 < cr <= 0\.\d+") as error:
+    with pytest.raises(ValueError, match=r"Expected 0 < cr <= 0\.\d+") as error:
         narrow_heads(model, 0.9, exclude=["gated_group", "own", "block"])
     limit = float(re.search(r"<= ([\d.]+\d)", str(error.value)).group(1))
     assert narrow_heads(model, limit).cost.removed >= limit

@@ -172,7 +172,7 @@ def test_the_plan_says_what_the_target_costs_with_data(model, stats):
     plan.summary(print_fn=lines.append)
     text = "\n".join(lines)
     assert f"outputs: {plan.output_error:.4f}, and {plan.output_error_without_target:.4f}" in text
-    assert "Measure the model's accuracy with `evaluate`" in text
+    assert "This is no accuracy; call `model.evaluate`" in text
 
 
 def test_without_data_there_is_no_such_figure(model, stats):

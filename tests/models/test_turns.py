@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from keras_alds import CalibrationStats, apply_plan, compress, select
 from keras_alds.core.calibration.accumulators import MomentAccumulator
 from keras_alds.models.inventory import walk
 from keras_alds.models.observe import Observer
+from keras_alds.models.turns import alone
 
 X = np.random.default_rng(0).standard_normal((64, 8, 8, 3)).astype("float32")
 
@@ -128,6 +130,30 @@ class TestThreads:
         for pair in found:
             np.testing.assert_array_equal(pair[0], expected[0])
             np.testing.assert_allclose(pair[1], expected[1], rtol=1e-5, atol=1e-5)
+
+
+def test_several_models_are_taken_at_once(keras_module):
+    """Who waits for one of them holds none of the others."""
+    first, second = image_model(keras_module), image_model(keras_module)
+    waiting, free, done = (threading.Event() for _ in range(3))
+
+    def both():
+        waiting.set()
+        with alone(second, first):
+            done.set()
+
+    def one():
+        with alone(second):
+            free.set()
+
+    with alone(first):
+        threads = [threading.Thread(target=both), threading.Thread(target=one)]
+        threads[0].start()
+        waiting.wait(20)
+        time.sleep(0.1)
+        threads[1].start()
+        assert free.wait(20)
+    assert done.wait(20)
 
 
 def test_data_that_run_the_model_are_not_observed(keras_module):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
 
-from keras_alds import plots
+from keras_alds import SearchResult, plots
 from keras_alds.research.sweeping import Sweep, SweepRow
 
 pytest.importorskip("matplotlib")
@@ -64,6 +65,14 @@ def test_sizes_that_hardly_differ_count_as_equal_on_the_frontier():
     assert points(frontier) == [(pytest.approx(0.299), 80.0), (1.0, 90.0)]
 
 
+def test_scores_that_are_no_numbers_are_not_on_the_frontier():
+    rows = (row("dense", 0.0, 90.0), row("alds", 0.7, math.nan), row("svd", 0.5, 80.0))
+    frontier = plots.scores(Sweep(rows, "params", "net")).lines[0]
+    assert points(frontier) == [(0.5, 80.0), (1.0, 90.0)]
+    none = plots.scores(Sweep((row("dense", 0.0, math.nan),), "params", "net")).lines[0]
+    assert points(none) == []
+
+
 def test_the_file_of_a_sweep_has_a_panel_for_each_score(sweep, tmp_path):
     sweep.plot(tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
@@ -80,6 +89,9 @@ def test_what_is_refused(sweep):
     rows = (row("dense", 0.0, 90.0), row("svd", 0.5, 80.0))
     with pytest.raises(ValueError, match="Expected a sweep with `retrain=`"):
         plots.scores(Sweep(rows, "params", "net"), retrained=True)
+    search = SearchResult("net", "params", 0.1, 0.9, (), None)
+    with pytest.raises(ValueError, match="retrained=True, and a SearchResult without"):
+        plots.scores(search, retrained=True)
     with pytest.raises(ValueError, match="Did you mean 'stable_rank'"):
         plots.rank_history(SimpleNamespace(history=[]), "stable_ranks")
     assert plots.rank_history(SimpleNamespace(history=[])).lines[:] == []

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -66,6 +70,28 @@ def test_the_outputs_are_fitted_to_data():
     np.testing.assert_allclose(
         seen @ decoder, seen @ np.linalg.lstsq(seen, y, rcond=None)[0], atol=1e-6
     )
+
+
+def test_warnings_are_not_ignored_for_good(monkeypatch):
+    """Two threads leave in the order in which they came."""
+    inside, first_left = {1: threading.Event(), 2: threading.Event()}, threading.Event()
+
+    def parafac(kernel, rank, **_):
+        inside[rank].set()
+        (inside[2] if rank == 1 else first_left).wait(20)
+        return np.ones(rank), [np.ones((length, rank)) for length in kernel.shape]
+
+    monkeypatch.setattr(extras, "imported", lambda *_: SimpleNamespace(parafac=parafac))
+    with warnings.catch_warnings():
+        before = list(warnings.filters)
+        threads = [threading.Thread(target=cp, args=(made(1), None, 1, rank)) for rank in (1, 2)]
+        for rank, thread in enumerate(threads, 1):
+            thread.start()
+            inside[rank].wait(20)
+        threads[0].join()
+        first_left.set()
+        threads[1].join()
+        assert warnings.filters == before
 
 
 def test_tensorly_is_missed(monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import zoo
 
 import keras_alds
+from keras_alds import progress
 from keras_alds.cli import main
 from keras_alds.research.retraining import retrainer
 
@@ -135,6 +136,26 @@ def test_learning_rates_are_rewound(model, keras_module, monkeypatch):
     x, y = zoo.images(16)
     retrainer(x, y, learning_rates=[0.1, 0.01, 0.001], epochs=6, augment=True)(model)
     assert seen == [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+
+
+@pytest.mark.parametrize("verbose", [0, 1])
+def test_at_most_one_progress_bar(model, monkeypatch, verbose):
+    live = []
+
+    class Spy(progress.Progress):
+        def __enter__(self):
+            live.append(not self.disable)
+            assert sum(live) <= verbose
+            return super().__enter__()
+
+        def __exit__(self, *error):
+            live.pop()
+            super().__exit__(*error)
+
+    monkeypatch.setattr(progress, "Progress", Spy)
+    x, _ = zoo.images(32)
+    options = {"methods": ["activation", "svd"], "crs": 0.3, "calibration_data": x}
+    keras_alds.sweep(model, lambda _: 0.0, sequential=True, verbose=verbose, **options)
 
 
 def test_bad_arguments(model):
