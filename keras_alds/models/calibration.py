@@ -392,7 +392,14 @@ class CalibrationStats:
                     raise ValueError(f"format {meta['format']!r}")
                 if meta["version"] == STATS_VERSION:
                     return cls._read(meta, file)
-        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            EOFError,
+            zipfile.BadZipFile,
+        ) as error:
             raise ValueError(f"{where}Received: a file without them ({error})") from error
         raise ValueError(
             f"Expected calibration statistics of version {STATS_VERSION}. "

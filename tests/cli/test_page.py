@@ -30,7 +30,7 @@ def test_commands_run(tmp_path, monkeypatch):
     x, y = zoo.images(32)
     np.savez("images.npz", x_train=x, x_test=x, y_test=y)
     blocks = re.findall(r"^```sh\n(.*?)^```", PAGE, flags=re.M | re.S)
-    commands = "".join(blocks).splitlines()
+    commands = "".join(blocks).replace("\\\n", "").splitlines()
     assert len(commands) > 6
     for command in commands:
         program, *arguments = shlex.split(command)
