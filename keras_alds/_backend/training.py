@@ -165,7 +165,7 @@ class Training(Layers):
                 slot = _by_target(value, targets, optimizer)
             else:
                 continue
-            # tf_keras's Adafactor has numbers where a variable has no state.
+            # Adafactor has numbers where a variable has no state.
             slot = [None if _is_number(item) and id(item) not in state else item for item in slot]
             if any(id(item) in state for item in slot) and all(
                 item is None or id(item) in state for item in slot
@@ -533,7 +533,7 @@ def _by_target(
 
 
 def _is_number(item: Any) -> bool:
-    return isinstance(item, tf.Variable) and item.shape.rank == 0
+    return isinstance(item, (tf.Variable, keras.Variable)) and len(item.shape) == 0
 
 
 def has_optimizer_map(optimizer: Optimizer) -> bool:
