@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import numbers
 import os
 import time
 import warnings
@@ -253,13 +254,13 @@ class ALDSCompress(_backend.Callback):
         self.at_epoch = at_epoch
         self.verbose = verbose
         self.plan = None
-        self._thresholds: dict[Any, float | None] = {}
         self._start_training()
 
     def _start_training(self) -> None:
         self._rewinding: Rewinding | None = None
         self._course = Course(self._stages)
         self._done = self._told = False
+        self._thresholds: dict[int, float | None] = {}
         self._checked = False
         self._suffix = ""
         self._settling: SettlingTime | None = None
@@ -296,7 +297,7 @@ class ALDSCompress(_backend.Callback):
         backend = _backend.backend_of(self.model)
         for callback in self._siblings():
             backend.hide_logs(callback, names, lambda: not self._done)
-            self._thresholds.setdefault(callback, backend.threshold(callback))
+            self._thresholds[id(callback)] = backend.threshold(callback)
         if self._calibration_data is not None or self._needs_forward or self._distill:
             self._check_forward()
         if has_weights(self._part):
@@ -402,7 +403,7 @@ class ALDSCompress(_backend.Callback):
             self._board.add_plan(epoch, chosen.plan)
         backend = chosen.inventory.backend
         for callback in self._siblings():
-            backend.forget_best(callback, self._thresholds.get(callback))
+            backend.forget_best(callback, self._thresholds.get(id(callback)))
         layers = [layer for layer in self._factorized_layers() if layer.trainable]
         self._watched = [(layer.decoder, backend.value(layer.decoder)) for layer in layers]
         frozen = len(self._factorized_layers()) - len(layers)
@@ -537,10 +538,11 @@ class ALDSCompress(_backend.Callback):
         """Warns, once, of steps that come after the end of the training."""
         if left and not self._told:
             self._told = True
+            further = self._done or len(left) < len(self._course.left)
             warnings.warn(
-                f"The model {verb} compressed{' further' if self._done else ''}: training ends "
+                f"The model {verb} compressed{' further' if further else ''}: training ends "
                 f"before epoch index at_epoch={left[0].at_epoch} (epochs are counted from "
-                f"0). Received: epochs={self.params.get('epochs')}",
+                f"0). Received: epochs={(self.params or {}).get('epochs')}",
                 stacklevel=3,
             )
 
@@ -562,8 +564,8 @@ class ALDSCompress(_backend.Callback):
         if pair is not None and (self._submodel is None or self._part_name in pair):
             warnings.warn(
                 f"'{pair[0]}' and '{pair[1]}' have weights of the same shapes. If one is a moving "
-                "average of the other, as in momentum encoders, this ends with the compression: "
-                "each gets factors of its own, and averages of factors are no averages of kernels. "
+                "average of the other, as in momentum encoders, the compression breaks that: each "
+                "gets factors of its own, and averaging factors does not average kernels. "
                 "Train in two calls of `fit`, and between them apply one plan to both and copy the "
                 "weights of one to the other.",
                 stacklevel=3,
@@ -574,11 +576,12 @@ class ALDSCompress(_backend.Callback):
         value = _backend.backend_of(self.model).value
         now = [value(variable) for variable, _ in self._watched]
         loss = logs.get("loss")
-        if loss is not None and np.isnan(loss) and all(np.isfinite(x).all() for x in now):
+        is_nan = isinstance(loss, numbers.Real) and np.isnan(float(loss))
+        if is_nan and all(np.isfinite(x).all() for x in now):
             warnings.warn(
                 "The loss is NaN since the compression, and the factors are finite. Expected code "
                 "that reads the variables of the model anew in every step. Received: a loss or "
-                "`train_step` that seems to have kept a kernel which is factorized now.",
+                "`train_step` that probably still uses the old kernel of a factorized layer.",
                 stacklevel=3,
             )
         elif all(np.array_equal(x, old) for x, (_, old) in zip(now, self._watched, strict=True)):

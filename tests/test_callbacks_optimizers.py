@@ -104,7 +104,7 @@ class TestOptimizers:
             states = [v for v in optimizer.variables if len(v.shape)]
             assert len(states) == len(model.trainable_variables)
         else:
-            with pytest.warns(UserWarning, match=r"of the optimizer .*\(Momentum\) starts anew"):
+            with pytest.warns(UserWarning, match=r"of the optimizer .*\(Momentum\) is reset"):
                 apply_plan(model, plan)
         fit(model, [], epochs=1)
 

@@ -47,7 +47,7 @@ class TestSeveralSteps:
     def test_a_training_that_ends_between_two_steps(self, keras_module):
         model = compiled(keras_module, **EAGER)
         steps = ALDSCompress(cr=[0.3, 0.5], at_epoch=[0, 2], verbose=0)
-        with pytest.warns(UserWarning, match="not compressed further.*at_epoch=2"):
+        with pytest.warns(UserWarning, match="not be compressed further.*at_epoch=2"):
             fit(model, [steps], epochs=1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import tempfile
 import warnings
@@ -124,10 +125,7 @@ class Cloning(Graphs, Training):
             copy = type(model).from_config(model.get_config())
             if copy.built and len(copy.weights) == len(model.weights):
                 return copy
-            specs = self.input_specs(model)
-            tf.function(
-                lambda inputs: copy(inputs, training=False), autograph=False
-            ).get_concrete_function(specs)
+            self._trace(copy, model)
         except Exception as error:
             copy = self._built_as_loaded(model)
             if copy is not None:
@@ -144,8 +142,20 @@ class Cloning(Graphs, Training):
             ) from error
         return copy
 
+    def _trace(self, copy: Model, model: Model) -> None:
+        """Builds a copy by a call like those of a model."""
+        tf.function(
+            lambda inputs: copy(inputs, training=False), autograph=False
+        ).get_concrete_function(self.input_specs(model))
+
     def _built_as_loaded(self, model: Model) -> Model | None:
-        """A copy that is built as `load_model` builds it, if that makes the same weights."""
+        """A copy that is built as `load_model` builds it, if that makes the same weights.
+
+        None too if the model itself runs on its inputs, as its copy should then.
+        """
+        with contextlib.suppress(Exception):
+            self._trace(model, model)
+            return None
         try:
             copy = type(model).from_config(model.get_config())
             if not copy.built:

@@ -89,17 +89,19 @@ class Traced:
     def __init__(self, function: Callable[[Any], Any], *, or_as_code: bool = False) -> None:
         self._function = function
         self._or_as_code = or_as_code
+        self._failed = False
         self._graphs: dict[str, Any] = {}
 
     def __call__(self, inputs: Any) -> Any:
         flat = tf.nest.flatten(inputs, expand_composites=True)
-        try:
-            graph = self._graph_of(inputs, flat)
-        except Exception:
-            if not self._or_as_code:
-                raise
-            return self._function(inputs)  # where any other error comes again
-        return graph(*flat)
+        if not self._or_as_code:
+            return self._graph_of(inputs, flat)(*flat)
+        if not self._failed:
+            try:
+                return self._graph_of(inputs, flat)(*flat)
+            except Exception:  # as code, any other error comes again, and says more
+                self._failed = True
+        return self._function(inputs)
 
     def _graph_of(self, inputs: Any, flat: list[Any]) -> Any:
         kinds = [(str(leaf.dtype), len(leaf.shape)) for leaf in flat]

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import scipy.sparse
 import tensorflow as tf
@@ -125,6 +126,13 @@ def to_scipy(value: Any) -> Any:
 def without_raggedness(value: Any) -> Any:
     """A dense tensor; of a ragged one all rows one after the other, `[rows, ...]`."""
     return value.flat_values if is_ragged(value) else dense(value)
+
+
+def variable_like(variable: Any, value: np.ndarray) -> Any:
+    """A new variable of the Keras and dtype of another one."""
+    if isinstance(variable, keras.Variable):
+        return keras.Variable(value, dtype=variable.dtype, name=variable.name)
+    return tf.Variable(tf.cast(value, variable.dtype))
 
 
 def comparable(outputs: Any) -> list[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, cast
@@ -387,12 +388,17 @@ class KernelKind(Kind):
         home = type(regularizer).__module__.partition(".")[0]
         if regularizer is None or home in _backend.KERASES:
             return None
-        rank = next(j for j in (2, 3, 5) if j not in shape)
-        ones = (1,) * (len(shape) - 2)
+        rank = next(j for j in itertools.count(2) if j not in shape)
+        ones, kernel = (1,) * (len(shape) - 2), self.variable(layer)
+        try:
+            regularizer(kernel)
+        except Exception:  # the user's code: it fails without a compression too
+            return None
+        random = np.random.default_rng(0)
         try:
             for size in ((*shape[:-1], rank), (*ones, rank, shape[-1])):
-                regularizer(tensors.tensor(np.zeros(size, np.float32)))
-        except Exception as error:  # the user's code
+                regularizer(tensors.variable_like(kernel, random.normal(scale=0.1, size=size)))
+        except Exception as error:
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return None
 

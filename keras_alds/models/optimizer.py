@@ -85,7 +85,7 @@ def carry_optimizers(
             unique = {id(variable): variable for variable in [*known, *everything]}
             old = backend.optimizer_targets(optimizer, list(unique.values()))
             if any(target is None for target in old):  # tf_keras keeps keys of variables only
-                old = backend.optimizer_targets(optimizer, [*unique.values(), *live_variables()])
+                old = backend.optimizer_targets(optimizer, [*live_variables(), *unique.values()])
             gone += _carry_one(backend, optimizer, old, known, now, exchanges, undo)
     return gone
 
@@ -118,9 +118,9 @@ def _carry_one(
     before = backend.slots(optimizer, old)
     if backend.other_state(optimizer, before):
         warnings.warn(
-            f"The state of the optimizer '{optimizer.name}' ({type(optimizer).__name__}) starts "
-            "anew, for all variables. Expected a list or dictionary with one variable for each "
-            "that it updates. Received: another structure, which is not known.",
+            f"The state of the optimizer '{optimizer.name}' ({type(optimizer).__name__}) is reset "
+            "for all variables. Only state in a list or dictionary with one variable for each "
+            "weight can be carried over.",
             stacklevel=2,
         )
     in_order = all(a is b for a, b in zip(_in_order(old, known), old, strict=True))

@@ -17,7 +17,7 @@ from keras_alds._backend import tensors as nest
 from keras_alds._backend.calls import replacements_of
 from keras_alds._backend.functions import layers_of
 from keras_alds._backend.graphs import mask_of, set_mask
-from keras_alds._backend.loops import Traced, passing
+from keras_alds._backend.loops import Traced, passing, restored
 from keras_alds.core.slicing import Array
 from keras_alds.kinds.base import known_kind
 from keras_alds.models.outputs import Reference
@@ -136,7 +136,10 @@ class _Tail:
             nest.cast(nest.tensor(kernels.get(layer, variable)), variable.dtype)
             for layer, variable in zip(self._layers, own, strict=True)
         ]
-        found: list[list[Any] | None] = self._graph((inputs, masks, given))
+        # Cells compute with their own variable, and a graph that fails would not restore it.
+        cells = [v for layer, v in zip(self._layers, own, strict=True) if hasattr(layer, "cell")]
+        with restored(cells):
+            found: list[list[Any] | None] = self._graph((inputs, masks, given))
         return found
 
     def _from_tensors(self, arguments: Any) -> list[list[Any] | None]:

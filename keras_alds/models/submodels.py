@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keras_alds import _backend
+from keras_alds._backend.live import variables_of
 from keras_alds.kinds.base import below
 from keras_alds.models.inventory import LayerRecord
 
@@ -65,14 +66,15 @@ def _child(layer: Any, name: str) -> Any:
 
 
 def twins(model: Any) -> tuple[str, str] | None:
-    """The names of two trained models in a model whose weights have the same shapes, if any.
+    """The names of two models in a model whose weights have the same shapes, if any.
 
     A momentum encoder, for example. Twins that share weights are one model here.
     """
     parts = {name: getattr(model, name) for name in _backend.backend_of(model).parts(model)}
     for (first, a), (second, b) in itertools.combinations(parts.items(), 2):
-        shapes = [[tuple(w.shape) for w in part.weights] for part in (a, b)]
-        shared = {id(w) for w in a.weights} & {id(w) for w in b.weights}
+        weights = variables_of(a), variables_of(b)
+        shapes = [[tuple(w.shape) for w in some] for some in weights]
+        shared = set(map(id, weights[0])) & set(map(id, weights[1]))
         if shapes[0] == shapes[1] and any(len(shape) > 1 for shape in shapes[0]) and not shared:
             return first, second
     return None

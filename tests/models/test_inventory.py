@@ -15,6 +15,7 @@ def near(K, start):
 
     class Near(K.regularizers.Regularizer):
         def __call__(self, x):
+            assert hasattr(x, "name")  # Keras passes a variable
             return 1e-3 * tf.reduce_sum(tf.square(x - tf.constant(start, tf.float32)))
 
     return Near()
@@ -33,6 +34,7 @@ class TestLeftAlone:
         x = L.Conv2DTranspose(8, 3, name="transposed", kernel_constraint="non_neg")(x)
         x = L.Conv2D(8, 3, kernel_constraint=K.constraints.NonNeg(), name="constrained")(x)
         x = L.Conv2D(8, 3, kernel_regularizer=near(K, np.ones((3, 3, 8, 8))), name="near")(x)
+        x = L.Conv2D(2, (5, 3), padding="same", kernel_regularizer=near(K, 0.5), name="odd")(x)
         x = L.Conv2D(16, 3, kernel_regularizer=near(K, 0.5), name="conv")(x)
         x = L.Conv2D(1, 1, name="tiny")(x)
         model = K.Model(inputs, x)

@@ -83,5 +83,11 @@ def test_twins_have_weights_of_the_same_shapes(keras_module, widths, shared):
     def net(width):
         return K.Sequential([K.Input((32,)), K.layers.Dense(64), K.layers.Dense(width)])
 
+    class Unbuilt(K.Model):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (K.Sequential([K.layers.Dense(8)]) for _ in range(2))
+
+    assert twins(Unbuilt()) is None
     expected = ("online", "target") if widths[1] == 8 and not shared else None
     assert twins(Pair()) == expected
