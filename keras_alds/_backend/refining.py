@@ -85,8 +85,6 @@ class Refiner:
             if "training" in inspect.signature(layer.call).parameters
         }
         self._scores = scores
-        #: The blocks that were found in both models.
-        self.compared = 0
         half = any(getattr(x, "compute_dtype", None) == "float16" for x in layers_of(small))
         with tf.init_scope(), _backend.backend_of(small).creation_scope(small):
             self._scale = tf.Variable(_FIRST_SCALE if half else 1.0, trainable=False)
@@ -185,7 +183,6 @@ class Refiner:
             if blocks[key].shape.rank == targets[key].shape.rank
             and blocks[key].shape.is_compatible_with(targets[key].shape)
         ]
-        self.compared = len(both)
         if both:
             loss += tf.add_n([relative_error(*pair) for pair in both]) / len(both)
         return loss
