@@ -11,6 +11,7 @@ from keras_alds.core.checks import did_you_mean
 from keras_alds.core.slicing import Array
 from keras_alds.litert import _package
 from keras_alds.litert.files import File, LiteRTFile, Operator, contents, read_file
+from keras_alds.models.data import of_rank
 from keras_alds.targets import canonical
 
 #: One array, or one for each input: by name, or in the file's order.
@@ -162,12 +163,12 @@ class Runner:
                     f"Received: data for {sorted(x)}"
                 )
             arrays = [np.asarray(x[name]) for name in self.input_names]
-        elif isinstance(x, (list, tuple)) and (
-            len(sizes) > 1 or (len(x) == 1 and np.ndim(x[0]) == len(sizes[0]))
-        ):
+        elif isinstance(x, (list, tuple)) and (len(sizes) > 1 or _is_batch(x, sizes[0])):
             arrays = [np.asarray(item) for item in x]
         else:
             arrays = [np.asarray(x)]
+        if len(arrays) == len(sizes):  # as the model does from which the file comes
+            arrays = [of_rank(array, size) for array, size in zip(arrays, sizes, strict=True)]
         shapes = [size[1:] for size in sizes]
         given = [array.shape for array in arrays]
         rows = {shape[:1] for shape in given}
@@ -282,6 +283,11 @@ def _described(operator: Operator, channel: int, scale: float) -> str:
         f"{operator.name} with weights '{weights.name}', channel {channel}: "
         f"{data.scales[0]:.3g} · {kernel:.3g} / {output.scales[0]:.3g} = {scale:.4g}"
     )
+
+
+def _is_batch(x: Sequence[Array], size: tuple[int, ...]) -> bool:
+    """Whether a list for a file of one input holds a batch, not examples."""
+    return len(x) == 1 and of_rank(np.asarray(x[0]), size).shape[1:] == size[1:]
 
 
 def _signed(details: list[dict[str, Any]], signature: dict[str, dict[str, Any]]) -> list[str]:

@@ -7,7 +7,7 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,8 +79,9 @@ class Examples:
         self._specs: list[Any] = [] if structure is None else tensors.flatten(structure)
         if inspect.isroutine(data) or isinstance(data, functools.partial):
             data = data()  # a generator function, such as TFLite's `representative_dataset`
+        self._has_graph = _backend.backend_of(model).has_graph(model)
         #: Whether what is known of the inputs is from a call, and others may differ.
-        self._may_differ = not (exact or _backend.backend_of(model).has_graph(model))
+        self._may_differ = not (exact or self._has_graph)
         self._given: list[str] | None = None  # names of the inputs in the first batch
         self._spec_of: dict[str, Any] = structure if isinstance(structure, dict) else {}
         keys = set(self._spec_of)
@@ -167,9 +168,30 @@ class Examples:
                 return None if nested else self._array(data)
             if self._inputs > 1 and len(items) == self._inputs:
                 return items
-            one_less = self._specs and len(items[0].shape) == len(self._specs[0].shape) - 1
-            return self._array(items) if one_less else None
+            one_by_one = self._specs and self._is_example(items[0], self._specs[0])
+            return self._array(items) if one_by_one else None
         return self._array(data) if _is_array(data) else None
+
+    def _is_example(self, array: Any, spec: Any) -> bool:
+        """Whether an array in a list is one example of an input, not a batch of them."""
+        wanted = tuple(spec.shape)[1:]
+        example = self._fitting(array, wanted) is not None
+        batch = self._batch(array, wanted) is not None
+        return example if example != batch else len(array.shape) <= len(wanted)
+
+    def _batch(self, array: Any, wanted: tuple[int | None, ...]) -> Any:
+        return self._fitting(array, (None, *wanted))
+
+    def _fitting(self, array: Any, wanted: tuple[int | None, ...], *, exact: bool = False) -> Any:
+        """The array, of the rank that the model gives it, if it is of a shape; else None."""
+        if self._has_graph and isinstance(array, np.ndarray):
+            array = of_rank(array, wanted)
+        same_rank = len(array.shape) == len(wanted)
+        fits = same_rank and all(
+            n is None or n == m or (self._may_differ and not exact)
+            for n, m in zip(wanted, array.shape, strict=True)
+        )
+        return array if fits else None
 
     def _rows(self, arrays: Any) -> int:
         rows = {array.shape[0] if len(array.shape) else 0 for array in tensors.flatten(arrays)}
@@ -300,17 +322,16 @@ class Examples:
             array = tensors.dense(array).numpy()  # as Keras 3 does
         if spec is not None:
             wanted = tuple(spec.shape)[1:]
-            fits = array.ndim == len(wanted) + 1 and all(
-                n is None or n == m or self._may_differ
-                for n, m in zip(wanted, array.shape[1:], strict=True)
-            )
-            if not fits:
+            batch = self._batch(array, wanted)
+            if batch is None:
+                single = self._fitting(array, wanted, exact=True) is not None
                 raise ValueError(
                     f"Expected batches in `{self._argument}` of shape (batch, "
                     f"{', '.join(str(n) for n in wanted)}) for {name}. "
                     f"Received: shape={array.shape}"
-                    + (", a single example: batch the data" if array.ndim == len(wanted) else "")
+                    + (", a single example: batch the data" if single else "")
                 )
+            array = batch
             array = array.astype(tensors.numpy_dtype(spec.dtype), copy=False)
         elif array.dtype.kind != "f":
             array = array.astype(np.float32)
@@ -319,6 +340,20 @@ class Examples:
                 f"Expected finite `{self._argument}`. Received: NaN or infinity in {name}"
             )
         return array
+
+
+def of_rank(array: Any, shape: Sequence[int | None]) -> Any:
+    """The array with a last axis of size 1 more or less, if `shape` has one more or less.
+
+    Functional and Sequential models do this to their inputs, so that grey images need no axis for
+    their channel, and a column of a table none for itself.
+    """
+    rank = len(array.shape)
+    if rank == len(shape) - 1 and shape[-1] == 1:
+        return array[..., np.newaxis]
+    if rank == len(shape) + 1 and array.shape[-1] == 1:
+        return array[..., 0]
+    return array
 
 
 def in_parts(examples: Examples | KeptExamples) -> Iterator[tuple[Any, int]]:

@@ -261,6 +261,25 @@ def test_names_and_order_of_inputs_and_outputs(keras_module: ModuleType):
         runner.predict([x[0][:0], x[1][:0]])
 
 
+def test_data_without_an_axis_for_the_channel():
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            keras.layers.Conv2D(16, 3),
+            keras.layers.Conv2D(32, 3),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(5),
+        ]
+    )
+    x = np.random.default_rng(0).random((16, 8, 8)).astype("float32")
+    small = keras_alds.compress(model, 0.3, calibration_data=x)
+    content = litert.convert(small, quantize="int8", representative_data=x, verbose=0)
+    runner = Runner(content)
+    for given in (x, [x], {runner.input_names[0]: x}, list(x)):
+        np.testing.assert_array_equal(runner.predict(given), runner.predict(x[..., np.newaxis]))
+    litert.compare(model, small, (x, np.zeros(16)), runs=0, verbose=0)
+
+
 def test_loops_are_refused_where_the_converter_would_crash():
     inputs = keras.Input((5, 8))
     model = keras.Model(inputs, keras.layers.LSTM(4, name="lstm")(inputs))

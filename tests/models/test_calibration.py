@@ -265,7 +265,10 @@ class TestKindsOfData:
             {"tokens": x, "mask": np.ones((40, 9), "float32"), "names": names},
         )
         for data, message in (
-            ({"tokens": x[:, 0]}, r"of shape \(batch, 6, 8\) for tokens.*single"),
+            (
+                {"tokens": x[:, 0]},
+                r"of shape \(batch, 6, 8\) for tokens. Received: shape=\(32, 8\)$",
+            ),
             ({"tokens": x, "masks": names}, r"for 2 inputs.*'masks'.*Did you mean 'mask'\?"),
             (
                 ({"tokens": x, "mask": x[:, :, 0]} if i else {"tokens": x} for i in range(2)),

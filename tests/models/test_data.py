@@ -151,3 +151,80 @@ def test_batches_without_examples_are_passed_over(keras_module):
     np.testing.assert_array_equal(found, full)
     with pytest.raises(ValueError, match="at least 8 examples"):
         batches(net, [empty, empty])
+
+
+RANKS = {  # the shape of an input and of examples that fit it, in Keras too
+    "an axis for the channel": ((6, 6, 1), (20, 6, 6)),
+    "any size": ((None, None, 1), (20, 6, 6)),
+    "an axis too many": ((6, 6), (20, 6, 6, 1)),
+    "a column": ((1,), (20,)),
+    "numbers": ((), (20, 1)),
+}
+GIVEN = {
+    "array": lambda x: x,
+    "labelled": lambda x: (x, np.zeros(len(x))),
+    "list": lambda x: [x],
+    "batches": lambda x: [x[:9], x[9:]],
+    "examples": list,
+    "Dataset": lambda x: tf.data.Dataset.from_tensor_slices(x).batch(7),
+}
+
+
+def flat_net(K, shape):
+    inputs = K.Input(shape)
+    return K.Model(inputs, K.layers.Reshape((-1,))(inputs) if shape else inputs)
+
+
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("shapes", RANKS)
+def test_a_last_axis_of_size_1_may_be_missing_or_added(keras_module, shapes, given):
+    shape, of_data = RANKS[shapes]
+    x = np.random.default_rng(0).random(of_data).astype("float32")
+    net = flat_net(keras_module, shape)
+    assert len(net.predict(x, verbose=0)) == len(x)
+    found = np.concatenate(batches(net, GIVEN[given](x)))
+    assert len(found.shape) == len(shape) + 1
+    np.testing.assert_array_equal(found.ravel(), x.ravel())
+
+
+def test_columns_by_name_and_in_order(keras_module):
+    K = keras_module
+    user, item = K.Input((1,), name="user"), K.Input([1], name="item")
+    net = K.Model([user, item], K.layers.Concatenate()([user, item]))
+    columns = [np.arange(16.0), np.arange(16.0) + 1]
+    for data in (columns, tuple(columns), dict(zip(("user", "item"), columns, strict=True))):
+        (found,) = batches(net, data)
+        shapes = [tensor.shape for tensor in tf.nest.flatten(found)]
+        assert shapes == [(16, 1), (16, 1)]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "shape", "single"),
+    [
+        ((6, 6, 3), (6, 6, 3), True),
+        ((6, 6, 1), (6, 6, 1), True),
+        ((6, 6, 1), (6, 6), True),
+        ((6, 6, 3), (20, 6, 6), False),
+        ((6, 6, 1), (20, 5, 5), False),
+        ((6, 1), (20, 5), False),
+    ],
+)
+def test_only_one_example_is_called_one(keras_module, wanted, shape, single):
+    with pytest.raises(ValueError, match="Expected batches") as error:
+        batches(flat_net(keras_module, wanted), np.zeros(shape))
+    assert str(error.value).endswith("a single example: batch the data") == single
+
+
+def test_a_model_with_its_own_call_gets_the_rank_that_it_is_given(keras_module):
+    class Own(keras_module.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras_module.layers.Dense(2)
+
+        def call(self, x):
+            return self.dense(x)
+
+    net = Own()
+    net(np.zeros((9, 6, 6, 1), "float32"))
+    with pytest.raises(ValueError, match=r"Received: shape=\(20, 6, 6\)$"):
+        batches(net, np.zeros((20, 6, 6)))
