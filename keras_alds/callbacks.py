@@ -25,6 +25,7 @@ from keras_alds.kinds.base import is_factorized
 from keras_alds.methods import METHODS
 from keras_alds.models import workers
 from keras_alds.models.calibration import check_data
+from keras_alds.models.data import is_iterator
 from keras_alds.models.fit import check_sequential
 from keras_alds.models.in_place import apply
 from keras_alds.models.inventory import (
@@ -760,7 +761,7 @@ class ALDSCompress(_backend.Callback):
     def _training_inputs(self) -> Any:
         """The `x` of the running `fit` call; Keras passes no data to callbacks."""
         x, _ = _backend.backend_of(self.model).calling_fit(self.model)
-        if x is None or hasattr(x, "__next__"):
+        if x is None or is_iterator(x):
             raise ValueError(
                 "Expected `calibration_data`, or training data that can be read twice (arrays, a "
                 "tf.data.Dataset or a PyDataset) to take examples from. "

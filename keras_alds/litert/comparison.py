@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +19,7 @@ from keras_alds.litert.measure import Latency, time_together
 from keras_alds.litert.memory import activation_memory
 from keras_alds.litert.quantized import warn_of_thin_groups
 from keras_alds.litert.runs import Runner, check_file, check_local
+from keras_alds.models.data import is_iterator
 from keras_alds.progress import progress_bar
 from keras_alds.tables import Tabular, TextTable
 
@@ -209,7 +210,7 @@ def compare(
             "Expected `quantize` and `representative_data` only with a model to convert. "
             "Received: two files"
         )
-    if isinstance(representative_data, Iterator):
+    if is_iterator(representative_data):
         representative_data = list(representative_data)  # both models need it
     options = ConvertOptions(quantize=quantize, representative_data=representative_data, verbose=0)
     with progress_bar(verbose) as progress:

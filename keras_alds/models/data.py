@@ -356,6 +356,15 @@ def of_rank(array: Any, shape: Sequence[int | None]) -> Any:
     return array
 
 
+def is_iterator(data: Any) -> bool:
+    """Whether data can be read only once, and not by index.
+
+    What `ImageDataGenerator.flow` returns is an iterator, and a Sequence too.
+    """
+    by_index = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    return hasattr(data, "__next__") and not by_index
+
+
 def in_parts(examples: Examples | KeptExamples) -> Iterator[tuple[Any, int]]:
     """The batches of examples; if there are fewer than four, they are split."""
     batches = iter(examples)

@@ -9,7 +9,7 @@ import inspect
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -26,7 +26,7 @@ from keras_alds.litert.conversion import ConvertOptions, check_folder, convert, 
 from keras_alds.litert.equalization import equalize
 from keras_alds.litert.quantized import warn_of_thin_groups
 from keras_alds.litert.runs import Runner
-from keras_alds.models.data import MIN_EXAMPLES
+from keras_alds.models.data import MIN_EXAMPLES, is_iterator
 from keras_alds.models.expansion import expand
 from keras_alds.models.inventory import walk
 from keras_alds.tfmot.conversion import to_tf_keras
@@ -282,7 +282,7 @@ def _batches(validation_data: Any) -> list[Any]:
         chosen = np.linspace(0, count, min(count, _HELD_OUT), endpoint=False).astype(int)
         parts = [chosen[start : start + _BATCH] for start in range(0, len(chosen), _BATCH)]
         return [_rows(tuple(validation_data), part) for part in parts]
-    if validation_data is None or isinstance(validation_data, Iterator):
+    if validation_data is None or is_iterator(validation_data):
         return []  # an iterator can be read only once, by `fit`
     batches: list[Any] = []
     for batch in validation_data:

@@ -704,6 +704,30 @@ class TestInTraining:
         for old, new in zip(before, model.get_weights(), strict=True):
             np.testing.assert_array_equal(old, new)
 
+    @pytest.mark.parametrize("options", [{"method": "activation"}, {"distill": True}])
+    def test_sequences_that_are_iterators_too(self, keras_module, options):
+        """`ImageDataGenerator.flow` gives such an object: it ends as a Sequence only."""
+        x, y = zoo.images(32)
+        sequence = getattr(keras_module.utils, "PyDataset", keras_module.utils.Sequence)
+
+        class Flow(sequence):
+            def __len__(self):
+                return 2
+
+            def __getitem__(self, index):
+                return x[16 * index :][:16], y[16 * index :][:16]
+
+            def __iter__(self):
+                return self
+
+            def __next__(self):
+                return self[0]
+
+        model = self.model(keras_module)
+        callback = ALDSCompress(0.4, at_epoch=1, verbose=0, **options)
+        model.fit(Flow(), epochs=2, verbose=0, callbacks=[callback])
+        assert callback.plan.cr >= 0.4
+
     def test_bad_data_stop_before_anything_changed(self, keras_module):
         model = self.model(keras_module)
         x, y = zoo.images(32)

@@ -12,7 +12,7 @@ import keras_alds
 from keras_alds.core.calibration.moments import FewInputs
 from keras_alds.models import choices
 from keras_alds.models.calibration import CalibrationStats
-from keras_alds.models.data import Examples
+from keras_alds.models.data import Examples, is_iterator
 
 
 @pytest.fixture
@@ -228,3 +228,23 @@ def test_a_model_with_its_own_call_gets_the_rank_that_it_is_given(keras_module):
     net(np.zeros((9, 6, 6, 1), "float32"))
     with pytest.raises(ValueError, match=r"Received: shape=\(20, 6, 6\)$"):
         batches(net, np.zeros((20, 6, 6)))
+
+
+def test_what_is_read_by_index_is_no_iterator():
+    class Sequence:
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return np.ones((9, 3))
+
+    class Flow(Sequence):  # as of `ImageDataGenerator`, it never ends as an iterator
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            return self[0]
+
+    x = np.ones((9, 3))
+    given = [x, [x], Sequence(), Flow(), tf.data.Dataset.from_tensors(x), iter([x]), (x for _ in x)]
+    assert [is_iterator(data) for data in given] == [False] * 5 + [True] * 2
