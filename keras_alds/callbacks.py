@@ -36,6 +36,7 @@ from keras_alds.models.inventory import (
     walk,
 )
 from keras_alds.models.matching import match
+from keras_alds.models.own_lists import own_lists
 from keras_alds.models.ranks import SettlingTime
 from keras_alds.models.recompose import Request, already, inspected, recomposed, to_recompose
 from keras_alds.models.scale import warn_of_other_inputs
@@ -267,6 +268,7 @@ class ALDSCompress(_backend.Callback):
         self._settling: SettlingTime | None = None
         self._params_before: int | None = None
         self._watched: list[tuple[Any, np.ndarray]] = []
+        self._named_lists: set[str] = set()
 
     # -- Methods that Keras calls ------------------------------------------------------------
 
@@ -327,6 +329,8 @@ class ALDSCompress(_backend.Callback):
         self._board = self._board_of_part()
         self._warn_of_best_epochs()
         self._warn_of_twins()
+        if self._course.left and has_weights(self._part):
+            self._warn_of_own_lists(self._course.left[0].request)
         epochs = (self.params or {}).get("epochs")
         if epochs is not None and not self._auto:
             self._warn_of_end([s for s in self._course.left if s.at_epoch >= epochs], "will not be")
@@ -380,6 +384,7 @@ class ALDSCompress(_backend.Callback):
     def _compress(self, epoch: int, request: Request) -> None:
         start = time.perf_counter()
         check_model(self._part)
+        self._warn_of_own_lists(request)  # some are made in the first epochs
         if self._params_before is None:
             self._params_before = self._dense_params()
         before = count_params(self._part)
@@ -569,6 +574,23 @@ class ALDSCompress(_backend.Callback):
                 "gets factors of its own, and averaging factors does not average kernels. "
                 "Train in two calls of `fit`, and between them apply one plan to both and copy the "
                 "weights of one to the other.",
+                stacklevel=3,
+            )
+
+    def _warn_of_own_lists(self, request: Request) -> None:
+        """Warns, once of each, of lists of users that go by weights which are to be replaced."""
+        inventory = inspected(self._part, request)
+        records = [*inventory.candidates, *to_recompose(inventory, request)]
+        for name, owner in own_lists(self.model, self._part, self._siblings(), records):
+            if name in self._named_lists:
+                continue
+            self._named_lists.add(name)
+            warnings.warn(
+                f"`{name}` has an entry for each weight of '{owner}', in their shapes. After the "
+                "compression it does not fit the weights any more. Make it again then, in "
+                "`on_epoch_begin` of a callback that follows ALDSCompress in the list. Or train in "
+                "two calls of `fit`, and between them call `apply_plan` and make it again. If your "
+                "code does so, nothing is wrong.",
                 stacklevel=3,
             )
 

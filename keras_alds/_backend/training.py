@@ -294,6 +294,22 @@ class Training(Layers):
             if threshold is not None:
                 callback.best = threshold
 
+    def own_attributes(self, callback: Any) -> list[tuple[str, Any]]:
+        """What a user's callback keeps, without what `forget_best` resets.
+
+        It is empty for the callbacks of Keras and of this package.
+        """
+        if type(callback).__module__.partition(".")[0] == self.name:
+            return []
+        if isinstance(callback, Callback):
+            return []
+        reset = isinstance(callback, self.keras.callbacks.EarlyStopping)
+        return [
+            (name, value)
+            for name, value in vars(callback).items()
+            if not (reset and name == "best_weights")
+        ]
+
     def _forget_checkpoint(self, callback: Any) -> None:
         raise NotImplementedError
 
