@@ -411,7 +411,8 @@ class ALDSCompress(_backend.Callback):
         for callback in self._siblings():
             backend.forget_best(callback, self._thresholds.get(id(callback)))
         layers = [layer for layer in self._factorized_layers() if layer.trainable]
-        self._watched = [(layer.decoder, backend.value(layer.decoder)) for layer in layers]
+        factors = [factor for layer in layers for factor in layer.factors]
+        self._watched = [(factor, backend.value(factor)) for factor in factors]
         frozen = len(self._factorized_layers()) - len(layers)
         self._say(
             f"epoch {epoch}: {self._named}{before:,} → {count_params(self._part):,} parameters "
@@ -616,6 +617,15 @@ class ALDSCompress(_backend.Callback):
                 f"the optimizer {optimizer}",
                 stacklevel=3,
             )
+        elif all(_is_clipped(x, old) for x, (_, old) in zip(now, self._watched, strict=True)):
+            warnings.warn(
+                "All factors were clipped in the first epoch after the compression, and their "
+                "products are less than half as large. Expected `exclude` to name the layers whose "
+                "weights your code clips: the same bounds on two factors let their product be far "
+                "smaller. "
+                f"Received: factors within ±{max(np.abs(x).max() for x in now):.3g}",
+                stacklevel=3,
+            )
 
     def _drop_met(self) -> None:
         """Leaves out the first steps, as far as the model is compressed already; says so once."""
@@ -801,6 +811,16 @@ class ALDSCompress(_backend.Callback):
         if found is None:
             _, found = _backend.backend_of(self.model).calling_fit(self.model)
         return [callback for callback in found if callback is not self]
+
+
+def _is_clipped(factor: np.ndarray, before: np.ndarray) -> bool:
+    """Whether many entries of a factor lie exactly at a bound, and it is much smaller than before.
+
+    Training alone gives hardly two entries the same magnitude.
+    """
+    sizes = np.abs(factor)
+    at_bound = np.mean(sizes == sizes.max()) if sizes.any() else 0.0
+    return bool(at_bound > 0.05 and np.linalg.norm(factor) < 0.7 * np.linalg.norm(before))
 
 
 ALDSCompress.__doc__ = documented(ALDSCompress.__doc__)

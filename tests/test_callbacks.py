@@ -244,6 +244,30 @@ class TestWaysToTrain:
         with pytest.warns(UserWarning, match="No factor has changed"):
             fit(model, [ALDSCompress(0.4, at_epoch=1, verbose=0)], epochs=2)
 
+    @pytest.mark.parametrize("bound", [0.02, 10.0])
+    def test_a_step_that_clips_the_factors_warns(self, keras_module, bound):
+        class Clipping(keras_module.Model):
+            def train_step(self, data):
+                x, y = data
+                with tf.GradientTape() as tape:
+                    error = self(x, training=True) - tf.one_hot(tf.cast(y, tf.int32), 10)
+                    loss = tf.reduce_mean(tf.square(error))
+                variables = self.trainable_variables
+                gradients = tape.gradient(loss, variables)
+                self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+                for variable in variables:
+                    variable.assign(tf.clip_by_value(variable, -bound, bound))
+                return {"loss": loss}
+
+        base = zoo.functional(keras_module)
+        model = compiled(keras_module, model=Clipping(base.input, base.output), metrics=None)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            fit(model, [ALDSCompress(0.4, at_epoch=1, verbose=0)], epochs=3)
+        texts = [str(w.message) for w in seen if "All factors were clipped" in str(w.message)]
+        assert len(texts) == (bound < 1)
+        assert all(text.endswith("within ±0.02") for text in texts)
+
 
 class TestBesideOtherCallbacks:
     @pytest.mark.parametrize("reached", [False, True])
