@@ -145,7 +145,7 @@ class Backup:
                 raise ValueError(
                     "Expected a model that is built before `fit`, to restore the backup of a "
                     f"compressed model. Received: '{self.model.name}', which is not built, and "
-                    f"backup_dir={self._folder!r}. Call the model on a batch, or `model.build`."
+                    f"backup_dir={self._folder!r}. Call the model on a batch."
                 )
             return
         missing = _missing(found, self._backend.to_back_up(self.model))

@@ -74,7 +74,7 @@ class Graphs(Layers):
         if shapes is None:
             raise ValueError(
                 f"Expected the model '{model.name}' to have known input shapes. Received: a "
-                f"{type(model).__name__} without. Call it once on a batch, or `build()` it."
+                f"{type(model).__name__} without. Call it once on a batch."
             )
         return specs_from_shapes(shapes, model)
 
