@@ -252,7 +252,7 @@ def apply_plan(
     Example:
     ```python
     model = MyModel()
-    model.build((None, 32, 32, 3))
+    model(x[:1])  # makes its weights
     keras_alds.apply_plan(model, keras_alds.CompressionPlan.load("plan.json"))
     model.load_weights("compressed.weights.h5")
     ```
