@@ -306,7 +306,7 @@ class Training(Layers):
         reset = isinstance(callback, self.keras.callbacks.EarlyStopping)
         return [
             (name, value)
-            for name, value in vars(callback).items()
+            for name, value in getattr(callback, "__dict__", {}).items()
             if not (reset and name == "best_weights")
         ]
 
