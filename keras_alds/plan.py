@@ -159,10 +159,12 @@ class CompressionPlan(Tabular):
             examples. None if that was not measured.
         trials: The `distance` of each plan that was tried. The names say how errors are weighed: by
             what they do to the `"outputs"`, by a power of that, or `"equal"`; whether the layers
-            are fitted one after the other, `", sequential"`; and whether the moving statistics are
+            exchanged cost by what whole plans do to the outputs, `", exchanged"`; whether they are
+            fitted one after the other, `", sequential"`; and whether the moving statistics are
             corrected, `", normalized"`. For `"no data"`, the data only measured the distance. The
-            plan with the least distance is taken; in a near tie, the one with equal weights, then
-            the sequential one, then the one with corrected statistics. None without examples.
+            plan is taken for which the distance times the relative squared error of the scores is
+            least; in a near tie, the one with equal weights, then the sequential one, then the one
+            with corrected statistics. None without examples.
         memory: The peak of the activation memory for one example, as `Cost(before, after)`: how
             many entries of feature maps are live at once. In int8 it is as many bytes, in float32
             four times as many. None for a subclassed model, or if a size is unknown. If memory is

@@ -7,7 +7,7 @@ The modules, in the order of their use:
 - `data`, `observe`, `storage`, `calibration`: calibration data, and the moments of layer inputs;
 - `program`, `probes`, `outputs`, `curves`: what other kernels do to the outputs of a model;
 - `choices`, `selection`: the choices of each layer, the budgets, and the plan;
-- `trials`, `moving_statistics`, `best`: several plans, and the best of them;
+- `trials`, `exchange`, `moving_statistics`, `best`: several plans, and the best of them;
 - `matching`, `factorize`, `sequential`, `fit`: from a plan to the factors of each layer;
 - `in_place`, `optimizer`: factorization of the layers in place, with the optimizer state;
 - `rebuild`, `expansion`: afterwards, stock layers;

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from keras_alds._backend.calls import replaced_calls
 from keras_alds._backend.strategies import replica_count
+from keras_alds.core.choices import ChoiceTable
+from keras_alds.core.slicing import Array
 from keras_alds.models.calibration import Calibration
 from keras_alds.models.data import KeptExamples
+from keras_alds.models.exchange import ROUNDS, Exchange
 from keras_alds.models.fit import TRIED_EXAMPLES, can_be_sequential, tried_one_by_one
 from keras_alds.models.inventory import Inventory
 from keras_alds.models.matching import Pairs, match
@@ -17,6 +22,7 @@ from keras_alds.models.probes import Kernels, Prober
 from keras_alds.models.selection import Selection
 from keras_alds.models.trials import WEIGHINGS, WITHOUT_DATA, approximations, judge, weighed
 from keras_alds.plan import CompressionPlan
+from keras_alds.progress import progress_bar
 
 # The best plans are also tried layer by layer: at most so many, with outputs at most so many
 # times as far from the original's as the best ones.
@@ -29,7 +35,7 @@ _WITH_MORE, _WITHOUT_NOISE, _CORRECTED = 0.9, 0.9, 0.95
 # Logarithms of distances that differ by less are equal.
 _EQUAL = 0.02
 #: What is added to the name of a trial.
-SEQUENTIAL, NORMALIZED = "sequential", "normalized"
+EXCHANGED, SEQUENTIAL, NORMALIZED = "exchanged", "sequential", "normalized"
 
 
 def best_plan(
@@ -65,9 +71,12 @@ def best_plan(
     judged = judging and any(record.judged for record in records)
     if not judged or selection.method.factorize_with_bias is not None:
         return selection.plan()
-    trials = _Trials(judge(inventory.model, records, judging))
+    prober = judge(inventory.model, records, judging)
+    trials, tables = _Trials(prober), selection.tables()
     for weighing in selection.weighings:
-        trials.add(selection, weighing, weighing)
+        trials.add(selection, tables, weighing, weighing)
+    if len(selection.weighings) > 1:  # there are curves
+        trials.exchange(selection, tables, calibration.probing(), verbose)
     near = {name: _pairs(selection, trials.plans[name]) for name in trials.nearest()}
     if sequential is None:
         every = [pair for some in near.values() for pair in some]
@@ -77,12 +86,14 @@ def best_plan(
         for name, pairs in near.items():
             kernels = tried_one_by_one(inventory, pairs, calibration, verbose)
             plan = dataclasses.replace(trials.plans[name], sequential=True)
-            if not trials.note(f"{name}, {SEQUENTIAL}", plan, kernels) < trials.distance(name):
+            trials.note(f"{name}, {SEQUENTIAL}", plan, kernels)
+            if not trials.is_nearer(f"{name}, {SEQUENTIAL}", name):
                 break  # the other plan is alike
     if sequential is True:
         trials.plans = {name: plan for name, plan in trials.plans.items() if plan.sequential}
     if without_data is not None:
-        trials.add(without_data, WITHOUT_DATA, without_data.weighings[0])
+        tables, weighing = without_data.tables(), without_data.weighings[0]
+        trials.add(without_data, tables, WITHOUT_DATA, weighing)
     if calibration.examples is not None and replica_count(inventory.model) == 1:
         trials.normalize(inventory, calibration.examples.fitted(TRIED_EXAMPLES))
     return trials.best()
@@ -94,28 +105,56 @@ class _Trials:
     def __init__(self, prober: Prober) -> None:
         self._prober = prober
         self.plans: dict[str, CompressionPlan] = {}
+        self._rows: dict[str, tuple[int, ...]] = {}
         self._distances: dict[str, float] = {}
+        self._apart: dict[str, float] = {}
         # The best plan so far and its kernels, of those fitted at once and of the sequential ones.
         self._kernels: dict[bool, tuple[str, Kernels]] = {}
 
-    def add(self, selection: Selection, name: str, weighing: str) -> None:
+    def add(
+        self, selection: Selection, tables: Sequence[ChoiceTable], name: str, weighing: str
+    ) -> None:
         """Tries the plan that a way to weigh errors gives, fitted at once."""
-        tables, records = selection.tables(), selection.inventory.candidates
+        records = selection.inventory.candidates
         solution = selection.solve(weighed(tables, records, weighing))
-        plan = selection.plan_of(tables, solution, weighing)
+        plan = selection.plan_of(tables, solution.indices, weighing)
         if any(other.choices == plan.choices for other in self.plans.values()):
             return
         chosen = [table[row] for table, row in zip(tables, solution.indices, strict=True)]
+        self._rows[name] = solution.indices
         self.note(name, plan, approximations(records, chosen))
 
-    def note(self, name: str, plan: CompressionPlan, kernels: Kernels) -> float:
-        """Measures the distance with the kernels of a plan."""
-        self.plans[name] = plan
-        self._distances[name] = self._prober.distance(kernels)
+    def exchange(
+        self,
+        selection: Selection,
+        tables: Sequence[ChoiceTable],
+        probing: Sequence[Any],
+        verbose: int,
+    ) -> None:
+        """Tries the best plan with cost exchanged between its layers."""
+        name, inventory = self._best(), selection.inventory
+        layers = [record.layer for record in inventory.candidates]
+        prober = Prober(inventory.model, layers, probing)
+        with progress_bar(verbose) as progress:
+            task = progress.add_task("exchange", total=ROUNDS * len(layers))
+            judges = prober, self._prober, lambda: progress.advance(task)
+            found = Exchange(selection, tables, name, *judges).improved(self._rows[name])
+        if found is not None:
+            rows, kernels = found
+            plan = selection.plan_of(tables, rows, name)
+            self.note(f"{name}, {EXCHANGED}", plan, kernels)
+
+    def note(self, name: str, plan: CompressionPlan, kernels: Kernels) -> None:
+        """Measures how far the outputs are with the kernels of a plan."""
+        self._measure(name, plan, self._prober.outputs(kernels))
         best, _ = self._kernels.setdefault(bool(plan.sequential), (name, kernels))
         if self._rank(name) < self._rank(best):
             self._kernels[bool(plan.sequential)] = name, kernels
-        return self._distances[name]
+
+    def _measure(self, name: str, plan: CompressionPlan, outputs: Sequence[Array]) -> None:
+        self.plans[name] = plan
+        self._distances[name] = self._prober.reference.distance(outputs)
+        self._apart[name] = self._prober.reference.apart(outputs)
 
     def normalize(self, inventory: Inventory, examples: KeptExamples) -> None:
         """Tries the best plan with corrected moving statistics, from some examples."""
@@ -131,16 +170,16 @@ class _Trials:
         with replaced_calls(drift.changed()):
             prober.outputs(kernels)
         with replaced_calls(drift.corrected()):
-            distance = self._prober.distance(kernels)
-        if math.isclose(distance, self._distances[name], rel_tol=1e-6):
+            outputs = self._prober.outputs(kernels)
+        apart = self._prober.reference.apart(outputs)
+        if math.isclose(apart, self._apart[name], rel_tol=1e-6):
             return  # no normalization is behind a changed layer
-        better = f"{name}, {NORMALIZED}"
-        self.plans[better] = dataclasses.replace(self.plans[name], normalized=True)
-        self._distances[better] = distance
+        plan = dataclasses.replace(self.plans[name], normalized=True)
+        self._measure(f"{name}, {NORMALIZED}", plan, outputs)
 
-    def distance(self, name: str) -> float:
-        """The distance of a plan that was tried."""
-        return self._distances[name]
+    def is_nearer(self, name: str, other: str) -> bool:
+        """Whether the outputs of one plan that was tried are nearer than those of another."""
+        return self._apart[name] < self._apart[other]
 
     def nearest(self) -> list[str]:
         """The plans to try layer by layer."""
@@ -167,12 +206,12 @@ class _Trials:
         return round(math.log(self._expected(name)) / _EQUAL)
 
     def _expected(self, name: str) -> float:
-        """The distance that is expected in the end."""
+        """How far the outputs are expected to be in the end."""
         weighing, *more = name.split(", ")
         power = WEIGHINGS.get(weighing, 1.0)
         part = (_WITH_MORE if SEQUENTIAL in more else 1.0) * (_WITHOUT_NOISE ** (1 - power))
         part *= _CORRECTED if NORMALIZED in more else 1.0
-        return min(max(part * self._distances[name], 1e-12), 1e12)  # it may be infinite
+        return min(max(part * self._apart[name], 1e-12), 1e12)  # it may be infinite
 
 
 def _pairs(selection: Selection, plan: CompressionPlan) -> Pairs:

@@ -612,12 +612,19 @@ class Calibration:
 
     def judging(self) -> list[Any]:
         """Batches of held-out examples to judge a whole plan; none without examples."""
+        return self._held_out().judging()
+
+    def probing(self) -> list[Any]:
+        """Those that probe single layers."""
+        return self._held_out().probing()
+
+    def _held_out(self) -> _HeldOut:
         if self.examples is None:
-            return []
-        judges = _HeldOut(self.examples.affordable(JUDGED_EXAMPLES))
+            return _HeldOut()
+        held = _HeldOut(self.examples.affordable(JUDGED_EXAMPLES))
         for index, (batch, count) in enumerate(self.examples):
-            judges.add(index, batch, count)
-        return judges.judging()
+            held.add(index, batch, count)
+        return held
 
 
 def fingerprint(model: Any) -> str:

@@ -8,6 +8,7 @@ to the variance of the original's outputs. Several outputs add up.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,6 +82,14 @@ class Reference:
         Unlike the divergence, it does not depend on how sure a network is of the examples.
         """
         return self._sum(outputs, _error)
+
+    def apart(self, outputs: Sequence[Array]) -> float:
+        """The geometric mean of `distance` and `error`, by which plans are compared.
+
+        Of scores, one of them grows with how sure a network is, the other with what it says of
+        unlikely classes. A plan that is better in both is better on other examples too.
+        """
+        return math.sqrt(self.distance(outputs) * self.error(outputs))
 
     def _sum(self, outputs: Sequence[Array], measure: Callable[..., float]) -> float:
         total = 0.0

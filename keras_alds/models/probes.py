@@ -79,6 +79,10 @@ class Prober:
         """Like `divergence`, but bounded for scores; see `Reference.distance`."""
         return self.reference.distance(self.outputs(kernels))
 
+    def apart(self, kernels: Kernels) -> float:
+        """The geometric mean of `distance` and `error`; see `Reference.apart`."""
+        return self.reference.apart(self.outputs(kernels))
+
     def error(self, kernels: Kernels) -> float:
         """The relative squared error of the outputs; see `Reference.error`."""
         return self.reference.error(self.outputs(kernels))

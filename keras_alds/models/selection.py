@@ -455,7 +455,7 @@ class Selection:
         tables = self.tables()
         weighing = self.weighings[0]
         solution = self.solve(weighed(tables, self.inventory.candidates, weighing))
-        return self.plan_of(tables, solution, weighing)
+        return self.plan_of(tables, solution.indices, weighing)
 
     @property
     def weighings(self) -> list[str]:
@@ -476,10 +476,10 @@ class Selection:
         return dataclasses.replace(self, inventory=inventory, options=options, stats=None)
 
     def plan_of(
-        self, tables: Sequence[ChoiceTable], solution: Solution, weighing: str = EQUAL
+        self, tables: Sequence[ChoiceTable], chosen: Sequence[int], weighing: str = EQUAL
     ) -> CompressionPlan:
-        """The plan of a solution."""
-        rows = zip(tables, solution.indices, strict=True)
+        """The plan of one row for each table."""
+        rows = zip(tables, chosen, strict=True)
         choices = tuple(
             self.left(record) if record.skipped else self.choice(record, *next(rows))
             for record in self.inventory.records
@@ -488,7 +488,7 @@ class Selection:
         measured = [r.runtime for r in self.resources if r.runtime is not None]
         named = self.options.target and not self.options.target_by_default
         if self.stats is not None and named and not measured:
-            errors = _total_error(tables, solution), self._error_without_target(weighing)
+            errors = _total_error(tables, chosen), self._error_without_target(weighing)
         costs = {}
         for resource in self.reported:
             of_layers = [c.costs[resource.name] for c in choices if resource.name in c.costs]
@@ -524,7 +524,7 @@ class Selection:
         free = dataclasses.replace(self, options=dataclasses.replace(self.options, target=None))
         tables = free.tables()
         solution = free.solve(weighed(tables, self.inventory.candidates, weighing))
-        return _total_error(tables, solution)
+        return _total_error(tables, solution.indices)
 
     def left(self, record: LayerRecord, skipped: Skipped | None = None) -> LayerChoice:
         """The plan's entry for a layer that is skipped."""
@@ -590,8 +590,8 @@ class Selection:
         return "; ".join(notes) or None
 
 
-def _total_error(tables: Sequence[ChoiceTable], solution: Solution) -> float:
-    return sum(float(t.error[row]) for t, row in zip(tables, solution.indices, strict=True))
+def _total_error(tables: Sequence[ChoiceTable], chosen: Sequence[int]) -> float:
+    return sum(float(t.error[row]) for t, row in zip(tables, chosen, strict=True))
 
 
 def _least(limits: Iterable[int | None]) -> int | None:

@@ -69,11 +69,20 @@ def test_no_trial_without_data_where_the_user_names_the_method(net):
 
 
 class FakeProber:
+    """Has distances in place of a model's outputs."""
+
     def __init__(self, distances):
         self._distances = iter(distances)
 
-    def distance(self, kernels):
+    reference = property(lambda self: self)
+
+    def outputs(self, kernels):
         return next(self._distances)
+
+    def distance(self, outputs):
+        return outputs
+
+    apart = distance
 
 
 @pytest.mark.parametrize(

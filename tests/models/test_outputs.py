@@ -100,6 +100,16 @@ class TestDivergence:
         assert Reference(None, [p]).error([q]) == pytest.approx(0.25 / SCORES.var(axis=0).mean())
         assert Reference(None, [SCORES[:, :3]]).error([1.1 * SCORES[:, :3]]) > 0
 
+    def test_plans_are_compared_by_two_measures(self):
+        """By the scores, and by the probabilities that go to other classes."""
+        other = SCORES + 0.3 * rng.standard_normal(SCORES.shape)
+        reference = Reference(None, [SCORES])
+        moved = np.abs(softmax(SCORES, -1) - softmax(other, -1)).sum(-1).mean() / 2
+        assert reference.apart([other]) ** 2 == pytest.approx(moved * reference.error([other]))
+        values = Reference(None, [SCORES[:, :3]])
+        assert values.apart([other[:, :3]]) == pytest.approx(values.divergence([other[:, :3]]))
+        assert reference.apart([np.where(SCORES > 0, np.nan, 0)]) == np.inf
+
     def test_of_labels_is_the_rate_of_others(self):
         labels = SCORES.argmax(-1)
         other = np.where(np.arange(40) < 10, labels + 1, labels)

@@ -1,0 +1,95 @@
+"""Cost that moves between the layers of a plan."""
+
+from __future__ import annotations
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+
+from keras_alds.choosing import calibrated, checked_options, selection_of
+from keras_alds.kinds.base import kernel_values
+from keras_alds.models.exchange import Exchange
+from keras_alds.models.inventory import Inventory
+from keras_alds.models.trials import approximations
+
+ROWS = np.random.default_rng(0).standard_normal((256, 24)).astype("float32")
+
+
+class Outputs:
+    """Adds up the relative squared errors of kernels, each with a weight, and runs no model."""
+
+    def __init__(self, weights):
+        self._weights = weights
+
+    def error(self, kernels):
+        total = 0.0
+        for layer, kernel in kernels.items():
+            own = kernel_values(layer)
+            error = np.square(kernel - own).sum() / np.square(own).sum()
+            total += self._weights[layer.name] * error
+        return float(total)
+
+    apart = error
+
+
+def problem(K, layers):
+    """The selection problem of a small net, its tables, and the rows for equal weights."""
+    keras.utils.set_random_seed(0)
+    stack = [K.layers.Dense(24, name=name) for name in layers[:-1]]
+    net = K.Sequential([K.Input((24,)), *stack, K.layers.Dense(20, name=layers[-1])])
+    given = {"target": "size", "max_slices": 1}
+    options = checked_options(0.4, given, has_data=True, caller="select")
+    selection, _ = calibrated(selection_of(Inventory.of(net), options), ROWS, verbose=0)
+    tables = selection.tables()
+    return selection, tables, selection.solve(tables).indices
+
+
+def kernels_of(selection, tables, rows):
+    chosen = [table[row] for table, row in zip(tables, rows, strict=True)]
+    return approximations(selection.inventory.candidates, chosen)
+
+
+def cost_of(tables, rows):
+    return sum(int(table.cost[row, 0]) for table, row in zip(tables, rows, strict=True))
+
+
+def test_a_layer_with_more_effect_than_expected_gets_more(keras_module):
+    selection, tables, rows = problem(keras_module, ["first", "second", "third", "head"])
+    outputs = Outputs({"first": 1.0, "second": 1.0, "third": 20.0, "head": 1.0})
+    found = Exchange(selection, tables, "equal", outputs, outputs).improved(rows)
+    assert found is not None
+    new, kernels = found
+    before = kernels_of(selection, tables, rows)
+    assert outputs.error(kernels) < 0.8 * outputs.error(before)
+    assert tables[2].cost[new[2], 0] > tables[2].cost[rows[2], 0]
+    assert cost_of(tables, new) <= selection.budget_of(selection.resources[0])
+
+
+def test_as_good_as_brute_force(keras_module):
+    selection, tables, rows = problem(keras_module, ["first", "head"])
+    outputs = Outputs({"first": 3.0, "head": 1.0})
+    found = Exchange(selection, tables, "equal", outputs, outputs).improved(rows)
+    assert found is not None
+    budget = selection.budget_of(selection.resources[0])
+    fronts = [table.front_rows() for table in tables]
+    pairs = [pair for pair in itertools.product(*fronts) if cost_of(tables, pair) <= budget]
+    least = min(outputs.error(kernels_of(selection, tables, pair)) for pair in pairs)
+    assert outputs.error(found[1]) <= 1.05 * least
+
+
+@pytest.mark.parametrize("first", [0.01, 1.0, 20.0])
+def test_what_is_worse_for_whole_plans_is_not_taken(keras_module, first):
+    selection, tables, rows = problem(keras_module, ["first", "second", "head"])
+    probing = Outputs({"first": 20.0, "second": 1.0, "head": 1.0})
+    judging = Outputs({"first": first, "second": 1.0, "head": 1.0})
+    found = Exchange(selection, tables, "equal", probing, judging).improved(rows)
+    before = judging.error(kernels_of(selection, tables, rows))
+    assert found is None or judging.error(found[1]) < before
+
+
+def test_outputs_that_are_not_finite_end_nothing(keras_module):
+    selection, tables, rows = problem(keras_module, ["first", "second", "head"])
+    infinite = Outputs({"first": np.inf, "second": 1.0, "head": 1.0})
+    assert Exchange(selection, tables, "equal", infinite, infinite).improved(rows) is None
