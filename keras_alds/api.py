@@ -52,9 +52,9 @@ def select(
     """Chooses slices and rank for all layers jointly, so that the fraction `cr` is removed.
 
     The model is not changed. The singular values of each kernel, and the statistics that stand in
-    for data, are computed once and cached until the weights change. A second call for the same
-    model, with any `cr`, method or objective, therefore takes only milliseconds. The same weights
-    always give exactly the same plan.
+    for data, are computed once and cached until the weights change. So without `calibration_data`,
+    a second call for the same model takes milliseconds. The same weights always give exactly the
+    same plan.
 
     The plan for a compressed model is chosen for its dense form, in which every kernel is the
     product of its factors. `cr` counts against the parameters of that form, so a larger `cr`

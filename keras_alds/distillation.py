@@ -131,7 +131,7 @@ def _features(part: Any, teacher: Any, names: Sequence[str] | bool) -> dict[str,
         if len(paths) != 1 or paths[0] not in theirs:
             raise ValueError(
                 "Expected `features` of `distill` to hold names or paths of layers of the model "
-                f"'{part.name}'. Received: {name!r}, which is that of {len(paths)} layers"
+                f"'{part.name}'. Received: {name!r}, the name of {len(paths)} layers"
             )
         found[name] = (ours[paths[0]], theirs[paths[0]])
     return found

@@ -109,12 +109,11 @@ def refine(
     change. Regularizers have no effect, constraints and pruning masks do. Optimizer and compile
     state of `small` are not touched.
 
-    A quarter of the examples, at most 128, is held out. They, and changed copies of images, judge
-    the weights at the start, every
-    20 steps and at the end, and the best weights are kept, of about equal ones the last: the model
-    never gets worse on them. If 40 steps have brought nothing, or 20 have made it much worse, the
-    training goes back to the weights that are kept and takes smaller steps; after 80 without a
-    gain, it ends.
+    A quarter of the examples, at most 128, is held out. They judge the weights at the start, every
+    20 steps and at the end; so do changed copies of images. The best weights are kept, and the last
+    of about equal ones. So the model never gets worse on the examples held out. If 40 steps have
+    brought nothing, or 20 have made it much worse, the training goes back to the weights that are
+    kept and takes smaller steps. After 80 steps without a gain, it ends.
 
     A block of a Functional or Sequential model ends with each residual add and the activation
     behind it. Without adds, it is a layer with a kernel, with BatchNormalization and activation. In

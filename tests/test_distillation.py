@@ -209,7 +209,7 @@ class TestToldBeforeTraining:
             (
                 compiled(K, **EAGER),
                 {"features": ["nowhere"]},
-                "'nowhere', which is that of 0 layers",
+                "'nowhere', the name of 0 layers",
             ),
         ]
         for model, distill, text in cases:
