@@ -37,6 +37,7 @@ from keras_alds.models.data import (
     check_differ,
     entries_of,
     held_out,
+    is_iterator,
     with_progress,
 )
 from keras_alds.models.inventory import Inventory, LayerRecord
@@ -541,7 +542,7 @@ def check_data(inventory: Inventory, data: Any) -> None:
         data.match(inventory)
         return
     examples = Examples(inventory.model, data, DEFAULT_EXAMPLES)
-    if isinstance(data, Iterator):
+    if is_iterator(data):
         return  # it cannot be restarted
     check_differ(examples)
 

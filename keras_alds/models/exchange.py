@@ -98,7 +98,7 @@ class Exchange:
 
     def _corrections(self, rows: Sequence[int], kernels: Kernels, times: float) -> Float64:
         """What every layer's weighted error is to be multiplied with."""
-        own = self._probing.error(kernels)
+        own = self._probing.apart(kernels)
         effects = np.full(len(rows), np.nan)
         with threads() as pool:
             for index, (record, row) in enumerate(zip(self._records, rows, strict=True)):
@@ -106,7 +106,7 @@ class Exchange:
                 ends = _ends(self._weighed[index], row, math.sqrt(times))
                 made = list(pool.map(_kernel, (record, record), (table[end] for end in ends)))
                 found = [
-                    own if end == row else self._probing.error(_with(kernels, record.layer, kernel))
+                    own if end == row else self._probing.apart(_with(kernels, record.layer, kernel))
                     for end, kernel in zip(ends, made, strict=True)
                 ]
                 if errors[ends[0]] > errors[ends[1]]:

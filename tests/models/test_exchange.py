@@ -23,15 +23,13 @@ class Outputs:
     def __init__(self, weights):
         self._weights = weights
 
-    def error(self, kernels):
+    def apart(self, kernels):
         total = 0.0
         for layer, kernel in kernels.items():
             own = kernel_values(layer)
             error = np.square(kernel - own).sum() / np.square(own).sum()
             total += self._weights[layer.name] * error
         return float(total)
-
-    apart = error
 
 
 def problem(K, layers):
@@ -62,7 +60,7 @@ def test_a_layer_with_more_effect_than_expected_gets_more(keras_module):
     assert found is not None
     new, kernels = found
     before = kernels_of(selection, tables, rows)
-    assert outputs.error(kernels) < 0.8 * outputs.error(before)
+    assert outputs.apart(kernels) < 0.8 * outputs.apart(before)
     assert tables[2].cost[new[2], 0] > tables[2].cost[rows[2], 0]
     assert cost_of(tables, new) <= selection.budget_of(selection.resources[0])
 
@@ -75,8 +73,8 @@ def test_as_good_as_brute_force(keras_module):
     budget = selection.budget_of(selection.resources[0])
     fronts = [table.front_rows() for table in tables]
     pairs = [pair for pair in itertools.product(*fronts) if cost_of(tables, pair) <= budget]
-    least = min(outputs.error(kernels_of(selection, tables, pair)) for pair in pairs)
-    assert outputs.error(found[1]) <= 1.05 * least
+    least = min(outputs.apart(kernels_of(selection, tables, pair)) for pair in pairs)
+    assert outputs.apart(found[1]) <= 1.05 * least
 
 
 @pytest.mark.parametrize("first", [0.01, 1.0, 20.0])
@@ -85,8 +83,8 @@ def test_what_is_worse_for_whole_plans_is_not_taken(keras_module, first):
     probing = Outputs({"first": 20.0, "second": 1.0, "head": 1.0})
     judging = Outputs({"first": first, "second": 1.0, "head": 1.0})
     found = Exchange(selection, tables, "equal", probing, judging).improved(rows)
-    before = judging.error(kernels_of(selection, tables, rows))
-    assert found is None or judging.error(found[1]) < before
+    before = judging.apart(kernels_of(selection, tables, rows))
+    assert found is None or judging.apart(found[1]) < before
 
 
 def test_outputs_that_are_not_finite_end_nothing(keras_module):
