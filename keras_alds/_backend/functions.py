@@ -15,7 +15,7 @@ import tensorflow as tf
 from keras_alds import _backend
 
 # Packages whose classes are not custom code.
-_NOT_OWN = ("tensorflow", "tensorflow_model_optimization", "keras_alds")
+_NOT_OWN = ("builtins", "tensorflow", "tensorflow_model_optimization", "keras_alds")
 
 
 @contextlib.contextmanager
@@ -25,7 +25,7 @@ def run_as_code(model: Any) -> Iterator[None]:
     Calls of layers in a traced graph cannot be watched, and a graph traced while they are watched
     would keep the watching code.
     """
-    if not any(_is_own(type(layer)) for layer in layers_of(model)):
+    if not any(map(has_own_code, layers_of(model))):
         yield
         return
     user = object()
@@ -61,7 +61,7 @@ def layers_of(model: Any) -> list[Any]:
     return list(found.values())
 
 
-def _is_own(code: Any) -> bool:
-    """Whether a class is custom code."""
-    package = (getattr(code, "__module__", None) or "").split(".")[0]
-    return package not in (*_backend.KERASES, *_NOT_OWN)
+def has_own_code(layer: Any) -> bool:
+    """Whether the class of a layer or model is custom code, or inherits from it."""
+    modules = (cls.__module__ for cls in type(layer).__mro__)
+    return any(module.split(".")[0] not in (*_backend.KERASES, *_NOT_OWN) for module in modules)

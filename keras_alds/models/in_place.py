@@ -13,15 +13,18 @@ import numpy as np
 
 from keras_alds import _backend
 from keras_alds._backend import wrappers
+from keras_alds._backend.calls import Replacement as Call
+from keras_alds._backend.calls import replaced_calls
+from keras_alds._backend.functions import has_own_code, layers_of, run_as_code
 from keras_alds._backend.live import Holders, empty
 from keras_alds._backend.strategies import Replicas
 from keras_alds.kinds import holders
-from keras_alds.kinds.base import stock_kind
+from keras_alds.kinds.base import below, stock_kind
 from keras_alds.models import workers
 from keras_alds.models.calibration import Calibration
 from keras_alds.models.factorize import Replacement
 from keras_alds.models.fit import TRIED_EXAMPLES, factors
-from keras_alds.models.inventory import Inventory, outermost_holders
+from keras_alds.models.inventory import Inventory, has_weights, outermost_holders
 from keras_alds.models.matching import match
 from keras_alds.models.moving_statistics import correction
 from keras_alds.models.optimizer import Exchange, carried, carry_optimizers
@@ -58,7 +61,8 @@ def apply(
         stacklevel: The frame that warnings name; 1 is the caller of this function.
 
     Raises:
-        ValueError: If the plan was made for another model, or a kernel is not finite.
+        ValueError: If the plan was made for another model, a kernel is not finite, or code of the
+            user's own fails with factors in place of a kernel.
     """
     pairs = [(record, choice) for record, choice in match(inventory, plan) if choice.factorized]
     wrappers.apply_masks(inventory.pruning)
@@ -121,6 +125,7 @@ def _change(
     """
     backend = inventory.backend
     alive = Holders.inside(backend, inventory.model) if fresh else None
+    passes = _passes_of_own_code([inventory.model, trainer or inventory.model])
     with surgery(inventory, trainer, alive) as operation:
         undo = operation.undo
         kernels = {r.layer: r.kind.variable(r.layer) for r in made}
@@ -135,6 +140,7 @@ def _change(
         )
         for layer in (*inside, *operation.alive.holding(kernels.values(), but=inside)):
             undo += filter(None, (stock_kind(layer).adopt(backend, layer), holders.adopt(layer)))
+        _check_own_code(passes, inventory, [*kernels])
         _warn_of_holders(inventory, stacklevel=stacklevel + 1)
         for wrapper in inventory.pruning:
             if wrapper.layer in kernels:
@@ -143,6 +149,74 @@ def _change(
         operation.carry(exchanges, stacklevel=stacklevel + 1)
         if correct is not None:
             correct(undo)
+
+
+def _passes_of_own_code(models: Sequence[Any]) -> list[Any]:
+    """The models that run code of the user's own, as far as their forward passes can be traced."""
+    return [
+        model
+        for model in dict.fromkeys(models)
+        if any(map(has_own_code, layers_of(model))) and has_weights(model) and not _failure(model)
+    ]
+
+
+def _failure(model: Any) -> tuple[Any, Exception] | None:
+    """The innermost code of the user's own in which a forward pass fails, and the error; or None.
+
+    The pass is only traced.
+    """
+    found: list[tuple[Any, Exception]] = []
+
+    def noting(layer: Any) -> Call:
+        def call(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            try:
+                return run(*args, **kwargs)
+            except Exception as error:
+                found.append((layer, error))
+                raise
+
+        return call
+
+    own = {layer: noting(layer) for layer in layers_of(model) if has_own_code(layer)}
+    try:
+        with run_as_code(model), replaced_calls(own):
+            _backend.backend_of(model).trace_shapes(model, [])
+    except Exception as error:  # the user's code
+        return found[0] if found else (model, error)
+    return None
+
+
+def _check_own_code(models: Sequence[Any], inventory: Inventory, changed: Sequence[Any]) -> None:
+    """Raises a ValueError if code of the user's own fails with the changed layers.
+
+    It may assign to a kernel, which is a product now, or take a weight by its place in `weights`.
+
+    Args:
+        models: Models whose forward passes could be traced before.
+        inventory: The model as it was.
+        changed: The layers that have factors in place of their kernels.
+    """
+    for model in models:
+        if (failure := _failure(model)) is None:
+            continue
+        holder, error = failure
+        own = holders.own_class(holder)
+        alike = [layer for layer in layers_of(model) if holders.own_class(layer) is own]
+        known = {child for layer in alike for child in inventory.backend.children(layer)}
+        if known.isdisjoint(changed):
+            known = {*below(holder)}
+        if known.isdisjoint(changed):
+            known = {*changed}
+        named = [record.path for record in inventory.factorizable if record.layer in known]
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise ValueError(
+            f"Expected the code of {own.__name__} to work with factors in place of "
+            f"kernels. Received: {type(error).__name__}: {first[:200]}. Nothing was changed. Such "
+            "code assigns to a kernel, or takes one from `layer.weights`. Pass "
+            f"exclude={named}, the layers that it may use, so that they stay dense. Or let it only "
+            "read the attribute of the weight, such as `layer.kernel`: that is the product of the "
+            "factors."
+        ) from error
 
 
 def _factorized(backend: _backend.Backend, layer: Any, kernel: Any) -> Exchange:

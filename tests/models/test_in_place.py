@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 import zoo
 
-from keras_alds import apply_plan, compress, select
+from keras_alds import ALDSCompress, apply_plan, compress, select
 from keras_alds._backend import backend_of
 from keras_alds._backend.live import empty
 from keras_alds.kinds.base import is_factorized
@@ -374,3 +374,116 @@ class TestOtherModels:
         with pytest.raises(ValueError, match="to have weights of its own"):
             compress(model, 0.3)
         assert not is_factorized(model.layer)
+
+
+def assigning(K):
+    """A layer whose code masks the kernel of its convolution, as in Keras's PixelCNN."""
+
+    class Masked(K.layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.inner = K.layers.Dense(32, name="inner")
+
+        def build(self, shape):
+            self.inner.build(shape)
+            super().build(shape)
+
+        def call(self, x):
+            self.inner.kernel.assign(self.inner.kernel * 0.5)
+            return self.inner(x)
+
+        def get_config(self):
+            return super().get_config()
+
+    return [Masked(name="first"), K.layers.Dense(32, name="plain"), Masked(name="last")]
+
+
+def by_place(K):
+    """A layer that takes the kernel of a layer before it from its list of weights."""
+
+    class Transposed(K.layers.Layer):
+        def __init__(self, dense, **kwargs):
+            super().__init__(**kwargs)
+            self.dense = dense
+
+        def call(self, x):
+            return tf.matmul(x, self.dense.weights[0], transpose_b=True)
+
+        def get_config(self):
+            return {**super().get_config(), "dense": self.dense}
+
+    one, two = K.layers.Dense(32, name="one"), K.layers.Dense(32, name="two")
+    return [one, two, Transposed(one, name="back")]
+
+
+def by_attribute(K):
+    """The same, which reads the attribute: that is the product of the factors."""
+
+    class Transposed(type(by_place(K)[-1])):
+        def call(self, x):
+            return tf.matmul(x, self.dense.kernel, transpose_b=True)
+
+    *before, back = by_place(K)
+    return [*before, Transposed(back.dense, name="back")]
+
+
+class TestCodeThatKnowsAWeight:
+    @pytest.mark.parametrize(
+        ("make", "at_fault"), [(assigning, ["first/inner", "last/inner"]), (by_place, ["one"])]
+    )
+    def test_an_error_names_the_layers_and_nothing_changes(self, keras_module, make, at_fault):
+        K = keras_module
+        x = np.random.default_rng(0).normal(size=(8, 32)).astype("float32")
+        model = K.Sequential([K.Input((32,)), *make(K)])
+        model.compile(K.optimizers.Adam(), "mse")
+        model.fit(x, x, verbose=0)
+        outputs, slots = model.predict(x, verbose=0), len(backend_of(model).optimizers(model))
+        classes = {path: type(layer) for path, layer in walk(model)}
+        alds = ALDSCompress(0.3, at_epoch=1, method="energy", verbose=0)
+        with pytest.raises(ValueError, match=r"code of .* to work with factors") as error:
+            model.fit(x, x, epochs=2, verbose=0, callbacks=[alds], initial_epoch=1)
+        assert f"exclude={at_fault}," in str(error.value), error.value
+        assert {path: type(layer) for path, layer in walk(model)} == classes
+        assert len(backend_of(model).optimizers(model)) == slots
+        if make is by_place:
+            np.testing.assert_array_equal(model.predict(x, verbose=0), outputs)
+        alds = ALDSCompress(0.3, at_epoch=1, method="energy", verbose=0, exclude=at_fault)
+        model.fit(x, x, epochs=3, verbose=0, callbacks=[alds])
+        assert len(factorized_layers(model)) == 1
+
+    def test_a_copy_fails_the_same(self, keras_module):
+        K = keras_module
+        model = K.Sequential([K.Input((32,)), *assigning(K)])
+        known = K.saving.custom_object_scope({"Masked": type(model.layers[0])})
+        with known, pytest.raises(ValueError, match="exclude="):
+            compress(model, 0.3, method="energy")
+
+    def test_reading_the_attribute_works(self, keras_module):
+        K = keras_module
+        model = K.Sequential([K.Input((32,)), *by_attribute(K)])
+        apply_plan(model, select(model, 0.3, method="energy"))
+        assert factorized_layers(model)
+        assert model(np.ones((2, 32), "float32")).shape == (2, 32)
+
+    def test_a_model_that_could_not_be_traced_before_is_compressed(self, keras_module):
+        K = keras_module
+
+        class InPython(K.layers.Layer):
+            def call(self, x):
+                return x * float(np.mean(x))
+
+        net = K.Sequential([K.Input((32,)), K.layers.Dense(32)])
+
+        class Own(K.Model):
+            def __init__(self):
+                super().__init__()
+                self.net, self.scale = net, InPython()
+
+            def call(self, x):
+                return self.scale(self.net(x))
+
+        model = Own()
+        if K.__name__ == "keras":
+            model.built = True
+        apply_plan(model, select(model, 0.3, method="energy"))
+        assert factorized_layers(model)
