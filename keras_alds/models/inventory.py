@@ -18,7 +18,7 @@ from typing import Any
 from keras_alds import _backend
 from keras_alds._backend import wrappers
 from keras_alds._backend.calls import replaced_calls
-from keras_alds._backend.functions import run_as_code
+from keras_alds._backend.functions import has_own_code, run_as_code
 from keras_alds.core.calibration.curves import Curve
 from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.chains import is_chain
@@ -434,6 +434,7 @@ def _records(
         above = itertools.accumulate(path.split("/")[:-1], "{}/{}".format)
         inside = tuple((name, at[name]) for name in above if name in at)
         kind = kind_of(layer)
+        owner = at[path.rpartition("/")[0]] if apart else layer
         shape = None
         if kind is not None and kind.refusal(layer) is None:
             shape = unfolded_shape(layer)
@@ -442,8 +443,13 @@ def _records(
         if skipped is None and apart and any(wrapper.layer in around for wrapper in pruning):
             detail = "TF-MOT prunes its cell; `strip_pruning` first, or compress before pruning"
             skipped = Skipped(Skip.WRAPPED, detail)
+        # Of a cell, all kernels or none: a factorized cell keeps those that stay dense as weights.
+        parts = _kernels(owner).values() if apart else [layer]
+        if skipped is None and any(id(known_kind(x).variable(x)) not in users for x in parts):
+            by = next((name for name, holder in reversed(inside) if has_own_code(holder)), None)
+            detail = f"the code of '{by or model.name}' puts a tensor in the place of a kernel"
+            skipped = Skipped(Skip.SHARED, detail)
         if skipped is None and kind is not None:
-            owner = at[path.rpartition("/")[0]] if apart else layer
             found = users[id(kind.variable(layer))]
             others = [name for name, user in found if user is not owner and user is not layer]
             if others:

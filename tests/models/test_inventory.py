@@ -128,6 +128,42 @@ class TestLeftAlone:
         assert shared == {"dense", "other"}
         assert "lstm/lstm_cell/kernel" in reasons
 
+    @pytest.mark.parametrize("attribute", ["kernel", "cell.recurrent_kernel"])
+    def test_a_kernel_that_a_wrapper_computes(self, keras_module, attribute):
+        L, K = keras_module.layers, keras_module
+        *to_owner, name = attribute.split(".")
+        if name == "kernel" and K is keras:  # a property without a setter
+            name = "_kernel"
+
+        class Halved(L.Layer):
+            def __init__(self, inner, **kwargs):
+                super().__init__(**kwargs)
+                self.inner = inner
+
+            def build(self, shape):
+                self.inner.build(shape)
+                self.owner = self.inner.cell if to_owner else self.inner
+                self.raw = getattr(self.owner, name)
+                self.built = True
+
+            def call(self, x):
+                setattr(self.owner, name, tf.convert_to_tensor(self.raw) * 0.5)
+                return self.inner(x)
+
+        inner = L.LSTM(32, name="inner") if to_owner else L.Dense(32, name="inner")
+        shape = (5, 32) if to_owner else (32,)
+        last = [L.Dense(32, name="plain"), L.Dense(4)]
+        model = K.Sequential([K.Input(shape), Halved(inner, name="halved"), *last])
+        model.compile("sgd", "mse")
+        x, y = np.ones((8, *shape), "float32"), np.ones((8, 4), "float32")
+        model.fit(x, y, verbose=0)
+        reason = "the code of 'halved' puts a tensor in the place of a kernel"
+        assert list(self.reasons(model).values()).count(reason) == (2 if to_owner else 1)
+        alds = ALDSCompress(cr=0.05, at_epoch=1, method="energy", verbose=0)
+        losses = model.fit(x, y, epochs=2, callbacks=[alds], verbose=0).history["loss"]
+        assert np.isfinite(losses).all()
+        assert "plain" in [choice.layer for choice in alds.plan.factorized]
+
     def test_grouped_convolution(self, keras_module):
         L, K = keras_module.layers, keras_module
         model = K.Sequential(
