@@ -78,13 +78,15 @@ def _bound(item: Any, pair: Any) -> Bound:
 
 
 def matches(item: Any, path: str, layer: Any) -> bool:
-    """Whether an item names a layer with this path."""
+    """Whether an item, which may also be a layer, names a layer with this path."""
+    if item is layer:
+        return True
     if isinstance(item, type):
         return isinstance(layer, item)
     names = (path, layer.name)
     if isinstance(item, re.Pattern):
         return any(item.search(name) for name in names)
-    return item in names or any(re.fullmatch(item, name) for name in names)
+    return isinstance(item, str) and any(item == n or re.fullmatch(item, n) for n in names)
 
 
 def described(item: Any) -> str:

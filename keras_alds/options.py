@@ -121,7 +121,9 @@ class SelectOptions(TypedDict, total=False):
             """Layers to skip: a name, a path (`"encoder/conv1"`), a regular expression that
             matches the whole name or path, a compiled pattern (found anywhere in them), a
             layer class, or a list of these. The name of a nested model, a wrapper or an
-            attention layer stands for all layers inside it. Defaults to none.""",
+            attention layer stands for all layers inside it. A string that is neither a name nor
+            a pattern of one may be an attribute path (`"teacher"`, `"blocks.0"`). Defaults to
+            none.""",
             flag={
                 "nargs": "+",
                 "action": "extend",

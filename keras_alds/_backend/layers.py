@@ -85,6 +85,24 @@ class Layers:
         """The attributes of `model` that are models."""
         return [n for n, v in vars(model).items() if self.is_model(v) and not n.startswith("_")]
 
+    def at(self, model: Model, path: str) -> Any:
+        """What lies at a path of attributes, items and layer names; None if there is nothing."""
+        found: Any = model
+        try:
+            for step in path.split("."):
+                if isinstance(found, Mapping):
+                    found = found[step]
+                elif isinstance(found, Sequence):
+                    found = found[int(step)]
+                else:
+                    found = getattr(found, step, None) or self._child(found, step)
+        except (KeyError, IndexError, ValueError):
+            return None
+        return found
+
+    def _child(self, layer: Layer, name: str) -> Layer | None:
+        return next((child for child in self.children(layer) if child.name == name), None)
+
     def children(self, layer: Layer) -> list[Layer]:
         """The layers directly inside `layer`, in creation order (no metrics)."""
         return list(layer._flatten_layers(include_self=False, recursive=False))

@@ -205,9 +205,11 @@ class Inventory:
         check_model(model)
         layers, pruning = scan(model)
         unmatched = dict(enumerate(exclude))
+        inspected = [*_records(model, layers, pruning)]
+        items = [_meant(item, model, inspected) for item in exclude]
         records = []
-        for record in _records(model, layers, pruning):
-            naming = [index for index, item in enumerate(exclude) if record.is_named_by(item)]
+        for record in inspected:
+            naming = [index for index, item in enumerate(items) if record.is_named_by(item)]
             for index in naming:
                 unmatched.pop(index, None)
             if naming and record.skipped is None:
@@ -270,6 +272,10 @@ class Inventory:
             self, model=copy, layers=layers, pruning=pruning, records=tuple(records)
         )
 
+    def meant(self, item: Any) -> Any:
+        """An item of `exclude` or `bounds`; the layer if it is an attribute path."""
+        return _meant(item, self.model, self.records)
+
     def warn_of_unmatched(self, *, stacklevel: int) -> None:
         """Warns of items of `exclude` that match no layer."""
         for item in self.unmatched:
@@ -283,7 +289,8 @@ class Inventory:
         """The end of a message about an item of `exclude` or `bounds` that matches no layer."""
         named = [(r.path, r.layer) for r in self.records]
         named += [holder for record in self.records for holder in record.inside]
-        return did_you_mean(item, [n for path, layer in named for n in (path, layer.name)])
+        names = [name for path, layer in named for name in (path, layer.name)]
+        return did_you_mean(item, [*names, *self.backend.parts(self.model)])
 
 
 # Cached calls of a model's layers, as (layer, its class, its calls): tracing a large network takes
@@ -416,6 +423,15 @@ def outermost_holders(inventory: Inventory) -> list[tuple[str, Any]]:
             if layer is inventory.model:
                 break
     return found
+
+
+def _meant(item: Any, model: Any, records: Sequence[LayerRecord]) -> Any:
+    """An item that names layers; the layer if it is an attribute path, and no name or pattern."""
+    if not isinstance(item, str) or any(record.is_named_by(item) for record in records):
+        return item
+    backend = _backend.backend_of(model)
+    found = backend.at(model, item)
+    return found if isinstance(found, backend.keras.layers.Layer) else item
 
 
 def _kernels(layer: Any) -> dict[str, Any]:

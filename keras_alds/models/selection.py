@@ -113,7 +113,8 @@ class Selection:
             reason = next(filter(None, found), None)
             return record if reason is None else dataclasses.replace(record, skipped=reason)
 
-        inventory = inventory.map(skipped).map(lambda record: record.bounded(options.bounds))
+        bounds = [Bound(inventory.meant(item), *limits) for item, *limits in options.bounds]
+        inventory = inventory.map(skipped).map(lambda record: record.bounded(bounds))
         limited = options.memory is not None
         memory = Memory.of(inventory, trace=limited)
         if limited and memory is None:
@@ -145,8 +146,9 @@ class Selection:
     @property
     def matched_bounds(self) -> tuple[Bound, ...]:
         """The bounds that name a layer that can be factorized."""
+        named = {b: self.inventory.meant(b.item) for b in self.options.bounds}
         records = self.inventory.candidates
-        return tuple(b for b in self.options.bounds if any(r.is_named_by(b.item) for r in records))
+        return tuple(b for b, item in named.items() if any(r.is_named_by(item) for r in records))
 
     def warn_of_bounds(self, *, stacklevel: int) -> None:
         """Warns of bounds that match no layer that can be factorized."""

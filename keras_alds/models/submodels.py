@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from keras_alds import _backend
@@ -25,8 +25,8 @@ def find_submodel(model: Any, submodel: Any) -> Any:
     """
     if submodel is None or submodel is model:
         return model
-    found = _at(model, submodel) if isinstance(submodel, str) else submodel
     backend = _backend.backend_of(model)
+    found = backend.at(model, submodel) if isinstance(submodel, str) else submodel
     inside = isinstance(submodel, str) or any(found is layer for layer in below(model))
     if not isinstance(found, backend.keras.layers.Layer) or not inside:
         known = ", ".join(map(repr, backend.parts(model))) or "none"
@@ -42,27 +42,6 @@ def find_submodel(model: Any, submodel: Any) -> Any:
             "the others."
         )
     return found
-
-
-def _at(model: Any, path: str) -> Any:
-    """What lies at a path of attributes, items and layer names; None if there is nothing."""
-    found = model
-    try:
-        for step in path.split("."):
-            if isinstance(found, Mapping):
-                found = found[step]
-            elif isinstance(found, Sequence):
-                found = found[int(step)]
-            else:
-                found = getattr(found, step, None) or _child(found, step)
-    except (KeyError, IndexError, ValueError):
-        return None
-    return found
-
-
-def _child(layer: Any, name: str) -> Any:
-    children = _backend.backend_of(layer).children(layer)
-    return next((child for child in children if child.name == name), None)
 
 
 def twins(model: Any) -> tuple[str, str] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from keras_alds import select
 from keras_alds.models.inventory import Inventory
 from keras_alds.models.submodels import find_submodel, frozen_part, twins
 
@@ -55,6 +56,44 @@ class TestFind:
             find_submodel(trainer(keras_module), "student.layers.0")
 
 
+class TestExclude:
+    def paths(self, model, *exclude):
+        """The paths of the layers that are excluded."""
+        inventory = Inventory.of(model, exclude)
+        assert not inventory.unmatched
+        return {record.path.split("/")[0] for record in inventory.records if record.excluded}
+
+    def test_attribute_paths(self, keras_module):
+        model = trainer(keras_module)
+        assert self.paths(model, "teacher") == {"large"}
+        assert self.paths(model, "blocks.0", "by_name.head") == {"first", "head"}
+        (record,) = (r for r in Inventory.of(model, ["teacher"]).records if r.excluded)
+        assert record.skipped.detail == "excluded by exclude='teacher'"
+
+    def test_names_and_patterns_come_first(self, keras_module):
+        model = trainer(keras_module)
+        model.large = model.student
+        model.sec = model.teacher
+        assert self.paths(model, "large") == {"large"}
+        assert self.paths(model, "sec.*") == {"second"}
+
+    def test_what_is_no_layer(self, keras_module):
+        model = trainer(keras_module)
+        for item in ("blocks", "call", "techer"):
+            assert Inventory.of(model, [item]).unmatched == (item,)
+        with pytest.warns(UserWarning, match="Did you mean 'teacher'"):
+            Inventory.of(model, ["techer"]).warn_of_unmatched(stacklevel=1)
+
+    def test_bounds(self, keras_module):
+        model = trainer(keras_module)
+        bounds = {"teacher": (None, 0.0), "student": (0.1, None), "nobody": (None, 0.5)}
+        with pytest.warns(UserWarning, match="'nobody' matches no layer"):
+            plan = select(model, 0.1, method="energy", bounds=bounds, target="size")
+        removed = {choice.layer.split("/")[0] for choice in plan.factorized}
+        assert "small" in removed
+        assert "large" not in removed
+
+
 class TestFrozen:
     def test_is_found_beside_what_is_trained(self, keras_module):
         model = trainer(keras_module)
@@ -63,8 +102,8 @@ class TestFrozen:
         model.teacher.trainable = False
         assert "'large', a frozen part of" in frozen_part(model, records)
         assert frozen_part(model, records).endswith("that are trained, such as 'student'")
-        others = Inventory.of(model, ["large"]).candidates
-        assert frozen_part(model, others) is None
+        for exclude in ("large", "teacher"):
+            assert frozen_part(model, Inventory.of(model, [exclude]).candidates) is None
         model.trainable = False
         assert frozen_part(model, records) is None  # nothing is trained
 
