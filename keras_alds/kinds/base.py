@@ -32,6 +32,11 @@ from keras_alds.plan import Skip, Skipped
 Shape = tuple[int | None, ...]
 Undo = Callable[[], None]
 
+#: Why a layer with an adapter is left alone. Keras merges it only into the weights that it saves.
+HAS_LORA = (
+    "LoRA is enabled on it; to merge it, `save_weights`, then `load_weights` into a new model "
+    "without it"
+)
 #: The kinds by the names of their stock classes.
 KINDS: dict[str, Kind] = {}
 # The kinds by the classes that this package adds: factorized ones, and kernels as layers.
@@ -357,7 +362,7 @@ class KernelKind(Kind):
             detail = f"{name} adds {', '.join(own[:3])} to {self.name}, which would be lost"
             return Skipped(Skip.OWN_CODE, detail)
         if getattr(layer, "lora_enabled", False):
-            return Skipped(Skip.LORA, "LoRA is enabled on it; merge the adapter first")
+            return Skipped(Skip.LORA, HAS_LORA)
         if getattr(layer, "quantization_mode", None):
             return Skipped(
                 Skip.QUANTIZED,

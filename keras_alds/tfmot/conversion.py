@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras_alds import _backend
 from keras_alds._backend.graphs import mask_of
 from keras_alds._backend.layers import dtype_policy
-from keras_alds.kinds.base import is_own, stock_kind
+from keras_alds.kinds.base import HAS_LORA, is_own, stock_kind
 from keras_alds.kinds.holders import own_class
 from keras_alds.models.inventory import walk
 from keras_alds.models.rebuild import GraphRebuilder, Piece, check_symbolic, first_tensor
@@ -196,7 +196,7 @@ class _Translator(GraphRebuilder):
                 f"it is quantized ({layer.quantization_mode}); convert before that"
             )
         if getattr(layer, "lora_enabled", False):
-            raise UnsupportedError("LoRA is enabled on it; merge the adapter first")
+            raise UnsupportedError(HAS_LORA)
         if isinstance(layer, stock.TimeDistributed):
             return self._time_distributed(layer, axes)
         config, tail = self._config(layer, cls)

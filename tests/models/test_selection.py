@@ -59,6 +59,29 @@ class TestWhatIsOutOfReach:
         with pytest.raises(ValueError, match=r"not reachable .*'hidden' \(.*\): LoRA is enabled"):
             select(model, 0.9)
 
+    def test_of_a_model_with_lora_that_is_merged_as_the_reason_says(self, tmp_path):
+        def make():
+            L = keras.layers
+            return keras.Sequential(
+                [
+                    keras.Input((8, 8, 16)),
+                    L.Conv2D(32, 3, name="conv"),
+                    L.EinsumDense("abcd,de->abce", (6, 6, 48), name="einsum"),
+                    L.Dense(48, name="dense"),
+                ]
+            )
+
+        adapted, merged = make(), make()
+        for layer in adapted.layers:
+            layer.enable_lora(2)
+            for weight in layer.trainable_weights:
+                weight.assign(np.random.default_rng(0).normal(scale=0.1, size=weight.shape))
+        adapted.save_weights(tmp_path / "merged.weights.h5")
+        merged.load_weights(tmp_path / "merged.weights.h5")
+        x = np.random.default_rng(0).normal(size=(2, 8, 8, 16)).astype("float32")
+        np.testing.assert_allclose(adapted(x), merged(x), rtol=1e-4, atol=1e-4)
+        assert len(select(merged, 0.3, method="energy").factorized) > 0
+
     @pytest.mark.parametrize("objective", ["params", "macs"])
     def test_by_size(self, model, objective):
         with pytest.raises(ValueError, match=r"Skipped: 'down' \(.*='down'; 'stem' \(.*='stem'"):
