@@ -52,7 +52,8 @@ class Cloning(Graphs, Training):
                 copy = type(model)(copy.inputs, copy.outputs, name=model.name)
         else:
             copy = self._copy_subclassed(model)
-        if _shapes(copy) != _shapes(model):
+        pairs = self._weight_pairs(model, copy)
+        if pairs is None:
             raise ValueError(
                 f"Expected a copy of the model '{model.name}', made from its config, to have the "
                 f"same weights. Received: {len(copy.weights)} weights in the copy, "
@@ -66,14 +67,42 @@ class Cloning(Graphs, Training):
                 f"weights of its own. Received: a {type(model).__name__} that holds layers of the "
                 "model. Let `get_config()` return configs of layers, not the layers."
             )
-        copy.set_weights(model.get_weights())
+        values = zip(pairs, model.get_weights(), strict=True)
+        values_of = {id(new): value for (_, new), value in values}
+        copy.set_weights([values_of[id(weight)] for weight in copy.weights])
         layers = dict.fromkeys(self.pairs_inside(model, copy))
         # Setting `trainable` also sets it for all layers inside, so outer layers come first.
         for old, new in sorted(layers, key=lambda pair: -len(self._flatten(pair[0]))):
             self._copy_layer_state(old, new)
-        pairs = zip(model.weights, copy.weights, strict=True)
         self.copy_compile_state(model, copy, pairs, stacklevel=stacklevel + 1)
         return copy
+
+    def _weight_pairs(self, model: Model, copy: Model) -> list[tuple[Variable, Variable]] | None:
+        """The weights of a model with those of its copy; None if they do not fit."""
+        if _shapes(copy) == _shapes(model):
+            return [*zip(model.weights, copy.weights, strict=True)]
+        try:
+            layers = [(model, copy), *self.pairs_inside(model, copy)]
+            found = {id(old): (old, new) for pair in layers for old, new in self.own_pairs(*pair)}
+            pairs = [found[id(weight)] for weight in model.weights]
+        except (KeyError, ValueError):
+            return None
+        fit = all(static_shape(old) == static_shape(new) for old, new in pairs)
+        return pairs if fit and {id(new) for _, new in pairs} == {*map(id, copy.weights)} else None
+
+    def own_pairs(self, layer: Layer, copy: Layer) -> Iterator[tuple[Variable, Variable]]:
+        """The weights of a layer, without those of layers inside it, and those of its copy.
+
+        A layer of Keras 3 that is made from the config of a quantized one has them in another
+        order.
+
+        Raises:
+            ValueError: If there are more or fewer.
+        """
+        old, new = self.own_variables(layer), self.own_variables(copy)
+        if [*map(static_shape, old)] != [*map(static_shape, new)]:
+            old, new = (sorted(some, key=lambda weight: weight.name) for some in (old, new))
+        return zip(old, new, strict=True)
 
     def copy_problem(self, error: Exception) -> str:
         """The end of the message that a copy could not be made, without a full stop."""
@@ -303,8 +332,7 @@ class Keras3Cloning(Cloning):
                 if hasattr(old.output, name):
                     setattr(new.output, name, getattr(old.output, name))
         if old.trainable:  # single variables can still be frozen
-            pairs = zip(self.own_variables(old), self.own_variables(new), strict=True)
-            for theirs, ours in pairs:
+            for theirs, ours in self.own_pairs(old, new):
                 self.copy_trainable(theirs, ours)
 
     def _clone(self, model: Model) -> Model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keras
 import numpy as np
 import pytest
 
@@ -84,3 +85,28 @@ def test_inputs_stay_sparse_ragged_and_optional(keras_module):
     if K.__name__ == "keras":
         net = K.Sequential([K.Input((4,), optional=True), L.Dense(2)])
         assert backend_of(net).copy_model(net).inputs[0]._keras_history.operation.optional
+
+
+@pytest.mark.parametrize("mode", ["int8", "float8"])
+def test_layers_that_are_quantized(mode):
+    L = keras.layers
+    layers = [L.Dense(64, name="first"), L.Dense(64, name="second"), L.Dense(8, name="last")]
+    model = keras.Sequential([keras.Input((32,)), *layers])
+    x = np.random.default_rng(0).normal(size=(8, 32)).astype("float32")
+    model.get_layer("first").quantize(mode)
+    if mode == "float8":
+        model.compile("adam", "mse")
+        model.fit(x, x[:, :8], verbose=0)  # the scales follow
+    model.get_layer("first").bias.trainable = False
+    model.compile("adam", "mse")
+    copy = backend_of(model).copy_model(model)
+    np.testing.assert_array_equal(copy(x), model(x))
+    assert not copy.get_layer("first").bias.trainable
+    assert len(copy.trainable_weights) == len(model.trainable_weights)
+    small = compress(model, 0.3, method="energy")
+    assert [type(layer).__name__ for layer in small.layers] == [
+        "Dense",
+        "FactorizedDense",
+        "Dense",
+    ]
+    small.fit(x, x[:, :8], verbose=0)
