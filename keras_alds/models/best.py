@@ -13,20 +13,20 @@ from keras_alds.core.choices import ChoiceTable
 from keras_alds.core.slicing import Array
 from keras_alds.models.calibration import Calibration
 from keras_alds.models.data import KeptExamples
-from keras_alds.models.exchange import ROUNDS, Exchange
+from keras_alds.models.exchange import ROUNDS, CostExchange
 from keras_alds.models.fit import TRIED_EXAMPLES, can_be_sequential, tried_one_by_one
 from keras_alds.models.inventory import Inventory
 from keras_alds.models.matching import Pairs, match
 from keras_alds.models.moving_statistics import Drift
 from keras_alds.models.probes import Kernels, Prober
 from keras_alds.models.selection import Selection
-from keras_alds.models.trials import WEIGHINGS, WITHOUT_DATA, approximations, judge, weighed
+from keras_alds.models.trials import EQUAL, WEIGHINGS, WITHOUT_DATA, approximations, judge, weighed
 from keras_alds.plan import CompressionPlan
 from keras_alds.progress import progress_bar
 
-# The best plans are also tried layer by layer: at most so many, with outputs at most so many
-# times as far from the original's as the best ones.
-_MOST, _NEAR = 2, 1.5
+# A second plan is tried layer by layer if its outputs are at most so many times as far from the
+# original's as those of the best one.
+_NEAR = 1.5
 # The part to which a distance is expected to shrink: with the sequential pass, as it is tried on
 # some of the examples only; and with equal weights, into which no measurement on few has gone. A
 # smaller power of the measured divergences is between the two. Moving statistics gain more on new
@@ -134,13 +134,13 @@ class _Trials:
         """Tries the best plan with cost exchanged between its layers."""
         name, inventory = self._best(), selection.inventory
         layers = [record.layer for record in inventory.candidates]
-        prober = Prober(inventory.model, layers, probing)
+        prober, (_, kernels) = Prober(inventory.model, layers, probing), self._kernels[False]
         with progress_bar(verbose) as progress:
             task = progress.add_task("exchange", total=ROUNDS * len(layers))
             judges = prober, self._prober, lambda: progress.advance(task)
-            found = Exchange(selection, tables, name, *judges).improved(self._rows[name])
-        if found is not None:
-            rows, kernels = found
+            exchange = CostExchange(selection, tables, name, *judges)
+            rows, kernels = exchange.improved(self._rows[name], kernels)
+        if rows != self._rows[name]:
             plan = selection.plan_of(tables, rows, name)
             self.note(f"{name}, {EXCHANGED}", plan, kernels)
 
@@ -182,10 +182,16 @@ class _Trials:
         return self._apart[name] < self._apart[other]
 
     def nearest(self) -> list[str]:
-        """The plans to try layer by layer."""
-        names = sorted(self.plans, key=self._expected)
-        most = _NEAR * self._expected(names[0])
-        return [name for name in names if self._expected(name) <= most][:_MOST]
+        """The plans to try layer by layer: the best one, and one with equal weights.
+
+        One after the other, layers make up for errors, and what each of them alone does to the
+        outputs says less. If equal weights are too far, it is the second best plan.
+        """
+        names = [name for name in self.plans if f"{name}, {EXCHANGED}" not in self.plans]
+        best, *others = sorted(names, key=self._expected)
+        others.sort(key=lambda name: not name.startswith(EQUAL))
+        near = [n for n in others if self._expected(n) <= _NEAR * self._expected(best)]
+        return [best, *near[:1]]
 
     def best(self) -> CompressionPlan:
         """The best plan, and the first one among equals."""
@@ -208,7 +214,7 @@ class _Trials:
     def _expected(self, name: str) -> float:
         """How far the outputs are expected to be in the end."""
         weighing, *more = name.split(", ")
-        power = WEIGHINGS.get(weighing, 1.0)
+        power = 1.0 if EXCHANGED in more else WEIGHINGS.get(weighing, 1.0)
         part = (_WITH_MORE if SEQUENTIAL in more else 1.0) * (_WITHOUT_NOISE ** (1 - power))
         part *= _CORRECTED if NORMALIZED in more else 1.0
         return min(max(part * self._apart[name], 1e-12), 1e12)  # it may be infinite

@@ -11,29 +11,27 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
-from keras_alds.core.choices import Choice, ChoiceTable, Int64
-from keras_alds.core.parallel import threads
-from keras_alds.core.slicing import Array
+from keras_alds.core.choices import ChoiceTable, Int64
 from keras_alds.core.spectra import Float64
-from keras_alds.models.curves import approximation
-from keras_alds.models.inventory import LayerRecord
 from keras_alds.models.probes import Kernels, Prober
 from keras_alds.models.selection import Selection
 from keras_alds.models.trials import approximations, weighed
 
 #: How often the effects of all layers are measured, at most.
 ROUNDS = 3
-# So many times as cheap or dear a layer becomes in a round, and the least for another round.
-_FARTHEST, _NEAREST = 1.5, 1.1
+# The most by which a layer's cost is multiplied or divided in the first round.
+_RATIO = 1.5
 # Measured effects are noisy: the corrections are bounded, and their square roots are tried too.
 _LARGEST_CORRECTION, _POWERS = 6.0, (1.0, 0.5)
 
+#: The row of each layer's table that a plan takes.
+Rows = tuple[int, ...]
 
-class Exchange:
+
+class CostExchange:
     """A plan whose layers exchange cost.
 
     Args:
@@ -41,7 +39,7 @@ class Exchange:
         tables: The choices of its candidates.
         weighing: How errors are weighed.
         probing: Measures the effects of single layers.
-        judging: Compares whole plans, on other examples.
+        judging: Compares whole plans, on other examples if there are enough.
         progress: Called after each layer of a round.
     """
 
@@ -59,36 +57,43 @@ class Exchange:
         self._weighed = weighed(tables, self._records, weighing)
         self._probing, self._judging, self._progress = probing, judging, progress
 
-    def improved(self, rows: Sequence[int]) -> tuple[tuple[int, ...], Kernels] | None:
-        """A better choice by layer, and its kernels; None if none is found.
+    def improved(self, rows: Sequence[int], kernels: Kernels) -> tuple[Rows, Kernels]:
+        """The best plan that is found, and its kernels; at worst the given one.
 
         Args:
-            rows: The rows of the tables that the plan takes.
+            rows: The rows of the tables that a plan takes.
+            kernels: Its kernels, fitted without the held-out examples.
         """
-        best, kernels, farthest = tuple(rows), self._kernels(rows), _FARTHEST
-        least = first = self._judging.apart(kernels)
+        best, ratio = tuple(rows), _RATIO
+        least, tried = self._judging.apart(kernels), {best}
         for _ in range(ROUNDS):
-            corrections = self._corrections(best, kernels, farthest)
-            found = []
-            for times in (farthest, math.sqrt(farthest)):
+            corrections, start = self._corrections(best, kernels, math.sqrt(ratio)), best
+            around, of_start = best, kernels
+            for limit in (ratio, math.sqrt(ratio)):
                 for power in _POWERS:
-                    new = self._solved(best, corrections**power, times)
-                    of_new = self._kernels(new)
-                    found.append((self._judging.apart(of_new), new, of_new))
-            nearest = min(found, key=lambda one: one[0])
-            if nearest[0] < least:
-                least, best, kernels = nearest
-            elif (farthest := math.sqrt(farthest)) < _NEAREST:
-                break
-        return (best, kernels) if least < first else None
+                    new = self._solved(around, corrections**power, limit)
+                    if new in tried:
+                        continue
+                    tried.add(new)
+                    of_new = self._changed(around, of_start, new)
+                    apart = self._judging.apart(of_new)
+                    if apart < least:
+                        least, best, kernels = apart, new, of_new
+            if best == start:
+                ratio = math.sqrt(ratio)
+        return best, kernels
 
-    def _kernels(self, rows: Sequence[int]) -> Kernels:
-        chosen = [table[row] for table, row in zip(self._tables, rows, strict=True)]
-        return approximations(self._records, chosen)
+    def _changed(self, rows: Rows, kernels: Kernels, new: Sequence[int]) -> Kernels:
+        """The kernels of a plan, from those of another one."""
+        changed = [index for index, row in enumerate(new) if row != rows[index]]
+        records = [self._records[index] for index in changed]
+        choices = [self._tables[index][new[index]] for index in changed]
+        kept = {layer: kernels[layer] for layer in kernels.keys() - {r.layer for r in records}}
+        return kept | dict(approximations(records, choices))
 
-    def _solved(self, rows: Sequence[int], corrections: Float64, times: float) -> tuple[int, ...]:
+    def _solved(self, rows: Rows, corrections: Float64, ratio: float) -> Rows:
         """The best rows near those of a plan."""
-        near = [_near(t, row, times) for t, row in zip(self._weighed, rows, strict=True)]
+        near = [_near(t, row, ratio) for t, row in zip(self._weighed, rows, strict=True)]
         tables = [
             dataclasses.replace(table := whole.take(some), error=table.error * correction)
             for whole, some, correction in zip(self._weighed, near, corrections, strict=True)
@@ -96,47 +101,42 @@ class Exchange:
         found = self._selection.solve(tables).indices
         return tuple(int(some[index]) for some, index in zip(near, found, strict=True))
 
-    def _corrections(self, rows: Sequence[int], kernels: Kernels, times: float) -> Float64:
+    def _corrections(self, rows: Rows, kernels: Kernels, ratio: float) -> Float64:
         """What every layer's weighted error is to be multiplied with."""
         own = self._probing.apart(kernels)
         effects = np.full(len(rows), np.nan)
-        with threads() as pool:
-            for index, (record, row) in enumerate(zip(self._records, rows, strict=True)):
-                table, errors = self._tables[index], self._weighed[index].error
-                ends = _ends(self._weighed[index], row, math.sqrt(times))
-                made = list(pool.map(_kernel, (record, record), (table[end] for end in ends)))
-                found = [
-                    own if end == row else self._probing.apart(_with(kernels, record.layer, kernel))
-                    for end, kernel in zip(ends, made, strict=True)
-                ]
-                if errors[ends[0]] > errors[ends[1]]:
-                    effects[index] = (found[0] - found[1]) / (errors[ends[0]] - errors[ends[1]])
-                self._progress()
+        for index, row in enumerate(rows):
+            errors, ends, found = (
+                self._weighed[index].error,
+                _ends(self._weighed[index], row, ratio),
+                [],
+            )
+            for end in ends:
+                new = (*rows[:index], end, *rows[index + 1 :])
+                same = end == row
+                found.append(
+                    own if same else self._probing.apart(self._changed(rows, kernels, new))
+                )
+            cheap, dear = (errors[end] for end in ends)
+            if cheap > dear:
+                effects[index] = (found[0] - found[1]) / (cheap - dear)
+            self._progress()
         rising = effects[np.isfinite(effects) & (effects > 0)]
         if not len(rising):
             return np.ones(len(rows))
+        # A layer whose larger error seems to help, by noise or by chance, counts least.
         relative = np.where(np.isfinite(effects), effects / np.median(rising), 1.0)
         return np.clip(relative, 1 / _LARGEST_CORRECTION, _LARGEST_CORRECTION)
 
 
-def _kernel(record: LayerRecord, choice: Choice) -> Array | None:
-    return None if choice.keep else approximation(record, choice)
-
-
-def _with(kernels: Kernels, layer: Any, kernel: Array | None) -> Kernels:
-    """The kernels with another one of a layer, or without one."""
-    others = {known: kernels[known] for known in kernels if known is not layer}
-    return others if kernel is None else {**others, layer: kernel}
-
-
-def _ends(table: ChoiceTable, row: int, times: float) -> tuple[int, int]:
+def _ends(table: ChoiceTable, row: int, ratio: float) -> tuple[int, int]:
     """The cheapest and the dearest of the best rows near one of them."""
-    near = _near(table, row, times)
+    near = _near(table, row, ratio)
     front = near[table.take(near).front_rows()]
     return int(front[0]), int(front[-1])
 
 
-def _near(table: ChoiceTable, row: int, times: float) -> Int64:
+def _near(table: ChoiceTable, row: int, ratio: float) -> Int64:
     """The rows that cost at most so many times as much, or as little, as one of them."""
     cost = table.cost[:, 0]
-    return np.flatnonzero((cost <= cost[row] * times) & (cost * times >= cost[row]))
+    return np.flatnonzero((cost <= cost[row] * ratio) & (cost * ratio >= cost[row]))

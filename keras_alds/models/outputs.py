@@ -1,13 +1,16 @@
 """How far the outputs of a changed model are from those of the original one, on the same examples.
 
-For probabilities, and for scores before softmax, this is the Kullback–Leibler divergence from the
-original's distribution, in nats per example. For everything else it is the squared error relative
-to the variance of the original's outputs. Several outputs add up.
+The divergence of probabilities, and of scores before softmax, is that of Kullback and Leibler from
+the original's distribution, in nats per example. For everything else it is the squared error
+relative to the variance of the original's outputs. Several outputs add up. There are other measures
+of the same for other purposes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import enum
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +26,8 @@ from keras_alds.core.slicing import Array
 _FEWEST_SCORES, _FEWEST_SCORES_BY_POSITION = 8, 16
 # Probabilities are not trusted below this.
 _LEAST_PROBABILITY = 1e-7
+# Logarithms of probabilities below this are those of classes that a mask rules out.
+_LEAST_SCORE = -200.0
 
 
 class OutputKind(enum.Enum):
@@ -66,7 +71,7 @@ class Reference:
         Raises:
             ValueError: If the shapes differ.
         """
-        return self._sum(outputs, _divergence)
+        return self._sum(self._prepared(outputs), _divergence)
 
     def distance(self, outputs: Sequence[Array]) -> float:
         """Like `divergence`, but bounded for scores and probabilities.
@@ -74,35 +79,91 @@ class Reference:
         There it is the total variation distance: the probability, from 0 to 1, that is given to
         other classes. A few examples of which a network is too sure do not outweigh the others.
         """
-        return self._sum(outputs, _distance)
+        return self._sum(self._prepared(outputs), _distance)
 
     def error(self, outputs: Sequence[Array]) -> float:
         """The squared error relative to the variance, for scores and probabilities that of logits.
 
         Unlike the divergence, it does not depend on how sure a network is of the examples.
         """
-        return self._sum(outputs, _error)
+        return self._sum(self._prepared(outputs), _error)
 
     def apart(self, outputs: Sequence[Array]) -> float:
-        """The geometric mean of `distance` and `error`, by which plans are compared.
+        """The geometric mean of `distance` and a squared error, by which plans are compared.
 
-        Of scores, one of them grows with how sure a network is, the other with what it says of
-        unlikely classes. A plan that is better in both is better on other examples too.
+        The error of scores, before softmax, is the one after the factor that makes it least. How
+        sure they are counts in the distance, and without the factor the smaller scores of a network
+        that is less sure would seem better.
         """
-        return math.sqrt(self.distance(outputs) * self.error(outputs))
+        prepared = self._prepared(outputs)
+        parts = self._sum(prepared, _distance), self._scaled_errors(prepared)
+        return math.sqrt(math.prod(parts)) if all(map(math.isfinite, parts)) else math.inf
 
-    def _sum(self, outputs: Sequence[Array], measure: Callable[..., float]) -> float:
-        total = 0.0
-        for kind, scale, mine, other in zip(
-            self.kinds, self._scales, self._outputs, outputs, strict=True
-        ):
+    def _prepared(self, outputs: Sequence[Array]) -> list[Array]:
+        prepared = []
+        for kind, mine, other in zip(self.kinds, self._outputs, outputs, strict=True):
             if mine.shape != other.shape:
                 raise ValueError(
                     "Expected outputs of the same shape from both models. "
                     f"Received: {mine.shape} and {other.shape}"
                 )
-            total += measure(kind, mine, _prepared(kind, other)) / scale
-        return float(total) if np.isfinite(total) else np.inf
+            prepared.append(_prepared(kind, other))
+        return prepared
+
+    def _sum(self, prepared: Sequence[Array], measure: Callable[..., float]) -> float:
+        parts = zip(self.kinds, self._outputs, prepared, self._scales, strict=True)
+        return _finite(
+            sum(measure(kind, mine, other) / scale for kind, mine, other, scale in parts)
+        )
+
+    def _scaled_errors(self, prepared: Sequence[Array]) -> float:
+        total = 0.0
+        parts = zip(self.kinds, self._outputs, prepared, self._scales, self._scores, strict=True)
+        for kind, mine, other, scale, scores in parts:
+            if scores is None:
+                total += _divergence(kind, mine, other) / scale
+            else:
+                total += scores.scaled_error(_logits(kind, other))
+        return _finite(total)
+
+    @functools.cached_property
+    def _scores(self) -> list[_Scores | None]:
+        """What is known of the scores, also of those behind probabilities."""
+        pairs = zip(self.kinds, self._outputs, strict=True)
+        return [
+            _Scores.of(_logits(kind, mine), centred=kind is not OutputKind.BINARY)
+            if mine.size and kind not in (OutputKind.VALUES, OutputKind.LABELS)
+            else None
+            for kind, mine in pairs
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scores:
+    """Scores, without what is added to all of them, and their squares."""
+
+    values: Array
+    square: float
+    spread: float
+    centred: bool
+
+    @classmethod
+    def of(cls, scores: Array, *, centred: bool) -> _Scores:
+        values = scores - scores.mean(axis=-1, keepdims=True) if centred else scores
+        return cls(values, float(np.vdot(values, values)), _spread(values), centred)
+
+    def scaled_error(self, other: Array) -> float:
+        """The relative squared error of other scores after the factor that makes it least."""
+        square = float(np.vdot(other, other))
+        if self.centred:
+            square -= other.shape[-1] * float(np.square(other.mean(axis=-1)).sum())
+        product = max(float(np.vdot(self.values, other)), 0.0)
+        left = self.square - (product * product / square if square > 0 else 0.0)
+        return max(left, 0.0) / self.values.size / self.spread
+
+
+def _finite(total: float) -> float:
+    return float(total) if np.isfinite(total) else np.inf
 
 
 def kind_of_output(output: Array, loss: str | None = None) -> OutputKind:
@@ -203,11 +264,15 @@ def _distance(kind: OutputKind, mine: Array, other: Array) -> float:
 def _error(kind: OutputKind, mine: Array, other: Array) -> float:
     if not mine.size or kind in (OutputKind.VALUES, OutputKind.LABELS):
         return _divergence(kind, mine, other)  # of values, it becomes relative later
-    if kind is OutputKind.BINARY:
-        mine, other = logit(mine), logit(other)
-    else:
+    mine, other = _logits(kind, mine), _logits(kind, other)
+    if kind is not OutputKind.BINARY:
         mine, other = (some - some.mean(axis=-1, keepdims=True) for some in (mine, other))
     return float(np.square(mine - other).mean()) / _spread(mine)
+
+
+def _logits(kind: OutputKind, prepared: Array) -> Array:
+    """The scores of a prepared output, but none of a class that a mask rules out."""
+    return logit(prepared) if kind is OutputKind.BINARY else np.maximum(prepared, _LEAST_SCORE)
 
 
 def _spread(values: Array) -> float:

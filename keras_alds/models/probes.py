@@ -75,12 +75,8 @@ class Prober:
         """The divergence of the model's outputs if it computes with other kernels."""
         return self.reference.divergence(self.outputs(kernels))
 
-    def distance(self, kernels: Kernels) -> float:
-        """Like `divergence`, but bounded for scores; see `Reference.distance`."""
-        return self.reference.distance(self.outputs(kernels))
-
     def apart(self, kernels: Kernels) -> float:
-        """The geometric mean of `distance` and `error`; see `Reference.apart`."""
+        """How far apart the outputs are, to compare plans; see `Reference.apart`."""
         return self.reference.apart(self.outputs(kernels))
 
     def error(self, kernels: Kernels) -> float:
