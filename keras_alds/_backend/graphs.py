@@ -78,7 +78,9 @@ class Graphs(Layers):
             )
         return specs_from_shapes(shapes, model)
 
-    def trace_shapes(self, model: Model, layers: Sequence[Layer]) -> dict[Layer, list[tuple]]:
+    def trace_shapes(
+        self, model: Model, layers: Sequence[Layer]
+    ) -> tuple[dict[Layer, list[tuple]], Any]:
         """Input and output shapes of every call of `layers` in one forward pass of `model`.
 
         The pass is only traced: nothing is computed, and no state changes.
@@ -88,7 +90,8 @@ class Graphs(Layers):
             layers: The layers to watch, at any depth.
 
         Returns:
-            `{layer: [(input_shape, output_shape), ...]}`, shapes with a batch of one.
+            `{layer: [(input_shape, output_shape), ...]}`, shapes with a batch of one, and the
+            graph of the pass.
         """
         self.check_call(model)
         calls: dict[Layer, list[tuple]] = {layer: [] for layer in layers}
@@ -102,12 +105,12 @@ class Graphs(Layers):
 
         try:
             with replaced_calls(watched(layers, watch)):
-                tf.function(
+                traced = tf.function(
                     lambda inputs: model(inputs, training=False), autograph=False
                 ).get_concrete_function(specs)
         finally:
             self.clear_losses(model)
-        return calls
+        return calls, traced.graph
 
     def clear_losses(self, model: Model) -> None:
         """Forgets the losses that the last call of a model has added, such as a traced graph's."""

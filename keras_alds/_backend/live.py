@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import keras
@@ -161,6 +161,14 @@ def are_read(variables: Iterable[Variable]) -> bool:
         return found()
     except AttributeError:  # a variable without one handle, such as one in shards
         return True
+
+
+def assigned_in(graph: Any) -> Callable[[Variable], bool]:
+    """A function that says whether a traced graph assigns to a variable."""
+    assigning = ("Assign", "ResourceScatter", "ResourceStridedSliceAssign")
+    targets = {id(op.inputs[0]) for op in graph.get_operations() if op.type.startswith(assigning)}
+    handles = {id(handle) for handle, inside in graph.captures if id(inside) in targets}
+    return lambda variable: not handles.isdisjoint(map(id, _handles(variable)))
 
 
 def _references(variable: Variable) -> list[int]:

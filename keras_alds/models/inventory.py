@@ -6,6 +6,7 @@ the inventory instead of walking through the model again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -18,7 +19,8 @@ from typing import Any
 from keras_alds import _backend
 from keras_alds._backend import wrappers
 from keras_alds._backend.calls import replaced_calls
-from keras_alds._backend.functions import has_own_code, run_as_code
+from keras_alds._backend.functions import has_own_code, layers_of, run_as_code
+from keras_alds._backend.live import assigned_in
 from keras_alds.core.calibration.curves import Curve
 from keras_alds.core.calibration.moments import SecondMoment
 from keras_alds.core.chains import is_chain
@@ -247,15 +249,48 @@ class Inventory:
         Raises:
             ValueError: If the shapes of the model's inputs are unknown.
         """
+        return {layer: calls for layer, (calls, _) in self._pass().items()}
+
+    def without_assigned(self) -> Inventory:
+        """The same inventory, with layers skipped to whose kernels code of the model assigns.
+
+        Factors cannot be assigned to as one kernel. Models without code of a user's own, and those
+        whose forward pass cannot be traced, stay as they are.
+        """
+        assigned: set[Any] = set()
+        if any(map(has_own_code, layers_of(self.model))):
+            with contextlib.suppress(Exception):  # the user's code
+                assigned = {layer for layer, (_, found) in self._pass().items() if found}
+
+        def checked(record: LayerRecord) -> LayerRecord:
+            if record.skipped is not None or record.layer not in assigned:
+                return record
+            detail = f"the code of '{_own_holder(self.model, record.inside)}' assigns to its kernel"
+            return record.skip(Skip.SHARED, detail)
+
+        return self.map(checked)
+
+    def _pass(self) -> dict[Any, tuple[Calls, bool]]:
+        """The calls of each layer in a forward pass, and whether that assigns to its kernel."""
         layers = [record.layer for record in self.records]
-        known = _CALLS.get(self.model, [])
-        if [(ref(), cls) for ref, cls, _ in known] != [(layer, type(layer)) for layer in layers]:
+        known = _PASSES.get(self.model, [])
+        if [(ref(), cls) for ref, cls, *_ in known] != [(layer, type(layer)) for layer in layers]:
             shapes = running(self.model, values=False)
             with run_as_code(self.model), replaced_calls(shapes):
-                traced = self.backend.trace_shapes(self.model, layers)
-            known = [(weakref.ref(layer), type(layer), traced[layer]) for layer in layers]
-            _CALLS[self.model] = known
-        return {layer: calls for layer, (_, _, calls) in zip(layers, known, strict=True)}
+                calls, graph = self.backend.trace_shapes(self.model, layers)
+            is_assigned = assigned_in(graph)
+            able = {record.layer: record.kind for record in self.factorizable}
+            known = [
+                (
+                    weakref.ref(layer),
+                    type(layer),
+                    calls[layer],
+                    layer in able and is_assigned(able[layer].variable(layer)),
+                )
+                for layer in layers
+            ]
+            _PASSES[self.model] = known
+        return {layer: found[2:] for layer, found in zip(layers, known, strict=True)}
 
     def map(self, change: Callable[[LayerRecord], LayerRecord]) -> Inventory:
         """The same inventory with changed records."""
@@ -293,9 +328,9 @@ class Inventory:
         return did_you_mean(item, [*names, *self.backend.parts(self.model)])
 
 
-# Cached calls of a model's layers, as (layer, its class, its calls): tracing a large network takes
-# a second.
-_CALLS: weakref.WeakKeyDictionary[Any, list[tuple[weakref.ref[Any], type, Calls]]] = (
+# Cached forward passes, by layer: (the layer, its class, its calls, whether its kernel is assigned
+# to). Tracing a large network takes a second.
+_PASSES: weakref.WeakKeyDictionary[Any, list[tuple[weakref.ref[Any], type, Calls, bool]]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -462,8 +497,8 @@ def _records(
         # Of a cell, all kernels or none: a factorized cell keeps those that stay dense as weights.
         parts = _kernels(owner).values() if apart else [layer]
         if skipped is None and any(id(known_kind(x).variable(x)) not in users for x in parts):
-            by = next((name for name, holder in reversed(inside) if has_own_code(holder)), None)
-            detail = f"the code of '{by or model.name}' puts a tensor in the place of a kernel"
+            by = _own_holder(model, inside)
+            detail = f"the code of '{by}' puts a tensor in the place of a kernel"
             skipped = Skipped(Skip.SHARED, detail)
         if skipped is None and kind is not None:
             found = users[id(kind.variable(layer))]
@@ -473,6 +508,11 @@ def _records(
         params = sum(math.prod(tuple(variable.shape)) for variable in own)
         able = skipped is None
         yield LayerRecord(path, layer, int(params), shape, skipped, able, inside=inside)
+
+
+def _own_holder(model: Any, inside: Sequence[tuple[str, Any]]) -> str:
+    """The path of the innermost layer around another one that is custom code, or the model."""
+    return next((path for path, holder in reversed(inside) if has_own_code(holder)), model.name)
 
 
 def _users_of_weights(

@@ -46,7 +46,7 @@ def candidates_of(inventory: Inventory, options: Options, *, stacklevel: int) ->
     if factorized := [record for record in inventory.factorized if not record.excluded]:
         raise already_compressed(factorized)
     schemes = options.schemes_of(get_method(options.method))
-    inventory = inventory.map(lambda record: record.folded(schemes))
+    inventory = inventory.without_assigned().map(lambda record: record.folded(schemes))
     if not inventory.candidates:
         reasons = skipped_parts([(record, record.params) for record in inventory.records])
         raise ValueError(

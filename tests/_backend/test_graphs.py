@@ -32,7 +32,7 @@ def test_shapes_are_traced_by_layer(keras_module):
     shared, inputs = K.layers.Dense(4), K.Input((5, 4))
     model = K.Model(inputs, K.layers.Flatten()(shared(shared(inputs))))
     flatten, unused = model.layers[-1], K.layers.Dense(1)
-    calls = backend_of(model).trace_shapes(model, [shared, flatten, unused])
+    calls, _ = backend_of(model).trace_shapes(model, [shared, flatten, unused])
     assert calls == {
         shared: [((1, 5, 4), (1, 5, 4))] * 2,
         flatten: [((1, 5, 4), (1, 20))],

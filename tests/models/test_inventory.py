@@ -164,6 +164,38 @@ class TestLeftAlone:
         assert np.isfinite(losses).all()
         assert "plain" in [choice.layer for choice in alds.plan.factorized]
 
+    @pytest.mark.parametrize("function", [lambda call: call, tf.function], ids=["code", "graph"])
+    def test_a_kernel_that_code_assigns_to(self, keras_module, function):
+        L, K = keras_module.layers, keras_module
+
+        class Masked(L.Layer):
+            """As in Keras's PixelCNN."""
+
+            def __init__(self, **kwargs):
+                super().__init__(**kwargs)
+                self.conv = L.Conv2D(32, 3, name="conv")
+
+            def build(self, shape):
+                self.conv.build(shape)
+                self.built = True
+
+            @function
+            def call(self, x):
+                self.conv.kernel.assign(self.conv.kernel * 0.5)
+                return self.conv(x)
+
+        inner = [L.Conv2D(32, 3, name="plain"), Masked(name="masked")]
+        model = K.Sequential([K.Input((9, 9, 16)), *inner, L.GlobalAveragePooling2D(), L.Dense(4)])
+        model.compile("sgd", "mse")
+        x, y = np.ones((8, 9, 9, 16), "float32"), np.ones((8, 4), "float32")
+        plan = select(model, 0.2, method="energy")
+        choice = next(choice for choice in plan.choices if choice.layer == "masked/conv")
+        assert choice.reason == "the code of 'masked' assigns to its kernel"
+        alds = ALDSCompress(cr=0.2, at_epoch=1, method="energy", verbose=0)
+        losses = model.fit(x, y, epochs=3, callbacks=[alds], verbose=0).history["loss"]
+        assert np.isfinite(losses).all()
+        assert [choice.layer for choice in alds.plan.factorized] == ["plain"]
+
     def test_grouped_convolution(self, keras_module):
         L, K = keras_module.layers, keras_module
         model = K.Sequential(
