@@ -587,11 +587,11 @@ class ALDSCompress(_backend.Callback):
                 continue
             self._named_lists.add(name)
             warnings.warn(
-                f"`{name}` has an entry for each weight of '{owner}', in their shapes. After the "
-                "compression it does not fit the weights any more. Make it again then, in "
-                "`on_epoch_begin` of a callback that follows ALDSCompress in the list. Or train in "
-                "two calls of `fit`, and between them call `apply_plan` and make it again. If your "
-                "code does so, nothing is wrong.",
+                f"`{name}` is a list with one array for each weight of '{owner}', of the same "
+                "shapes. After the compression, the weights have other shapes. If your code goes "
+                "by this list then, make it again in `on_epoch_begin` of a callback that comes "
+                "after ALDSCompress in `callbacks`. Or train in two calls of `fit`, and between "
+                "them call `apply_plan` and make it again.",
                 stacklevel=3,
             )
 
@@ -819,8 +819,9 @@ def _is_clipped(factor: np.ndarray, before: np.ndarray) -> bool:
     Training alone gives hardly two entries the same magnitude.
     """
     sizes = np.abs(factor)
-    at_bound = np.mean(sizes == sizes.max()) if sizes.any() else 0.0
-    return bool(at_bound > 0.05 and np.linalg.norm(factor) < 0.7 * np.linalg.norm(before))
+    at_bound = np.sum(sizes == sizes.max()) if sizes.any() else 0
+    many = at_bound > max(2, 0.05 * sizes.size)
+    return bool(many and np.linalg.norm(factor) < 0.7 * np.linalg.norm(before))
 
 
 ALDSCompress.__doc__ = documented(ALDSCompress.__doc__)

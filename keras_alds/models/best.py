@@ -207,14 +207,14 @@ class _Trials:
     def _best(self) -> str:
         return min(self.plans, key=self._rank)
 
-    def _rank(self, name: str) -> int:
-        """The smaller, the better; equal for plans that are nearly as near."""
-        return round(math.log(self._expected(name)) / _EQUAL)
+    def _rank(self, name: str) -> tuple[int, bool]:
+        """The smaller, the better. Of plans that are nearly as near, equal weights come first."""
+        return round(math.log(self._expected(name)) / _EQUAL), not name.startswith(EQUAL)
 
     def _expected(self, name: str) -> float:
         """How far the outputs are expected to be in the end."""
         weighing, *more = name.split(", ")
-        power = 1.0 if EXCHANGED in more else WEIGHINGS.get(weighing, 1.0)
+        power = WEIGHINGS.get(weighing, 1.0)
         part = (_WITH_MORE if SEQUENTIAL in more else 1.0) * (_WITHOUT_NOISE ** (1 - power))
         part *= _CORRECTED if NORMALIZED in more else 1.0
         return min(max(part * self._apart[name], 1e-12), 1e12)  # it may be infinite

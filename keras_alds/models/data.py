@@ -179,6 +179,16 @@ class Examples:
         batch = self._batch(array, wanted) is not None
         return example if example != batch else len(array.shape) <= len(wanted)
 
+    def _is_single(self, array: Any, wanted: tuple[int | None, ...]) -> bool:
+        """Whether an array is one example, also if Keras would take its first axis for the batch.
+
+        A column of a table is as much a batch as one example of several numbers.
+        """
+        as_it_is = len(array.shape) == len(wanted) > 1
+        if not as_it_is and self._batch(array, wanted) is not None:
+            return False
+        return self._fitting(array, wanted, exact=True) is not None
+
     def _batch(self, array: Any, wanted: tuple[int | None, ...]) -> Any:
         return self._fitting(array, (None, *wanted))
 
@@ -322,9 +332,8 @@ class Examples:
             array = tensors.dense(array).numpy()  # as Keras 3 does
         if spec is not None:
             wanted = tuple(spec.shape)[1:]
-            batch = self._batch(array, wanted)
-            if batch is None:
-                single = self._fitting(array, wanted, exact=True) is not None
+            batch, single = self._batch(array, wanted), self._is_single(array, wanted)
+            if batch is None or single:
                 raise ValueError(
                     f"Expected batches in `{self._argument}` of shape (batch, "
                     f"{', '.join(str(n) for n in wanted)}) for {name}. "

@@ -92,6 +92,7 @@ class FakeProber:
         ({"outputs": 0.2, "equal": 0.3}, "outputs"),
         ({"outputs": 0.2, "equal": 0.21}, "equal"),
         ({"outputs": 0.2, "outputs, sequential": 0.21}, "outputs, sequential"),
+        ({"outputs, sequential": 0.18, "equal, sequential": 0.2}, "equal, sequential"),
         ({"outputs": 0.2, "outputs, sequential": 0.3}, "outputs"),
         ({"outputs": 0.2, "outputs, normalized": 0.205}, "outputs, normalized"),
         ({"outputs": 0.2, "outputs, normalized": 0.22}, "outputs"),

@@ -207,6 +207,8 @@ def test_columns_by_name_and_in_order(keras_module):
         ((6, 6, 3), (20, 6, 6), False),
         ((6, 6, 1), (20, 5, 5), False),
         ((6, 1), (20, 5), False),
+        ((None, 1), (500, 1), True),
+        ((None, None, 1), (28, 28, 1), True),
     ],
 )
 def test_only_one_example_is_called_one(keras_module, wanted, shape, single):
