@@ -473,7 +473,8 @@ class FactorizedConv3D(BaseFactorizedConv, keras.layers.Layer):
         filters: int, number of output channels.
         kernel_size: int or tuple of 3 int, the encoder's window.
         slices: int, number of contiguous channel slices, k. Must divide the input's channels.
-        rank: int, rank per slice, j; at most `min(channels / slices * kh * kw, filters)`.
+        rank: int, rank per slice, j; at most
+            `min(channels / slices * kd * kh * kw, filters)`.
         strides: int or tuple of 3 int. Default 1. Above 1 it excludes `dilation_rate` above 1.
         padding: `"valid"` or `"same"`. Default `"valid"`.
         data_format: `"channels_last"` or `"channels_first"`. Default: the Keras configuration's.

@@ -199,10 +199,10 @@ class FactorizedLayer(_Base):
     def quantize(self, mode: Any = None, **kwargs: Any) -> None:
         """Say why the layer stays in float; Keras 3's `model.quantize` prints it as a warning."""
         raise NotImplementedError(
-            f"{type(self).__name__} '{self.name}' stays in float: Keras quantizes Dense and "
-            "Embedding layers, and no convolutions. Remedy: `keras_alds.expand` replaces "
-            "factorized dense layers of one slice by two Dense layers, which Keras quantizes; for "
-            "int8 convolutions see `keras_alds.litert.convert`."
+            f"{type(self).__name__} '{self.name}' stays in float: Keras quantizes Dense, "
+            "EinsumDense and Embedding layers, and no convolutions. Remedy: `keras_alds.expand` "
+            "replaces factorized dense layers of one slice by two Dense layers, which Keras "
+            "quantizes; for int8 convolutions see `keras_alds.litert.convert`."
         )
 
     def enable_lora(self, rank: int, **kwargs: Any) -> None:
