@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import sys
+import sysconfig
+import types
 
 import keras
 import numpy as np
@@ -420,7 +424,7 @@ class TestCopies:
         x = np.ones((4, 16), "float32")
         assert np.isfinite(model.fit(x, np.ones((4, 10)), verbose=0).history["loss"][0])
 
-    def test_a_copy_that_cannot_be_made_names_the_remedy(self, keras_module):
+    def test_a_copy_that_cannot_be_made_names_the_remedy(self, keras_module, monkeypatch):
         L, K = keras_module.layers, keras_module
 
         class Odd(L.Dense):
@@ -429,6 +433,13 @@ class TestCopies:
 
         model = K.Sequential([K.Input((16,)), Odd(16, secret=1), L.Dense(10)])
         with pytest.raises(ValueError, match="Remedy: register your own"):
+            compress(model, 0.1)
+        installed = types.ModuleType("odd_layers")
+        installed.__file__ = os.path.join(sysconfig.get_path("purelib"), "odd_layers.py")
+        monkeypatch.setitem(sys.modules, "odd_layers", installed)
+        Odd.__module__ = "odd_layers"
+        text = "Received: Odd of the package odd_layers, which cannot be made from its config"
+        with pytest.raises(ValueError, match=text):
             compress(model, 0.1)
 
     def test_an_uncompiled_model_comes_back_uncompiled(self, small, keras_module):

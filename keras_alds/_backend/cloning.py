@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import sys
+import sysconfig
 import tempfile
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import MappingProxyType, ModuleType
 from typing import Any
 
@@ -45,8 +48,8 @@ class Cloning(Graphs, Training):
             except Exception as error:
                 raise ValueError(
                     f"A copy of the model '{model.name}' could not be made from the configs of its "
-                    f"layers {self.copy_problem(error)}. Or compress in training with "
-                    "`ALDSCompress`, or in place with `apply_plan`."
+                    f"layers {self.copy_problem(error, self._flatten(model))}. Or compress in "
+                    "training with `ALDSCompress`, or in place with `apply_plan`."
                 ) from error
             if type(copy) is not type(model):
                 copy = type(model)(copy.inputs, copy.outputs, name=model.name)
@@ -104,12 +107,23 @@ class Cloning(Graphs, Training):
             old, new = (sorted(some, key=lambda weight: weight.name) for some in (old, new))
         return zip(old, new, strict=True)
 
-    def copy_problem(self, error: Exception) -> str:
-        """The end of the message that a copy could not be made, without a full stop."""
+    def copy_problem(self, error: Exception, layers: Iterable[Layer]) -> str:
+        """The end of the message that a copy could not be made, without a full stop.
+
+        Args:
+            error: The error.
+            layers: The layers of which one may have raised it.
+        """
+        end = f"Remedy: register your own with `{self.name}.saving.register_keras_serializable`"
+        for layer in filter(_is_installed, layers):
+            if self.trial(functools.partial(self.copy_layer, layer, {})) is not None:
+                end = (
+                    f"Received: {type(layer).__name__} of the package {type(layer).__module__}, "
+                    "which cannot be made from its config"
+                )
         return (
             f"({type(error).__name__}: {error}). Expected serializable layers, functions and "
-            "initializers. Remedy: register your own with "
-            f"`{self.name}.saving.register_keras_serializable`"
+            f"initializers. {end}"
         )
 
     def copy_layer(self, layer: Layer, changes: Mapping[str, Any]) -> Layer:
@@ -361,6 +375,15 @@ class TfKerasCloning(Cloning):
 
 def _copy_config(obj: Any) -> Any:
     return type(obj).from_config(obj.get_config())
+
+
+def _is_installed(layer: Layer) -> bool:
+    """Whether the class of a layer comes from a package that is neither Keras nor this one."""
+    module = type(layer).__module__
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    folders = tuple(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+    known = ("keras", "tf_keras", "tensorflow", "keras_alds")
+    return file.startswith(folders) and module.split(".")[0] not in known
 
 
 def _shapes(model: Model) -> list[tuple[int | None, ...] | None]:

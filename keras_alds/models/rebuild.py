@@ -99,7 +99,7 @@ class GraphRebuilder:
             name = getattr(layer, "name", type(layer).__name__)  # initializers have no name
             raise ValueError(
                 f"A copy of the layer '{name}' could not be made from its config "
-                f"{self.source.copy_problem(error)}."
+                f"{self.source.copy_problem(error, [layer])}."
             ) from error
 
     def arguments(
