@@ -161,10 +161,10 @@ class CompressionPlan(Tabular):
             what they do to the `"outputs"`, by a power of that, or `"equal"`; whether the layers
             exchanged cost by what whole plans do to the outputs, `", exchanged"`; whether they are
             fitted one after the other, `", sequential"`; and whether the moving statistics are
-            corrected, `", normalized"`. For `"no data"`, the data only measured the distance. The
-            plan is taken for which the distance times the relative squared error of the scores is
-            least; in a near tie, the one with equal weights, then the sequential one, then the one
-            with corrected statistics. None without examples.
+            corrected, `", normalized"`. For `"no data"`, the data only measured the distance. For
+            scores and probabilities, their relative squared error counts as much as the distance,
+            so the least distance need not win. In a near tie it is the plan with equal weights,
+            then the sequential one, then the one with corrected statistics. None without examples.
         memory: The peak of the activation memory for one example, as `Cost(before, after)`: how
             many entries of feature maps are live at once. In int8 it is as many bytes, in float32
             four times as many. None for a subclassed model, or if a size is unknown. If memory is

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -23,11 +23,14 @@ def run_as_code(model: Any) -> Iterator[None]:
     """Runs `tf.function`s eagerly inside the context, if a model has custom code.
 
     Calls of layers in a traced graph cannot be watched, and a graph traced while they are watched
-    would keep the watching code.
+    would keep the watching code. The code may set attributes, such as a state. If they then hold
+    tensors of a graph, which nothing else can use, they get their old values back.
     """
-    if not any(map(has_own_code, layers_of(model))):
+    own = [layer for layer in layers_of(model) if has_own_code(layer)]
+    if not own:
         yield
         return
+    before = [dict(vars(layer)) for layer in own]
     user = object()
     try:
         with _lock:
@@ -41,6 +44,27 @@ def run_as_code(model: Any) -> Iterator[None]:
             _users.pop(user, None)
             if len(_users) == 1:
                 tf.config.run_functions_eagerly(_users.pop("before"))
+        for layer, attributes in zip(own, before, strict=True):
+            _restore(layer, attributes)
+
+
+def _restore(layer: Any, attributes: Mapping[str, Any]) -> None:
+    """Gives the attributes that hold tensors of a graph the values that they had."""
+    for name, value in list(vars(layer).items()):
+        if value is attributes.get(name) or not _is_of_graph(value):
+            continue
+        if name in attributes:
+            vars(layer)[name] = attributes[name]
+        else:
+            del vars(layer)[name]
+
+
+def _is_of_graph(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_of_graph, value))
+    if isinstance(value, dict):
+        return any(map(_is_of_graph, value.values()))
+    return bool(tf.is_symbolic_tensor(value))
 
 
 # The setting is that of the whole process: the last thread to leave restores it.

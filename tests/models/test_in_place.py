@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 
 import numpy as np
@@ -456,3 +457,27 @@ class TestCodeThatKnowsAWeight:
             model.built = True
         apply_plan(model, select(model, 0.3, method="energy"))
         assert factorized_layers(model)
+
+    def test_a_state_in_an_attribute_stays_usable(self, keras_module):
+        """Code that runs eagerly may keep a tensor; tracing it would leave a symbolic one."""
+        K = keras_module
+
+        class Memory(K.Model):
+            def __init__(self):
+                super().__init__()
+                self.first, self.head = K.layers.Dense(32), K.layers.Dense(32)
+                self.memory = None
+
+            def call(self, x):
+                y = self.first(x)
+                self.memory = y if self.memory is None else y + 0.5 * tf.stop_gradient(self.memory)
+                return self.head(self.memory)
+
+        model = Memory()
+        with contextlib.suppress(Exception):  # Keras 3 traces the first call itself
+            model(self.x)
+        model.memory = None
+        model(self.x)
+        apply_plan(model, select(model, 0.3, method="energy"))
+        model(self.x)
+        assert len(factorized_layers(model)) == 2
