@@ -355,7 +355,7 @@ def check_model(model: Any) -> None:
     if not has_weights(model):
         raise ValueError(
             f"Expected the model '{model.name}' to be built. Received: a model without weights. "
-            "Call it once on a batch, or `model.build(input_shape)`."
+            "Call it once on a batch."
         )
 
 
