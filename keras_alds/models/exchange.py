@@ -66,16 +66,18 @@ class CostExchange:
         """
         best, ratio = tuple(rows), _RATIO
         least, tried = self._judging.apart(kernels), {best}
+        start, corrections = None, np.ones(len(best))
         for _ in range(ROUNDS):
-            corrections, start = self._corrections(best, kernels, math.sqrt(ratio)), best
-            around, of_start = best, kernels
+            if best != start:
+                corrections = self._corrections(best, kernels, math.sqrt(ratio))
+            start, of_start = best, kernels
             for limit in (ratio, math.sqrt(ratio)):
                 for power in _POWERS:
-                    new = self._solved(around, corrections**power, limit)
+                    new = self._solved(start, corrections**power, limit)
                     if new in tried:
                         continue
                     tried.add(new)
-                    of_new = self._changed(around, of_start, new)
+                    of_new = self._changed(start, of_start, new)
                     apart = self._judging.apart(of_new)
                     if apart < least:
                         least, best, kernels = apart, new, of_new
