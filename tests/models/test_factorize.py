@@ -98,10 +98,10 @@ class TestSettings:
         assert value(compressed(x)).dtype == value(model(x)).dtype
 
     def test_variables_that_are_frozen_one_by_one(self):
-        layer = keras.layers.Dense(16, name="dense")
+        layer = keras.layers.Dense(16, name="partly")
         model = keras.Sequential([keras.Input((16,)), layer, keras.layers.Dense(4)])
         layer.kernel.trainable = False
-        small = compress(model, 0.3).get_layer("dense")
+        small = compress(model, 0.3).get_layer("partly")
         assert [v.trainable for v in (small.encoder, small.decoder, small.bias)] == [
             False,
             False,
