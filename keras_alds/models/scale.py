@@ -123,7 +123,8 @@ class ScaleCheck:
                 warnings.warn(
                     "The examples seem to be of another scale than the training data: the inputs "
                     f"of BatchNormalization '{self._paths[layer]}' vary {factor:.3g} times as much "
-                    f"as its moving variance says. {_REMEDY}",
+                    f"as its moving variance says. {_REMEDY} After a short training of fewer than "
+                    "about 500 steps, this variance has not settled, and nothing may be wrong.",
                     stacklevel=stacklevel + 1,
                 )
                 return
