@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import numbers
 import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from keras_alds import _backend
 from keras_alds._backend.strategies import Replicas
@@ -26,6 +23,7 @@ from keras_alds.methods import METHODS
 from keras_alds.models import workers
 from keras_alds.models.calibration import check_data
 from keras_alds.models.data import is_iterator
+from keras_alds.models.first_epoch import FirstEpoch
 from keras_alds.models.fit import check_sequential
 from keras_alds.models.in_place import apply
 from keras_alds.models.inventory import (
@@ -267,7 +265,7 @@ class ALDSCompress(_backend.Callback):
         self._suffix = ""
         self._settling: SettlingTime | None = None
         self._params_before: int | None = None
-        self._watched: list[tuple[Any, np.ndarray]] = []
+        self._first_epoch: FirstEpoch | None = None
         self._named_lists: set[str] = set()
 
     # -- Methods that Keras calls ------------------------------------------------------------
@@ -363,9 +361,9 @@ class ALDSCompress(_backend.Callback):
         if self._board is not None:
             with alone(self.model):
                 self._board.add_epoch(epoch, self._cr(), self.plan)
-        if self._watched:
-            self._look_at_factors(logs or {})
-            self._watched = []
+        if self._first_epoch is not None:
+            self._first_epoch.warn(logs or {}, stacklevel=2)
+            self._first_epoch = None
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Warns if the training ended before `at_epoch`, and ends what lasts as long as it."""
@@ -412,7 +410,7 @@ class ALDSCompress(_backend.Callback):
             backend.forget_best(callback, self._thresholds.get(id(callback)))
         layers = [layer for layer in self._factorized_layers() if layer.trainable]
         factors = [factor for layer in layers for factor in layer.factors]
-        self._watched = [(factor, backend.value(factor)) for factor in factors]
+        self._first_epoch = FirstEpoch(self.model, factors) if factors else None
         frozen = len(self._factorized_layers()) - len(layers)
         self._say(
             f"epoch {epoch}: {self._named}{before:,} → {count_params(self._part):,} parameters "
@@ -592,38 +590,6 @@ class ALDSCompress(_backend.Callback):
                 "by this list then, make it again in `on_epoch_begin` of a callback that comes "
                 "after ALDSCompress in `callbacks`. Or train in two calls of `fit`, and between "
                 "them call `apply_plan` and make it again.",
-                stacklevel=3,
-            )
-
-    def _look_at_factors(self, logs: Mapping[str, Any]) -> None:
-        """Warns if the first epoch after the compression did not train the factors."""
-        value = _backend.backend_of(self.model).value
-        now = [value(variable) for variable, _ in self._watched]
-        loss = logs.get("loss")
-        is_nan = isinstance(loss, numbers.Real) and np.isnan(float(loss))
-        if is_nan and all(np.isfinite(x).all() for x in now):
-            warnings.warn(
-                "The loss is NaN since the compression, and the factors are finite. Expected code "
-                "that reads the variables of the model anew in every step. Received: a loss or "
-                "`train_step` that probably still uses the old kernel of a factorized layer.",
-                stacklevel=3,
-            )
-        elif all(np.array_equal(x, old) for x, (_, old) in zip(now, self._watched, strict=True)):
-            optimizer = type(getattr(self.model, "optimizer", None)).__name__
-            warnings.warn(
-                "No factor has changed in the first epoch after the compression. Expected a "
-                "learning rate other than zero, a `train_step` that reads `trainable_variables` in "
-                "every step, and an optimizer that updates all of them in every epoch. Received: "
-                f"the optimizer {optimizer}",
-                stacklevel=3,
-            )
-        elif all(_is_clipped(x, old) for x, (_, old) in zip(now, self._watched, strict=True)):
-            warnings.warn(
-                "All factors were clipped in the first epoch after the compression, and their "
-                "products are less than half as large. Expected `exclude` to name the layers whose "
-                "weights your code clips: the same bounds on two factors let their product be far "
-                "smaller. "
-                f"Received: factors within ±{max(np.abs(x).max() for x in now):.3g}",
                 stacklevel=3,
             )
 
@@ -811,17 +777,6 @@ class ALDSCompress(_backend.Callback):
         if found is None:
             _, found = _backend.backend_of(self.model).calling_fit(self.model)
         return [callback for callback in found if callback is not self]
-
-
-def _is_clipped(factor: np.ndarray, before: np.ndarray) -> bool:
-    """Whether many entries of a factor lie exactly at a bound, and it is much smaller than before.
-
-    Training alone gives hardly two entries the same magnitude.
-    """
-    sizes = np.abs(factor)
-    at_bound = np.sum(sizes == sizes.max()) if sizes.any() else 0
-    many = at_bound > max(2, 0.05 * sizes.size)
-    return bool(many and np.linalg.norm(factor) < 0.7 * np.linalg.norm(before))
 
 
 ALDSCompress.__doc__ = documented(ALDSCompress.__doc__)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import zoo
-from fitting import EAGER, Spy, compiled, factorized, fit, make_optimizer, value
+from fitting import EAGER, Spy, compiled, factorized, fit, make_optimizer, squared_error, value
 
 from keras_alds import ALDSCompress, CalibrationStats, apply_plan, compress, select
 from keras_alds._backend import backend_of
@@ -146,10 +146,8 @@ class TestWaysToTrain:
 
         class Custom(K.Model):
             def train_step(self, data):
-                x, y = data
                 with tf.GradientTape() as tape:
-                    error = self(x, training=True) - tf.one_hot(tf.cast(y, tf.int32), 10)
-                    loss = tf.reduce_mean(tf.square(error))
+                    loss = squared_error(self, *data)
                 gradients = tape.gradient(loss, self.trainable_variables)
                 self.optimizer.apply_gradients(
                     zip(gradients, self.trainable_variables, strict=True)
@@ -174,10 +172,8 @@ class TestWaysToTrain:
                 self.head_optimizer = K.optimizers.Adam(1e-3)
 
             def train_step(self, data):
-                x, y = data
                 with tf.GradientTape() as tape:
-                    error = self(x, training=True) - tf.one_hot(tf.cast(y, tf.int32), 10)
-                    loss = tf.reduce_mean(tf.square(error))
+                    loss = squared_error(self, *data)
                 variables = self.trainable_variables
                 ours = [v for v in variables if "head" in getattr(v, "path", v.name)]
                 rest = [v for v in variables if "head" not in getattr(v, "path", v.name)]
@@ -202,8 +198,7 @@ class TestWaysToTrain:
 
         def step(model, x, y):
             with tf.GradientTape() as tape:
-                error = model(x, training=True) - tf.one_hot(tf.cast(y, tf.int32), 10)
-                loss = tf.reduce_mean(tf.square(error))
+                loss = squared_error(model, x, y)
             variables = model.trainable_variables
             for variable, gradient in zip(variables, tape.gradient(loss, variables), strict=True):
                 variable.assign_sub(0.01 * gradient)
@@ -228,10 +223,8 @@ class TestWaysToTrain:
     def test_a_step_with_a_list_of_old_variables_warns(self, keras_module):
         class Stepping(keras_module.Model):
             def train_step(self, data):
-                x, y = data
                 with tf.GradientTape() as tape:
-                    error = self(x, training=True) - tf.one_hot(tf.cast(y, tf.int32), 10)
-                    loss = tf.reduce_mean(tf.square(error))
+                    loss = squared_error(self, *data)
                 gradients = tape.gradient(loss, old)
                 for variable, gradient in zip(old, gradients, strict=True):
                     if gradient is not None:
@@ -248,10 +241,8 @@ class TestWaysToTrain:
     def test_a_step_that_clips_the_factors_warns(self, keras_module, bound):
         class Clipping(keras_module.Model):
             def train_step(self, data):
-                x, y = data
                 with tf.GradientTape() as tape:
-                    error = self(x, training=True) - tf.one_hot(tf.cast(y, tf.int32), 10)
-                    loss = tf.reduce_mean(tf.square(error))
+                    loss = squared_error(self, *data)
                 variables = self.trainable_variables
                 gradients = tape.gradient(loss, variables)
                 self.optimizer.apply_gradients(zip(gradients, variables, strict=True))

@@ -48,6 +48,7 @@ __all__ = [
     "Callback",
     "GraphCall",
     "backend_of",
+    "layers_of",
     "load_model",
     "saved_by",
     "tf_keras_backend",
@@ -252,3 +253,8 @@ def backend_of(model: object) -> Backend:
         "Expected `model` to be a built `keras.Model` or `tf_keras.Model`. "
         f"Received: model={reprlib.repr(model)} of type {type(model).__name__}"
     )
+
+
+def layers_of(model: Any) -> list[Any]:
+    """A model and all layers in it, the model first."""
+    return backend_of(model).layers_of(model)

@@ -16,6 +16,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_alds._backend.functions import run_as_code
 from keras_alds._backend.graphs import Graphs
 from keras_alds._backend.layers import (
     Layer,
@@ -187,9 +188,9 @@ class Cloning(Graphs, Training):
 
     def _trace(self, copy: Model, model: Model) -> None:
         """Builds a copy by a call like those of a model."""
-        tf.function(
-            lambda inputs: copy(inputs, training=False), autograph=False
-        ).get_concrete_function(self.input_specs(model))
+        call = tf.function(lambda inputs: copy(inputs, training=False), autograph=False)
+        with run_as_code(self.layers_of(copy)):
+            call.get_concrete_function(self.input_specs(model))
 
     def _built_as_loaded(self, model: Model) -> Model | None:
         """A copy that is built as `load_model` builds it, if that makes the same weights.

@@ -7,26 +7,31 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import tensorflow as tf
 
-from keras_alds import _backend
-
 # Packages whose classes are not custom code.
-_NOT_OWN = ("builtins", "tensorflow", "tensorflow_model_optimization", "keras_alds")
+_NOT_OWN = (
+    "builtins",
+    "keras",
+    "keras_alds",
+    "tensorflow",
+    "tensorflow_model_optimization",
+    "tf_keras",
+)
 
 
 @contextlib.contextmanager
-def run_as_code(model: Any) -> Iterator[None]:
-    """Runs `tf.function`s eagerly inside the context, if a model has custom code.
+def run_as_code(layers: Iterable[Any]) -> Iterator[None]:
+    """Runs `tf.function`s eagerly inside the context, if one of some layers has custom code.
 
     Calls of layers in a traced graph cannot be watched, and a graph traced while they are watched
     would keep the watching code. The code may set attributes, such as a state. If they then hold
     tensors of a graph, which nothing else can use, they get their old values back.
     """
-    own = [layer for layer in layers_of(model) if has_own_code(layer)]
+    own = [layer for layer in layers if has_own_code(layer)]
     if not own:
         yield
         return
@@ -72,20 +77,7 @@ _lock = threading.Lock()
 _users: dict[object, bool] = {}
 
 
-def layers_of(model: Any) -> list[Any]:
-    """A model and all layers in it, the model first."""
-    backend = _backend.backend_of(model)
-    found: dict[int, Any] = {}
-    waiting = [model]
-    while waiting:
-        layer = waiting.pop()
-        if id(layer) not in found:
-            found[id(layer)] = layer
-            waiting += backend.children(layer)
-    return list(found.values())
-
-
 def has_own_code(layer: Any) -> bool:
     """Whether the class of a layer or model is custom code, or inherits from it."""
     modules = (cls.__module__ for cls in type(layer).__mro__)
-    return any(module.split(".")[0] not in (*_backend.KERASES, *_NOT_OWN) for module in modules)
+    return any(module.split(".")[0] not in _NOT_OWN for module in modules)

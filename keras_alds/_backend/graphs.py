@@ -12,6 +12,7 @@ import keras
 import tensorflow as tf
 
 from keras_alds._backend.calls import replaced_calls, watched
+from keras_alds._backend.functions import run_as_code
 from keras_alds._backend.layers import Layer, Layers, Model, Undo, become, static_shape
 from keras_alds._backend.quiet import ignored_warnings
 
@@ -104,7 +105,7 @@ class Graphs(Layers):
             return outputs
 
         try:
-            with replaced_calls(watched(layers, watch)):
+            with run_as_code(self.layers_of(model)), replaced_calls(watched(layers, watch)):
                 traced = tf.function(
                     lambda inputs: model(inputs, training=False), autograph=False
                 ).get_concrete_function(specs)

@@ -103,6 +103,17 @@ class Layers:
     def _child(self, layer: Layer, name: str) -> Layer | None:
         return next((child for child in self.children(layer) if child.name == name), None)
 
+    def layers_of(self, model: Model) -> list[Layer]:
+        """A model and all layers in it, the model first."""
+        found: dict[int, Layer] = {}
+        waiting = [model]
+        while waiting:
+            layer = waiting.pop()
+            if id(layer) not in found:
+                found[id(layer)] = layer
+                waiting += self.children(layer)
+        return list(found.values())
+
     def children(self, layer: Layer) -> list[Layer]:
         """The layers directly inside `layer`, in creation order (no metrics)."""
         return list(layer._flatten_layers(include_self=False, recursive=False))

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from keras_alds import _backend
 from keras_alds._backend.calls import Replacement, replacements_of
-from keras_alds._backend.functions import layers_of, run_as_code
+from keras_alds._backend.functions import run_as_code
 from keras_alds._backend.layers import like
 from keras_alds._backend.tensors import keeping_errors
 
@@ -33,7 +33,7 @@ class InGraph:
     """
 
     def __init__(self, layer: Any) -> None:
-        self._inside = layers_of(layer)[1:]
+        self._inside = _backend.layers_of(layer)[1:]
         self._functions: dict[Any, Any] = {}
         self._errors: list[BaseException] = []  # what watchers raise while a graph runs
 
@@ -120,7 +120,9 @@ class Traced:
 def compiled_loops(model: Any) -> dict[Any, Replacement]:
     """Replacements that run the recurrent layers of a model as graphs."""
     recurrent = _backend.backend_of(model).keras.layers.RNN
-    return {layer: InGraph(layer) for layer in layers_of(model) if isinstance(layer, recurrent)}
+    return {
+        layer: InGraph(layer) for layer in _backend.layers_of(model) if isinstance(layer, recurrent)
+    }
 
 
 def all_steps_of(layer: Any) -> Callable[..., Any]:
@@ -137,7 +139,7 @@ def all_steps_of(layer: Any) -> Callable[..., Any]:
 
 def states_of(model: Any) -> list[Any]:
     """The variables in which the stateful layers of a model, or that it is, keep their states."""
-    stateful = [layer for layer in layers_of(model) if getattr(layer, "stateful", False)]
+    stateful = [layer for layer in _backend.layers_of(model) if getattr(layer, "stateful", False)]
     states = tf.nest.flatten([getattr(layer, "states", None) for layer in stateful])
     return [state for state in states if state is not None]
 
@@ -177,7 +179,7 @@ def passing(model: Any) -> Iterator[None]:
     Raises:
         ValueError: If TensorFlow cannot compute the model on a batch.
     """
-    with run_as_code(model), restored(states_of(model)):
+    with run_as_code(_backend.layers_of(model)), restored(states_of(model)):
         try:
             yield
         except tf.errors.InvalidArgumentError as error:

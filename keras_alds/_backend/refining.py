@@ -11,7 +11,6 @@ import tensorflow as tf
 
 from keras_alds import _backend
 from keras_alds._backend.calls import Replacement, replaced_calls, watched
-from keras_alds._backend.functions import layers_of
 from keras_alds._backend.loops import Traced
 from keras_alds._backend.tensors import comparable
 
@@ -85,7 +84,9 @@ class Refiner:
             if "training" in inspect.signature(layer.call).parameters
         }
         self._scores = scores
-        half = any(getattr(x, "compute_dtype", None) == "float16" for x in layers_of(small))
+        half = any(
+            getattr(x, "compute_dtype", None) == "float16" for x in _backend.layers_of(small)
+        )
         with tf.init_scope(), _backend.backend_of(small).creation_scope(small):
             self._scale = tf.Variable(_FIRST_SCALE if half else 1.0, trainable=False)
             self._taken = tf.Variable(0.0, trainable=False)

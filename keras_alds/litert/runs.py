@@ -287,7 +287,10 @@ def _described(operator: Operator, channel: int, scale: float) -> str:
 
 def _is_batch(x: Sequence[Array], size: tuple[int, ...]) -> bool:
     """Whether a list for a file of one input holds a batch, not examples."""
-    return len(x) == 1 and of_rank(np.asarray(x[0]), size).shape[1:] == size[1:]
+    if len(x) != 1:
+        return False
+    array = np.asarray(x[0])
+    return array.ndim == len(size) or of_rank(array, size).shape[1:] == size[1:]
 
 
 def _signed(details: list[dict[str, Any]], signature: dict[str, dict[str, Any]]) -> list[str]:

@@ -107,7 +107,7 @@ class _Trials:
         self.plans: dict[str, CompressionPlan] = {}
         self._rows: dict[str, tuple[int, ...]] = {}
         self._distances: dict[str, float] = {}
-        self._apart: dict[str, float] = {}
+        self._discrepancies: dict[str, float] = {}
         # The best plan so far and its kernels, of those fitted at once and of the sequential ones.
         self._kernels: dict[bool, tuple[str, Kernels]] = {}
 
@@ -154,7 +154,7 @@ class _Trials:
     def _measure(self, name: str, plan: CompressionPlan, outputs: Sequence[Array]) -> None:
         self.plans[name] = plan
         self._distances[name] = self._prober.reference.distance(outputs)
-        self._apart[name] = self._prober.reference.apart(outputs)
+        self._discrepancies[name] = self._prober.reference.discrepancy(outputs)
 
     def normalize(self, inventory: Inventory, examples: KeptExamples) -> None:
         """Tries the best plan with corrected moving statistics, from some examples."""
@@ -171,15 +171,15 @@ class _Trials:
             prober.outputs(kernels)
         with replaced_calls(drift.corrected()):
             outputs = self._prober.outputs(kernels)
-        apart = self._prober.reference.apart(outputs)
-        if math.isclose(apart, self._apart[name], rel_tol=1e-6):
+        discrepancy = self._prober.reference.discrepancy(outputs)
+        if math.isclose(discrepancy, self._discrepancies[name], rel_tol=1e-6):
             return  # no normalization is behind a changed layer
         plan = dataclasses.replace(self.plans[name], normalized=True)
         self._measure(f"{name}, {NORMALIZED}", plan, outputs)
 
     def is_nearer(self, name: str, other: str) -> bool:
         """Whether the outputs of one plan that was tried are nearer than those of another."""
-        return self._apart[name] < self._apart[other]
+        return self._discrepancies[name] < self._discrepancies[other]
 
     def nearest(self) -> list[str]:
         """The plans to try layer by layer: the best one, and one with equal weights.
@@ -217,7 +217,7 @@ class _Trials:
         power = WEIGHINGS.get(weighing, 1.0)
         part = (_WITH_MORE if SEQUENTIAL in more else 1.0) * (_WITHOUT_NOISE ** (1 - power))
         part *= _CORRECTED if NORMALIZED in more else 1.0
-        return min(max(part * self._apart[name], 1e-12), 1e12)  # it may be infinite
+        return min(max(part * self._discrepancies[name], 1e-12), 1e12)  # it may be infinite
 
 
 def _pairs(selection: Selection, plan: CompressionPlan) -> Pairs:

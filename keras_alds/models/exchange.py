@@ -65,8 +65,9 @@ class CostExchange:
             kernels: Its kernels, fitted without the held-out examples.
         """
         best, ratio = tuple(rows), _RATIO
-        least, tried = self._judging.apart(kernels), {best}
-        start, corrections = None, np.ones(len(best))
+        least, tried = self._judging.discrepancy(kernels), {best}
+        start: Rows | None = None
+        corrections = np.ones(len(best))
         for _ in range(ROUNDS):
             if best != start:
                 corrections = self._corrections(best, kernels, math.sqrt(ratio))
@@ -78,9 +79,9 @@ class CostExchange:
                         continue
                     tried.add(new)
                     of_new = self._changed(start, of_start, new)
-                    apart = self._judging.apart(of_new)
-                    if apart < least:
-                        least, best, kernels = apart, new, of_new
+                    discrepancy = self._judging.discrepancy(of_new)
+                    if discrepancy < least:
+                        least, best, kernels = discrepancy, new, of_new
             if best == start:
                 ratio = math.sqrt(ratio)
         return best, kernels
@@ -90,8 +91,9 @@ class CostExchange:
         changed = [index for index, row in enumerate(new) if row != rows[index]]
         records = [self._records[index] for index in changed]
         choices = [self._tables[index][new[index]] for index in changed]
-        kept = {layer: kernels[layer] for layer in kernels.keys() - {r.layer for r in records}}
-        return kept | dict(approximations(records, choices))
+        gone = {record.layer for record in records}  # some are dense in the new plan
+        kept = {layer: kernel for layer, kernel in kernels.items() if layer not in gone}
+        return {**kept, **approximations(records, choices)}
 
     def _solved(self, rows: Rows, corrections: Float64, ratio: float) -> Rows:
         """The best rows near those of a plan."""
@@ -105,23 +107,20 @@ class CostExchange:
 
     def _corrections(self, rows: Rows, kernels: Kernels, ratio: float) -> Float64:
         """What every layer's weighted error is to be multiplied with."""
-        own = self._probing.apart(kernels)
+        own = self._probing.discrepancy(kernels)
         effects = np.full(len(rows), np.nan)
-        for index, row in enumerate(rows):
-            errors, ends, found = (
-                self._weighed[index].error,
-                _ends(self._weighed[index], row, ratio),
-                [],
-            )
-            for end in ends:
-                new = (*rows[:index], end, *rows[index + 1 :])
-                same = end == row
-                found.append(
-                    own if same else self._probing.apart(self._changed(rows, kernels, new))
-                )
-            cheap, dear = (errors[end] for end in ends)
-            if cheap > dear:
-                effects[index] = (found[0] - found[1]) / (cheap - dear)
+
+        def with_row(index: int, row: int) -> float:
+            new = (*rows[:index], row, *rows[index + 1 :])
+            changed = self._changed(rows, kernels, new)
+            return own if new == rows else self._probing.discrepancy(changed)
+
+        for index, (table, row) in enumerate(zip(self._weighed, rows, strict=True)):
+            cheapest, dearest = _ends(table, row, ratio)
+            more = table.error[cheapest] - table.error[dearest]
+            if more > 0:
+                differ = with_row(index, cheapest) - with_row(index, dearest)
+                effects[index] = differ / more
             self._progress()
         rising = effects[np.isfinite(effects) & (effects > 0)]
         if not len(rising):

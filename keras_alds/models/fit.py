@@ -106,7 +106,7 @@ def _is_better(inventory: Inventory, pairs: Pairs, calibration: Calibration, ver
     prober = judge(inventory.model, [record for record, _ in measured], judging)
     at_once = approximations(*zip(*measured, strict=True))
     tried = tried_one_by_one(inventory, measured, calibration, verbose)
-    return prober.apart(tried) < prober.apart(at_once)
+    return prober.discrepancy(tried) < prober.discrepancy(at_once)
 
 
 def tried_one_by_one(

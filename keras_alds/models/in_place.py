@@ -15,7 +15,7 @@ from keras_alds import _backend
 from keras_alds._backend import wrappers
 from keras_alds._backend.calls import Replacement as Call
 from keras_alds._backend.calls import replaced_calls
-from keras_alds._backend.functions import has_own_code, layers_of, run_as_code
+from keras_alds._backend.functions import has_own_code
 from keras_alds._backend.live import Holders, empty
 from keras_alds._backend.strategies import Replicas
 from keras_alds.kinds import holders
@@ -156,7 +156,9 @@ def _passes_of_own_code(models: Sequence[Any]) -> list[Any]:
     return [
         model
         for model in dict.fromkeys(models)
-        if any(map(has_own_code, layers_of(model))) and has_weights(model) and not _failure(model)
+        if any(map(has_own_code, _backend.layers_of(model)))
+        and has_weights(model)
+        and not _failure(model)
     ]
 
 
@@ -177,9 +179,9 @@ def _failure(model: Any) -> tuple[Any, Exception] | None:
 
         return call
 
-    own = {layer: noting(layer) for layer in layers_of(model) if has_own_code(layer)}
+    own = {layer: noting(layer) for layer in _backend.layers_of(model) if has_own_code(layer)}
     try:
-        with run_as_code(model), replaced_calls(own):
+        with replaced_calls(own):
             _backend.backend_of(model).trace_shapes(model, [])
     except Exception as error:  # the user's code
         return found[0] if found else (model, error)
@@ -201,7 +203,7 @@ def _check_own_code(models: Sequence[Any], inventory: Inventory, changed: Sequen
             continue
         holder, error = failure
         own = holders.own_class(holder)
-        alike = [layer for layer in layers_of(model) if holders.own_class(layer) is own]
+        alike = [layer for layer in _backend.layers_of(model) if holders.own_class(layer) is own]
         known = {child for layer in alike for child in inventory.backend.children(layer)}
         if known.isdisjoint(changed):
             known = {*below(holder)}

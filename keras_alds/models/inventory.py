@@ -19,7 +19,7 @@ from typing import Any
 from keras_alds import _backend
 from keras_alds._backend import wrappers
 from keras_alds._backend.calls import replaced_calls
-from keras_alds._backend.functions import has_own_code, layers_of, run_as_code
+from keras_alds._backend.functions import has_own_code
 from keras_alds._backend.live import assigned_in
 from keras_alds.core.calibration.curves import Curve
 from keras_alds.core.calibration.moments import SecondMoment
@@ -258,7 +258,7 @@ class Inventory:
         whose forward pass cannot be traced, stay as they are.
         """
         assigned: set[Any] = set()
-        if any(map(has_own_code, layers_of(self.model))):
+        if any(map(has_own_code, _backend.layers_of(self.model))):
             with contextlib.suppress(Exception):  # the user's code
                 assigned = {layer for layer, (_, found) in self._pass().items() if found}
 
@@ -276,7 +276,7 @@ class Inventory:
         known = _PASSES.get(self.model, [])
         if [(ref(), cls) for ref, cls, *_ in known] != [(layer, type(layer)) for layer in layers]:
             shapes = running(self.model, values=False)
-            with run_as_code(self.model), replaced_calls(shapes):
+            with replaced_calls(shapes):
                 calls, graph = self.backend.trace_shapes(self.model, layers)
             is_assigned = assigned_in(graph)
             able = {record.layer: record.kind for record in self.factorizable}

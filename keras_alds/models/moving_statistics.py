@@ -22,9 +22,8 @@ from typing import Any
 import numpy as np
 
 from keras_alds import _backend
-from keras_alds._backend import tensors
+from keras_alds._backend import layers_of, tensors
 from keras_alds._backend.calls import Replacement, replaced_calls
-from keras_alds._backend.functions import layers_of
 from keras_alds._backend.loops import compiled_loops, passing
 from keras_alds.core.slicing import Array
 from keras_alds.models.data import KeptExamples

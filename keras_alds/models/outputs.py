@@ -2,8 +2,8 @@
 
 The divergence of probabilities, and of scores before softmax, is that of Kullback and Leibler from
 the original's distribution, in nats per example. For everything else it is the squared error
-relative to the variance of the original's outputs. Several outputs add up. There are other measures
-of the same for other purposes.
+relative to the variance of the original's outputs. Several outputs add up. `distance`, `error` and
+`discrepancy` compare them in other ways.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Reference:
         """
         return self._sum(self._prepared(outputs), _error)
 
-    def apart(self, outputs: Sequence[Array]) -> float:
+    def discrepancy(self, outputs: Sequence[Array]) -> float:
         """The geometric mean of `distance` and a squared error, by which plans are compared.
 
         The error of scores, before softmax, is the one after the factor that makes it least. How

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from keras_alds._backend import layers_of
 from keras_alds._backend import tensors as nest
 from keras_alds._backend.calls import replacements_of
-from keras_alds._backend.functions import layers_of
 from keras_alds._backend.graphs import mask_of, set_mask
 from keras_alds._backend.loops import Traced, passing, restored
 from keras_alds.core.slicing import Array
@@ -75,9 +75,9 @@ class Prober:
         """The divergence of the model's outputs if it computes with other kernels."""
         return self.reference.divergence(self.outputs(kernels))
 
-    def apart(self, kernels: Kernels) -> float:
-        """How far apart the outputs are, to compare plans; see `Reference.apart`."""
-        return self.reference.apart(self.outputs(kernels))
+    def discrepancy(self, kernels: Kernels) -> float:
+        """How much the outputs differ, to compare plans; see `Reference.discrepancy`."""
+        return self.reference.discrepancy(self.outputs(kernels))
 
     def error(self, kernels: Kernels) -> float:
         """The relative squared error of the outputs; see `Reference.error`."""

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from keras_alds._backend.functions import layers_of
+from keras_alds._backend import layers_of
 
 _changed = threading.Condition()
 _owners: dict[Any, int] = {}  # the layers that are worked on, and by which thread

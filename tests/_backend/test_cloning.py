@@ -5,6 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from keras_alds import compress
 from keras_alds._backend import backend_of
@@ -110,3 +111,24 @@ def test_layers_that_are_quantized(mode):
         "Dense",
     ]
     small.fit(x, x[:, :8], verbose=0)
+
+
+def test_a_copy_holds_no_tensor_of_the_graph_that_built_it(keras_module):
+    """Code may keep an output in an attribute; the copy is built by a traced call."""
+    K = keras_module
+
+    class Keeping(K.Model):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.dense, self.last = K.layers.Dense(16), None
+
+        def call(self, x):
+            self.last = self.dense(x)
+            return self.last
+
+    model = Keeping()
+    x = np.ones((4, 16), "float32")
+    model(x)
+    small = compress(model, 0.3, method="energy")
+    assert not tf.is_symbolic_tensor(small.last)
+    np.testing.assert_allclose(small(x), small.last)

@@ -85,9 +85,9 @@ def test_functions_run_eagerly_until_the_last_thread_ends(keras_module, before):
     eagerly = tf.config.functions_run_eagerly
     tf.config.run_functions_eagerly(before)
     try:
-        found = interleaved(lambda: run_as_code(Own()), eagerly)
+        found = interleaved(lambda: run_as_code([Own()]), eagerly)
         assert found == [True, True, True, before]
-        with pytest.raises(KeyboardInterrupt), run_as_code(Own()):
+        with pytest.raises(KeyboardInterrupt), run_as_code([Own()]):
             raise KeyboardInterrupt
         assert eagerly() == before
     finally:

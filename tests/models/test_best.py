@@ -82,7 +82,7 @@ class FakeProber:
     def distance(self, outputs):
         return outputs
 
-    apart = distance
+    discrepancy = distance
 
 
 @pytest.mark.parametrize(

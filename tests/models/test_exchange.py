@@ -23,7 +23,7 @@ class Outputs:
     def __init__(self, weights):
         self._weights = weights
 
-    def apart(self, kernels):
+    def discrepancy(self, kernels):
         total = 0.0
         for layer, kernel in kernels.items():
             own = kernel_values(layer)
@@ -69,7 +69,7 @@ def test_a_layer_with_more_effect_than_expected_gets_more(keras_module):
     outputs = Outputs({"first": 1.0, "second": 1.0, "third": 20.0, "head": 1.0})
     new, kernels = improved(selection, tables, rows, outputs, outputs)
     before = kernels_of(selection, tables, rows)
-    assert outputs.apart(kernels) < 0.8 * outputs.apart(before)
+    assert outputs.discrepancy(kernels) < 0.8 * outputs.discrepancy(before)
     assert tables[2].cost[new[2], 0] > tables[2].cost[rows[2], 0]
 
 
@@ -80,9 +80,9 @@ def test_nearly_as_good_as_brute_force(keras_module):
     budget = selection.budget_of(selection.resources[0])
     fronts = [table.front_rows() for table in tables]
     pairs = [pair for pair in itertools.product(*fronts) if cost_of(tables, pair) <= budget]
-    least = min(outputs.apart(kernels_of(selection, tables, pair)) for pair in pairs)
-    assert outputs.apart(kernels) <= 1.05 * least
-    assert outputs.apart(kernels) < outputs.apart(kernels_of(selection, tables, rows))
+    least = min(outputs.discrepancy(kernels_of(selection, tables, pair)) for pair in pairs)
+    assert outputs.discrepancy(kernels) <= 1.05 * least
+    assert outputs.discrepancy(kernels) < outputs.discrepancy(kernels_of(selection, tables, rows))
 
 
 @pytest.mark.parametrize("first", [0.01, 1.0, 20.0])
@@ -91,8 +91,8 @@ def test_what_is_worse_for_whole_plans_is_not_taken(keras_module, first):
     probing = Outputs({"first": 20.0, "second": 1.0, "head": 1.0})
     judging = Outputs({"first": first, "second": 1.0, "head": 1.0})
     new, kernels = improved(selection, tables, rows, probing, judging)
-    before = judging.apart(kernels_of(selection, tables, rows))
-    assert new == rows or judging.apart(kernels) < before
+    before = judging.discrepancy(kernels_of(selection, tables, rows))
+    assert new == rows or judging.discrepancy(kernels) < before
 
 
 def test_outputs_that_are_not_finite_end_nothing(keras_module):

@@ -110,10 +110,12 @@ class TestDivergence:
         mine, theirs = (s - s.mean(axis=-1, keepdims=True) for s in (SCORES, other))
         scale, *_ = np.linalg.lstsq(theirs.reshape(-1, 1), mine.ravel(), rcond=None)
         error = np.square(mine - scale * theirs).mean() / mine.var(axis=0).mean()
-        assert reference.apart([other]) ** 2 == pytest.approx(moved * error)
+        assert reference.discrepancy([other]) ** 2 == pytest.approx(moved * error)
         values = Reference(None, [SCORES[:, :3]])
-        assert values.apart([other[:, :3]]) == pytest.approx(values.divergence([other[:, :3]]))
-        assert reference.apart([np.where(SCORES > 0, np.nan, 0)]) == np.inf
+        assert values.discrepancy([other[:, :3]]) == pytest.approx(
+            values.divergence([other[:, :3]])
+        )
+        assert reference.discrepancy([np.where(SCORES > 0, np.nan, 0)]) == np.inf
 
     @pytest.mark.parametrize("masked", [-np.inf, -1.7e38, -1e9])
     def test_classes_that_a_mask_rules_out_do_not_count(self, masked):
@@ -122,9 +124,9 @@ class TestDivergence:
         mine, theirs = (
             [np.pad(s, ((0, 0), (0, 3)), constant_values=masked)] for s in (SCORES, other)
         )
-        expected = Reference(model, [SCORES]).apart([other])
-        assert Reference(model, mine).apart(theirs) == pytest.approx(expected, rel=0.2)
-        assert Reference(model, mine).apart(mine) < 1e-6
+        expected = Reference(model, [SCORES]).discrepancy([other])
+        assert Reference(model, mine).discrepancy(theirs) == pytest.approx(expected, rel=0.2)
+        assert Reference(model, mine).discrepancy(mine) < 1e-6
 
     def test_of_labels_is_the_rate_of_others(self):
         labels = SCORES.argmax(-1)
