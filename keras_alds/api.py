@@ -35,7 +35,7 @@ Model = TypeVar("Model", bound=KerasModel)
 # without retraining, those above it lost some ten points or more.
 _FAR = 0.2
 #: The fractions up to which a method without data lost little on all networks that were measured
-#: (docs/results.md).
+#: (docs/results/methods.md).
 SAFE = {"synthetic": 0.3, "energy": 0.1}
 
 

@@ -66,7 +66,7 @@ def choose_method(name: str | None, *, has_data: bool, error_measure: str | None
 
     Args:
         name: One of the keys of `METHODS`, or None: `"activation"` with data, else
-            `"synthetic"`. These did best in the measured tables (docs/results.md).
+            `"synthetic"`. These did best in the measured tables (docs/results/methods.md).
         has_data: Whether there is calibration data.
         error_measure: The requested error measure, if any. With one, but no name and no data, the
             method is `"alds"`.

@@ -259,7 +259,7 @@ def narrow_heads(
     of convolutions, there is `narrow`.
 
     Call it before `compress`, which then has less to remove from each layer. Heads of half the
-    width often lose nothing; docs/results.md has figures.
+    width often lose nothing; docs/results/data.md has figures.
 
     Left alone are attention layers of your own classes, those inside layers of
     your own, and those with a projection that cannot be factorized. Gated heads keep their values.

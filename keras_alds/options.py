@@ -331,7 +331,7 @@ class Options:
     def schemes_of(self, method: Method) -> tuple[int, ...]:
         """The fold schemes to choose from.
 
-        By the weights alone and with many slices, more schemes do harm (docs/results.md).
+        By the weights alone and with many slices, more schemes do harm (docs/results/methods.md).
         """
         if self.schemes is not None:
             return self.schemes
