@@ -12,7 +12,7 @@ from keras_alds._backend.loops import unchanged
 from keras_alds.methods import DEFAULT_WITHOUT_DATA, METHODS
 from keras_alds.models.best import best_plan
 from keras_alds.models.calibration import Calibration
-from keras_alds.models.choices import kernels
+from keras_alds.models.choices import check_kernels
 from keras_alds.models.inventory import Inventory
 from keras_alds.models.matching import match
 from keras_alds.models.recompose import Request
@@ -63,7 +63,7 @@ def make_choice(
     match(inventory, request)
     calibration = None
     if calibration_data is None and _is_synthetic(request) and unsuitable(inventory) is None:
-        _check_kernels(inventory)
+        check_kernels(inventory.candidates)
         stats = synthetic_stats(inventory, curves=False, verbose=verbose)
         calibration = Calibration(stats=stats)
     elif calibration_data is not None:
@@ -142,18 +142,12 @@ def calibrated(
     inventory = selection.inventory
     wrappers.apply_masks(inventory.pruning)
     if calibration_data is not None or selection.method.synthetic:
-        _check_kernels(inventory)
+        check_kernels(inventory.candidates)
     if calibration_data is None:
         return selection, None
     calibration = Calibration.of(inventory, calibration_data, stacklevel=stacklevel + 1)
     stats = calibration.collected(inventory, verbose=verbose, stacklevel=stacklevel + 1)
     return _reachable(selection.calibrated(stats), stacklevel=stacklevel + 1), calibration
-
-
-def _check_kernels(inventory: Inventory) -> None:
-    """Raises a ValueError on kernels that are not finite, before the model is run."""
-    for _ in kernels(inventory.candidates):
-        pass
 
 
 def _without_data(selection: Selection, examples: int, verbose: int) -> Selection | None:

@@ -18,7 +18,7 @@ from keras_alds.core.parallel import threads
 from keras_alds.kinds.base import kernel_values
 from keras_alds.models.calibration import Calibration, CalibrationStats
 from keras_alds.models.channels import Channels, find_channels
-from keras_alds.models.choices import kernels
+from keras_alds.models.choices import check_kernels
 from keras_alds.models.head_widths import HeadNarrower, HeadWidths, find_heads
 from keras_alds.models.heads import Product
 from keras_alds.models.inventory import Inventory, check_is_model, contains_factorized
@@ -172,7 +172,7 @@ def narrow(
     with alone(model):
         inventory = Inventory.of(model, check_exclude(exclude))
         inventory.warn_of_unmatched(stacklevel=2)
-        _check_finite(inventory)
+        check_kernels(inventory.candidates)
         candidates, skipped = _candidates(
             inventory, calibration_data, multiple, verbose, stacklevel=2
         )
@@ -312,7 +312,7 @@ def narrow_heads(
     with alone(model):
         inventory = Inventory.of(model, check_exclude(exclude))
         inventory.warn_of_unmatched(stacklevel=2)
-        _check_finite(inventory)
+        check_kernels(inventory.candidates)
         found, skipped = find_heads(inventory, multiple)
         batches: list[Any] = []
         if calibration_data is not None:
@@ -348,12 +348,6 @@ def _checked_model(model: Any, user: str) -> _backend.Backend:
     backend = check_symbolic(model, user)
     wrappers.check_stripped(model, user)
     return backend
-
-
-def _check_finite(inventory: Inventory) -> None:
-    """Raises a ValueError if a kernel is not finite, before the model is run."""
-    for _ in kernels(inventory.candidates):
-        pass
 
 
 def _made(

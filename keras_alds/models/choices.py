@@ -182,6 +182,12 @@ def kernels(records: Iterable[LayerRecord], scheme: int = 0) -> Iterator[tuple[b
         yield hashlib.sha256(kernel.data).digest(), kernel
 
 
+def check_kernels(records: Iterable[LayerRecord]) -> None:
+    """Raises a ValueError if a kernel is not finite, before the model is run."""
+    for record in records:
+        check_finite(kernel_values(record.layer), "kernel", record.path)
+
+
 def check_finite(values: Array, part: str, path: str) -> None:
     """Raises a ValueError if a part of a layer holds NaN or infinity."""
     if not np.isfinite(values).all():
