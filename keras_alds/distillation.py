@@ -105,13 +105,9 @@ def _kinds(part: Any, teacher: Any, data: Any) -> tuple[OutputKind, ...]:
     """
     inputs, _ = next(iter(Examples(part, data, _EXAMPLES)))
     outputs = [tensors.to_numpy(y) for y in refining.outputs_of(teacher, inputs)]
-    kinds = Reference(part, outputs).kinds
-    if all(kind is OutputKind.LABELS for kind in kinds):
-        raise ValueError(
-            f"Expected the model '{part.name}' to have an output of floating point, which has "
-            f"gradients. Received: outputs of {', '.join(y.dtype.name for y in outputs)}"
-        )
-    return kinds
+    reference = Reference(part, outputs)
+    reference.check_gradients(part.name)
+    return reference.kinds
 
 
 def _features(part: Any, teacher: Any, names: Sequence[str] | bool) -> dict[str, tuple[Any, Any]]:

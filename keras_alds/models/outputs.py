@@ -126,6 +126,15 @@ class Reference:
                 total += scores.scaled_error(_logits(kind, other))
         return _finite(total)
 
+    def check_gradients(self, name: str) -> None:
+        """Raises a ValueError if no output of the model of this name has gradients."""
+        if all(kind is OutputKind.LABELS for kind in self.kinds):
+            raise ValueError(
+                f"Expected the model '{name}' to have an output of floating point, which has "
+                "gradients. Received: outputs of "
+                f"{', '.join(output.dtype.name for output in self._outputs)}"
+            )
+
     @functools.cached_property
     def _scores(self) -> list[_Scores | None]:
         """What is known of the scores, also of those behind probabilities."""
