@@ -29,7 +29,7 @@ from keras_alds.models.calibration import CalibrationStats
 from keras_alds.models.data import DEFAULT_EXAMPLES, Examples, KeptExamples, fixed_batch_size
 from keras_alds.models.inventory import check_is_model, walk
 from keras_alds.models.minibatches import Split, flipped, image_axes, shifted
-from keras_alds.models.outputs import OutputKind, Reference
+from keras_alds.models.outputs import OutputKind, Reference, joined
 from keras_alds.models.turns import alone
 from keras_alds.progress import progress_bar
 
@@ -322,7 +322,7 @@ class _Judge:
     @staticmethod
     def _on(model: Traced, batches: Iterable[Any]) -> list[Array]:
         found = [[tensors.to_numpy(y) for y in model(batch)] for batch in batches]
-        return [_joined(parts) for parts in zip(*found, strict=True)]
+        return joined(found)
 
 
 def _augmented(batch: Any, how: Sequence[str], random: np.random.Generator) -> Any:
@@ -330,14 +330,6 @@ def _augmented(batch: Any, how: Sequence[str], random: np.random.Generator) -> A
     if "shift" in how:
         batch = shifted(batch, random)
     return flipped(batch, random) if "flip" in how else batch
-
-
-def _joined(parts: Iterable[Array]) -> Array:
-    """The outputs for all batches; flat, where their sizes differ, as for texts."""
-    arrays = list(parts)
-    if len({array.shape[1:] for array in arrays}) > 1:
-        arrays = [array.reshape(-1, array.shape[-1]) for array in arrays]
-    return np.concatenate(arrays)
 
 
 # -- The training ----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import dataclasses
 import enum
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -173,6 +173,16 @@ class _Scores:
 
 def _finite(total: float) -> float:
     return float(total) if np.isfinite(total) else np.inf
+
+
+def joined(batches: Iterable[Iterable[Array]]) -> list[Array]:
+    """Each output for all batches; flat, where their sizes differ, as for texts."""
+    found = []
+    for parts in zip(*batches, strict=True):
+        if len({part.shape[1:] for part in parts}) > 1:
+            parts = tuple(part.reshape(-1, part.shape[-1]) for part in parts)
+        found.append(np.concatenate(parts))
+    return found
 
 
 def kind_of_output(output: Array, loss: str | None = None) -> OutputKind:

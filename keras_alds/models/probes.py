@@ -20,7 +20,7 @@ from keras_alds._backend.graphs import mask_of, set_mask
 from keras_alds._backend.loops import Traced, passing, restored
 from keras_alds.core.slicing import Array
 from keras_alds.kinds.base import known_kind
-from keras_alds.models.outputs import Reference
+from keras_alds.models.outputs import Reference, joined
 from keras_alds.models.program import Program
 
 # How many graphs are made of a model, each from another step to its end.
@@ -172,14 +172,8 @@ class _Tail:
 
 
 def _arrays(tensors: Sequence[Any]) -> list[Array]:
-    return [nest.to_numpy(tensor) for tensor in tensors]
+    return [np.atleast_1d(nest.to_numpy(tensor)) for tensor in tensors]
 
 
 def _joined(outputs: Sequence[Sequence[list[Array]]]) -> list[Array]:
-    """The outputs of all batches; axes of other lengths are flattened into the first."""
-    joined = []
-    for parts in zip(*map(itertools.chain.from_iterable, outputs), strict=True):
-        if len({part.shape[1:] for part in parts}) > 1:
-            parts = tuple(part.reshape(-1, part.shape[-1]) for part in parts)
-        joined.append(np.concatenate([np.atleast_1d(part) for part in parts]))
-    return joined
+    return joined(map(itertools.chain.from_iterable, outputs))
