@@ -26,7 +26,8 @@ MIN_EXAMPLES = 8
 DEFAULT_EXAMPLES = 1024
 #: Fewer batches are split, so that whole ones can be held out.
 FEWEST_BATCHES = 4
-# Largest number of examples in one forward pass, and of their entries, which limits large images.
+# Largest number of examples in one forward pass of calibration, and of their entries in a pass of
+# any kind, which limits large images.
 _BATCH = 32
 _BATCH_ENTRIES = 1 << 21
 
@@ -251,7 +252,7 @@ class Examples:
                 inputs = _part(inputs, 0, left)
             rows = self._rows(inputs)
             # Always the same batch size: the result does not depend on how the data were batched.
-            size = self.fixed or _examples_at_once(inputs)
+            size = self.fixed or min(_BATCH, examples_at_once(inputs))
             whole = rows - rows % size
             for start in range(0, whole, size):
                 yield self._tensors(_part(inputs, start, start + size)), size
@@ -406,10 +407,9 @@ def entries_of(inputs: Any) -> int:
     return sum(math.prod(length or 1 for length in size) for size in _sizes(inputs))
 
 
-def _examples_at_once(inputs: Any) -> int:
-    """The number of such examples in one forward pass, a power of two."""
-    entries = entries_of(inputs)
-    return min(_BATCH, 1 << max(_BATCH_ENTRIES // max(entries, 1), 1).bit_length() - 1)
+def examples_at_once(inputs: Any) -> int:
+    """The number of such examples in one pass that limits their entries, a power of two."""
+    return 1 << max(_BATCH_ENTRIES // max(entries_of(inputs), 1), 1).bit_length() - 1
 
 
 def _part(inputs: Any, start: int, stop: int) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,14 +9,13 @@ import numpy as np
 
 from keras_alds._backend import tensors
 from keras_alds.core.slicing import Array
+from keras_alds.models.data import examples_at_once
 from keras_alds.models.storage import Store
 
 #: One example in so many is held out, and at most so many in all.
 HELD_OUT_EVERY, MOST_HELD_OUT = 4, 128
 # Stored batches that are in memory at once, among whose examples minibatches are drawn.
 _MIXED = 16
-# Largest number of entries of the inputs in one forward and backward pass.
-_ENTRIES = 1 << 21
 # Images have one or three channels and sides of at least this many pixels.
 _LEAST_SIDE, _CHANNELS = 8, (1, 3)
 # Images are shifted by at most this part of their sides.
@@ -113,12 +111,6 @@ class Split:
             for first in range(0, len(rows), at_once):
                 chosen = rows[first : first + at_once]
                 yield _rows(joined, chosen), len(chosen)
-
-
-def examples_at_once(inputs: Any) -> int:
-    """The number of such examples in one forward and backward pass, a power of two."""
-    entries = sum(math.prod(array.shape[1:]) for array in tensors.flatten(inputs))
-    return 1 << max(_ENTRIES // max(entries, 1), 1).bit_length() - 1
 
 
 def _can_be_joined(batches: Sequence[Any]) -> bool:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from keras_alds.models.data import examples_at_once
 from keras_alds.models.minibatches import (
     MOST_HELD_OUT,
     Split,
-    examples_at_once,
     flipped,
     image_axes,
     shifted,
