@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 
 from keras_alds.core.calibration.curves import Curve
-from keras_alds.core.calibration.refit import factorize_outputs
-from keras_alds.core.chains import CHAINS, chain_kernel, is_chain
+from keras_alds.core.calibration.refit import SWEEPS
+from keras_alds.core.chains import chain_kernel, is_chain
 from keras_alds.core.choices import Choice, ChoiceTable, offered_ranks
 from keras_alds.core.costs import Costs, WeightCosts
 from keras_alds.core.methods import ACTIVATION
 from keras_alds.core.parallel import threads
 from keras_alds.core.slicing import Array, recompose
-from keras_alds.core.spectra import factorize
 from keras_alds.kinds.base import kernel_values
 from keras_alds.models.choices import Spectrums, choice_tables
+from keras_alds.models.factorize import factors
 from keras_alds.models.inventory import LayerRecord
 from keras_alds.models.probes import Prober
 
@@ -74,7 +74,7 @@ def measure_curves(
     return curves
 
 
-def approximation(record: LayerRecord, choice: Any, *, sweeps: int | None = None) -> Array:
+def approximation(record: LayerRecord, choice: Any, *, sweeps: int = SWEEPS) -> Array:
     """The kernel that the factors of a choice amount to, of the shape of the layer's own.
 
     They are fitted without the held-out inputs.
@@ -84,20 +84,15 @@ def approximation(record: LayerRecord, choice: Any, *, sweeps: int | None = None
         choice: Slices, rank and fold scheme.
         sweeps: As for `factorize_outputs`.
     """
-    layer, slices = record.layer, choice.slices
+    layer = record.layer
     kernel = kernel_values(layer, choice.scheme)
     moment = record.moment and record.moment.without_held_out()
+    parts = factors(record, choice, kernel, moment, sweeps=sweeps)
     if is_chain(choice.scheme):
-        parts = CHAINS[choice.scheme].factors(kernel, moment, choice.input_rank or 1, choice.rank)
         unfolded = chain_kernel(parts, choice.scheme)
-        return record.kind.folded(layer, choice.scheme).write(unfolded, record.kind.shape(layer))
-    if moment is None or slices % moment.block_count:
-        factors = factorize(kernel, slices, choice.rank)
     else:
-        options = {} if sweeps is None else {"sweeps": sweeps}
-        fitted = record.fold(moment, choice.scheme)
-        factors = factorize_outputs(kernel, fitted, slices, choice.rank, **options)
-    unfolded = recompose(*factors, slices)
+        encoder, decoder = parts
+        unfolded = recompose(encoder, decoder, choice.slices)
     return record.kind.folded(layer, choice.scheme).write(unfolded, record.kind.shape(layer))
 
 

@@ -10,9 +10,11 @@ import numpy as np
 from keras_alds import _backend
 from keras_alds._backend.layers import dtype_policy
 from keras_alds.core.calibration.moments import SecondMoment
-from keras_alds.core.calibration.refit import factorize_outputs
+from keras_alds.core.calibration.refit import SWEEPS, factorize_outputs
 from keras_alds.core.chains import CHAINS, is_chain
+from keras_alds.core.choices import Choice
 from keras_alds.core.methods import FactorizeWithBias
+from keras_alds.core.slicing import Array
 from keras_alds.core.spectra import factorize
 from keras_alds.kinds.base import KernelKind, kernel_values
 from keras_alds.models.inventory import LayerRecord
@@ -110,20 +112,33 @@ def _values(
 ) -> tuple[tuple[np.ndarray, ...], np.ndarray | None]:
     """The factors of a choice, as of a kernel in its fold scheme, and a new bias or None."""
     layer, kind = record.layer, record.kind
-    slices, rank, scheme = choice.slices or 1, choice.rank or 1, choice.scheme or 0
+    scheme = choice.scheme or 0
     kernel = kernel_values(layer, scheme)
     if make is not None and moment is not None:
         old = _backend.backend_of(layer).value(layer.bias) if layer.use_bias else None
-        encoder, decoder, bias = make(kernel, moment, rank, old)
+        encoder, decoder, bias = make(kernel, moment, choice.rank or 1, old)
         return (encoder, decoder), bias
     if target is not None:
         whole = kind.folded(layer, 0).write(target, kind.shape(layer))
         kernel = kind.folded(layer, scheme).read(whole)
+    return factors(record, choice, kernel, moment), None
+
+
+def factors(
+    record: LayerRecord,
+    choice: Choice | LayerChoice,
+    kernel: Array,
+    moment: SecondMoment | None,
+    *,
+    sweeps: int = SWEEPS,
+) -> tuple[Array, ...]:
+    """The factors of a kernel, which is read in the choice's scheme; the moment is not folded."""
+    slices, rank, scheme = choice.slices or 1, choice.rank or 1, choice.scheme or 0
     if is_chain(scheme):
-        return CHAINS[scheme].factors(kernel, moment, choice.input_rank or 1, rank), None
+        return CHAINS[scheme].factors(kernel, moment, choice.input_rank or 1, rank)
     if moment is None or slices % moment.block_count:
-        return factorize(kernel, slices, rank), None
-    return factorize_outputs(kernel, record.fold(moment, scheme), slices, rank), None
+        return factorize(kernel, slices, rank)
+    return factorize_outputs(kernel, record.fold(moment, scheme), slices, rank, sweeps=sweeps)
 
 
 def _built(record: LayerRecord, choice: LayerChoice, *, with_bias: bool) -> Any:
