@@ -114,8 +114,7 @@ class FactorizedGroupQueryAttention(Keras3Attention, keras.layers.GroupQueryAtte
         ValueError: If `projections` is not such a dict, or names one that the layer lacks.
 
     Source:
-        Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
-        Decomposition", NeurIPS 2021 (arXiv 2107.11442), section 2.
+        Liebenwein et al., NeurIPS 2021 (arXiv 2107.11442), section 2.
 
     Example:
         >>> import numpy as np
@@ -148,8 +147,7 @@ class FactorizedMultiHeadAttention(Keras3Attention, keras.layers.MultiHeadAttent
         ValueError: If `projections` is not such a dict, or names one that the layer lacks.
 
     Source:
-        Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
-        Decomposition", NeurIPS 2021 (arXiv 2107.11442), section 2.
+        Liebenwein et al., NeurIPS 2021 (arXiv 2107.11442), section 2.
 
     Example:
         >>> import numpy as np

@@ -339,10 +339,7 @@ class FactorizedConv1D(BaseFactorizedConv, keras.layers.Layer):
         encoder_constraint: optional constraint of the encoder.
         decoder_constraint: optional constraint of the decoder.
         bias_constraint: optional constraint of the bias.
-        encoder_form: `"auto"` (default), `"grouped"`, `"split"`, `"merged"` or `"recomposed"`: how
-            the same numbers are computed. `"auto"` chooses by device, phase and sizes; see
-            `keras_alds.layers.choose_form`. Weights and results do not depend on it (but for float
-            rounding).
+        encoder_form: str, how the numbers are computed; see `FactorizedDense`. Default `"auto"`.
         scheme: int, the fold scheme. 0 (default): the window is the encoder's, as above. 3: the
             encoder is pointwise and the decoder has the window, with its strides, padding and
             dilation; `encoder` then is `[1, channels / slices, slices * rank]`, `decoder`
@@ -362,8 +359,7 @@ class FactorizedConv1D(BaseFactorizedConv, keras.layers.Layer):
             the window.
 
     Source:
-        Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
-        Decomposition", NeurIPS 2021 (arXiv 2107.11442), section 2.
+        Liebenwein et al., NeurIPS 2021 (arXiv 2107.11442), section 2.
 
     Example:
         >>> import numpy as np
@@ -491,10 +487,7 @@ class FactorizedConv3D(BaseFactorizedConv, keras.layers.Layer):
         encoder_constraint: optional constraint of the encoder.
         decoder_constraint: optional constraint of the decoder.
         bias_constraint: optional constraint of the bias.
-        encoder_form: `"auto"` (default), `"grouped"`, `"split"`, `"merged"` or `"recomposed"`: how
-            the same numbers are computed. `"auto"` chooses by device, phase and sizes; see
-            `keras_alds.layers.choose_form`. Weights and results do not depend on it (but for float
-            rounding).
+        encoder_form: str, how the numbers are computed; see `FactorizedDense`. Default `"auto"`.
         scheme: int, the fold scheme. 0 (default): the window is the encoder's, as above. 3: the
             encoder is pointwise and the decoder has the window, with its strides, padding and
             dilation. The weights' window axes follow, and `rank` is at most
@@ -514,8 +507,7 @@ class FactorizedConv3D(BaseFactorizedConv, keras.layers.Layer):
             the window.
 
     Source:
-        Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
-        Decomposition", NeurIPS 2021 (arXiv 2107.11442), section 2.
+        Liebenwein et al., NeurIPS 2021 (arXiv 2107.11442), section 2.
 
     Example:
         >>> import numpy as np

@@ -222,10 +222,7 @@ class FactorizedEinsumDense(BaseFactorizedEinsumDense, keras.layers.Layer):
         encoder_constraint: optional constraint of the encoder.
         decoder_constraint: optional constraint of the decoder.
         bias_constraint: optional constraint of the bias.
-        encoder_form: `"auto"` (default), `"grouped"`, `"split"`, `"merged"` or `"recomposed"`: how
-            the same numbers are computed. `"auto"` chooses by device, phase and sizes; see
-            `keras_alds.layers.choose_form`. Weights and results do not depend on it (but for float
-            rounding).
+        encoder_form: str, how the numbers are computed; see `FactorizedDense`. Default `"auto"`.
         **kwargs: `name`, `dtype` and `trainable`, as for any Keras layer.
 
     Input shape:
@@ -239,8 +236,7 @@ class FactorizedEinsumDense(BaseFactorizedEinsumDense, keras.layers.Layer):
             matrix from inputs to outputs, or if `slices` or `rank` do not fit the input.
 
     Source:
-        Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
-        Decomposition", NeurIPS 2021 (arXiv 2107.11442), section 2.
+        Liebenwein et al., NeurIPS 2021 (arXiv 2107.11442), section 2.
 
     Example:
         >>> import numpy as np

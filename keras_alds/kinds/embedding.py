@@ -144,8 +144,7 @@ class FactorizedEmbedding(BaseFactorizedEmbedding, keras.layers.Layer):
         ValueError: If an argument is out of its range, or `rank` exceeds the full rank.
 
     Source:
-        Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
-        Decomposition", NeurIPS 2021 (arXiv 2107.11442), section 2, for one slice.
+        Liebenwein et al., NeurIPS 2021 (arXiv 2107.11442), section 2, for one slice.
 
     Example:
         >>> import numpy as np

@@ -356,8 +356,7 @@ class FactorizedGRUCell(BaseFactorizedGRUCell, Keras3Cell, keras.layers.GRUCell)
         ValueError: If `kernels` is not such a dict, or does not fit the cell.
 
     Source:
-        Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
-        Decomposition", NeurIPS 2021 (arXiv 2107.11442), section 2.
+        Liebenwein et al., NeurIPS 2021 (arXiv 2107.11442), section 2.
 
     Example:
         >>> import keras
@@ -390,8 +389,7 @@ class FactorizedLSTMCell(BaseFactorizedLSTMCell, Keras3Cell, keras.layers.LSTMCe
         ValueError: If `kernels` is not such a dict.
 
     Source:
-        Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
-        Decomposition", NeurIPS 2021 (arXiv 2107.11442), section 2.
+        Liebenwein et al., NeurIPS 2021 (arXiv 2107.11442), section 2.
 
     Example:
         >>> import keras
@@ -424,8 +422,7 @@ class FactorizedSimpleRNNCell(BaseFactorizedSimpleRNNCell, Keras3Cell, keras.lay
         ValueError: If `kernels` is not such a dict.
 
     Source:
-        Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
-        Decomposition", NeurIPS 2021 (arXiv 2107.11442), section 2.
+        Liebenwein et al., NeurIPS 2021 (arXiv 2107.11442), section 2.
 
     Example:
         >>> import keras
@@ -456,8 +453,7 @@ class FactorizedGRU(Keras3Recurrent, keras.layers.GRU):
         ValueError: If `kernels` is not such a dict, or does not fit the layer.
 
     Source:
-        Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
-        Decomposition", NeurIPS 2021 (arXiv 2107.11442), section 2.
+        Liebenwein et al., NeurIPS 2021 (arXiv 2107.11442), section 2.
 
     Example:
         >>> import numpy as np
@@ -489,8 +485,7 @@ class FactorizedLSTM(Keras3Recurrent, keras.layers.LSTM):
         ValueError: If `kernels` is not such a dict.
 
     Source:
-        Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
-        Decomposition", NeurIPS 2021 (arXiv 2107.11442), section 2.
+        Liebenwein et al., NeurIPS 2021 (arXiv 2107.11442), section 2.
 
     Example:
         >>> import numpy as np
@@ -521,8 +516,7 @@ class FactorizedSimpleRNN(Keras3Recurrent, keras.layers.SimpleRNN):
         ValueError: If `kernels` is not such a dict.
 
     Source:
-        Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
-        Decomposition", NeurIPS 2021 (arXiv 2107.11442), section 2.
+        Liebenwein et al., NeurIPS 2021 (arXiv 2107.11442), section 2.
 
     Example:
         >>> import numpy as np

@@ -174,10 +174,7 @@ class FactorizedSeparableConv1D(BaseFactorizedSeparableConv, keras.layers.Layer)
         encoder_constraint: optional constraint of the encoder.
         decoder_constraint: optional constraint of the decoder.
         bias_constraint: optional constraint of the bias.
-        encoder_form: `"auto"` (default), `"grouped"`, `"split"`, `"merged"` or `"recomposed"`: how
-            the same numbers are computed. `"auto"` chooses by device, phase and sizes; see
-            `keras_alds.layers.choose_form`. Weights and results do not depend on it (but for float
-            rounding).
+        encoder_form: str, how the numbers are computed; see `FactorizedDense`. Default `"auto"`.
         **kwargs: `name`, `dtype` and `trainable`, as for any Keras layer.
 
     Input shape:
@@ -192,8 +189,7 @@ class FactorizedSeparableConv1D(BaseFactorizedSeparableConv, keras.layers.Layer)
             the window.
 
     Source:
-        Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
-        Decomposition", NeurIPS 2021 (arXiv 2107.11442), section 2.
+        Liebenwein et al., NeurIPS 2021 (arXiv 2107.11442), section 2.
 
     Example:
         >>> import numpy as np
@@ -249,10 +245,7 @@ class FactorizedSeparableConv2D(BaseFactorizedSeparableConv, keras.layers.Layer)
         encoder_constraint: optional constraint of the encoder.
         decoder_constraint: optional constraint of the decoder.
         bias_constraint: optional constraint of the bias.
-        encoder_form: `"auto"` (default), `"grouped"`, `"split"`, `"merged"` or `"recomposed"`: how
-            the same numbers are computed. `"auto"` chooses by device, phase and sizes; see
-            `keras_alds.layers.choose_form`. Weights and results do not depend on it (but for float
-            rounding).
+        encoder_form: str, how the numbers are computed; see `FactorizedDense`. Default `"auto"`.
         **kwargs: `name`, `dtype` and `trainable`, as for any Keras layer.
 
     Input shape:
@@ -267,8 +260,7 @@ class FactorizedSeparableConv2D(BaseFactorizedSeparableConv, keras.layers.Layer)
             the window.
 
     Source:
-        Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
-        Decomposition", NeurIPS 2021 (arXiv 2107.11442), section 2.
+        Liebenwein et al., NeurIPS 2021 (arXiv 2107.11442), section 2.
 
     Example:
         >>> import numpy as np

@@ -170,10 +170,7 @@ class FactorizedConv1DTranspose(BaseFactorizedConvTranspose, keras.layers.Layer)
         encoder_constraint: optional constraint of the encoder.
         decoder_constraint: optional constraint of the decoder.
         bias_constraint: optional constraint of the bias.
-        encoder_form: `"auto"` (default), `"grouped"`, `"split"`, `"merged"` or `"recomposed"`: how
-            the same numbers are computed. `"auto"` chooses by device, phase and sizes; see
-            `keras_alds.layers.choose_form`. Weights and results do not depend on it (but for float
-            rounding).
+        encoder_form: str, how the numbers are computed; see `FactorizedDense`. Default `"auto"`.
         **kwargs: `name`, `dtype` and `trainable`, as for any Keras layer.
 
     Input shape:
@@ -187,8 +184,7 @@ class FactorizedConv1DTranspose(BaseFactorizedConvTranspose, keras.layers.Layer)
             channels, or if `rank` exceeds the full rank of a slice.
 
     Source:
-        Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
-        Decomposition", NeurIPS 2021 (arXiv 2107.11442), section 2.
+        Liebenwein et al., NeurIPS 2021 (arXiv 2107.11442), section 2.
 
     Example:
         >>> import numpy as np
@@ -241,10 +237,7 @@ class FactorizedConv2DTranspose(BaseFactorizedConvTranspose, keras.layers.Layer)
         encoder_constraint: optional constraint of the encoder.
         decoder_constraint: optional constraint of the decoder.
         bias_constraint: optional constraint of the bias.
-        encoder_form: `"auto"` (default), `"grouped"`, `"split"`, `"merged"` or `"recomposed"`: how
-            the same numbers are computed. `"auto"` chooses by device, phase and sizes; see
-            `keras_alds.layers.choose_form`. Weights and results do not depend on it (but for float
-            rounding).
+        encoder_form: str, how the numbers are computed; see `FactorizedDense`. Default `"auto"`.
         **kwargs: `name`, `dtype` and `trainable`, as for any Keras layer.
 
     Input shape:
@@ -258,8 +251,7 @@ class FactorizedConv2DTranspose(BaseFactorizedConvTranspose, keras.layers.Layer)
             channels, or if `rank` exceeds the full rank of a slice.
 
     Source:
-        Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
-        Decomposition", NeurIPS 2021 (arXiv 2107.11442), section 2.
+        Liebenwein et al., NeurIPS 2021 (arXiv 2107.11442), section 2.
 
     Example:
         >>> import numpy as np
@@ -312,10 +304,7 @@ class FactorizedConv3DTranspose(BaseFactorizedConvTranspose, keras.layers.Layer)
         encoder_constraint: optional constraint of the encoder.
         decoder_constraint: optional constraint of the decoder.
         bias_constraint: optional constraint of the bias.
-        encoder_form: `"auto"` (default), `"grouped"`, `"split"`, `"merged"` or `"recomposed"`: how
-            the same numbers are computed. `"auto"` chooses by device, phase and sizes; see
-            `keras_alds.layers.choose_form`. Weights and results do not depend on it (but for float
-            rounding).
+        encoder_form: str, how the numbers are computed; see `FactorizedDense`. Default `"auto"`.
         **kwargs: `name`, `dtype` and `trainable`, as for any Keras layer.
 
     Input shape:
@@ -329,8 +318,7 @@ class FactorizedConv3DTranspose(BaseFactorizedConvTranspose, keras.layers.Layer)
             channels, or if `rank` exceeds the full rank of a slice.
 
     Source:
-        Liebenwein et al., "Compressing Neural Networks: Towards Determining the Optimal Layer-wise
-        Decomposition", NeurIPS 2021 (arXiv 2107.11442), section 2.
+        Liebenwein et al., NeurIPS 2021 (arXiv 2107.11442), section 2.
 
     Example:
         >>> import numpy as np
