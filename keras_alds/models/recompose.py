@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_alds import _backend
 from keras_alds._backend.layers import Undo
 from keras_alds._backend.live import Holders, empty
 from keras_alds.kinds.base import factorized_kind, is_factorized, stock_kind
@@ -159,37 +160,39 @@ def _recompose(
     """Makes layers dense, and returns the kernels that took the places of factors."""
     backend = inventory.backend
     wanted = {record.layer for record in records}
-    parts: list[tuple[Any, str]] = []  # of layers whose kernels count as layers of their own
-    inside: set[Any] = set()
-    for _, layer in inventory.layers:
-        kernels = stock_kind(layer).kernels(layer)
-        factorized = {n: k for n, k in kernels.items() if is_factorized(k)}
-        inside |= set(factorized.values())
-        if factorized and wanted >= set(factorized.values()):
-            parts += [(layer, name) for name in factorized]
-    cells = {cell for cell, _ in parts}
-    single = [record.layer for record in records if record.layer not in inside]
-    found = [
-        (layer.factors, Factors.of(backend, layer))
-        for layer in [*single, *(stock_kind(cell).kernels(cell)[name] for cell, name in parts)]
+    # Factorized kernels of cells count as layers. Those of one cell become dense together.
+    in_cells = {x: some for _, x in inventory.layers if (some := _factorized_kernels(x))}
+    cells = {cell: some for cell, some in in_cells.items() if wanted.issuperset(some.values())}
+    parts = [
+        (cell, name, kernel.factors, Factors.of(backend, kernel))
+        for cell, kernels in cells.items()
+        for name, kernel in kernels.items()
     ]
-    for layer, (_, factors) in zip(single, found, strict=False):
-        kind = factorized_kind(layer)
-        stock = kind.stock(layer)
-        kind.variable(stock).assign(factors.product)
-        undo.append(backend.transplant(layer, stock, kind.kept_back))
+    inside = {kernel for kernels in in_cells.values() for kernel in kernels.values()}
+    single = [record.layer for record in records if record.layer not in inside]
+    exchanges = [_made_dense(backend, layer, undo) for layer in single]
     for layer in _holders(inventory, [*single, *cells]):
         if (step := stock_kind(layer).release(backend, layer)) is not None:
             undo += [step]
-    changed = [*single, *(cell for cell, _ in parts)]
-    kernels_now = [
-        *(stock_kind(layer).variable(layer) for layer in single),
-        *(getattr(cell, name) for cell, name in parts),
+    return exchanges + [
+        _exchange(cell, old, getattr(cell, name), factors) for cell, name, old, factors in parts
     ]
-    return [
-        _exchange(layer, old, kernel, factors)
-        for layer, (old, factors), kernel in zip(changed, found, kernels_now, strict=True)
-    ]
+
+
+def _factorized_kernels(layer: Any) -> dict[str, Any]:
+    """The factorized ones of a cell's kernels by name; none of any other layer."""
+    kernels = stock_kind(layer).kernels(layer)
+    return {name: kernel for name, kernel in kernels.items() if is_factorized(kernel)}
+
+
+def _made_dense(backend: _backend.Backend, layer: Any, undo: list[Undo]) -> Exchange:
+    """Makes a layer dense that is no kernel of a cell."""
+    old, factors = layer.factors, Factors.of(backend, layer)
+    kind = factorized_kind(layer)
+    stock = kind.stock(layer)
+    kind.variable(stock).assign(factors.product)
+    undo.append(backend.transplant(layer, stock, kind.kept_back))
+    return _exchange(layer, old, stock_kind(layer).variable(layer), factors)
 
 
 def _exchange(layer: Any, old: tuple[Any, Any], kernel: Any, factors: Factors) -> Exchange:
