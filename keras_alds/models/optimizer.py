@@ -104,17 +104,12 @@ def _carry_one(
     exchange_of = {id(v): e for e in exchanges for v in e.old if id(v) not in kept}
     if not any(id(target) in exchange_of for target in old):
         return []
-    lost = sum(target is None for target in old)
-    if lost:
+    if lost := sum(target is None for target in old):
         raise ValueError(
             f"Expected the optimizer '{optimizer.name}' to update only variables of layers. "
             f"Received: an optimizer that was also built for {lost} other variables. Give the "
             "model an optimizer of its own."
         )
-    new: dict[int, Any] = {}
-    for target in old:
-        found = exchange_of.get(id(target))
-        new.update((id(v), v) for v in ([target] if found is None else found.new))
     before = backend.slots(optimizer, old)
     if backend.other_state(optimizer, before):
         warnings.warn(
@@ -123,18 +118,28 @@ def _carry_one(
             "weight can be carried over.",
             stacklevel=2,
         )
-    in_order = all(a is b for a, b in zip(_in_order(old, known), old, strict=True))
-    built = _in_order([*new.values()], now) if in_order else [*new.values()]
-    backend.rebuild_optimizer(optimizer, old, built, undo)
-    used = set()
-    for name, slot in backend.slots(optimizer, built).items():
-        used |= set(map(id, slot))
+    new = _exchanged(old, exchange_of)
+    if all(a is b for a, b in zip(_in_order(old, known), old, strict=True)):
+        new = _in_order(new, now)
+    backend.rebuild_optimizer(optimizer, old, new, undo)
+    after = backend.slots(optimizer, new)
+    changed = list(dict.fromkeys(exchange_of.values()))
+    for name, slot in after.items():
         if name in before:
             states = {id(t): state for t, state in zip(old, before[name], strict=True)}
-            places = {id(t): place for t, place in zip(built, slot, strict=True)}
-            changed = list(dict.fromkeys(exchange_of.values()))
+            places = {id(t): place for t, place in zip(new, slot, strict=True)}
             _carry(backend, slot_meaning(optimizer, name), states, places, changed)
+    used = {id(v) for slot in after.values() for v in slot}
     return [v for slot in before.values() for v in slot if v is not None and id(v) not in used]
+
+
+def _exchanged(variables: list[Any], exchange_of: dict[int, Exchange]) -> list[Any]:
+    """Variables, each once, with the new ones in the places of the old ones."""
+    found: dict[int, Any] = {}
+    for variable in variables:
+        exchange = exchange_of.get(id(variable))
+        found.update((id(v), v) for v in ([variable] if exchange is None else exchange.new))
+    return [*found.values()]
 
 
 def _depth(backend: _backend.Backend, optimizer: Any) -> int:
