@@ -65,50 +65,35 @@ class Walk:
         store: Store | None = None,
         given: Sequence[tuple[Any, Any]] = (),
     ) -> None:
-        self._backend = _backend.backend_of(model)
         self._store = Store() if store is None else store
         self._chunks = len(examples)
-        self._layers = list(layers)
-        self._places = [*layers, *(layer for layer, _ in given)]
         self._compressed = dict(given)
         self._watchers = {layer: _Watcher(layer) for layer in layers}
         self._originals: dict[Any, dict[tuple[int, int], list[Any]]] = {x: {} for x in layers}
-        self._values: dict[int, _Pair] = {}
-        self._provisional: dict[int, _Pair] = {}
-        self._done = set(self._compressed)
-        self._program, first_calls = self._read(model, next(iter(examples))[0])
-        flat = [
-            [self._store.keep(tensor) for tensor in self._program.flat_inputs(batch)]
-            for batch, _ in examples
-        ]
-        for tensor, kept in zip(
-            self._program.inputs, map(list, zip(*flat, strict=True)), strict=True
-        ):
-            self._values[tensor] = kept, kept
+        first = next(iter(examples))[0]
+        first_calls = _first_calls(model, layers, first)
+        self._program = Program.of(model, [*layers, *self._compressed], first)
         self._steps = self._program.steps
+        # Of each layer the steps that call it, and of each tensor the step that makes it.
         self._calls: dict[Any, list[int]] = {layer: [] for layer in layers}
         for number, step in enumerate(self._steps):
             for layer in step.inside & self._calls.keys():
                 self._calls[layer].append(number)
         self._makers = {t: n for n, step in enumerate(self._steps) for t in step.outputs}
         self.order = self._order(first_calls)
-        self._done |= set(layers) - first_calls.keys()  # no example reaches these
+        # Layers compressed already, those that no example reaches, and steps that need not run.
+        self._done = self._compressed.keys() | (set(layers) - first_calls.keys())
         self._ran: set[int] = set()
-        self._uses = self._count_uses()
+        self._values = _Values(self._store)
+        self._values.uses = self._count_uses()
+        flat = [
+            [self._store.keep(tensor) for tensor in self._program.flat_inputs(batch)]
+            for batch, _ in examples
+        ]
+        inputs = map(list, zip(*flat, strict=True))
+        self._values.add(self._program.inputs, [(kept, kept) for kept in inputs])
 
     # -- Preparation -------------------------------------------------------------------------
-
-    def _read(self, model: Any, batch: Any) -> tuple[Program, dict[Any, int]]:
-        """The program, and the layers to compress in the order of their first calls."""
-        first_calls: dict[Any, int] = {}
-
-        def watch(layer: Any, inputs: Any, outputs: Any) -> Any:
-            first_calls.setdefault(layer, len(first_calls))
-            return outputs
-
-        with passing(model), replaced_calls(running(model), watched(self._layers, watch)):
-            model(batch, training=False)
-        return Program.of(model, self._places, batch), first_calls
 
     def _order(self, first_calls: dict[Any, int]) -> list[Any]:
         """The layers to compress, each after those that its inputs depend on.
@@ -151,7 +136,7 @@ class Walk:
             number = self._makers.get(tensor)
             if number is None or number in found or number in self._ran:
                 continue
-            if tensor in self._provisional:
+            if self._values.is_provisional(tensor):
                 continue
             found.add(number)
             stack.extend(self._steps[number].inputs)
@@ -180,11 +165,9 @@ class Walk:
         for inputs in self._originals.pop(layer).values():
             for x in inputs:
                 self._store.drop(x)
-        for pair in self._provisional.values():
-            self._drop(pair)
-        self._provisional.clear()
+        self._values.drop_provisional()
         for number in self._calls[layer]:
-            self._release(self._steps[number].inputs)
+            self._values.release(self._steps[number].inputs)
 
     def _observe(
         self, layer: Any, progress: Callable[[float], object]
@@ -222,10 +205,11 @@ class Walk:
         if step.layer is layer:
             args, kwargs = step.args, step.kwargs
             first = args[0] if args else next(iter(kwargs.values()))
-            pair = self._pair(first.tensor)
-            x = _array(layer, self._store.load(pair[0][chunk]))
-            same = pair[0] is pair[1]
-            yield x, (x if same else _array(layer, self._store.load(pair[1][chunk])))
+            x = _array(layer, self._values.load(first.tensor, 0, chunk))
+            if self._values.is_same(first.tensor):
+                yield x, x
+            else:
+                yield x, _array(layer, self._values.load(first.tensor, 1, chunk))
             return
         original = compressed = self._original(layer, number, chunk)
         if not self._is_same(step):
@@ -265,34 +249,28 @@ class Walk:
 
     def _is_same(self, step: Step) -> bool:
         """Whether both versions of a step compute the same."""
-        return not step.inside & self._compressed.keys() and all(
-            pair[0] is pair[1] for pair in map(self._pair, step.inputs)
-        )
-
-    def _pair(self, tensor: int) -> _Pair:
-        return self._provisional.get(tensor) or self._values[tensor]
+        unchanged = not step.inside & self._compressed.keys()
+        return unchanged and all(map(self._values.is_same, step.inputs))
 
     def _ensure(self, tensors: Iterable[int], progress: Callable[[], object]) -> None:
+        """Runs the steps that are needed to compute some tensors."""
         for number in self._pending(tensors):
             step = self._steps[number]
-            provisional = not step.inside <= self._done or any(
-                tensor in self._provisional for tensor in step.inputs
-            )
             same = self._is_same(step)
             outputs = self._outputs(step, 0, progress)
             pairs = list(zip(outputs, outputs if same else self._outputs(step, 1), strict=True))
-            target = self._provisional if provisional else self._values
-            target.update(zip(step.outputs, pairs, strict=True))
-            if not provisional:
+            waits = not step.inside <= self._done
+            if waits or any(map(self._values.is_provisional, step.inputs)):
+                self._values.add_provisional(step.outputs, pairs)
+            else:
+                self._values.add(step.outputs, pairs)
+                self._values.release(step.inputs)
                 self._ran.add(number)
-                self._release(step.inputs)
-                for tensor in step.outputs:
-                    if not self._uses.get(tensor):
-                        self._drop(self._values.pop(tensor))
 
     def _outputs(
         self, step: Step, version: int, progress: Callable[[], object] = lambda: None
     ) -> list[list[Any]]:
+        """The stored chunks of every output of a step: version 0 is the original, 1 the new one."""
         chunks: list[list[Any]] = []
         for chunk in range(self._chunks):
             chunks.append([self._store.keep(x) for x in self._call(step, version, chunk)])
@@ -307,22 +285,86 @@ class Walk:
         watching: Mapping[Any, Replacement] | None = None,
     ) -> list[Any]:
         def value(tensor: int) -> Any:
-            return self._store.load(self._pair(tensor)[version][chunk])
+            return self._values.load(tensor, version, chunk)
 
         inside = step.inside & self._compressed.keys() if version else ()
         standing = [known_kind(x).standing_for(x, self._compressed[x]) for x in inside]
         return self._program.call(step, value, watching, standing)
 
-    def _release(self, tensors: Iterable[int]) -> None:
+
+class _Values:
+    """Both versions of the tensors of a program, as long as they will be read.
+
+    Provisional ones depend on layers that are not compressed yet.
+
+    Attributes:
+        uses: The number of times that every tensor will still be read.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._final: dict[int, _Pair] = {}
+        self._provisional: dict[int, _Pair] = {}
+        self.uses: dict[int, int] = {}
+
+    def _pair(self, tensor: int) -> _Pair:
+        return self._provisional.get(tensor) or self._final[tensor]
+
+    def load(self, tensor: int, version: int, chunk: int) -> Any:
+        """One chunk of a tensor: of the original in version 0, of the compressed one in 1."""
+        return self._store.load(self._pair(tensor)[version][chunk])
+
+    def is_same(self, tensor: int) -> bool:
+        """Whether both versions are equal."""
+        original, compressed = self._pair(tensor)
+        return original is compressed
+
+    def is_provisional(self, tensor: int) -> bool:
+        """Whether a tensor is known, and is provisional."""
+        return tensor in self._provisional
+
+    def add(self, tensors: Sequence[int], pairs: Sequence[_Pair]) -> None:
+        """Keeps the tensors that will be read."""
+        for tensor, pair in zip(tensors, pairs, strict=True):
+            if self.uses.get(tensor):
+                self._final[tensor] = pair
+            else:
+                self._drop(pair)
+
+    def add_provisional(self, tensors: Sequence[int], pairs: Sequence[_Pair]) -> None:
+        """Keeps tensors until `drop_provisional`."""
+        self._provisional.update(zip(tensors, pairs, strict=True))
+
+    def drop_provisional(self) -> None:
+        """Drops all provisional tensors."""
+        for pair in self._provisional.values():
+            self._drop(pair)
+        self._provisional.clear()
+
+    def release(self, tensors: Iterable[int]) -> None:
+        """Counts one use of each tensor, and drops those that will not be read again."""
         for tensor in tensors:
-            self._uses[tensor] -= 1
-            if self._uses[tensor] == 0 and tensor in self._values:
-                self._drop(self._values.pop(tensor))
+            self.uses[tensor] -= 1
+            if self.uses[tensor] == 0 and tensor in self._final:
+                self._drop(self._final.pop(tensor))
 
     def _drop(self, pair: _Pair) -> None:
         for chunks in pair if pair[0] is not pair[1] else pair[:1]:
             for kept in chunks:
                 self._store.drop(kept)
+
+
+def _first_calls(model: Any, layers: Sequence[Any], batch: Any) -> dict[Any, int]:
+    """The layers that a batch reaches, numbered in the order of their first calls."""
+    found: dict[Any, int] = {}
+
+    def watch(layer: Any, _: Any, outputs: Any) -> Any:
+        found.setdefault(layer, len(found))
+        return outputs
+
+    with passing(model), replaced_calls(running(model), watched(layers, watch)):
+        model(batch, training=False)
+    return found
 
 
 class _Watcher:
