@@ -596,7 +596,7 @@ def _legacy_slot(optimizer: Optimizer, variable: Variable, name: str) -> Variabl
         return None
 
 
-def repeatable(module: Any, seed: int = 0) -> None:
+def repeatable(module: Any) -> None:
     """Lets the next training with Keras 3 or tf_keras in this process give the same each time."""
-    module.utils.set_random_seed(seed)
+    module.utils.set_random_seed(0)
     tf.config.experimental.enable_op_determinism()

@@ -14,13 +14,13 @@ Ranks = Mapping[tuple[int, int], Sequence[int]]
 #: Measures some choices of one layer, in nanoseconds.
 Measure = Callable[[Sequence[Point]], Sequence[int]]
 
-#: Ranks between two measured ones count as known if the two differ by no more than this fraction
-#: of the dense layer's latency.
-TOLERANCE = 0.04
+# Ranks between two measured ones count as known if the two differ by no more than this fraction
+# of the dense layer's latency.
+_TOLERANCE = 0.04
 _DOMINATED_IN_A_ROW = 2
 
 
-def sample_costs(measure: Measure, ranks: Ranks, *, tolerance: float = TOLERANCE) -> SampledCosts:
+def sample_costs(measure: Measure, ranks: Ranks) -> SampledCosts:
     """Measures the choices of a layer at some ranks.
 
     Latency is a staircase over the rank. Its steps begin after multiples of a power of two, as
@@ -37,12 +37,11 @@ def sample_costs(measure: Measure, ranks: Ranks, *, tolerance: float = TOLERANCE
     Args:
         measure: Measures choices.
         ranks: The allowed ranks.
-        tolerance: As a fraction of the dense layer's latency.
 
     Returns:
         The measured points as `SampledCosts`.
     """
-    layer = _Layer(measure, tolerance)
+    layer = _Layer(measure)
     ends = [(k, j, s) for (k, s), row in ranks.items() if k == 1 for j in {row[0], row[-1]}]
     layer.known([DENSE, *ends])
     useful: list[tuple[int, int]] = []
@@ -68,9 +67,8 @@ def sample_costs(measure: Measure, ranks: Ranks, *, tolerance: float = TOLERANCE
 class _Layer:
     """The latencies of one layer that are known so far."""
 
-    def __init__(self, measure: Measure, tolerance: float) -> None:
+    def __init__(self, measure: Measure) -> None:
         self._measure = measure
-        self._tolerance = tolerance
         self.times: dict[Point, int] = {}
 
     def known(self, points: Sequence[Point]) -> list[int]:
@@ -106,7 +104,7 @@ class _Layer:
             splits = []
             for a, b in gaps:
                 low, high = self.times[points[a]], self.times[points[b]]
-                if b - a > 1 and low < dense and abs(high - low) > self._tolerance * dense:
+                if b - a > 1 and low < dense and abs(high - low) > _TOLERANCE * dense:
                     middle = max(
                         range(a + 1, b), key=lambda i: (ranks[i] & -ranks[i], -abs(2 * i - a - b))
                     )
@@ -118,6 +116,6 @@ class _Layer:
                 line = np.interp(
                     [ranks[i] for i in inner], [ranks[a], ranks[b]], [found[0], found[-1]]
                 )
-                if np.abs(line - found[1:-1]).max() > self._tolerance / 2 * dense:
+                if np.abs(line - found[1:-1]).max() > _TOLERANCE / 2 * dense:
                     ends = [a, *inner, b]
                     gaps += itertools.pairwise(ends)

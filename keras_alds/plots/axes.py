@@ -72,16 +72,16 @@ def _plain(ax: Any, grid: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def shortened(name: str, most: int = _NAME) -> str:
+def shortened(name: str) -> str:
     """A name with its middle left out if it is long: layers differ at both ends.
 
     >>> shortened("backbone/stage_4/block_12/expand/conv")
     'backbone/stag…12/expand/conv'
     """
-    if len(name) <= most:
+    if len(name) <= _NAME:
         return name
-    end = most // 2
-    return f"{name[: most - 1 - end]}…{name[-end:]}"
+    end = _NAME // 2
+    return f"{name[: _NAME - 1 - end]}…{name[-end:]}"
 
 
 def note_at_end(ax: Any, row: int, end: float, text: str) -> None:
