@@ -88,33 +88,7 @@ class Examples:
         keys = set(self._spec_of)
         #: The names by which a dict may hold the inputs.
         self._keys = [names for names in (keys, set(self._names)) if names]
-        data = self._without_labels(data)
-        arrays = self._as_arrays(data)
-        self.total: int | None = None
-        self._batches: Iterable[Any]
-        if arrays is not None:
-            chosen = self._chosen(self._rows(arrays))
-            self.total = len(chosen)
-            self._batches = (
-                tensors.map_structure(functools.partial(_at, chosen[i : i + _BATCH]), arrays)
-                for i in range(0, self.total, _BATCH)
-            )
-        elif tensors.is_dataset(data):
-            self._batches = data
-            self.total = self._limit
-        elif hasattr(data, "__getitem__") and not isinstance(data, (list, tuple, str, bytes)):
-            count = len(data) if hasattr(data, "__len__") else None
-            indices = itertools.count() if count is None else range(count)
-            self._batches = (data[i] for i in indices)
-        elif isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
-            self._batches = data
-        else:
-            raise ValueError(
-                f"Expected `{argument}` to be an array, a list or dict of arrays for several "
-                "inputs, a tf.data.Dataset, a PyDataset, an iterable of batches or a function "
-                "without arguments that returns one of these. "
-                f"Received: {type(data).__name__}"
-            )
+        self._batches, self.total = self._read(self._without_labels(data))
 
     @staticmethod
     def _input_specs(model: Any) -> Any:
@@ -122,6 +96,28 @@ class Examples:
             return _backend.backend_of(model).input_specs(model)
         except ValueError:
             return None  # a subclassed model with unknown input shapes
+
+    def _read(self, data: Any) -> tuple[Iterable[Any], int | None]:
+        """The batches of data of any type, and the number of examples if it is known."""
+        arrays = self._as_arrays(data)
+        if arrays is not None:
+            chosen = self._chosen(self._rows(arrays))
+            parts = (chosen[i : i + _BATCH] for i in range(0, len(chosen), _BATCH))
+            batches = (tensors.map_structure(functools.partial(_at, p), arrays) for p in parts)
+            return batches, len(chosen)
+        if tensors.is_dataset(data):
+            return data, self._limit
+        if hasattr(data, "__getitem__") and not isinstance(data, (list, tuple, str, bytes)):
+            indices = range(len(data)) if hasattr(data, "__len__") else itertools.count()
+            return (data[i] for i in indices), None
+        if isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
+            return data, None
+        raise ValueError(
+            f"Expected `{self._argument}` to be an array, a list or dict of arrays for several "
+            "inputs, a tf.data.Dataset, a PyDataset, an iterable of batches or a function "
+            "without arguments that returns one of these. "
+            f"Received: {type(data).__name__}"
+        )
 
     @property
     def _inputs(self) -> int:
@@ -266,23 +262,16 @@ class Examples:
             yield self._tensors(waiting), rows
 
     def _checked(self, inputs: Any) -> Any:
+        """Arrays of the shapes and types that the model takes."""
         if self._single and isinstance(inputs, (list, dict)) and len(inputs) == 1:
             (inputs,) = inputs.values() if isinstance(inputs, dict) else inputs
         flat = [self._array(item, dense=True) for item in tensors.flatten(inputs)]
-        names = [f"input {n}" for n in range(len(flat))]
-        specs = self._specs
         if isinstance(inputs, dict):
             names = sorted(inputs)  # as `tensors.flatten` does
-            if set(names) == set(self._names):
-                specs = [self._specs[self._names.index(name)] for name in names]
-            elif self._may_differ and set(names) <= set(self._spec_of):
-                specs = tensors.flatten([self._spec_of[name] for name in names])
-            if self._may_differ and names != (self._given or names):
-                raise ValueError(
-                    f"Expected the same inputs in all batches of `{self._argument}`. "
-                    f"Received: {names} after {self._given}"
-                )
-            self._given = names
+            specs = self._specs_of(names)
+        else:
+            names = [f"input {n}" for n in range(len(flat))]
+            specs = self._specs
         if specs and len(flat) != len(specs):
             if isinstance(inputs, dict):
                 raise ValueError(self._other_inputs(names, self._names or sorted(self._spec_of)))
@@ -296,6 +285,20 @@ class Examples:
         ]
         self._kinds = tensors.pack_sequence_as(inputs, specs or [None] * len(flat))
         return tensors.pack_sequence_as(inputs, cast)
+
+    def _specs_of(self, names: list[str]) -> list[Any]:
+        """What is known of the inputs in a dict with these keys, the same in all batches."""
+        if self._may_differ and names != (self._given or names):
+            raise ValueError(
+                f"Expected the same inputs in all batches of `{self._argument}`. "
+                f"Received: {names} after {self._given}"
+            )
+        self._given = names
+        if set(names) == set(self._names):
+            return [self._specs[self._names.index(name)] for name in names]
+        if self._may_differ and set(names) <= set(self._spec_of):
+            return tensors.flatten([self._spec_of[name] for name in names])
+        return self._specs
 
     def _tensors(self, inputs: Any) -> Any:
         """Tensors of the types that the model's inputs have."""
