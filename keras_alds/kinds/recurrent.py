@@ -832,28 +832,32 @@ class _Run:
         given = self._signature.bind(self._layer, *args, **kwargs)
         kernels = all_kernels(self._layer.cell)
         watched = [name for name in kernels if any(replacements_of([kernels[name]]))]
-        x = _as_list(given.args[1])[0]
-        mask = given.arguments.get("mask")
-        mask = mask[0] if isinstance(mask, (list, tuple)) else mask
-        if tensors.is_ragged(x):
-            x, mask = tensors.dense(x), tensors.steps_of(x)
-        x = tensors.cast(tensors.tensor(x), self._layer.compute_dtype)
-        seen = {"kernel": x}
-        outputs = None
+        x, mask = self._inputs(given)
+        hidden: Any = None
+        outputs: Any = None
         if not self._values:
-            seen["recurrent_kernel"] = x[..., :1] * tensors.zeros([self._layer.cell.units], x.dtype)
+            hidden = x[..., :1] * tensors.zeros([self._layer.cell.units], x.dtype)
             outputs, mask = call(*args, **kwargs), None
         elif "recurrent_kernel" in watched or self._derives_outputs(mask):
-            seen["recurrent_kernel"], outputs = self._followed(given, mask)
+            hidden, outputs = self._followed(given, mask)
         if outputs is None:
             outputs = self._in_graph(call, *args, **kwargs)
         for name in watched:
-            rows = seen[name]
+            rows = x if name == "kernel" else hidden
             if mask is not None:
                 rows = tensors.boolean_mask(rows, self._made(mask, name))
             if rows.shape.rank and rows.shape[0] != 0:
                 kernels[name].call(rows)
         return outputs
+
+    def _inputs(self, given: inspect.BoundArguments) -> tuple[Any, Any]:
+        """The inputs as a dense tensor, and which of their steps are not masked (None for all)."""
+        x = _as_list(given.args[1])[0]
+        mask = given.arguments.get("mask")
+        mask = mask[0] if isinstance(mask, (list, tuple)) else mask
+        if tensors.is_ragged(x):
+            x, mask = tensors.dense(x), tensors.steps_of(x)
+        return tensors.cast(tensors.tensor(x), self._layer.compute_dtype), mask
 
     def _derives_outputs(self, mask: Any) -> bool:
         """Whether the outputs of the layer follow from the outputs of all steps."""
@@ -868,24 +872,30 @@ class _Run:
         found = self._in_graph(self._all_steps, *given.args[1:], **given.kwargs)
         after, *last = found
         after = tensors.dense(after)
-        steps = tensors.unstack(tensors.shape(after))
-        steps[self._time] -= 1
-        first = tensors.zeros_like(tensors.gather(after, 0, axis=self._time))
-        if initial:
-            first = tensors.cast(initial[0], after.dtype)
-        first = tensors.expand_dims(first, self._time)
-        earlier = tensors.slice_(after, [0, 0, 0], tensors.stack(steps))
-        hidden = tensors.concat([first, earlier], self._time)
-        if mask is not None:
-            # Before the first unmasked step the outputs are zeros, whatever the state is.
-            made = tensors.cast(self._made(mask, "recurrent_kernel"), tensors.int32)
-            begun = tensors.cumsum(made, self._time, exclusive=True) > 0
-            hidden = tensors.where(begun[..., None], hidden, first)
+        hidden = self._before(after, initial[0] if initial else None, mask)
         if not self._derives_outputs(mask):
             return hidden, None
         if not self._layer.return_sequences:
             after = tensors.gather(after, tensors.shape(after)[self._time] - 1, axis=self._time)
         return hidden, type(found)((after, *last)) if self._layer.return_state else after
+
+    def _before(self, after: Any, initial: Any, mask: Any) -> Any:
+        """The hidden states at the start of every step, from those at its end."""
+        steps = tensors.unstack(tensors.shape(after))
+        steps[self._time] -= 1
+        if initial is None:
+            first = tensors.zeros_like(tensors.gather(after, 0, axis=self._time))
+        else:
+            first = tensors.cast(initial, after.dtype)
+        first = tensors.expand_dims(first, self._time)
+        earlier = tensors.slice_(after, [0, 0, 0], tensors.stack(steps))
+        hidden = tensors.concat([first, earlier], self._time)
+        if mask is None:
+            return hidden
+        # Before the first unmasked step the outputs are zeros, whatever the state is.
+        made = tensors.cast(self._made(mask, "recurrent_kernel"), tensors.int32)
+        begun = tensors.cumsum(made, self._time, exclusive=True) > 0
+        return tensors.where(begun[..., None], hidden, first)
 
     def _made(self, mask: Any, name: str) -> Any:
         """Which steps are not masked, in the order in which a kernel sees them."""
