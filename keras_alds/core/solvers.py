@@ -516,7 +516,9 @@ def _scale(limits: Int64) -> Float64:
 def _walk(
     tables: Sequence[ChoiceTable], chains: Sequence[Chain], limits: Int64, together: bool
 ) -> tuple[list[int], int | None, float]:
-    """Walks along all chains by level.
+    """Walks along all chains by level, as far as the budgets last.
+
+    With `together`, the steps of one level are taken together or not at all.
 
     Returns:
         The rows at the end, the budget that stops the walk (None if none does), and the level of
@@ -525,16 +527,17 @@ def _walk(
     if not chains:
         return [], None, 0.0
     costs = [table.cost[c.rows] for table, c in zip(tables, chains, strict=True)]
+    # All steps of all layers: the layer, the level and what it adds to the costs.
     layer = np.concatenate([np.full(c.rows.size - 1, n) for n, c in enumerate(chains)])
     level = np.concatenate([c.levels[1:] for c in chains])
-    step = np.concatenate([np.diff(cost, axis=0) for cost in costs])
+    added = np.concatenate([np.diff(cost, axis=0) for cost in costs])
     order = np.argsort(level, kind="stable")  # ties in layer order
-    layer, level = layer[order], level[order]
+    layer, level, added = layer[order], level[order], added[order]
     start = sum((cost[0] for cost in costs), start=np.zeros_like(limits))
-    over = start + np.cumsum(step[order], axis=0) > limits
-    last = np.append(np.diff(level) > 0, True)[: level.size] if together else True
-    within = np.flatnonzero(last & ~over.any(axis=1))
-    count = int(within[-1]) + 1 if within.size else 0
+    over = start + np.cumsum(added, axis=0) > limits  # after each step, by budget
+    may_end = np.append(np.diff(level) > 0, True)[: level.size] if together else True
+    within = np.flatnonzero(may_end & ~over.any(axis=1))
+    count = int(within[-1]) + 1 if within.size else 0  # of the steps that are taken
     if not count and (start > limits).any():
         resource = int(np.argmax(start > limits))
         raise InfeasibleBudget(int(start[resource]), int(limits[resource]), resource)
