@@ -270,17 +270,18 @@ def _measured(
     records = measured_records(inventory)
     calls = layer_calls(inventory, records)
     ranks = ranks_of_calls(records, calls, settings)
-    models = _MODELS.setdefault(inventory.model, {})
+    known = _MODELS.setdefault(inventory.model, {})
     this = (settings, tuple(map(tuple, calls.values())))
-    content = b""
-    if this not in models:
+    content = b""  # the model's file, unless its latency is known
+    if this in known:
+        model, size = known[this]
+    else:
         content = converted(inventory.model, settings.quantize, representative_data, verbose)
-    size = len(content) or models[this][1]
+        model, size = Timing(0), len(content)
     # Rounded up to a power of two, so that models of similar size share measurements.
     swept = min(1 << (size - 1).bit_length(), MOST_SWEPT)
     keys = {call: (call, settings, swept, tuple(ranks[call].items())) for call in sorted(ranks)}
     timings = {call: _LAYERS[key] for call, key in keys.items() if key in _LAYERS}
-    model, _ = models.get(this, (Timing(0), 0))
     missing = {call: ranks[call] for call in keys if call not in timings}
     if content or missing:
         measured, layers = _passes(content, missing, settings, swept, verbose)
@@ -295,7 +296,7 @@ def _measured(
         settings.target,
     )
     if table.noise <= MOST_NOISE:  # else measured anew the next time
-        models[this] = (model, size)
+        known[this] = (model, size)
         _LAYERS.update({keys[call]: found for call, found in timings.items()})
     return table
 
