@@ -133,6 +133,17 @@ def weights(kernel_shape: Sequence[int], slices: int, rank: int) -> int:
     return sum(factor_weights(kernel_shape, slices, rank))
 
 
+def largest_rank(kernel_shape: Sequence[int], slices: int) -> int:
+    """Returns the largest rank of one slice with fewer weights than the kernel; it may be 0.
+
+    Example:
+        >>> largest_rank((6, 6), 2)
+        1
+    """
+    fewer = (math.prod(kernel_shape) - 1) // weights(kernel_shape, slices, 1)
+    return min(full_rank(kernel_shape, slices), fewer)
+
+
 def factor_weights(kernel_shape: Sequence[int], slices: int, rank: int) -> tuple[int, int]:
     """Returns the number of weights of the encoder, j·c·κ, and of the decoder, j·k·f.
 

@@ -26,7 +26,7 @@ from keras_alds.core.calibration.moments import (
 )
 from keras_alds.core.calibration.whitening import output_spectra_many, seen_spectrum
 from keras_alds.core.parallel import map_within, single_threaded_blas, threads
-from keras_alds.core.slicing import Array, divisors, full_rank, unfold, weights
+from keras_alds.core.slicing import Array, divisors, full_rank, largest_rank, unfold, weights
 from keras_alds.core.spectra import Float64, SliceSpectrum, Spectra
 
 #: Candidates of ρ, as parts of the mean eigenvalue of S.
@@ -141,7 +141,7 @@ def _ranks(
     Of a wide layer, only some numbers of slices are looked at.
     """
     every = {
-        k: _most(shape, k) if wanted is None else min(_most(shape, k), wanted[k])
+        k: largest_rank(shape, k) if wanted is None else min(largest_rank(shape, k), wanted[k])
         for k in (divisors(shape[-2]) if wanted is None else sorted(wanted))
         if k % blocks == 0 and shape[-2] % k == 0
     }
@@ -152,10 +152,6 @@ def _ranks(
         kept = np.linspace(0, len(every) - 1, left).round().astype(int)
         found = {k: every[k] for k in np.array([*every])[kept].tolist()}
     return found
-
-
-def _most(shape: Sequence[int], slices: int) -> int:
-    return min(full_rank(shape, slices), (math.prod(shape) - 1) // weights(shape, slices, 1))
 
 
 def _union(slices: Sequence[Collection[int] | None]) -> tuple[int, ...] | None:

@@ -20,7 +20,7 @@ import scipy.linalg
 from keras_alds.core.calibration.moments import RIDGE, SecondMoment, are_few, check_moment
 from keras_alds.core.calibration.semidefinite import square_root
 from keras_alds.core.parallel import map_within, single_threaded_blas, threads
-from keras_alds.core.slicing import Array, divisors, full_rank, kernel_sizes, unfold, weights
+from keras_alds.core.slicing import Array, divisors, full_rank, kernel_sizes, largest_rank, unfold
 from keras_alds.core.spectra import Float64, SliceSpectrum, Spectra
 
 # Floating-point operations per work item: some tens of milliseconds.
@@ -157,13 +157,8 @@ def _bytes_of_slices(shape: Sequence[int], moment: SecondMoment, slices: int) ->
 
 
 def _joint_ranks(shape: Sequence[int], moment: SecondMoment, slices: int) -> int:
-    """The largest rank whose error after the joint refit is needed; 0 without a joint refit.
-
-    Larger ranks make the layer no smaller than the dense kernel.
-    """
-    if slices == 1 or moment.block_count > 1:
-        return 0
-    return min(full_rank(shape, slices), (math.prod(shape) - 1) // weights(shape, slices, 1))
+    """The largest rank whose error after the joint refit is needed; 0 without a joint refit."""
+    return 0 if slices == 1 or moment.block_count > 1 else largest_rank(shape, slices)
 
 
 def _slice_values(
