@@ -597,26 +597,30 @@ class ALDSCompress(_backend.Callback):
         """Leaves out the first steps, as far as the model is compressed already; says so once."""
         found = None
         while self._course.left:
-            request = self._course.left[0].request
-            met: str | None = "compressed as in the backup"
-            if not any(request is known for known in self._resumed):
-                met = already(inspected(self._part, request), request, strict=False)
+            met = self._how_met(self._course.left[0].request)
             if met is None:
                 break
             found = met
             self._course.drop(1)
-        if found is not None:
-            self._say(f"{self._named}{found}, training on")
-            if self._distill is not None and self._teacher is not None:
-                self._distill.start(self.model, self._part, self._teacher, self._examples())
-                self._teacher = None
-            elif self._distill is not None and not self._done:
-                warnings.warn(
-                    f"Expected a model that is not compressed yet, for `distill` to learn from. "
-                    f"Received: '{self._part.name}', {found}. Training goes on without a teacher.",
-                    stacklevel=4,
-                )
-            self._done = True
+        if found is None:
+            return
+        self._say(f"{self._named}{found}, training on")
+        if self._distill is not None and self._teacher is not None:
+            self._distill.start(self.model, self._part, self._teacher, self._examples())
+            self._teacher = None
+        elif self._distill is not None and not self._done:
+            warnings.warn(
+                f"Expected a model that is not compressed yet, for `distill` to learn from. "
+                f"Received: '{self._part.name}', {found}. Training goes on without a teacher.",
+                stacklevel=4,
+            )
+        self._done = True
+
+    def _how_met(self, request: Request) -> str | None:
+        """What is true of the model if it meets a request already; else None."""
+        if any(request is known for known in self._resumed):
+            return "compressed as in the backup"
+        return already(inspected(self._part, request), request, strict=False)
 
     def _check(self) -> None:
         """Raises every error of model and options that does not depend on the weights."""
