@@ -188,17 +188,20 @@ class Tabular(abc.ABC):
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the rows to `path` as CSV, with all digits; a file that is there is replaced."""
-        rows = self.to_rows()
-        write_csv(path, rows, list(rows[0]) if rows else [])
+        write_csv(path, self.to_rows())
 
     def _repr_html_(self) -> str:
         return self._table().to_html()
 
 
 def write_csv(
-    path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]], columns: Sequence[str]
+    path: str | os.PathLike[str],
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str] | None = None,
 ) -> None:
-    """Writes rows as a CSV file with a line of column names."""
+    """Writes rows as a CSV file; its columns are those of the first row if none are given."""
+    if columns is None:
+        columns = list(rows[0]) if rows else []
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()

@@ -11,9 +11,10 @@ from typing import Any
 from keras_alds.core.costs import DENSE
 from keras_alds.litert.latency import converted, measurable, measured_records, ranks_of_calls
 from keras_alds.litert.layer_files import empty_file, layer_calls, layer_file
-from keras_alds.litert.table import LatencyTable, Settings, read_rows, write_rows
+from keras_alds.litert.table import LatencyTable, Settings, read_rows
 from keras_alds.litert.timing import Timing
 from keras_alds.progress import progress_bar
+from keras_alds.tables import write_csv
 
 INDEX = "candidates.csv"
 _MODEL, _EMPTY = "model.tflite", "empty.tflite"
@@ -84,7 +85,7 @@ def write_latency_files(
                 name = f"{len(rows) - 1:05}.tflite"
                 (path / name).write_bytes(layer_file(call, *point, quantize=quantize))
                 rows.append(settings.row(call, count, point, file=name))
-    write_rows(path / INDEX, rows)
+    write_csv(path / INDEX, rows)
     return len(rows)
 
 

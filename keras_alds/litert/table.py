@@ -20,6 +20,7 @@ from keras_alds.litert.layer_files import LayerCall
 from keras_alds.litert.timing import Timing
 from keras_alds.models.inventory import LayerRecord
 from keras_alds.options import check_quantize
+from keras_alds.tables import write_csv
 from keras_alds.targets import TARGETS, canonical
 
 COLUMNS = (
@@ -200,7 +201,7 @@ class LatencyTable:
                 rows.append(
                     settings.row(call, self.calls[call], point, **dataclasses.asdict(timing))
                 )
-        write_rows(path, rows)
+        write_csv(path, rows)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
@@ -271,14 +272,6 @@ def _timing(row: Mapping[str, Any]) -> Timing:
     if spread is not None and not spread >= 0:
         raise ValueError(f"spread={spread}")
     return Timing(round(float(row["nanoseconds"])), int(row["repeats"]), spread)
-
-
-def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows as CSV; all have the columns of the first."""
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:

@@ -30,18 +30,12 @@ from keras_alds.litert import device, latency
 from keras_alds.litert.latency import measure_latency
 from keras_alds.litert.layer_files import LayerCall, layer_calls, layer_file
 from keras_alds.litert.sampling import sample_costs
-from keras_alds.litert.table import (
-    ADDED,
-    COLUMNS,
-    LatencyTable,
-    Settings,
-    read_rows,
-    write_rows,
-)
+from keras_alds.litert.table import ADDED, COLUMNS, LatencyTable, Settings, read_rows
 from keras_alds.litert.timing import Timing, clock, time_files
 from keras_alds.models.inventory import Inventory
 from keras_alds.plan import CompressionPlan
 from keras_alds.progress import progress_bar
+from keras_alds.tables import write_csv
 
 pytest.importorskip("ai_edge_litert")
 
@@ -482,7 +476,7 @@ def test_tables_of_older_versions_know_scheme_0(runtime: list[Any], tmp_path: Pa
     table.save(path)
     rows = [row for row in read_rows(path) if row["scheme"] in ("", "0")]
     assert len(rows) < len(read_rows(path))
-    write_rows(path, [{k: row[k] for k in row if k not in ADDED} for row in rows])
+    write_csv(path, [{k: row[k] for k in row if k not in ADDED} for row in rows])
     old = LatencyTable.load(path)
     assert old.total == table.total
     for call, costs in table.layers.items():
