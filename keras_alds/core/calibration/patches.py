@@ -54,20 +54,11 @@ def patch_chunks(
             f"inputs.shape={inputs.shape}, strides={stride}, dilation={spread}"
         )
     reach = [d * (k - 1) + 1 for d, k in zip(spread, size, strict=True)]
-    pads = [(0, 0)] * dimensions
-    if padding == "same":
-        for axis, (n, s, r) in enumerate(zip(inputs.shape[1:], stride, reach, strict=False)):
-            total = max((-(-n // s) - 1) * s + r - n, 0)
-            pads[axis] = (total // 2, total - total // 2)
-    elif padding == "causal":
-        pads = [(r - 1, 0) for r in reach]
-    elif padding != "valid":
-        raise ValueError(
-            f"Expected padding to be 'valid', 'same' or 'causal'. Received: padding={padding!r}"
-        )
+    lengths = inputs.shape[1:-1]
+    pads = _pads(padding, lengths, reach, stride)
     outputs = [
         (n + sum(pad) - r) // s + 1
-        for n, pad, r, s in zip(inputs.shape[1:], pads, reach, stride, strict=False)
+        for n, pad, r, s in zip(lengths, pads, reach, stride, strict=True)
     ]
     c, kappa = inputs.shape[-1], math.prod(size)
     limit = max(_CHUNK_BYTES // (kappa * c * inputs.itemsize), CHUNK_ROWS)
@@ -93,3 +84,24 @@ def patch_chunks(
                 ]
                 chunk[..., position, :] = group[tuple(window)]
             yield chunk.reshape(-1, kappa, c)
+
+
+def _pads(
+    padding: str, lengths: Sequence[int], reach: Sequence[int], stride: Sequence[int]
+) -> list[tuple[int, int]]:
+    """The numbers of zeros before and after each spatial axis.
+
+    Raises:
+        ValueError: If the padding is unknown.
+    """
+    if padding == "valid":
+        return [(0, 0) for _ in reach]
+    if padding == "causal":
+        return [(r - 1, 0) for r in reach]
+    if padding != "same":
+        raise ValueError(
+            f"Expected padding to be 'valid', 'same' or 'causal'. Received: padding={padding!r}"
+        )
+    steps = zip(lengths, stride, reach, strict=True)
+    totals = [max((-(-n // s) - 1) * s + r - n, 0) for n, s, r in steps]
+    return [(total // 2, total - total // 2) for total in totals]
