@@ -55,12 +55,7 @@ class Compression:
 
 
 class Backup:
-    """The backup that a `BackupAndRestore` of `fit` reads and writes, with the plans beside it.
-
-    Args:
-        model: The model that is trained.
-        callback: The `BackupAndRestore`.
-    """
+    """The backup that a `BackupAndRestore` of `fit` reads and writes, with the plans beside it."""
 
     def __init__(self, model: Any, callback: Any) -> None:
         self.model = model

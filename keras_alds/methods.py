@@ -29,10 +29,6 @@ DEFAULT_WITH_DATA = "activation"
 def get_method(name: str, error_measure: str | None = None) -> Method:
     """Returns a method by its name, optionally with another error measure.
 
-    Args:
-        name: One of the keys of `METHODS`.
-        error_measure: Error measure that replaces the method's own.
-
     Returns:
         The `Method`.
 

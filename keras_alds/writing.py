@@ -8,12 +8,7 @@ import secrets
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a text file at once: an interruption leaves the old file or the new one.
-
-    Args:
-        path: The file. It is replaced if it exists.
-        text: Its content.
-    """
+    """Writes a text file at once: an interruption leaves the old file or the new one."""
     # A name of its own: others may write the same file, or have one that ends in `.new`.
     beside = f"{os.fspath(path)}.{secrets.token_hex(4)}.new"
     try:

@@ -86,10 +86,6 @@ class Graphs(Layers):
 
         The pass is only traced: nothing is computed, and no state changes.
 
-        Args:
-            model: The model.
-            layers: The layers to watch, at any depth.
-
         Returns:
             `{layer: [(input_shape, output_shape), ...]}`, shapes with a batch of one, and the
             graph of the pass.

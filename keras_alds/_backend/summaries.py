@@ -18,9 +18,6 @@ def can_write() -> bool:
 class EventWriter:
     """Writes event files.
 
-    Args:
-        folder: Where to write them.
-
     Raises:
         ImportError: If tensorboard is not installed.
     """

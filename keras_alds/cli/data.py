@@ -88,11 +88,6 @@ def add_scale(parser: argparse.ArgumentParser) -> None:
 def read_examples(arguments: argparse.Namespace, source: str | None, model: Any) -> Any:
     """Examples for a model, without labels; None without a source.
 
-    Args:
-        arguments: The arguments of `add_examples`.
-        source: What the user named.
-        model: A Keras model.
-
     Raises:
         ValueError: If they cannot be read, or do not fit the model.
         ImportError: If they are of TensorFlow Datasets, and it is not installed.

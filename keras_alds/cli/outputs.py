@@ -57,9 +57,6 @@ class Outputs:
     All are written to temporary folders beside their places first, or in them if they are folders
     that exist. `publish` then moves them, so that a file is either whole or as it was before.
 
-    Args:
-        arguments: The arguments of the command.
-
     Raises:
         ValueError: If a file could not be written, or exists and there is no `--force`.
     """

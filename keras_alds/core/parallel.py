@@ -28,9 +28,6 @@ BYTES_AT_ONCE = 3 << 27
 def threads(executor: Executor | None = None) -> Iterator[Executor]:
     """Yields the given executor, or a temporary pool with one thread per CPU.
 
-    Args:
-        executor: Any `concurrent.futures.Executor`.
-
     Yields:
         The executor.
 

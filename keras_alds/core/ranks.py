@@ -104,9 +104,6 @@ class Settling:
     def add(self, stable_ranks: Mapping[str, float]) -> bool:
         """Adds the stable ranks of one more epoch.
 
-        Args:
-            stable_ranks: The stable rank of each layer.
-
         Returns:
             Whether all of them have settled.
         """

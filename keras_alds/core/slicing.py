@@ -29,9 +29,6 @@ SCHEMES = (0, 1, 2, 3)
 def divisors(n: int) -> tuple[int, ...]:
     """Returns the divisors of a positive integer in ascending order.
 
-    Args:
-        n: Positive integer.
-
     Returns:
         All divisors of `n`, ascending, from 1 to `n`.
 

@@ -112,10 +112,6 @@ class Solution:
 def check_budgets(tables: Sequence[ChoiceTable], budgets: Sequence[int]) -> Int64:
     """Returns the budgets as an array, or raises an error if they cannot be used.
 
-    Args:
-        tables: One table per layer.
-        budgets: The budgets.
-
     Returns:
         Array `[r]` of int64.
 
@@ -233,10 +229,6 @@ def _lower_largest(tables: Sequence[ChoiceTable], picks: Sequence[int], limits: 
 
 def more_rank(table: ChoiceTable, row: int) -> int:
     """Returns the cheapest row with less error in the same slices, or with the whole kernel.
-
-    Args:
-        table: The choices of a layer.
-        row: The row to start from.
 
     Returns:
         A row with less error, or `row` itself if there is none.

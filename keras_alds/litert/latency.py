@@ -33,10 +33,6 @@ from keras_alds.progress import progress_bar
 class MeasuredLatency:
     """Measured latency in nanoseconds, as a `models.resources.Resource` for `select`.
 
-    Args:
-        inventory: The model.
-        table: The latencies of its layers.
-
     Attributes:
         total: Latency of the whole original, never less than the sum over its layers.
         runtime: The settings of the measurement, such as `"float32, 1 thread"`.

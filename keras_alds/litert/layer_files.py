@@ -64,10 +64,6 @@ Calls = dict[Any, list[LayerCall]]
 def layer_calls(inventory: Inventory, records: Sequence[LayerRecord]) -> Calls:
     """Returns all calls of some layers in one forward pass of one example.
 
-    Args:
-        inventory: A model whose input sizes are known.
-        records: Its layers whose latency is measured.
-
     Returns:
         `{layer: calls}`.
 

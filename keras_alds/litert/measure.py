@@ -129,11 +129,6 @@ def time_together(
 
     An untimed run before each timed one brings the file's weights back into the cache.
 
-    Args:
-        runners: The loaded files.
-        runs: Number of timed runs for each.
-        warmup: Number of untimed runs before them, for each.
-
     Returns:
         One list of seconds for every runner; entries at the same position belong together.
     """

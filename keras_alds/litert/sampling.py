@@ -34,10 +34,6 @@ def sample_costs(measure: Measure, ranks: Ranks) -> SampledCosts:
     smallest rank is not faster than the dense layer. One that is slower than others is not: it may
     keep more of the kernel, which depends on the weights.
 
-    Args:
-        measure: Measures choices.
-        ranks: The allowed ranks.
-
     Returns:
         The measured points as `SampledCosts`.
     """

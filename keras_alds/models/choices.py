@@ -112,12 +112,6 @@ def choice_tables(
 
     Errors are output errors for layers with calibration statistics, and kernel errors otherwise.
 
-    Args:
-        records: Layers that can be factorized.
-        method: The method, which defines the error measure.
-        offer: Gives the allowed choices of a layer.
-        stats: Calibration statistics, which also cache spectra.
-
     Raises:
         ValueError: If a kernel is not finite.
     """

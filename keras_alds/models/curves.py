@@ -78,11 +78,6 @@ def approximation(record: LayerRecord, choice: Any, *, sweeps: int = SWEEPS) -> 
     """The kernel that the factors of a choice amount to, of the shape of the layer's own.
 
     They are fitted without the held-out inputs.
-
-    Args:
-        record: The layer, with a second moment.
-        choice: Slices, rank and fold scheme.
-        sweeps: As for `factorize_outputs`.
     """
     layer = record.layer
     kernel = kernel_values(layer, choice.scheme)

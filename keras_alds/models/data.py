@@ -438,14 +438,7 @@ def _is_array(value: Any) -> bool:
 
 
 class KeptExamples:
-    """`Examples` that are read once and can be iterated again, in bounded memory.
-
-    Args:
-        model: The model.
-        data: The user's `calibration_data` or `representative_data`.
-        limit: As for `Examples`.
-        argument: As for `Examples`.
-        exact: As for `Examples`.
+    """`Examples`, of the same arguments, that are read once and iterated again in bounded memory.
 
     Attributes:
         total: The number of examples.

@@ -81,12 +81,7 @@ class Split:
         return map(self._loaded, self._held)
 
     def drawn(self, random: np.random.Generator, size: int) -> Iterator[list[tuple[Any, int]]]:
-        """Endless minibatches, each in parts that fit in memory, with their numbers of examples.
-
-        Args:
-            random: Draws them.
-            size: Examples in a minibatch.
-        """
+        """Endless minibatches, each in parts that fit in memory, with their numbers of examples."""
         parts: list[tuple[Any, int]] = []
         while True:
             for batch, count in self._parts(random, size):

@@ -80,9 +80,6 @@ class Drift:
     The network is run on some examples with the calls that `original` replaces, and after the
     change on the same ones with those that `changed` replaces.
 
-    Args:
-        model: The network.
-
     Example:
     ```python
     drift = Drift(model)
@@ -166,10 +163,6 @@ class Drift:
 
 def correction(model: Any, examples: KeptExamples) -> Callable[[list[Callable[[], None]]], None]:
     """Runs a network on some examples, before it changes.
-
-    Args:
-        model: The network.
-        examples: The examples.
 
     Returns:
         A function to be called after the change, with the list of functions that undo it. It

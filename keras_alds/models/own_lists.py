@@ -20,12 +20,6 @@ def own_lists(
 ) -> Iterator[tuple[str, str]]:
     """The lists with an entry for each weight of a model, of which some will be factorized.
 
-    Args:
-        model: The model that is trained.
-        part: The part of it that will be compressed.
-        callbacks: The callbacks of its training.
-        records: The layers that may be factorized.
-
     Yields:
         The name of such a list, tuple or dict, and the name of the model that it follows.
     """

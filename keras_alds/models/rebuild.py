@@ -44,10 +44,6 @@ class GraphRebuilder:
 
     By default every layer is copied. A subclass defines what is changed in a copy (`changed`), or
     replaces layers (`pieces`).
-
-    Args:
-        source: The backend of the old model.
-        target: The backend of the new model.
     """
 
     def __init__(self, source: _backend.Backend, target: _backend.Backend) -> None:

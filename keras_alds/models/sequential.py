@@ -427,12 +427,7 @@ def _parts(layer: Any, x_hat: Array, x: Array, parts: int) -> list[tuple[Any, An
 
 
 def most_reruns(model: Any, layers: Sequence[Any]) -> int:
-    """The most reruns of any subclassed model or custom layer in `model`.
-
-    Args:
-        model: A built model.
-        layers: The layers to compress.
-    """
+    """The most reruns of any subclassed model or custom layer in `model`."""
     program = Program(model, layers)
     if not _backend.backend_of(model).runs_graph(model):
         return len(layers)

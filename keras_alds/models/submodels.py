@@ -64,10 +64,6 @@ def frozen_part(model: Any, records: Sequence[LayerRecord]) -> str | None:
 
     A teacher beside its student, for example: its factors could not be trained.
 
-    Args:
-        model: The model.
-        records: The layers that are to be factorized.
-
     Returns:
         A sentence that names such a part, and a model that is trained; None if all is well.
     """

@@ -171,9 +171,6 @@ class _EnoughSeen(BaseException):
 class Synthetic:
     """Synthetic examples for a model for which nothing is `unsuitable`.
 
-    Args:
-        model: The model.
-
     Attributes:
         examples: Array `[examples, *spatial, channels]` of float32, always the same.
         probes: A few others.

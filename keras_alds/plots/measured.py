@@ -21,11 +21,6 @@ from keras_alds.tables import counted
 def errors_of_outputs(model: Any, compressed: Any, data: Any) -> dict[str, float]:
     """The relative squared error of each factorized layer's outputs, by path.
 
-    Args:
-        model: The original model.
-        compressed: The compressed model.
-        data: Examples.
-
     Raises:
         ValueError: If the models do not belong together, or the data do not fit.
     """

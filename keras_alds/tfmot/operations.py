@@ -97,9 +97,6 @@ def arithmetic_as_layers(model: Any) -> Any:
 
     TF-MOT fails on the layers that tf_keras makes of operators. A `Rescaling` that multiplies and
     adds becomes two. All other layers are shared with `model`.
-
-    Args:
-        model: A built Functional or Sequential tf_keras model.
     """
     backend = _backend.backend_of(model)
     return _Arithmetic(backend, backend).rebuild(model)
