@@ -29,9 +29,6 @@ DEFAULT_WITH_DATA = "activation"
 def get_method(name: str, error_measure: str | None = None) -> Method:
     """Returns a method by its name, optionally with another error measure.
 
-    Returns:
-        The `Method`.
-
     Raises:
         ValueError: If the method or the error measure is unknown, or `error_measure` is given for a
             method that measures the error of outputs.

@@ -121,9 +121,6 @@ class ChoiceTable:
 
         Args:
             rows: Indices, or a mask `[n]`.
-
-        Returns:
-            The new table, in the order of `rows`.
         """
         return ChoiceTable(**{c.name: getattr(self, c.name)[rows] for c in fields(self)})
 
@@ -150,9 +147,6 @@ class ChoiceTable:
 
         Args:
             cost: Costs of the choices, `[n]`. Defaults to their costs in the first budget.
-
-        Returns:
-            Indices.
         """
         cost = self.cost[:, 0] if cost is None else cost
         order = np.lexsort((self.rank, self.slices, self.scheme, self.error, cost))

@@ -126,9 +126,6 @@ class SampledCosts:
         Args:
             points: Costs by `(slices, rank, scheme)`; `(0, 0, 0)` is the unchanged layer.
 
-        Returns:
-            The `SampledCosts`.
-
         Raises:
             ValueError: If the cost of the unchanged layer is missing.
 

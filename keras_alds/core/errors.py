@@ -199,9 +199,6 @@ def get_error(name: str) -> ErrorMeasure:
     Args:
         name: One of the keys of `ERRORS`.
 
-    Returns:
-        The `ErrorMeasure`.
-
     Raises:
         ValueError: If no measure has that name.
 

@@ -77,9 +77,6 @@ def arena_size(
         ends: As for `live_sizes`.
         unit: Sizes are rounded up to multiples of this.
 
-    Returns:
-        The size.
-
     Example:
         >>> nodes = [Node((0,), (1,)), Node((1,), (2,)), Node((0, 2), (3,))]
         >>> arena_size(nodes, {0: 160, 1: 80, 2: 32, 3: 160}, ends=[3])

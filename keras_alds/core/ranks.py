@@ -53,9 +53,6 @@ def ranks_of(singular_values: Float64, share: float = 0.99) -> Ranks:
         singular_values: Array `[r]`, descending, r being the smaller side of the matrix.
         share: The part of the energy that the energy rank holds, 0 < share < 1.
 
-    Returns:
-        Its `Ranks`.
-
     Example:
         >>> ranks_of(np.array([1.0, 1.0, 0.0]))
         Ranks(full=3, stable=2.0, effective=2.0, energy=2)

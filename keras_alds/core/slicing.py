@@ -29,9 +29,6 @@ SCHEMES = (0, 1, 2, 3)
 def divisors(n: int) -> tuple[int, ...]:
     """Returns the divisors of a positive integer in ascending order.
 
-    Returns:
-        All divisors of `n`, ascending, from 1 to `n`.
-
     Raises:
         ValueError: If `n` is not positive.
 
@@ -53,9 +50,6 @@ def kernel_sizes(kernel_shape: Sequence[int]) -> tuple[int, int, int]:
 
     Args:
         kernel_shape: Shape `[*spatial, c, f]`; every axis is at least 1.
-
-    Returns:
-        The tuple `(c, κ, f)`.
 
     Raises:
         ValueError: If there are fewer than two axes or an axis is empty.
@@ -94,9 +88,6 @@ def full_rank(kernel_shape: Sequence[int], slices: int) -> int:
         kernel_shape: Shape `[*spatial, c, f]`.
         slices: Number of channel slices k, a divisor of c.
 
-    Returns:
-        The full rank of every slice.
-
     Raises:
         ValueError: If `slices` does not divide the channels.
 
@@ -119,9 +110,6 @@ def weights(kernel_shape: Sequence[int], slices: int, rank: int) -> int:
         kernel_shape: Shape `[*spatial, c, f]` of the dense kernel.
         slices: Number of channel slices k.
         rank: Rank j of every slice.
-
-    Returns:
-        The number of weights of encoder and decoder together.
 
     Example:
         >>> weights((3, 3, 16, 32), 2, 4)
@@ -449,9 +437,6 @@ def convolution_unfolding(dimensions: int, scheme: int = 0) -> Unfolding:
         scheme: Fold scheme: which spatial axes the decoder owns, see `decoder_axes`. Defaults to
             0: none.
 
-    Returns:
-        The `Unfolding`.
-
     Raises:
         ValueError: If the scheme does not exist for this number of axes.
 
@@ -512,9 +497,6 @@ def einsum_unfolding(equation: str) -> Unfolding:
 
     Args:
         equation: `"inputs,kernel->outputs"`, as for `EinsumDense`.
-
-    Returns:
-        The `Unfolding` to a matrix.
 
     Raises:
         ValueError: If the kernel is not a matrix from inputs to outputs: it has another kind of

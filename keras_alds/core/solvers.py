@@ -414,9 +414,6 @@ def hull_chain(table: ChoiceTable, cost: Float64) -> Chain:
     Args:
         table: The choices of a layer.
         cost: Costs of the choices, `[n]`.
-
-    Returns:
-        The chain.
     """
     front = table.front_rows(cost)
     hull = front[lower_hull(cost[front], table.error[front])]

@@ -120,9 +120,6 @@ def spectra(
         slices: Numbers of slices k to compute, divisors of c. Defaults to all of them.
         executor: Runs the work items; see `spectra_many`.
 
-    Returns:
-        The `Spectra` of the kernel.
-
     Raises:
         ValueError: If the kernel holds NaN or infinity, has fewer than two axes or an empty one,
             or if an entry of `slices` does not divide c.

@@ -33,9 +33,6 @@ def sample_costs(measure: Measure, ranks: Ranks) -> SampledCosts:
     such numbers in a row end the search, except for the largest k. A fold scheme is skipped if its
     smallest rank is not faster than the dense layer. One that is slower than others is not: it may
     keep more of the kernel, which depends on the weights.
-
-    Returns:
-        The measured points as `SampledCosts`.
     """
     layer = _Layer(measure)
     ends = [(k, j, s) for (k, s), row in ranks.items() if k == 1 for j in {row[0], row[-1]}]

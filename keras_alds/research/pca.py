@@ -69,9 +69,6 @@ def obstacle(moment: SecondMoment) -> str | None:
     Args:
         moment: Second moment of a layer's unfolded inputs.
 
-    Returns:
-        The reason, or None.
-
     Raises:
         ValueError: If it has no mean.
 
