@@ -472,10 +472,8 @@ class Selection:
         inventory = self.inventory.map(
             lambda record: dataclasses.replace(record, moment=None, curve=None)
         )
-        options = dataclasses.replace(self.options, method=DEFAULT)
-        schemes = options.schemes_of(get_method(DEFAULT))
-        inventory = inventory.map(lambda record: record.folded(schemes))
-        return dataclasses.replace(self, inventory=inventory, options=options, stats=None)
+        bare = dataclasses.replace(self, inventory=inventory, stats=None)
+        return bare.with_options(dataclasses.replace(self.options, method=DEFAULT))
 
     def plan_of(
         self, tables: Sequence[ChoiceTable], chosen: Sequence[int], weighing: str = EQUAL
