@@ -132,7 +132,7 @@ class _Trials:
         verbose: int,
     ) -> None:
         """Tries the best plan with cost exchanged between its layers."""
-        name, inventory = self._best(), selection.inventory
+        name, inventory = self._best_name(), selection.inventory
         layers = [record.layer for record in inventory.candidates]
         prober, (_, kernels) = Prober(inventory.model, layers, probing), self._kernels[False]
         with progress_bar(verbose) as progress:
@@ -158,7 +158,7 @@ class _Trials:
 
     def normalize(self, inventory: Inventory, examples: KeptExamples) -> None:
         """Tries the best plan with corrected moving statistics, from some examples."""
-        drift, name = Drift(inventory.model), self._best()
+        drift, name = Drift(inventory.model), self._best_name()
         if name == WITHOUT_DATA:
             return
         best, kernels = self._kernels[bool(self.plans[name].sequential)]
@@ -195,7 +195,7 @@ class _Trials:
 
     def best(self) -> CompressionPlan:
         """The best plan, and the first one among equals."""
-        name = self._best()
+        name = self._best_name()
         return dataclasses.replace(
             self.plans[name],
             sequential=bool(self.plans[name].sequential),
@@ -204,7 +204,7 @@ class _Trials:
             trials={name: self._distances[name] for name in self.plans},
         )
 
-    def _best(self) -> str:
+    def _best_name(self) -> str:
         return min(self.plans, key=self._rank)
 
     def _rank(self, name: str) -> tuple[int, bool]:
