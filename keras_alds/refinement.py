@@ -14,7 +14,7 @@ import numpy as np
 from keras_alds import _backend
 from keras_alds._backend import tensors, wrappers
 from keras_alds._backend.layers import KerasModel
-from keras_alds._backend.loops import Traced, passing
+from keras_alds._backend.loops import Traced, passing, same_noise
 from keras_alds._backend.refining import (
     Refiner,
     as_is,
@@ -29,7 +29,7 @@ from keras_alds.models.calibration import CalibrationStats
 from keras_alds.models.data import DEFAULT_EXAMPLES, Examples, KeptExamples, fixed_batch_size
 from keras_alds.models.inventory import check_is_model, walk
 from keras_alds.models.minibatches import Split, flipped, image_axes, shifted
-from keras_alds.models.outputs import OutputKind, Reference, joined
+from keras_alds.models.outputs import OutputKind, Reference, differing, joined
 from keras_alds.models.turns import alone
 from keras_alds.progress import progress_bar
 
@@ -56,6 +56,7 @@ _SCORES = {
     OutputKind.SCORES: as_is,
     OutputKind.VALUES: as_is,
     OutputKind.LABELS: None,
+    OutputKind.RANDOM: None,
 }
 
 
@@ -272,15 +273,16 @@ class _Judge:
         self._split = split
         self.augmented: tuple[str, ...] = ()
         self._copies = 0
-        self._small = Traced(lambda inputs: outputs_of(small, inputs))
-        self._original = Traced(lambda inputs: outputs_of(original, inputs))
+        self._small, self._original = map(_Runner, (small, original))
         wanted = self._outputs(self._original)
         if not all(np.isfinite(y).all() for y in wanted if y.dtype.kind == "f"):
             raise ValueError(
                 f"Expected finite outputs of the model '{original.name}' on the data. "
                 "Received: NaN or infinity"
             )
-        self._reference = Reference(original, wanted)
+        once, again = (self._original(itertools.islice(split.held, 1)) for _ in range(2))
+        random = differing(once, again)
+        self._reference = Reference(original, wanted, random)
         self.kinds = self._reference.kinds
         found = self._outputs(self._small)
         shapes = [[y.shape[1:] for y in outputs] for outputs in (found, wanted)]
@@ -294,7 +296,7 @@ class _Judge:
             self.augmented = ("shift", "flip") if self._allows_flips() else ("shift",)
             if sum(y.size for y in wanted) <= _MOST_ENTRIES:
                 self._copies = _COPIES
-                self._reference = Reference(original, self._outputs(self._original))
+                self._reference = Reference(original, self._outputs(self._original), random)
         self.start = self.look()
 
     def look(self) -> float:
@@ -305,23 +307,30 @@ class _Judge:
         """Whether mirrored images change the original's outputs hardly more than shifts do."""
         random = np.random.default_rng(0)
         shift, flip = (
-            self._reference.distance(self._on(self._original, map(change, self._split.held)))
+            self._reference.distance(self._original(map(change, self._split.held)))
             for change in (lambda x: shifted(x, random), flipped)
         )
         return flip <= _FLIP_FACTOR * shift
 
-    def _outputs(self, model: Traced) -> list[Array]:
+    def _outputs(self, run: _Runner) -> list[Array]:
         """The outputs for the examples held out, and always the same changed copies of them."""
         copies = (
             _augmented(batch, self.augmented, random)
             for random in map(np.random.default_rng, range(self._copies))
             for batch in self._split.held
         )
-        return self._on(model, itertools.chain(self._split.held, copies))
+        return run(itertools.chain(self._split.held, copies))
 
-    @staticmethod
-    def _on(model: Traced, batches: Iterable[Any]) -> list[Array]:
-        found = [[tensors.to_numpy(y) for y in model(batch)] for batch in batches]
+
+class _Runner:
+    """The outputs of a model for batches of inputs."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._graph = model, Traced(lambda inputs: outputs_of(model, inputs))
+
+    def __call__(self, batches: Iterable[Any]) -> list[Array]:
+        with same_noise(self._model):
+            found = [[tensors.to_numpy(y) for y in self._graph(batch)] for batch in batches]
         return joined(found)
 
 

@@ -214,7 +214,8 @@ class TfKerasGraphs(Graphs):
 
     def input_specs(self, model: Model) -> Any:
         # A subclassed model has a spec after its first call.
-        spec = None if self.is_symbolic(model) else model.save_spec()
+        known = self.is_model(model) and not self.is_symbolic(model)
+        spec = model.save_spec() if known else None
         if spec is None:
             return super().input_specs(model)
         (inputs,), _ = spec

@@ -144,6 +144,35 @@ def states_of(model: Any) -> list[Any]:
     return [state for state in states if state is not None]
 
 
+def seeds_of(model: Any) -> list[Any]:
+    """The variables that say which random numbers the layers of a Keras 3 model draw next."""
+    layers = _backend.layers_of(model)
+    return [g.state for layer in layers for g in getattr(layer, "_seed_generators", ())]
+
+
+@contextlib.contextmanager
+def same_noise(model: Any) -> Iterator[None]:
+    """Lets random layers draw the same numbers in every such context, also those of a copy.
+
+    What code draws with TensorFlow's own functions stays random.
+    """
+    seeds = seeds_of(model)
+    layers = _backend.layers_of(model)
+    found = [getattr(layer, "_random_generator", None) for layer in layers]  # of tf_keras
+    generators = [g for g in found if g is not None]
+    before = [dict(vars(generator)) for generator in generators]
+    with restored(seeds):
+        for number, seed in enumerate(seeds):
+            seed.assign([number, 0])
+        for number, generator in enumerate(generators):
+            vars(generator).update(_rng_type=generator.RNG_STATELESS, _seed=number, _built=True)
+        try:
+            yield
+        finally:
+            for generator, old in zip(generators, before, strict=True):
+                vars(generator).update(old)
+
+
 @contextlib.contextmanager
 def restored(states: Sequence[Any]) -> Iterator[None]:
     """Gives variables their values back afterwards."""
@@ -176,10 +205,13 @@ def unchanged(model: Any) -> Iterator[None]:
 def passing(model: Any) -> Iterator[None]:
     """Surrounds a pass over examples: states and losses of layers are as before afterwards.
 
+    Random layers draw the same numbers in every pass, so that passes can be compared.
+
     Raises:
         ValueError: If TensorFlow cannot compute the model on a batch.
     """
-    with run_as_code(_backend.layers_of(model)), restored(states_of(model)):
+    states = restored(states_of(model))
+    with run_as_code(_backend.layers_of(model)), states, same_noise(model):
         try:
             yield
         except tf.errors.InvalidArgumentError as error:

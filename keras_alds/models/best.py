@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,8 @@ def best_plan(
         stacklevel: The frame that warnings name; 1 is the caller of this function.
 
     Returns:
-        The plan. Without examples, or with a method that has its own factors, it is the only one.
+        The plan. Without examples, with random outputs, or with a method that has its own factors,
+        it is the only one.
 
     Raises:
         ValueError: As for `Selection.plan`.
@@ -72,6 +74,15 @@ def best_plan(
     if not judged or selection.method.factorize_with_bias is not None:
         return selection.plan()
     prober = judge(inventory.model, records, judging)
+    if prober.reference.is_random:
+        warnings.warn(
+            f"The outputs of the model '{inventory.model.name}' differ each time for the same "
+            "examples, so plans cannot be compared by them, and all layers count the same. Let "
+            "layers of Keras such as `Dropout`, or a `SeedGenerator`, draw the random numbers, or "
+            "compress the model without its random layers.",
+            stacklevel=stacklevel + 1,
+        )
+        return selection.plan()
     trials, tables = _Trials(prober), selection.tables()
     for weighing in selection.weighings:
         trials.add(selection, tables, weighing, weighing)

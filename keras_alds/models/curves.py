@@ -46,7 +46,8 @@ def measure_curves(
         progress: Called once a layer.
 
     Returns:
-        Curves by path, of the layers whose kernels have choices with errors.
+        Curves by path, of the layers whose kernels have choices with errors; none if the outputs
+        are random.
     """
     # What an error does is much alike in all forms; chains take long.
     records = [
@@ -55,7 +56,9 @@ def measure_curves(
     ]
     tables = choice_tables(records, ACTIVATION, _one_slice, spectra)
     prober = Prober(model, [record.layer for record in records], batches)
-    curves = {}
+    curves: dict[str, Curve] = {}
+    if prober.reference.is_random:
+        return curves
     with threads() as pool:
 
         def prepared(pair: tuple[LayerRecord, ChoiceTable]) -> list[tuple[float, Array]]:

@@ -26,6 +26,8 @@ from keras_alds.core.slicing import Array
 _FEWEST_SCORES, _FEWEST_SCORES_BY_POSITION = 8, 16
 # Probabilities are not trusted below this.
 _LEAST_PROBABILITY = 1e-7
+# Two runs of a model differ by less, relative to the spread of an output.
+_ROUNDED = 1e-2
 # Logarithms of probabilities below this are those of classes that a mask rules out.
 _LEAST_SCORE = -200.0
 
@@ -38,6 +40,10 @@ class OutputKind(enum.Enum):
     SCORES = "scores"  # before softmax along the last axis
     VALUES = "values"
     LABELS = "labels"  # not floating-point
+    RANDOM = "random"  # others each time
+
+
+_WITHOUT_SCORES = OutputKind.VALUES, OutputKind.LABELS, OutputKind.RANDOM
 
 
 class Reference:
@@ -46,14 +52,25 @@ class Reference:
     Args:
         model: The model. Its compiled loss, if any, tells scores from other values.
         outputs: Its outputs, arrays `[examples, ...]`.
+        random: Which outputs differ each time. They do not count, unless all are random. Defaults
+            to none.
 
     Attributes:
         kinds: What each output is.
+        is_random: Whether all outputs are random.
     """
 
-    def __init__(self, model: Any, outputs: Sequence[Array]) -> None:
+    def __init__(
+        self, model: Any, outputs: Sequence[Array], random: Sequence[bool] | None = None
+    ) -> None:
         losses = _losses(model, len(outputs))
-        self.kinds = tuple(map(kind_of_output, outputs, losses))
+        kinds = list(map(kind_of_output, outputs, losses))
+        random = random or [False] * len(kinds)
+        self.is_random = all(random)
+        if not self.is_random:
+            pairs = zip(kinds, random, strict=True)
+            kinds = [OutputKind.RANDOM if differs else kind for kind, differs in pairs]
+        self.kinds = tuple(kinds)
         self._outputs = [
             _prepared(kind, output) for kind, output in zip(self.kinds, outputs, strict=True)
         ]
@@ -128,7 +145,7 @@ class Reference:
 
     def check_gradients(self, name: str) -> None:
         """Raises a ValueError if no output of the model of this name has gradients."""
-        if all(kind is OutputKind.LABELS for kind in self.kinds):
+        if all(kind in (OutputKind.LABELS, OutputKind.RANDOM) for kind in self.kinds):
             raise ValueError(
                 f"Expected the model '{name}' to have an output of floating point, which has "
                 "gradients. Received: outputs of "
@@ -141,7 +158,7 @@ class Reference:
         pairs = zip(self.kinds, self._outputs, strict=True)
         return [
             _Scores.of(_logits(kind, mine), centred=kind is not OutputKind.BINARY)
-            if mine.size and kind not in (OutputKind.VALUES, OutputKind.LABELS)
+            if mine.size and kind not in _WITHOUT_SCORES
             else None
             for kind, mine in pairs
         ]
@@ -185,6 +202,24 @@ def joined(batches: Iterable[Iterable[Array]]) -> list[Array]:
     return found
 
 
+def differing(outputs: Iterable[Array], again: Iterable[Array]) -> list[bool]:
+    """Which outputs of a model differ between two runs on the same examples, beyond rounding."""
+    return [_differ(first, second) for first, second in zip(outputs, again, strict=True)]
+
+
+def _differ(first: Array, second: Array) -> bool:
+    if not first.size:
+        return False
+    if not _is_floating(first):
+        return bool(np.mean(first != second) > _ROUNDED)
+    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    return bool(np.square(first - second).mean() > _ROUNDED**2 * _spread(first))
+
+
+def _is_floating(output: Array) -> bool:
+    return output.dtype.kind == "f" or output.dtype.name == "bfloat16"
+
+
 def kind_of_output(output: Array, loss: str | None = None) -> OutputKind:
     """Finds out what the numbers of an output are.
 
@@ -196,7 +231,7 @@ def kind_of_output(output: Array, loss: str | None = None) -> OutputKind:
         >>> kind_of_output(np.array([[0.9, 0.1], [0.3, 0.7]])).value
         'probabilities'
     """
-    if output.dtype.kind != "f" and output.dtype.name != "bfloat16":
+    if not _is_floating(output):
         return OutputKind.LABELS
     values = np.asarray(output, np.float64)
     classes = values.shape[-1] if values.ndim > 1 else 1
@@ -246,7 +281,7 @@ def _loss_name(loss: Any) -> str | None:
 
 def _prepared(kind: OutputKind, output: Array) -> Array:
     """An output as its divergence takes it."""
-    if kind is OutputKind.LABELS:
+    if kind in (OutputKind.LABELS, OutputKind.RANDOM):
         return np.asarray(output)
     values = np.asarray(output, np.float64)
     if kind is OutputKind.SCORES:
@@ -260,7 +295,7 @@ def _prepared(kind: OutputKind, output: Array) -> Array:
 
 
 def _divergence(kind: OutputKind, mine: Array, other: Array) -> float:
-    if mine.size == 0:
+    if mine.size == 0 or kind is OutputKind.RANDOM:
         return 0.0
     if kind is OutputKind.LABELS:
         return float(np.mean(mine != other))
@@ -281,7 +316,7 @@ def _distance(kind: OutputKind, mine: Array, other: Array) -> float:
 
 
 def _error(kind: OutputKind, mine: Array, other: Array) -> float:
-    if not mine.size or kind in (OutputKind.VALUES, OutputKind.LABELS):
+    if not mine.size or kind in _WITHOUT_SCORES:
         return _divergence(kind, mine, other)  # of values, it becomes relative later
     mine, other = _logits(kind, mine), _logits(kind, other)
     if kind is not OutputKind.BINARY:

@@ -20,7 +20,7 @@ from keras_alds._backend.graphs import mask_of, set_mask
 from keras_alds._backend.loops import Traced, passing, restored
 from keras_alds.core.slicing import Array
 from keras_alds.kinds.base import known_kind
-from keras_alds.models.outputs import Reference, joined
+from keras_alds.models.outputs import Reference, differing, joined
 from keras_alds.models.program import Program
 
 # How many graphs are made of a model, each from another step to its end.
@@ -64,12 +64,20 @@ class Prober:
         self._kept: list[dict[int, Any]] = []
         with passing(model):
             for batch in batches:
-                flat = self._program.flat_inputs(batch)
-                values = dict(zip(self._program.inputs, flat, strict=True))
-                found = self._tails[0].run(values, {}, needed)
-                self._own.append([_arrays(tensors) for tensors in found if tensors is not None])
-                self._kept.append({t: value for t, value in values.items() if t in needed})
-        self.reference = Reference(model, _joined(self._own))
+                outputs, kept = self._run(batch, needed)
+                self._own.append(outputs)
+                self._kept.append(kept)
+            again, _ = self._run(batches[0], ())
+        random = differing(_joined(self._own[:1]), _joined([again]))
+        self.reference = Reference(model, _joined(self._own), random)
+
+    def _run(self, batch: Any, needed: Collection[int]) -> tuple[list[list[Array]], dict[int, Any]]:
+        """The model's own outputs for a batch, and the tensors that are needed."""
+        flat = self._program.flat_inputs(batch)
+        values = dict(zip(self._program.inputs, flat, strict=True))
+        found = self._tails[0].run(values, {}, needed)
+        outputs = [_arrays(tensors) for tensors in found if tensors is not None]
+        return outputs, {t: value for t, value in values.items() if t in needed}
 
     def divergence(self, kernels: Kernels) -> float:
         """The divergence of the model's outputs if it computes with other kernels."""

@@ -13,7 +13,7 @@ from keras_alds._backend import tensors as nest
 from keras_alds._backend.calls import Replacement, replaced_calls
 from keras_alds._backend.graphs import mask_of, set_mask
 from keras_alds._backend.layers import static_shape
-from keras_alds._backend.loops import restored, states_of
+from keras_alds._backend.loops import restored, seeds_of, states_of
 from keras_alds.kinds.base import below, running, stock_kind
 
 
@@ -67,6 +67,7 @@ class Program:
         self._backend = _backend.backend_of(model)
         self._wanted = frozenset(layers)
         self._inside: dict[Any, frozenset[Any]] = {}
+        self._states: dict[Any, list[Any]] = {}
         self._tensors = 0
         self.model = model
         self.steps: list[Step] = []
@@ -112,7 +113,7 @@ class Program:
             lambda leaf: values[leaf.tensor] if is_slot(leaf) else leaf, (step.args, step.kwargs)
         )
         with contextlib.ExitStack() as stack:
-            stack.enter_context(restored(self._states))
+            stack.enter_context(restored(self._states_of(step.layer)))
             stack.enter_context(replaced_calls(self._running, watching or {}))
             for context in standing:
                 stack.enter_context(context)
@@ -147,9 +148,13 @@ class Program:
     def _running(self) -> dict[Any, Replacement]:
         return running(self.model)
 
-    @functools.cached_property
-    def _states(self) -> list[Any]:
-        return states_of(self.model)
+    def _states_of(self, layer: Any) -> list[Any]:
+        """What a call changes, so that another call with the same inputs would differ."""
+        if not isinstance(layer, self._backend.keras.layers.Layer):
+            return []
+        if layer not in self._states:
+            self._states[layer] = [*states_of(layer), *seeds_of(layer)]
+        return self._states[layer]
 
     @functools.cached_property
     def _numbers(self) -> dict[int, int]:

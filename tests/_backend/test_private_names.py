@@ -16,7 +16,7 @@ from keras_alds._backend import clocks, training
 from keras_alds._backend import layers as backend_layers
 from keras_alds._backend.graphs import forget_graph, mask_of, set_mask
 from keras_alds._backend.live import Holders
-from keras_alds._backend.loops import all_steps_of
+from keras_alds._backend.loops import all_steps_of, same_noise, seeds_of
 from keras_alds._backend.strategies import Replicas
 
 tf_keras = pytest.importorskip("tf_keras")
@@ -337,6 +337,46 @@ def test_stateful(keras_module):
     before = [np.asarray(state) for state in layer.states]
     all_steps_of(layer)(tf.constant(x), initial_state=[tf.zeros((2, 3))])
     assert all(map(np.array_equal, layer.states, before))
+
+
+def test_seed_generators():
+    """Without it, passes over the same examples draw different random numbers in Keras 3."""
+    layer = keras.layers.Dropout(0.5)
+    (seed,) = seeds_of(layer)
+    before = seed.numpy()
+    layer(np.ones((2, 3)), training=True)
+    assert not np.array_equal(seed.numpy(), before)
+
+
+@pytest.fixture
+def dropped():
+    """What a Dropout of tf_keras gives in a context of the same noise, each time it is called."""
+    layer = tf_keras.layers.Dropout(0.5)
+
+    def call():
+        with same_noise(layer):
+            return layer(np.ones((8, 16), "float32"), training=True).numpy()
+
+    return call
+
+
+def test_random_generator(dropped):
+    """Without it, passes over the same examples draw different random numbers in tf_keras."""
+    assert np.array_equal(dropped(), dropped())
+
+
+def test_rng_type(dropped):
+    """As `_random_generator`: the kind of random operations."""
+    generator = tf_keras.layers.Dropout(0.5)._random_generator
+    assert generator._rng_type in (generator.RNG_LEGACY_STATEFUL, generator.RNG_STATEFUL)
+
+
+def test_seed(dropped):
+    """As `_random_generator`: the numbers depend on it."""
+    layer = tf_keras.layers.Dropout(0.5, seed=3)
+    with same_noise(layer):
+        assert layer._random_generator._seed == 0
+    assert layer._random_generator._seed == 3
 
 
 def test_nodes_by_depth(keras_module):

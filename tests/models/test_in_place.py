@@ -481,3 +481,25 @@ class TestCodeThatKnowsAWeight:
         apply_plan(model, select(model, 0.3, method="energy"))
         model(self.x)
         assert len(factorized_layers(model)) == 2
+
+
+def test_a_layer_of_layers_with_examples(keras_module):
+    """A layer has no inputs of its own that Keras knows, as the networks of an agent have none."""
+    K = keras_module
+
+    class Block(K.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.last = K.layers.Dense(64, activation="relu"), K.layers.Dense(4)
+
+        def call(self, x):
+            return self.last(self.hidden(x))
+
+    x = np.random.default_rng(0).normal(size=(64, 32)).astype("float32")
+    block = Block()
+    block(x)
+    plan = select(block, 0.4, calibration_data=x, verbose=0)
+    apply_plan(block, plan, calibration_data=x, verbose=0)
+    assert plan.distance is not None
+    assert len(factorized_layers(block)) == len(plan.factorized) > 0
+    assert np.isfinite(value(block(x))).all()
