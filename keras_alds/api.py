@@ -433,7 +433,7 @@ def _refine(
     small: Any, model: Any, chosen: Chosen, steps: int, verbose: int, *, stacklevel: int
 ) -> None:
     result = refined(small, model, chosen.examples, steps, verbose=verbose)
-    if not result.best_step:
+    if result.steps and not result.best_step:
         warnings.warn(
             f"The refinement was undone: {result}. More examples may help.",
             stacklevel=stacklevel + 1,

@@ -12,7 +12,7 @@ from keras_alds._backend import distilling, refining, tensors
 from keras_alds.models.blocks import shared_blocks
 from keras_alds.models.data import Examples
 from keras_alds.models.inventory import walk
-from keras_alds.models.outputs import OutputKind, Reference
+from keras_alds.models.outputs import OutputKind, Reference, differing
 
 _TEMPERATURE = 2.0
 # What tells the outputs apart needs no more.
@@ -104,8 +104,10 @@ def _kinds(part: Any, teacher: Any, data: Any) -> tuple[OutputKind, ...]:
         ValueError: If none has gradients, or the data do not fit.
     """
     inputs, _ = next(iter(Examples(part, data, _EXAMPLES)))
-    outputs = [tensors.to_numpy(y) for y in refining.outputs_of(teacher, inputs)]
-    reference = Reference(part, outputs)
+    outputs, again = (
+        [tensors.to_numpy(y) for y in refining.outputs_of(teacher, inputs)] for _ in range(2)
+    )
+    reference = Reference(part, outputs, differing(outputs, again))
     reference.check_gradients(part.name)
     return reference.kinds
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -65,7 +66,8 @@ class Refinement:
     """What `refine` has done.
 
     Attributes:
-        steps: The number of steps taken.
+        steps: The number of steps taken; 0 if the original's outputs are random, so that nothing
+            can be compared with them.
         best_step: The step whose weights were kept; 0 if no step was better than the start.
         before: How far the outputs were from the original's on the examples held out. For scores
             and probabilities it is the total variation distance, which is the probability, from 0
@@ -84,6 +86,8 @@ class Refinement:
     augmented: tuple[str, ...]
 
     def __str__(self) -> str:
+        if not self.steps:
+            return "none, as the original's outputs differ each time"
         if not self.best_step:
             return f"no gain on examples held out in {self.steps} steps"
         return (
@@ -187,14 +191,17 @@ def refined(
             f"Expected `original` to have weights of its own. Received: '{original.name}', which "
             f"shares weights with '{small.name}'. Refine a copy that `compress` makes."
         )
-    with passing(small), passing(original):
+    models = small, original
+    with contextlib.ExitStack() as stack:
+        for context in (*map(passing, models), *map(same_noise, models)):
+            stack.enter_context(context)
         fixed = fixed_batch_size(small) is not None
         split = Split(examples, examples.total, by_batch=fixed)
         judge = _Judge(small, original, split)
         loop = _Loop(small, original, variables, split, judge)
         with progress_bar(verbose) as progress:
             task = progress.add_task("refinement", total=steps)
-            return loop.run(steps, lambda: progress.advance(task))
+            return loop.run(0 if judge.is_random else steps, lambda: progress.advance(task))
 
 
 # -- Checks ----------------------------------------------------------------------------------------
@@ -298,6 +305,11 @@ class _Judge:
                 self._copies = _COPIES
                 self._reference = Reference(original, self._outputs(self._original), random)
         self.start = self.look()
+
+    @property
+    def is_random(self) -> bool:
+        """Whether all outputs of the original are random, so that nothing can be compared."""
+        return self._reference.is_random
 
     def look(self) -> float:
         """The distance of the model's outputs now."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_alds import _backend
+from keras_alds._backend import tensors
 from keras_alds._backend.calls import Replacement, replacements_of
 from keras_alds._backend.functions import run_as_code
 from keras_alds._backend.layers import like
@@ -137,6 +139,10 @@ def all_steps_of(layer: Any) -> Callable[..., Any]:
     return functools.partial(type(layer).call, other)
 
 
+# Generators with a state for those of tf_keras without one.
+_stateful: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
 def states_of(model: Any) -> list[Any]:
     """The variables in which the stateful layers of a model, or that it is, keep their states."""
     stateful = [layer for layer in _backend.layers_of(model) if getattr(layer, "stateful", False)]
@@ -145,32 +151,54 @@ def states_of(model: Any) -> list[Any]:
 
 
 def seeds_of(model: Any) -> list[Any]:
-    """The variables that say which random numbers the layers of a Keras 3 model draw next."""
+    """The variables that say which random numbers the layers of a model draw next.
+
+    Layers of tf_keras have them in `passing`.
+    """
     layers = _backend.layers_of(model)
-    return [g.state for layer in layers for g in getattr(layer, "_seed_generators", ())]
+    seeds = [g.state for layer in layers for g in getattr(layer, "_seed_generators", ())]
+    return seeds + [g._generator.state for g in _random_generators(model) if _has_state(g)]
+
+
+def _random_generators(model: Any) -> list[Any]:
+    """What draws the random numbers of tf_keras's own layers."""
+    found = [getattr(layer, "_random_generator", None) for layer in _backend.layers_of(model)]
+    return [generator for generator in found if hasattr(generator, "RNG_STATEFUL")]
+
+
+def _has_state(generator: Any) -> bool:
+    return bool(generator._rng_type == generator.RNG_STATEFUL and generator._built)
+
+
+@contextlib.contextmanager
+def _with_states(model: Any) -> Iterator[None]:
+    """Gives what draws random numbers in tf_keras a state, which can be restored."""
+    generators = [g for g in _random_generators(model) if not _has_state(g)]
+    before = [dict(vars(generator)) for generator in generators]
+    try:
+        for number, generator in enumerate(generators):
+            if generator not in _stateful:
+                with tf.init_scope():
+                    _stateful[generator] = tf.random.Generator.from_seed(number)
+            vars(generator).update(
+                _rng_type=generator.RNG_STATEFUL, _generator=_stateful[generator], _built=True
+            )
+        yield
+    finally:
+        for generator, old in zip(generators, before, strict=True):
+            vars(generator).update(old)
+            for name in vars(generator).keys() - old.keys():
+                del vars(generator)[name]
 
 
 @contextlib.contextmanager
 def same_noise(model: Any) -> Iterator[None]:
-    """Lets random layers draw the same numbers in every such context, also those of a copy.
-
-    What code draws with TensorFlow's own functions stays random.
-    """
-    seeds = seeds_of(model)
-    layers = _backend.layers_of(model)
-    found = [getattr(layer, "_random_generator", None) for layer in layers]  # of tf_keras
-    generators = [g for g in found if g is not None]
-    before = [dict(vars(generator)) for generator in generators]
-    with restored(seeds):
+    """Lets a model and its copies draw the same random numbers, each in such a context."""
+    with _with_states(model), restored(seeds := seeds_of(model)):
         for number, seed in enumerate(seeds):
-            seed.assign([number, 0])
-        for number, generator in enumerate(generators):
-            vars(generator).update(_rng_type=generator.RNG_STATELESS, _seed=number, _built=True)
-        try:
-            yield
-        finally:
-            for generator, old in zip(generators, before, strict=True):
-                vars(generator).update(old)
+            # The seed comes first in Keras 3, and last in TensorFlow.
+            seed.assign([number, 0] if seed.shape[0] == 2 else [0, 0, number])
+        yield
 
 
 @contextlib.contextmanager
@@ -181,7 +209,10 @@ def restored(states: Sequence[Any]) -> Iterator[None]:
         yield
     finally:
         for state, value in zip(states, before, strict=True):
-            state.assign(value)
+            if not tensors.has_values(value) or not np.array_equal(
+                tf.convert_to_tensor(state), value
+            ):
+                state.assign(value)
 
 
 @contextlib.contextmanager
@@ -205,13 +236,15 @@ def unchanged(model: Any) -> Iterator[None]:
 def passing(model: Any) -> Iterator[None]:
     """Surrounds a pass over examples: states and losses of layers are as before afterwards.
 
-    Random layers draw the same numbers in every pass, so that passes can be compared.
+    Random layers draw the same numbers in the next pass, so that passes can be compared.
 
     Raises:
         ValueError: If TensorFlow cannot compute the model on a batch.
     """
-    states = restored(states_of(model))
-    with run_as_code(_backend.layers_of(model)), states, same_noise(model):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(run_as_code(_backend.layers_of(model)))
+        stack.enter_context(_with_states(model))
+        stack.enter_context(restored([*states_of(model), *seeds_of(model)]))
         try:
             yield
         except tf.errors.InvalidArgumentError as error:

@@ -104,6 +104,8 @@ def _is_better(inventory: Inventory, pairs: Pairs, calibration: Calibration, ver
     if not judging or not measured:
         return True
     prober = judge(inventory.model, [record for record, _ in measured], judging)
+    if prober.reference.is_random:
+        return False
     at_once = approximations(*zip(*measured, strict=True))
     tried = tried_one_by_one(inventory, measured, calibration, verbose)
     return prober.discrepancy(tried) < prober.discrepancy(at_once)

@@ -98,9 +98,10 @@ class HeadWidths:
         weighings = {EQUAL: WEIGHINGS[EQUAL]}
         if batches:
             layers = [layer for product in products for layer in product.kernels(product.widths[0])]
-            self._prober = Prober(inventory.model, layers, batches)
-            curves = [_curve(product, self._prober) for product in products]
-            weighings = dict(WEIGHINGS)
+            prober = Prober(inventory.model, layers, batches)
+            if not prober.reference.is_random:
+                self._prober, weighings = prober, dict(WEIGHINGS)
+                curves = [_curve(product, prober) for product in products]
         pairs = list(zip(products, curves, strict=True))
         self._tables = [
             [p.table(curve, power) for p, curve in pairs] for power in weighings.values()

@@ -40,7 +40,7 @@ class OutputKind(enum.Enum):
     SCORES = "scores"  # before softmax along the last axis
     VALUES = "values"
     LABELS = "labels"  # not floating-point
-    RANDOM = "random"  # others each time
+    RANDOM = "random"  # different each time
 
 
 _WITHOUT_SCORES = OutputKind.VALUES, OutputKind.LABELS, OutputKind.RANDOM
@@ -208,12 +208,15 @@ def differing(outputs: Iterable[Array], again: Iterable[Array]) -> list[bool]:
 
 
 def _differ(first: Array, second: Array) -> bool:
-    if not first.size:
-        return False
+    if first.shape != second.shape or not first.size:
+        return first.shape != second.shape
+    changed = first != second
     if not _is_floating(first):
-        return bool(np.mean(first != second) > _ROUNDED)
-    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
-    return bool(np.square(first - second).mean() > _ROUNDED**2 * _spread(first))
+        return bool(changed.mean() > _ROUNDED)
+    first, second = (np.asarray(output, np.float64) for output in (first, second))
+    finite = changed & np.isfinite(first) & np.isfinite(second)
+    change = np.square(first[finite] - second[finite]).sum() / first.size
+    return bool(change > _ROUNDED**2 * _spread(first[np.isfinite(first)]))
 
 
 def _is_floating(output: Array) -> bool:

@@ -365,18 +365,19 @@ def test_random_generator(dropped):
     assert np.array_equal(dropped(), dropped())
 
 
-def test_rng_type(dropped):
-    """As `_random_generator`: the kind of random operations."""
+def test_rng_type():
+    """As `_random_generator`: how it draws numbers."""
     generator = tf_keras.layers.Dropout(0.5)._random_generator
     assert generator._rng_type in (generator.RNG_LEGACY_STATEFUL, generator.RNG_STATEFUL)
 
 
-def test_seed(dropped):
-    """As `_random_generator`: the numbers depend on it."""
-    layer = tf_keras.layers.Dropout(0.5, seed=3)
+def test_generator(dropped):
+    """As `_random_generator`: what draws numbers, and has a state."""
+    layer = tf_keras.layers.Dropout(0.5)
+    before = dict(vars(layer._random_generator))
     with same_noise(layer):
-        assert layer._random_generator._seed == 0
-    assert layer._random_generator._seed == 3
+        assert layer._random_generator._generator.state.shape == (3,)
+    assert vars(layer._random_generator) == before
 
 
 def test_nodes_by_depth(keras_module):

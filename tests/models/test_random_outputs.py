@@ -81,6 +81,11 @@ class TestSameNoise:
             one, other = model(np.ones((8, 16), "float32"))
         assert not np.array_equal(one, other)
 
+    def test_every_call_draws_other_numbers(self, keras_module):
+        model = with_dropout(keras_module)
+        with same_noise(model):
+            assert not np.array_equal(model(X), model(X))
+
     def test_it_is_random_again_afterwards(self, keras_module):
         model = with_dropout(keras_module)
         before = [seed.numpy() for seed in seeds_of(model)]
@@ -88,6 +93,26 @@ class TestSameNoise:
             model(X)
         assert all(map(np.array_equal, before, [seed.numpy() for seed in seeds_of(model)]))
         assert not np.array_equal(model(X), model(X))
+
+    def test_graphs_that_are_traced_meanwhile_stay_random(self, keras_module):
+        model = with_dropout(keras_module)
+        call = tf.function(model)
+        with passing(model):
+            call(X)
+        assert not np.array_equal(call(X), call(X))
+
+    def test_attributes_of_the_same_name_are_left_alone(self, keras_module):
+        class Own(keras_module.layers.Layer):
+            def __init__(self):
+                super().__init__()
+                self._random_generator = np.random.default_rng(0)
+
+            def call(self, x):
+                return x
+
+        model = keras_module.Sequential([keras_module.Input((16,)), Own()])
+        with same_noise(model):
+            assert np.array_equal(model(X), X)
 
 
 class TestSelect:
@@ -123,6 +148,19 @@ class TestSelect:
         assert plan.cr >= 0.5
         assert all(choice.divergence is None for choice in plan.choices)
 
+    def test_nothing_is_chosen_by_chance(self, keras_module):
+        model = sampling(keras_module, by_tensorflow, ("sample",))
+        plan = keras_alds.select(model, 0.5, calibration_data=X, verbose=0)
+        small = [
+            keras_alds.compress(model, plan=plan, calibration_data=X, verbose=0) for _ in range(3)
+        ]
+        for other in small[1:]:
+            pairs = zip(small[0].get_weights(), other.get_weights(), strict=True)
+            assert all(np.array_equal(one, two) for one, two in pairs)
+        refinement = keras_alds.refine(small[0], model, X, steps=20, verbose=0)
+        assert refinement.steps == 0
+        assert str(refinement) == "none, as the original's outputs differ each time"
+
 
 def test_refinement_compares_with_the_same_noise(keras_module):
     model = with_dropout(keras_module)
@@ -151,3 +189,6 @@ class TestReference:
         rounded = values * (1 + 1e-5)
         assert differing([values, labels], [rounded, labels]) == [False, False]
         assert differing([values, labels], [values + 0.1, labels[::-1]]) == [True, True]
+        assert differing([values], [values[:20]]) == [True]
+        values[:, 0] = -np.inf
+        assert differing([values], [values.copy()]) == [False]
