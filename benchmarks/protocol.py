@@ -14,7 +14,8 @@ images:
 - blocks, no labels: that, with the loss left out of `compile`, and Adam from 0.001 as in `refine`;
 - outputs, no labels: the same without blocks, at temperature 100: scores as they are;
 - iterative: rewinding in three steps of a third of the epochs (`cr=[…]`);
-- iterative, blocks: both.
+- iterative, blocks: both;
+- iterative, no labels: three steps of "outputs, no labels".
 
 All arms see the same batches: crops and flips, SGD with momentum, a cosine. `--json` is written
 after each figure. A second run goes on after the last arm that it holds.
@@ -50,6 +51,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "outputs, no labels": {"rewind": True, "distill": {"temperature": 100.0}, "adam": 1e-3},
     "iterative": {"rewind": True, "steps": 3},
     "iterative, blocks": {"rewind": True, "steps": 3, "distill": BLOCKS},
+    "iterative, no labels": {
+        "rewind": True,
+        "steps": 3,
+        "distill": {"temperature": 100.0},
+        "adam": 1e-3,
+    },
 }
 
 

@@ -94,7 +94,7 @@ class Backup:
         Args:
             part: The name of the submodel.
             plan: The plan.
-            teacher: The part as it was before; None if it is not needed any more.
+            teacher: The part as it was before, if it is to teach.
         """
         weights = self._backend.to_back_up(self.model)  # which all workers do together
         past = self._read() if self._is_writer else []
@@ -104,7 +104,7 @@ class Backup:
             self._write([*past, Compression(part, plan, weights)])
 
     def teacher(self, name: str, part: Part, copied: Callable[[], Any]) -> Any | None:
-        """The part as it was before its last compression, which `add` has kept.
+        """The part as it was before the first compression for which `add` has kept it.
 
         The weights of the part are lost. Keras restores them later.
 
@@ -113,14 +113,17 @@ class Backup:
             part: The submodel, compressed as in the backup.
             copied: Copies it.
         """
-        past = [(i, stage.plan) for i, stage in enumerate(self._past) if stage.part == name]
-        if not past or not exists(self._teacher(past[-1][0])):
+        plan = None
+        for number, stage in enumerate(self._past):
+            if stage.part == name and exists(self._teacher(number)):
+                break
+            plan = stage.plan if stage.part == name else plan
+        else:
             return None
-        number, plan = past[-1]
-        self._change(part, past[-2][1] if len(past) > 1 else None)
+        self._change(part, plan)
         teacher = copied()
         load_weights(teacher, self._teacher(number))
-        self._change(part, plan)
+        self._change(part, [stage.plan for stage in self._past if stage.part == name][-1])
         return teacher
 
     def _teacher(self, number: int) -> str:

@@ -149,16 +149,16 @@ class ALDSCompress(_backend.Callback):
             that Adam's corrected values stay. A `LearningRateScheduler` gets an earlier epoch. With
             `ReduceLROnPlateau` the rate becomes what it was. Weight decay, which Keras multiplies
             by the rate, follows; what other callbacks set does not. Defaults to 0.
-        distill: Boolean, float or dict. Whether the model just before the compression, in inference
-            mode and with the same inputs, teaches the compressed one until `fit` ends. The distance
-            of their outputs is added to the compiled loss, if there is one: the Kullback–Leibler
-            divergence of scores or probabilities divided by a temperature, else the relative
-            squared error. True has weight 1, a float is the weight. A dict has `"weight"`,
-            `"temperature"` (defaults to 2) and `"features"`: names or paths of layers whose outputs
-            are to have a small relative squared error, or True for the ends of all blocks. A
-            `train_step` of the model's own has to call `compute_loss`. With `submodel` this needs
-            `calibration_data`. Files of the model hold nothing of it; a backup holds the teacher.
-            Defaults to False.
+        distill: Boolean, float or dict. Whether the model just before the compression (the first of
+            several), in inference mode and with the same inputs, teaches the compressed one until
+            `fit` ends. The distance of their outputs is added to the compiled loss, if there is
+            one: the Kullback–Leibler divergence of scores or probabilities divided by a
+            temperature, else the relative squared error. True has weight 1, a float is the weight.
+            A dict has `"weight"`, `"temperature"` (defaults to 2) and `"features"`: names or paths
+            of layers whose outputs are to have a small relative squared error, or True for the ends
+            of all blocks. A `train_step` of the model's own has to call `compute_loss`. With
+            `submodel` this needs `calibration_data`. Files of the model hold nothing of it; a
+            backup holds the teacher. Defaults to False.
         callbacks: The other callbacks of `fit`. Defaults to None: they are taken from the `fit`
             call that is running.
         log_dir: Folder for TensorBoard. Defaults to None: that of the `TensorBoard` callback, if
@@ -389,19 +389,19 @@ class ALDSCompress(_backend.Callback):
         with alone(self.model):
             if self._board is not None:
                 self._board.add_spectra(epoch)
-            teacher = None
-            if self._steps is not None or self._distill is not None:
-                teacher = self._copied()
+            is_first = self._distill is not None and self._teacher is None
+            before_it = self._copied() if is_first or self._steps is not None else None
             chosen = self._change(request)
             if self._steps is not None:
                 result = refined(
-                    self._part, teacher, chosen.examples, self._steps, verbose=self.verbose
+                    self._part, before_it, chosen.examples, self._steps, verbose=self.verbose
                 )
             for backup in self._backups:
-                kept = None if self._distill is None else teacher
-                backup.add(self._part_key, chosen.plan, kept)
+                backup.add(self._part_key, chosen.plan, before_it if is_first else None)
+            if is_first:
+                self._teacher = before_it
             if self._distill is not None:
-                self._distill.start(self.model, self._part, teacher, self._examples())
+                self._distill.start(self.model, self._part, self._teacher, self._examples())
         self.plan, self._done = chosen.plan, True
         if self._board is not None:
             self._board.add_plan(epoch, chosen.plan)
@@ -607,7 +607,6 @@ class ALDSCompress(_backend.Callback):
         self._say(f"{self._named}{found}, training on")
         if self._distill is not None and self._teacher is not None:
             self._distill.start(self.model, self._part, self._teacher, self._examples())
-            self._teacher = None
         elif self._distill is not None and not self._done:
             warnings.warn(
                 f"Expected a model that is not compressed yet, for `distill` to learn from. "

@@ -124,7 +124,7 @@ class TestBackups:
         whole = uninterrupted(keras_module)
         assert same(model, whole)
 
-    def test_the_teacher_of_the_second_step_is_the_first(self, keras_module, tmp_path):
+    def test_the_teacher_of_several_steps_comes_back(self, keras_module, tmp_path):
         K = keras_module
         options = {"cr": [0.2, 0.4], "at_epoch": [1, 2], "distill": True}
         whole, _, _ = run(K, tmp_path / "a", **options)

@@ -15,6 +15,7 @@ from scipy.special import log_softmax
 from keras_alds import ALDSCompress, compress
 from keras_alds._backend import distilling
 from keras_alds._backend.refining import log_odds
+from keras_alds.distillation import Distillation
 
 HOOKS = {"train_step", "compute_loss", "make_train_function"}
 
@@ -74,6 +75,23 @@ class TestTraining:
         assert all(map(np.allclose, plain, nothing))
         assert not all(map(np.allclose, plain, strong))
         fit(model, [], epochs=1)
+
+    def test_the_model_before_the_first_step_teaches_in_all(self, keras_module, monkeypatch):
+        teachers, start = [], Distillation.start
+
+        def noted(self, model, part, teacher, data):
+            teachers.append(teacher)
+            start(self, model, part, teacher, data)
+
+        monkeypatch.setattr(Distillation, "start", noted)
+        model = compiled(keras_module, **EAGER)
+        dense = model.get_weights()
+        options = {"calibration_data": zoo.images(32)[0], "refine": 5, "distill": True}
+        alds = ALDSCompress([0.2, 0.4], at_epoch=[0, 1], verbose=0, **options)
+        fit(model, [alds], epochs=2)
+        assert len(teachers) == 2
+        for teacher in teachers:
+            assert all(map(np.array_equal, teacher.get_weights(), dense))
 
     def test_an_interrupted_fit_leaves_no_teacher(self, keras_module):
         model = compiled(keras_module, **EAGER)
