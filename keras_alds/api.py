@@ -433,11 +433,9 @@ def _refine(
     small: Any, model: Any, chosen: Chosen, steps: int, verbose: int, *, stacklevel: int
 ) -> None:
     result = refined(small, model, chosen.examples, steps, verbose=verbose)
-    if result.steps and not result.best_step:
-        warnings.warn(
-            f"The refinement was undone: {result}. More examples may help.",
-            stacklevel=stacklevel + 1,
-        )
+    if not result.best_step:
+        advice = " More examples may help." if result.steps else ""
+        warnings.warn(f"The refinement was undone: {result}.{advice}", stacklevel=stacklevel + 1)
 
 
 # -- Shared with `search` --------------------------------------------------------------------------

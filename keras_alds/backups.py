@@ -113,17 +113,15 @@ class Backup:
             part: The submodel, compressed as in the backup.
             copied: Copies it.
         """
-        plan = None
-        for number, stage in enumerate(self._past):
-            if stage.part == name and exists(self._teacher(number)):
-                break
-            plan = stage.plan if stage.part == name else plan
-        else:
+        past = [(i, stage.plan) for i, stage in enumerate(self._past) if stage.part == name]
+        kept = [n for n, (number, _) in enumerate(past) if exists(self._teacher(number))]
+        if not kept:
             return None
-        self._change(part, plan)
+        first = kept[0]
+        self._change(part, past[first - 1][1] if first else None)
         teacher = copied()
-        load_weights(teacher, self._teacher(number))
-        self._change(part, [stage.plan for stage in self._past if stage.part == name][-1])
+        load_weights(teacher, self._teacher(past[first][0]))
+        self._change(part, past[-1][1])
         return teacher
 
     def _teacher(self, number: int) -> str:

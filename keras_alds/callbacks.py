@@ -389,17 +389,17 @@ class ALDSCompress(_backend.Callback):
         with alone(self.model):
             if self._board is not None:
                 self._board.add_spectra(epoch)
-            is_first = self._distill is not None and self._teacher is None
-            before_it = self._copied() if is_first or self._steps is not None else None
+            needs_teacher = self._distill is not None and self._teacher is None
+            original = self._copied() if needs_teacher or self._steps is not None else None
             chosen = self._change(request)
             if self._steps is not None:
                 result = refined(
-                    self._part, before_it, chosen.examples, self._steps, verbose=self.verbose
+                    self._part, original, chosen.examples, self._steps, verbose=self.verbose
                 )
             for backup in self._backups:
-                backup.add(self._part_key, chosen.plan, before_it if is_first else None)
-            if is_first:
-                self._teacher = before_it
+                backup.add(self._part_key, chosen.plan, original if needs_teacher else None)
+            if needs_teacher:
+                self._teacher = original
             if self._distill is not None:
                 self._distill.start(self.model, self._part, self._teacher, self._examples())
         self.plan, self._done = chosen.plan, True

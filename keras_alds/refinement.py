@@ -87,7 +87,7 @@ class Refinement:
 
     def __str__(self) -> str:
         if not self.steps:
-            return "none, as the original's outputs differ each time"
+            return "the original's outputs differ each time, so nothing can be compared with them"
         if not self.best_step:
             return f"no gain on examples held out in {self.steps} steps"
         return (

@@ -67,6 +67,10 @@ def pruning_mask(wrapper: Layer, weight: Variable) -> tuple[Any, Any]:
 _spent: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
+# What draws the numbers of tf_keras's layers while they are to have a seed.
+_seeded: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
 class Layers:
     """Layers: the code that Keras 3 and tf_keras share."""
 
@@ -102,6 +106,18 @@ class Layers:
 
     def _child(self, layer: Layer, name: str) -> Layer | None:
         return next((child for child in self.children(layer) if child.name == name), None)
+
+    def seeds(self, model: Model) -> list[Variable]:
+        """The variables that say which random numbers the layers draw next, inside of `seeded`."""
+        raise NotImplementedError
+
+    def seeded(self, model: Model) -> contextlib.AbstractContextManager[None]:
+        """Gives a seed to every layer that draws random numbers and has none."""
+        return contextlib.nullcontext()
+
+    def reset_seed(self, seed: Variable, number: int) -> None:
+        """Lets a seed give the numbers that belong to `number`, from the first one on."""
+        raise NotImplementedError
 
     def layers_of(self, model: Model) -> list[Layer]:
         """A model and all layers in it, the model first."""
@@ -317,6 +333,13 @@ class Keras3Layers(Layers):
             scopes.enter_context(keras.name_scope(name, **outside))
         return scopes
 
+    def seeds(self, model: Model) -> list[Variable]:
+        layers = self.layers_of(model)
+        return [g.state for layer in layers for g in getattr(layer, "_seed_generators", ())]
+
+    def reset_seed(self, seed: Variable, number: int) -> None:
+        seed.assign([number, 0])
+
     def copy_trainable(self, old: Variable, new: Variable) -> None:
         if new.trainable != old.trainable:
             new.trainable = old.trainable
@@ -374,6 +397,35 @@ class TfKerasLayers(Layers):
         # Not `np.asarray`, which some variables with a copy per replica refuse.
         return tf.convert_to_tensor(variable).numpy()
 
+    def seeds(self, model: Model) -> list[Variable]:
+        return [g._generator.state for g in self._generators(model) if _is_seeded(g)]
+
+    @contextlib.contextmanager
+    def seeded(self, model: Model) -> Iterator[None]:
+        generators = [g for g in self._generators(model) if not _is_seeded(g)]
+        before = [dict(vars(generator)) for generator in generators]
+        try:
+            for number, generator in enumerate(generators):
+                if generator not in _seeded:
+                    with tf.init_scope():
+                        _seeded[generator] = tf.random.Generator.from_seed(number)
+                vars(generator).update(
+                    _rng_type=generator.RNG_STATEFUL, _generator=_seeded[generator], _built=True
+                )
+            yield
+        finally:
+            for generator, old in zip(generators, before, strict=True):
+                vars(generator).update(old)
+                for name in vars(generator).keys() - old.keys():
+                    del vars(generator)[name]
+
+    def _generators(self, model: Model) -> list[Any]:
+        found = [getattr(layer, "_random_generator", None) for layer in self.layers_of(model)]
+        return [g for g in found if hasattr(g, "RNG_STATEFUL")]  # not of the user's own
+
+    def reset_seed(self, seed: Variable, number: int) -> None:
+        seed.assign([0, 0, number])
+
     def use_plain_convolutions(self, layers: Sequence[Layer]) -> None:
         if not _plain_convolutions_train():
             return
@@ -413,6 +465,10 @@ class TfKerasLayers(Layers):
             if (weight := _regularized(loss)) is None or id(weight) in held
         ]
         return {"_callable_losses": losses}
+
+
+def _is_seeded(generator: Any) -> bool:
+    return bool(generator._rng_type == generator.RNG_STATEFUL and generator._built)
 
 
 def become(obj: Any, cls: type, attributes: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -139,10 +138,6 @@ def all_steps_of(layer: Any) -> Callable[..., Any]:
     return functools.partial(type(layer).call, other)
 
 
-# Generators with a state for those of tf_keras without one.
-_stateful: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-
-
 def states_of(model: Any) -> list[Any]:
     """The variables in which the stateful layers of a model, or that it is, keep their states."""
     stateful = [layer for layer in _backend.layers_of(model) if getattr(layer, "stateful", False)]
@@ -150,54 +145,13 @@ def states_of(model: Any) -> list[Any]:
     return [state for state in states if state is not None]
 
 
-def seeds_of(model: Any) -> list[Any]:
-    """The variables that say which random numbers the layers of a model draw next.
-
-    Layers of tf_keras have them in `passing`.
-    """
-    layers = _backend.layers_of(model)
-    seeds = [g.state for layer in layers for g in getattr(layer, "_seed_generators", ())]
-    return seeds + [g._generator.state for g in _random_generators(model) if _has_state(g)]
-
-
-def _random_generators(model: Any) -> list[Any]:
-    """What draws the random numbers of tf_keras's own layers."""
-    found = [getattr(layer, "_random_generator", None) for layer in _backend.layers_of(model)]
-    return [generator for generator in found if hasattr(generator, "RNG_STATEFUL")]
-
-
-def _has_state(generator: Any) -> bool:
-    return bool(generator._rng_type == generator.RNG_STATEFUL and generator._built)
-
-
-@contextlib.contextmanager
-def _with_states(model: Any) -> Iterator[None]:
-    """Gives what draws random numbers in tf_keras a state, which can be restored."""
-    generators = [g for g in _random_generators(model) if not _has_state(g)]
-    before = [dict(vars(generator)) for generator in generators]
-    try:
-        for number, generator in enumerate(generators):
-            if generator not in _stateful:
-                with tf.init_scope():
-                    _stateful[generator] = tf.random.Generator.from_seed(number)
-            vars(generator).update(
-                _rng_type=generator.RNG_STATEFUL, _generator=_stateful[generator], _built=True
-            )
-        yield
-    finally:
-        for generator, old in zip(generators, before, strict=True):
-            vars(generator).update(old)
-            for name in vars(generator).keys() - old.keys():
-                del vars(generator)[name]
-
-
 @contextlib.contextmanager
 def same_noise(model: Any) -> Iterator[None]:
     """Lets a model and its copies draw the same random numbers, each in such a context."""
-    with _with_states(model), restored(seeds := seeds_of(model)):
+    backend = _backend.backend_of(model)
+    with backend.seeded(model), restored(seeds := backend.seeds(model)):
         for number, seed in enumerate(seeds):
-            # The seed comes first in Keras 3, and last in TensorFlow.
-            seed.assign([number, 0] if seed.shape[0] == 2 else [0, 0, number])
+            backend.reset_seed(seed, number)
         yield
 
 
@@ -209,27 +163,18 @@ def restored(states: Sequence[Any]) -> Iterator[None]:
         yield
     finally:
         for state, value in zip(states, before, strict=True):
-            if not tensors.has_values(value) or not np.array_equal(
-                tf.convert_to_tensor(state), value
-            ):
+            known = tensors.has_values(value)
+            if not known or not np.array_equal(tf.convert_to_tensor(state), value):
                 state.assign(value)
 
 
-@contextlib.contextmanager
-def unchanged(model: Any) -> Iterator[None]:
+def unchanged(model: Any) -> contextlib.AbstractContextManager[None]:
     """Gives what a model keeps besides weights, such as moments and seeds, its values back.
 
     Some layers change it in inference, too.
     """
     variables = model.non_trainable_variables
-    kept = [v for v in variables if len(getattr(v, "shape", (0, 0))) <= 1]
-    before = [tf.identity(tf.convert_to_tensor(variable)) for variable in kept]
-    try:
-        yield
-    finally:
-        for variable, value in zip(kept, before, strict=True):
-            if not np.array_equal(tf.convert_to_tensor(variable), value):
-                variable.assign(value)
+    return restored([v for v in variables if len(getattr(v, "shape", (0, 0))) <= 1])
 
 
 @contextlib.contextmanager
@@ -241,10 +186,11 @@ def passing(model: Any) -> Iterator[None]:
     Raises:
         ValueError: If TensorFlow cannot compute the model on a batch.
     """
+    backend = _backend.backend_of(model)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(run_as_code(_backend.layers_of(model)))
-        stack.enter_context(_with_states(model))
-        stack.enter_context(restored([*states_of(model), *seeds_of(model)]))
+        stack.enter_context(run_as_code(backend.layers_of(model)))
+        stack.enter_context(backend.seeded(model))
+        stack.enter_context(restored([*states_of(model), *backend.seeds(model)]))
         try:
             yield
         except tf.errors.InvalidArgumentError as error:
@@ -259,4 +205,4 @@ def passing(model: Any) -> Iterator[None]:
                 "`Input(…, batch_size=n)`."
             ) from error
         finally:
-            _backend.backend_of(model).clear_losses(model)
+            backend.clear_losses(model)

@@ -13,7 +13,7 @@ from keras_alds._backend import tensors as nest
 from keras_alds._backend.calls import Replacement, replaced_calls
 from keras_alds._backend.graphs import mask_of, set_mask
 from keras_alds._backend.layers import static_shape
-from keras_alds._backend.loops import restored, seeds_of, states_of
+from keras_alds._backend.loops import restored, states_of
 from keras_alds.kinds.base import below, running, stock_kind
 
 
@@ -153,7 +153,7 @@ class Program:
         if not isinstance(layer, self._backend.keras.layers.Layer):
             return []
         if layer not in self._states:
-            self._states[layer] = [*states_of(layer), *seeds_of(layer)]
+            self._states[layer] = [*states_of(layer), *self._backend.seeds(layer)]
         return self._states[layer]
 
     @functools.cached_property

@@ -16,7 +16,7 @@ from keras_alds._backend import clocks, training
 from keras_alds._backend import layers as backend_layers
 from keras_alds._backend.graphs import forget_graph, mask_of, set_mask
 from keras_alds._backend.live import Holders
-from keras_alds._backend.loops import all_steps_of, same_noise, seeds_of
+from keras_alds._backend.loops import all_steps_of, same_noise
 from keras_alds._backend.strategies import Replicas
 
 tf_keras = pytest.importorskip("tf_keras")
@@ -342,7 +342,7 @@ def test_stateful(keras_module):
 def test_seed_generators():
     """Without it, passes over the same examples draw different random numbers in Keras 3."""
     layer = keras.layers.Dropout(0.5)
-    (seed,) = seeds_of(layer)
+    (seed,) = KERAS.seeds(layer)
     before = seed.numpy()
     layer(np.ones((2, 3)), training=True)
     assert not np.array_equal(seed.numpy(), before)
